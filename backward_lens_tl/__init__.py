@@ -1,0 +1,44 @@
+"""What a language model's gradients write into its weights, in words.
+
+An implementation of "Backward Lens: Projecting Language Model Gradients into the Vocabulary Space"
+(Katz et al., EMNLP 2024) on TransformerLens.
+"""
+
+from importlib.metadata import version
+
+from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.errors import BackwardLensError
+from backward_lens_tl.gradients import GradientCapture, MatrixGradient
+from backward_lens_tl.lens import backward_lens
+from backward_lens_tl.loading import load_facts_model, load_model
+from backward_lens_tl.objectives import (
+    Objective,
+    logit_difference,
+    next_token_loss,
+    sequence_nll,
+    target_nll,
+)
+from backward_lens_tl.projection import Projection
+from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.validation import ValidationReport, validate
+
+__version__ = version("backward-lens-tl")
+
+__all__ = [
+    "BackwardLensError",
+    "BackwardLensResult",
+    "GradientCapture",
+    "MatrixGradient",
+    "Objective",
+    "Projection",
+    "ValidationReport",
+    "backward_lens",
+    "capture_gradients",
+    "load_facts_model",
+    "load_model",
+    "logit_difference",
+    "next_token_loss",
+    "sequence_nll",
+    "target_nll",
+    "validate",
+]

@@ -1,0 +1,209 @@
+"""One forward and one backward pass that keep `x_i` and `delta_i` of every matrix asked for.
+
+Only activations are differentiated: no weight gradient is computed and no `.grad` is written. The
+cost is one forward pass and the activation half of one backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from backward_lens_tl.errors import ModelStateError
+from backward_lens_tl.gradients import GradientCapture, MatrixGradient
+from backward_lens_tl.host import MatrixSite, Tap, host_of
+from backward_lens_tl.objectives import LossFunction, Objective, as_objective, bind_to_prompts
+from backward_lens_tl.prompts import PromptBatch, Prompts
+from backward_lens_tl.selection import select_layers, select_matrices
+
+_T = TypeVar("_T")
+
+
+def capture_gradients(
+    model: nn.Module,
+    prompts: Prompts,
+    objective: Objective | LossFunction,
+    *,
+    matrices: str | Sequence[str] = ("W_in", "W_out"),
+    layers: int | Sequence[int] | None = None,
+    prepend_bos: bool | None = None,
+) -> GradientCapture:
+    """Capture the gradients of weight matrices as factors.
+
+    Works on frozen models and under `torch.no_grad()`. Hooks that the caller has on the model act
+    on this run: under an activation patch, the gradients are those of the patched model.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`.
+        prompts: A text, several of any lengths, or token ids `[batch, pos]`.
+        objective: What is differentiated, for example `target_nll(" Paris")`.
+        matrices: Names among `W_in`, `W_gate`, `W_out`, or `"mlp"`.
+        layers: Layers, negative ones from the end; `None` for all.
+        prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
+
+    Returns:
+        The captured gradients, in float32, or in float64 if the model computes in it.
+    """
+    host = host_of(model)
+    host.check_state()
+    objective = as_objective(objective)
+    names = select_matrices(matrices, host)
+    sites = [host.site(name, layer) for layer in select_layers(layers, host) for name in names]
+    bound, batch = bind_to_prompts(objective, host, prompts, prepend_bos)
+
+    with torch.enable_grad(), _recording(sites) as recorders:
+        logits = at_least_float32(host.logits(batch.tokens, batch.mask))
+        losses = bound.losses(logits, batch)
+        vjps = _vjps(losses, recorders)
+    return GradientCapture(
+        gradients={
+            (recorder.site.matrix, recorder.site.layer): MatrixGradient(
+                recorder.site.matrix,
+                recorder.site.layer,
+                _blank(recorder.x, batch),
+                _blank(vjp, batch),
+                batch.mask,
+            )
+            for recorder, vjp in zip(recorders, vjps, strict=True)
+        },
+        tokens=batch.tokens,
+        mask=batch.mask,
+        str_tokens=tuple(
+            host.vocabulary.texts(row[real].tolist())
+            for row, real in zip(batch.tokens, batch.mask, strict=True)
+        ),
+        loss=losses.detach(),
+        targets=bound.targets(logits.detach(), batch),
+        objective=objective.name,
+        model_name=host.name,
+    )
+
+
+def at_least_float32(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Widen half precision to float32; leave float32 and float64 as they are."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _blank(
+    factor: Float[Tensor, "batch pos d"], batch: PromptBatch
+) -> Float[Tensor, "batch pos d"]:
+    """Zero a factor at padding, without a copy where there is none."""
+    factor = at_least_float32(factor)
+    return factor.masked_fill(~batch.mask[..., None], 0) if batch.is_padded else factor
+
+
+class _Recorder:
+    """What passes the taps of one site during a forward pass."""
+
+    def __init__(self, site: MatrixSite) -> None:
+        self.site = site
+        self._inputs: list[Tensor] = []
+        self._outputs: list[tuple[GradientEdge, Tensor]] = []
+
+    def keep_input(self, tensor: Tensor) -> None:
+        """Keep `x`."""
+        self._inputs.append(tensor.detach())
+
+    def keep_output(self, tensor: Tensor) -> Tensor | None:
+        """Keep the place of `y` in the graph, and start the graph here if it has not begun.
+
+        Args:
+            tensor: `y`.
+
+        Returns:
+            On a frozen model, whose lowest matrices have nothing below them that needs a gradient,
+            a tensor equal to `y` from which gradients flow; else `None`.
+        """
+        # Times one, because unlike a leaf the product may be overwritten in place by the model.
+        replaced = None if tensor.requires_grad else tensor.detach().requires_grad_() * 1
+        # The edge stays with this value, also when an operation in place moves the tensor on.
+        edge = get_gradient_edge(tensor if replaced is None else replaced)
+        # One number that stands for zeros of y's shape, so that y itself is not kept.
+        self._outputs.append((edge, tensor.detach().new_zeros(()).expand(tensor.shape)))
+        return replaced
+
+    @property
+    def x(self) -> Tensor:
+        return self._only(self._inputs)
+
+    @property
+    def edge(self) -> GradientEdge:
+        return self._only(self._outputs)[0]
+
+    @property
+    def zero_vjp(self) -> Tensor:
+        """The VJP where the loss does not depend on `y`, as under a patch of all that follows."""
+        return self._only(self._outputs)[1].clone()
+
+    def _only(self, seen: list[_T]) -> _T:
+        if len(seen) != 1:
+            raise ModelStateError(
+                f"{self.site.matrix} of layer {self.site.layer} was used {len(seen)} times in the "
+                "forward pass, and a gradient is captured only where a matrix is used exactly once"
+            )
+        return seen[0]
+
+
+@contextmanager
+def _recording(sites: Sequence[MatrixSite]) -> Iterator[list[_Recorder]]:
+    """Hooks on every site, taken off again whatever happens."""
+    recorders = [_Recorder(site) for site in sites]
+    with ExitStack() as hooks:
+        for recorder in recorders:
+            # x is what the caller's hooks made of it, so its hook comes after theirs; y is what
+            # the matrix gave, before theirs.
+            hooks.enter_context(hooked(recorder.site.input, recorder.keep_input))
+            hooks.enter_context(
+                hooked(recorder.site.output, recorder.keep_output, before_others=True)
+            )
+        yield recorders
+
+
+def _vjps(losses: Float[Tensor, "batch"], recorders: Sequence[_Recorder]) -> list[Tensor]:
+    """`delta` of every site; prompts do not see each other, so the sum of their losses has it."""
+    edges = [recorder.edge for recorder in recorders]
+    found: Sequence[Tensor | None] = [None] * len(edges)
+    if losses.requires_grad:
+        found = torch.autograd.grad(losses.sum(), edges, allow_unused=True)
+    return [
+        recorder.zero_vjp if vjp is None else vjp
+        for recorder, vjp in zip(recorders, found, strict=True)
+    ]
+
+
+@contextmanager
+def hooked(
+    tap: Tap, see: Callable[[Tensor], Tensor | None], *, before_others: bool = False
+) -> Iterator[None]:
+    """Show every tensor that passes a tap to a function, which may replace it.
+
+    Args:
+        tap: Where.
+        see: Gets the tensor; returns what takes its place, or `None` to leave it.
+        before_others: Whether the function comes before the hooks that are there already.
+
+    Yields:
+        Nothing; the hook is there inside the context.
+    """
+
+    def on_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        replaced = see(args[0])
+        return None if replaced is None else (replaced, *args[1:])
+
+    def on_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return see(output)
+
+    if tap.side == "input":
+        handle = tap.module.register_forward_pre_hook(on_input, prepend=before_others)
+    else:
+        handle = tap.module.register_forward_hook(on_output, prepend=before_others)
+    try:
+        yield
+    finally:
+        handle.remove()

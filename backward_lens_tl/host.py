@@ -1,0 +1,411 @@
+"""What the lens needs from a TransformerLens model, for both of its model classes.
+
+This is the one file that knows what `HookedTransformer` (TransformerLens up to 3.9) and
+`TransformerBridge` (3.x and 4.x) look like inside. Everything after it sees a
+[`Host`][backward_lens_tl.host.Host]: tokens in, logits out, and for each weight matrix the two
+places where its input `x` and its output `y = x @ W + b` pass.
+
+The places are the matrix's *own* input and output. Three hook points look right and are not:
+`ln2.hook_normalized` (before the norm's gain and bias), `hook_mlp_in` (before the norm, and only
+with `use_hook_mlp_in`), and `hook_mlp_out` on models that normalise the MLP's output.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from backward_lens_tl.errors import InputError, ModelStateError, UnsupportedModelError
+from backward_lens_tl.vocabulary import Vocabulary
+
+MatrixName = Literal["W_in", "W_gate", "W_out"]
+MATRIX_NAMES: tuple[MatrixName, ...] = get_args(MatrixName)
+"""Every matrix that can be asked for, in the order in which a layer uses them."""
+
+READING_MATRICES = frozenset({"W_in", "W_gate"})
+"""Matrices that read the residual stream: their inputs have width `d_model`."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place in the forward pass: a module's first input, or its output."""
+
+    module: nn.Module
+    side: Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class MatrixSite:
+    """Where one weight matrix of one layer meets its input and its output.
+
+    Attributes:
+        matrix: TransformerLens's name of the matrix.
+        layer: The layer, from 0.
+        input: Where `x` passes, `[batch, pos, d_in]`, after every edit by the caller's hooks.
+        output: Where `y = x @ W + b` passes, `[batch, pos, d_out]`, before any such edit.
+        weight: The stored parameter.
+        transposed: Whether the parameter is stored as `[d_out, d_in]`.
+    """
+
+    matrix: MatrixName
+    layer: int
+    input: Tap
+    output: Tap
+    weight: Tensor
+    transposed: bool
+
+    def in_out(self, tensor: Float[Tensor, "rows columns"]) -> Float[Tensor, "d_in d_out"]:
+        """Turn a tensor laid out like the parameter into TransformerLens's `[d_in, d_out]`."""
+        return tensor.T if self.transposed else tensor
+
+
+class Host(ABC):
+    """A TransformerLens model, seen through the operations that the lens needs.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`. It is never changed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+
+    # --- sizes -----------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The model's name, for titles and saved results."""
+        return str(getattr(self.model.cfg, "model_name", None) or type(self.model).__name__)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of transformer blocks."""
+        return int(self.model.cfg.n_layers)
+
+    @property
+    def n_ctx(self) -> int:
+        """Longest prompt, in tokens, that the model accepts."""
+        return int(self.model.cfg.n_ctx)
+
+    @property
+    def d_vocab(self) -> int:
+        """Number of logits."""
+        return int(self.model.W_U.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        """The device that tokens are sent to."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    # --- tokens ----------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's Hugging Face tokenizer, or `None`."""
+        return self.model.tokenizer
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer, as far as targets and readouts need it."""
+        return Vocabulary(self.tokenizer, self.d_vocab)
+
+    def tokenize(self, prompt: str, prepend_bos: bool | None) -> list[int]:
+        """Token ids of one prompt, by the model's own `to_tokens`, never truncated.
+
+        Args:
+            prompt: The text.
+            prepend_bos: Whether a BOS token goes in front; `None` is the model's own default.
+
+        Returns:
+            The ids, BOS included where there is one.
+
+        Raises:
+            InputError: If the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise InputError(
+                f"prompt {prompt!r} is text, but the model has no tokenizer; pass token ids of "
+                "shape [batch, pos], or set a tokenizer on the model"
+            )
+        tokens = self.model.to_tokens(prompt, prepend_bos=prepend_bos, truncate=False)
+        return [int(token) for token in tokens[0]]
+
+    # --- the forward pass --------------------------------------------------------------------
+
+    def logits(
+        self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Run the model, with whatever hooks the caller has on it.
+
+        Args:
+            tokens: Token ids, padded on the right.
+            mask: False at padding.
+
+        Returns:
+            The logits of every position, connected to the autograd graph.
+        """
+        # With right padding a causal model needs no mask: no real token sees a padded one.
+        # It is passed all the same, because without it HookedTransformer guesses a mask from
+        # the pad token whenever its tokenizer pads on the left.
+        logits: Tensor = self.model(tokens, return_type="logits", attention_mask=mask.long())
+        return logits
+
+    # --- the vocabulary ----------------------------------------------------------------------
+
+    def unembed(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
+        """Read vectors as the model reads its last residual stream.
+
+        `ln_final(v) @ W_U + b_U` and then the model's own softcap or scale; the norm's
+        statistics are those of each `v`. The caller's hooks do not run here.
+
+        Args:
+            vectors: Vectors of the residual stream's width.
+
+        Returns:
+            Logits, in the dtype of `W_U`.
+        """
+        weight = self.model.W_U
+        normed = self._final_norm(vectors.to(device=weight.device, dtype=weight.dtype))
+        return self._output_transform(normed @ weight + self.model.b_U)
+
+    @property
+    def last_resid(self) -> Tap:
+        """Where the last residual stream passes, before the final norm if there is one."""
+        has_norm = self.model.cfg.normalization_type is not None
+        return Tap(self.model.ln_final if has_norm else self.model.unembed, "input")
+
+    @abstractmethod
+    def _final_norm(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]: ...
+
+    @abstractmethod
+    def _output_transform(
+        self, logits: Float[Tensor, "n d_vocab"]
+    ) -> Float[Tensor, "n d_vocab"]: ...
+
+    # --- the matrices ------------------------------------------------------------------------
+
+    def _roots(self) -> list[nn.Module]:
+        """Modules under which every module of the forward pass is found."""
+        return [self.model]
+
+    @abstractmethod
+    def _mlp_sites(self, layer: int) -> dict[MatrixName, MatrixSite]:
+        """The MLP matrices that a layer has."""
+
+    def matrices(self, layer: int) -> tuple[MatrixName, ...]:
+        """Names of the matrices that a layer has, in the order in which it uses them."""
+        return tuple(self._mlp_sites(layer))
+
+    def site(self, matrix: MatrixName, layer: int) -> MatrixSite:
+        """Where a matrix meets its input and its output.
+
+        Args:
+            matrix: One of `W_in`, `W_gate`, `W_out`.
+            layer: The layer, from 0.
+
+        Returns:
+            The site, with its weight.
+
+        Raises:
+            InputError: If the layer has no such matrix.
+        """
+        sites = self._mlp_sites(layer)
+        if matrix not in sites:
+            raise InputError(
+                f"layer {layer} of this model has no {matrix}; it has {', '.join(sites)}"
+            )
+        return sites[matrix]
+
+    # --- states in which the answer would be wrong ---------------------------------------------
+
+    def check_state(self) -> None:
+        """Refuse a state of torch or of the model in which the gradients would be wrong.
+
+        Raises:
+            ModelStateError: Inside `torch.inference_mode()`, if a parameter was made in it or is
+                on the meta device, or if dropout is active.
+        """
+        if torch.is_inference_mode_enabled():
+            raise ModelStateError(
+                "gradients do not exist inside torch.inference_mode(); leave it, or use "
+                "torch.no_grad(), which this package can work under"
+            )
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_inference():
+                raise ModelStateError(
+                    f"parameter {name!r} was created in torch.inference_mode(), so autograd cannot "
+                    "run through it; load the model outside inference mode"
+                )
+            if parameter.is_meta:
+                raise ModelStateError(
+                    f"parameter {name!r} is on the meta device and has no values; load the weights"
+                )
+        for name, module in chain.from_iterable(root.named_modules() for root in self._roots()):
+            if module.training and _drops_values(module):
+                raise ModelStateError(
+                    f"dropout is active in {name!r} (the model is in train mode), so the gradient "
+                    "would be a random one; call model.eval() first"
+                )
+
+
+def _drops_values(module: nn.Module) -> bool:
+    """Whether a module would drop values in train mode, as a layer or by an attribute."""
+    if isinstance(module, nn.Dropout):
+        return module.p > 0
+    return any(
+        "dropout" in name and isinstance(value, float) and value > 0
+        for name, value in vars(module).items()
+    )
+
+
+class HookedTransformerHost(Host):
+    """`transformer_lens.HookedTransformer`: own modules, weights as `[d_in, d_out]`."""
+
+    def _final_norm(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        # The module itself cannot be called here: its hook points would run the caller's hooks.
+        kind = self.model.cfg.normalization_type
+        if kind is None:
+            return vectors
+        norm, shape = self.model.ln_final, vectors.shape[-1:]
+        weight, bias, eps = getattr(norm, "w", None), getattr(norm, "b", None), norm.eps
+        if kind in ("LN", "LNPre"):
+            return nn.functional.layer_norm(vectors, shape, weight, bias, eps)
+        if kind in ("RMS", "RMSPre"):
+            return nn.functional.rms_norm(vectors, shape, weight, eps)
+        raise UnsupportedModelError(
+            f"the final norm is {kind!r}; the lens knows LN, LNPre, RMS, RMSPre and None"
+        )
+
+    def _output_transform(self, logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:
+        cap = getattr(self.model.cfg, "output_logits_soft_cap", -1.0)
+        return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
+
+    def _mlp_sites(self, layer: int) -> dict[MatrixName, MatrixSite]:
+        mlp = getattr(self.model.blocks[layer], "mlp", None)
+        gated = hasattr(mlp, "W_gate")
+        if mlp is None or not isinstance(getattr(mlp, "W_out", None), nn.Parameter):
+            raise UnsupportedModelError(
+                f"layer {layer} has no dense or gated MLP "
+                f"({'attention only' if mlp is None else type(mlp).__name__})"
+            )
+        reads = Tap(mlp, "input")
+        # mlp.hook_pre is the gate's output where there is a gate.
+        sites: dict[MatrixName, tuple[Tap, Tap]] = {
+            "W_in": (reads, Tap(mlp.hook_pre_linear if gated else mlp.hook_pre, "input"))
+        }
+        if gated:
+            sites["W_gate"] = (reads, Tap(mlp.hook_pre, "input"))
+        sites["W_out"] = (Tap(mlp.hook_post, "output"), Tap(mlp, "output"))
+        return {
+            matrix: MatrixSite(matrix, layer, x, y, getattr(mlp, matrix), transposed=False)
+            for matrix, (x, y) in sites.items()
+        }
+
+
+_BRIDGE_PROJECTIONS: dict[MatrixName, str] = {"W_in": "in", "W_gate": "gate", "W_out": "out"}
+
+
+class TransformerBridgeHost(Host):
+    """`transformer_lens.model_bridge.TransformerBridge`: a Hugging Face model with hook points."""
+
+    def _roots(self) -> list[nn.Module]:
+        # The Hugging Face model is not a submodule of its bridge.
+        return [self.model, self.model.original_model]
+
+    def _final_norm(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        # Hugging Face's own module, inside the bridge's hook points.
+        norm = getattr(self.model, "ln_final", None)
+        if norm is None:
+            raise UnsupportedModelError(
+                "this bridge has no ln_final, so vectors cannot be read as the model reads its "
+                "last residual stream"
+            )
+        normed: Tensor = norm.original_component(vectors)
+        return normed
+
+    def _output_transform(self, logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:
+        transformed: Tensor = self.model.adapter.apply_output_logits_transform(logits)
+        return transformed
+
+    def _mlp_sites(self, layer: int) -> dict[MatrixName, MatrixSite]:
+        mlp = getattr(self.model.blocks[layer], "mlp", None)
+        found = {
+            matrix: projection
+            for matrix, name in _BRIDGE_PROJECTIONS.items()
+            if (projection := getattr(mlp, name, None)) is not None
+        }
+        if not {"W_in", "W_out"} <= found.keys():
+            raise UnsupportedModelError(
+                f"layer {layer} has no dense or gated MLP "
+                f"({'none at all' if mlp is None else type(mlp).__name__})"
+            )
+        return {
+            matrix: self._projection_site(matrix, layer, mlp, projection)
+            for matrix, projection in found.items()
+        }
+
+    def _projection_site(
+        self, matrix: MatrixName, layer: int, mlp: Any, projection: Any
+    ) -> MatrixSite:
+        # A gated MLP with processed weights multiplies by them itself and passes the hook points
+        # of its projections one by one, all but those on the reading projections' inputs.
+        functional = getattr(mlp, "_use_processed_weights", False) and hasattr(mlp, "gate")
+        reads_once = functional and matrix in READING_MATRICES
+        linear = projection.original_component
+        return MatrixSite(
+            matrix,
+            layer,
+            input=Tap(mlp.hook_in if reads_once else projection.hook_in, "output"),
+            output=Tap(projection.hook_out, "input"),
+            weight=linear.weight,
+            transposed=_stores_out_in(linear, matrix, layer),
+        )
+
+
+def _stores_out_in(linear: nn.Module, matrix: str, layer: int) -> bool:
+    """Whether a Hugging Face projection keeps its weight as `[d_out, d_in]`, by its class."""
+    if isinstance(linear, nn.Linear):
+        return True
+    if type(linear).__name__ == "Conv1D":
+        return False
+    raise UnsupportedModelError(
+        f"{matrix} of layer {layer} is a {type(linear).__name__}; the lens knows torch.nn.Linear "
+        "and transformers' Conv1D"
+    )
+
+
+_HOSTS: dict[str, type[Host]] = {
+    "HookedTransformer": HookedTransformerHost,
+    "TransformerBridge": TransformerBridgeHost,
+}
+
+
+def host_of(model: object) -> Host:
+    """Wrap a TransformerLens model.
+
+    The class is recognised by name along the inheritance chain, because `HookedTransformer`
+    cannot be imported from TransformerLens 4.
+
+    Args:
+        model: A `HookedTransformer` or a `TransformerBridge`.
+
+    Returns:
+        The model's host.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    for base in type(model).__mro__:
+        if base.__name__ in _HOSTS and isinstance(model, nn.Module):
+            return _HOSTS[base.__name__](model)
+    raise InputError(
+        f"model is a {type(model).__name__}; pass a transformer_lens HookedTransformer or "
+        "TransformerBridge (for a Hugging Face model: "
+        "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer))"
+    )

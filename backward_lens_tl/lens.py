@@ -1,0 +1,140 @@
+"""The Backward Lens: which tokens a gradient writes into each weight matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.gradients import GradientCapture, MatrixGradient
+from backward_lens_tl.host import READING_MATRICES, MatrixName, host_of
+from backward_lens_tl.objectives import LossFunction, Objective, Targets, target_ids, target_nll
+from backward_lens_tl.projection import Projection, as_projection
+from backward_lens_tl.prompts import Prompts
+from backward_lens_tl.readout import Readout, check_k, join_readouts, read_vectors
+from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.selection import select_positions
+from backward_lens_tl.vocabulary import TargetPosition, Vocabulary
+
+Direction = Literal["update", "gradient"]
+
+
+def backward_lens(
+    model: nn.Module,
+    prompts: Prompts,
+    target: Targets | None = None,
+    *,
+    objective: Objective | LossFunction | None = None,
+    matrices: str | Sequence[str] = ("W_in", "W_out"),
+    layers: int | Sequence[int] | None = None,
+    positions: int | Sequence[int] | None = None,
+    projection: str | Projection = "logit_lens",
+    direction: Direction = "update",
+    k: int = 10,
+    prepend_bos: bool | None = None,
+    target_position: TargetPosition | None = None,
+) -> BackwardLensResult:
+    """Project the gradients of weight matrices into the vocabulary.
+
+    The gradient of `W_in` is read through its inputs `x_i`, which an update *imprints*; that of
+    `W_out` through its VJPs `delta_i`, whose negative an update adds, which *shifts* the output
+    towards the target (paper, sections 4 and 5).
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`; nothing of it is changed.
+        prompts: A text, several of any lengths, or token ids `[batch, pos]`.
+        target: What the model should say next: text or token id, or one per prompt. `None` is the
+            model's own most probable token. Beside an `objective` it is only ranked.
+        objective: What is differentiated; `target_nll(target)` by default.
+        matrices: Names among `W_in`, `W_gate`, `W_out`, or `"mlp"`.
+        layers: Layers, negative ones from the end; `None` for all.
+        positions: Positions to project, negative ones from each prompt's end; `None` for all.
+        projection: `"logit_lens"`, `"normalized"`, or an object with
+            `project(vectors, layer) -> logits`.
+        direction: `"update"` projects what a step of gradient descent adds, `-delta_i` for
+            `W_out`; `"gradient"` projects the raw `delta_i`, as the paper does. Inputs `x_i` are
+            projected as they are.
+        k: Tokens to keep at either end.
+        prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
+        target_position: Which token of a text of several stands for it, `"first"` or `"last"`.
+
+    Returns:
+        The result; in a notebook it shows itself as a table of layers and tokens.
+
+    Raises:
+        InputError: If an argument is not usable; the message says what is allowed.
+    """
+    host = host_of(model)
+    if direction not in get_args(Direction):
+        raise InputError(f"unknown direction {direction!r}; allowed are 'update' and 'gradient'")
+    check_k(k, host.d_vocab)
+    lens = as_projection(projection, host)
+    capture = capture_gradients(
+        model,
+        prompts,
+        target_nll(target, target_position) if objective is None else objective,
+        matrices=matrices,
+        layers=layers,
+        prepend_bos=prepend_bos,
+    )
+    if objective is not None and target is not None:
+        ids = target_ids(target, host.vocabulary, len(capture.mask), target_position)
+        capture = replace(capture, targets=torch.tensor(ids, device=capture.mask.device))
+    places = select_positions(positions, capture.mask)
+    readouts = {
+        matrix: _read(capture, matrix, places, lens, direction, k, host.d_vocab)
+        for matrix in capture.matrices
+    }
+    return BackwardLensResult(
+        gradients=capture,
+        readouts=readouts,
+        positions=places,
+        token_texts=_texts(host.vocabulary, readouts.values(), capture),
+        projection=projection if isinstance(projection, str) else type(projection).__name__,
+        direction=direction,
+    )
+
+
+def _read(
+    capture: GradientCapture,
+    matrix: MatrixName,
+    places: Int[Tensor, "batch pos"],
+    lens: Projection,
+    direction: Direction,
+    k: int,
+    d_vocab: int,
+) -> Readout:
+    """Project one matrix's spanning set at the chosen places, layer by layer."""
+    shown = places >= 0
+    prompts, columns = shown.nonzero(as_tuple=True)
+    wanted = capture.targets
+    targets = torch.full_like(prompts, -1) if wanted is None else wanted[prompts]
+
+    def read(gradient: MatrixGradient) -> Readout:
+        vectors = _oriented(gradient, direction)[prompts, places[prompts, columns]]
+        return read_vectors(vectors, targets, lens, gradient.layer, k, d_vocab).spread(shown)
+
+    return join_readouts([read(capture[matrix, layer]) for layer in capture.layers], torch.stack)
+
+
+def _oriented(gradient: MatrixGradient, direction: Direction) -> Float[Tensor, "batch pos d_model"]:
+    """The spanning set with the sign in which it is read."""
+    reads_inputs = gradient.matrix in READING_MATRICES
+    return gradient.spanning_set if reads_inputs or direction == "gradient" else -gradient.vjps
+
+
+def _texts(
+    vocabulary: Vocabulary, readouts: Iterable[Readout], capture: GradientCapture
+) -> dict[int, str]:
+    """Text of every token that is shown."""
+    ids = [ids.flatten() for readout in readouts for ids in (readout.top_ids, readout.bottom_ids)]
+    if capture.targets is not None:
+        ids.append(capture.targets)
+    seen = torch.cat(ids).unique().tolist()
+    return {token: vocabulary.text(token) for token in seen if token >= 0}

@@ -1,0 +1,162 @@
+"""Models by name: the facts model that ships here, local folders, the hub."""
+
+from __future__ import annotations
+
+import socket
+from importlib.metadata import version
+from importlib.resources import as_file, files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+from urllib.request import getproxies
+
+import huggingface_hub
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from backward_lens_tl.errors import InputError, ModelNotFoundError
+
+Kind = Literal["hooked", "bridge"]
+
+FACTS_MODEL = "facts"
+"""Name of the model that ships inside the package."""
+
+
+def load_facts_model(kind: Kind | None = None) -> nn.Module:
+    """Load the small trained model that ships inside the package; it needs no network.
+
+    A GPT-2 of 8 layers that knows some 1,500 facts about people, places, companies and works; its
+    model card lies beside it, in `backward_lens_tl/facts_model/MODEL_CARD.md`.
+
+    Args:
+        kind: `"bridge"` for a `TransformerBridge`, `"hooked"` for a `HookedTransformer` with
+            unprocessed weights; `None` is the class that the installed TransformerLens prefers.
+
+    Returns:
+        The model, in eval mode, on the CPU, in float32.
+    """
+    with as_file(files("backward_lens_tl") / "facts_model") as folder:
+        return _load_folder(folder, _checked_kind(kind)).eval()
+
+
+def load_model(name: str, kind: Kind | None = None) -> nn.Module:
+    """Load a model by name, with unprocessed weights.
+
+    Args:
+        name: `"facts"`, a local folder in Hugging Face format, or a name on the hub such as
+            `"gpt2"`.
+        kind: `"bridge"`, `"hooked"`, or `None` for the class that the installed TransformerLens
+            prefers.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ModelNotFoundError: If there is no such model, or the hub cannot be reached.
+    """
+    if name == FACTS_MODEL:
+        return load_facts_model(kind)
+    kind = _checked_kind(kind)
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        return _load_folder(folder, kind).eval()
+    if folder.is_dir():
+        raise ModelNotFoundError(
+            f"folder {name!r} has no config.json; pass a folder in Hugging Face format, a hub "
+            f"name, or {FACTS_MODEL!r}, the model that ships with this package"
+        )
+    if not _in_cache(name) and not _hub_is_reachable():
+        raise ModelNotFoundError(
+            f"{name!r} is neither a local folder nor in the hub's cache, and the hub cannot be "
+            f"reached; use {FACTS_MODEL!r}, the model that ships with this package"
+        )
+    try:
+        return _load_from_hub(name, kind).eval()
+    except (OSError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ModelNotFoundError(
+            f"{name!r} cannot be loaded from the hub: {first_line} ({FACTS_MODEL!r} ships with "
+            "this package and needs no network)"
+        ) from error
+
+
+def _checked_kind(kind: str | None) -> Kind:
+    """The model class to load, if the installed TransformerLens has it."""
+    has_bridge = find_spec("transformer_lens.model_bridge") is not None
+    has_hooked = find_spec("transformer_lens.HookedTransformer") is not None
+    if kind is None:
+        return "bridge" if has_bridge else "hooked"
+    if kind == "bridge" and has_bridge:
+        return "bridge"
+    if kind == "hooked" and has_hooked:
+        return "hooked"
+    there = [name for name, has in (("bridge", has_bridge), ("hooked", has_hooked)) if has]
+    raise InputError(
+        f"kind {kind!r} is not available in TransformerLens {version('transformer-lens')}; it has "
+        f"{' and '.join(map(repr, there))} (HookedTransformer ended with 3.9)"
+    )
+
+
+def _load_folder(folder: Path, kind: Kind) -> nn.Module:
+    hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if kind == "bridge":
+        from transformer_lens.model_bridge import TransformerBridge
+
+        return TransformerBridge.boot_transformers(
+            str(folder), hf_model=hf_model, tokenizer=tokenizer, device="cpu"
+        )
+    return _hooked_from_folder(folder, hf_model, tokenizer)
+
+
+def _hooked_from_folder(folder: Path, hf_model: Any, tokenizer: Any) -> nn.Module:
+    """Do what `HookedTransformer.from_pretrained` does, which wants a hub name."""
+    from transformer_lens import HookedTransformer, loading_from_pretrained
+
+    cfg = loading_from_pretrained.get_pretrained_model_config(str(folder), device="cpu")
+    weights = loading_from_pretrained.get_pretrained_state_dict(str(folder), cfg, hf_model)
+    model: nn.Module = HookedTransformer(cfg, tokenizer)
+    model.load_and_process_state_dict(
+        weights,
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    return model
+
+
+def _load_from_hub(name: str, kind: Kind) -> nn.Module:
+    if kind == "bridge":
+        from transformer_lens.model_bridge import TransformerBridge
+
+        return TransformerBridge.boot_transformers(name)
+    from transformer_lens import HookedTransformer
+
+    return HookedTransformer.from_pretrained_no_processing(name)
+
+
+def _in_cache(name: str) -> bool:
+    try:
+        return isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
+    except huggingface_hub.errors.HFValidationError as error:
+        raise ModelNotFoundError(
+            f"{name!r} is neither a local folder nor a possible hub name; {FACTS_MODEL!r} is the "
+            "model that ships with this package"
+        ) from error
+
+
+def _hub_is_reachable() -> bool:
+    """Whether it is worth asking the hub, whose client retries for half a minute."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    endpoint = urlparse(huggingface_hub.constants.ENDPOINT)
+    if endpoint.scheme in getproxies():
+        return True
+    try:
+        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,369 @@
+"""What is differentiated: one loss per prompt.
+
+An update *lowers* its objective, as in training. The built-in objectives are made before any model
+is known; binding turns their texts into token ids. A plain callable `(logits, tokens) -> loss` of
+shape `[batch]` does as well.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from backward_lens_tl.errors import ObjectiveError, TargetError
+from backward_lens_tl.host import Host
+from backward_lens_tl.prompts import PromptBatch, Prompts, pad_prompts, tokenize_prompts
+from backward_lens_tl.vocabulary import TargetPosition, Vocabulary
+
+_T = TypeVar("_T", str, str | int)
+
+Target = str | int
+Targets = Target | Sequence[Target] | Int[Tensor, "batch"]
+LossFunction = Callable[
+    [Float[Tensor, "batch pos d_vocab"], Int[Tensor, "batch pos"]], Float[Tensor, "batch"]
+]
+
+
+class BoundObjective(ABC):
+    """An objective for given prompts of a given model."""
+
+    def continuation(self, prompt: int) -> Sequence[int]:
+        """Token ids that follow a prompt in the forward pass, for losses that are read there."""
+        del prompt
+        return ()
+
+    @abstractmethod
+    def losses(
+        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+    ) -> Float[Tensor, "batch"]:
+        """The loss of each prompt, in nats where it is a likelihood.
+
+        Args:
+            logits: The model's output, in float32 or float64.
+            batch: The prompts, continuations included.
+
+        Returns:
+            One differentiable loss per prompt.
+        """
+
+    def targets(
+        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+    ) -> Int[Tensor, "batch"] | None:
+        """The token of each prompt that its readouts are compared with.
+
+        Args:
+            logits: The model's output.
+            batch: The prompts, continuations included.
+
+        Returns:
+            Token ids, or `None` if the objective is not about one token.
+        """
+        del logits, batch
+        return None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective, before prompts and model are known.
+
+    Attributes:
+        name: How it was made, for titles and saved results.
+        bind: Resolves texts into token ids, given the model's vocabulary and the number of
+            prompts.
+    """
+
+    name: str
+    bind: Callable[[Vocabulary, int], BoundObjective]
+
+
+def target_nll(
+    target: Targets | None = None, target_position: TargetPosition | None = None
+) -> Objective:
+    """Negative log-likelihood of a target right after the prompt (paper, equations 2 and 3).
+
+    `L = -log p[t]`, where `p` is the softmax of the logits at the prompt's last position.
+
+    Args:
+        target: Text or token id, or one per prompt; `None` is the model's most probable token.
+        target_position: Which token of a text of several stands for it, `"first"` or `"last"`.
+
+    Returns:
+        The objective.
+    """
+
+    def bind(vocabulary: Vocabulary, n_prompts: int) -> BoundObjective:
+        if target is None:
+            return _OwnAnswerNLL()
+        return _TargetNLL(target_ids(target, vocabulary, n_prompts, target_position))
+
+    return Objective(f"target_nll({_name(target)})", bind)
+
+
+def logit_difference(a: Targets, b: Targets) -> Objective:
+    """Logit of `a` minus logit of `b`, right after the prompt.
+
+    The value is the one that circuit analyses report. An update lowers it: to read what promotes
+    `a` over `b`, ask for `logit_difference(b, a)`.
+
+    Args:
+        a: Text or token id, or one per prompt.
+        b: Likewise.
+
+    Returns:
+        The objective. Readouts are compared with `b`, which its update promotes.
+    """
+
+    def bind(vocabulary: Vocabulary, n_prompts: int) -> BoundObjective:
+        return _LogitDifference(
+            target_ids(a, vocabulary, n_prompts), target_ids(b, vocabulary, n_prompts)
+        )
+
+    return Objective(f"logit_difference({_name(a)}, {_name(b)})", bind)
+
+
+def sequence_nll(targets: str | Sequence[str]) -> Objective:
+    """Negative log-likelihood of a whole answer, the sum over its tokens.
+
+    The answer's tokens but the last are appended to the prompt, so that the forward pass covers
+    them: the gradient has `n_prompt + n_answer - 1` positions.
+
+    Args:
+        targets: The answer's text, or one per prompt.
+
+    Returns:
+        The objective. Readouts are compared with the answer's first token.
+    """
+
+    def bind(vocabulary: Vocabulary, n_prompts: int) -> BoundObjective:
+        texts = _one_per_prompt(targets, n_prompts)
+        return _SequenceNLL([vocabulary.encode(text) for text in texts])
+
+    return Objective(f"sequence_nll({_name(targets)})", bind)
+
+
+def next_token_loss() -> Objective:
+    """The training loss: mean over positions of the next token's negative log-likelihood.
+
+    Returns:
+        The objective. Every position but the last carries a loss, so unlike with a loss on the
+        last position alone, the last layer's gradients have full rank.
+    """
+    return Objective("next_token_loss()", lambda vocabulary, n_prompts: _NextTokenLoss())
+
+
+def as_objective(objective: Objective | LossFunction) -> Objective:
+    """Accept a plain callable as an objective.
+
+    Args:
+        objective: An objective, or a callable `(logits, tokens) -> loss`. The callable sees
+            prompts of one length at a time, `[batch, pos, d_vocab]` and `[batch, pos]` without
+            padding, and returns one loss per prompt.
+
+    Returns:
+        The objective.
+
+    Raises:
+        ObjectiveError: If it is neither.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if not callable(objective):
+        raise ObjectiveError(
+            f"objective is a {type(objective).__name__}; pass target_nll(...), "
+            "logit_difference(...), sequence_nll(...), next_token_loss() or a callable "
+            "(logits, tokens) -> losses of shape [batch]"
+        )
+    name = getattr(objective, "__name__", type(objective).__name__)
+    return Objective(name, lambda vocabulary, n_prompts: _CallerLoss(objective))
+
+
+def bind_to_prompts(
+    objective: Objective, host: Host, prompts: Prompts, prepend_bos: bool | None
+) -> tuple[BoundObjective, PromptBatch]:
+    """Make the batch that a forward pass gets, and the objective for it.
+
+    Args:
+        objective: The objective.
+        host: The model.
+        prompts: A text, several, or token ids.
+        prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
+
+    Returns:
+        The objective with its token ids, and the prompts with its continuations.
+    """
+    rows = tokenize_prompts(host, prompts, prepend_bos)
+    bound = objective.bind(host.vocabulary, len(rows))
+    continued = [[*row, *bound.continuation(index)] for index, row in enumerate(rows)]
+    return bound, pad_prompts(host, continued)
+
+
+def target_ids(
+    targets: Targets,
+    vocabulary: Vocabulary,
+    n_prompts: int,
+    target_position: TargetPosition | None = None,
+) -> list[int]:
+    """One target token per prompt.
+
+    Args:
+        targets: Text or token id, for all prompts or one per prompt.
+        vocabulary: The model's.
+        n_prompts: Number of prompts.
+        target_position: Which token of a text of several stands for it.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        TargetError: If the number of targets is not that of the prompts, or one is not a token.
+    """
+    if target_position not in (None, "first", "last"):
+        raise TargetError(
+            f"target_position is {target_position!r}; allowed are 'first', 'last' and None"
+        )
+    listed: Target | Sequence[Target] = targets.tolist() if isinstance(targets, Tensor) else targets
+    return [
+        vocabulary.token_id(target, target_position)
+        for target in _one_per_prompt(listed, n_prompts)
+    ]
+
+
+def _one_per_prompt(targets: _T | Sequence[_T], n_prompts: int) -> list[_T]:
+    if isinstance(targets, str | int):
+        return [targets] * n_prompts
+    if len(targets) != n_prompts:
+        raise TargetError(
+            f"there are {len(targets)} targets for {n_prompts} prompts; pass one for all, or one "
+            "per prompt"
+        )
+    return list(targets)
+
+
+def _name(targets: object) -> str:
+    return repr(targets.tolist() if isinstance(targets, Tensor) else targets)
+
+
+def _last(
+    logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+) -> Float[Tensor, "batch d_vocab"]:
+    return logits[torch.arange(len(batch.last), device=logits.device), batch.last]
+
+
+def _pick(
+    values: Float[Tensor, "*lead d_vocab"], ids: Int[Tensor, "*lead"]
+) -> Float[Tensor, "*lead"]:
+    return values.gather(-1, ids[..., None])[..., 0]
+
+
+@dataclass(frozen=True)
+class _TargetNLL(BoundObjective):
+    ids: Sequence[int]
+
+    def losses(
+        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+    ) -> Float[Tensor, "batch"]:
+        return -_pick(_last(logits, batch).log_softmax(-1), self.targets(logits, batch))
+
+    def targets(
+        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+    ) -> Int[Tensor, "batch"]:
+        return torch.tensor(self.ids, device=logits.device)
+
+
+class _OwnAnswerNLL(_TargetNLL):
+    def __init__(self) -> None:
+        super().__init__(ids=())
+
+    def targets(
+        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+    ) -> Int[Tensor, "batch"]:
+        return _last(logits, batch).argmax(-1)
+
+
+@dataclass(frozen=True)
+class _LogitDifference(BoundObjective):
+    a: Sequence[int]
+    b: Sequence[int]
+
+    def losses(
+        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+    ) -> Float[Tensor, "batch"]:
+        last = _last(logits, batch)
+        a = torch.tensor(self.a, device=logits.device)
+        return _pick(last, a) - _pick(last, self.targets(logits, batch))
+
+    def targets(
+        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+    ) -> Int[Tensor, "batch"]:
+        return torch.tensor(self.b, device=logits.device)
+
+
+@dataclass(frozen=True)
+class _SequenceNLL(BoundObjective):
+    answers: Sequence[Sequence[int]]
+
+    def continuation(self, prompt: int) -> Sequence[int]:
+        return self.answers[prompt][:-1]
+
+    def losses(
+        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+    ) -> Float[Tensor, "batch"]:
+        losses = []
+        for row, answer, last in zip(logits, self.answers, batch.last.tolist(), strict=True):
+            read = row[last - len(answer) + 1 : last + 1].log_softmax(-1)
+            losses.append(-_pick(read, torch.tensor(answer, device=row.device)).sum())
+        return torch.stack(losses)
+
+    def targets(
+        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+    ) -> Int[Tensor, "batch"]:
+        return torch.tensor([answer[0] for answer in self.answers], device=logits.device)
+
+
+class _NextTokenLoss(BoundObjective):
+    def losses(
+        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+    ) -> Float[Tensor, "batch"]:
+        if int(batch.lengths.min()) < 2:
+            raise ObjectiveError(
+                "next_token_loss needs prompts of at least two tokens, because the first predicts "
+                "the second; lengthen the prompt or prepend a BOS token"
+            )
+        nll = -_pick(logits[:, :-1].log_softmax(-1), batch.tokens[:, 1:])
+        return nll.masked_fill(~batch.mask[:, 1:], 0).sum(1) / batch.last
+
+
+@dataclass(frozen=True)
+class _CallerLoss(BoundObjective):
+    function: LossFunction
+
+    def losses(
+        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+    ) -> Float[Tensor, "batch"]:
+        losses = logits.new_zeros(len(logits))
+        for length in batch.lengths.unique().tolist():
+            rows = (batch.lengths == length).nonzero()[:, 0]
+            found = self.function(logits[rows, :length], batch.tokens[rows, :length])
+            self._check(found, len(rows), must_flow=logits.requires_grad)
+            losses = losses.index_copy(0, rows, found.to(losses.dtype))
+        return losses
+
+    @staticmethod
+    def _check(losses: object, n_prompts: int, *, must_flow: bool) -> None:
+        if not isinstance(losses, Tensor) or losses.shape != (n_prompts,):
+            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ObjectiveError(
+                f"the objective returned {shape} for {n_prompts} prompts of one length; it must "
+                "return one loss per prompt, a tensor of shape [batch]"
+            )
+        if must_flow and not losses.requires_grad:
+            raise ObjectiveError(
+                "the objective's losses do not depend on the logits through autograd; compute "
+                "them with torch operations, without .detach(), .item() or no_grad()"
+            )

@@ -1,0 +1,92 @@
+"""From vectors of the residual stream's width to scores over the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.host import Host
+
+
+@runtime_checkable
+class Projection(Protocol):
+    """Anything that reads vectors as scores over the vocabulary."""
+
+    def project(
+        self, vectors: Float[Tensor, "n d_model"], layer: int
+    ) -> Float[Tensor, "n d_vocab"]:
+        """Score every token for every vector.
+
+        Args:
+            vectors: Vectors of the residual stream's width.
+            layer: The layer that they come from.
+
+        Returns:
+            Scores; larger is more promoted.
+        """
+
+
+class LogitLens:
+    """The model's own decoding, `LL(v) = softmax(ln_final(v) @ W_U + b_U)` (paper, section 3.3).
+
+    Scores are the logits, before the softmax, which changes neither order nor ranks. The norm's
+    statistics are computed afresh for each vector; logit softcap and scale are the model's own.
+
+    Args:
+        host: The model.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def project(
+        self, vectors: Float[Tensor, "n d_model"], layer: int
+    ) -> Float[Tensor, "n d_vocab"]:
+        """Score every token for every vector; the same in all layers."""
+        del layer
+        return self._host.unembed(vectors)
+
+
+class NormalizedLogitLens(LogitLens):
+    """The Logit Lens of `v / ||v||_2` (paper, appendix F); a zero vector stays zero.
+
+    It differs from the Logit Lens where a vector is so small that the final norm's `eps` counts,
+    as VJPs often are.
+    """
+
+    def project(
+        self, vectors: Float[Tensor, "n d_model"], layer: int
+    ) -> Float[Tensor, "n d_vocab"]:
+        """Score every token for every vector's direction; the same in all layers."""
+        norms = vectors.norm(dim=-1, keepdim=True)
+        return super().project(vectors / norms.masked_fill(norms == 0, 1), layer)
+
+
+_BY_NAME = {"logit_lens": LogitLens, "normalized": NormalizedLogitLens}
+
+
+def as_projection(projection: str | Projection, host: Host) -> Projection:
+    """Resolve the `projection` argument.
+
+    Args:
+        projection: `"logit_lens"`, `"normalized"`, or an object with
+            `project(vectors, layer) -> logits`.
+        host: The model.
+
+    Returns:
+        The projection.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    if isinstance(projection, str) and projection in _BY_NAME:
+        return _BY_NAME[projection](host)
+    if isinstance(projection, Projection):
+        return projection
+    raise InputError(
+        f"unknown projection {projection!r}; allowed are {', '.join(map(repr, _BY_NAME))}, or an "
+        "object with project(vectors, layer) -> logits"
+    )

@@ -1,0 +1,125 @@
+"""Prompts as a batch: token ids, padded on the right, with a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.host import Host
+
+Prompts = str | Sequence[str] | Int[Tensor, "batch pos"]
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts of one forward pass.
+
+    Padding is always on the right, whatever the tokenizer's habit: in a causal model no real
+    token sees it, so a prompt in a batch gives the same numbers as the prompt alone.
+
+    Attributes:
+        tokens: Token ids; 0 at padding.
+        mask: False at padding.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any prompt is shorter than the longest."""
+        return not bool(self.mask.all())
+
+    @property
+    def lengths(self) -> Int[Tensor, "batch"]:
+        """Number of real tokens of each prompt."""
+        return self.mask.sum(dim=1)
+
+    @property
+    def last(self) -> Int[Tensor, "batch"]:
+        """Index of the last real token of each prompt."""
+        return self.lengths - 1
+
+
+def tokenize_prompts(host: Host, prompts: Prompts, prepend_bos: bool | None) -> list[list[int]]:
+    """Token ids of each prompt.
+
+    Args:
+        host: The model.
+        prompts: A text, several, or token ids (taken as they are, all of them real).
+        prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
+
+    Returns:
+        One list of ids per prompt.
+
+    Raises:
+        InputError: If a prompt is empty or not a text, there is no prompt, or ids have the wrong
+            shape or dtype, lie outside the vocabulary, or come with `prepend_bos`.
+    """
+    if isinstance(prompts, Tensor):
+        return _checked_ids(host, prompts, prepend_bos)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        raise InputError("there is no prompt in the list; pass at least one")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(
+                f"prompt {index} is a {type(text).__name__}; pass texts, or one tensor of token "
+                "ids of shape [batch, pos]"
+            )
+        if not text:
+            raise InputError(f"prompt {index} is empty; a gradient needs at least one token")
+    return [host.tokenize(text, prepend_bos) for text in texts]
+
+
+def _checked_ids(host: Host, ids: Tensor, prepend_bos: bool | None) -> list[list[int]]:
+    if ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise InputError(
+            f"token ids have shape {tuple(ids.shape)} and dtype {ids.dtype}; pass integers of "
+            "shape [batch, pos] with at least one prompt and one token (ids[None] adds the batch)"
+        )
+    if prepend_bos is not None:
+        raise InputError(
+            "prepend_bos is for texts; put the BOS id into the token ids yourself, or leave it out"
+        )
+    d_vocab_in = int(host.model.cfg.d_vocab)
+    if int(ids.min()) < 0 or int(ids.max()) >= d_vocab_in:
+        raise InputError(
+            f"token ids run from {int(ids.min())} to {int(ids.max())}; allowed are 0 to "
+            f"{d_vocab_in - 1}"
+        )
+    rows: list[list[int]] = ids.tolist()
+    return rows
+
+
+def pad_prompts(host: Host, rows: Sequence[Sequence[int]]) -> PromptBatch:
+    """Put token ids of different lengths into one batch.
+
+    Args:
+        host: The model, for its context length and device.
+        rows: Token ids of each prompt.
+
+    Returns:
+        The batch, on the model's device.
+
+    Raises:
+        InputError: If a prompt is longer than the model's context.
+    """
+    longest = max(len(row) for row in rows)
+    for index, row in enumerate(rows):
+        if len(row) > host.n_ctx:
+            raise InputError(
+                f"prompt {index} has {len(row)} tokens (answer included); the model's context "
+                f"holds {host.n_ctx}. Shorten it, or pass a part of it"
+            )
+    tokens = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = True
+    return PromptBatch(tokens.to(host.device), mask.to(host.device))

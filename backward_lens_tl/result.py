@@ -1,0 +1,431 @@
+"""What the lens found, as tensors, as words, as a table.
+
+A result stands alone: it keeps the gradients' factors and the text of every token that it shows,
+and neither the model nor the tokenizer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.gradients import GradientCapture, MatrixGradient
+from backward_lens_tl.host import MatrixName
+from backward_lens_tl.readout import Readout
+from backward_lens_tl.selection import position_index
+from backward_lens_tl.storage import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_DISTRIBUTIONS = ("backward-lens-tl", "transformer-lens", "torch")
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token of the vocabulary and the score that a projection gave it."""
+
+    token: str
+    token_id: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One matrix, layer and prompt position, in words.
+
+    Attributes:
+        matrix: TransformerLens's name of the matrix.
+        layer: The layer, from 0.
+        position: Index in the prompt, from 0.
+        token: The prompt's token there.
+        top: Most promoted tokens, best first.
+        bottom: Least promoted tokens, smallest score first.
+        norm: `||delta_i||_2`.
+        target_rank: Tokens scored above the target; `None` without a target.
+        is_zero: Whether the position adds nothing to this gradient, so that its words mean
+            nothing: they would be those of the final norm's bias.
+    """
+
+    matrix: MatrixName
+    layer: int
+    position: int
+    token: str
+    top: tuple[TokenScore, ...]
+    bottom: tuple[TokenScore, ...]
+    norm: float
+    target_rank: int | None
+    is_zero: bool
+
+    @property
+    def target_leads(self) -> bool:
+        """Whether the target is the most promoted token."""
+        return self.target_rank == 0 and not self.is_zero
+
+
+@dataclass(frozen=True, repr=False)
+class BackwardLensResult:
+    """Gradients of weight matrices and what they say over the vocabulary.
+
+    Tensors of a matrix have the axes `layer batch pos`: the layers in `layers`, the prompts, and
+    the positions in `positions`. Methods take a layer's own number and a position in the prompt,
+    negative ones from the end.
+
+    Attributes:
+        gradients: The captured factors, with the raw gradient's sign.
+        readouts: The projected spanning set of each matrix.
+        positions: Index of each projected position in its prompt, -1 where there is none.
+        token_texts: Text of every token that occurs in a readout or as a target.
+        projection: Name of the projection.
+        direction: `"update"` if the VJPs of `W_out` were negated before the projection, so that
+            top tokens are those that a step of gradient descent adds; `"gradient"` if not.
+    """
+
+    gradients: GradientCapture
+    readouts: Mapping[MatrixName, Readout]
+    positions: Int[Tensor, "batch pos"]
+    token_texts: Mapping[int, str]
+    projection: str
+    direction: str
+
+    # --- what there is -------------------------------------------------------------------------
+
+    @property
+    def matrices(self) -> tuple[MatrixName, ...]:
+        """Names of the matrices, in the order in which a layer uses them."""
+        return self.gradients.matrices
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers, ascending."""
+        return self.gradients.layers
+
+    @property
+    def k(self) -> int:
+        """Number of tokens kept at either end."""
+        return int(self.readouts[self.matrices[0]].top_ids.shape[-1])
+
+    def target(self, batch: int = 0) -> str | None:
+        """Text of a prompt's target, if there is one."""
+        targets = self.gradients.targets
+        return None if targets is None else self.token_texts[int(targets[batch])]
+
+    # --- tensors -------------------------------------------------------------------------------
+
+    def readout(self, matrix: str) -> Readout:
+        """The projected spanning set of a matrix.
+
+        Args:
+            matrix: Its name.
+
+        Returns:
+            Token ids and scores, `[layer, batch, pos, k]`, and target ranks, `[layer, batch, pos]`.
+
+        Raises:
+            InputError: If the matrix was not asked for.
+        """
+        for name, readout in self.readouts.items():
+            if name == matrix:
+                return readout
+        raise InputError(f"{matrix!r} is not in this result; it has {', '.join(self.matrices)}")
+
+    def target_rank(self, matrix: str) -> Int[Tensor, "layer batch pos"]:
+        """Rank of the target among all tokens, 0 for the largest score.
+
+        Where `is_zero` is true the rank is that of the final norm's bias and means nothing.
+
+        Args:
+            matrix: Its name.
+
+        Returns:
+            The ranks; -1 at padding.
+
+        Raises:
+            InputError: If the objective has no target and none was given.
+        """
+        if self.gradients.targets is None:
+            raise InputError(
+                f"{self.gradients.objective} is not about one token, so there is no target to "
+                "rank; pass target=... beside the objective"
+            )
+        return self.readout(matrix).target_rank
+
+    def norms(self, matrix: str) -> Float[Tensor, "layer batch pos"]:
+        """`||delta_i||_2`, how strongly each position writes into a matrix; 0 at padding."""
+        return self._by_layer(matrix, [gradient.norms for gradient in self._of(matrix)])
+
+    def is_zero(self, matrix: str) -> Bool[Tensor, "layer batch pos"]:
+        """Where a position adds nothing to a matrix's gradient; true at padding."""
+        zero = self._by_layer(matrix, [gradient.is_zero for gradient in self._of(matrix)])
+        return zero | (self.positions < 0)
+
+    def _of(self, matrix: str) -> Iterator[MatrixGradient]:
+        self.readout(matrix)
+        return (self.gradients[matrix, layer] for layer in self.layers)
+
+    def _by_layer(self, matrix: str, values: list[Tensor]) -> Tensor:
+        chosen = torch.stack(values).gather(
+            2, self.positions.clamp_min(0).expand(len(values), *self.positions.shape)
+        )
+        return chosen.masked_fill(self.positions < 0, 0)
+
+    # --- words ---------------------------------------------------------------------------------
+
+    def cell(self, matrix: str, layer: int, pos: int, batch: int = 0) -> Cell:
+        """One matrix, layer and position, in words.
+
+        Args:
+            matrix: Name of the matrix.
+            layer: A layer of the model, or a negative index into the analysed layers.
+            pos: Position in the prompt, negative from its end.
+            batch: Which prompt.
+
+        Returns:
+            Its tokens, norm and rank.
+
+        Raises:
+            InputError: If it was not analysed.
+        """
+        readout, row = self.readout(matrix), self._layer_index(layer)
+        column = self._position_index(pos, batch)
+        at = row, batch, column
+        gradient = self.gradients[matrix, self.layers[row]]
+        position = int(self.positions[batch, column])
+        rank = None if self.gradients.targets is None else int(readout.target_rank[at])
+        return Cell(
+            matrix=gradient.matrix,
+            layer=gradient.layer,
+            position=position,
+            token=self.gradients.str_tokens[batch][position],
+            top=self._tokens(readout.top_ids[at], readout.top_scores[at]),
+            bottom=self._tokens(readout.bottom_ids[at], readout.bottom_scores[at]),
+            norm=float(gradient.vjps[batch, position].norm()),
+            target_rank=rank,
+            is_zero=bool(gradient.is_zero[batch, position]),
+        )
+
+    def cells(self, matrix: str, layer: int, batch: int = 0) -> list[Cell]:
+        """The cells of one matrix and layer, in the order of the analysed positions."""
+        analysed = (int(position) for position in self.positions[batch] if position >= 0)
+        return [self.cell(matrix, layer, position, batch) for position in analysed]
+
+    def top_tokens(
+        self, matrix: str, layer: int, pos: int, k: int | None = None, batch: int = 0
+    ) -> list[str]:
+        """The most promoted tokens of one cell.
+
+        Args:
+            matrix: Name of the matrix.
+            layer: A layer of the model, or a negative index into the analysed layers.
+            pos: Position in the prompt, negative from its end.
+            k: How many; by default all that were kept.
+            batch: Which prompt.
+
+        Returns:
+            Texts, best first; none where the position adds nothing to the gradient.
+        """
+        cell = self.cell(matrix, layer, pos, batch)
+        return [] if cell.is_zero else [entry.token for entry in cell.top[: self._kept(k)]]
+
+    def bottom_tokens(
+        self, matrix: str, layer: int, pos: int, k: int | None = None, batch: int = 0
+    ) -> list[str]:
+        """The least promoted tokens of one cell.
+
+        Args:
+            matrix: Name of the matrix.
+            layer: A layer of the model, or a negative index into the analysed layers.
+            pos: Position in the prompt, negative from its end.
+            k: How many; by default all that were kept.
+            batch: Which prompt.
+
+        Returns:
+            Texts, smallest score first; none where the position adds nothing to the gradient.
+        """
+        cell = self.cell(matrix, layer, pos, batch)
+        return [] if cell.is_zero else [entry.token for entry in cell.bottom[: self._kept(k)]]
+
+    def _tokens(self, ids: Int[Tensor, "k"], scores: Float[Tensor, "k"]) -> tuple[TokenScore, ...]:
+        pairs = zip(ids.tolist(), scores.tolist(), strict=True)
+        return tuple(TokenScore(self.token_texts[token], token, score) for token, score in pairs)
+
+    def _kept(self, k: int | None) -> int:
+        if k is None:
+            return self.k
+        if not 1 <= k <= self.k:
+            raise InputError(
+                f"k is {k}, but {self.k} tokens were kept; call backward_lens(..., k={k}) for more"
+            )
+        return k
+
+    def _layer_index(self, layer: int) -> int:
+        if layer in self.layers:
+            return self.layers.index(layer)
+        if not -len(self.layers) <= layer < 0:
+            raise InputError(
+                f"layer {layer!r} was not analysed; there are {', '.join(map(str, self.layers))}"
+            )
+        return layer % len(self.layers)
+
+    def _position_index(self, pos: int, batch: int) -> int:
+        if not 0 <= batch < len(self.positions):
+            raise InputError(
+                f"prompt {batch!r} does not exist; allowed are 0 to {len(self.positions) - 1}"
+            )
+        wanted = position_index(pos, len(self.gradients.str_tokens[batch]), batch)
+        analysed = self.positions[batch].tolist()
+        if wanted not in analysed:
+            raise InputError(
+                f"position {pos} was not analysed in prompt {batch}; there are {analysed}"
+            )
+        return analysed.index(wanted)
+
+    # --- tables --------------------------------------------------------------------------------
+
+    def to_df(self) -> pd.DataFrame:
+        """A tidy table, one row per prompt, matrix, layer and position.
+
+        Returns:
+            Columns `prompt`, `matrix`, `layer`, `position`, `token`, `norm`, `is_zero`, `target`,
+            `target_rank`, `top_tokens`, `top_scores`, `bottom_tokens`, `bottom_scores`; the last
+            four hold lists.
+        """
+        import pandas as pd
+
+        prompts = range(len(self.positions))
+        return pd.DataFrame(
+            [
+                {
+                    "prompt": prompt,
+                    "matrix": matrix,
+                    "layer": layer,
+                    "position": cell.position,
+                    "token": cell.token,
+                    "norm": cell.norm,
+                    "is_zero": cell.is_zero,
+                    "target": self.target(prompt),
+                    "target_rank": cell.target_rank,
+                    "top_tokens": [entry.token for entry in cell.top],
+                    "top_scores": [entry.score for entry in cell.top],
+                    "bottom_tokens": [entry.token for entry in cell.bottom],
+                    "bottom_scores": [entry.score for entry in cell.bottom],
+                }
+                for prompt in prompts
+                for matrix in self.matrices
+                for layer in self.layers
+                for cell in self.cells(matrix, layer, prompt)
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        # The one place where data looks ahead to a view: a result shows itself in a notebook.
+        from backward_lens_tl.views.html import render_table
+
+        return render_table(self)
+
+    def save_html(self, path: str | os.PathLike[str], batch: int = 0) -> None:
+        """Write the layers x tokens table of one prompt as a page that needs nothing else.
+
+        Args:
+            path: The file.
+            batch: Which prompt.
+        """
+        from backward_lens_tl.views.html import render_page
+
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(render_page(self, batch))
+
+    def __repr__(self) -> str:
+        prompts, first = len(self.positions), self.gradients.str_tokens[0]
+        return (
+            f"BackwardLensResult({', '.join(self.matrices)} of {len(self.layers)} layers, "
+            f"{prompts} {'prompt' if prompts == 1 else 'prompts'}, the first {''.join(first)!r}, "
+            f"{self.gradients.objective}, {self.projection}, {self.direction}; look at it with "
+            ".top_tokens(matrix, layer, pos), .to_df() or .save_html(path))"
+        )
+
+    # --- files ---------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the whole result to one safetensors file.
+
+        Args:
+            path: The file.
+        """
+        capture = self.gradients
+        tensors = {
+            "tokens": capture.tokens,
+            "mask": capture.mask,
+            "loss": capture.loss,
+            "positions": self.positions,
+        }
+        if capture.targets is not None:
+            tensors["targets"] = capture.targets
+        for gradient in capture:
+            at = f"{gradient.matrix}.{gradient.layer}"
+            tensors |= {f"{at}.inputs": gradient.inputs, f"{at}.vjps": gradient.vjps}
+        for matrix, readout in self.readouts.items():
+            tensors |= {f"{matrix}.{f.name}": getattr(readout, f.name) for f in fields(readout)}
+        description = {name.replace("-", "_"): version(name) for name in _DISTRIBUTIONS} | {
+            "matrices": self.matrices,
+            "layers": self.layers,
+            "str_tokens": capture.str_tokens,
+            "objective": capture.objective,
+            "model_name": capture.model_name,
+            "token_texts": dict(self.token_texts),
+            "projection": self.projection,
+            "direction": self.direction,
+        }
+        write_tensors(path, tensors, description)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> BackwardLensResult:
+        """Read a saved result, on the CPU; no model is needed.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The result.
+        """
+        tensors, about = read_tensors(path)
+        mask = tensors["mask"]
+        gradients = {
+            (matrix, layer): MatrixGradient(
+                matrix,
+                layer,
+                tensors[f"{matrix}.{layer}.inputs"],
+                tensors[f"{matrix}.{layer}.vjps"],
+                mask,
+            )
+            for layer in about["layers"]
+            for matrix in about["matrices"]
+        }
+        return cls(
+            gradients=GradientCapture(
+                gradients=gradients,
+                tokens=tensors["tokens"],
+                mask=mask,
+                str_tokens=tuple(map(tuple, about["str_tokens"])),
+                loss=tensors["loss"],
+                targets=tensors.get("targets"),
+                objective=about["objective"],
+                model_name=about["model_name"],
+            ),
+            readouts={
+                matrix: Readout(**{f.name: tensors[f"{matrix}.{f.name}"] for f in fields(Readout)})
+                for matrix in about["matrices"]
+            },
+            positions=tensors["positions"],
+            token_texts={int(token): text for token, text in about["token_texts"].items()},
+            projection=about["projection"],
+            direction=about["direction"],
+        )

@@ -1,0 +1,124 @@
+"""Which matrices, layers and positions are asked for: names and indices, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.host import MATRIX_NAMES, Host, MatrixName
+
+
+def select_matrices(matrices: str | Sequence[str], host: Host) -> tuple[MatrixName, ...]:
+    """Resolve the `matrices` argument.
+
+    Args:
+        matrices: Names among `W_in`, `W_gate`, `W_out`, or the group `"mlp"` (those of the three
+            that the model has), alone or in a sequence.
+        host: The model.
+
+    Returns:
+        Names without repeats, in the order in which a layer uses them.
+
+    Raises:
+        InputError: If a name is unknown, or nothing is asked for.
+    """
+    asked = [matrices] if isinstance(matrices, str) else list(matrices)
+    wanted: set[str] = set()
+    for name in asked:
+        if name == "mlp":
+            wanted.update(host.matrices(layer=0))
+        elif name in MATRIX_NAMES:
+            wanted.add(name)
+        else:
+            raise InputError(
+                f"unknown matrix {name!r}; allowed are {', '.join(MATRIX_NAMES)} and the group "
+                "'mlp'"
+            )
+    if not wanted:
+        raise InputError("no matrix was asked for; name one, for example matrices=('W_out',)")
+    return tuple(name for name in MATRIX_NAMES if name in wanted)
+
+
+def select_layers(layers: int | Sequence[int] | None, host: Host) -> tuple[int, ...]:
+    """Resolve the `layers` argument.
+
+    Args:
+        layers: Indices, negative ones from the end, or `None` for all.
+        host: The model.
+
+    Returns:
+        Indices from 0, ascending, without repeats.
+
+    Raises:
+        InputError: If an index is out of range, or nothing is asked for.
+    """
+    n = host.n_layers
+    if layers is None:
+        return tuple(range(n))
+    asked = [layers] if isinstance(layers, int) else list(layers)
+    for layer in asked:
+        if not _is_index(layer, n):
+            raise InputError(f"layer {layer!r} does not exist; allowed are {-n} to {n - 1}")
+    if not asked:
+        raise InputError("no layer was asked for; leave `layers` out for all of them")
+    return tuple(sorted({layer % n for layer in asked}))
+
+
+def select_positions(
+    positions: int | Sequence[int] | None, mask: Bool[Tensor, "batch pos"]
+) -> Int[Tensor, "batch selected"]:
+    """Resolve the `positions` argument, prompt by prompt.
+
+    Args:
+        positions: Indices into each prompt, negative ones from that prompt's own end, or `None`
+            for all.
+        mask: False at padding, which is on the right.
+
+    Returns:
+        Indices from 0, in the order asked for; -1 where a shorter prompt has no such position
+        because all were asked for.
+
+    Raises:
+        InputError: If a prompt has no such position, or nothing is asked for.
+    """
+    if positions is None:
+        everywhere = torch.arange(mask.shape[1], device=mask.device)
+        return torch.where(mask, everywhere, torch.full_like(everywhere, -1))
+    asked = [positions] if isinstance(positions, int) else list(positions)
+    if not asked:
+        raise InputError("no position was asked for; leave `positions` out for all of them")
+    rows = [
+        [position_index(position, int(length), prompt) for position in asked]
+        for prompt, length in enumerate(mask.sum(dim=1))
+    ]
+    return torch.tensor(rows, device=mask.device)
+
+
+def position_index(position: int, length: int, prompt: int) -> int:
+    """Turn one position of one prompt into an index from 0.
+
+    Args:
+        position: The index, negative from the end.
+        length: Number of tokens of the prompt.
+        prompt: Which prompt of the batch, for the message.
+
+    Returns:
+        The index from 0.
+
+    Raises:
+        InputError: If the prompt has no such position.
+    """
+    if not _is_index(position, length):
+        raise InputError(
+            f"position {position!r} does not exist in prompt {prompt}, which has {length} tokens; "
+            f"allowed are {-length} to {length - 1}"
+        )
+    return position % length
+
+
+def _is_index(value: object, size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -size <= value < size

@@ -1,0 +1,116 @@
+"""Tokens as words: from a target's text to its token ids, and from ids to text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any, Literal
+
+from backward_lens_tl.errors import TargetError
+
+TargetPosition = Literal["first", "last"]
+
+_SENTENCEPIECE_SPACE = "▁"
+
+
+class Vocabulary:
+    """The model's tokenizer, as far as targets and readouts need it.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer, or `None`; without one, targets are token ids and
+            the text of token 7 is `<7>`.
+        size: Number of logits, `d_vocab`.
+    """
+
+    def __init__(self, tokenizer: Any, size: int) -> None:
+        self._tokenizer = tokenizer
+        self.size = size
+
+    def text(self, token_id: int) -> str:
+        """Text of one token as it stands in running text, with its leading space if it has one."""
+        if self._tokenizer is None:
+            return f"<{token_id}>"
+        text: str = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        # SentencePiece decoders drop the space in front of a text, so a lone token loses its own.
+        piece = self._tokenizer.convert_ids_to_tokens(token_id) or ""
+        if piece.startswith(_SENTENCEPIECE_SPACE) and not text.startswith(" "):
+            text = " " + text
+        return text
+
+    def texts(self, token_ids: Iterable[int]) -> tuple[str, ...]:
+        """Text of each token."""
+        return tuple(self.text(token_id) for token_id in token_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text that continues a prompt: no BOS, its own leading space.
+
+        Args:
+            text: The continuation, such as `" Paris"`.
+
+        Returns:
+            The ids.
+
+        Raises:
+            TargetError: If there is no tokenizer, or the text has no token.
+        """
+        if self._tokenizer is None:
+            raise TargetError(
+                f"target {text!r} is text, but the model has no tokenizer; pass an id"
+            )
+        # SentencePiece puts a space in front of every text by itself.
+        bare = text[1:] if self._adds_space and text.startswith(" ") else text
+        ids: list[int] = self._tokenizer(bare, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise TargetError(f"target {text!r} has no token; pass a word such as ' Paris'")
+        return ids
+
+    def token_id(self, target: str | int, target_position: TargetPosition | None = None) -> int:
+        """The one token that a target stands for.
+
+        Args:
+            target: Text, or a token id.
+            target_position: Which token of a text of several stands for it; `None` refuses such
+                a text.
+
+        Returns:
+            The token id.
+
+        Raises:
+            TargetError: If a text has several tokens and no `target_position` is given, or an id
+                is outside the vocabulary.
+        """
+        if not isinstance(target, str):
+            return self._checked(target)
+        ids = self.encode(target)
+        if len(ids) == 1 or target_position == "first":
+            return self._checked(ids[0])
+        if target_position == "last":
+            return self._checked(ids[-1])
+        pieces = " | ".join(repr(self.text(token_id)) for token_id in ids)
+        raise TargetError(
+            f"target {target!r} is {len(ids)} tokens ({pieces}), and a gradient is read against "
+            f"one.{self._space_hint(target)} Ask for target_position='first' or 'last', pass a "
+            "token id, or differentiate all of them with objective=sequence_nll(...)"
+        )
+
+    def _space_hint(self, target: str) -> str:
+        spaced = " " + target
+        if target.startswith(" ") or len(self.encode(spaced)) > 1:
+            return ""
+        return f" With a leading space, {spaced!r} is one token: probably that is meant."
+
+    def _checked(self, token_id: int) -> int:
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise TargetError(
+                f"target {token_id!r} is a {type(token_id).__name__}; pass text or a token id"
+            )
+        if not 0 <= token_id < self.size:
+            raise TargetError(
+                f"token id {token_id} is not in the vocabulary; allowed are 0 to {self.size - 1}"
+            )
+        return token_id
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        pieces = self._tokenizer.tokenize("a")
+        return bool(pieces) and str(pieces[0]).startswith(_SENTENCEPIECE_SPACE)
