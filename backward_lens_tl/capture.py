@@ -6,6 +6,7 @@ cost is one forward pass and the activation half of one backward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from backward_lens_tl.errors import ModelStateError
+from backward_lens_tl.errors import ModelStateError, ObjectiveError
 from backward_lens_tl.gradients import GradientCapture, MatrixGradient
 from backward_lens_tl.host import MatrixSite, Tap, host_of
 from backward_lens_tl.objectives import LossFunction, Objective, as_objective, bind_to_prompts
@@ -60,6 +61,7 @@ def capture_gradients(
     with torch.enable_grad(), _recording(sites) as recorders:
         logits = at_least_float32(host.logits(batch.tokens, batch.mask))
         losses = bound.losses(logits, batch)
+        _check_finite(losses)
         vjps = _vjps(losses, recorders)
     return GradientCapture(
         gradients={
@@ -117,16 +119,17 @@ class _Recorder:
             tensor: `y`.
 
         Returns:
-            On a frozen model, whose lowest matrices have nothing below them that needs a gradient,
-            a tensor equal to `y` from which gradients flow; else `None`.
+            What takes the place of `y`, equal to it, or `None` if it can stay.
         """
-        # Times one, because unlike a leaf the product may be overwritten in place by the model.
-        replaced = None if tensor.requires_grad else tensor.detach().requires_grad_() * 1
-        # The edge stays with this value, also when an operation in place moves the tensor on.
-        edge = get_gradient_edge(tensor if replaced is None else replaced)
-        # One number that stands for zeros of y's shape, so that y itself is not kept.
-        self._outputs.append((edge, tensor.detach().new_zeros(()).expand(tensor.shape)))
-        return replaced
+        # On a frozen model nothing below the lowest matrix needs a gradient: begin with y.
+        source = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+        # The model or a caller's hook may write into y. The edge kept here is that of y before
+        # then, but a view leaves its old node, and a leaf may not be written into: copy those.
+        kept = source.clone() if source.is_leaf or source._is_view() else source
+        # One number that stands for zeros of y's shape, so that y itself is not held in memory.
+        zeros = kept.detach().new_zeros(()).expand(kept.shape)
+        self._outputs.append((get_gradient_edge(kept), zeros))
+        return None if kept is tensor else kept
 
     @property
     def x(self) -> Tensor:
@@ -163,6 +166,15 @@ def _recording(sites: Sequence[MatrixSite]) -> Iterator[list[_Recorder]]:
                 hooked(recorder.site.output, recorder.keep_output, before_others=True)
             )
         yield recorders
+
+
+def _check_finite(losses: Float[Tensor, "batch"]) -> None:
+    for prompt, loss in enumerate(losses.tolist()):
+        if not math.isfinite(loss):
+            raise ObjectiveError(
+                f"the loss of prompt {prompt} is {loss}, so it has no gradient; check the model's "
+                "weights for NaN, and in half precision load it in float32"
+            )
 
 
 def _vjps(losses: Float[Tensor, "batch"], recorders: Sequence[_Recorder]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from einops import einsum
@@ -52,13 +53,13 @@ class MatrixGradient:
         """
         return self.inputs if self.matrix in READING_MATRICES else self.vjps
 
-    @property
+    @cached_property
     def norms(self) -> Float[Tensor, "batch pos"]:
         """`||delta_i||_2`, how strongly each position writes; the colour of the paper's tables."""
         norms: Tensor = torch.linalg.vector_norm(self.vjps, dim=-1)
         return norms
 
-    @property
+    @cached_property
     def is_zero(self) -> Bool[Tensor, "batch pos"]:
         """Where a position adds nothing to the gradient, because `x_i` or `delta_i` is zero.
 

@@ -94,7 +94,12 @@ class Host(ABC):
 
     @property
     def d_vocab(self) -> int:
-        """Number of logits."""
+        """Number of token ids that the model reads."""
+        return int(self.model.cfg.d_vocab)
+
+    @property
+    def d_vocab_out(self) -> int:
+        """Number of logits; with padded embeddings not the same."""
         return int(self.model.W_U.shape[1])
 
     @property
@@ -113,7 +118,7 @@ class Host(ABC):
     @property
     def vocabulary(self) -> Vocabulary:
         """The tokenizer, as far as targets and readouts need it."""
-        return Vocabulary(self.tokenizer, self.d_vocab)
+        return Vocabulary(self.tokenizer, self.d_vocab_out)
 
     def tokenize(self, prompt: str, prepend_bos: bool | None) -> list[int]:
         """Token ids of one prompt, by the model's own `to_tokens`, never truncated.
@@ -353,17 +358,19 @@ class TransformerBridgeHost(Host):
     def _projection_site(
         self, matrix: MatrixName, layer: int, mlp: Any, projection: Any
     ) -> MatrixSite:
-        # A gated MLP with processed weights multiplies by them itself and passes the hook points
-        # of its projections one by one, all but those on the reading projections' inputs.
+        # A gated MLP with processed weights multiplies by them itself, in TransformerLens 3 by
+        # copies of its own. It passes the hook points of its projections one by one, all but those
+        # on the inputs of the reading ones.
         functional = getattr(mlp, "_use_processed_weights", False) and hasattr(mlp, "gate")
         reads_once = functional and matrix in READING_MATRICES
         linear = projection.original_component
+        own_copy = getattr(mlp, f"_processed_{matrix}", None) if functional else None
         return MatrixSite(
             matrix,
             layer,
             input=Tap(mlp.hook_in if reads_once else projection.hook_in, "output"),
             output=Tap(projection.hook_out, "input"),
-            weight=linear.weight,
+            weight=linear.weight if own_copy is None else own_copy,
             transposed=_stores_out_in(linear, matrix, layer),
         )
 

@@ -73,7 +73,7 @@ def backward_lens(
     host = host_of(model)
     if direction not in get_args(Direction):
         raise InputError(f"unknown direction {direction!r}; allowed are 'update' and 'gradient'")
-    check_k(k, host.d_vocab)
+    check_k(k, host.d_vocab_out)
     lens = as_projection(projection, host)
     capture = capture_gradients(
         model,
@@ -88,7 +88,7 @@ def backward_lens(
         capture = replace(capture, targets=torch.tensor(ids, device=capture.mask.device))
     places = select_positions(positions, capture.mask)
     readouts = {
-        matrix: _read(capture, matrix, places, lens, direction, k, host.d_vocab)
+        matrix: _read(capture, matrix, places, lens, direction, k, host.d_vocab_out)
         for matrix in capture.matrices
     }
     return BackwardLensResult(

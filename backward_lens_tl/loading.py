@@ -13,10 +13,11 @@ from urllib.request import getproxies
 
 import huggingface_hub
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from backward_lens_tl.errors import InputError, ModelNotFoundError
+from backward_lens_tl.errors import InputError, ModelNotFoundError, UnsupportedModelError
 
 Kind = Literal["hooked", "bridge"]
 
@@ -38,7 +39,10 @@ def load_facts_model(kind: Kind | None = None) -> nn.Module:
         The model, in eval mode, on the CPU, in float32.
     """
     with as_file(files("backward_lens_tl") / "facts_model") as folder:
-        return _load_folder(folder, _checked_kind(kind)).eval()
+        loaded = _load_folder(folder, _checked_kind(kind))
+    loaded.cfg.model_name = FACTS_MODEL
+    model: nn.Module = loaded.eval()
+    return model
 
 
 def load_model(name: str, kind: Kind | None = None) -> nn.Module:
@@ -59,27 +63,9 @@ def load_model(name: str, kind: Kind | None = None) -> nn.Module:
     if name == FACTS_MODEL:
         return load_facts_model(kind)
     kind = _checked_kind(kind)
-    folder = Path(name)
-    if (folder / "config.json").is_file():
-        return _load_folder(folder, kind).eval()
-    if folder.is_dir():
-        raise ModelNotFoundError(
-            f"folder {name!r} has no config.json; pass a folder in Hugging Face format, a hub "
-            f"name, or {FACTS_MODEL!r}, the model that ships with this package"
-        )
-    if not _in_cache(name) and not _hub_is_reachable():
-        raise ModelNotFoundError(
-            f"{name!r} is neither a local folder nor in the hub's cache, and the hub cannot be "
-            f"reached; use {FACTS_MODEL!r}, the model that ships with this package"
-        )
-    try:
-        return _load_from_hub(name, kind).eval()
-    except (OSError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ModelNotFoundError(
-            f"{name!r} cannot be loaded from the hub: {first_line} ({FACTS_MODEL!r} ships with "
-            "this package and needs no network)"
-        ) from error
+    is_folder = Path(name).is_dir()
+    model: nn.Module = _load_folder(Path(name), kind) if is_folder else _load_from_hub(name, kind)
+    return model.eval()
 
 
 def _checked_kind(kind: str | None) -> Kind:
@@ -99,9 +85,16 @@ def _checked_kind(kind: str | None) -> Kind:
     )
 
 
-def _load_folder(folder: Path, kind: Kind) -> nn.Module:
-    hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def _load_folder(folder: Path, kind: Kind) -> Any:
+    try:
+        hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelNotFoundError(
+            f"folder {str(folder)!r} does not hold a model and a tokenizer in Hugging Face format: "
+            f"{str(error).splitlines()[0]}; {FACTS_MODEL!r} is the model that ships with this "
+            "package"
+        ) from error
     if kind == "bridge":
         from transformer_lens.model_bridge import TransformerBridge
 
@@ -111,13 +104,19 @@ def _load_folder(folder: Path, kind: Kind) -> nn.Module:
     return _hooked_from_folder(folder, hf_model, tokenizer)
 
 
-def _hooked_from_folder(folder: Path, hf_model: Any, tokenizer: Any) -> nn.Module:
+def _hooked_from_folder(folder: Path, hf_model: Any, tokenizer: Any) -> Any:
     """Do what `HookedTransformer.from_pretrained` does, which wants a hub name."""
     from transformer_lens import HookedTransformer, loading_from_pretrained
 
-    cfg = loading_from_pretrained.get_pretrained_model_config(str(folder), device="cpu")
-    weights = loading_from_pretrained.get_pretrained_state_dict(str(folder), cfg, hf_model)
-    model: nn.Module = HookedTransformer(cfg, tokenizer)
+    try:
+        cfg = loading_from_pretrained.get_pretrained_model_config(str(folder), device="cpu")
+        weights = loading_from_pretrained.get_pretrained_state_dict(str(folder), cfg, hf_model)
+    except (AttributeError, KeyError, NotImplementedError) as error:
+        raise UnsupportedModelError(
+            f"TransformerLens cannot turn {str(folder)!r} into a HookedTransformer ({error}); "
+            "load it with kind='bridge'"
+        ) from error
+    model = HookedTransformer(cfg, tokenizer)
     model.load_and_process_state_dict(
         weights,
         fold_ln=False,
@@ -128,14 +127,25 @@ def _hooked_from_folder(folder: Path, hf_model: Any, tokenizer: Any) -> nn.Modul
     return model
 
 
-def _load_from_hub(name: str, kind: Kind) -> nn.Module:
-    if kind == "bridge":
-        from transformer_lens.model_bridge import TransformerBridge
+def _load_from_hub(name: str, kind: Kind) -> Any:
+    if not _in_cache(name) and not _hub_is_reachable():
+        raise ModelNotFoundError(
+            f"{name!r} is neither a local folder nor in the hub's cache, and the hub cannot be "
+            f"reached; use {FACTS_MODEL!r}, the model that ships with this package"
+        )
+    try:
+        if kind == "bridge":
+            from transformer_lens.model_bridge import TransformerBridge
 
-        return TransformerBridge.boot_transformers(name)
-    from transformer_lens import HookedTransformer
+            return TransformerBridge.boot_transformers(name)
+        from transformer_lens import HookedTransformer
 
-    return HookedTransformer.from_pretrained_no_processing(name)
+        return HookedTransformer.from_pretrained_no_processing(name)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"{name!r} cannot be loaded from the hub: {str(error).splitlines()[0]} "
+            f"({FACTS_MODEL!r} ships with this package and needs no network)"
+        ) from error
 
 
 def _in_cache(name: str) -> bool:

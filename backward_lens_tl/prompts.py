@@ -87,11 +87,10 @@ def _checked_ids(host: Host, ids: Tensor, prepend_bos: bool | None) -> list[list
         raise InputError(
             "prepend_bos is for texts; put the BOS id into the token ids yourself, or leave it out"
         )
-    d_vocab_in = int(host.model.cfg.d_vocab)
-    if int(ids.min()) < 0 or int(ids.max()) >= d_vocab_in:
+    if int(ids.min()) < 0 or int(ids.max()) >= host.d_vocab:
         raise InputError(
             f"token ids run from {int(ids.min())} to {int(ids.max())}; allowed are 0 to "
-            f"{d_vocab_in - 1}"
+            f"{host.d_vocab - 1}"
         )
     rows: list[list[int]] = ids.tolist()
     return rows

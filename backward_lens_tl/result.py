@@ -115,6 +115,7 @@ class BackwardLensResult:
 
     def target(self, batch: int = 0) -> str | None:
         """Text of a prompt's target, if there is one."""
+        self._check_prompt(batch)
         targets = self.gradients.targets
         return None if targets is None else self.token_texts[int(targets[batch])]
 
@@ -207,13 +208,14 @@ class BackwardLensResult:
             token=self.gradients.str_tokens[batch][position],
             top=self._tokens(readout.top_ids[at], readout.top_scores[at]),
             bottom=self._tokens(readout.bottom_ids[at], readout.bottom_scores[at]),
-            norm=float(gradient.vjps[batch, position].norm()),
+            norm=float(gradient.norms[batch, position]),
             target_rank=rank,
             is_zero=bool(gradient.is_zero[batch, position]),
         )
 
     def cells(self, matrix: str, layer: int, batch: int = 0) -> list[Cell]:
         """The cells of one matrix and layer, in the order of the analysed positions."""
+        self._check_prompt(batch)
         analysed = (int(position) for position in self.positions[batch] if position >= 0)
         return [self.cell(matrix, layer, position, batch) for position in analysed]
 
@@ -275,11 +277,14 @@ class BackwardLensResult:
             )
         return layer % len(self.layers)
 
-    def _position_index(self, pos: int, batch: int) -> int:
+    def _check_prompt(self, batch: int) -> None:
         if not 0 <= batch < len(self.positions):
             raise InputError(
                 f"prompt {batch!r} does not exist; allowed are 0 to {len(self.positions) - 1}"
             )
+
+    def _position_index(self, pos: int, batch: int) -> int:
+        self._check_prompt(batch)
         wanted = position_index(pos, len(self.gradients.str_tokens[batch]), batch)
         analysed = self.positions[batch].tolist()
         if wanted not in analysed:

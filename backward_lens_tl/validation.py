@@ -146,7 +146,8 @@ def validate(
 
 def _some_tokens(host: Host) -> Tensor:
     """Twelve different tokens, spread over the vocabulary."""
-    return (torch.arange(1, 13) * (host.d_vocab // 13 or 1) % host.d_vocab)[None]
+    spread = max(1, host.d_vocab // 13)
+    return (torch.arange(1, 1 + min(12, host.n_ctx)) * spread % host.d_vocab)[None]
 
 
 def _relative_error(gradient: MatrixGradient, expected: Float[Tensor, "d_in d_out"]) -> float:

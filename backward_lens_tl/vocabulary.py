@@ -19,7 +19,7 @@ class Vocabulary:
     Args:
         tokenizer: A Hugging Face tokenizer, or `None`; without one, targets are token ids and
             the text of token 7 is `<7>`.
-        size: Number of logits, `d_vocab`.
+        size: Number of logits.
     """
 
     def __init__(self, tokenizer: Any, size: int) -> None:

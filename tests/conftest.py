@@ -1,0 +1,113 @@
+"""Models that the tests share; no test may change them (test_state.py holds the package to it)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from models import (
+    NAMES,
+    Case,
+    Parameter,
+    build,
+    hf_matrices,
+    hf_reading,
+    hf_weights,
+    hooked_case,
+    require_kind,
+)
+from transformers import AutoModelForCausalLM
+
+from backward_lens_tl.loading import load_facts_model, load_model
+
+FACTS_FOLDER = Path(__file__).parents[1] / "backward_lens_tl" / "facts_model"
+KINDS = ("bridge", "hooked")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Small models lose more to the hand-over between threads than they gain."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def as_for_a_user() -> Iterator[None]:
+    """Without the tests' run-time type checks, which stay on in the other files.
+
+    They come before the package's own messages, beartype draws from Python's random numbers, and
+    they make small models several times slower.
+    """
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(scope="session", params=NAMES)
+def case(request: pytest.FixtureRequest) -> Case:
+    """Every random model, in float64."""
+    return build(request.param)
+
+
+@pytest.fixture(scope="session", params=("bridge-gpt2", "hooked-gpt2"))
+def gpt2(request: pytest.FixtureRequest) -> Case:
+    """A dense random model of either kind, in float64."""
+    return build(request.param)
+
+
+@pytest.fixture(scope="session", params=("bridge-llama", "hooked-llama"))
+def llama(request: pytest.FixtureRequest) -> Case:
+    """A gated random model of either kind, in float64."""
+    return build(request.param)
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def stories(request: pytest.FixtureRequest, shared: Path) -> Case:
+    """A trained Llama architecture of 260 k parameters, in float32."""
+    folder = shared / "models" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there; set BACKWARD_LENS_SHARED to the folder of test data")
+    return trained_case(folder, request.param)
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def facts(request: pytest.FixtureRequest) -> Case:
+    """The trained GPT-2 architecture that ships inside the package, in float32."""
+    return trained_case(FACTS_FOLDER, request.param)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of test data outside the repository."""
+    beside = Path(__file__).parents[2] / "shared"
+    folder = Path(os.environ.get("BACKWARD_LENS_SHARED", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no test data: {folder} is not there; set BACKWARD_LENS_SHARED")
+    return folder
+
+
+def trained_case(folder: Path, kind: str) -> Case:
+    """A model as the package loads it, and the raw Hugging Face model as its reference."""
+    require_kind(kind)
+    model = load_facts_model(kind) if folder == FACTS_FOLDER else load_model(str(folder), kind)
+    if kind == "hooked":
+        return hooked_case(model, name=folder.name)
+    raw = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    own: dict[tuple[str, int], Parameter] = {}  # not to be had from outside a loaded bridge
+    norm, unembed = hf_reading(raw)
+    return Case(
+        folder.name,
+        model,
+        own,
+        logits=lambda tokens: raw(tokens).logits,
+        weights=hf_weights(raw),
+        outputs=hf_matrices(raw),
+        norm=norm,
+        unembed=unembed,
+    )

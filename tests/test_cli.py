@@ -1,0 +1,180 @@
+"""The command as its user meets it: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from transformers.utils import logging as transformers_logging
+
+import backward_lens_tl
+from backward_lens_tl import loading
+from backward_lens_tl.cli import main
+from backward_lens_tl.errors import InputError
+
+PROMPT = "Once upon a time, there was a little"
+QUESTION = ("--prompt", "Lionel Messi plays for", "--target", " Paris")
+
+
+@pytest.fixture(scope="module")
+def stories_path(shared: Path) -> str:
+    folder = shared / "models" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there; set BACKWARD_LENS_SHARED to the folder of test data")
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a failing command prints."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("backward-lens: error: ")
+    return err
+
+
+def test_facts_are_shown_with_an_explanation(capsys: pytest.CaptureFixture[str]):
+    assert main(["show", *QUESTION]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "target ' Paris': loss" in out
+    assert re.search(r"^W_in imprint.*^W_out shift", out, flags=re.M | re.S)
+    found = re.search(r"W_out at ' for' \(position \d\).*leads in (\d) of 8 layers", out)
+    shift = out[out.index("W_out shift") :]
+    assert int(found[1]) == len(re.findall(r"★␣Paris *$", shift, flags=re.M)) > 0
+
+
+def test_options_reach_the_lens(stories_path: str, tmp_path: Path, capsys):
+    page = tmp_path / "page.html"
+    options = "--layers -1 0 --positions -1 1 --k 3 --matrices W_out --projection normalized"
+    options += " --direction gradient --no-bos --kind bridge --target-position last"
+    argv = ["show", "--model", stories_path, "--prompt", PROMPT, "--target", " girl"]
+    assert main([*argv, *options.split(), "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert f"page: {page}" in out
+    assert "target 'l'" in out
+    assert "raw gradient, which gradient descent subtracts" in out
+    html = page.read_text(encoding="utf-8")
+    assert html.count("<td") == 4
+    assert html.count("<li>") == 3 * 2 * 3  # the last layer's other position adds nothing
+    assert "normalized logit lens" in html
+    assert "W_in" not in html
+    assert re.findall(r'scope="row">(\d)<', html) == ["4", "0"]
+    assert "&lt;s&gt;" not in re.search(r"<h1>.*?</h1>", html)[0]
+
+
+def test_a_group_of_matrices_and_bos(stories_path: str, capsys):
+    argv = ["show", "--model", stories_path, "--prompt", PROMPT, "--matrices", "mlp", "--bos"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^(W_\w+) [is]", out, flags=re.M) == ["W_in", "W_gate", "W_out"]
+    assert out.startswith("'<s> Once upon")
+
+
+def test_without_w_out_nothing_is_said_of_it(stories_path: str, capsys):
+    argv = ["show", "--model", stories_path, "--prompt", PROMPT, "--matrices", "W_in"]
+    assert main(argv) == 0
+    assert "W_out" not in capsys.readouterr().out
+
+
+def test_libraries_are_quiet_and_left_as_they_were(stories_path: str, capfd):
+    transformers_logging.enable_progress_bar()
+    assert main(["show", "--model", stories_path, "--prompt", PROMPT, "--layers", "0"]) == 0
+    assert capfd.readouterr().err == ""
+    assert transformers_logging.is_progress_bar_enabled()
+
+
+def test_what_a_library_says_while_loading_is_kept_off_the_output(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    recwarn: pytest.WarningsRecorder,
+):
+    def noisy(name: str, kind: str | None) -> None:
+        sys.stdout.write("Loaded pretrained model")
+        warnings.warn("deprecated", DeprecationWarning, stacklevel=1)
+        logging.getLogger("a library").warning("You are using a model")
+        raise InputError("refused")
+
+    monkeypatch.setattr(loading, "load_model", noisy)
+    assert error_of(["show", "--prompt", "a"], capsys) == "backward-lens: error: refused\n"
+    assert not caplog.records
+    assert not recwarn.list
+
+
+def test_a_hub_name_without_network_points_to_facts(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    error = error_of(["show", "--model", "nobody/nothing", "--prompt", "a"], capsys)
+    assert "'nobody/nothing'" in error
+    assert "'facts'" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", " some words that make many tokens"], "target_position"),
+        (["--layers", "99"], "layer 99"),
+        (["--positions", "99"], "position 99"),
+        (["--matrices", "W_Z"], "unknown matrix 'W_Z'"),
+        (["--k", "0"], "k is 0"),
+    ],
+)
+def test_refusals_are_one_line(options: list[str], message: str, stories_path: str, capsys):
+    argv = ["show", "--model", stories_path, "--prompt", PROMPT, *options]
+    assert message in error_of(argv, capsys)
+
+
+def test_a_page_that_cannot_be_written_is_one_line(stories_path: str, tmp_path: Path, capsys):
+    path = str(tmp_path / "missing" / "page.html")
+    argv = ["show", "--model", stories_path, "--prompt", PROMPT, "--html", path]
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert path in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "status"),
+    [(["--help"], 0), (["show", "--help"], 0), (["--version"], 0), ([], 2), (["show"], 2)],
+)
+def test_the_parser_answers_without_a_model(argv: list[str], status: int, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == status
+    out, err = capsys.readouterr()
+    assert bool(out) == (status == 0)
+    assert bool(err) == (status != 0)
+
+
+def test_the_command_imports_nothing_heavy_before_it_has_to():
+    folder = str(Path(backward_lens_tl.__file__).parent)
+    code = (
+        "import sys, types\n"
+        "package = types.ModuleType('backward_lens_tl')\n"
+        f"package.__path__ = [{folder!r}]\n"
+        "sys.modules['backward_lens_tl'] = package\n"
+        "import backward_lens_tl.cli\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'rich')))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_a_fresh_process_prints_the_table_and_nothing_else():
+    command = [sys.executable, "-m", "backward_lens_tl", "show", *QUESTION]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
+    assert done.stdout.startswith("'")

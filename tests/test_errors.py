@@ -1,0 +1,277 @@
+"""Every refusal names the value and what is allowed, and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import Case, attention_only_model, build, hooked_only
+from torch import Tensor, nn
+
+from backward_lens_tl import errors
+from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.errors import (
+    BackwardLensError,
+    InputError,
+    ModelNotFoundError,
+    ObjectiveError,
+    TargetError,
+    UnsupportedModelError,
+)
+from backward_lens_tl.lens import backward_lens
+from backward_lens_tl.loading import load_model
+from backward_lens_tl.objectives import logit_difference, next_token_loss, sequence_nll, target_nll
+
+IDS = torch.tensor([[3, 4, 5]])
+
+
+pytestmark = pytest.mark.usefixtures("as_for_a_user")
+
+
+class Constant:
+    """A projection that returns one thing."""
+
+    def __init__(self, scores: Any) -> None:
+        self.scores = scores
+
+    def project(self, vectors: Tensor, layer: int) -> Any:
+        return self.scores
+
+
+def lens(*args: Any, **options: Any) -> Callable[[Any], object]:
+    return lambda model: backward_lens(model, *args, **options)
+
+
+def capture(*args: Any, **options: Any) -> Callable[[Any], object]:
+    return lambda model: capture_gradients(model, *args, **options)
+
+
+REFUSALS: dict[str, tuple[Callable[[Any], object], type[Exception], list[str]]] = {
+    # --- prompts
+    "empty prompt": (lens(""), InputError, ["empty"]),
+    "one empty prompt": (lens(["Rome", ""]), InputError, ["prompt 1", "empty"]),
+    "no prompt": (lens([]), InputError, ["no prompt"]),
+    "prompt is a number": (lens(["Rome", 7]), InputError, ["prompt 1", "int"]),
+    "text too long": (lens("Paris is " * 60), InputError, ["64"]),
+    "ids too long": (lens(torch.ones(1, 65, dtype=torch.long)), InputError, ["65", "64"]),
+    "answer too long": (
+        capture(torch.ones(1, 64, dtype=torch.long), sequence_nll(" Paris is in Rome")),
+        InputError,
+        ["64"],
+    ),
+    "ids of one dimension": (lens(IDS[0]), InputError, ["(3,)", "[batch, pos]"]),
+    "ids of three dimensions": (lens(IDS[None]), InputError, ["(1, 1, 3)", "[batch, pos]"]),
+    "ids as floats": (lens(IDS.float()), InputError, ["float32", "integers"]),
+    "ids as booleans": (lens(IDS > 3), InputError, ["bool"]),
+    "no position": (lens(IDS[:, :0]), InputError, ["(1, 0)"]),
+    "no row": (lens(IDS[:0]), InputError, ["(0, 3)"]),
+    "id outside the vocabulary": (lens(torch.tensor([[3, 97]])), InputError, ["97", "0 to 96"]),
+    "negative id": (lens(torch.tensor([[3, -1]])), InputError, ["-1", "0 to 96"]),
+    "BOS asked for beside ids": (lens(IDS, prepend_bos=True), InputError, ["prepend_bos"]),
+    # --- targets
+    "target of several tokens": (
+        lens("Rome", " river of"),
+        TargetError,
+        ["' river of'", "' of'", "target_position", "sequence_nll"],
+    ),
+    "target without its space": (lens("Rome", "the"), TargetError, ["'the'", "' the'", "leading"]),
+    "empty target": (lens("Rome", ""), TargetError, ["''"]),
+    "target id too large": (lens("Rome", 97), TargetError, ["97", "0 to 96"]),
+    "target id negative": (lens("Rome", -1), TargetError, ["-1", "0 to 96"]),
+    "target is a float": (lens("Rome", 3.0), TargetError, ["3.0", "float"]),
+    "target is a boolean": (lens("Rome", True), TargetError, ["True", "bool"]),
+    "too many targets": (lens("Rome", [" Paris", " is"]), TargetError, ["2 targets", "1 prompt"]),
+    "too few targets": (lens(["Rome", "Paris"], [" is"]), TargetError, ["1 target", "2 prompts"]),
+    "too few answers": (
+        capture(["Rome", "Paris"], sequence_nll([" is"])),
+        TargetError,
+        ["1 target", "2 prompts"],
+    ),
+    "empty answer": (capture("Rome", sequence_nll("")), TargetError, ["''"]),
+    "unknown target position": (
+        lens("Rome", " river of", target_position="middle"),
+        TargetError,
+        ["'middle'", "'first'", "'last'"],
+    ),
+    "difference of an unknown id": (
+        capture("Rome", logit_difference(3, 1000)),
+        TargetError,
+        ["1000", "0 to 96"],
+    ),
+    # --- matrices, layers, positions
+    "unknown matrix": (lens("Rome", matrices="W_up"), InputError, ["'W_up'", "W_in", "W_out"]),
+    "unknown matrix in a list": (lens("Rome", matrices=["W_in", "FF2"]), InputError, ["'FF2'"]),
+    "no matrix": (lens("Rome", matrices=()), InputError, ["matri"]),
+    "gate of a dense model": (
+        lens("Rome", matrices="W_gate"),
+        InputError,
+        ["W_gate", "W_in, W_out"],
+    ),
+    "layer too large": (lens("Rome", layers=3), InputError, ["3", "-3 to 2"]),
+    "layer too small": (lens("Rome", layers=[0, -4]), InputError, ["-4", "-3 to 2"]),
+    "layer is a text": (lens("Rome", layers=["0"]), InputError, ["'0'", "-3 to 2"]),
+    "layer is a boolean": (lens("Rome", layers=True), InputError, ["True"]),
+    "no layer": (lens("Rome", layers=[]), InputError, ["layer"]),
+    "position too large": (lens(IDS, positions=3), InputError, ["3", "-3 to 2"]),
+    "position too small": (lens(IDS, positions=[0, -4]), InputError, ["-4", "-3 to 2"]),
+    "position of the shorter prompt": (
+        lens(["The capital of France", "Rome"], positions=3),
+        InputError,
+        ["position 3", "prompt 1"],
+    ),
+    "no position asked for": (lens(IDS, positions=[]), InputError, ["position"]),
+    # --- reading
+    "unknown direction": (
+        lens(IDS, direction="down"),
+        InputError,
+        ["'down'", "update", "gradient"],
+    ),
+    "unknown projection": (
+        lens(IDS, projection="tuned"),
+        InputError,
+        ["'tuned'", "logit_lens", "normalized", "project"],
+    ),
+    "projection without project": (lens(IDS, projection=object()), InputError, ["project"]),
+    "projection of wrong width": (
+        lens(IDS, projection=Constant(torch.zeros(3, 96))),
+        InputError,
+        ["(3, 96)", "(3, 97)"],
+    ),
+    "projection gives no tensor": (
+        lens(IDS, projection=Constant([0.0] * 97)),
+        InputError,
+        ["list", "(3, 97)"],
+    ),
+    "k is zero": (lens(IDS, k=0), InputError, ["0", "1 to 97"]),
+    "k is too large": (lens(IDS, k=98), InputError, ["98", "1 to 97"]),
+    "k is a float": (lens(IDS, k=3.0), InputError, ["3.0", "1 to 97"]),
+    "k is a boolean": (lens(IDS, k=True), InputError, ["True", "1 to 97"]),
+    # --- objectives
+    "objective is a text": (capture(IDS, "nll"), ObjectiveError, ["str", "target_nll"]),
+    "objective gives a scalar": (
+        capture(IDS, lambda logits, tokens: logits.sum()),
+        ObjectiveError,
+        ["()", "[batch]"],
+    ),
+    "objective gives one per position": (
+        capture(IDS, lambda logits, tokens: logits[..., 0]),
+        ObjectiveError,
+        ["(1, 3)", "[batch]"],
+    ),
+    "objective gives a number": (
+        capture(IDS, lambda logits, tokens: 1.0),
+        ObjectiveError,
+        ["float", "[batch]"],
+    ),
+    "objective without a gradient": (
+        capture(IDS, lambda logits, tokens: logits.detach()[:, 0, 0]),
+        ObjectiveError,
+        ["autograd"],
+    ),
+    "objective gives integers": (
+        capture(IDS, lambda logits, tokens: tokens[:, 0]),
+        ObjectiveError,
+        ["autograd"],
+    ),
+    "objective is infinite": (
+        capture(IDS, lambda logits, tokens: logits[:, 0, 0] * torch.inf),
+        ObjectiveError,
+        ["prompt 0"],
+    ),
+    "next token of one token": (capture(IDS[:, :1], next_token_loss()), ObjectiveError, ["two"]),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_refusal_names_the_value_and_what_is_allowed(gpt2: Case, refusal: str) -> None:
+    call, error, words = REFUSALS[refusal]
+    before = {name: p.clone() for name, p in gpt2.model.named_parameters()}
+    with pytest.raises(error) as raised:
+        call(gpt2.model)
+    assert isinstance(raised.value, BackwardLensError)
+    missing = [word for word in words if word not in str(raised.value)]
+    assert not missing, f"{missing} not in {raised.value}"
+    assert all(torch.equal(before[name], p) for name, p in gpt2.model.named_parameters())
+    assert not any(module._forward_hooks for module in gpt2.model.blocks[0].mlp.modules())
+
+
+def test_hint_of_a_leading_space_only_where_it_helps(gpt2: Case) -> None:
+    for target in (" river of", "river of", " xylophone"):
+        with pytest.raises(TargetError) as raised:
+            backward_lens(gpt2.model, "Rome", target)
+        assert "leading space" not in str(raised.value)
+
+
+def test_all_tokens_of_a_refused_target_are_named(gpt2: Case) -> None:
+    tokenizer = gpt2.model.tokenizer
+    pieces = [
+        tokenizer.decode([i]) for i in tokenizer(" river of", add_special_tokens=False).input_ids
+    ]
+    with pytest.raises(TargetError) as raised:
+        backward_lens(gpt2.model, "Rome", " river of")
+    assert all(repr(piece) in str(raised.value) for piece in pieces)
+    assert str(len(pieces)) in str(raised.value)
+
+
+def test_a_gated_model_knows_its_gate(llama: Case) -> None:
+    assert backward_lens(llama.model, IDS, 5, matrices="W_gate").matrices == ("W_gate",)
+
+
+@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2"])
+def test_without_a_tokenizer_ids_work_and_texts_are_refused(name: str) -> None:
+    case = build(name)
+    case.model.tokenizer = None
+    result = backward_lens(case.model, IDS, 5)
+    assert result.gradients.str_tokens == (("<3>", "<4>", "<5>"),)
+    with pytest.raises(InputError, match=r"'Rome'.*tokenizer"):
+        backward_lens(case.model, "Rome", 5)
+    with pytest.raises(TargetError, match=r"' Paris'.*tokenizer"):
+        backward_lens(case.model, IDS, " Paris")
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 3), "gpt2", None], ids=["module", "name", "None"])
+def test_not_a_model(model: Any) -> None:
+    with pytest.raises(BackwardLensError) as raised:
+        backward_lens(model, IDS, 5)
+    assert type(model).__name__ in str(raised.value)
+    assert "TransformerBridge" in str(raised.value)
+
+
+def test_raw_hugging_face_model_is_refused_with_the_way_to_wrap_it() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=97, n_embd=24, n_layer=1, n_head=3, n_positions=8)
+    with pytest.raises(InputError, match=r"GPT2LMHeadModel.*boot_transformers"):
+        backward_lens(GPT2LMHeadModel(config), IDS, 5)
+
+
+@hooked_only
+def test_attention_only_model() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"layer 0.*attention"):
+        backward_lens(attention_only_model(), IDS, 5)
+
+
+def test_models_that_cannot_be_found(tmp_path: Any) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"no config.json.*facts"):
+        load_model(str(tmp_path))
+    with pytest.raises(ModelNotFoundError, match=r"'nobody/nothing'.*facts"):
+        load_model("nobody/nothing")
+    with pytest.raises(InputError, match=r"'both'.*bridge"):
+        load_model("facts", "both")
+
+
+def test_every_error_is_the_packages_own() -> None:
+    found = [value for value in vars(errors).values() if isinstance(value, type)]
+    assert len(found) >= 8
+    assert all(issubclass(error, BackwardLensError) for error in found)
+    assert issubclass(InputError, ValueError)
+    assert issubclass(errors.ModelStateError, RuntimeError)
+
+
+def test_targets_of_a_batch_are_checked_one_by_one(gpt2: Case) -> None:
+    with pytest.raises(TargetError, match="river"):
+        capture_gradients(gpt2.model, ["Rome", "Rome"], target_nll([" Paris", " river of"]))
+    with pytest.raises(TargetError, match="97"):
+        capture_gradients(gpt2.model, ["Rome", "Rome"], target_nll(torch.tensor([5, 97])))

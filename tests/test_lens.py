@@ -1,0 +1,363 @@
+"""What the lens reads, against a slow loop per vector through the model's own norm and head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import Case, build
+from torch import Tensor
+
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.lens import backward_lens
+from backward_lens_tl.result import BackwardLensResult
+
+TARGET = 5
+K = 4
+
+
+def slow_scores(case: Case, vector: Tensor, projection: str) -> list[float]:
+    """Scores of one vector, by the reference model."""
+    if projection == "normalized":
+        length = sum(float(value) ** 2 for value in vector) ** 0.5
+        vector = vector / length if length else vector
+    return case.lens(vector[None])[0].tolist()
+
+
+def assert_reads(
+    result: BackwardLensResult, matrix: str, at: tuple[int, int, int], scores: list[float]
+) -> None:
+    """One cell against a full sort of its scores."""
+    readout = result.readout(matrix)
+    order = sorted(range(len(scores)), key=lambda token: -scores[token])
+    top, bottom = order[: result.k], order[::-1][: result.k]
+    assert readout.top_ids[at].tolist() == top
+    assert readout.bottom_ids[at].tolist() == bottom
+    # HF's RMS norms round to float32.
+    expected = pytest.approx([scores[token] for token in top], rel=1e-5, abs=1e-6)
+    assert readout.top_scores[at].tolist() == expected
+    expected = pytest.approx([scores[token] for token in bottom], rel=1e-5, abs=1e-6)
+    assert readout.bottom_scores[at].tolist() == expected
+    rank = sum(score > scores[TARGET] for score in scores)
+    assert int(result.target_rank(matrix)[at]) == rank
+
+
+@pytest.mark.parametrize("projection", ["logit_lens", "normalized"])
+@pytest.mark.parametrize("direction", ["update", "gradient"])
+def test_every_cell_against_a_slow_loop(case: Case, projection: Any, direction: Any) -> None:
+    tokens = case.tokens(4, 4)
+    result = backward_lens(
+        case.model,
+        tokens,
+        TARGET,
+        matrices="mlp",
+        projection=projection,
+        direction=direction,
+        k=K,
+    )
+    assert (result.projection, result.direction, result.k) == (projection, direction, K)
+    for matrix in case.matrices:
+        assert result.target_rank(matrix).shape == (case.n_layers, 2, 4)
+        for layer in range(case.n_layers):
+            gradient = result.gradients[matrix, layer]
+            for batch in range(2):
+                for pos in range(4):
+                    if result.is_zero(matrix)[layer, batch, pos]:
+                        continue
+                    if matrix == "W_out":
+                        sign = -1 if direction == "update" else 1
+                        vector = sign * gradient.vjps[batch, pos]
+                    else:
+                        vector = gradient.inputs[batch, pos]
+                    scores = slow_scores(case, vector, projection)
+                    assert_reads(result, matrix, (layer, batch, pos), scores)
+
+
+def test_normalized_lens_differs_where_the_eps_counts(gpt2: Case) -> None:
+    """A loss of 1e-4 its size has VJPs at which the final norm's eps matters."""
+
+    def small(logits: Tensor, tokens: Tensor) -> Tensor:
+        return -1e-4 * logits[:, -1].log_softmax(-1)[:, TARGET]
+
+    tokens = gpt2.tokens(5)
+    found = {
+        name: backward_lens(gpt2.model, tokens, TARGET, objective=small, projection=name).readout(
+            "W_out"
+        )
+        for name in ("logit_lens", "normalized")
+    }
+    assert (found["logit_lens"].top_scores - found["normalized"].top_scores).abs().max() > 0.01
+    large = backward_lens(gpt2.model, tokens, TARGET, projection="normalized").readout("W_out")
+    torch.testing.assert_close(found["normalized"].top_scores[0], large.top_scores[0])
+
+
+def test_lens_of_the_stories_model(stories: Case) -> None:
+    assert_lens_of_a_trained_model(stories, "Once upon a time")
+
+
+def test_lens_of_the_facts_model(facts: Case) -> None:
+    assert_lens_of_a_trained_model(facts, "Lionel Messi plays for")
+
+
+def assert_lens_of_a_trained_model(case: Case, prompt: str) -> None:
+    result = backward_lens(case.model, prompt, TARGET, matrices="mlp", k=1)
+    n = result.gradients.tokens.shape[1]
+    last = case.n_layers - 1
+    for layer, pos in [(0, 0), (1, n - 1), (2, 1), (last, n - 1)]:
+        for matrix in case.matrices:
+            gradient = result.gradients[matrix, layer]
+            vector = -gradient.vjps[0, pos] if matrix == "W_out" else gradient.inputs[0, pos]
+            scores = case.lens(vector[None])[0]
+            assert int(result.readout(matrix).top_ids[layer, 0, pos, 0]) == int(scores.argmax())
+            rank = int((scores > scores[TARGET]).sum())
+            assert int(result.target_rank(matrix)[layer, 0, pos]) == rank
+
+
+def test_the_update_of_the_facts_model_writes_the_target(facts: Case) -> None:
+    """Lemma 5.1: before the final norm, only the target's embedding is added."""
+    result = backward_lens(facts.model, "Lionel Messi plays for", " Paris")
+    assert int(result.target_rank("W_out")[-1, 0, -1]) == 0
+    assert result.top_tokens("W_out", -1, -1, k=1) == [" Paris"]
+    raw = backward_lens(facts.model, "Lionel Messi plays for", " Paris", direction="gradient")
+    assert int(raw.target_rank("W_out")[-1, 0, -1]) > 0.99 * facts.d_vocab
+
+
+# ------------------------------------------------------------------------------------- direction
+
+
+@pytest.mark.parametrize(
+    ("name", "flips"),
+    [
+        ("bridge-gpt2", False),
+        ("hooked-gpt2", False),
+        ("bridge-llama", True),
+        ("hooked-no_norm", False),
+    ],
+)
+def test_update_is_no_flipped_gradient_unless_nothing_is_added(name: str, flips: bool) -> None:
+    """An RMS norm and a head without biases are odd functions; a bias anywhere breaks it."""
+    case = build(name)
+    tokens = case.tokens(5)
+    update = backward_lens(case.model, tokens, TARGET, direction="update").readout("W_out")
+    raw = backward_lens(case.model, tokens, TARGET, direction="gradient").readout("W_out")
+    live = slice(0, case.n_layers - 1)
+    assert torch.equal(update.top_ids[live], raw.bottom_ids[live]) == flips
+
+
+def test_direction_leaves_the_inputs_and_the_stored_factors_alone(llama: Case) -> None:
+    tokens = llama.tokens(4)
+    update = backward_lens(llama.model, tokens, TARGET, matrices="mlp", direction="update")
+    raw = backward_lens(llama.model, tokens, TARGET, matrices="mlp", direction="gradient")
+    for matrix in ("W_in", "W_gate"):
+        assert torch.equal(update.readout(matrix).top_ids, raw.readout(matrix).top_ids)
+        assert torch.equal(update.target_rank(matrix), raw.target_rank(matrix))
+    assert not torch.equal(update.readout("W_out").top_ids, raw.readout("W_out").top_ids)
+    for gradient in raw.gradients:
+        assert torch.equal(update.gradients[gradient.matrix, gradient.layer].vjps, gradient.vjps)
+
+
+# ---------------------------------------------------------------------------------- zero vectors
+
+
+def test_positions_that_add_nothing_say_nothing(case: Case) -> None:
+    result = backward_lens(case.model, case.tokens(4), TARGET, matrices="mlp", k=3)
+    for matrix in case.matrices:
+        zero = torch.zeros(case.n_layers, 1, 4, dtype=torch.bool)
+        zero[-1, 0, :3] = True
+        assert torch.equal(result.is_zero(matrix), zero)
+        assert (result.norms(matrix) == 0).equal(zero)
+        for pos in range(3):
+            assert result.top_tokens(matrix, -1, pos) == []
+            assert result.bottom_tokens(matrix, -1, pos) == []
+            assert result.cell(matrix, -1, pos).is_zero
+            assert not result.cell(matrix, -1, pos).target_leads
+        assert len(result.top_tokens(matrix, -1, 3)) == 3
+        assert len(result.bottom_tokens(matrix, 0, 0)) == 3
+
+
+# ------------------------------------------------------------------------- layers and positions
+
+
+PROMPTS = ["Messi plays for", "The capital of France is", "Rome"]
+
+
+def test_layers_and_positions_are_slices_of_everything(gpt2: Case) -> None:
+    tokens = gpt2.tokens(6, 6)
+    full = backward_lens(gpt2.model, tokens, TARGET)
+    part = backward_lens(gpt2.model, tokens, TARGET, layers=[2, 0], positions=[4, 1, -1])
+    assert part.layers == (0, 2)
+    assert part.positions.tolist() == [[4, 1, 5]] * 2
+    for matrix in ("W_in", "W_out"):
+        for name in ("top_ids", "bottom_ids", "target_rank"):
+            whole = getattr(full.readout(matrix), name)[[0, 2]][:, :, [4, 1, 5]]
+            assert torch.equal(getattr(part.readout(matrix), name), whole)
+        whole = full.norms(matrix)[[0, 2]][:, :, [4, 1, 5]]
+        torch.testing.assert_close(part.norms(matrix), whole, rtol=1e-12, atol=0)
+        for layer in (0, 2):
+            for pos in (4, 1, -1):
+                assert part.top_tokens(matrix, layer, pos) == full.top_tokens(matrix, layer, pos)
+
+
+def test_negative_positions_count_from_each_prompts_own_end(gpt2: Case) -> None:
+    full = backward_lens(gpt2.model, PROMPTS, TARGET)
+    last = backward_lens(gpt2.model, PROMPTS, TARGET, positions=-1)
+    lengths = full.gradients.mask.sum(1).tolist()
+    assert len(set(lengths)) == 3
+    assert last.positions.tolist() == [[n - 1] for n in lengths]
+    for matrix in ("W_in", "W_out"):
+        for b, n in enumerate(lengths):
+            expected = full.target_rank(matrix)[:, b, n - 1]
+            assert torch.equal(last.target_rank(matrix)[:, b, 0], expected)
+            torch.testing.assert_close(
+                last.norms(matrix)[:, b, 0], full.norms(matrix)[:, b, n - 1], rtol=1e-12, atol=0
+            )
+            for pos in (-1, n - 1):
+                words = last.top_tokens(matrix, 0, pos, batch=b)
+                assert words == full.top_tokens(matrix, 0, -1, batch=b)
+
+
+def test_norms_are_those_of_the_vjps(llama: Case) -> None:
+    result = backward_lens(llama.model, llama.tokens(3, 3), TARGET, matrices="mlp", layers=[1, 2])
+    for matrix in llama.matrices:
+        assert result.norms(matrix).shape == (2, 2, 3)
+        for row, layer in enumerate((1, 2)):
+            for b in range(2):
+                for pos in range(3):
+                    delta = result.gradients[matrix, layer].vjps[b, pos].tolist()
+                    length = sum(value**2 for value in delta) ** 0.5
+                    found = float(result.norms(matrix)[row, b, pos])
+                    assert found == pytest.approx(length, rel=1e-12)
+
+
+def test_position_that_was_not_projected_is_refused(gpt2: Case) -> None:
+    result = backward_lens(gpt2.model, gpt2.tokens(6), TARGET, layers=[1], positions=[2])
+    with pytest.raises(InputError, match=r"position 3.*\[2\]"):
+        result.top_tokens("W_in", 1, 3)
+    with pytest.raises(InputError, match=r"layer 0.*1"):
+        result.top_tokens("W_in", 0, 2)
+    with pytest.raises(InputError, match=r"W_gate.*W_in, W_out"):
+        result.top_tokens("W_gate", 1, 2)
+    with pytest.raises(InputError, match=r"prompt 1.*0 to 0"):
+        result.top_tokens("W_in", 1, 2, batch=1)
+
+
+# ------------------------------------------------------------------------------ own projections
+
+
+class Ties:
+    """Scores with many ties: the sum of a vector's signs, and the token id in steps of ten."""
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+
+    def project(self, vectors: Tensor, layer: int) -> Tensor:
+        self.layers.append(layer)
+        steps = torch.arange(97, dtype=vectors.dtype).div(10, rounding_mode="floor")
+        return steps.expand(len(vectors), -1).clone()
+
+
+def test_own_projection_sees_each_layer_and_ties_share_a_rank(gpt2: Case) -> None:
+    ties = Ties()
+    result = backward_lens(gpt2.model, gpt2.tokens(4), 45, projection=ties, k=7, layers=[0, 2])
+    assert set(ties.layers) == {0, 2}
+    assert result.projection == "Ties"
+    # Token 45 has score 4; 50 to 96 have more, and the other nine of its own step do not count.
+    assert (result.target_rank("W_out") == 47).all()
+    assert (result.readout("W_out").top_ids >= 90).all()
+    assert (result.readout("W_out").bottom_ids < 10).all()
+
+
+def test_own_projection_gets_the_oriented_vectors(gpt2: Case) -> None:
+    class Keep:
+        def __init__(self) -> None:
+            self.seen: list[Tensor] = []
+
+        def project(self, vectors: Tensor, layer: int) -> Tensor:
+            self.seen.append(vectors)
+            return torch.zeros(len(vectors), 97)
+
+    keep = Keep()
+    tokens = gpt2.tokens(4)
+    result = backward_lens(gpt2.model, tokens, TARGET, projection=keep, matrices="W_out", layers=1)
+    assert torch.equal(torch.cat(keep.seen), -result.gradients["W_out", 1].vjps[0])
+
+
+# ---------------------------------------------------------------------------- k, chunks, targets
+
+
+def test_k_may_be_the_whole_vocabulary(gpt2: Case) -> None:
+    result = backward_lens(gpt2.model, gpt2.tokens(3), TARGET, k=97)
+    readout = result.readout("W_in")
+    everything = list(range(97))
+    for ids in readout.top_ids.reshape(-1, 97).tolist():
+        assert sorted(ids) == everything
+    assert len(result.top_tokens("W_in", 0, 0)) == 97
+    assert result.top_tokens("W_in", 0, 0, k=2) == result.top_tokens("W_in", 0, 0)[:2]
+
+
+def test_chunks_of_one_vector_give_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = case.tokens(5, 5)
+    whole = backward_lens(case.model, tokens, TARGET, matrices="mlp")
+    monkeypatch.setattr("backward_lens_tl.readout.CHUNK_BYTES", 1)
+    calls = Ties()
+    backward_lens(case.model, tokens, TARGET, projection=calls, matrices="W_in", layers=0)
+    assert len(calls.layers) == 10
+    chunked = backward_lens(case.model, tokens, TARGET, matrices="mlp")
+    for matrix in case.matrices:
+        live = ~whole.is_zero(matrix)
+        assert torch.equal(chunked.target_rank(matrix)[live], whole.target_rank(matrix)[live])
+        assert torch.equal(
+            chunked.readout(matrix).top_ids[live], whole.readout(matrix).top_ids[live]
+        )
+        torch.testing.assert_close(
+            chunked.readout(matrix).bottom_scores, whole.readout(matrix).bottom_scores
+        )
+
+
+def test_without_a_target_it_is_the_models_own_answer(case: Case) -> None:
+    tokens = case.tokens(5, 5, 5)
+    result = backward_lens(case.model, tokens, layers=0)
+    with torch.no_grad():
+        answers = case.logits(tokens)[:, -1].argmax(-1)
+    assert result.gradients.targets is not None
+    assert torch.equal(result.gradients.targets, answers)
+    explicit = backward_lens(case.model, tokens, answers, layers=0)
+    assert torch.equal(result.gradients.loss, explicit.gradients.loss)
+    assert torch.equal(result.target_rank("W_out"), explicit.target_rank("W_out"))
+
+
+def test_a_target_beside_an_objective_is_only_ranked(gpt2: Case) -> None:
+    tokens = gpt2.tokens(5)
+
+    def loss(logits: Tensor, tokens: Tensor) -> Tensor:
+        return logits[:, -1, 3] - logits[:, -1, 9]
+
+    ranked = backward_lens(gpt2.model, tokens, 9, objective=loss)
+    other = backward_lens(gpt2.model, tokens, 3, objective=loss)
+    assert torch.equal(ranked.gradients["W_in", 0].vjps, other.gradients["W_in", 0].vjps)
+    assert not torch.equal(ranked.target_rank("W_out"), other.target_rank("W_out"))
+    silent = backward_lens(gpt2.model, tokens, objective=loss)
+    assert silent.target() is None
+    assert silent.cell("W_out", 0, 0).target_rank is None
+    with pytest.raises(InputError, match="target="):
+        silent.target_rank("W_out")
+
+
+def test_targets_one_per_prompt_as_texts_and_ids(gpt2: Case) -> None:
+    words = [" Paris", " the", " is"]
+    ids = [gpt2.model.tokenizer(word)["input_ids"][-1] for word in words]
+    by_text = backward_lens(gpt2.model, PROMPTS, words)
+    by_id = backward_lens(gpt2.model, PROMPTS, ids)
+    by_tensor = backward_lens(gpt2.model, PROMPTS, torch.tensor(ids))
+    assert [by_text.target(b) for b in range(3)] == words
+    for other in (by_id, by_tensor):
+        assert torch.equal(other.gradients.loss, by_text.gradients.loss)
+        assert torch.equal(other.target_rank("W_out"), by_text.target_rank("W_out"))
+
+
+@pytest.mark.parametrize("name", ["bridge-gemma2", "hooked-gemma2"])
+def test_softcap_bounds_the_scores(name: str) -> None:
+    case = build(name)
+    result = backward_lens(case.model, case.tokens(4), TARGET)
+    assert 1 < result.readout("W_in").top_scores.abs().max() < 1.5

@@ -1,0 +1,187 @@
+"""What is shipped is what is declared, and the package keeps its house rules."""
+
+import ast
+import importlib
+import importlib.metadata
+import pkgutil
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import backward_lens_tl
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "backward_lens_tl"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+MODULES = sorted(
+    module.name for module in pkgutil.walk_packages([str(PACKAGE)], prefix="backward_lens_tl.")
+)
+FACTS_MODEL_FILES = {
+    "MODEL_CARD.md",
+    "config.json",
+    "facts.json",
+    "model.safetensors",
+    "records.json",
+    "tokenizer.json",
+}
+FACTS_MODEL_LIMIT = 10 * 2**20
+"""Bytes that the facts model may take, unpacked."""
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory):
+    """A wheel and an sdist of this checkout, built with the backend that is installed."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--sdist"]
+    built = subprocess.run(
+        [*command, "--outdir", str(folder), str(ROOT)], capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist):
+    [path] = dist.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def sdist_names(dist):
+    """Names in the sdist, without the folder that holds them all."""
+    [path] = dist.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        return {member.name.partition("/")[2] for member in archive.getmembers()}
+
+
+def package_files():
+    return {
+        str(path.relative_to(ROOT))
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert shipped == package_files()
+    assert "backward_lens_tl/py.typed" in shipped
+
+
+def test_the_wheel_holds_the_facts_model_within_its_limit(wheel):
+    prefix = "backward_lens_tl/facts_model/"
+    sizes = {
+        info.filename.removeprefix(prefix): info.file_size
+        for info in wheel.infolist()
+        if info.filename.startswith(prefix)
+    }
+    assert set(sizes) >= FACTS_MODEL_FILES
+    assert min(sizes[name] for name in FACTS_MODEL_FILES) > 0
+    assert sum(sizes.values()) <= FACTS_MODEL_LIMIT
+
+
+def test_the_wheel_declares_the_command_and_the_licence(wheel):
+    [entry_points] = [name for name in wheel.namelist() if name.endswith("/entry_points.txt")]
+    [licence] = [name for name in wheel.namelist() if name.endswith("/licenses/LICENSE")]
+    assert "backward-lens = backward_lens_tl.cli:main" in wheel.read(entry_points).decode()
+    assert "The backward_lens_tl authors" in wheel.read(licence).decode()
+
+
+def test_the_sdist_holds_the_package_and_its_tests_but_not_ci(dist):
+    names = sdist_names(dist)
+    assert names >= package_files()
+    assert names >= {"tests/test_packaging.py", "pyproject.toml", "README.md", "LICENSE"}
+    assert not {name for name in names if name.startswith((".ci", ".git/", ".venv"))}
+
+
+def test_one_version_everywhere():
+    version = importlib.metadata.version("backward-lens-tl")
+    assert backward_lens_tl.__version__ == version
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r"^version: (.+)$", citation, re.MULTILINE) == [version]
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_command_of_the_entry_point_starts():
+    [entry] = importlib.metadata.entry_points(group="console_scripts", name="backward-lens")
+    assert entry.value == "backward_lens_tl.cli:main"
+    command = Path(sys.executable).with_name(entry.name)
+    shown = subprocess.run([str(command), "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "show" in shown.stdout
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_imports(name):
+    importlib.import_module(name)
+
+
+def test_public_names_exist():
+    missing = [name for name in backward_lens_tl.__all__ if not hasattr(backward_lens_tl, name)]
+    assert not missing
+
+
+def test_importing_the_package_asks_nobody_for_hooked_transformer():
+    # TransformerLens 4 has no HookedTransformer, so a name that is imported with the module would
+    # break there. TransformerLens 3 imports its own; what counts is who asks for it.
+    script = f"""
+import builtins, sys
+real = builtins.__import__
+def watched(name, globals=None, locals=None, fromlist=(), level=0):
+    asks = (globals or {{}}).get("__name__", "").partition(".")[0] == "backward_lens_tl"
+    names = [name, *(fromlist or ())]
+    if asks and any("HookedTransformer" in part for part in names):
+        sys.exit("HookedTransformer is imported by " + globals["__name__"])
+    return real(name, globals, locals, fromlist, level)
+builtins.__import__ = watched
+import importlib
+for module in {["backward_lens_tl", *MODULES]!r}:
+    importlib.import_module(module)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_house_rules(path):
+    source = path.read_text()
+    assert "type: ignore" not in source
+    for node in ast.walk(ast.parse(source)):
+        where = f"{path.name}:{getattr(node, 'lineno', '?')}"
+        assert not isinstance(node, ast.Assert), f"{where}: assert vanishes under python -O"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print" or path.name == "cli.py", f"{where}: print"
+
+
+def runtime_requirements():
+    requirements = map(Requirement, importlib.metadata.requires("backward-lens-tl") or [])
+    return [requirement for requirement in requirements if "extra" not in str(requirement.marker)]
+
+
+def test_requirements_have_no_upper_caps():
+    requirements = runtime_requirements()
+    assert requirements
+    for requirement in requirements:
+        assert {part.operator for part in requirement.specifier} <= {">="}, str(requirement)
+    python = importlib.metadata.metadata("backward-lens-tl")["Requires-Python"]
+    assert python == ">=3.10"
+
+
+def test_what_is_imported_is_required_and_what_is_required_is_imported():
+    imported = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).partition(".")[0])
+    third_party = imported - set(sys.stdlib_module_names) - {"backward_lens_tl"}
+    required = {requirement.name.replace("-", "_") for requirement in runtime_requirements()}
+    # circuitsvis is for its users: its widgets stand beside a result's own table in a notebook.
+    assert third_party == required - {"circuitsvis"}

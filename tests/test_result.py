@@ -1,0 +1,281 @@
+"""A result stands alone: its table, its file, its repr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from models import Case
+from safetensors.torch import save_file
+
+from backward_lens_tl.errors import InputError, ResultFileError
+from backward_lens_tl.lens import backward_lens
+from backward_lens_tl.objectives import next_token_loss
+from backward_lens_tl.result import BackwardLensResult
+
+PROMPTS = ["Messi plays for", "The capital of France is"]
+COLUMNS = [
+    "prompt",
+    "matrix",
+    "layer",
+    "position",
+    "token",
+    "norm",
+    "is_zero",
+    "target",
+    "target_rank",
+    "top_tokens",
+    "top_scores",
+    "bottom_tokens",
+    "bottom_scores",
+]
+
+
+@pytest.fixture(scope="module")
+def result(gpt2: Case) -> BackwardLensResult:
+    return backward_lens(gpt2.model, PROMPTS, [" Paris", " the"], k=3)
+
+
+# ------------------------------------------------------------------------------------- the table
+
+
+def test_table_has_one_row_per_cell(gpt2: Case, result: BackwardLensResult) -> None:
+    table = result.to_df()
+    assert list(table.columns) == COLUMNS
+    lengths = [len(gpt2.model.to_tokens(prompt)[0]) for prompt in PROMPTS]
+    assert len(table) == sum(lengths) * 2 * gpt2.n_layers
+    keys = table[["prompt", "matrix", "layer", "position"]]
+    assert not keys.duplicated().any()
+
+
+def test_values_of_the_table(gpt2: Case, result: BackwardLensResult) -> None:
+    tokenizer = gpt2.model.tokenizer
+    for row in result.to_df().itertuples():
+        at = row.layer, row.prompt, row.position
+        gradient = result.gradients[row.matrix, row.layer]
+        token = int(result.gradients.tokens[row.prompt, row.position])
+        assert row.token == tokenizer.decode([token])
+        delta = gradient.vjps[row.prompt, row.position]
+        assert row.norm == pytest.approx(float((delta**2).sum() ** 0.5), rel=1e-12)
+        assert row.is_zero == (row.norm == 0)
+        assert row.target == [" Paris", " the"][row.prompt]
+        assert row.target_rank == int(result.target_rank(row.matrix)[at])
+        readout = result.readout(row.matrix)
+        for words, scores, ids, values in (
+            (row.top_tokens, row.top_scores, readout.top_ids, readout.top_scores),
+            (row.bottom_tokens, row.bottom_scores, readout.bottom_ids, readout.bottom_scores),
+        ):
+            assert scores == values[at].tolist()
+            if not row.is_zero:
+                assert words == [tokenizer.decode([i]) for i in ids[at].tolist()]
+        if not row.is_zero:
+            words = result.top_tokens(row.matrix, row.layer, row.position, batch=row.prompt)
+            assert words == row.top_tokens
+
+
+def test_table_of_chosen_positions(gpt2: Case) -> None:
+    table = backward_lens(gpt2.model, PROMPTS, " Paris", layers=[1, 2], positions=[-1, 0]).to_df()
+    assert len(table) == 2 * 2 * 2 * 2
+    assert set(table["layer"]) == {1, 2}
+    lengths = [len(gpt2.model.to_tokens(prompt)[0]) for prompt in PROMPTS]
+    for prompt, n in enumerate(lengths):
+        assert set(table[table["prompt"] == prompt]["position"]) == {0, n - 1}
+
+
+def test_table_without_a_target(gpt2: Case) -> None:
+    table = backward_lens(gpt2.model, PROMPTS, objective=next_token_loss(), layers=0).to_df()
+    assert table["target"].isna().all()
+    assert table["target_rank"].isna().all()
+
+
+# -------------------------------------------------------------------------------------- the file
+
+
+def assert_equal_results(found: BackwardLensResult, expected: BackwardLensResult) -> None:
+    assert found.to_df().equals(expected.to_df())
+    assert found.matrices == expected.matrices
+    assert found.layers == expected.layers
+    assert (found.projection, found.direction, found.k) == (
+        expected.projection,
+        expected.direction,
+        expected.k,
+    )
+    assert torch.equal(found.positions, expected.positions)
+    mine, theirs = found.gradients, expected.gradients
+    assert (mine.objective, mine.model_name) == (theirs.objective, theirs.model_name)
+    assert mine.str_tokens == theirs.str_tokens
+    for name in ("tokens", "mask", "loss", "targets"):
+        one, other = getattr(mine, name), getattr(theirs, name)
+        assert (one is None and other is None) or torch.equal(one, other)
+        assert one is None or one.dtype == other.dtype
+    assert list(mine.gradients) == list(theirs.gradients)
+    for key, gradient in theirs.gradients.items():
+        assert torch.equal(mine[key].inputs, gradient.inputs)
+        assert torch.equal(mine[key].vjps, gradient.vjps)
+        assert mine[key].inputs.dtype == gradient.inputs.dtype
+        assert mine[key].rank(0) == gradient.rank(0)
+    for matrix in expected.matrices:
+        for name, values in vars(expected.readout(matrix)).items():
+            loaded = getattr(found.readout(matrix), name)
+            torch.testing.assert_close(loaded, values, rtol=0, atol=0, equal_nan=True)
+    for batch in range(len(expected.positions)):
+        assert found.target(batch) == expected.target(batch)
+        at = expected.matrices[0], expected.layers[0], -1
+        assert found.top_tokens(*at, batch=batch) == expected.top_tokens(*at, batch=batch)
+        assert found.cell(*at, batch=batch) == expected.cell(*at, batch=batch)
+
+
+def test_saved_result_comes_back(result: BackwardLensResult, tmp_path: Path) -> None:
+    path = tmp_path / "result.safetensors"
+    result.save(path)
+    assert_equal_results(BackwardLensResult.load(path), result)
+    assert_equal_results(BackwardLensResult.load(str(path)), result)
+    assert [file.name for file in tmp_path.iterdir()] == ["result.safetensors"]
+
+
+def test_saved_result_without_a_target_comes_back(gpt2: Case, tmp_path: Path) -> None:
+    chosen = backward_lens(
+        gpt2.model,
+        PROMPTS,
+        objective=next_token_loss(),
+        layers=[0, 2],
+        positions=-1,
+        matrices="W_out",
+        projection="normalized",
+        direction="gradient",
+    )
+    chosen.save(tmp_path / "r")
+    loaded = BackwardLensResult.load(tmp_path / "r")
+    assert_equal_results(loaded, chosen)
+    with pytest.raises(InputError):
+        loaded.target_rank("W_out")
+
+
+def test_saved_result_of_odd_tokens_comes_back(stories: Case, tmp_path: Path) -> None:
+    odd = backward_lens(stories.model, "é “☃” </script>\n\t", matrices="mlp", k=50, layers=[0])
+    odd.save(tmp_path / "odd")
+    assert_equal_results(BackwardLensResult.load(tmp_path / "odd"), odd)
+
+
+def test_saving_replaces_an_older_file(result: BackwardLensResult, tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    path.write_text("something else")
+    result.save(path)
+    result.save(path)
+    assert_equal_results(BackwardLensResult.load(path), result)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def cut_in_the_header(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(b"not a result " * 50)
+
+
+def foreign(path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, path)
+
+
+def foreign_with_metadata(path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, path, metadata={"format": "pt"})
+
+
+def later_format(path: Path) -> None:
+    contents = path.read_bytes()
+    assert contents.count(b'\\"format\\": 1,') == 1
+    path.write_bytes(contents.replace(b'\\"format\\": 1,', b'\\"format\\": 9,'))
+
+
+def no_json(path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, path, metadata={"backward_lens_tl": "{"})
+
+
+def missing_tensors(path: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({"weight": torch.zeros(2)}, path, metadata=metadata)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        cut_in_the_header,
+        empty,
+        overwrite,
+        foreign,
+        foreign_with_metadata,
+        later_format,
+        no_json,
+        missing_tensors,
+        remove,
+        folder,
+    ],
+    ids=lambda damage: damage.__name__,
+)
+def test_what_is_not_a_result_is_refused_by_name(
+    damage: Callable[[Path], None], result: BackwardLensResult, tmp_path: Path
+) -> None:
+    path = tmp_path / "saved_result"
+    result.save(path)
+    damage(path)
+    with pytest.raises(ResultFileError, match="saved_result"):
+        BackwardLensResult.load(path)
+
+
+# -------------------------------------------------------------------------------------- the repr
+
+
+def test_repr_says_what_it_is_and_what_to_do(result: BackwardLensResult) -> None:
+    shown = repr(result)
+    for word in ("BackwardLensResult", "W_in, W_out", "2 prompts", "Messi plays for", "update"):
+        assert word in shown
+    assert any(way in shown for way in (".top_tokens(", ".to_df()", ".save_html("))
+    assert len(shown) < 600
+    assert "tensor(" not in shown
+
+
+def test_repr_of_a_capture_holds_no_numbers(result: BackwardLensResult) -> None:
+    shown = repr(result.gradients)
+    assert "GradientCapture" in shown
+    assert "tensor(" not in shown
+
+
+def test_cells_are_in_words(result: BackwardLensResult) -> None:
+    cell = result.cell("W_out", 1, -1, batch=1)
+    assert (cell.matrix, cell.layer) == ("W_out", 1)
+    assert cell.position == len(result.gradients.str_tokens[1]) - 1
+    assert cell.token == " is"
+    scores = [entry.score for entry in cell.top]
+    assert scores == sorted(scores, reverse=True)
+    scores = [entry.score for entry in cell.bottom]
+    assert scores == sorted(scores)
+    assert [entry.token for entry in cell.top] == result.top_tokens("W_out", 1, -1, batch=1)
+    assert result.cell("W_out", -1, 0).layer == 2
+    assert len(result.cells("W_in", 0, batch=1)) == len(result.gradients.str_tokens[1])
+    with pytest.raises(InputError, match="k is 4"):
+        result.top_tokens("W_out", 1, -1, k=4)
+    with pytest.raises(InputError, match="k is 0"):
+        result.bottom_tokens("W_out", 1, -1, k=0)

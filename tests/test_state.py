@@ -1,0 +1,276 @@
+"""Nothing that a caller has running changes: after a run, and after an error half way."""
+
+from __future__ import annotations
+
+import gc
+import random
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import Case, build
+from torch import Tensor, nn
+
+from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.errors import BackwardLensError
+from backward_lens_tl.lens import backward_lens
+from backward_lens_tl.objectives import target_nll
+from backward_lens_tl.validation import validate
+
+pytestmark = pytest.mark.usefixtures("as_for_a_user")
+
+HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooks(model: nn.Module) -> list[tuple]:
+    """Every hook on every module, in order; TransformerLens's own lists with them."""
+    found = []
+    for name, module in model.named_modules():
+        for attribute in HOOK_DICTS:
+            found.append((name, attribute, *map(id, getattr(module, attribute).values())))
+        for attribute in ("fwd_hooks", "bwd_hooks"):
+            if (listed := getattr(module, attribute, None)) is not None:
+                found.append((name, attribute, *(id(entry.hook) for entry in listed)))
+    return found
+
+
+def random_states() -> tuple:
+    return random.getstate(), str(np.random.get_state()), tuple(torch.get_rng_state().tolist())
+
+
+def snapshot(model: Any) -> dict[str, Any]:
+    """Everything that a caller could notice."""
+    parameters = dict(model.named_parameters())
+    return {
+        "values": {name: p.detach().clone() for name, p in parameters.items()},
+        "versions": {name: p._version for name, p in parameters.items()},
+        "identities": {name: id(p) for name, p in parameters.items()},
+        "requires_grad": {name: p.requires_grad for name, p in parameters.items()},
+        "grads": {
+            name: None if p.grad is None else p.grad.clone() for name, p in parameters.items()
+        },
+        "buffers": {name: b.clone() for name, b in model.named_buffers()},
+        "training": {name: module.training for name, module in model.named_modules()},
+        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+        "hooks": hooks(model),
+        "random": random_states(),
+        "cfg": str(sorted(vars(model.cfg).items(), key=lambda item: item[0])),
+        "grad enabled": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for key, value in before.items():
+        if key in ("values", "grads", "buffers"):
+            assert value.keys() == after[key].keys()
+            for name, tensor in value.items():
+                found = after[key][name]
+                assert (found is None) == (tensor is None), (key, name)
+                assert tensor is None or torch.equal(found, tensor), (key, name)
+        else:
+            assert value == after[key], key
+
+
+NAMES = ["bridge-gpt2", "bridge-llama", "hooked-gpt2", "hooked-llama"]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def busy(request: pytest.FixtureRequest) -> Case:
+    """A model in the middle of a caller's work: gradients, frozen parts, hooks, mixed modes."""
+    return make_busy(build(request.param))
+
+
+def make_busy(case: Case) -> Case:
+    model = case.model
+    tokens = case.tokens(5)
+    model(tokens, return_type="logits").sum().backward()
+    for index, parameter in enumerate(model.parameters()):
+        if index % 3 == 0:
+            parameter.requires_grad_(False)
+    model.blocks[1].train()
+    for module in model.modules():  # a part in train mode is allowed while nothing drops
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    model.add_hook("blocks.0.mlp.hook_post", lambda value, hook: value * 1.01)
+    model.blocks[1].register_forward_hook(lambda *_: None)
+    model.blocks[1].mlp.register_forward_pre_hook(lambda *_: None)
+    model.blocks[0].register_full_backward_hook(lambda *_: None)
+    # Some of TransformerLens's attributes appear in the first forward pass of a kind.
+    model(tokens, return_type="logits", attention_mask=torch.ones_like(tokens))
+    return case
+
+
+CALLS: dict[str, Callable[[Case], object]] = {
+    "capture": lambda case: capture_gradients(case.model, case.tokens(4), target_nll(5)),
+    "lens": lambda case: backward_lens(
+        case.model, ["Messi plays for", "Rome"], " Paris", prepend_bos=True
+    ),
+    "own answer": lambda case: backward_lens(case.model, "Rome is", projection="normalized"),
+    "validate": lambda case: validate(case.model),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_nothing_changes(busy: Case, call: str) -> None:
+    before = snapshot(busy.model)
+    assert any(grad is not None for grad in before["grads"].values())
+    CALLS[call](busy)
+    assert_same(before, snapshot(busy.model))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_nothing_changes_without_grad(busy: Case, call: str) -> None:
+    with torch.no_grad():
+        before = snapshot(busy.model)
+        CALLS[call](busy)
+        assert not torch.is_grad_enabled()
+        assert_same(before, snapshot(busy.model))
+
+
+def test_two_runs_give_the_same_bits(busy: Case) -> None:
+    first = backward_lens(busy.model, "Messi plays for", " Paris")
+    second = backward_lens(busy.model, "Messi plays for", " Paris")
+    for gradient in first.gradients:
+        again = second.gradients[gradient.matrix, gradient.layer]
+        assert torch.equal(again.vjps, gradient.vjps)
+        assert torch.equal(again.inputs, gradient.inputs)
+    assert torch.equal(first.readout("W_out").top_ids, second.readout("W_out").top_ids)
+
+
+class Stop(Exception):
+    """Raised by a caller's code."""
+
+
+def raises_stop(logits: Tensor, tokens: Tensor) -> Tensor:
+    raise Stop
+
+
+class BadProjection:
+    def project(self, vectors: Tensor, layer: int) -> Tensor:
+        raise Stop
+
+
+class ShapelessProjection:
+    def project(self, vectors: Tensor, layer: int) -> Tensor:
+        return vectors
+
+
+FAILING: dict[str, tuple[type[BaseException], Callable[[Any], object]]] = {
+    "objective raises": (Stop, lambda m: capture_gradients(m, "Rome", raises_stop)),
+    "objective raises in validate": (Stop, lambda m: validate(m, "Rome", objective=raises_stop)),
+    "objective of a wrong shape": (
+        BackwardLensError,
+        lambda m: capture_gradients(m, "Rome", lambda logits, tokens: logits.sum()),
+    ),
+    "objective without a gradient": (
+        BackwardLensError,
+        lambda m: capture_gradients(m, "Rome", lambda logits, tokens: logits.detach()[:, 0, 0]),
+    ),
+    "projection raises": (Stop, lambda m: backward_lens(m, "Rome", 5, projection=BadProjection())),
+    "projection of a wrong shape": (
+        BackwardLensError,
+        lambda m: backward_lens(m, "Rome", 5, projection=ShapelessProjection()),
+    ),
+    "position that is not there": (
+        BackwardLensError,
+        lambda m: backward_lens(m, "Rome", 5, positions=50),
+    ),
+    "k too large": (BackwardLensError, lambda m: backward_lens(m, "Rome", 5, k=98)),
+    "target of several tokens": (
+        BackwardLensError,
+        lambda m: backward_lens(m, "Rome", " river of Rome"),
+    ),
+    "layer that is not there": (BackwardLensError, lambda m: backward_lens(m, "Rome", layers=9)),
+}
+
+
+@pytest.mark.parametrize("how", FAILING)
+def test_nothing_changes_when_it_fails(busy: Case, how: str) -> None:
+    error, call = FAILING[how]
+    before = snapshot(busy.model)
+    with pytest.raises(error):
+        call(busy.model)
+    assert_same(before, snapshot(busy.model))
+
+
+@pytest.mark.parametrize("hook", ["blocks.0.hook_resid_pre", "blocks.1.mlp.hook_post"])
+@pytest.mark.parametrize("call", ["capture", "validate"])
+def test_nothing_changes_when_the_user_interrupts_the_forward_pass(
+    busy: Case, hook: str, call: str
+) -> None:
+    def interrupt(value: Tensor, hook: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    before = snapshot(busy.model)
+    with busy.model.hooks(fwd_hooks=[(hook, interrupt)]), pytest.raises(KeyboardInterrupt):
+        CALLS[call](busy)
+    assert_same(before, snapshot(busy.model))
+
+
+def test_nothing_changes_when_the_backward_pass_is_interrupted(busy: Case) -> None:
+    def interrupt(gradient: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    def loss(logits: Tensor, tokens: Tensor) -> Tensor:
+        logits.register_hook(interrupt)
+        return logits[:, -1, 5]
+
+    before = snapshot(busy.model)
+    with pytest.raises(KeyboardInterrupt):
+        capture_gradients(busy.model, busy.tokens(4), loss)
+    assert_same(before, snapshot(busy.model))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_snapshot_sees_every_kind_of_change(name: str) -> None:
+    """The negative control of this file."""
+    model = make_busy(build(name)).model
+    parameter = next(p for p in model.parameters() if p.grad is not None and p.requires_grad)
+
+    def change_value() -> None:
+        with torch.no_grad():
+            parameter.flatten()[0].add_(1e-15)
+
+    changes: list[Callable[[], object]] = [
+        change_value,
+        lambda: parameter.requires_grad_(False),
+        lambda: model.blocks[0].mlp.train(),
+        lambda: torch.rand(1),
+        lambda: random.random(),
+        lambda: np.random.rand(),
+        lambda: model.blocks[0].register_forward_hook(lambda *_: None),
+        lambda: model.add_hook("blocks.0.hook_resid_pre", lambda value, hook: value),
+        lambda: setattr(parameter, "grad", None),
+        lambda: setattr(model.blocks[0], "_captured", 1),
+    ]
+    for change in changes:
+        before = snapshot(model)
+        change()
+        with pytest.raises(AssertionError):
+            assert_same(before, snapshot(model))
+
+
+def test_no_tensor_is_kept_alive_by_the_model(gpt2: Case) -> None:
+    """What a capture holds goes with it."""
+    capture = capture_gradients(gpt2.model, gpt2.tokens(4), target_nll(5))
+    held = weakref.ref(capture["W_in", 0].inputs), weakref.ref(capture["W_out", 0].vjps)
+    del capture
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]
+
+
+def test_an_error_leaves_hooks_that_a_later_run_can_use(busy: Case) -> None:
+    expected = capture_gradients(busy.model, busy.tokens(4), target_nll(5))
+    with suppress(Stop):
+        capture_gradients(busy.model, busy.tokens(4), raises_stop)
+    found = capture_gradients(busy.model, busy.tokens(4), target_nll(5))
+    assert torch.equal(found["W_in", 0].vjps, expected["W_in", 0].vjps)

@@ -1,0 +1,162 @@
+"""`validate` passes where the capture is right, and fails where it is not."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from models import NAMES, Case, build
+from torch import Tensor
+
+from backward_lens_tl import host
+from backward_lens_tl.errors import BackwardLensError, ValidationError
+from backward_lens_tl.objectives import target_nll
+from backward_lens_tl.validation import ValidationReport, validate
+
+pytestmark = pytest.mark.usefixtures("as_for_a_user")
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def assert_passes(report: ValidationReport, case: Case, tolerance: float) -> None:
+    assert report.passed
+    assert {(error.matrix, error.layer) for error in report.errors} == set(case.weights)
+    assert 0 <= report.max_error <= tolerance
+    assert report.tolerance <= tolerance
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_random_models_pass(name: str, dtype: torch.dtype) -> None:
+    case = build(name, dtype)
+    assert_passes(validate(case.model), case, TOLERANCES[dtype])
+
+
+def test_stories_model_passes(stories: Case) -> None:
+    assert_passes(validate(stories.model, "Once upon a time there was a dog"), stories, 1e-5)
+
+
+def test_facts_model_passes(facts: Case) -> None:
+    assert_passes(validate(facts.model, ["Lionel Messi plays for", "Paris"]), facts, 1e-5)
+
+
+def test_half_precision_passes_with_its_own_tolerance() -> None:
+    case = build("bridge-gpt2", torch.bfloat16)
+    report = validate(case.model)
+    # 8 bits of mantissa, and autograd sums in them: a float32 tolerance would be wrong here.
+    assert 1e-4 < report.max_error < 0.1
+
+
+def test_own_prompts_and_objective(case: Case) -> None:
+    report = validate(
+        case.model, ["Messi plays for", "Rome"], objective=target_nll(5), matrices="W_out"
+    )
+    assert report.passed
+    assert {error.matrix for error in report.errors} == {"W_out"}
+    assert len(report.errors) == case.n_layers
+
+
+@pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-llama", "hooked-gpt2", "hooked-llama"])
+def test_frozen_model_passes_and_stays_frozen(name: str) -> None:
+    case = build(name)
+    tensors = list(case.model.parameters())
+    for index, parameter in enumerate(tensors):
+        parameter.requires_grad_(index % 2 == 0)
+    tensors[0].grad = torch.ones_like(tensors[0])
+    wanted = [(p.requires_grad, p.grad is None) for p in tensors]
+    with torch.no_grad():
+        assert validate(case.model).passed
+    assert [(p.requires_grad, p.grad is None) for p in tensors] == wanted
+    assert torch.equal(tensors[0].grad, torch.ones_like(tensors[0]))
+    case.model.requires_grad_(False)
+    assert validate(case.model).passed
+    assert not any(p.requires_grad for p in tensors)
+
+
+def test_report_prints_a_table(gpt2: Case) -> None:
+    report = validate(gpt2.model)
+    shown = repr(report)
+    for word in ("passed", "W_in", "W_out", "tolerance"):
+        assert word in shown
+    table = report.to_df()
+    assert table.shape == (gpt2.n_layers, 2)
+    assert list(table.columns) == ["W_in", "W_out"]
+    for error in report.errors:
+        assert table.loc[error.layer, error.matrix] == error.relative_error
+
+
+# ------------------------------------------------------------------- it fails where it should fail
+
+
+def move(monkeypatch: pytest.MonkeyPatch, matrix: str, side: str, where: Any) -> None:
+    """Put a tap of one matrix to another place of the model."""
+    for kind in (host.HookedTransformerHost, host.TransformerBridgeHost):
+        original = kind.site
+
+        def site(self: Any, name: str, layer: int, original: Any = original) -> Any:
+            found = original(self, name, layer)
+            if name != matrix:
+                return found
+            return dataclasses.replace(found, **{side: where(self.model.blocks[layer], found)})
+
+        monkeypatch.setattr(kind, "site", site)
+
+
+def before_the_norm(block: Any, site: Any) -> Any:
+    return host.Tap(block.ln2, "input")
+
+
+def after_the_post_norm(block: Any, site: Any) -> Any:
+    return host.Tap(block.hook_mlp_out, "output")
+
+
+@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2", "bridge-llama", "hooked-llama"])
+def test_input_read_before_the_norm_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = build(name)
+    validate(case.model)
+    move(monkeypatch, "W_in", "input", before_the_norm)
+    with pytest.raises(ValidationError) as raised:
+        validate(case.model)
+    assert isinstance(raised.value, BackwardLensError)
+    for word in ("W_in", "W_out", "FAILED", "layer"):
+        assert word in str(raised.value)
+    assert validate(case.model, matrices="W_out").passed
+
+
+@pytest.mark.parametrize("name", ["hooked-gemma2", "bridge-gemma2"])
+def test_output_read_after_the_post_norm_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = build(name)
+    validate(case.model)
+    move(monkeypatch, "W_out", "output", after_the_post_norm)
+    with pytest.raises(ValidationError, match="W_out"):
+        validate(case.model)
+
+
+def test_wrong_lens_fails(gpt2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The readout is held to the model's own logits."""
+    original = host.Host.unembed
+
+    def without_the_bias(self: Any, vectors: Tensor) -> Tensor:
+        return original(self, vectors) - 0.1 * torch.arange(97)
+
+    validate(gpt2.model)
+    monkeypatch.setattr(host.Host, "unembed", without_the_bias)
+    with pytest.raises(ValidationError):
+        validate(gpt2.model)
+
+
+def test_nan_fails() -> None:
+    case = build("bridge-gpt2")
+    with torch.no_grad():
+        case.own["W_in", 1].tensor[0, 0] = torch.nan
+    with pytest.raises(BackwardLensError):
+        validate(case.model)
+
+
+def test_patched_model_passes(gpt2: Case) -> None:
+    """Both sides of the comparison run under the caller's hooks."""
+    patch = ("blocks.1.hook_resid_pre", lambda value, hook: value * 1.5 + 0.1)
+    with gpt2.model.hooks(fwd_hooks=[patch]):
+        assert validate(gpt2.model).passed

@@ -1,0 +1,459 @@
+"""What a view must show of a result, and what a token must never do to it."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from rich.cells import cell_len
+from rich.console import Console
+
+from backward_lens_tl.gradients import GradientCapture, MatrixGradient
+from backward_lens_tl.host import MatrixName
+from backward_lens_tl.readout import Readout
+from backward_lens_tl.result import BackwardLensResult, Cell
+from backward_lens_tl.views.appearance import (
+    DARK_SHADES,
+    LIGHT_SHADES,
+    NormScale,
+    Piece,
+    pieces,
+    running_text,
+)
+from backward_lens_tl.views.html import MAX_PROMPTS, render_page, render_table
+from backward_lens_tl.views.terminal import TerminalTable
+
+PARIS = " Paris"
+NASTY = (
+    "</script>", "<s>", "<b>", "\"'&amp;", "\n", "\t", " ", "    ", "", "\x1e", "\u202eevil",
+    " مرحبا", "x" * 60, " 👩\u200d👩\u200d👧", "\ufffd", "\u0301", "\ud800", "[/bold]", "[red]",
+    "</td><img src=x onerror=1>", "\u200b", "ab\u00a0c", PARIS,
+)  # fmt: skip
+
+
+def make_result(
+    layers: int = 4,
+    pos: int = 5,
+    k: int = 3,
+    batch: int = 1,
+    vocab: tuple[str, ...] = NASTY,
+    direction: str = "update",
+) -> BackwardLensResult:
+    """Random numbers; the last layer is zero but at the last position, as in appendix A."""
+    random = torch.Generator().manual_seed(0)
+    matrices: tuple[MatrixName, ...] = ("W_in", "W_out")
+    mask = torch.ones(batch, pos, dtype=torch.bool)
+    decades = torch.logspace(-2, 0, pos)[None, :, None]
+    gradients = {}
+    for layer in range(layers):
+        for matrix in matrices:
+            vjps = torch.randn(batch, pos, 6, generator=random) * decades
+            if layer == layers - 1:
+                vjps[:, :-1] = 0
+            inputs = torch.randn(batch, pos, 6, generator=random)
+            gradients[matrix, layer] = MatrixGradient(matrix, layer, inputs, vjps, mask)
+    target = vocab.index(PARIS)
+    capture = GradientCapture(
+        gradients=gradients,
+        tokens=torch.zeros(batch, pos, dtype=torch.long),
+        mask=mask,
+        str_tokens=(tuple(vocab[index % len(vocab)] for index in range(pos)),) * batch,
+        loss=torch.full((batch,), 1.25),
+        targets=torch.full((batch,), target),
+        objective="target_nll(' Paris')",
+        model_name="a <model>",
+    )
+    readouts = {}
+    for matrix in matrices:
+        scores = torch.randn(layers, batch, pos, len(vocab), generator=random)
+        scores[:2, :, -1, target] += 10
+        top, bottom = scores.topk(k), scores.topk(k, largest=False)
+        rank = (scores > scores[..., target, None]).sum(-1)
+        readouts[matrix] = Readout(top.indices, top.values, bottom.indices, bottom.values, rank)
+    return BackwardLensResult(
+        gradients=capture,
+        readouts=readouts,
+        positions=torch.arange(pos).expand(batch, pos),
+        token_texts=dict(enumerate(vocab)),
+        projection="logit_lens",
+        direction=direction,
+    )
+
+
+def without_target(result: BackwardLensResult) -> BackwardLensResult:
+    return replace(result, gradients=replace(result.gradients, targets=None))
+
+
+def all_cells(result: BackwardLensResult, matrix: str) -> list[Cell]:
+    """In the order of the tables: the last layer first."""
+    return [cell for layer in reversed(result.layers) for cell in result.cells(matrix, layer)]
+
+
+def shown(token: str) -> str:
+    return "".join(piece.text for piece in pieces(token))
+
+
+# --- a parser that accepts well-formed HTML only ------------------------------------------------
+
+
+@dataclass
+class Node:
+    tag: str
+    attributes: dict[str, str | None] = field(default_factory=dict)
+    children: list[Node | str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(part if isinstance(part, str) else part.text for part in self.children)
+
+    def all(self, tag: str, name: str | None = None) -> list[Node]:
+        found = []
+        for child in self.children:
+            if isinstance(child, Node):
+                classes = (child.attributes.get("class") or "").split()
+                if child.tag == tag and (name is None or name in classes):
+                    found.append(child)
+                found += child.all(tag, name)
+        return found
+
+    def tags(self) -> set[str]:
+        nodes = [child for child in self.children if isinstance(child, Node)]
+        return {self.tag}.union(*(node.tags() for node in nodes))
+
+
+class Tree(HTMLParser):
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.root = Node("root")
+        self._open = [self.root]
+        self.feed(html)
+        self.close()
+        assert self._open == [self.root], "an element was not closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "li" and self._open[-1].tag == "li":
+            self._open.pop()
+        node = Node(tag, dict(attrs))
+        self._open[-1].children.append(node)
+        if tag != "meta":
+            self._open.append(node)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "ol" and self._open[-1].tag == "li":
+            self._open.pop()
+        assert self._open.pop().tag == tag
+
+    def handle_data(self, data: str) -> None:
+        self._open[-1].children.append(data)
+
+
+def parsed(html: str) -> Node:
+    return Tree(html).root
+
+
+@pytest.fixture(scope="module")
+def result() -> BackwardLensResult:
+    return make_result(pos=len(NASTY))
+
+
+@pytest.fixture(scope="module")
+def page(result: BackwardLensResult) -> Node:
+    return parsed(render_page(result))
+
+
+def tables(page: Node, result: BackwardLensResult) -> list[tuple[Node, MatrixName]]:
+    return list(zip(page.all("table"), result.matrices, strict=True))
+
+
+# --- HTML ---------------------------------------------------------------------------------------
+
+
+def test_there_is_one_cell_per_layer_and_position(page: Node, result: BackwardLensResult):
+    for table, matrix in tables(page, result):
+        for row, layer in zip(table.all("tr")[1:], reversed(result.layers), strict=True):
+            assert row.all("th")[0].text == str(layer)
+            for node, cell in zip(row.all("td"), result.cells(matrix, layer), strict=True):
+                word = node.all("div", "word")[0]
+                top = "·" if cell.is_zero else shown(cell.top[0].token)
+                assert word.text == (f"★{top} target leads" if cell.target_leads else top)
+
+
+def test_a_token_is_never_markup(page: Node, result: BackwardLensResult):
+    ours = parsed(render_page(make_result(vocab=(PARIS, " a", " b", " c"))))
+    assert page.tags() <= ours.tags() | {"i"}  # <i> holds a mark
+    assert {"⏎", "⇥", "(empty)", "\\x1e"} <= {node.text for node in page.all("i")}
+    head = [node.text for node in page.all("thead")[0].all("bdi")]
+    assert head == [shown(token) for token in NASTY]
+    assert {"</script>", "<s>", "\"'&amp;", "</td><img src=x onerror=1>"} <= set(head)
+
+
+def test_a_page_can_be_written_whatever_the_tokens_are(
+    tmp_path: Path, page: Node, result: BackwardLensResult
+):
+    result.save_html(tmp_path / "page.html")
+    assert parsed((tmp_path / "page.html").read_text(encoding="utf-8")) == page
+
+
+def test_zero_cells_hold_no_word_but_a_reason(page: Node, result: BackwardLensResult):
+    for table, matrix in tables(page, result):
+        zero = [cell.is_zero for cell in all_cells(result, matrix)]
+        assert sum(zero) == len(NASTY) - 1
+        for node, is_zero in zip(table.all("td"), zero, strict=True):
+            assert ("zero" in node.attributes["class"].split()) == is_zero
+            assert bool(node.all("ol")) != is_zero
+            assert ("adds nothing to this gradient" in node.text) == is_zero
+
+
+def test_marks_are_exactly_where_the_target_leads(page: Node, result: BackwardLensResult):
+    for table, matrix in tables(page, result):
+        leads = [cell.target_leads for cell in all_cells(result, matrix)]
+        assert any(leads)
+        for node, lead in zip(table.all("td"), leads, strict=True):
+            assert ("lead" in node.attributes["class"].split()) == lead
+            assert ("★" in node.text) == lead
+            assert bool(node.all("span", "sr")) == lead
+
+
+def test_details_hold_tokens_scores_norm_and_rank(page: Node, result: BackwardLensResult):
+    for table, matrix in tables(page, result):
+        for node, cell in zip(table.all("td"), all_cells(result, matrix), strict=True):
+            assert node.attributes["tabindex"] == "0"
+            if cell.is_zero:
+                continue
+            entries = [entry.text for entry in node.all("li")]
+            assert entries == [
+                f"{shown(entry.token)} {entry.score:.4g}" for entry in cell.top + cell.bottom
+            ]
+            summary = node.all("p")[0].text
+            assert f"layer {cell.layer}, {shown(cell.token)} at {cell.position}" in summary
+            assert f"norm {cell.norm:.4g}" in summary
+            assert summary.endswith(f"target rank {cell.target_rank}")
+
+
+def test_tables_have_captions_and_scoped_headers(page: Node, result: BackwardLensResult):
+    for table, matrix in tables(page, result):
+        assert table.all("caption")[0].text.startswith(matrix)
+        columns = table.all("thead")[0].all("th")
+        assert len(columns) == 1 + len(NASTY)
+        assert {node.attributes["scope"] for node in columns} == {"col"}
+        assert {node.attributes["scope"] for node in table.all("tbody")[0].all("th")} == {"row"}
+
+
+def test_a_page_names_what_it_shows(page: Node):
+    assert page.all("title")[0].text.endswith("Backward Lens")
+    facts = [node.text for node in page.all("dd")]
+    assert facts[:3] == [" Paris", "1.25 target_nll(' Paris')", "a <model>"]
+    assert "logit lens" in facts[3]
+    assert facts[4].startswith("update")
+    links = [node.attributes["href"] for node in page.all("a")]
+    assert links == [f"#{node.attributes['id']}" for node in page.all("section")]
+
+
+@pytest.mark.parametrize("render", [render_page, render_table])
+def test_nothing_is_fetched_or_run(render):
+    html = render(make_result(vocab=(PARIS, " a", " b", " c")))
+    for forbidden in ("http", "src=", "<script", "url(", "@import", "<link"):
+        assert forbidden not in html
+
+
+def test_a_long_prompt_in_a_deep_model_stays_below_2_mb():
+    words = tuple(f" {stem}{ending}" for stem in ("transla", "gene", "for") for ending in "tiona")
+    html = render_page(make_result(layers=48, pos=20, k=10, vocab=(*words, PARIS)))
+    assert len(html.encode()) < 2e6
+
+
+def test_the_gradient_direction_says_so():
+    text = parsed(render_page(make_result(direction="gradient"))).text
+    assert "W_out raw gradient, which gradient descent subtracts" in text
+    assert "what the update adds" not in text
+
+
+def test_without_a_target_nothing_is_marked_or_ranked():
+    page = parsed(render_page(without_target(make_result())))
+    assert not page.all("td", "lead")
+    assert not any("target rank" in node.text for node in page.all("td"))
+    assert page.all("dd")[0].text == "none"
+
+
+def test_a_notebook_shows_the_first_prompts_and_how_to_see_the_others():
+    fragment = parsed(make_result(batch=MAX_PROMPTS)._repr_html_())
+    assert len(fragment.all("table")) == 2 * MAX_PROMPTS
+    assert "not shown" not in fragment.text
+
+    fragment = parsed(make_result(batch=MAX_PROMPTS + 3)._repr_html_())
+    assert len(fragment.all("table")) == 2 * MAX_PROMPTS
+    assert "3 more of 7 prompts" in fragment.text
+    assert f"save_html(path, batch={MAX_PROMPTS})" in fragment.text
+
+
+def test_the_style_reaches_nothing_outside_its_fragment(result: BackwardLensResult):
+    sheet = re.sub(r"/\*.*?\*/", "", parsed(render_table(result)).all("style")[0].text, flags=re.S)
+    rules = re.sub(r"@media[^{]*\{", "", sheet)
+    for selectors in re.findall(r"([^{}]+)\{", rules):
+        assert all(".blt" in selector for selector in selectors.split(","))
+
+
+# --- colours ------------------------------------------------------------------------------------
+
+
+def luminance(colour: str) -> float:
+    """WCAG's relative luminance."""
+    channels = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    red, green, blue = (
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def css_pairs(sheet: str, pattern: str) -> list[tuple[str, ...]]:
+    colours = r"light-dark\((#\w{6}), ?(#\w{6})\)"
+    found = re.findall(pattern.replace("COLOURS", colours), sheet)
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_text_is_legible_on_every_colour_and_colour_is_monotone(page: Node, theme: int):
+    sheet = page.all("style")[0].text
+    shades = css_pairs(sheet, r"\.n\d+\{background:COLOURS;color:COLOURS\}")
+    assert len(shades) == len(LIGHT_SHADES) == len(DARK_SHADES)
+    assert all(contrast(shade[theme], shade[2 + theme]) >= 4.5 for shade in shades)
+    away_from_page = [luminance(shade[theme]) * (1 if theme else -1) for shade in shades]
+    assert all(one < other for one, other in pairwise(away_from_page))
+
+    (background,) = css_pairs(sheet, r"--page: COLOURS")
+    for name in ("ink", "quiet", "accent"):
+        (text,) = css_pairs(sheet, rf"--{name}: COLOURS")
+        assert contrast(background[theme], text[theme]) >= 4.5
+
+
+def test_colours_follow_the_norm(page: Node, result: BackwardLensResult):
+    for table, matrix in tables(page, result):
+        pairs = sorted(
+            (cell.norm, int(re.search(r"n(\d+)", node.attributes["class"])[1]))
+            for node, cell in zip(table.all("td"), all_cells(result, matrix), strict=True)
+            if not cell.is_zero
+        )
+        steps = [step for _, step in pairs]
+        assert steps == sorted(steps)
+        assert (steps[0], steps[-1]) == (0, len(LIGHT_SHADES) - 1)
+        low, high = f"≤ {pairs[0][0]:.4g}", f"{pairs[-1][0]:.4g}"
+        legends = " ".join(node.text for node in page.all("p", "legend"))
+        assert low in legends
+        assert high in legends
+
+
+def test_the_scale_is_logarithmic_over_three_decades_at_most():
+    scale = NormScale.spanning([0.0, 1e-9, 0.1, 1.0, 10.0, float("inf"), float("nan")])
+    assert (scale.low, scale.high) == (0.01, 10.0)
+    last = len(LIGHT_SHADES) - 1
+    assert [scale.step(norm) for norm in (1e-9, 0.01, 0.1, 1.0, 10.0)] == [
+        0, 0, round(last / 3), round(last * 2 / 3), last,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("norms", [[], [0.0], [2.0], [float("nan")]])
+def test_a_scale_without_extent_still_has_shades(norms: list[float]):
+    scale = NormScale.spanning(norms)
+    assert all(0 <= scale.step(norm) < len(LIGHT_SHADES) for norm in [*norms, 0.0, 1.0])
+
+
+# --- tokens -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"),
+    [
+        (" Paris", [(" ", True), ("Paris", False)]),
+        ("a\nb", [("a", False), ("⏎", True), ("b", False)]),
+        ("\t", [("⇥", True)]),
+        ("", [("(empty)", True)]),
+        ("\x1e", [("\\x1e", True)]),
+        ("\u202eevil", [("\\u202e", True), ("evil", False)]),
+        ("\ud800", [("\\ud800", True)]),
+        ("\u00a0", [("\\xa0", True)]),
+        ("\u0301", [("◌", True), ("\u0301", False)]),
+        ("👩\u200d👧", [("👩\u200d👧", False)]),
+        ("\u200d", [("\\u200d", True)]),
+    ],
+)
+def test_every_character_of_a_token_can_be_seen(token: str, expected: list[tuple[str, bool]]):
+    assert list(pieces(token)) == [Piece(*piece) for piece in expected]
+
+
+def test_running_text_is_one_line_with_plain_spaces():
+    assert running_text("a b\nc") == "a b⏎c"
+
+
+# --- terminal -----------------------------------------------------------------------------------
+
+
+def printed(result: BackwardLensResult, width: int, *, terminal: bool = False) -> str:
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=terminal, color_system="truecolor"
+    ) if terminal else Console(file=io.StringIO(), width=width)  # fmt: skip
+    console.print(TerminalTable(result))
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [20, 60, 100, 200])
+def test_the_terminal_table_fits_and_keeps_every_layer(width: int):
+    result = make_result(pos=12)
+    lines = printed(result, width).splitlines()
+    assert all(cell_len(line) <= width for line in lines)
+    layers = [line.split()[0] for line in lines if re.match(r" {4}\d ", line)]
+    assert layers == [str(layer) for layer in reversed(result.layers)] * 2
+
+
+@pytest.mark.parametrize(("width", "left_out"), [(60, 6), (100, 1), (200, 0)])
+def test_the_last_tokens_are_kept_where_not_all_fit(width: int, left_out: int):
+    vocab = (PARIS, *(f"{name * 7}" for name in "abcdefghijk"))
+    result = make_result(pos=12, vocab=vocab)
+    text = printed(result, width)
+    head = next(line for line in text.splitlines() if line.startswith("layer")).split()
+    assert head[1:] == [token.replace(" ", "␣") for token in vocab[left_out:]]
+    row = next(line for line in text.splitlines() if line.startswith("    2 ")).split()
+    words = [cell.top[0].token for cell in result.cells("W_in", 2)]
+    assert [word.strip("★") for word in row[1:]] == [
+        word.replace(" ", "␣") for word in words[left_out:]
+    ]
+    assert (f"tokens 1 to {left_out} of 12" in text) == bool(left_out)
+
+
+def test_a_pipe_gets_text_without_escape_codes(result: BackwardLensResult):
+    text = printed(result, 200)
+    assert "\x1b" not in text
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e\ud800]", text)
+    assert re.search(r"norm ≤ \S+ to \S+, logarithmic", text)
+
+
+def test_a_terminal_gets_a_star_in_bold_exactly_where_the_target_leads():
+    result = make_result()
+    text = printed(result, 200, terminal=True)
+    leads = [cell for name in result.matrices for cell in all_cells(result, name)]
+    starred = re.findall(r"\x1b\[([\d;]+)m★␣Paris", text)
+    assert len(starred) == text.count("★") == sum(cell.target_leads for cell in leads) > 0
+    assert all(codes.startswith("1;") for codes in starred)
+
+
+def test_markup_in_tokens_is_text_in_a_terminal():
+    vocab = ("[/bold]", "[red]", "[link=x]", PARIS)
+    text = printed(make_result(pos=4, vocab=vocab), 200)
+    head = next(line for line in text.splitlines() if line.startswith("layer")).split()
+    assert head[1:] == ["[/bold]", "[red]", "[link=x]", "␣Paris"]
+
+
+def test_zero_cells_are_dots_in_a_terminal():
+    last_layer = [line for line in printed(make_result(), 200).splitlines() if line[4:6] == "3 "]
+    assert [line.split()[1:5] for line in last_layer] == [["·"] * 4] * 2
