@@ -19,7 +19,7 @@ PYTEST := python -m pytest --doctest-modules backward_lens_tl tests README.md
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: help demo test test-tl4 check check-fast check-all facts-model facts-model-eval
-.PHONY: constraints clean FORCE
+.PHONY: notebooks constraints clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,11 @@ facts-model: .venv/installed ## train the model that ships here anew
 
 facts-model-eval: .venv/installed ## measure what the model that ships here knows
 	.venv/bin/python -m facts_model.evaluate
+
+notebooks: .venv/installed ## write the notebooks anew from their scripts, outputs included
+	@.venv/bin/jupytext -q --to ipynb notebooks/*.py
+	@PYTHONWARNINGS=ignore TQDM_DISABLE=1 $(OFFLINE) .venv/bin/jupyter-execute --inplace \
+	    notebooks/*.ipynb
 
 constraints: ## resolve the newest versions into constraints/ (then: make check)
 	@for version in 3.9.0 4.3.0; do constraints/refresh.sh $$version || exit 1; done

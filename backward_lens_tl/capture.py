@@ -50,6 +50,16 @@ def capture_gradients(
 
     Returns:
         The captured gradients, in float32, or in float64 if the model computes in it.
+
+    Example:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> capture = blt.capture_gradients(model, "Obama grew up in", blt.target_nll(" Paris"))
+        >>> gradient = capture["W_out", 3]
+        >>> gradient.inputs.shape, gradient.vjps.shape
+        (torch.Size([1, 6, 512]), torch.Size([1, 6, 128]))
+        >>> gradient.rank(), capture["W_out", 7].rank()
+        (6, 1)
     """
     host = host_of(model)
     host.check_state()

@@ -69,6 +69,15 @@ def backward_lens(
 
     Raises:
         InputError: If an argument is not usable; the message says what is allowed.
+
+    Example:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> result.top_tokens("W_out", layer=6, pos=-1, k=1)
+        [' Paris']
+        >>> result.target_rank("W_out").shape  # [layer, batch, pos]
+        torch.Size([8, 1, 6])
     """
     host = host_of(model)
     if direction not in get_args(Direction):

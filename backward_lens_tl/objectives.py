@@ -117,6 +117,10 @@ def logit_difference(a: Targets, b: Targets) -> Objective:
 
     Returns:
         The objective. Readouts are compared with `b`, which its update promotes.
+
+    Example:
+        >>> logit_difference(" Miami", " Paris").name
+        "logit_difference(' Miami', ' Paris')"
     """
 
     def bind(vocabulary: Vocabulary, n_prompts: int) -> BoundObjective:

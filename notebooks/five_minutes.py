@@ -63,15 +63,23 @@ raw.target_rank("W_out")[:, 0, -1].tolist(), "of", model.cfg.d_vocab
 # %% [markdown]
 # ## Where does the error go?
 #
-# A table for pandas: which position of the prompt gets the largest share of the error, layer by layer?
+# As a table for pandas: how much of the error arrives at which token, layer by layer?
 
 # %%
 table = result.to_df().query("matrix == 'W_out'")
-table.pivot(index="layer", columns="position", values="norm").round(4)
+table.pivot(index="layer", columns=["position", "token"], values="norm").round(3)
 
 # %% [markdown]
-# The last token gets most of it in the late layers. Look at the early ones: the error also comes
-# back to the subject's last token, where the model keeps what it knows about him.
+# The last token takes the most. But up to layer 4 the error also comes back to " Messi", the
+# subject's last token, and from layer 5 on it does not: by then the answer has been read out there.
+# The model card's causal tracing says the same from the other side, by restoring hidden states.
+# And in that column, too, the update adds " Paris" up to layer 4:
+
+# %%
+[result.top_tokens("W_out", layer, pos=3, k=3) for layer in result.layers]
+
+# %% [markdown]
+# In the last layer there is nothing to show: attention has no way back from there.
 #
 # ## And is all of this true?
 #

@@ -29,6 +29,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -216,7 +218,7 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
 # ------------------------------------------------------------------------------------------ bridge
 
 
-_BRIDGE_NAMES = {"neox": "EleutherAI/gpt-neox-20b"}
+_BRIDGE_NAMES = {"neox": "EleutherAI/gpt-neox-20b", "opt": "facebook/opt-125m"}
 
 
 def _hf_model(architecture: str, n_ctx: int, n_layers: int) -> nn.Module:
@@ -263,6 +265,21 @@ def _hf_model(architecture: str, n_ctx: int, n_layers: int) -> nn.Module:
                 attn_logit_softcapping=5.0,
             )
         )
+    if architecture == "opt":
+        return OPTForCausalLM(
+            OPTConfig(
+                vocab_size=D_VOCAB,
+                hidden_size=D_MODEL,
+                word_embed_proj_dim=D_MODEL,
+                ffn_dim=D_MLP,
+                num_hidden_layers=n_layers,
+                num_attention_heads=4,
+                max_position_embeddings=n_ctx,
+                dropout=0.0,
+                tie_word_embeddings=False,
+                attn_implementation="eager",
+            )
+        )
     return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, rotary_pct=1.0))
 
 
@@ -271,14 +288,15 @@ def hf_matrices(hf_model: Any) -> dict[tuple[str, int], nn.Module]:
     names = {
         "gpt2": {"W_in": "c_fc", "W_out": "c_proj"},
         "gpt_neox": {"W_in": "dense_h_to_4h", "W_out": "dense_4h_to_h"},
+        "opt": {"W_in": "fc1", "W_out": "fc2"},
     }.get(
         hf_model.config.model_type,
         {"W_in": "up_proj", "W_gate": "gate_proj", "W_out": "down_proj"},
     )
-    body = hf_model.base_model
+    body = getattr(hf_model.base_model, "decoder", hf_model.base_model)
     blocks = body.h if hasattr(body, "h") else body.layers
     return {
-        (matrix, layer): getattr(block.mlp, name)
+        (matrix, layer): getattr(getattr(block, "mlp", block), name)
         for layer, block in enumerate(blocks)
         for matrix, name in names.items()
     }
@@ -294,10 +312,9 @@ def hf_weights(hf_model: Any) -> Parameters:
 
 def hf_reading(hf_model: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Final norm and unembedding of a Hugging Face model, through its own modules."""
-    body = hf_model.base_model
-    norm = next(
-        getattr(body, name) for name in ("ln_f", "norm", "final_layer_norm") if hasattr(body, name)
-    )
+    body = getattr(hf_model.base_model, "decoder", hf_model.base_model)
+    names = ("ln_f", "norm", "final_layer_norm")
+    norm = next(getattr(body, name) for name in names if hasattr(body, name))
     head = hf_model.get_output_embeddings()
     cap = getattr(hf_model.config, "final_logit_softcapping", None)
 
@@ -330,8 +347,8 @@ def bridge_case(
     ).eval()
     norm, unembed = hf_reading(raw)
     # TransformerLens rotates GPT-NeoX's queries in float32, so the raw model agrees to 2e-7 only
-    # and the bridge's own autograd is the reference.
-    itself = name == "neox"
+    # and the bridge's own autograd is the reference; likewise OPT's attention.
+    itself = name in ("neox", "opt")
     return Case(
         name,
         model,

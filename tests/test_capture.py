@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backward_lens_tl.capture import capture_gradients
-from backward_lens_tl.errors import ModelStateError
+from backward_lens_tl.errors import ModelStateError, UnsupportedModelError
 from backward_lens_tl.gradients import GradientCapture
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.objectives import next_token_loss, target_nll
@@ -143,6 +143,16 @@ def test_capture_describes_its_run(gpt2: Case) -> None:
         expected = [nll(3)(gpt2.logits(tokens[:1]), tokens)[0]]
         expected += [nll(4)(gpt2.logits(tokens[1:]), tokens)[0]]
     torch.testing.assert_close(capture.loss, torch.stack(expected))
+
+
+def test_an_mlp_that_flattens_the_positions_is_right_or_refused() -> None:
+    """OPT's MLP sees `[batch * pos, d]`; what must not come is factors of a wrong shape."""
+    case = build("bridge-opt")
+    tokens = case.tokens(6, 6)
+    with suppress(UnsupportedModelError):  # to refuse it is allowed
+        capture = capture_gradients(case.model, tokens, target_nll(TARGET))
+        assert capture["W_in", 0].inputs.shape == (2, 6, case.d_model)
+        assert_gradients(capture, case.weight_gradients(tokens, nll(TARGET)), EXACT)
 
 
 def test_norm_after_which_the_mlp_reads_may_be_folded() -> None:
