@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from backward_lens_tl.errors import ModelStateError, ObjectiveError
+from backward_lens_tl.errors import ModelStateError, ObjectiveError, UnsupportedModelError
 from backward_lens_tl.gradients import GradientCapture, MatrixGradient
-from backward_lens_tl.host import MatrixSite, Tap, host_of
+from backward_lens_tl.host import READING_MATRICES, MatrixSite, Tap, host_of
 from backward_lens_tl.objectives import LossFunction, Objective, as_objective, bind_to_prompts
 from backward_lens_tl.prompts import PromptBatch, Prompts
 from backward_lens_tl.selection import select_layers, select_matrices
@@ -78,8 +79,8 @@ def capture_gradients(
             (recorder.site.matrix, recorder.site.layer): MatrixGradient(
                 recorder.site.matrix,
                 recorder.site.layer,
-                _blank(recorder.x, batch),
-                _blank(vjp, batch),
+                _by_prompt(recorder.x, batch),
+                _by_prompt(vjp, batch),
                 batch.mask,
             )
             for recorder, vjp in zip(recorders, vjps, strict=True)
@@ -102,11 +103,17 @@ def at_least_float32(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _blank(
-    factor: Float[Tensor, "batch pos d"], batch: PromptBatch
+def _by_prompt(
+    factor: Float[Tensor, "*rows d"], batch: PromptBatch
 ) -> Float[Tensor, "batch pos d"]:
-    """Zero a factor at padding, without a copy where there is none."""
-    factor = at_least_float32(factor)
+    """Lay a factor out by prompt and position, with zeros at padding."""
+    if factor[..., 0].numel() != batch.mask.numel():
+        raise UnsupportedModelError(
+            f"a matrix saw {factor[..., 0].numel()} vectors for {batch.mask.numel()} tokens; the "
+            "lens needs one for each"
+        )
+    # Some MLPs, OPT's for one, run over all positions of all prompts as one list.
+    factor = at_least_float32(factor).reshape(*batch.mask.shape, factor.shape[-1])
     return factor.masked_fill(~batch.mask[..., None], 0) if batch.is_padded else factor
 
 
@@ -120,7 +127,10 @@ class _Recorder:
 
     def keep_input(self, tensor: Tensor) -> None:
         """Keep `x`."""
-        self._inputs.append(tensor.detach())
+        kept = tensor.detach()
+        # Matrices that read the residual stream share their input, and a caller's hook on one that
+        # comes later may write into it.
+        self._inputs.append(kept.clone() if self.site.matrix in READING_MATRICES else kept)
 
     def keep_output(self, tensor: Tensor) -> Tensor | None:
         """Keep the place of `y` in the graph, and start the graph here if it has not begun.
@@ -213,19 +223,29 @@ def hooked(
     Yields:
         Nothing; the hook is there inside the context.
     """
-
-    def on_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        replaced = see(args[0])
-        return None if replaced is None else (replaced, *args[1:])
-
-    def on_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return see(output)
-
     if tap.side == "input":
-        handle = tap.module.register_forward_pre_hook(on_input, prepend=before_others)
+        handle = tap.module.register_forward_pre_hook(
+            partial(_see_input, see), prepend=before_others
+        )
     else:
-        handle = tap.module.register_forward_hook(on_output, prepend=before_others)
+        handle = tap.module.register_forward_hook(partial(_see_output, see), prepend=before_others)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _see_input(
+    see: Callable[[Tensor], Tensor | None], module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    replaced = see(args[0])
+    return None if replaced is None else (replaced, *args[1:])
+
+
+def _see_output(
+    see: Callable[[Tensor], Tensor | None],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    output: Tensor,
+) -> Tensor | None:
+    return see(output)

@@ -358,20 +358,22 @@ class TransformerBridgeHost(Host):
     def _projection_site(
         self, matrix: MatrixName, layer: int, mlp: Any, projection: Any
     ) -> MatrixSite:
+        linear = projection.original_component
+        transposed = _stores_out_in(linear, matrix, layer)
+        if not (getattr(mlp, "_use_processed_weights", False) and hasattr(mlp, "gate")):
+            x, y = Tap(linear, "input"), Tap(linear, "output")
+            return MatrixSite(matrix, layer, x, y, linear.weight, transposed)
         # A gated MLP with processed weights multiplies by them itself, in TransformerLens 3 by
         # copies of its own. It passes the hook points of its projections one by one, all but those
         # on the inputs of the reading ones.
-        functional = getattr(mlp, "_use_processed_weights", False) and hasattr(mlp, "gate")
-        reads_once = functional and matrix in READING_MATRICES
-        linear = projection.original_component
-        own_copy = getattr(mlp, f"_processed_{matrix}", None) if functional else None
+        own_copy = getattr(mlp, f"_processed_{matrix}", None)
         return MatrixSite(
             matrix,
             layer,
-            input=Tap(mlp.hook_in if reads_once else projection.hook_in, "output"),
+            input=Tap((mlp if matrix in READING_MATRICES else projection).hook_in, "output"),
             output=Tap(projection.hook_out, "input"),
             weight=linear.weight if own_copy is None else own_copy,
-            transposed=_stores_out_in(linear, matrix, layer),
+            transposed=transposed,
         )
 
 

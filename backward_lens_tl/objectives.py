@@ -239,7 +239,7 @@ def target_ids(
 
 
 def _one_per_prompt(targets: _T | Sequence[_T], n_prompts: int) -> list[_T]:
-    if isinstance(targets, str | int):
+    if isinstance(targets, str) or not isinstance(targets, Sequence):
         return [targets] * n_prompts
     if len(targets) != n_prompts:
         raise TargetError(

@@ -10,13 +10,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from backward_lens_tl.errors import InputError
+from backward_lens_tl.errors import InputError, ResultFileError
 from backward_lens_tl.gradients import GradientCapture, MatrixGradient
 from backward_lens_tl.host import MatrixName
 from backward_lens_tl.readout import Readout
@@ -400,8 +400,20 @@ class BackwardLensResult:
 
         Returns:
             The result.
+
+        Raises:
+            ResultFileError: If the file is missing, damaged, or not a saved result.
         """
         tensors, about = read_tensors(path)
+        try:
+            return cls._from_file(tensors, about)
+        except KeyError as error:
+            raise ResultFileError(f"{os.fspath(path)!r} lacks {error}; it is damaged") from error
+
+    @classmethod
+    def _from_file(
+        cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
+    ) -> BackwardLensResult:
         mask = tensors["mask"]
         gradients = {
             (matrix, layer): MatrixGradient(

@@ -60,10 +60,13 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise ResultFileError(
             f"{os.fspath(path)!r} is a safetensors file, but not one that result.save(path) wrote"
         )
-    description: dict[str, Any] = json.loads(metadata[_KEY])
-    if description["format"] != FORMAT_VERSION:
+    try:
+        description: dict[str, Any] = json.loads(metadata[_KEY])
+    except json.JSONDecodeError as error:
+        raise ResultFileError(f"{os.fspath(path)!r} has a damaged header: {error}") from error
+    if description.get("format") != FORMAT_VERSION:
         raise ResultFileError(
-            f"{os.fspath(path)!r} has format {description['format']}; this version reads "
+            f"{os.fspath(path)!r} has format {description.get('format')}; this version reads "
             f"{FORMAT_VERSION}. Install the backward-lens-tl that wrote it, "
             f"{description.get('backward_lens_tl', 'of unknown version')}"
         )

@@ -434,7 +434,10 @@ def hooked_case(model: Any, *, name: str) -> Case:
         name,
         model,
         hooked_weights(model),
-        logits=lambda tokens: reference(tokens, return_type="logits"),
+        # Every token is real: without the mask HookedTransformer guesses one from pad tokens.
+        logits=lambda tokens: reference(
+            tokens, return_type="logits", attention_mask=torch.ones_like(tokens)
+        ),
         weights=hooked_weights(reference),
         outputs={
             (matrix, layer): _hooked_output(block.mlp, matrix)

@@ -131,12 +131,12 @@ def test_tokenizer_pads_as_before(padding: Case) -> None:
     assert habits() == before
 
 
-def test_the_pad_token_inside_a_prompt_is_a_token_like_others(gpt2: Case) -> None:
-    pad = gpt2.model.tokenizer.pad_token_id
-    tokens = torch.tensor([[pad, 7, pad, 9, pad]])
-    capture = capture_gradients(gpt2.model, tokens, target_nll(5))
+def test_the_pad_token_in_a_prompt_is_a_token_like_others(padding: Case) -> None:
+    pad = padding.model.tokenizer.pad_token_id
+    tokens = torch.tensor([[pad, pad, 7, pad, 9, pad]])
+    capture = capture_gradients(padding.model, tokens, target_nll(5), matrices="mlp")
     assert capture.mask.all()
-    for key, expected in gpt2.weight_gradients(tokens, nll(5)).items():
+    for key, expected in padding.weight_gradients(tokens, nll(5)).items():
         assert relative_error(capture[key].dense(), expected) <= 1e-12
 
 

@@ -402,6 +402,40 @@ def test_gradients_are_those_of_the_patched_model(case: Case, hook: str, patch: 
         assert all(error <= EXACT for error in errors.values()), errors
 
 
+@pytest.mark.parametrize("freeze", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-llama", "hooked-gpt2", "hooked-llama"])
+def test_plain_torch_hooks_of_the_caller_act_too(name: str, freeze: bool) -> None:
+    """Hooks on modules rather than on TransformerLens's hook points."""
+    case, layer = build(name), 1
+    mlp = case.model.blocks[layer].mlp
+    tokens = case.tokens(6)
+    keys, weights = list(case.own), [case.own[key].tensor for key in case.own]
+
+    def scaled_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return 1.3 * output + 0.1
+
+    def scaled_input(module: nn.Module, args: tuple) -> tuple:
+        return (0.7 * args[0] + 0.2, *args[1:])
+
+    mlp.register_forward_hook(scaled_output)
+    mlp.register_forward_pre_hook(scaled_input)
+    if name.startswith("bridge"):
+        for projection in ("in", "out"):
+            linear = getattr(mlp, projection).original_component
+            linear.register_forward_hook(scaled_output)
+            linear.register_forward_pre_hook(scaled_input)
+    value = nll(TARGET)(case.model(tokens, return_type="logits"), tokens).sum()
+    expected = torch.autograd.grad(value, weights)
+    case.model.requires_grad_(not freeze)
+    capture = capture_gradients(case.model, tokens, target_nll(TARGET), matrices="mlp")
+    assert float(capture.loss) == pytest.approx(value.item(), rel=1e-12)
+    errors = {
+        key: relative_error(capture[key].dense(), case.own[key].in_out(gradient))
+        for key, gradient in zip(keys, expected, strict=True)
+    }
+    assert all(error <= EXACT for error in errors.values()), errors
+
+
 def test_an_input_overwritten_later_is_kept_as_the_matrix_read_it() -> None:
     """The gate reads first; what a hook then writes into the same tensor is W_in's alone."""
     case = build("bridge-llama")

@@ -145,6 +145,15 @@ def test_rank_does_not_depend_on_the_size_of_the_loss(scale: float) -> None:
     assert hand_made(x, scale * delta).rank() == 6
 
 
+def test_a_weak_position_counts_as_long_as_float64_sees_it() -> None:
+    """numpy's tolerance in float64 is 17 * 2e-16 of the largest singular value."""
+    for weak, rank in ((1e-8, 6), (1e-13, 6), (1e-18, 5)):
+        x, delta = random_factors(6)
+        delta[2] *= weak
+        assert hand_made(x, delta).rank() == rank
+        assert np.linalg.matrix_rank(slow_dense(x, delta).numpy()) == rank
+
+
 @pytest.mark.parametrize("n", [D_IN - 1, D_IN, D_IN + 1, D_OUT + 5])
 def test_more_positions_than_sides(n: int) -> None:
     x, delta = random_factors(n)
