@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from backward_lens_tl.errors import ModelStateError, ObjectiveError, UnsupportedModelError
 from backward_lens_tl.gradients import GradientCapture, MatrixGradient
-from backward_lens_tl.host import READING_MATRICES, MatrixSite, Tap, host_of
+from backward_lens_tl.host import READING_MATRICES, Host, MatrixSite, Tap, host_of
 from backward_lens_tl.objectives import LossFunction, Objective, as_objective, bind_to_prompts
 from backward_lens_tl.prompts import PromptBatch, Prompts
 from backward_lens_tl.selection import select_layers, select_matrices
@@ -50,7 +50,8 @@ def capture_gradients(
         prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
 
     Returns:
-        The captured gradients, in float32, or in float64 if the model computes in it.
+        The captured gradients, in float32, or in float64 if the model computes in it; a caller's
+        autocast does not act on them.
 
     Example:
         >>> import backward_lens_tl as blt
@@ -67,24 +68,19 @@ def capture_gradients(
     objective = as_objective(objective)
     names = select_matrices(matrices, host)
     sites = [host.site(name, layer) for layer in select_layers(layers, host) for name in names]
+    _check_distinct(sites)
     bound, batch = bind_to_prompts(objective, host, prompts, prepend_bos)
 
-    with torch.enable_grad(), _recording(sites) as recorders:
-        logits = at_least_float32(host.logits(batch.tokens, batch.mask))
+    with torch.enable_grad(), in_own_precision(host), _recording(sites) as recorders:
+        logits = at_least_float32(host.logits(batch.tokens))
         losses = bound.losses(logits, batch)
         _check_finite(losses)
-        vjps = _vjps(losses, recorders)
+        vjps = _vjps(losses, logits, recorders)
+    gradients = [
+        _gradient(recorder, vjp, batch) for recorder, vjp in zip(recorders, vjps, strict=True)
+    ]
     return GradientCapture(
-        gradients={
-            (recorder.site.matrix, recorder.site.layer): MatrixGradient(
-                recorder.site.matrix,
-                recorder.site.layer,
-                _by_prompt(recorder.x, batch),
-                _by_prompt(vjp, batch),
-                batch.mask,
-            )
-            for recorder, vjp in zip(recorders, vjps, strict=True)
-        },
+        gradients={(gradient.matrix, gradient.layer): gradient for gradient in gradients},
         tokens=batch.tokens,
         mask=batch.mask,
         str_tokens=tuple(
@@ -103,6 +99,26 @@ def at_least_float32(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def in_own_precision(host: Host) -> torch.autocast:
+    """Keep a caller's autocast from rounding what the model computes."""
+    return torch.autocast(host.device.type, enabled=False)
+
+
+def _gradient(recorder: _Recorder, vjp: Tensor, batch: PromptBatch) -> MatrixGradient:
+    """The factors of one site, checked."""
+    matrix, layer = recorder.site.matrix, recorder.site.layer
+    factors = [_by_prompt(factor, batch) for factor in (recorder.x, vjp)]
+    for name, factor in zip(("input", "VJP"), factors, strict=True):
+        finite = factor.isfinite().all(-1).all(-1)
+        if not finite.all():
+            raise ModelStateError(
+                f"the {name} of {matrix} in layer {layer} is not finite in prompt "
+                f"{int(finite.int().argmin())}; check the weights and the objective for NaN and "
+                "infinities, and in half precision load the model in float32"
+            )
+    return MatrixGradient(matrix, layer, factors[0], factors[1], batch.mask)
+
+
 def _by_prompt(
     factor: Float[Tensor, "*rows d"], batch: PromptBatch
 ) -> Float[Tensor, "batch pos d"]:
@@ -115,6 +131,19 @@ def _by_prompt(
     # Some MLPs, OPT's for one, run over all positions of all prompts as one list.
     factor = at_least_float32(factor).reshape(*batch.mask.shape, factor.shape[-1])
     return factor.masked_fill(~batch.mask[..., None], 0) if batch.is_padded else factor
+
+
+def _check_distinct(sites: Sequence[MatrixSite]) -> None:
+    """Refuse a weight that two sites share, whose gradient is the sum of both."""
+    seen: dict[int, MatrixSite] = {}
+    for site in sites:
+        other = seen.setdefault(id(site.weight), site)
+        if other is not site:
+            raise UnsupportedModelError(
+                f"{site.matrix} of layer {site.layer} and {other.matrix} of layer {other.layer} "
+                "are one weight, whose gradient is the sum of both; ask for one of the two layers "
+                "to see its part"
+            )
 
 
 class _Recorder:
@@ -192,17 +221,28 @@ def _check_finite(losses: Float[Tensor, "batch"]) -> None:
     for prompt, loss in enumerate(losses.tolist()):
         if not math.isfinite(loss):
             raise ObjectiveError(
-                f"the loss of prompt {prompt} is {loss}, so it has no gradient; check the model's "
-                "weights for NaN, and in half precision load it in float32"
+                f"the loss of prompt {prompt} is {loss}; check the objective and the model's "
+                "weights for NaN and infinities, and in half precision load the model in float32"
             )
 
 
-def _vjps(losses: Float[Tensor, "batch"], recorders: Sequence[_Recorder]) -> list[Tensor]:
+def _vjps(
+    losses: Float[Tensor, "batch"],
+    logits: Float[Tensor, "batch pos d_vocab"],
+    recorders: Sequence[_Recorder],
+) -> list[Tensor]:
     """`delta` of every site; prompts do not see each other, so the sum of their losses has it."""
     edges = [recorder.edge for recorder in recorders]
     found: Sequence[Tensor | None] = [None] * len(edges)
-    if losses.requires_grad:
-        found = torch.autograd.grad(losses.sum(), edges, allow_unused=True)
+    if logits.requires_grad:
+        at_logits, *found = torch.autograd.grad(
+            losses.sum(), [get_gradient_edge(logits), *edges], allow_unused=True
+        )
+        if at_logits is None:
+            raise ObjectiveError(
+                "the objective's losses do not depend on the logits; compute them from its first "
+                "argument"
+            )
     return [
         recorder.zero_vjp if vjp is None else vjp
         for recorder, vjp in zip(recorders, found, strict=True)

@@ -182,7 +182,8 @@ def _explanation(result: BackwardLensResult) -> str:
     )
     if "W_out" not in result.matrices:
         return read
-    last = [result.cells("W_out", layer)[-1] for layer in result.layers]
+    final = int(result.positions.max())
+    last = [result.cell("W_out", layer, final) for layer in result.layers]
     leads = sum(cell.target_leads for cell in last)
     where = f"W_out at {last[0].token!r} (position {last[0].position})"
     if result.direction == "gradient":

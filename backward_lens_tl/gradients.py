@@ -115,7 +115,7 @@ class MatrixGradient:
         coefficients, vectors = (
             (vjps, inputs) if self.matrix in READING_MATRICES else (inputs, vjps)
         )
-        if not 0 <= index < coefficients.shape[1]:
+        if not isinstance(index, int) or not 0 <= index < coefficients.shape[1]:
             raise InputError(
                 f"neuron {index!r} does not exist; allowed are 0 to {coefficients.shape[1] - 1}"
             )

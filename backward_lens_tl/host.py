@@ -18,8 +18,9 @@ from itertools import chain
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from backward_lens_tl.errors import InputError, ModelStateError, UnsupportedModelError
 from backward_lens_tl.vocabulary import Vocabulary
@@ -143,22 +144,22 @@ class Host(ABC):
 
     # --- the forward pass --------------------------------------------------------------------
 
-    def logits(
-        self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
-    ) -> Float[Tensor, "batch pos d_vocab"]:
+    def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Run the model, with whatever hooks the caller has on it.
 
         Args:
             tokens: Token ids, padded on the right.
-            mask: False at padding.
 
         Returns:
             The logits of every position, connected to the autograd graph.
         """
-        # With right padding a causal model needs no mask: no real token sees a padded one.
-        # It is passed all the same, because without it HookedTransformer guesses a mask from
-        # the pad token whenever its tokenizer pads on the left.
-        logits: Tensor = self.model(tokens, return_type="logits", attention_mask=mask.long())
+        # In a causal model no real token sees padding on its right, so nothing is masked. The mask
+        # is passed all the same: without one, HookedTransformer guesses it from the pad token
+        # whenever its tokenizer pads on the left. One that hides the padding would leave padded
+        # positions with nothing to see under a sliding window, and NaN in their gradients.
+        logits: Tensor = self.model(
+            tokens, return_type="logits", attention_mask=torch.ones_like(tokens)
+        )
         return logits
 
     # --- the vocabulary ----------------------------------------------------------------------
@@ -182,8 +183,12 @@ class Host(ABC):
     @property
     def last_resid(self) -> Tap:
         """Where the last residual stream passes, before the final norm if there is one."""
-        has_norm = self.model.cfg.normalization_type is not None
-        return Tap(self.model.ln_final if has_norm else self.model.unembed, "input")
+        norm = self._norm_module()
+        return Tap(self.model.unembed if norm is None else norm, "input")
+
+    @abstractmethod
+    def _norm_module(self) -> Any:
+        """The final norm, or `None` if there is none."""
 
     @abstractmethod
     def _final_norm(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]: ...
@@ -229,13 +234,24 @@ class Host(ABC):
 
     # --- states in which the answer would be wrong ---------------------------------------------
 
+    @property
+    @abstractmethod
+    def is_causal(self) -> bool:
+        """Whether every token sees only those before it."""
+
     def check_state(self) -> None:
-        """Refuse a state of torch or of the model in which the gradients would be wrong.
+        """Refuse a model that is no causal decoder, and states in which gradients would be wrong.
 
         Raises:
+            UnsupportedModelError: If tokens see those after them, or there are no blocks.
             ModelStateError: Inside `torch.inference_mode()`, if a parameter was made in it or is
                 on the meta device, or if dropout is active.
         """
+        if not self.is_causal or not hasattr(self.model, "blocks"):
+            raise UnsupportedModelError(
+                f"{self.name!r} is not a causal decoder with a stack of blocks; the lens knows "
+                "GPT-2, Llama and their like"
+            )
         if torch.is_inference_mode_enabled():
             raise ModelStateError(
                 "gradients do not exist inside torch.inference_mode(); leave it, or use "
@@ -272,12 +288,20 @@ def _drops_values(module: nn.Module) -> bool:
 class HookedTransformerHost(Host):
     """`transformer_lens.HookedTransformer`: own modules, weights as `[d_in, d_out]`."""
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether every token sees only those before it."""
+        return bool(self.model.cfg.attention_dir == "causal")
+
+    def _norm_module(self) -> Any:
+        return None if self.model.cfg.normalization_type is None else self.model.ln_final
+
     def _final_norm(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
         # The module itself cannot be called here: its hook points would run the caller's hooks.
-        kind = self.model.cfg.normalization_type
-        if kind is None:
+        kind, norm = self.model.cfg.normalization_type, self._norm_module()
+        if norm is None:
             return vectors
-        norm, shape = self.model.ln_final, vectors.shape[-1:]
+        shape = vectors.shape[-1:]
         weight, bias, eps = getattr(norm, "w", None), getattr(norm, "b", None), norm.eps
         if kind in ("LN", "LNPre"):
             return nn.functional.layer_norm(vectors, shape, weight, bias, eps)
@@ -319,19 +343,28 @@ _BRIDGE_PROJECTIONS: dict[MatrixName, str] = {"W_in": "in", "W_gate": "gate", "W
 class TransformerBridgeHost(Host):
     """`transformer_lens.model_bridge.TransformerBridge`: a Hugging Face model with hook points."""
 
-    def _roots(self) -> list[nn.Module]:
-        # The Hugging Face model is not a submodule of its bridge.
-        return [self.model, self.model.original_model]
+    @property
+    def is_causal(self) -> bool:
+        """Whether every token sees only those before it."""
+        config = self.model.original_model.config
+        return bool(self.model.adapter.supports_causal_loss) and not config.is_encoder_decoder
 
-    def _final_norm(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
-        # Hugging Face's own module, inside the bridge's hook points.
+    def _norm_module(self) -> Any:
         norm = getattr(self.model, "ln_final", None)
         if norm is None:
             raise UnsupportedModelError(
                 "this bridge has no ln_final, so vectors cannot be read as the model reads its "
                 "last residual stream"
             )
-        normed: Tensor = norm.original_component(vectors)
+        return norm
+
+    def _roots(self) -> list[nn.Module]:
+        # The Hugging Face model is not a submodule of its bridge.
+        return [self.model, self.model.original_model]
+
+    def _final_norm(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        # Hugging Face's own arithmetic, past the hooks of the bridge and of the module itself.
+        normed: Tensor = self._norm_module().original_component.forward(vectors)
         return normed
 
     def _output_transform(self, logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:
@@ -379,13 +412,14 @@ class TransformerBridgeHost(Host):
 
 def _stores_out_in(linear: nn.Module, matrix: str, layer: int) -> bool:
     """Whether a Hugging Face projection keeps its weight as `[d_out, d_in]`, by its class."""
-    if isinstance(linear, nn.Linear):
-        return True
-    if type(linear).__name__ == "Conv1D":
-        return False
+    if not is_parametrized(linear):
+        if isinstance(linear, nn.Linear):
+            return True
+        if type(linear).__name__ == "Conv1D":
+            return False
     raise UnsupportedModelError(
         f"{matrix} of layer {layer} is a {type(linear).__name__}; the lens knows torch.nn.Linear "
-        "and transformers' Conv1D"
+        "and transformers' Conv1D, without parametrizations"
     )
 
 

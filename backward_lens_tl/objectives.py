@@ -96,6 +96,7 @@ def target_nll(
     Returns:
         The objective.
     """
+    check_target_position(target_position)
 
     def bind(vocabulary: Vocabulary, n_prompts: int) -> BoundObjective:
         if target is None:
@@ -105,7 +106,9 @@ def target_nll(
     return Objective(f"target_nll({_name(target)})", bind)
 
 
-def logit_difference(a: Targets, b: Targets) -> Objective:
+def logit_difference(
+    a: Targets, b: Targets, target_position: TargetPosition | None = None
+) -> Objective:
     """Logit of `a` minus logit of `b`, right after the prompt.
 
     The value is the one that circuit analyses report. An update lowers it: to read what promotes
@@ -114,6 +117,7 @@ def logit_difference(a: Targets, b: Targets) -> Objective:
     Args:
         a: Text or token id, or one per prompt.
         b: Likewise.
+        target_position: Which token of a text of several stands for it, `"first"` or `"last"`.
 
     Returns:
         The objective. Readouts are compared with `b`, which its update promotes.
@@ -122,10 +126,12 @@ def logit_difference(a: Targets, b: Targets) -> Objective:
         >>> logit_difference(" Miami", " Paris").name
         "logit_difference(' Miami', ' Paris')"
     """
+    check_target_position(target_position)
 
     def bind(vocabulary: Vocabulary, n_prompts: int) -> BoundObjective:
         return _LogitDifference(
-            target_ids(a, vocabulary, n_prompts), target_ids(b, vocabulary, n_prompts)
+            target_ids(a, vocabulary, n_prompts, target_position),
+            target_ids(b, vocabulary, n_prompts, target_position),
         )
 
     return Objective(f"logit_difference({_name(a)}, {_name(b)})", bind)
@@ -227,15 +233,26 @@ def target_ids(
     Raises:
         TargetError: If the number of targets is not that of the prompts, or one is not a token.
     """
-    if target_position not in (None, "first", "last"):
-        raise TargetError(
-            f"target_position is {target_position!r}; allowed are 'first', 'last' and None"
-        )
     listed: Target | Sequence[Target] = targets.tolist() if isinstance(targets, Tensor) else targets
     return [
         vocabulary.token_id(target, target_position)
         for target in _one_per_prompt(listed, n_prompts)
     ]
+
+
+def check_target_position(target_position: object) -> None:
+    """Refuse a `target_position` that does not exist.
+
+    Args:
+        target_position: What was asked for.
+
+    Raises:
+        TargetError: If it is neither `"first"` nor `"last"` nor `None`.
+    """
+    if target_position not in (None, "first", "last"):
+        raise TargetError(
+            f"target_position is {target_position!r}; allowed are 'first', 'last' and None"
+        )
 
 
 def _one_per_prompt(targets: _T | Sequence[_T], n_prompts: int) -> list[_T]:
@@ -338,6 +355,11 @@ class _NextTokenLoss(BoundObjective):
             raise ObjectiveError(
                 "next_token_loss needs prompts of at least two tokens, because the first predicts "
                 "the second; lengthen the prompt or prepend a BOS token"
+            )
+        if int(batch.tokens.max()) >= logits.shape[-1]:
+            raise ObjectiveError(
+                f"token id {int(batch.tokens.max())} of the prompts has no logit, the model gives "
+                f"{logits.shape[-1]}; leave it out, or differentiate target_nll(...)"
             )
         nll = -_pick(logits[:, :-1].log_softmax(-1), batch.tokens[:, 1:])
         return nll.masked_fill(~batch.mask[:, 1:], 0).sum(1) / batch.last

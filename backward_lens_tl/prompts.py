@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -63,7 +64,9 @@ def tokenize_prompts(host: Host, prompts: Prompts, prepend_bos: bool | None) -> 
     """
     if isinstance(prompts, Tensor):
         return _checked_ids(host, prompts, prepend_bos)
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if prepend_bos not in (None, True, False):
+        raise InputError(f"prepend_bos is {prepend_bos!r}; allowed are True, False and None")
+    texts = listed(prompts)
     if not texts:
         raise InputError("there is no prompt in the list; pass at least one")
     for index, text in enumerate(texts):
@@ -72,9 +75,20 @@ def tokenize_prompts(host: Host, prompts: Prompts, prepend_bos: bool | None) -> 
                 f"prompt {index} is a {type(text).__name__}; pass texts, or one tensor of token "
                 "ids of shape [batch, pos]"
             )
-        if not text:
-            raise InputError(f"prompt {index} is empty; a gradient needs at least one token")
-    return [host.tokenize(text, prepend_bos) for text in texts]
+    rows = [host.tokenize(text, prepend_bos) if text else [] for text in texts]
+    for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
+        if not row:
+            raise InputError(
+                f"prompt {index}, {text!r}, is empty; a gradient needs at least one token"
+            )
+    return rows
+
+
+def listed(value: object) -> list[Any]:
+    """A list of one value, or of those in a collection; a text is one value."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return [value]
+    return list(value)
 
 
 def _checked_ids(host: Host, ids: Tensor, prepend_bos: bool | None) -> list[list[int]]:

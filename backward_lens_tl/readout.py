@@ -141,4 +141,9 @@ def _checked(scores: object, n: int, d_vocab: int) -> Float[Tensor, "n d_vocab"]
             f"the projection returned {shape} for {n} vectors; it must return one score per token, "
             f"a tensor of shape ({n}, {d_vocab})"
         )
+    if not scores.is_floating_point() or bool(scores.isnan().any()):
+        raise InputError(
+            f"the projection returned scores of dtype {scores.dtype}, or NaN among them; they must "
+            "be real numbers"
+        )
     return scores

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from backward_lens_tl.errors import InputError, ResultFileError
 from backward_lens_tl.gradients import GradientCapture, MatrixGradient
 from backward_lens_tl.host import MatrixName
 from backward_lens_tl.readout import Readout
-from backward_lens_tl.selection import position_index
+from backward_lens_tl.selection import is_index, position_index
 from backward_lens_tl.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ class Cell:
         bottom: Least promoted tokens, smallest score first.
         norm: `||delta_i||_2`.
         target_rank: Tokens scored above the target; `None` without a target.
-        is_zero: Whether the position adds nothing to this gradient, so that its words mean
-            nothing: they would be those of the final norm's bias.
+        is_zero: Whether the position adds nothing to this gradient. Then it has no words and no
+            rank: they would be those of the final norm's bias.
     """
 
     matrix: MatrixName
@@ -68,7 +69,7 @@ class Cell:
     @property
     def target_leads(self) -> bool:
         """Whether the target is the most promoted token."""
-        return self.target_rank == 0 and not self.is_zero
+        return self.target_rank == 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -200,17 +201,20 @@ class BackwardLensResult:
         at = row, batch, column
         gradient = self.gradients[matrix, self.layers[row]]
         position = int(self.positions[batch, column])
-        rank = None if self.gradients.targets is None else int(readout.target_rank[at])
+        is_zero = bool(gradient.is_zero[batch, position])
+        has_rank = self.gradients.targets is not None and not is_zero
         return Cell(
             matrix=gradient.matrix,
             layer=gradient.layer,
             position=position,
             token=self.gradients.str_tokens[batch][position],
-            top=self._tokens(readout.top_ids[at], readout.top_scores[at]),
-            bottom=self._tokens(readout.bottom_ids[at], readout.bottom_scores[at]),
+            top=() if is_zero else self._tokens(readout.top_ids[at], readout.top_scores[at]),
+            bottom=()
+            if is_zero
+            else self._tokens(readout.bottom_ids[at], readout.bottom_scores[at]),
             norm=float(gradient.norms[batch, position]),
-            target_rank=rank,
-            is_zero=bool(gradient.is_zero[batch, position]),
+            target_rank=int(readout.target_rank[at]) if has_rank else None,
+            is_zero=is_zero,
         )
 
     def cells(self, matrix: str, layer: int, batch: int = 0) -> list[Cell]:
@@ -234,8 +238,8 @@ class BackwardLensResult:
         Returns:
             Texts, best first; none where the position adds nothing to the gradient.
         """
-        cell = self.cell(matrix, layer, pos, batch)
-        return [] if cell.is_zero else [entry.token for entry in cell.top[: self._kept(k)]]
+        entries = self.cell(matrix, layer, pos, batch).top
+        return [entry.token for entry in entries[: self._kept(k)]]
 
     def bottom_tokens(
         self, matrix: str, layer: int, pos: int, k: int | None = None, batch: int = 0
@@ -252,8 +256,8 @@ class BackwardLensResult:
         Returns:
             Texts, smallest score first; none where the position adds nothing to the gradient.
         """
-        cell = self.cell(matrix, layer, pos, batch)
-        return [] if cell.is_zero else [entry.token for entry in cell.bottom[: self._kept(k)]]
+        entries = self.cell(matrix, layer, pos, batch).bottom
+        return [entry.token for entry in entries[: self._kept(k)]]
 
     def _tokens(self, ids: Int[Tensor, "k"], scores: Float[Tensor, "k"]) -> tuple[TokenScore, ...]:
         pairs = zip(ids.tolist(), scores.tolist(), strict=True)
@@ -262,23 +266,23 @@ class BackwardLensResult:
     def _kept(self, k: int | None) -> int:
         if k is None:
             return self.k
-        if not 1 <= k <= self.k:
+        if not isinstance(k, int) or not 1 <= k <= self.k:
             raise InputError(
-                f"k is {k}, but {self.k} tokens were kept; call backward_lens(..., k={k}) for more"
+                f"k is {k!r}; {self.k} tokens were kept, and backward_lens(..., k=...) keeps more"
             )
         return k
 
     def _layer_index(self, layer: int) -> int:
         if layer in self.layers:
             return self.layers.index(layer)
-        if not -len(self.layers) <= layer < 0:
+        if not (is_index(layer, len(self.layers)) and layer < 0):
             raise InputError(
                 f"layer {layer!r} was not analysed; there are {', '.join(map(str, self.layers))}"
             )
         return layer % len(self.layers)
 
     def _check_prompt(self, batch: int) -> None:
-        if not 0 <= batch < len(self.positions):
+        if not is_index(batch, len(self.positions)) or batch < 0:
             raise InputError(
                 f"prompt {batch!r} does not exist; allowed are 0 to {len(self.positions) - 1}"
             )
@@ -300,8 +304,9 @@ class BackwardLensResult:
 
         Returns:
             Columns `prompt`, `matrix`, `layer`, `position`, `token`, `norm`, `is_zero`, `target`,
-            `target_rank`, `top_tokens`, `top_scores`, `bottom_tokens`, `bottom_scores`; the last
-            four hold lists.
+            `target_rank`, `top_tokens`, `top_scores`, `bottom_tokens`, `bottom_scores`. The last
+            four hold lists, empty where a position adds nothing; there, and without a target, the
+            rank is missing.
         """
         import pandas as pd
 
@@ -328,7 +333,7 @@ class BackwardLensResult:
                 for layer in self.layers
                 for cell in self.cells(matrix, layer, prompt)
             ]
-        )
+        ).astype({"target_rank": "Int64"})
 
     def _repr_html_(self) -> str:
         # The one place where data looks ahead to a view: a result shows itself in a notebook.
@@ -345,8 +350,8 @@ class BackwardLensResult:
         """
         from backward_lens_tl.views.html import render_page
 
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(render_page(self, batch))
+        self._check_prompt(batch)
+        Path(path).write_text(render_page(self, batch), encoding="utf-8")
 
     def __repr__(self) -> str:
         prompts, first = len(self.positions), self.gradients.str_tokens[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Bool, Int
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.host import MATRIX_NAMES, Host, MatrixName
+from backward_lens_tl.prompts import listed
 
 
 def select_matrices(matrices: str | Sequence[str], host: Host) -> tuple[MatrixName, ...]:
@@ -26,17 +29,17 @@ def select_matrices(matrices: str | Sequence[str], host: Host) -> tuple[MatrixNa
     Raises:
         InputError: If a name is unknown, or nothing is asked for.
     """
-    asked = [matrices] if isinstance(matrices, str) else list(matrices)
+    asked = listed(matrices)
     wanted: set[str] = set()
     for name in asked:
         if name == "mlp":
             wanted.update(host.matrices(layer=0))
-        elif name in MATRIX_NAMES:
+        elif isinstance(name, str) and name in MATRIX_NAMES:
             wanted.add(name)
         else:
             raise InputError(
                 f"unknown matrix {name!r}; allowed are {', '.join(MATRIX_NAMES)} and the group "
-                "'mlp'"
+                "'mlp'; attention's matrices are not analysed"
             )
     if not wanted:
         raise InputError("no matrix was asked for; name one, for example matrices=('W_out',)")
@@ -59,13 +62,13 @@ def select_layers(layers: int | Sequence[int] | None, host: Host) -> tuple[int, 
     n = host.n_layers
     if layers is None:
         return tuple(range(n))
-    asked = [layers] if isinstance(layers, int) else list(layers)
+    asked = listed(layers)
     for layer in asked:
-        if not _is_index(layer, n):
+        if not is_index(layer, n):
             raise InputError(f"layer {layer!r} does not exist; allowed are {-n} to {n - 1}")
     if not asked:
         raise InputError("no layer was asked for; leave `layers` out for all of them")
-    return tuple(sorted({layer % n for layer in asked}))
+    return tuple(sorted({int(layer) % n for layer in asked}))
 
 
 def select_positions(
@@ -88,7 +91,7 @@ def select_positions(
     if positions is None:
         everywhere = torch.arange(mask.shape[1], device=mask.device)
         return torch.where(mask, everywhere, torch.full_like(everywhere, -1))
-    asked = [positions] if isinstance(positions, int) else list(positions)
+    asked = listed(positions)
     if not asked:
         raise InputError("no position was asked for; leave `positions` out for all of them")
     rows = [
@@ -112,13 +115,16 @@ def position_index(position: int, length: int, prompt: int) -> int:
     Raises:
         InputError: If the prompt has no such position.
     """
-    if not _is_index(position, length):
+    if not is_index(position, length):
         raise InputError(
             f"position {position!r} does not exist in prompt {prompt}, which has {length} tokens; "
             f"allowed are {-length} to {length - 1}"
         )
-    return position % length
+    return int(position) % length
 
 
-def _is_index(value: object, size: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -size <= value < size
+def is_index(value: object, size: int) -> bool:
+    """Whether a value is an integer that indexes something of a size, from either end."""
+    if isinstance(value, bool | Tensor) or not isinstance(value, SupportsIndex):
+        return False
+    return -size <= index(value) < size

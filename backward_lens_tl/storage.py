@@ -29,13 +29,21 @@ def write_tensors(
         path: The file; one that exists is replaced, at once and as a whole.
         tensors: The tensors, by name.
         description: Anything that JSON holds.
+
+    Raises:
+        ResultFileError: If the file cannot be written.
     """
     header = json.dumps({"format": FORMAT_VERSION, **description})
     partial = Path(f"{os.fspath(path)}.partial")
     # Equal tensors may share memory, which the format does not allow: each gets its own.
     owned = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    save_file(owned, partial, metadata={_KEY: header})
-    partial.replace(path)
+    try:
+        save_file(owned, partial, metadata={_KEY: header})
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise ResultFileError(f"{os.fspath(path)!r} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -51,8 +51,11 @@ class Vocabulary:
             The ids.
 
         Raises:
-            TargetError: If there is no tokenizer, or the text has no token.
+            TargetError: If it is no text, there is no tokenizer, or the text has no token or one
+                without a logit.
         """
+        if not isinstance(text, str):
+            raise TargetError(f"target {text!r} is a {type(text).__name__}; pass a text")
         if self._tokenizer is None:
             raise TargetError(
                 f"target {text!r} is text, but the model has no tokenizer; pass an id"
@@ -62,7 +65,7 @@ class Vocabulary:
         ids: list[int] = self._tokenizer(bare, add_special_tokens=False)["input_ids"]
         if not ids:
             raise TargetError(f"target {text!r} has no token; pass a word such as ' Paris'")
-        return ids
+        return [self._checked(token_id) for token_id in ids]
 
     def token_id(self, target: str | int, target_position: TargetPosition | None = None) -> int:
         """The one token that a target stands for.
@@ -83,9 +86,9 @@ class Vocabulary:
             return self._checked(target)
         ids = self.encode(target)
         if len(ids) == 1 or target_position == "first":
-            return self._checked(ids[0])
+            return ids[0]
         if target_position == "last":
-            return self._checked(ids[-1])
+            return ids[-1]
         pieces = " | ".join(repr(self.text(token_id)) for token_id in ids)
         raise TargetError(
             f"target {target!r} is {len(ids)} tokens ({pieces}), and a gradient is read against "

@@ -168,3 +168,20 @@ def test_ragged_batch_of_the_facts_model(facts: Case) -> None:
         for key, gradient in alone.gradients.items():
             close(batch[key].vjps[b, :n], gradient.vjps[0])
             close(batch[key].inputs[b, :n], gradient.inputs[0])
+
+
+def test_padding_beyond_a_sliding_window_is_harmless() -> None:
+    """There a padded position sees no real token, and a mask on the padding would give NaN."""
+    case = build("bridge-gemma2")  # its window is 20
+    prompts = ["Rome", "Paris is in France and " * 6]
+    batch = capture_gradients(case.model, prompts, target_nll(5))
+    assert int(batch.mask.sum(1)[1] - batch.mask.sum(1)[0]) > 20
+    for b, prompt in enumerate(prompts):
+        for gradient in capture_gradients(case.model, prompt, target_nll(5)):
+            together = batch[gradient.matrix, gradient.layer]
+            n = gradient.mask.shape[1]
+            # HF's norms round to float32.
+            torch.testing.assert_close(together.vjps[b, :n], gradient.vjps[0], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(
+                together.inputs[b, :n], gradient.inputs[0], rtol=1e-3, atol=1e-5
+            )

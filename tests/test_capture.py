@@ -491,6 +491,34 @@ def test_hooks_of_the_caller_run_once_and_stay(gpt2: Case) -> None:
     assert modules == watched * 2
 
 
+@pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-llama"])
+def test_hooks_on_hugging_faces_final_norm_run_as_in_a_forward_pass(name: str) -> None:
+    """GPT-2's bridge computes the norm itself; Llama's calls Hugging Face's module."""
+    case = build(name)
+    norm = case.model.ln_final.original_component
+    calls: list[Any] = []
+    handle = norm.register_forward_hook(lambda module, args, output: calls.append(args))
+    try:
+        case.model(case.tokens(6))
+        of_a_forward_pass = len(calls)
+        backward_lens(case.model, case.tokens(6), TARGET)
+    finally:
+        handle.remove()
+    assert of_a_forward_pass == {"bridge-gpt2": 0, "bridge-llama": 1}[name]
+    assert len(calls) == 2 * of_a_forward_pass
+
+
+def test_autocast_of_the_caller_does_not_round() -> None:
+    """bfloat16 keeps 8 bits: under its autocast the factors would be off by per cents."""
+    case = build("bridge-llama", torch.float32)
+    plain = capture_gradients(case.model, case.tokens(6), target_nll(TARGET))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = capture_gradients(case.model, case.tokens(6), target_nll(TARGET))
+    for expected, gradient in zip(plain, found, strict=True):
+        torch.testing.assert_close(gradient.inputs, expected.inputs, rtol=0, atol=0)
+        torch.testing.assert_close(gradient.vjps, expected.vjps, rtol=0, atol=0)
+
+
 # ------------------------------------------------------------------ what is never in memory
 
 

@@ -75,6 +75,12 @@ def test_options_reach_the_lens(stories_path: str, tmp_path: Path, capsys):
     assert "&lt;s&gt;" not in re.search(r"<h1>.*?</h1>", html)[0]
 
 
+def test_the_explanation_is_of_the_last_token_whatever_the_order(capsys: pytest.CaptureFixture):
+    argv = ["show", "--prompt", "Lionel Messi plays for", "--target", " Paris"]
+    assert main([*argv, "--positions", "-1", "0"]) == 0
+    assert "W_out at ' for' (position 5)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_group_of_matrices_and_bos(stories_path: str, capsys):
     argv = ["show", "--model", stories_path, "--prompt", PROMPT, "--matrices", "mlp", "--bos"]
     assert main(argv) == 0

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from models import Case, attention_only_model, build, hooked_only
+from models import Case, attention_only_model, build, hooked_only, require_kind, small_tokenizer
+from tokenizers import normalizers
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import T5Config, T5ForConditionalGeneration
 
 from backward_lens_tl import errors
 from backward_lens_tl.capture import capture_gradients
@@ -16,6 +21,7 @@ from backward_lens_tl.errors import (
     BackwardLensError,
     InputError,
     ModelNotFoundError,
+    ModelStateError,
     ObjectiveError,
     TargetError,
     UnsupportedModelError,
@@ -180,6 +186,44 @@ REFUSALS: dict[str, tuple[Callable[[Any], object], type[Exception], list[str]]] 
         ObjectiveError,
         ["prompt 0"],
     ),
+    "gradient is not a number": (
+        capture(IDS, lambda logits, tokens: (logits[:, -1, 0] - logits[:, -1, 0].detach()) ** 0.5),
+        ModelStateError,
+        ["VJP", "W_in", "layer 0", "prompt 0"],
+    ),
+    "loss from nowhere": (
+        capture(IDS, lambda logits, tokens: torch.ones(1, requires_grad=True)),
+        ObjectiveError,
+        ["do not depend on the logits"],
+    ),
+    "projection gives NaN": (
+        lens(IDS, 5, projection=Constant(torch.full((3, 97), torch.nan))),
+        InputError,
+        ["NaN"],
+    ),
+    "projection gives integers": (
+        lens(IDS, 5, projection=Constant(torch.ones(3, 97, dtype=torch.long))),
+        InputError,
+        ["int64"],
+    ),
+    "projection is a class": (lens(IDS, 5, projection=Constant), InputError, ["'logit_lens'"]),
+    "no such target position": (
+        lens("Rome", target_position="middle"),
+        TargetError,
+        ["'middle'", "'first'"],
+    ),
+    "sequence is a number": (
+        lambda model: capture_gradients(model, IDS, sequence_nll([5])),
+        TargetError,
+        ["5", "int"],
+    ),
+    "set of targets": (lens(IDS, {5}), TargetError, ["{5}", "set"]),
+    "attention's matrices": (lens(IDS, 5, matrices="W_Q"), InputError, ["'W_Q'", "attention"]),
+    "matrices is a number": (lens(IDS, 5, matrices=5), InputError, ["5", "W_out"]),
+    "layer is no integer": (lens(IDS, 5, layers=1.5), InputError, ["1.5"]),
+    "position is no integer": (lens(IDS, 5, positions=2.0), InputError, ["2.0"]),
+    "prompt is nothing": (lens(None), InputError, ["NoneType"]),
+    "BOS is a word": (lens("Rome", prepend_bos="no"), InputError, ["'no'"]),
     "next token of one token": (capture(IDS[:, :1], next_token_loss()), ObjectiveError, ["two"]),
 }
 
@@ -276,3 +320,60 @@ def test_targets_of_a_batch_are_checked_one_by_one(gpt2: Case) -> None:
         capture_gradients(gpt2.model, ["Rome", "Rome"], target_nll([" Paris", " river of"]))
     with pytest.raises(TargetError, match="97"):
         capture_gradients(gpt2.model, ["Rome", "Rome"], target_nll(torch.tensor([5, 97])))
+
+
+def test_numpy_integers_are_indices(gpt2: Case) -> None:
+    found = backward_lens(gpt2.model, IDS, 5, layers=np.int64(1), positions=[np.int64(-1)])
+    assert found.layers == (1,)
+    assert found.positions.tolist() == [[2]]
+
+
+def test_a_text_without_tokens_is_refused_in_a_batch(gpt2: Case) -> None:
+    """Some tokenizers strip white space; such a row would be read at its padding."""
+    gpt2.model.tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    try:
+        with pytest.raises(InputError, match="prompt 1, '  ', is empty"):
+            capture_gradients(gpt2.model, ["Rome", "  "], target_nll(5), prepend_bos=False)
+    finally:
+        gpt2.model.tokenizer.backend_tokenizer.normalizer = None
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    require_kind("hooked")
+    case = build("hooked-gpt2")
+    case.model.cfg.attention_dir = "bidirectional"
+    with pytest.raises(UnsupportedModelError, match="causal"):
+        capture_gradients(case.model, IDS, target_nll(5))
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    raw = T5ForConditionalGeneration(T5Config(vocab_size=97, decoder_start_token_id=0, **sizes))
+    model = TransformerBridge.boot_transformers(
+        "t5", hf_model=raw.eval(), tokenizer=small_tokenizer()
+    )
+    with pytest.raises(UnsupportedModelError, match="causal"):
+        capture_gradients(model, IDS, target_nll(5))
+
+
+def test_one_weight_in_two_layers_is_refused() -> None:
+    require_kind("hooked")
+    case = build("hooked-gpt2")
+    case.model.blocks[1].mlp.W_in = case.model.blocks[0].mlp.W_in
+    with pytest.raises(UnsupportedModelError, match="W_in of layer 1 and W_in of layer 0"):
+        capture_gradients(case.model, IDS, target_nll(5))
+
+
+def test_a_parametrised_weight_is_refused() -> None:
+    case = build("bridge-llama")
+    linear = case.model.blocks[0].mlp.out.original_component
+    register_parametrization(linear, "weight", torch.nn.Softplus())
+    with pytest.raises(UnsupportedModelError, match="parametrizations"):
+        capture_gradients(case.model, IDS, target_nll(5))
+
+
+def test_weights_without_values_are_refused() -> None:
+    case = build("bridge-gpt2")
+    case.model.blocks[0].mlp.out.original_component.to("meta")
+    with pytest.raises(ModelStateError, match="meta"):
+        capture_gradients(case.model, IDS, target_nll(5))

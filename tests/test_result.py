@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from models import Case
@@ -61,6 +62,10 @@ def test_values_of_the_table(gpt2: Case, result: BackwardLensResult) -> None:
         assert row.norm == pytest.approx(float((delta**2).sum() ** 0.5), rel=1e-12)
         assert row.is_zero == (row.norm == 0)
         assert row.target == [" Paris", " the"][row.prompt]
+        if row.is_zero:
+            assert pd.isna(row.target_rank)
+            assert row.top_tokens == row.top_scores == row.bottom_tokens == row.bottom_scores == []
+            continue
         assert row.target_rank == int(result.target_rank(row.matrix)[at])
         readout = result.readout(row.matrix)
         for words, scores, ids, values in (
@@ -68,11 +73,9 @@ def test_values_of_the_table(gpt2: Case, result: BackwardLensResult) -> None:
             (row.bottom_tokens, row.bottom_scores, readout.bottom_ids, readout.bottom_scores),
         ):
             assert scores == values[at].tolist()
-            if not row.is_zero:
-                assert words == [tokenizer.decode([i]) for i in ids[at].tolist()]
-        if not row.is_zero:
-            words = result.top_tokens(row.matrix, row.layer, row.position, batch=row.prompt)
-            assert words == row.top_tokens
+            assert words == [tokenizer.decode([i]) for i in ids[at].tolist()]
+        words = result.top_tokens(row.matrix, row.layer, row.position, batch=row.prompt)
+        assert words == row.top_tokens
 
 
 def test_table_of_chosen_positions(gpt2: Case) -> None:
@@ -279,3 +282,36 @@ def test_cells_are_in_words(result: BackwardLensResult) -> None:
         result.top_tokens("W_out", 1, -1, k=4)
     with pytest.raises(InputError, match="k is 0"):
         result.bottom_tokens("W_out", 1, -1, k=0)
+
+
+# ------------------------------------------------------------------- what must not be lost on disk
+
+
+@pytest.mark.parametrize("batch", [-1, 2])
+def test_a_page_that_cannot_be_made_leaves_the_old_one(
+    result: BackwardLensResult, tmp_path: Path, batch: int
+) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("precious")
+    with pytest.raises(InputError, match="allowed are 0 to 1"):
+        result.save_html(page, batch=batch)
+    assert page.read_text() == "precious"
+
+
+def test_a_result_that_cannot_be_saved_leaves_nothing(
+    result: BackwardLensResult, tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in (folder, tmp_path / "missing" / "file"):
+        with pytest.raises(ResultFileError, match="cannot be written"):
+            result.save(path)
+    assert list(tmp_path.rglob("*")) == [folder]
+
+
+def test_zero_cells_have_no_words_and_no_rank(result: BackwardLensResult) -> None:
+    cells = [cell for layer in result.layers for cell in result.cells("W_out", layer)]
+    assert any(cell.is_zero for cell in cells)
+    for cell in cells:
+        assert (cell.target_rank is None) == cell.is_zero
+        assert (not cell.top) == (not cell.bottom) == cell.is_zero
