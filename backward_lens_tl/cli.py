@@ -178,7 +178,8 @@ def _explanation(result: BackwardLensResult) -> str:
     """How to read the table, and where the target leads."""
     read = (
         "A cell holds the token with the highest score at one layer and token of the prompt; its "
-        "colour is the norm of the gradient there. ★: the target leads. ·: adds nothing."
+        "colour is the norm of delta_i, how strongly it writes. ★: the target leads. "
+        "·: adds nothing."
     )
     if "W_out" not in result.matrices:
         return read

@@ -24,7 +24,7 @@ from backward_lens_tl.errors import InputError
 from backward_lens_tl.host import READING_MATRICES, MatrixName
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MatrixGradient:
     """The gradient of one weight matrix for each prompt of a batch, as factors.
 
@@ -44,6 +44,10 @@ class MatrixGradient:
     inputs: Float[Tensor, "batch pos d_in"]
     vjps: Float[Tensor, "batch pos d_out"]
     mask: Bool[Tensor, "batch pos"]
+
+    def __repr__(self) -> str:
+        inputs, vjps = list(self.inputs.shape), list(self.vjps.shape)
+        return f"MatrixGradient({self.matrix} of layer {self.layer}, x {inputs}, delta {vjps})"
 
     @property
     def spanning_set(self) -> Float[Tensor, "batch pos d_model"]:

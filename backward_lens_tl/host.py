@@ -12,6 +12,7 @@ with `use_hook_mlp_in`), and `hook_mlp_out` on models that normalise the MLP's o
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import chain
@@ -179,6 +180,17 @@ class Host(ABC):
         weight = self.model.W_U
         normed = self._final_norm(vectors.to(device=weight.device, dtype=weight.dtype))
         return self._output_transform(normed @ weight + self.model.b_U)
+
+    @property
+    def faint_norm(self) -> float:
+        """Length below which the final norm's `eps` outweighs a vector, `sqrt(d_model * eps)`.
+
+        A shorter vector is not scaled up to the usual size, and what is read of it is more and
+        more the norm's bias. Without a final norm there is no such length, and this is 0.
+        """
+        if self.model.cfg.normalization_type is None:
+            return 0.0
+        return math.sqrt(self.model.cfg.d_model * self.model.cfg.eps)
 
     @property
     def last_resid(self) -> Tap:

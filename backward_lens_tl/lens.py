@@ -82,6 +82,8 @@ def backward_lens(
     host = host_of(model)
     if direction not in get_args(Direction):
         raise InputError(f"unknown direction {direction!r}; allowed are 'update' and 'gradient'")
+    if isinstance(target, Objective) or callable(target):
+        raise InputError("an objective goes by name: backward_lens(model, prompts, objective=...)")
     check_k(k, host.d_vocab_out)
     lens = as_projection(projection, host)
     capture = capture_gradients(
@@ -107,6 +109,7 @@ def backward_lens(
         token_texts=_texts(host.vocabulary, readouts.values(), capture),
         projection=projection if isinstance(projection, str) else type(projection).__name__,
         direction=direction,
+        faint_norm=getattr(lens, "faint_norm", 0.0),
     )
 
 

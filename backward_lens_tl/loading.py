@@ -28,7 +28,7 @@ FACTS_MODEL = "facts"
 def load_facts_model(kind: Kind | None = None) -> nn.Module:
     """Load the small trained model that ships inside the package; it needs no network.
 
-    A GPT-2 of 8 layers that knows some 1,500 facts about people, places, companies and works; its
+    A GPT-2 of 8 layers that knows some 1,800 facts about people, places, companies and works; its
     model card lies beside it, in `backward_lens_tl/facts_model/MODEL_CARD.md`.
 
     Args:

@@ -103,7 +103,8 @@ def target_nll(
             return _OwnAnswerNLL()
         return _TargetNLL(target_ids(target, vocabulary, n_prompts, target_position))
 
-    return Objective(f"target_nll({_name(target)})", bind)
+    name = "the model's own answer" if target is None else _name(target)
+    return Objective(f"target_nll({name})", bind)
 
 
 def logit_difference(

@@ -41,6 +41,7 @@ class LogitLens:
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        self.faint_norm = host.faint_norm
 
     def project(
         self, vectors: Float[Tensor, "n d_model"], layer: int
@@ -53,9 +54,16 @@ class LogitLens:
 class NormalizedLogitLens(LogitLens):
     """The Logit Lens of `v / ||v||_2` (paper, appendix F); a zero vector stays zero.
 
-    It differs from the Logit Lens where a vector is so small that the final norm's `eps` counts,
+    It differs from the Logit Lens where a vector is so short that the final norm's `eps` counts,
     as VJPs often are.
+
+    Args:
+        host: The model.
     """
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host)
+        self.faint_norm = 0.0
 
     def project(
         self, vectors: Float[Tensor, "n d_model"], layer: int

@@ -54,6 +54,8 @@ class Cell:
         target_rank: Tokens scored above the target; `None` without a target.
         is_zero: Whether the position adds nothing to this gradient. Then it has no words and no
             rank: they would be those of the final norm's bias.
+        is_faint: Whether the projected vector is so short that the final norm's `eps` outweighs
+            it, and its words lean towards those of the norm's bias.
     """
 
     matrix: MatrixName
@@ -65,6 +67,7 @@ class Cell:
     norm: float
     target_rank: int | None
     is_zero: bool
+    is_faint: bool
 
     @property
     def target_leads(self) -> bool:
@@ -88,6 +91,7 @@ class BackwardLensResult:
         projection: Name of the projection.
         direction: `"update"` if the VJPs of `W_out` were negated before the projection, so that
             top tokens are those that a step of gradient descent adds; `"gradient"` if not.
+        faint_norm: Length below which a projected vector is faint; 0 if the projection has none.
     """
 
     gradients: GradientCapture
@@ -96,6 +100,7 @@ class BackwardLensResult:
     token_texts: Mapping[int, str]
     projection: str
     direction: str
+    faint_norm: float = 0.0
 
     # --- what there is -------------------------------------------------------------------------
 
@@ -202,6 +207,7 @@ class BackwardLensResult:
         gradient = self.gradients[matrix, self.layers[row]]
         position = int(self.positions[batch, column])
         is_zero = bool(gradient.is_zero[batch, position])
+        length = torch.linalg.vector_norm(gradient.spanning_set[batch, position])
         has_rank = self.gradients.targets is not None and not is_zero
         return Cell(
             matrix=gradient.matrix,
@@ -215,6 +221,7 @@ class BackwardLensResult:
             norm=float(gradient.norms[batch, position]),
             target_rank=int(readout.target_rank[at]) if has_rank else None,
             is_zero=is_zero,
+            is_faint=not is_zero and float(length) < self.faint_norm,
         )
 
     def cells(self, matrix: str, layer: int, batch: int = 0) -> list[Cell]:
@@ -303,10 +310,10 @@ class BackwardLensResult:
         """A tidy table, one row per prompt, matrix, layer and position.
 
         Returns:
-            Columns `prompt`, `matrix`, `layer`, `position`, `token`, `norm`, `is_zero`, `target`,
-            `target_rank`, `top_tokens`, `top_scores`, `bottom_tokens`, `bottom_scores`. The last
-            four hold lists, empty where a position adds nothing; there, and without a target, the
-            rank is missing.
+            Columns `prompt`, `matrix`, `layer`, `position`, `token`, `norm`, `is_zero`,
+            `is_faint`, `target`, `target_rank`, `top_tokens`, `top_scores`, `bottom_tokens`,
+            `bottom_scores`. The last four hold lists, empty where a position adds nothing; there,
+            and without a target, the rank is missing.
         """
         import pandas as pd
 
@@ -321,6 +328,7 @@ class BackwardLensResult:
                     "token": cell.token,
                     "norm": cell.norm,
                     "is_zero": cell.is_zero,
+                    "is_faint": cell.is_faint,
                     "target": self.target(prompt),
                     "target_rank": cell.target_rank,
                     "top_tokens": [entry.token for entry in cell.top],
@@ -393,6 +401,7 @@ class BackwardLensResult:
             "token_texts": dict(self.token_texts),
             "projection": self.projection,
             "direction": self.direction,
+            "faint_norm": self.faint_norm,
         }
         write_tensors(path, tensors, description)
 
@@ -450,4 +459,5 @@ class BackwardLensResult:
             token_texts={int(token): text for token, text in about["token_texts"].items()},
             projection=about["projection"],
             direction=about["direction"],
+            faint_norm=about["faint_norm"],
         )

@@ -361,3 +361,24 @@ def test_softcap_bounds_the_scores(name: str) -> None:
     case = build(name)
     result = backward_lens(case.model, case.tokens(4), TARGET)
     assert 1 < result.readout("W_in").top_scores.abs().max() < 1.5
+
+
+def test_faint_cells_are_those_in_which_the_final_norms_eps_outweighs_the_vector(
+    facts: Case,
+) -> None:
+    """The model is sure of its own answer, so the gradient towards it is tiny."""
+    prompt = "Lionel Messi plays for"
+    sure = backward_lens(facts.model, prompt)
+    for layer in sure.layers:
+        delta = sure.gradients["W_out", layer].vjps[0, -1]
+        centred = delta - delta.mean()
+        assert centred.square().mean() < 1e-5, "the model's layer_norm_epsilon"
+        assert sure.cell("W_out", layer, -1).is_faint
+        assert not sure.cell("W_in", layer, -1).is_faint
+    normalized = backward_lens(facts.model, prompt, projection="normalized")
+    assert not normalized.to_df()["is_faint"].any()
+    other = backward_lens(facts.model, prompt, " Paris")
+    assert not any(other.cell("W_out", layer, -1).is_faint for layer in other.layers)
+    assert [normalized.top_tokens("W_out", layer, -1, 1) for layer in sure.layers] == [
+        [" Miami"]
+    ] * len(sure.layers)

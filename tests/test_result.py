@@ -25,6 +25,7 @@ COLUMNS = [
     "token",
     "norm",
     "is_zero",
+    "is_faint",
     "target",
     "target_rank",
     "top_tokens",

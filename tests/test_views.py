@@ -428,7 +428,9 @@ def test_the_last_tokens_are_kept_where_not_all_fit(width: int, left_out: int):
     assert [word.strip("★") for word in row[1:]] == [
         word.replace(" ", "␣") for word in words[left_out:]
     ]
-    assert (f"tokens 1 to {left_out} of 12" in text) == bool(left_out)
+    said = " ".join(text.split())
+    assert (f"0 to {left_out - 1} of 12 tokens" in said) == (left_out > 1)
+    assert ("position 0 of 12 tokens" in said) == (left_out == 1)
 
 
 def test_a_pipe_gets_text_without_escape_codes(result: BackwardLensResult):
@@ -457,3 +459,20 @@ def test_markup_in_tokens_is_text_in_a_terminal():
 def test_zero_cells_are_dots_in_a_terminal():
     last_layer = [line for line in printed(make_result(), 200).splitlines() if line[4:6] == "3 "]
     assert [line.split()[1:5] for line in last_layer] == [["·"] * 4] * 2
+
+
+def test_faint_cells_are_set_apart_and_explained():
+    result = replace(make_result(), faint_norm=0.1)
+    faint = {
+        matrix: sum(cell.is_faint for cell in all_cells(result, matrix))
+        for matrix in result.matrices
+    }
+    assert faint["W_in"] == 0 < faint["W_out"] < 20
+    note = f"{faint['W_out']} of 20 cells (in italics)"
+    html, text = render_page(result), printed(result, 200)
+    assert len(re.findall(r'<td class="[^"]*\bfaint\b', html)) == faint["W_out"]
+    assert html.count("in italics") == text.count("in italics") == 1
+    assert note in html
+    assert note in text
+    without = make_result()
+    assert "in italics" not in render_page(without) + printed(without, 200)

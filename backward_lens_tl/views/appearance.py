@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from backward_lens_tl.host import READING_MATRICES, MatrixName
+from backward_lens_tl.result import Cell
 
 LEADS = "★"
 """Marks a cell whose top token is the target."""
@@ -155,10 +156,30 @@ def matrix_title(matrix: MatrixName, direction: str) -> str:
         The words, without the matrix's name.
     """
     if matrix in READING_MATRICES:
-        return "imprint: x_i, what is written towards"
+        return "imprint: x_i, what neurons turn towards or away from"
     if direction == "update":
         return "shift: what the update adds"
     return "raw gradient, which gradient descent subtracts"
+
+
+def faint_note(cells: Sequence[Cell], faint_norm: float) -> str:
+    """What to say of a table in which some cells are faint.
+
+    Args:
+        cells: All of its cells.
+        faint_norm: Length below which a projected vector is faint.
+
+    Returns:
+        One sentence, or nothing if no cell is faint.
+    """
+    faint = sum(cell.is_faint for cell in cells)
+    if not faint:
+        return ""
+    return (
+        f"{faint} of {len(cells)} cells (in italics) are read from vectors shorter than "
+        f"{number(faint_norm)}, where the final norm's eps and bias outweigh the gradient: compare "
+        "the normalized projection."
+    )
 
 
 def number(value: float) -> str:

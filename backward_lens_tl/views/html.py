@@ -21,6 +21,7 @@ from backward_lens_tl.views.appearance import (
     LEADS,
     LIGHT_SHADES,
     NormScale,
+    faint_note,
     matrix_title,
     number,
     pieces,
@@ -162,7 +163,7 @@ def _panel(result: BackwardLensResult, matrix: MatrixName, batch: int) -> str:
         f'<div class="scroll"><table><caption>{matrix}, {title}: the top token of each layer, '
         "the last layer first, and each prompt token</caption>"
         f'<thead><tr><th scope="col"><small>layer</small></th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>{_legend(scale)}"
+        f"<tbody>{body}</tbody></table></div>{_legend(scale)}{_faint(rows, result.faint_norm)}"
         '<p class="hint">Point at a cell, or move to it with Tab, for its details.</p></figure>'
     )
 
@@ -176,6 +177,11 @@ def _legend(scale: NormScale) -> str:
     )
 
 
+def _faint(rows: Sequence[Sequence[Cell]], faint_norm: float) -> str:
+    note = faint_note([cell for row in rows for cell in row], faint_norm)
+    return f'<p class="legend note">{escape(note)}</p>' if note else ""
+
+
 def _row(cells: Sequence[Cell], scale: NormScale) -> str:
     body = "".join(_cell(cell, scale) for cell in cells)
     return f'<tr><th scope="row">{cells[0].layer}</th>{body}</tr>'
@@ -187,6 +193,8 @@ def _cell(cell: Cell, scale: NormScale) -> str:
     else:
         word, shade = _token(cell.top[0].token), f"n{scale.step(cell.norm)}"
         lists = _list("Highest scores", cell.top) + _list("Lowest scores", cell.bottom)
+    if cell.is_faint:
+        shade += " faint"
     if cell.target_leads:
         shade += " lead"
         word = f'<b aria-hidden="true">{LEADS}</b>{word}<span class="sr"> target leads</span>'
@@ -199,7 +207,7 @@ def _cell(cell: Cell, scale: NormScale) -> str:
 def _summary(cell: Cell) -> str:
     parts = [f"layer {cell.layer}, {_token(cell.token)} at {cell.position}"]
     if not cell.is_zero:
-        parts.append(f"norm {number(cell.norm)}")
+        parts.append(f"norm {number(cell.norm)}{' (faint)' if cell.is_faint else ''}")
         if cell.target_rank is not None:
             parts.append(f"target rank {cell.target_rank}")
     return " · ".join(parts)

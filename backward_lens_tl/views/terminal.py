@@ -16,6 +16,7 @@ from backward_lens_tl.views.appearance import (
     DARK_SHADES,
     LEADS,
     NormScale,
+    faint_note,
     matrix_title,
     pieces,
     scale_ends,
@@ -67,7 +68,12 @@ class TerminalTable:
         for row, texts in zip(rows, words, strict=True):
             table.add_row(str(row[0].layer), *(_filled(text, cell_width) for text in texts[first:]))
         title = Text.assemble((matrix, "bold"), f" {matrix_title(matrix, self.result.direction)}")
-        return Group(title, table, _left_out(first, len(columns)), _legend(scale, coloured), Text())
+        notes = [
+            _left_out(first, len(columns)),
+            faint_note([cell for row in rows for cell in row], self.result.faint_norm),
+        ]
+        below = [Text(note, style="dim") for note in notes if note]
+        return Group(title, table, _legend(scale, coloured), *below, Text())
 
 
 def _fit(columns: Sequence[int], width: int) -> tuple[int, int]:
@@ -94,7 +100,7 @@ def _word(cell: Cell, scale: NormScale) -> Text:
     if cell.is_zero:
         return Text(ADDS_NOTHING, style="dim")
     shade = DARK_SHADES[scale.step(cell.norm)]
-    style = f"{shade.text} on {shade.background}"
+    style = f"{'italic ' if cell.is_faint else ''}{shade.text} on {shade.background}"
     if cell.target_leads:
         return _token(cell.top[0].token, f"bold {style}", mark=LEADS)
     return _token(cell.top[0].token, style)
@@ -113,10 +119,11 @@ def _filled(text: Text, width: int) -> Text:
     return filled
 
 
-def _left_out(count: int, total: int) -> RenderableType:
+def _left_out(count: int, total: int) -> str:
     if not count:
-        return Group()
-    return Text(f"left out, for lack of room: tokens 1 to {count} of {total}", style="dim")
+        return ""
+    left_out = "position 0" if count == 1 else f"positions 0 to {count - 1}"
+    return f"no room for {left_out} of {total} tokens; a wider terminal or --html shows them"
 
 
 def _legend(scale: NormScale, coloured: bool) -> Text:
