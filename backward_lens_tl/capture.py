@@ -19,10 +19,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from backward_lens_tl.errors import ModelStateError, ObjectiveError, UnsupportedModelError
 from backward_lens_tl.gradients import GradientCapture, MatrixGradient
-from backward_lens_tl.host import READING_MATRICES, Host, MatrixSite, Tap, host_of
+from backward_lens_tl.host import Host, host_of
 from backward_lens_tl.objectives import LossFunction, Objective, as_objective, bind_to_prompts
 from backward_lens_tl.prompts import PromptBatch, Prompts
 from backward_lens_tl.selection import select_layers, select_matrices
+from backward_lens_tl.sites import READING_MATRICES, MatrixSite, Tap
 
 _T = TypeVar("_T")
 

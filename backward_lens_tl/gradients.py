@@ -21,7 +21,7 @@ from torch import Tensor
 from transformer_lens import FactoredMatrix
 
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.host import READING_MATRICES, MatrixName
+from backward_lens_tl.sites import READING_MATRICES, MatrixName
 
 
 @dataclass(frozen=True, repr=False)

@@ -2,21 +2,16 @@
 
 This is the one file that knows what `HookedTransformer` (TransformerLens up to 3.9) and
 `TransformerBridge` (3.x and 4.x) look like inside. Everything after it sees a
-[`Host`][backward_lens_tl.host.Host]: tokens in, logits out, and for each weight matrix the two
-places where its input `x` and its output `y = x @ W + b` pass.
-
-The places are the matrix's *own* input and output. Three hook points look right and are not:
-`ln2.hook_normalized` (before the norm's gain and bias), `hook_mlp_in` (before the norm, and only
-with `use_hook_mlp_in`), and `hook_mlp_out` on models that normalise the MLP's output.
+[`Host`][backward_lens_tl.host.Host]: tokens in, logits out, and for each weight matrix its
+[site][backward_lens_tl.sites.MatrixSite].
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,47 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from backward_lens_tl.errors import InputError, ModelStateError, UnsupportedModelError
+from backward_lens_tl.sites import READING_MATRICES, MatrixName, MatrixSite, Tap
 from backward_lens_tl.vocabulary import Vocabulary
-
-MatrixName = Literal["W_in", "W_gate", "W_out"]
-MATRIX_NAMES: tuple[MatrixName, ...] = get_args(MatrixName)
-"""Every matrix that can be asked for, in the order in which a layer uses them."""
-
-READING_MATRICES = frozenset({"W_in", "W_gate"})
-"""Matrices that read the residual stream: their inputs have width `d_model`."""
-
-
-@dataclass(frozen=True)
-class Tap:
-    """A place in the forward pass: a module's first input, or its output."""
-
-    module: nn.Module
-    side: Literal["input", "output"]
-
-
-@dataclass(frozen=True)
-class MatrixSite:
-    """Where one weight matrix of one layer meets its input and its output.
-
-    Attributes:
-        matrix: TransformerLens's name of the matrix.
-        layer: The layer, from 0.
-        input: Where `x` passes, `[batch, pos, d_in]`, after every edit by the caller's hooks.
-        output: Where `y = x @ W + b` passes, `[batch, pos, d_out]`, before any such edit.
-        weight: The stored parameter.
-        transposed: Whether the parameter is stored as `[d_out, d_in]`.
-    """
-
-    matrix: MatrixName
-    layer: int
-    input: Tap
-    output: Tap
-    weight: Tensor
-    transposed: bool
-
-    def in_out(self, tensor: Float[Tensor, "rows columns"]) -> Float[Tensor, "d_in d_out"]:
-        """Turn a tensor laid out like the parameter into TransformerLens's `[d_in, d_out]`."""
-        return tensor.T if self.transposed else tensor
 
 
 class Host(ABC):

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from backward_lens_tl.capture import capture_gradients
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.gradients import GradientCapture, MatrixGradient
-from backward_lens_tl.host import READING_MATRICES, MatrixName, host_of
+from backward_lens_tl.host import host_of
 from backward_lens_tl.objectives import LossFunction, Objective, Targets, target_ids, target_nll
 from backward_lens_tl.projection import Projection, as_projection
 from backward_lens_tl.prompts import Prompts
 from backward_lens_tl.readout import Readout, check_k, join_readouts, read_vectors
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.selection import select_positions
+from backward_lens_tl.sites import READING_MATRICES, MatrixName
 from backward_lens_tl.vocabulary import TargetPosition, Vocabulary
 
 Direction = Literal["update", "gradient"]

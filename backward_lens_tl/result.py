@@ -17,62 +17,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from backward_lens_tl.cells import Cell, TokenScore
 from backward_lens_tl.errors import InputError, ResultFileError
 from backward_lens_tl.gradients import GradientCapture, MatrixGradient
-from backward_lens_tl.host import MatrixName
 from backward_lens_tl.readout import Readout
 from backward_lens_tl.selection import is_index, position_index
+from backward_lens_tl.sites import MatrixName
 from backward_lens_tl.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _DISTRIBUTIONS = ("backward-lens-tl", "transformer-lens", "torch")
-
-
-@dataclass(frozen=True)
-class TokenScore:
-    """A token of the vocabulary and the score that a projection gave it."""
-
-    token: str
-    token_id: int
-    score: float
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One matrix, layer and prompt position, in words.
-
-    Attributes:
-        matrix: TransformerLens's name of the matrix.
-        layer: The layer, from 0.
-        position: Index in the prompt, from 0.
-        token: The prompt's token there.
-        top: Most promoted tokens, best first.
-        bottom: Least promoted tokens, smallest score first.
-        norm: `||delta_i||_2`.
-        target_rank: Tokens scored above the target; `None` without a target.
-        is_zero: Whether the position adds nothing to this gradient. Then it has no words and no
-            rank: they would be those of the final norm's bias.
-        is_faint: Whether the projected vector is so short that the final norm's `eps` outweighs
-            it, and its words lean towards those of the norm's bias.
-    """
-
-    matrix: MatrixName
-    layer: int
-    position: int
-    token: str
-    top: tuple[TokenScore, ...]
-    bottom: tuple[TokenScore, ...]
-    norm: float
-    target_rank: int | None
-    is_zero: bool
-    is_faint: bool
-
-    @property
-    def target_leads(self) -> bool:
-        """Whether the target is the most promoted token."""
-        return self.target_rank == 0
 
 
 @dataclass(frozen=True, repr=False)

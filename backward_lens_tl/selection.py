@@ -11,8 +11,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.host import MATRIX_NAMES, Host, MatrixName
+from backward_lens_tl.host import Host
 from backward_lens_tl.prompts import listed
+from backward_lens_tl.sites import MATRIX_NAMES, MatrixName
 
 
 def select_matrices(matrices: str | Sequence[str], host: Host) -> tuple[MatrixName, ...]:

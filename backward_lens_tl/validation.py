@@ -19,7 +19,7 @@ from backward_lens_tl.capture import (
 )
 from backward_lens_tl.errors import ValidationError
 from backward_lens_tl.gradients import MatrixGradient
-from backward_lens_tl.host import Host, MatrixName, MatrixSite, host_of
+from backward_lens_tl.host import Host, host_of
 from backward_lens_tl.objectives import (
     LossFunction,
     Objective,
@@ -28,6 +28,7 @@ from backward_lens_tl.objectives import (
     next_token_loss,
 )
 from backward_lens_tl.prompts import Prompts
+from backward_lens_tl.sites import MatrixName, MatrixSite
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,8 +13,9 @@ from functools import cache
 from html import escape
 from importlib.resources import files
 
-from backward_lens_tl.host import MatrixName
-from backward_lens_tl.result import BackwardLensResult, Cell, TokenScore
+from backward_lens_tl.cells import Cell, TokenScore
+from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.sites import MatrixName
 from backward_lens_tl.views.appearance import (
     ADDS_NOTHING,
     DARK_SHADES,
