@@ -65,7 +65,6 @@ def capture_gradients(
         (6, 1)
     """
     host = host_of(model)
-    host.check_state()
     objective = as_objective(objective)
     names = select_matrices(matrices, host)
     sites = [host.site(name, layer) for layer in select_layers(layers, host) for name in names]

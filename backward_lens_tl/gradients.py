@@ -182,7 +182,7 @@ class GradientCapture:
         model_name: The model's name.
     """
 
-    gradients: Mapping[tuple[MatrixName, int], MatrixGradient]
+    gradients: Mapping[tuple[str, int], MatrixGradient]
     tokens: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
     str_tokens: tuple[tuple[str, ...], ...]
@@ -192,9 +192,8 @@ class GradientCapture:
     model_name: str
 
     def __getitem__(self, key: tuple[str, int]) -> MatrixGradient:
-        for (matrix, layer), gradient in self.gradients.items():
-            if key == (matrix, layer):
-                return gradient
+        if key in self.gradients:
+            return self.gradients[key]
         raise InputError(
             f"{key!r} was not captured; there are {', '.join(self.matrices)} in layers "
             f"{', '.join(map(str, self.layers))}"
@@ -209,12 +208,12 @@ class GradientCapture:
     @property
     def matrices(self) -> tuple[MatrixName, ...]:
         """Names of the captured matrices, in the order in which a layer uses them."""
-        return tuple(dict.fromkeys(matrix for matrix, _ in self.gradients))
+        return tuple(dict.fromkeys(gradient.matrix for gradient in self))
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The captured layers, ascending."""
-        return tuple(dict.fromkeys(layer for _, layer in self.gradients))
+        return tuple(dict.fromkeys(gradient.layer for gradient in self))
 
     def __repr__(self) -> str:
         return (

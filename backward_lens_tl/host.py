@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -73,7 +74,7 @@ class Host(ABC):
         """The model's Hugging Face tokenizer, or `None`."""
         return self.model.tokenizer
 
-    @property
+    @cached_property
     def vocabulary(self) -> Vocabulary:
         """The tokenizer, as far as targets and readouts need it."""
         return Vocabulary(self.tokenizer, self.d_vocab_out)
@@ -168,10 +169,6 @@ class Host(ABC):
 
     # --- the matrices ------------------------------------------------------------------------
 
-    def _roots(self) -> list[nn.Module]:
-        """Modules under which every module of the forward pass is found."""
-        return [self.model]
-
     @abstractmethod
     def _mlp_sites(self, layer: int) -> dict[MatrixName, MatrixSite]:
         """The MLP matrices that a layer has."""
@@ -206,6 +203,10 @@ class Host(ABC):
     @abstractmethod
     def is_causal(self) -> bool:
         """Whether every token sees only those before it."""
+
+    def _roots(self) -> list[nn.Module]:
+        """Modules under which every module of the forward pass is found."""
+        return [self.model]
 
     def check_state(self) -> None:
         """Refuse a model that is no causal decoder, and states in which gradients would be wrong.
@@ -398,7 +399,7 @@ _HOSTS: dict[str, type[Host]] = {
 
 
 def host_of(model: object) -> Host:
-    """Wrap a TransformerLens model.
+    """Wrap a TransformerLens model that can be analysed, in a state in which it can be.
 
     The class is recognised by name along the inheritance chain, because `HookedTransformer`
     cannot be imported from TransformerLens 4.
@@ -414,7 +415,9 @@ def host_of(model: object) -> Host:
     """
     for base in type(model).__mro__:
         if base.__name__ in _HOSTS and isinstance(model, nn.Module):
-            return _HOSTS[base.__name__](model)
+            host = _HOSTS[base.__name__](model)
+            host.check_state()
+            return host
     raise InputError(
         f"model is a {type(model).__name__}; pass a transformer_lens HookedTransformer or "
         "TransformerBridge (for a Hugging Face model: "

@@ -99,7 +99,7 @@ def backward_lens(
         ids = target_ids(target, host.vocabulary, len(capture.mask), target_position)
         capture = replace(capture, targets=torch.tensor(ids, device=capture.mask.device))
     places = select_positions(positions, capture.mask)
-    readouts = {
+    readouts: dict[str, Readout] = {
         matrix: _read(capture, matrix, places, lens, direction, k, host.d_vocab_out)
         for matrix in capture.matrices
     }

@@ -51,7 +51,7 @@ class BackwardLensResult:
     """
 
     gradients: GradientCapture
-    readouts: Mapping[MatrixName, Readout]
+    readouts: Mapping[str, Readout]
     positions: Int[Tensor, "batch pos"]
     token_texts: Mapping[int, str]
     projection: str
@@ -95,9 +95,8 @@ class BackwardLensResult:
         Raises:
             InputError: If the matrix was not asked for.
         """
-        for name, readout in self.readouts.items():
-            if name == matrix:
-                return readout
+        if matrix in self.readouts:
+            return self.readouts[matrix]
         raise InputError(f"{matrix!r} is not in this result; it has {', '.join(self.matrices)}")
 
     def target_rank(self, matrix: str) -> Int[Tensor, "layer batch pos"]:

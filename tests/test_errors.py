@@ -29,6 +29,7 @@ from backward_lens_tl.errors import (
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.loading import load_model
 from backward_lens_tl.objectives import logit_difference, next_token_loss, sequence_nll, target_nll
+from backward_lens_tl.validation import validate
 
 IDS = torch.tensor([[3, 4, 5]])
 
@@ -352,8 +353,9 @@ def test_an_encoder_decoder_is_refused() -> None:
     model = TransformerBridge.boot_transformers(
         "t5", hf_model=raw.eval(), tokenizer=small_tokenizer()
     )
-    with pytest.raises(UnsupportedModelError, match="causal"):
-        capture_gradients(model, IDS, target_nll(5))
+    for call in (lens(IDS, 5), capture(IDS, target_nll(5)), validate):
+        with pytest.raises(UnsupportedModelError, match="causal"):
+            call(model)
 
 
 def test_one_weight_in_two_layers_is_refused() -> None:
