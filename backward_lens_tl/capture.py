@@ -7,25 +7,32 @@ cost is one forward pass and the activation half of one backward pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from backward_lens_tl.errors import ModelStateError, ObjectiveError, UnsupportedModelError
-from backward_lens_tl.gradients import GradientCapture, MatrixGradient
+from backward_lens_tl.gradients import Coverage, GradientCapture, MatrixGradient
 from backward_lens_tl.host import Host, host_of
 from backward_lens_tl.objectives import LossFunction, Objective, as_objective, bind_to_prompts
 from backward_lens_tl.prompts import PromptBatch, Prompts
-from backward_lens_tl.selection import select_layers, select_matrices
-from backward_lens_tl.sites import READING_MATRICES, MatrixSite, Tap
-
-_T = TypeVar("_T")
+from backward_lens_tl.recording import (
+    HookPointRecorder,
+    MatrixRecorders,
+    PatternRecorder,
+    Recorder,
+    VjpRecorder,
+    at_least_float32,
+    recorder_of,
+    recording,
+)
+from backward_lens_tl.selection import select_hook_points, select_layers, select_matrices
+from backward_lens_tl.sites import ATTENTION_MATRICES, MatrixName, Site
 
 
 def capture_gradients(
@@ -36,6 +43,7 @@ def capture_gradients(
     matrices: str | Sequence[str] = ("W_in", "W_out"),
     layers: int | Sequence[int] | None = None,
     prepend_bos: bool | None = None,
+    hook_points: str | Sequence[str] | Callable[[str], bool] | None = None,
 ) -> GradientCapture:
     """Capture the gradients of weight matrices as factors.
 
@@ -46,9 +54,12 @@ def capture_gradients(
         model: A `HookedTransformer` or `TransformerBridge`.
         prompts: A text, several of any lengths, or token ids `[batch, pos]`.
         objective: What is differentiated, for example `target_nll(" Paris")`.
-        matrices: Names among `W_in`, `W_gate`, `W_out`, or `"mlp"`.
+        matrices: Names among `W_Q`, `W_K`, `W_V`, `W_O`, `W_in`, `W_gate`, `W_out`, or the groups
+            `"attn"`, `"mlp"`, `"all"`.
         layers: Layers, negative ones from the end; `None` for all.
         prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
+        hook_points: TransformerLens's hook points whose activations and gradients are kept as
+            well: a name, several, or a function of the name, as in `run_with_cache`.
 
     Returns:
         The captured gradients, in float32, or in float64 if the model computes in it; a caller's
@@ -66,19 +77,39 @@ def capture_gradients(
     """
     host = host_of(model)
     objective = as_objective(objective)
-    names = select_matrices(matrices, host)
-    sites = [host.site(name, layer) for layer in select_layers(layers, host) for name in names]
-    _check_distinct(sites)
+    names, chosen = select_matrices(matrices, host), select_layers(layers, host)
+    sites = _sites(host, names, chosen)
+    _check_sharing(host, sites)
+    points = [HookPointRecorder(site) for site in select_hook_points(hook_points, host)]
+    joins = {
+        (site.matrix, site.layer): VjpRecorder(site.joins)
+        for site in sites
+        if site.joins is not None
+    }
+    patterns = _pattern_recorders(host, names, chosen)
+    recorders = [recorder_of(site) for site in sites]
+    watching: list[Recorder] = [*recorders, *points, *joins.values(), *patterns.values()]
     bound, batch = bind_to_prompts(objective, host, prompts, prepend_bos)
 
-    with torch.enable_grad(), in_own_precision(host), _recording(sites) as recorders:
+    with torch.enable_grad(), in_own_precision(host), recording(watching):
         logits = at_least_float32(host.logits(batch.tokens))
         losses = bound.losses(logits, batch)
         _check_finite(losses)
-        vjps = _vjps(losses, logits, recorders)
-    gradients = [
-        _gradient(recorder, vjp, batch) for recorder, vjp in zip(recorders, vjps, strict=True)
-    ]
+        _check_uses(logits, recorders)
+        # As in run_with_cache, a function of the name may name hook points that never fire.
+        points = [point for point in points if point.has_seen or not callable(hook_points)]
+        patterns = {layer: pattern for layer, pattern in patterns.items() if pattern.has_seen}
+        found = _vjps(losses, logits, [*recorders, *points, *joins.values(), *patterns.values()])
+
+    def gradient(recorder: MatrixRecorders) -> MatrixGradient:
+        factors = recorder.gradient(found[recorder], batch)
+        _check_factors(factors)
+        join = joins.get((factors.matrix, factors.layer))
+        if join is None:
+            return factors
+        return replace(factors, joined_vjps=_real_rows(join.vjp(found[join], batch), batch))
+
+    gradients = [gradient(recorder) for recorder in recorders]
     return GradientCapture(
         gradients={(gradient.matrix, gradient.layer): gradient for gradient in gradients},
         tokens=batch.tokens,
@@ -91,12 +122,13 @@ def capture_gradients(
         targets=bound.targets(logits.detach(), batch),
         objective=objective.name,
         model_name=host.name,
+        coverage=_coverage(host, sites),
+        hook_points={point.site.name: point.gradient(found[point], batch) for point in points},
+        attention={
+            layer: pattern.gradient(found[pattern], batch, host.d_head)
+            for layer, pattern in patterns.items()
+        },
     )
-
-
-def at_least_float32(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Widen half precision to float32; leave float32 and float64 as they are."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def in_own_precision(host: Host) -> torch.autocast:
@@ -104,117 +136,99 @@ def in_own_precision(host: Host) -> torch.autocast:
     return torch.autocast(host.device.type, enabled=False)
 
 
-def _gradient(recorder: _Recorder, vjp: Tensor, batch: PromptBatch) -> MatrixGradient:
-    """The factors of one site, checked."""
-    matrix, layer = recorder.site.matrix, recorder.site.layer
-    factors = [_by_prompt(factor, batch) for factor in (recorder.x, vjp)]
-    for name, factor in zip(("input", "VJP"), factors, strict=True):
-        finite = factor.isfinite().all(-1).all(-1)
+def _sites(host: Host, names: Sequence[MatrixName], layers: Sequence[int]) -> list[Site]:
+    """The matrices asked for in the layers asked for, in model order."""
+    return [site for layer in layers for site in host.sites(layer, names)]
+
+
+def _pattern_recorders(
+    host: Host, names: Sequence[MatrixName], layers: Sequence[int]
+) -> dict[int, PatternRecorder]:
+    """The attention patterns of layers whose attention is asked for."""
+    asked = set(names) & set(ATTENTION_MATRICES)
+    return {layer: PatternRecorder(host.pattern(layer)) for layer in layers} if asked else {}
+
+
+def _check_sharing(host: Host, sites: Sequence[Site]) -> None:
+    """Refuse a weight that several modules hold, whose gradient is the sum over all of them."""
+    for site in sites:
+        for weight in site.weights:
+            holders = host.holders(weight)
+            if len(holders) > 1:
+                raise UnsupportedModelError(
+                    f"{site.matrix} of layer {site.layer} is one weight with {len(holders)} "
+                    f"uses ({', '.join(holders)}), and its gradient is the sum over them; untie "
+                    "it (give each module a copy) to see its parts"
+                )
+
+
+def _check_uses(logits: Tensor, recorders: Sequence[MatrixRecorders]) -> None:
+    """Refuse a weight that the model also uses past its own module, unseen by our hooks.
+
+    The autograd graph shows every use, but only of weights that are not frozen.
+
+    Raises:
+        ModelStateError: If there is such a use.
+    """
+    uses = _uses(logits)
+    for recorder in recorders:
+        for weight, seen in recorder.captured_uses():
+            used = uses.get(weight, 0)
+            if used > seen:
+                raise ModelStateError(
+                    f"{recorder.site.matrix} of layer {recorder.site.layer} was used {used} times "
+                    f"in the forward pass, and only {seen} of them can be captured; its gradient "
+                    "would be incomplete"
+                )
+
+
+def _uses(logits: Tensor) -> dict[Tensor, int]:
+    """How often every leaf of the autograd graph enters it."""
+    uses: dict[Tensor, int] = {}
+    seen, waiting = set(), [logits.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for parent, _ in node.next_functions:
+            if (leaf := getattr(parent, "variable", None)) is not None:
+                uses[leaf] = uses.get(leaf, 0) + 1
+            waiting.append(parent)
+    return uses
+
+
+def _check_factors(gradient: MatrixGradient) -> None:
+    for name, factor in (("input", gradient.inputs), ("VJP", gradient.vjps)):
+        finite = factor.isfinite().flatten(1).all(1)
         if not finite.all():
             raise ModelStateError(
-                f"the {name} of {matrix} in layer {layer} is not finite in prompt "
-                f"{int(finite.int().argmin())}; check the weights and the objective for NaN and "
-                "infinities, and in half precision load the model in float32"
-            )
-    return MatrixGradient(matrix, layer, factors[0], factors[1], batch.mask)
-
-
-def _by_prompt(
-    factor: Float[Tensor, "*rows d"], batch: PromptBatch
-) -> Float[Tensor, "batch pos d"]:
-    """Lay a factor out by prompt and position, with zeros at padding."""
-    if factor[..., 0].numel() != batch.mask.numel():
-        raise UnsupportedModelError(
-            f"a matrix saw {factor[..., 0].numel()} vectors for {batch.mask.numel()} tokens; the "
-            "lens needs one for each"
-        )
-    # Some MLPs, OPT's for one, run over all positions of all prompts as one list.
-    factor = at_least_float32(factor).reshape(*batch.mask.shape, factor.shape[-1])
-    return factor.masked_fill(~batch.mask[..., None], 0) if batch.is_padded else factor
-
-
-def _check_distinct(sites: Sequence[MatrixSite]) -> None:
-    """Refuse a weight that two sites share, whose gradient is the sum of both."""
-    seen: dict[int, MatrixSite] = {}
-    for site in sites:
-        other = seen.setdefault(id(site.weight), site)
-        if other is not site:
-            raise UnsupportedModelError(
-                f"{site.matrix} of layer {site.layer} and {other.matrix} of layer {other.layer} "
-                "are one weight, whose gradient is the sum of both; ask for one of the two layers "
-                "to see its part"
+                f"the {name} of {gradient.matrix} in layer {gradient.layer} is not finite in "
+                f"prompt {int(finite.int().argmin())}; check the weights and the objective for NaN "
+                "and infinities, and in half precision load the model in float32"
             )
 
 
-class _Recorder:
-    """What passes the taps of one site during a forward pass."""
-
-    def __init__(self, site: MatrixSite) -> None:
-        self.site = site
-        self._inputs: list[Tensor] = []
-        self._outputs: list[tuple[GradientEdge, Tensor]] = []
-
-    def keep_input(self, tensor: Tensor) -> None:
-        """Keep `x`."""
-        kept = tensor.detach()
-        # Matrices that read the residual stream share their input, and a caller's hook on one that
-        # comes later may write into it.
-        self._inputs.append(kept.clone() if self.site.matrix in READING_MATRICES else kept)
-
-    def keep_output(self, tensor: Tensor) -> Tensor | None:
-        """Keep the place of `y` in the graph, and start the graph here if it has not begun.
-
-        Args:
-            tensor: `y`.
-
-        Returns:
-            What takes the place of `y`, equal to it, or `None` if it can stay.
-        """
-        # On a frozen model nothing below the lowest matrix needs a gradient: begin with y.
-        source = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-        # The model or a caller's hook may write into y. The edge kept here is that of y before
-        # then, but a view leaves its old node, and a leaf may not be written into: copy those.
-        kept = source.clone() if source.is_leaf or source._is_view() else source
-        # One number that stands for zeros of y's shape, so that y itself is not held in memory.
-        zeros = kept.detach().new_zeros(()).expand(kept.shape)
-        self._outputs.append((get_gradient_edge(kept), zeros))
-        return None if kept is tensor else kept
-
-    @property
-    def x(self) -> Tensor:
-        return self._only(self._inputs)
-
-    @property
-    def edge(self) -> GradientEdge:
-        return self._only(self._outputs)[0]
-
-    @property
-    def zero_vjp(self) -> Tensor:
-        """The VJP where the loss does not depend on `y`, as under a patch of all that follows."""
-        return self._only(self._outputs)[1].clone()
-
-    def _only(self, seen: list[_T]) -> _T:
-        if len(seen) != 1:
-            raise ModelStateError(
-                f"{self.site.matrix} of layer {self.site.layer} was used {len(seen)} times in the "
-                "forward pass, and a gradient is captured only where a matrix is used exactly once"
-            )
-        return seen[0]
+def _real_rows(
+    vjps: Float[Tensor, "*rows d_model"], batch: PromptBatch
+) -> Float[Tensor, "batch pos d_model"]:
+    rows = vjps.reshape(*batch.mask.shape, -1)
+    return rows.masked_fill(~batch.mask[..., None], 0) if batch.is_padded else rows
 
 
-@contextmanager
-def _recording(sites: Sequence[MatrixSite]) -> Iterator[list[_Recorder]]:
-    """Hooks on every site, taken off again whatever happens."""
-    recorders = [_Recorder(site) for site in sites]
-    with ExitStack() as hooks:
-        for recorder in recorders:
-            # x is what the caller's hooks made of it, so its hook comes after theirs; y is what
-            # the matrix gave, before theirs.
-            hooks.enter_context(hooked(recorder.site.input, recorder.keep_input))
-            hooks.enter_context(
-                hooked(recorder.site.output, recorder.keep_output, before_others=True)
-            )
-        yield recorders
+def _coverage(host: Host, sites: Sequence[Site]) -> Coverage:
+    covered = {id(tensor) for site in sites for tensor in (*site.weights, *site.biases)}
+    named = host.parameters()
+    processed = host.processed_matrices
+    captured = dict.fromkeys(site.matrix for site in sites)
+    return Coverage(
+        covered=tuple(name for name, parameter in named.items() if id(parameter) in covered),
+        not_covered=tuple(
+            name for name, parameter in named.items() if id(parameter) not in covered
+        ),
+        parameters="processed" if processed else "raw",
+        differing=tuple(matrix for matrix in captured if matrix in processed),
+    )
 
 
 def _check_finite(losses: Float[Tensor, "batch"]) -> None:
@@ -229,63 +243,20 @@ def _check_finite(losses: Float[Tensor, "batch"]) -> None:
 def _vjps(
     losses: Float[Tensor, "batch"],
     logits: Float[Tensor, "batch pos d_vocab"],
-    recorders: Sequence[_Recorder],
-) -> list[Tensor]:
-    """`delta` of every site; prompts do not see each other, so the sum of their losses has it."""
-    edges = [recorder.edge for recorder in recorders]
-    found: Sequence[Tensor | None] = [None] * len(edges)
+    recorders: Sequence[Recorder],
+) -> dict[Recorder, list[Tensor | None]]:
+    """`delta` at every edge; prompts do not see each other, so the sum of their losses has it."""
+    edges = [(recorder, recorder.edges) for recorder in recorders]
+    flat = [edge for _, own in edges for edge in own]
+    found: Sequence[Tensor | None] = [None] * len(flat)
     if logits.requires_grad:
         at_logits, *found = torch.autograd.grad(
-            losses.sum(), [get_gradient_edge(logits), *edges], allow_unused=True
+            losses.sum(), [get_gradient_edge(logits), *flat], allow_unused=True
         )
         if at_logits is None:
             raise ObjectiveError(
                 "the objective's losses do not depend on the logits; compute them from its first "
                 "argument"
             )
-    return [
-        recorder.zero_vjp if vjp is None else vjp
-        for recorder, vjp in zip(recorders, found, strict=True)
-    ]
-
-
-@contextmanager
-def hooked(
-    tap: Tap, see: Callable[[Tensor], Tensor | None], *, before_others: bool = False
-) -> Iterator[None]:
-    """Show every tensor that passes a tap to a function, which may replace it.
-
-    Args:
-        tap: Where.
-        see: Gets the tensor; returns what takes its place, or `None` to leave it.
-        before_others: Whether the function comes before the hooks that are there already.
-
-    Yields:
-        Nothing; the hook is there inside the context.
-    """
-    if tap.side == "input":
-        handle = tap.module.register_forward_pre_hook(
-            partial(_see_input, see), prepend=before_others
-        )
-    else:
-        handle = tap.module.register_forward_hook(partial(_see_output, see), prepend=before_others)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _see_input(
-    see: Callable[[Tensor], Tensor | None], module: nn.Module, args: tuple[Any, ...]
-) -> tuple[Any, ...] | None:
-    replaced = see(args[0])
-    return None if replaced is None else (replaced, *args[1:])
-
-
-def _see_output(
-    see: Callable[[Tensor], Tensor | None],
-    module: nn.Module,
-    args: tuple[Any, ...],
-    output: Tensor,
-) -> Tensor | None:
-    return see(output)
+    left = iter(found)
+    return {recorder: list(islice(left, len(own))) for recorder, own in edges}

@@ -10,18 +10,20 @@ The rank is at most `n` (lemma 4.1), so everything about the gradient follows fr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens import FactoredMatrix
+from transformer_lens import ActivationCache, FactoredMatrix
 
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.sites import READING_MATRICES, MatrixName
+from backward_lens_tl.sites import ATTENTION_MATRICES, READING_MATRICES, MatrixName
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,36 +33,95 @@ class MatrixGradient:
     Signs are those of the raw gradient: gradient descent *subtracts* it. Padded positions hold
     zeros.
 
+    A matrix that is divided into heads has an axis for them in the factor that is divided: `vjps`
+    of `W_Q`, `W_K` and `W_V` (as many as there are key-value heads for the last two), `inputs` of
+    `W_O`. The other factor has it too where the heads differ there, as under a patch of
+    `hook_q_input` or `hook_result`. A mixture of experts has an axis for a token's slots instead,
+    and `experts` says whose they are.
+
     Attributes:
         matrix: TransformerLens's name of the matrix.
         layer: The layer, from 0.
         inputs: `x_i`, what the matrix reads.
         vjps: `delta_i`, the gradient of the prompt's loss at the matrix's own output.
-        mask: False at padding.
+        mask: False at padding, and in one expert's gradient where a token was not routed to it.
+        experts: The expert of each slot, -1 at padding; `None` without experts.
+        n_experts: How many experts there are.
+        joined_vjps: The gradient where what the matrix wrote is added to the residual stream, if a
+            norm, a scale or a router comes in between; `resid_vjps` has it in all cases.
+        input_hook: TransformerLens's hook point that shows `x_i`, if there is one.
+        output_hook: TransformerLens's hook point that shows the output, or what becomes of it on
+            its way to the residual stream.
     """
 
     matrix: MatrixName
     layer: int
-    inputs: Float[Tensor, "batch pos d_in"]
-    vjps: Float[Tensor, "batch pos d_out"]
+    inputs: Float[Tensor, "batch pos *head d_in"]
+    vjps: Float[Tensor, "batch pos *head_ d_out"]
     mask: Bool[Tensor, "batch pos"]
+    experts: Int[Tensor, "batch pos slot"] | None = None
+    n_experts: int | None = None
+    joined_vjps: Float[Tensor, "batch pos d_model"] | None = None
+    input_hook: str | None = None
+    output_hook: str | None = None
 
     def __repr__(self) -> str:
         inputs, vjps = list(self.inputs.shape), list(self.vjps.shape)
-        return f"MatrixGradient({self.matrix} of layer {self.layer}, x {inputs}, delta {vjps})"
+        experts = "" if self.n_experts is None else f", {self.n_experts} experts"
+        name = f"{self.matrix} of layer {self.layer}"
+        return f"MatrixGradient({name}, x {inputs}, delta {vjps}{experts})"
+
+    @property
+    def reads_residual(self) -> bool:
+        """Whether the matrix reads the residual stream; if not, it writes to it."""
+        return self.matrix in READING_MATRICES
 
     @property
     def spanning_set(self) -> Float[Tensor, "batch pos d_model"]:
-        """The factor of the residual stream's width: `x_i` of `W_in` and `W_gate`, else `delta_i`.
+        """The factor of width `d_model`: `x_i` of matrices that read the stream, else `delta_i`.
 
-        Every neuron of the gradient is a combination of these vectors (paper, section 4.2).
+        Every neuron of the gradient is a combination of these vectors (paper, section 4.2), and so
+        is every head's part. The experts of one token all get the same `delta_i` times the router's
+        weight: theirs are summed.
+
+        Raises:
+            InputError: If the heads read or write differently; then each has a set of its own.
         """
-        return self.inputs if self.matrix in READING_MATRICES else self.vjps
+        factor = self.inputs if self.reads_residual else self.vjps
+        if factor.ndim == 3:
+            return factor
+        if self.experts is None:
+            raise InputError(
+                f"the heads of {self.matrix} in layer {self.layer} differ at the residual stream, "
+                "as under a patch; ask for one of them with .head(index)"
+            )
+        return factor.sum(2)
+
+    @property
+    def resid_vjps(self) -> Float[Tensor, "batch pos d_model"]:
+        """The VJPs where what a writing matrix wrote is added to the residual stream.
+
+        They equal `vjps` unless a norm, a scale or a router comes in between. `-resid_vjps` is what
+        a step of gradient descent wants to add to the stream; `vjps` is what it adds to the
+        matrix's own output, which the norm then changes.
+
+        Raises:
+            InputError: If the matrix reads the residual stream.
+        """
+        if self.reads_residual:
+            raise InputError(
+                f"{self.matrix} reads the residual stream and does not write to it; W_O and W_out "
+                "have resid_vjps"
+            )
+        return self.spanning_set if self.joined_vjps is None else self.joined_vjps
 
     @cached_property
     def norms(self) -> Float[Tensor, "batch pos"]:
-        """`||delta_i||_2`, how strongly each position writes; the colour of the paper's tables."""
-        norms: Tensor = torch.linalg.vector_norm(self.vjps, dim=-1)
+        """`||delta_i||_2`, how strongly each position writes; the colour of the paper's tables.
+
+        Over all heads, or all of a token's experts, together.
+        """
+        norms: Tensor = torch.linalg.vector_norm(self.vjps.flatten(2), dim=-1)
         return norms
 
     @cached_property
@@ -70,7 +131,76 @@ class MatrixGradient:
         With a loss on the last position alone this is every other position of the last layer
         (paper, appendix A). Padding is zero as well.
         """
-        return (self.inputs == 0).all(-1) | (self.vjps == 0).all(-1)
+        no_input, no_vjp = (
+            (factor if factor.ndim == 4 else factor[:, :, None]).eq(0).all(-1)
+            for factor in (self.inputs, self.vjps)
+        )
+        return (no_input | no_vjp).all(-1)
+
+    # --- parts ---------------------------------------------------------------------------------
+
+    @property
+    def n_heads(self) -> int | None:
+        """Heads that the matrix is divided into, or `None`."""
+        if self.experts is not None or self.inputs.ndim + self.vjps.ndim == 6:
+            return None
+        return max(factor.shape[2] for factor in (self.inputs, self.vjps) if factor.ndim == 4)
+
+    def head(self, index: int) -> MatrixGradient:
+        """The gradient of one head's part of an attention matrix.
+
+        Args:
+            index: The head, from 0; a key-value head for `W_K` and `W_V`.
+
+        Returns:
+            Its factors, without an axis for heads.
+
+        Raises:
+            InputError: If there is no such head.
+        """
+        if self.n_heads is None:
+            raise InputError(f"{self.matrix} of layer {self.layer} is not divided into heads")
+        _check_index("head", index, self.n_heads)
+        inputs, vjps = (
+            factor[:, :, index] if factor.ndim == 4 else factor
+            for factor in (self.inputs, self.vjps)
+        )
+        return replace(self, inputs=inputs, vjps=vjps, input_hook=None, output_hook=None)
+
+    def expert(self, index: int) -> MatrixGradient:
+        """The gradient of one expert's matrix.
+
+        Args:
+            index: The expert, from 0.
+
+        Returns:
+            Its factors, without an axis for slots; `mask` is True only at the tokens that were
+            routed to it.
+
+        Raises:
+            InputError: If there is no such expert.
+        """
+        if self.experts is None or self.n_experts is None:
+            raise InputError(f"{self.matrix} of layer {self.layer} has no experts")
+        _check_index("expert", index, self.n_experts)
+        routed = self.experts == index
+        here = routed.any(-1)
+        slot = routed.int().argmax(-1)[..., None, None]
+        inputs, vjps = (
+            factor.take_along_dim(slot, 2)[:, :, 0] if factor.ndim == 4 else factor
+            for factor in (self.inputs, self.vjps)
+        )
+        return replace(
+            self,
+            inputs=inputs.masked_fill(~here[..., None], 0),
+            vjps=vjps.masked_fill(~here[..., None], 0),
+            mask=here,
+            experts=None,
+            n_experts=None,
+            joined_vjps=None,
+        )
+
+    # --- the gradient of one prompt ------------------------------------------------------------
 
     def factored(self, batch: int = 0) -> FactoredMatrix:
         """The gradient of one prompt as TransformerLens's `FactoredMatrix`.
@@ -80,49 +210,66 @@ class MatrixGradient:
 
         Returns:
             `A @ B` with `A = X^T`, `[d_in, n]`, and `B = Delta`, `[n, d_out]`; `n` is the
-            prompt's own length.
+            prompt's own length. Heads lie side by side in the side that they divide.
         """
-        inputs, vjps = self._real(batch)
+        inputs, vjps = self._joined(batch)
         return FactoredMatrix(inputs.T, vjps)
 
-    def dense(self, batch: int = 0) -> Float[Tensor, "d_in d_out"]:
+    def dense(self, batch: int = 0) -> Float[Tensor, "*head d_in d_out"]:
         """The gradient of one prompt as a matrix.
 
-        This is the only method that allocates `d_in * d_out` numbers: 9.4 MB for a matrix of
+        This is the only method that allocates `d_in * d_out` numbers: 9.4 MB for an MLP matrix of
         GPT-2 small in float32, 41 MB for GPT-2 xl.
 
         Args:
             batch: Which prompt.
 
         Returns:
-            `X^T Delta`.
+            `X^T Delta`, with a first axis for heads or experts where there are any.
         """
+        if self.n_experts is not None:
+            parts = [self.expert(index).dense(batch) for index in range(self.n_experts)]
+            return torch.stack(parts)
         inputs, vjps = self._real(batch)
-        return einsum(inputs, vjps, "pos d_in, pos d_out -> d_in d_out")
+        left, right = ("head " if factor.ndim == 3 else "" for factor in (inputs, vjps))
+        heads = left or right
+        dense: Tensor = einsum(
+            inputs, vjps, f"pos {left}d_in, pos {right}d_out -> {heads}d_in d_out"
+        )
+        return dense
+
+    def bias(self, batch: int = 0) -> Float[Tensor, "*head d_out"]:
+        """The gradient of one prompt with respect to the bias that is added to the output.
+
+        Args:
+            batch: Which prompt.
+
+        Returns:
+            `sum_i delta_i`, with a first axis for heads where `vjps` has one, or for experts. For a
+            layer without a bias it is the gradient at one of zero.
+        """
+        if self.n_experts is not None:
+            return torch.stack([self.expert(index).bias(batch) for index in range(self.n_experts)])
+        return self._real(batch)[1].sum(0)
 
     def neuron(self, index: int, batch: int = 0) -> Float[Tensor, "d_model"]:
         """One neuron of the gradient: the vector of width `d_model` that one hidden unit receives.
 
         Args:
-            index: The hidden unit, from 0 to `d_mlp - 1`.
+            index: The hidden unit, from 0: of the MLP, or of all heads side by side.
             batch: Which prompt.
 
         Returns:
-            For index `j`, column `j` of the gradient of `W_in` or `W_gate`, `sum_i delta_i[j] x_i`
-            (paper, equation 9), or row `j` of that of `W_out`, `sum_i x_i[j] delta_i`
-            (equation 10).
+            For index `j`, column `j` of the gradient of a matrix that reads the residual stream,
+            `sum_i delta_i[j] x_i` (paper, equation 9), or row `j` of one that writes to it,
+            `sum_i x_i[j] delta_i` (equation 10).
 
         Raises:
             InputError: If there is no such hidden unit.
         """
-        inputs, vjps = self._real(batch)
-        coefficients, vectors = (
-            (vjps, inputs) if self.matrix in READING_MATRICES else (inputs, vjps)
-        )
-        if not isinstance(index, int) or not 0 <= index < coefficients.shape[1]:
-            raise InputError(
-                f"neuron {index!r} does not exist; allowed are 0 to {coefficients.shape[1] - 1}"
-            )
+        inputs, vjps = self._joined(batch)
+        coefficients, vectors = (vjps, inputs) if self.reads_residual else (inputs, vjps)
+        _check_index("neuron", index, coefficients.shape[1])
         return einsum(coefficients[:, index], vectors, "pos, pos d_model -> d_model")
 
     def singular_values(self, batch: int = 0) -> Float[Tensor, "rank_bound"]:
@@ -135,9 +282,10 @@ class MatrixGradient:
             batch: Which prompt.
 
         Returns:
-            The `min(n, d_in, d_out)` values that can differ from zero.
+            The `min(n, d_in, d_out)` values that can differ from zero. Heads lie side by side in
+            the side that they divide.
         """
-        core_in, core_out = (torch.linalg.qr(factor.double().T).R for factor in self._real(batch))
+        core_in, core_out = (torch.linalg.qr(factor.double().T).R for factor in self._joined(batch))
         values: Tensor = torch.linalg.svdvals(core_in @ core_out.T)
         return values
 
@@ -152,17 +300,100 @@ class MatrixGradient:
             `S.max() * max(d_in, d_out) * eps` with float64's `eps`.
         """
         values = self.singular_values(batch)
-        largest_side = max(self.inputs.shape[-1], self.vjps.shape[-1])
+        if not len(values):
+            return 0
+        largest_side = max(factor.shape[1] for factor in self._joined(batch))
         tolerance = values.max() * largest_side * torch.finfo(values.dtype).eps
         return int((values > tolerance).sum())
 
-    def _real(self, batch: int) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
-        if not 0 <= batch < len(self.mask):
-            raise InputError(
-                f"prompt {batch!r} does not exist; allowed are 0 to {len(self.mask) - 1}"
-            )
+    def _real(
+        self, batch: int
+    ) -> tuple[Float[Tensor, "n *head d_in"], Float[Tensor, "n *head_ d_out"]]:
+        _check_index("prompt", batch, len(self.mask))
         real = self.mask[batch]
         return self.inputs[batch, real], self.vjps[batch, real]
+
+    def _joined(self, batch: int) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
+        """Both factors, with heads side by side."""
+        inputs, vjps = self._real(batch)
+        if self.experts is not None or inputs.ndim + vjps.ndim == 6:
+            part = "head" if self.experts is None else "expert"
+            raise InputError(
+                f"each {part} of {self.matrix} in layer {self.layer} has factors of its own; ask "
+                f"for one of them with .{part}(index)"
+            )
+        return inputs.flatten(1), vjps.flatten(1)
+
+
+@dataclass(frozen=True, repr=False)
+class HookPointGradient:
+    """The activation at one hook point, and its gradient.
+
+    Attributes:
+        name: TransformerLens's name of the hook point.
+        value: The activation as hooks see it, after every edit.
+        vjp: The gradient of each prompt's loss with respect to it.
+    """
+
+    name: str
+    value: Float[Tensor, "batch *shape"]
+    vjp: Float[Tensor, "batch *shape"]
+
+    def __repr__(self) -> str:
+        return f"HookPointGradient({self.name}, {list(self.vjp.shape)})"
+
+
+@dataclass(frozen=True, repr=False)
+class AttentionGradient:
+    """The backward pass through the attention pattern of one layer.
+
+    With the pattern `A` that the softmax gave and the gradient `E` there, which is `delta_z V^T`
+    unless a caller's hook comes in between, the gradient at the softmax's scores is
+    `A * (E - rowsum(A * E))`, also for attention sinks, softcaps and masks. Reversed Attention is
+    that divided by `sqrt(d_head)` (Katz and Wolf, NAACL 2025, arXiv 2412.17019).
+
+    Attributes:
+        scores_vjp: The gradient at the scores; zero where attention is masked.
+        d_head: Width of an attention head.
+        is_patchable: Whether the model goes on with what a hook makes of its pattern.
+    """
+
+    scores_vjp: Float[Tensor, "batch head query key"]
+    d_head: int
+    is_patchable: bool
+
+    @property
+    def reversed_attention(self) -> Float[Tensor, "batch head query key"]:
+        """Reversed Attention, `scores_vjp / sqrt(d_head)`."""
+        return self.scores_vjp / math.sqrt(self.d_head)
+
+    def __repr__(self) -> str:
+        return f"AttentionGradient({list(self.scores_vjp.shape)})"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Whose gradients a capture has, and whose not.
+
+    Attributes:
+        covered: Parameters whose gradient follows from the captured factors.
+        not_covered: All others of the model.
+        parameters: `"processed"` if TransformerLens changed the weights when it loaded them, for
+            example by `fold_ln`: factors belong to those, not to the raw model's. Else `"raw"`.
+        differing: The captured matrices that are not the raw model's.
+    """
+
+    covered: tuple[str, ...] = ()
+    not_covered: tuple[str, ...] = ()
+    parameters: Literal["raw", "processed"] = "raw"
+    differing: tuple[MatrixName, ...] = ()
+
+    def __repr__(self) -> str:
+        differing = f", not the raw model's: {', '.join(self.differing)}" if self.differing else ""
+        return (
+            f"Coverage({len(self.covered)} parameters, {len(self.not_covered)} not covered, "
+            f"{self.parameters} weights{differing})"
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -180,6 +411,10 @@ class GradientCapture:
         targets: The token that readouts are compared with, if the objective has one.
         objective: How the objective was made.
         model_name: The model's name.
+        coverage: Which parameters these gradients are of, and which they are not.
+        hook_points: Activations and gradients at the hook points asked for, by name.
+        attention: The backward pass through the pattern of each layer whose attention matrices
+            were asked for, by layer.
     """
 
     gradients: Mapping[tuple[str, int], MatrixGradient]
@@ -190,6 +425,9 @@ class GradientCapture:
     targets: Int[Tensor, "batch"] | None
     objective: str
     model_name: str
+    coverage: Coverage = Coverage()
+    hook_points: Mapping[str, HookPointGradient] = field(default_factory=dict)
+    attention: Mapping[int, AttentionGradient] = field(default_factory=dict)
 
     def __getitem__(self, key: tuple[str, int]) -> MatrixGradient:
         if key in self.gradients:
@@ -215,9 +453,114 @@ class GradientCapture:
         """The captured layers, ascending."""
         return tuple(dict.fromkeys(gradient.layer for gradient in self))
 
+    def attention_of(self, layer: int) -> AttentionGradient:
+        """The backward pass through one layer's attention pattern.
+
+        Args:
+            layer: The layer, from 0.
+
+        Returns:
+            The gradient at the scores, and Reversed Attention.
+
+        Raises:
+            InputError: If no attention matrix of the layer was asked for, or the model keeps its
+                pattern to itself.
+        """
+        if layer in self.attention:
+            return self.attention[layer]
+        if set(self.matrices) & set(ATTENTION_MATRICES) and layer in self.layers:
+            raise InputError(
+                f"the attention pattern of layer {layer} did not pass hook_pattern with a gradient "
+                "(attn_implementation='eager' shows it; a frozen model needs W_Q and W_K as well)"
+            )
+        raise InputError(
+            f"there is no Reversed Attention of layer {layer!r}; ask for its attention matrices, "
+            "for example with matrices='attn'"
+        )
+
+    def reversed_attention(self, layer: int) -> Float[Tensor, "batch head query key"]:
+        """Reversed Attention, the attention map of the backward pass.
+
+        `RA = A * (E - rowsum(A * E)) / sqrt(d_head)` with the pattern `A` and `E = delta_z V^T`
+        (Katz and Wolf, NAACL 2025, arXiv 2412.17019): the gradient at the scores that the softmax
+        gets, divided by `sqrt(d_head)`.
+
+        Args:
+            layer: The layer, from 0.
+
+        Returns:
+            The map; zero where attention is masked.
+
+        Raises:
+            InputError: If no attention matrix of the layer was asked for.
+        """
+        return self.attention_of(layer).reversed_attention
+
+    def to_cache(self, model: object = None) -> ActivationCache:
+        """The captured activations and gradients as TransformerLens's `ActivationCache`.
+
+        Args:
+            model: The model, for those of the cache's own methods that need it.
+
+        Returns:
+            Activations under their hook point's name, and gradients under that name and `_grad`:
+            for every matrix those that have a hook point, and all that `hook_points` asked for.
+        """
+        entries: dict[str, Tensor] = {}
+        for gradient in self:
+            if gradient.input_hook is not None:
+                entries[gradient.input_hook] = gradient.inputs
+            if gradient.output_hook is not None:
+                at_output = gradient.vjps if gradient.reads_residual else gradient.resid_vjps
+                entries[f"{gradient.output_hook}_grad"] = at_output
+        for layer, attention in self.attention.items():
+            if attention.is_patchable:
+                entries[f"blocks.{layer}.attn.hook_attn_scores_grad"] = attention.scores_vjp
+        for name, point in self.hook_points.items():
+            entries |= {name: point.value, f"{name}_grad": point.vjp}
+        return ActivationCache(entries, model)
+
+    def attribution(self, other: GradientCapture) -> dict[str, Float[Tensor, "batch *shape"]]:
+        """Attribution patching: how a patch of each hook point would change this run's loss.
+
+        To first order, patching this run's activation with the other's changes the loss by
+        `(x_other - x) . delta`, with the gradient `delta` of this run. Captured on the corrupt
+        prompt and given the clean one's, this is the usual `(x_clean - x_corrupt) . delta`.
+
+        Args:
+            other: A capture of the same hook points on prompts of the same lengths.
+
+        Returns:
+            The change by hook point, summed over the last axis: `[batch, pos]` for the residual
+            stream, `[batch, pos, head]` for `hook_z`.
+
+        Raises:
+            InputError: If nothing was captured at hook points, or prompts differ in shape.
+        """
+        shared = [name for name in self.hook_points if name in other.hook_points]
+        if not shared:
+            raise InputError(
+                "both captures need the same hook points; ask for them, for example with "
+                "hook_points=['blocks.0.hook_mlp_out']"
+            )
+        if not torch.equal(self.mask, other.mask):
+            raise InputError(
+                f"prompts have lengths {self.mask.sum(1).tolist()} here and "
+                f"{other.mask.sum(1).tolist()} there; attribution compares position with position"
+            )
+        pairs = ((name, self.hook_points[name], other.hook_points[name]) for name in shared)
+        return {
+            name: ((there.value - here.value) * here.vjp).sum(-1) for name, here, there in pairs
+        }
+
     def __repr__(self) -> str:
         return (
             f"GradientCapture({', '.join(self.matrices)} of layers "
             f"{self.layers[0]} to {self.layers[-1]}, {len(self.mask)} prompts of up to "
             f"{self.mask.shape[1]} tokens, {self.objective}, model {self.model_name!r})"
         )
+
+
+def _check_index(kind: str, index: object, size: int) -> None:
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < size:
+        raise InputError(f"{kind} {index!r} does not exist; allowed are 0 to {size - 1}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -20,10 +20,11 @@ from backward_lens_tl.prompts import Prompts
 from backward_lens_tl.readout import Readout, check_k, join_readouts, read_vectors
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.selection import select_positions
-from backward_lens_tl.sites import READING_MATRICES, MatrixName
+from backward_lens_tl.sites import MatrixName
 from backward_lens_tl.vocabulary import TargetPosition, Vocabulary
 
 Direction = Literal["update", "gradient"]
+VjpsAt = Literal["matrix", "residual"]
 
 
 def backward_lens(
@@ -40,12 +41,14 @@ def backward_lens(
     k: int = 10,
     prepend_bos: bool | None = None,
     target_position: TargetPosition | None = None,
+    vjps_at: VjpsAt = "matrix",
+    hook_points: str | Sequence[str] | Callable[[str], bool] | None = None,
 ) -> BackwardLensResult:
     """Project the gradients of weight matrices into the vocabulary.
 
-    The gradient of `W_in` is read through its inputs `x_i`, which an update *imprints*; that of
-    `W_out` through its VJPs `delta_i`, whose negative an update adds, which *shifts* the output
-    towards the target (paper, sections 4 and 5).
+    The gradient of `W_in`, `W_gate`, `W_Q`, `W_K` or `W_V` is read through its inputs `x_i`, which
+    an update *imprints*; that of `W_out` or `W_O` through its VJPs `delta_i`, whose negative an
+    update adds, which *shifts* the output towards the target (paper, sections 4 and 5).
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`; nothing of it is changed.
@@ -53,17 +56,22 @@ def backward_lens(
         target: What the model should say next: text or token id, or one per prompt. `None` is the
             model's own most probable token. Beside an `objective` it is only ranked.
         objective: What is differentiated; `target_nll(target)` by default.
-        matrices: Names among `W_in`, `W_gate`, `W_out`, or `"mlp"`.
+        matrices: Names among `W_Q`, `W_K`, `W_V`, `W_O`, `W_in`, `W_gate`, `W_out`, or the groups
+            `"attn"`, `"mlp"`, `"all"`.
         layers: Layers, negative ones from the end; `None` for all.
         positions: Positions to project, negative ones from each prompt's end; `None` for all.
         projection: `"logit_lens"`, `"normalized"`, or an object with
             `project(vectors, layer) -> logits`.
         direction: `"update"` projects what a step of gradient descent adds, `-delta_i` for
-            `W_out`; `"gradient"` projects the raw `delta_i`, as the paper does. Inputs `x_i` are
-            projected as they are.
+            `W_out` and `W_O`; `"gradient"` projects the raw `delta_i`, as the paper does. Inputs
+            `x_i` are projected as they are.
         k: Tokens to keep at either end.
         prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
         target_position: Which token of a text of several stands for it, `"first"` or `"last"`.
+        vjps_at: Which VJPs of `W_out` and `W_O` are projected: `"matrix"`, those at its own output,
+            which span the gradient, or `"residual"`, those where its output is added to the
+            residual stream. They differ where a norm comes in between, as in Gemma 2 and OLMo 2.
+        hook_points: Hook points to keep activations and gradients of, as in `capture_gradients`.
 
     Returns:
         The result; in a notebook it shows itself as a table of layers and tokens.
@@ -83,6 +91,8 @@ def backward_lens(
     host = host_of(model)
     if direction not in get_args(Direction):
         raise InputError(f"unknown direction {direction!r}; allowed are 'update' and 'gradient'")
+    if vjps_at not in get_args(VjpsAt):
+        raise InputError(f"unknown vjps_at {vjps_at!r}; allowed are 'matrix' and 'residual'")
     if isinstance(target, Objective) or callable(target):
         raise InputError("an objective goes by name: backward_lens(model, prompts, objective=...)")
     check_k(k, host.d_vocab_out)
@@ -94,13 +104,14 @@ def backward_lens(
         matrices=matrices,
         layers=layers,
         prepend_bos=prepend_bos,
+        hook_points=hook_points,
     )
     if objective is not None and target is not None:
         ids = target_ids(target, host.vocabulary, len(capture.mask), target_position)
         capture = replace(capture, targets=torch.tensor(ids, device=capture.mask.device))
     places = select_positions(positions, capture.mask)
     readouts: dict[str, Readout] = {
-        matrix: _read(capture, matrix, places, lens, direction, k, host.d_vocab_out)
+        matrix: _read(capture, matrix, places, lens, direction, vjps_at, k, host.d_vocab_out)
         for matrix in capture.matrices
     }
     return BackwardLensResult(
@@ -110,6 +121,7 @@ def backward_lens(
         token_texts=_texts(host.vocabulary, readouts.values(), capture),
         projection=projection if isinstance(projection, str) else type(projection).__name__,
         direction=direction,
+        vjps_at=vjps_at,
         faint_norm=getattr(lens, "faint_norm", 0.0),
     )
 
@@ -120,6 +132,7 @@ def _read(
     places: Int[Tensor, "batch pos"],
     lens: Projection,
     direction: Direction,
+    vjps_at: VjpsAt,
     k: int,
     d_vocab: int,
 ) -> Readout:
@@ -130,16 +143,20 @@ def _read(
     targets = torch.full_like(prompts, -1) if wanted is None else wanted[prompts]
 
     def read(gradient: MatrixGradient) -> Readout:
-        vectors = _oriented(gradient, direction)[prompts, places[prompts, columns]]
+        vectors = _oriented(gradient, direction, vjps_at)[prompts, places[prompts, columns]]
         return read_vectors(vectors, targets, lens, gradient.layer, k, d_vocab).spread(shown)
 
     return join_readouts([read(capture[matrix, layer]) for layer in capture.layers], torch.stack)
 
 
-def _oriented(gradient: MatrixGradient, direction: Direction) -> Float[Tensor, "batch pos d_model"]:
-    """The spanning set with the sign in which it is read."""
-    reads_inputs = gradient.matrix in READING_MATRICES
-    return gradient.spanning_set if reads_inputs or direction == "gradient" else -gradient.vjps
+def _oriented(
+    gradient: MatrixGradient, direction: Direction, vjps_at: VjpsAt
+) -> Float[Tensor, "batch pos d_model"]:
+    """The vectors that are read, with the sign in which they are."""
+    if gradient.reads_residual:
+        return gradient.spanning_set
+    vjps = gradient.resid_vjps if vjps_at == "residual" else gradient.spanning_set
+    return vjps if direction == "gradient" else -vjps
 
 
 def _texts(

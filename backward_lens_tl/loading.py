@@ -59,6 +59,7 @@ def load_model(name: str, kind: Kind | None = None) -> nn.Module:
 
     Raises:
         ModelNotFoundError: If there is no such model, or the hub cannot be reached.
+        UnsupportedModelError: If what is installed cannot load a folder, or not rightly.
     """
     if name == FACTS_MODEL:
         return load_facts_model(kind)
@@ -81,7 +82,7 @@ def _checked_kind(kind: str | None) -> Kind:
     there = [name for name, has in (("bridge", has_bridge), ("hooked", has_hooked)) if has]
     raise InputError(
         f"kind {kind!r} is not available in TransformerLens {version('transformer-lens')}; it has "
-        f"{' and '.join(map(repr, there))} (HookedTransformer ended with 3.9)"
+        f"{' and '.join(map(repr, there))} ('bridge' came with 3.0, 'hooked' ended with 3.9)"
     )
 
 
@@ -91,10 +92,11 @@ def _load_folder(folder: Path, kind: Kind) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelNotFoundError(
-            f"folder {str(folder)!r} does not hold a model and a tokenizer in Hugging Face format: "
-            f"{str(error).splitlines()[0]}; {FACTS_MODEL!r} is the model that ships with this "
-            "package"
+            f"folder {str(folder)!r} does not hold a model and a tokenizer in Hugging Face format "
+            f"that transformers {version('transformers')} reads: {str(error).splitlines()[0]}; "
+            f"{FACTS_MODEL!r} is the model that ships with this package"
         ) from error
+    _check_rope(folder, hf_model.config)
     if kind == "bridge":
         from transformer_lens.model_bridge import TransformerBridge
 
@@ -102,6 +104,19 @@ def _load_folder(folder: Path, kind: Kind) -> Any:
             str(folder), hf_model=hf_model, tokenizer=tokenizer, device="cpu"
         )
     return _hooked_from_folder(folder, hf_model, tokenizer)
+
+
+def _check_rope(folder: Path, config: Any) -> None:
+    """Refuse rotary angles that transformers 5 saved where transformers 4 leaves them unread."""
+    saved = getattr(config, "rope_parameters", None)
+    read = {"rope_theta": getattr(config, "rope_theta", None), "rope_type": "default"}
+    if saved and saved != read and version("transformers").startswith("4."):
+        raise UnsupportedModelError(
+            f"folder {str(folder)!r} has the rotary parameters {saved}, as transformers 5 saves "
+            f"them; transformers {version('transformers')} would compute with {read} instead. "
+            "Load it with transformers 5 (TransformerLens 3 or newer), or save it with "
+            "transformers 4"
+        )
 
 
 def _hooked_from_folder(folder: Path, hf_model: Any, tokenizer: Any) -> Any:
@@ -114,7 +129,7 @@ def _hooked_from_folder(folder: Path, hf_model: Any, tokenizer: Any) -> Any:
     except (AttributeError, KeyError, NotImplementedError) as error:
         raise UnsupportedModelError(
             f"TransformerLens cannot turn {str(folder)!r} into a HookedTransformer ({error}); "
-            "load it with kind='bridge'"
+            "load it with kind='bridge' (from TransformerLens 3 on)"
         ) from error
     model = HookedTransformer(cfg, tokenizer)
     model.load_and_process_state_dict(

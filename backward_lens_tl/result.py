@@ -7,27 +7,44 @@ and neither the model nor the tokenizer.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformer_lens import ActivationCache
 
 from backward_lens_tl.cells import Cell, TokenScore
-from backward_lens_tl.errors import InputError, ResultFileError
-from backward_lens_tl.gradients import GradientCapture, MatrixGradient
+from backward_lens_tl.errors import InputError, ResultFileError, UnsupportedModelError
+from backward_lens_tl.gradients import (
+    AttentionGradient,
+    Coverage,
+    GradientCapture,
+    HookPointGradient,
+    MatrixGradient,
+)
 from backward_lens_tl.readout import Readout
 from backward_lens_tl.selection import is_index, position_index
 from backward_lens_tl.sites import MatrixName
-from backward_lens_tl.storage import read_tensors, write_tensors
+from backward_lens_tl.storage import read, write
 
 if TYPE_CHECKING:
     import pandas as pd
 
+HookFunction = Callable[[Tensor, object], Tensor]
+
+_SAVED_TYPES = (
+    AttentionGradient,
+    Coverage,
+    GradientCapture,
+    HookPointGradient,
+    MatrixGradient,
+    Readout,
+)
 _DISTRIBUTIONS = ("backward-lens-tl", "transformer-lens", "torch")
 
 
@@ -45,8 +62,10 @@ class BackwardLensResult:
         positions: Index of each projected position in its prompt, -1 where there is none.
         token_texts: Text of every token that occurs in a readout or as a target.
         projection: Name of the projection.
-        direction: `"update"` if the VJPs of `W_out` were negated before the projection, so that
-            top tokens are those that a step of gradient descent adds; `"gradient"` if not.
+        direction: `"update"` if the VJPs of `W_out` and `W_O` were negated before the projection,
+            so that top tokens are those that a step of gradient descent adds; `"gradient"` if not.
+        vjps_at: Which VJPs were projected, `"matrix"` for those at the matrix's own output or
+            `"residual"` for those where that is added to the residual stream.
         faint_norm: Length below which a projected vector is faint; 0 if the projection has none.
     """
 
@@ -56,6 +75,7 @@ class BackwardLensResult:
     token_texts: Mapping[int, str]
     projection: str
     direction: str
+    vjps_at: str = "matrix"
     faint_norm: float = 0.0
 
     # --- what there is -------------------------------------------------------------------------
@@ -129,6 +149,11 @@ class BackwardLensResult:
         zero = self._by_layer(matrix, [gradient.is_zero for gradient in self._of(matrix)])
         return zero | (self.positions < 0)
 
+    def _projected(self, gradient: MatrixGradient) -> Float[Tensor, "batch pos d_model"]:
+        """The vectors that were projected, up to their sign."""
+        at_residual = self.vjps_at == "residual" and not gradient.reads_residual
+        return gradient.resid_vjps if at_residual else gradient.spanning_set
+
     def _of(self, matrix: str) -> Iterator[MatrixGradient]:
         self.readout(matrix)
         return (self.gradients[matrix, layer] for layer in self.layers)
@@ -138,6 +163,93 @@ class BackwardLensResult:
             2, self.positions.clamp_min(0).expand(len(values), *self.positions.shape)
         )
         return chosen.masked_fill(self.positions < 0, 0)
+
+    # --- attention and TransformerLens's cache --------------------------------------------------
+
+    @property
+    def coverage(self) -> Coverage:
+        """Which of the model's parameters these gradients are of, and which they are not."""
+        return self.gradients.coverage
+
+    def reversed_attention(self, layer: int) -> Float[Tensor, "batch head query key"]:
+        """Reversed Attention, the attention map of the backward pass.
+
+        Args:
+            layer: A layer of the model, or a negative index into the analysed layers.
+
+        Returns:
+            The gradient at the attention scores divided by `sqrt(d_head)`;
+            `GradientCapture.reversed_attention` has the formula.
+
+        Raises:
+            InputError: If no attention matrix of the layer was asked for.
+        """
+        return self.gradients.reversed_attention(self.layers[self._layer_index(layer)])
+
+    def attention_patch(self, layer: int, scale: float) -> tuple[str, HookFunction]:
+        """A hook that adds Reversed Attention to the attention pattern of a forward pass.
+
+        Use it as `with model.hooks(fwd_hooks=[result.attention_patch(5, scale=-10.0)]): ...`. A
+        negative `scale` lowers the loss, to first order by `scale * sqrt(d_head)` times the inner
+        product of Reversed Attention and the gradient at the pattern.
+
+        Args:
+            layer: A layer of the model, or a negative index into the analysed layers.
+            scale: What Reversed Attention is multiplied by.
+
+        Returns:
+            The name of the hook point and the hook; it takes a pattern of the same prompts, or one
+            prompt's for any number of copies.
+
+        Raises:
+            InputError: If no attention matrix of the layer was asked for; by the hook, if the
+                pattern is of other prompts.
+            UnsupportedModelError: If the model does not go on with what a hook makes of its
+                pattern, as GPT-Neo, GPT-J and OPT as a TransformerBridge.
+        """
+        number = self.layers[self._layer_index(layer)]
+        attention = self.gradients.attention_of(number)
+        if not attention.is_patchable:
+            raise UnsupportedModelError(
+                f"layer {number} computes attention where a hook cannot reach it: what a hook at "
+                "hook_pattern returns is dropped, so there is nothing to patch"
+            )
+        added = scale * attention.reversed_attention
+
+        def add(pattern: Tensor, hook: object) -> Tensor:
+            del hook
+            same_prompts = len(added) in (1, len(pattern))
+            if pattern.shape[1:] != added.shape[1:] or not same_prompts:
+                raise InputError(
+                    f"the pattern of layer {number} has shape {tuple(pattern.shape)}, and Reversed "
+                    f"Attention has {tuple(added.shape)}; run the model on the prompts that it "
+                    "was made from"
+                )
+            return pattern + added.to(pattern)
+
+        return f"blocks.{number}.attn.hook_pattern", add
+
+    def to_cache(self, model: object = None) -> ActivationCache:
+        """Activations and gradients as TransformerLens's `ActivationCache`.
+
+        Args:
+            model: The model, for those of the cache's own methods that need it.
+
+        Returns:
+            Activations under their hook point's name, gradients under that name and `_grad`.
+        """
+        return self.gradients.to_cache(model)
+
+    def attribution(self, other: BackwardLensResult) -> dict[str, Float[Tensor, "batch *shape"]]:
+        """Attribution patching: how a patch of each hook point would change this run's loss.
+
+        Args:
+            other: The result of the run that the patch comes from, with the same hook points.
+
+        Returns:
+            `(x_other - x) . delta` by hook point; `GradientCapture.attribution` has the details.
+        """
+        return self.gradients.attribution(other.gradients)
 
     # --- words ---------------------------------------------------------------------------------
 
@@ -162,7 +274,7 @@ class BackwardLensResult:
         gradient = self.gradients[matrix, self.layers[row]]
         position = int(self.positions[batch, column])
         is_zero = bool(gradient.is_zero[batch, position])
-        length = torch.linalg.vector_norm(gradient.spanning_set[batch, position])
+        length = torch.linalg.vector_norm(self._projected(gradient)[batch, position])
         has_rank = self.gradients.targets is not None and not is_zero
         return Cell(
             matrix=gradient.matrix,
@@ -333,32 +445,8 @@ class BackwardLensResult:
         Args:
             path: The file.
         """
-        capture = self.gradients
-        tensors = {
-            "tokens": capture.tokens,
-            "mask": capture.mask,
-            "loss": capture.loss,
-            "positions": self.positions,
-        }
-        if capture.targets is not None:
-            tensors["targets"] = capture.targets
-        for gradient in capture:
-            at = f"{gradient.matrix}.{gradient.layer}"
-            tensors |= {f"{at}.inputs": gradient.inputs, f"{at}.vjps": gradient.vjps}
-        for matrix, readout in self.readouts.items():
-            tensors |= {f"{matrix}.{f.name}": getattr(readout, f.name) for f in fields(readout)}
-        description = {name.replace("-", "_"): version(name) for name in _DISTRIBUTIONS} | {
-            "matrices": self.matrices,
-            "layers": self.layers,
-            "str_tokens": capture.str_tokens,
-            "objective": capture.objective,
-            "model_name": capture.model_name,
-            "token_texts": dict(self.token_texts),
-            "projection": self.projection,
-            "direction": self.direction,
-            "faint_norm": self.faint_norm,
-        }
-        write_tensors(path, tensors, description)
+        versions = {name.replace("-", "_"): version(name) for name in _DISTRIBUTIONS}
+        write(path, self, versions)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BackwardLensResult:
@@ -373,46 +461,7 @@ class BackwardLensResult:
         Raises:
             ResultFileError: If the file is missing, damaged, or not a saved result.
         """
-        tensors, about = read_tensors(path)
-        try:
-            return cls._from_file(tensors, about)
-        except KeyError as error:
-            raise ResultFileError(f"{os.fspath(path)!r} lacks {error}; it is damaged") from error
-
-    @classmethod
-    def _from_file(
-        cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
-    ) -> BackwardLensResult:
-        mask = tensors["mask"]
-        gradients = {
-            (matrix, layer): MatrixGradient(
-                matrix,
-                layer,
-                tensors[f"{matrix}.{layer}.inputs"],
-                tensors[f"{matrix}.{layer}.vjps"],
-                mask,
-            )
-            for layer in about["layers"]
-            for matrix in about["matrices"]
-        }
-        return cls(
-            gradients=GradientCapture(
-                gradients=gradients,
-                tokens=tensors["tokens"],
-                mask=mask,
-                str_tokens=tuple(map(tuple, about["str_tokens"])),
-                loss=tensors["loss"],
-                targets=tensors.get("targets"),
-                objective=about["objective"],
-                model_name=about["model_name"],
-            ),
-            readouts={
-                matrix: Readout(**{f.name: tensors[f"{matrix}.{f.name}"] for f in fields(Readout)})
-                for matrix in about["matrices"]
-            },
-            positions=tensors["positions"],
-            token_texts={int(token): text for token, text in about["token_texts"].items()},
-            projection=about["projection"],
-            direction=about["direction"],
-            faint_norm=about["faint_norm"],
-        )
+        result = read(path, (*_SAVED_TYPES, cls))
+        if not isinstance(result, cls):
+            raise ResultFileError(f"{os.fspath(path)!r} holds no {cls.__name__}")
+        return result

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from operator import index
 from typing import SupportsIndex
 
@@ -13,15 +14,15 @@ from torch import Tensor
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.host import Host
 from backward_lens_tl.prompts import listed
-from backward_lens_tl.sites import MATRIX_NAMES, MatrixName
+from backward_lens_tl.sites import MATRIX_NAMES, HookPointSite, MatrixName
 
 
 def select_matrices(matrices: str | Sequence[str], host: Host) -> tuple[MatrixName, ...]:
     """Resolve the `matrices` argument.
 
     Args:
-        matrices: Names among `W_in`, `W_gate`, `W_out`, or the group `"mlp"` (those of the three
-            that the model has), alone or in a sequence.
+        matrices: Names among `W_Q`, `W_K`, `W_V`, `W_O`, `W_in`, `W_gate`, `W_out`, or the groups
+            `"attn"`, `"mlp"` (those that the model has) and `"all"`, alone or in a sequence.
         host: The model.
 
     Returns:
@@ -33,18 +34,51 @@ def select_matrices(matrices: str | Sequence[str], host: Host) -> tuple[MatrixNa
     asked = listed(matrices)
     wanted: set[str] = set()
     for name in asked:
-        if name == "mlp":
-            wanted.update(host.matrices(layer=0))
-        elif isinstance(name, str) and name in MATRIX_NAMES:
+        if isinstance(name, str) and name in MATRIX_NAMES:
             wanted.add(name)
+        elif name == "all":
+            wanted.update(host.matrices("attn"))
+            wanted.update(host.matrices("mlp") if host.has_mlp else ())
+        elif name == "attn" or name == "mlp":
+            wanted.update(host.matrices(name))
         else:
             raise InputError(
-                f"unknown matrix {name!r}; allowed are {', '.join(MATRIX_NAMES)} and the group "
-                "'mlp'; attention's matrices are not analysed"
+                f"unknown matrix {name!r}; allowed are {', '.join(MATRIX_NAMES)} and the groups "
+                "'attn', 'mlp' and 'all'"
             )
     if not wanted:
         raise InputError("no matrix was asked for; name one, for example matrices=('W_out',)")
     return tuple(name for name in MATRIX_NAMES if name in wanted)
+
+
+def select_hook_points(
+    hook_points: str | Sequence[str] | Callable[[str], bool] | None, host: Host
+) -> list[HookPointSite]:
+    """Resolve the `hook_points` argument.
+
+    Args:
+        hook_points: A name, several, or a function of the name; `None` for none.
+        host: The model.
+
+    Returns:
+        The hook points.
+
+    Raises:
+        InputError: If the model has no such hook point.
+    """
+    if hook_points is None:
+        return []
+    if callable(hook_points):
+        return [site for name, site in host.hook_points.items() if hook_points(name)]
+    asked = listed(hook_points)
+    for name in asked:
+        if name not in host.hook_points:
+            near = get_close_matches(str(name), host.hook_points, n=3)
+            raise InputError(
+                f"the model has no hook point {name!r}"
+                + (f"; did you mean {', '.join(near)}?" if near else "; model.hook_dict lists them")
+            )
+    return [host.hook_points[name] for name in dict.fromkeys(asked)]
 
 
 def select_layers(layers: int | Sequence[int] | None, host: Host) -> tuple[int, ...]:

@@ -1,42 +1,53 @@
-"""Tensors and their description in one safetensors file."""
+"""Dataclasses of tensors in one safetensors file, without pickle.
+
+Tensors lie in the file under the path of fields that leads to them; the file's header holds the
+rest as JSON, in which a tensor, a dataclass or a mapping is an object with one key of those below.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from backward_lens_tl.errors import ResultFileError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when older files can no longer be read."""
 
 _KEY = "backward_lens_tl"
+_TENSOR, _DATACLASS, _FIELDS, _MAPPING = "tensor", "dataclass", "fields", "mapping"
 
 
-def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], description: Mapping[str, Any]
-) -> None:
-    """Write tensors and a JSON description to one file.
+def write(path: str | os.PathLike[str], value: object, about: Mapping[str, str]) -> None:
+    """Write a dataclass and all that it holds to one file.
 
     Args:
         path: The file; one that exists is replaced, at once and as a whole.
-        tensors: The tensors, by name.
-        description: Anything that JSON holds.
+        value: The dataclass: tensors, texts, numbers, `None`, and tuples, mappings and dataclasses
+            of those.
+        about: What wrote it, for the header.
 
     Raises:
         ResultFileError: If the file cannot be written.
     """
-    header = json.dumps({"format": FORMAT_VERSION, **description})
+    tensors: dict[str, Tensor] = {}
+    tree = _packed(value, _KEY, tensors, names={})
+    header = json.dumps({"format": FORMAT_VERSION, **about, "tree": tree})
     partial = Path(f"{os.fspath(path)}.partial")
-    # Equal tensors may share memory, which the format does not allow: each gets its own.
-    owned = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    # Different tensors may share memory, which the format does not allow: each gets its own.
+    owned = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
     try:
         save_file(owned, partial, metadata={_KEY: header})
         partial.replace(path)
@@ -46,14 +57,15 @@ def write_tensors(
         partial.unlink(missing_ok=True)
 
 
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read back what `write_tensors` wrote.
+def read(path: str | os.PathLike[str], types: Sequence[type]) -> Any:
+    """Read back what `write` wrote.
 
     Args:
         path: The file.
+        types: The dataclasses that may be in it.
 
     Returns:
-        The tensors, on the CPU, and the description.
+        The dataclass, its tensors on the CPU.
 
     Raises:
         ResultFileError: If the file is missing, damaged, not a saved result, or of a later format.
@@ -69,13 +81,51 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             f"{os.fspath(path)!r} is a safetensors file, but not one that result.save(path) wrote"
         )
     try:
-        description: dict[str, Any] = json.loads(metadata[_KEY])
+        header: dict[str, Any] = json.loads(metadata[_KEY])
     except json.JSONDecodeError as error:
         raise ResultFileError(f"{os.fspath(path)!r} has a damaged header: {error}") from error
-    if description.get("format") != FORMAT_VERSION:
+    if header.get("format") != FORMAT_VERSION:
         raise ResultFileError(
-            f"{os.fspath(path)!r} has format {description.get('format')}; this version reads "
+            f"{os.fspath(path)!r} has format {header.get('format')}; this version reads "
             f"{FORMAT_VERSION}. Install the backward-lens-tl that wrote it, "
-            f"{description.get('backward_lens_tl', 'of unknown version')}"
+            f"{header.get('backward_lens_tl', 'of unknown version')}"
         )
-    return tensors, description
+    try:
+        return _unpacked(header["tree"], tensors, {kind.__name__: kind for kind in types})
+    except (KeyError, TypeError) as error:
+        raise ResultFileError(f"{os.fspath(path)!r} lacks {error}; it is damaged") from error
+
+
+def _packed(value: Any, path: str, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
+    """A value as JSON holds it, with its tensors put aside, each once."""
+    if isinstance(value, Tensor):
+        name = names.setdefault(id(value), path)
+        tensors[name] = value
+        return {_TENSOR: name}
+    if is_dataclass(value):
+        held = {f.name: getattr(value, f.name) for f in fields(value)}
+        packed = {name: _packed(v, f"{path}.{name}", tensors, names) for name, v in held.items()}
+        return {_DATACLASS: type(value).__name__, _FIELDS: packed}
+    if isinstance(value, Mapping):
+        pairs = [
+            [_packed(key, path, tensors, names), _packed(v, f"{path}.{key}", tensors, names)]
+            for key, v in value.items()
+        ]
+        return {_MAPPING: pairs}
+    if isinstance(value, tuple):
+        return [_packed(v, f"{path}.{i}", tensors, names) for i, v in enumerate(value)]
+    return value
+
+
+def _unpacked(packed: Any, tensors: Mapping[str, Tensor], types: Mapping[str, type]) -> Any:
+    if isinstance(packed, list):
+        return tuple(_unpacked(entry, tensors, types) for entry in packed)
+    if not isinstance(packed, dict):
+        return packed
+    if _TENSOR in packed:
+        return tensors[packed[_TENSOR]]
+    if _MAPPING in packed:
+        pairs = [_unpacked(pair, tensors, types) for pair in packed[_MAPPING]]
+        return dict(pairs)
+    held = {name: _unpacked(v, tensors, types) for name, v in packed[_FIELDS].items()}
+    return types[packed[_DATACLASS]](**held)

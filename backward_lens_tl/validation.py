@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from backward_lens_tl.capture import (
-    at_least_float32,
-    capture_gradients,
-    hooked,
-    in_own_precision,
-)
-from backward_lens_tl.errors import ValidationError
-from backward_lens_tl.gradients import MatrixGradient
+from backward_lens_tl.capture import capture_gradients, in_own_precision
+from backward_lens_tl.errors import UnsupportedModelError, ValidationError
+from backward_lens_tl.gradients import GradientCapture, MatrixGradient
 from backward_lens_tl.host import Host, host_of
 from backward_lens_tl.objectives import (
     LossFunction,
@@ -28,7 +24,8 @@ from backward_lens_tl.objectives import (
     next_token_loss,
 )
 from backward_lens_tl.prompts import Prompts
-from backward_lens_tl.sites import MatrixName, MatrixSite
+from backward_lens_tl.recording import at_least_float32, hooked
+from backward_lens_tl.sites import MatrixName, Site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,13 +45,16 @@ class MatrixError:
     Attributes:
         matrix: TransformerLens's name of the matrix.
         layer: The layer, from 0.
-        relative_error: `||X^T Delta - dL/dW||_F / ||dL/dW||_F`, the batch's prompts summed; the
-            numerator alone where autograd's gradient is zero.
+        relative_error: `||X^T Delta - dL/dW||_F / ||dL/dW||_F`, the batch's prompts, heads and
+            experts together; the numerator alone where autograd's gradient is zero.
+        float32_error: The same against the factors of a float32 copy of a model in half precision:
+            what its rounding costs. `None` for other models.
     """
 
     matrix: MatrixName
     layer: int
     relative_error: float
+    float32_error: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,12 +67,14 @@ class ValidationReport:
         readout_error: Largest difference between the model's logits and the Logit Lens of its
             last residual stream, in standard deviations of the logits.
         tolerance: The largest relative error that still is float rounding in the model's dtype.
+        refused: What cannot be analysed on this model, `"attn"` or `"mlp"`, with the reason.
     """
 
     model_name: str
     errors: tuple[MatrixError, ...]
     readout_error: float
     tolerance: float
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def max_error(self) -> float:
@@ -86,24 +88,39 @@ class ValidationReport:
         gradients = all(error.relative_error <= self.tolerance for error in self.errors)
         return gradients and self.readout_error <= 10 * max(self.tolerance, _READOUT_PRECISION)
 
-    def to_df(self) -> pd.DataFrame:
-        """The relative errors, layers by matrices."""
+    def to_df(self, column: str = "relative_error") -> pd.DataFrame:
+        """Errors, layers by matrices.
+
+        Args:
+            column: `"relative_error"`, or `"float32_error"` for a model in half precision.
+
+        Returns:
+            The table.
+        """
         import pandas as pd
 
-        rows = [(error.layer, error.matrix, error.relative_error) for error in self.errors]
-        table = pd.DataFrame(rows, columns=["layer", "matrix", "relative_error"])
+        rows = [(error.layer, error.matrix, getattr(error, column)) for error in self.errors]
+        table = pd.DataFrame(rows, columns=["layer", "matrix", column])
         matrices = list(dict.fromkeys(error.matrix for error in self.errors))
-        return table.pivot(index="layer", columns="matrix", values="relative_error")[matrices]
+        return table.pivot(index="layer", columns="matrix", values=column)[matrices]
 
     def __repr__(self) -> str:
-        verdict = "passed" if self.passed else "FAILED"
-        return (
-            f"{self.model_name}: {verdict}\n"
-            "relative error of X^T Delta against autograd's weight gradient:\n"
-            f"{self.to_df().to_string(float_format='{:.1e}'.format)}\n"
-            f"Logit Lens of the last residual stream against the logits: {self.readout_error:.1e}\n"
-            f"tolerance {self.tolerance:.0e}"
-        )
+        lines = [
+            f"{self.model_name}: {'passed' if self.passed else 'FAILED'}",
+            "relative error of X^T Delta against autograd's weight gradient:",
+            self.to_df().to_string(float_format="{:.1e}".format),
+        ]
+        if self.errors[0].float32_error is not None:
+            lines += [
+                "relative error of X^T Delta against a float32 copy of the model:",
+                self.to_df("float32_error").to_string(float_format="{:.1e}".format),
+            ]
+        lines += [f"{group}: refused, {reason}" for group, reason in self.refused.items()]
+        lines += [
+            f"Logit Lens of the last residual stream against the logits: {self.readout_error:.1e}",
+            f"tolerance {self.tolerance:.0e}",
+        ]
+        return "\n".join(lines)
 
 
 def validate(
@@ -111,24 +128,27 @@ def validate(
     prompts: Prompts | None = None,
     *,
     objective: Objective | LossFunction | None = None,
-    matrices: str | Sequence[str] = "mlp",
+    matrices: str | Sequence[str] | None = None,
 ) -> ValidationReport:
     """Compare every matrix's `X^T Delta` with autograd's weight gradient, on this model.
 
-    Needs the memory of the weight gradients of all matrices asked for.
+    Needs the memory of the weight gradients of all matrices asked for; for a model in half
+    precision also that of a float32 copy of it.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`; nothing of it is changed.
         prompts: Texts or token ids; by default a sequence of 12 tokens of the vocabulary.
         objective: What is differentiated; by default the training loss, in which every position
             takes part.
-        matrices: Names among `W_in`, `W_gate`, `W_out`, or `"mlp"`.
+        matrices: As in `backward_lens`; by default all that can be analysed, and the report says
+            why where attention or MLPs cannot.
 
     Returns:
         The table of errors.
 
     Raises:
         ValidationError: If an error is larger than float rounding; its message has the table.
+        UnsupportedModelError: If nothing of the model can be analysed.
 
     Example:
         >>> import backward_lens_tl as blt
@@ -139,17 +159,24 @@ def validate(
     host = host_of(model)
     chosen = as_objective(next_token_loss() if objective is None else objective)
     shown = _some_tokens(host) if prompts is None else prompts
+    refused: dict[str, str] = {}
+    if matrices is None:
+        matrices, refused = _analysable(host, shown, chosen)
     capture = capture_gradients(model, shown, chosen, matrices=matrices)
-    sites = [host.site(gradient.matrix, gradient.layer) for gradient in capture]
+    sites = [host.sites(gradient.layer, (gradient.matrix,))[0] for gradient in capture]
     expected, readout_error = _weight_gradients(host, shown, chosen, sites)
+    dtype = sites[0].weights[0].dtype
+    is_half = dtype not in _TOLERANCES
+    in_float32 = _in_float32(host, shown, chosen, matrices) if is_half else None
     report = ValidationReport(
         model_name=host.name,
         errors=tuple(
-            MatrixError(gradient.matrix, gradient.layer, _relative_error(gradient, dense))
+            _matrix_error(gradient, dense, in_float32)
             for gradient, dense in zip(capture, expected, strict=True)
         ),
         readout_error=readout_error,
-        tolerance=_TOLERANCES.get(sites[0].weight.dtype, _HALF_PRECISION_TOLERANCE),
+        tolerance=_TOLERANCES.get(dtype, _HALF_PRECISION_TOLERANCE),
+        refused=refused,
     )
     if not report.passed:
         raise ValidationError(
@@ -159,6 +186,22 @@ def validate(
     return report
 
 
+def _analysable(
+    host: Host, prompts: Prompts, objective: Objective
+) -> tuple[list[str], dict[str, str]]:
+    """The groups of matrices that can be analysed, and why the others cannot."""
+    refused: dict[str, str] = {}
+    for group in ("attn", "mlp"):
+        try:
+            capture_gradients(host.model, prompts, objective, matrices=group)
+        except UnsupportedModelError as error:
+            refused[group] = str(error)
+    found = [group for group in ("attn", "mlp") if group not in refused]
+    if not found:
+        raise UnsupportedModelError("; ".join(refused.values()))
+    return found, refused
+
+
 def _some_tokens(host: Host) -> Tensor:
     """Twelve different tokens, spread over the vocabulary."""
     # Ids that are both read and predicted, so that the training loss can be taken of them.
@@ -166,18 +209,48 @@ def _some_tokens(host: Host) -> Tensor:
     return (torch.arange(1, 1 + min(12, host.n_ctx)) * max(1, size // 13) % size)[None]
 
 
-def _relative_error(gradient: MatrixGradient, expected: Float[Tensor, "d_in d_out"]) -> float:
-    ours = torch.stack([gradient.dense(prompt) for prompt in range(len(gradient.mask))]).sum(0)
-    difference, scale = (ours - expected).norm(), expected.norm()
+def _in_float32(
+    host: Host, prompts: Prompts, objective: Objective, matrices: str | Sequence[str]
+) -> GradientCapture:
+    """The capture of a float32 copy of the model."""
+    # A bridge keeps its last attention pattern, and torch copies no tensor that has a graph.
+    with torch.no_grad():
+        host.logits(bind_to_prompts(objective, host, prompts, prepend_bos=None)[1].tokens)
+    widened = copy.deepcopy(host.model).float()
+    # TransformerLens's own modules round to the dtype that their configuration names.
+    setattr(widened.cfg, "dtype", torch.float32)  # noqa: B010  (cfg has no static type)
+    return capture_gradients(widened, prompts, objective, matrices=matrices)
+
+
+def _matrix_error(
+    gradient: MatrixGradient,
+    expected: Float[Tensor, "*head d_in d_out"],
+    in_float32: GradientCapture | None,
+) -> MatrixError:
+    ours = _summed(gradient)
+    at = gradient.matrix, gradient.layer
+    widened = None if in_float32 is None else _relative_error(ours, _summed(in_float32[at]))
+    return MatrixError(*at, _relative_error(ours, expected), widened)
+
+
+def _summed(gradient: MatrixGradient) -> Float[Tensor, "*head d_in d_out"]:
+    return torch.stack([gradient.dense(prompt) for prompt in range(len(gradient.mask))]).sum(0)
+
+
+def _relative_error(
+    found: Float[Tensor, "*head d_in d_out"], expected: Float[Tensor, "*head d_in d_out"]
+) -> float:
+    difference, scale = (found - expected).norm(), expected.norm()
     return float(difference / scale if scale > 0 else difference)
 
 
 def _weight_gradients(
-    host: Host, prompts: Prompts, objective: Objective, sites: Sequence[MatrixSite]
-) -> tuple[list[Float[Tensor, "d_in d_out"]], float]:
+    host: Host, prompts: Prompts, objective: Objective, sites: Sequence[Site]
+) -> tuple[list[Float[Tensor, "*head d_in d_out"]], float]:
     """Autograd's own weight gradients, and how well the Logit Lens gives the model's logits."""
     bound, batch = bind_to_prompts(objective, host, prompts, prepend_bos=None)
-    weights = [site.weight for site in sites]
+    # Matrices that are stacked in one parameter share it.
+    weights = list({id(weight): weight for site in sites for weight in site.weights}.values())
     streams: list[Tensor] = []
     with (
         torch.enable_grad(),
@@ -191,11 +264,13 @@ def _weight_gradients(
     with torch.no_grad():
         read = host.unembed(streams[0][batch.mask])
         error = (read - logits[batch.mask]).abs().max() / logits.std()
-    dense = [
-        site.in_out(at_least_float32(gradient))
-        for site, gradient in zip(sites, gradients, strict=True)
-    ]
-    return dense, float(error)
+    found = {
+        id(weight): at_least_float32(gradient)
+        for weight, gradient in zip(weights, gradients, strict=True)
+    }
+    return [site.dense([found[id(weight)] for weight in site.weights]) for site in sites], float(
+        error
+    )
 
 
 @contextmanager

@@ -219,7 +219,7 @@ REFUSALS: dict[str, tuple[Callable[[Any], object], type[Exception], list[str]]] 
         ["5", "int"],
     ),
     "set of targets": (lens(IDS, {5}), TargetError, ["{5}", "set"]),
-    "attention's matrices": (lens(IDS, 5, matrices="W_Q"), InputError, ["'W_Q'", "attention"]),
+    "no such matrix": (lens(IDS, 5, matrices="W_E"), InputError, ["'W_E'", "W_Q", "'attn'"]),
     "matrices is a number": (lens(IDS, 5, matrices=5), InputError, ["5", "W_out"]),
     "layer is no integer": (lens(IDS, 5, layers=1.5), InputError, ["1.5"]),
     "position is no integer": (lens(IDS, 5, positions=2.0), InputError, ["2.0"]),
@@ -362,7 +362,10 @@ def test_one_weight_in_two_layers_is_refused() -> None:
     require_kind("hooked")
     case = build("hooked-gpt2")
     case.model.blocks[1].mlp.W_in = case.model.blocks[0].mlp.W_in
-    with pytest.raises(UnsupportedModelError, match="W_in of layer 1 and W_in of layer 0"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match="W_in of layer 0 is one weight with 2 uses.*blocks.0.mlp, blocks.1.mlp",
+    ):
         capture_gradients(case.model, IDS, target_nll(5))
 
 

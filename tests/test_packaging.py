@@ -136,7 +136,7 @@ real = builtins.__import__
 def watched(name, globals=None, locals=None, fromlist=(), level=0):
     asks = (globals or {{}}).get("__name__", "").partition(".")[0] == "backward_lens_tl"
     names = [name, *(fromlist or ())]
-    if asks and any("HookedTransformer" in part for part in names):
+    if asks and any("HookedTransformer" in part.split(".") for part in names):
         sys.exit("HookedTransformer is imported by " + globals["__name__"])
     return real(name, globals, locals, fromlist, level)
 builtins.__import__ = watched

@@ -197,8 +197,8 @@ def foreign_with_metadata(path: Path) -> None:
 
 def later_format(path: Path) -> None:
     contents = path.read_bytes()
-    assert contents.count(b'\\"format\\": 1,') == 1
-    path.write_bytes(contents.replace(b'\\"format\\": 1,', b'\\"format\\": 9,'))
+    assert contents.count(b'\\"format\\": 2,') == 1
+    path.write_bytes(contents.replace(b'\\"format\\": 2,', b'\\"format\\": 9,'))
 
 
 def no_json(path: Path) -> None:

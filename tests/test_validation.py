@@ -13,6 +13,7 @@ from torch import Tensor
 from backward_lens_tl import host
 from backward_lens_tl.errors import BackwardLensError, ValidationError
 from backward_lens_tl.objectives import target_nll
+from backward_lens_tl.sites import ATTENTION_MATRICES, Tap
 from backward_lens_tl.validation import ValidationReport, validate
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
@@ -22,7 +23,8 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 def assert_passes(report: ValidationReport, case: Case, tolerance: float) -> None:
     assert report.passed
-    assert {(error.matrix, error.layer) for error in report.errors} == set(case.weights)
+    attention = {(matrix, layer) for matrix in ATTENTION_MATRICES for layer in range(case.n_layers)}
+    assert {(error.matrix, error.layer) for error in report.errors} == set(case.weights) | attention
     assert 0 <= report.max_error <= tolerance
     assert report.tolerance <= tolerance
 
@@ -78,11 +80,12 @@ def test_frozen_model_passes_and_stays_frozen(name: str) -> None:
 def test_report_prints_a_table(gpt2: Case) -> None:
     report = validate(gpt2.model)
     shown = repr(report)
-    for word in ("passed", "W_in", "W_out", "tolerance"):
+    for word in ("passed", "W_Q", "W_in", "W_out", "tolerance"):
         assert word in shown
     table = report.to_df()
-    assert table.shape == (gpt2.n_layers, 2)
-    assert list(table.columns) == ["W_in", "W_out"]
+    names = ["W_Q", "W_K", "W_V", "W_O", "W_in", "W_out"]
+    assert table.shape == (gpt2.n_layers, len(names))
+    assert list(table.columns) == names
     for error in report.errors:
         assert table.loc[error.layer, error.matrix] == error.relative_error
 
@@ -93,23 +96,25 @@ def test_report_prints_a_table(gpt2: Case) -> None:
 def move(monkeypatch: pytest.MonkeyPatch, matrix: str, side: str, where: Any) -> None:
     """Put a tap of one matrix to another place of the model."""
     for kind in (host.HookedTransformerHost, host.TransformerBridgeHost):
-        original = kind.site
+        original = kind.sites
 
-        def site(self: Any, name: str, layer: int, original: Any = original) -> Any:
-            found = original(self, name, layer)
-            if name != matrix:
-                return found
-            return dataclasses.replace(found, **{side: where(self.model.blocks[layer], found)})
+        def sites(self: Any, layer: int, names: Any, original: Any = original) -> Any:
+            return [
+                dataclasses.replace(site, **{side: where(self.model.blocks[layer], site)})
+                if site.matrix == matrix
+                else site
+                for site in original(self, layer, names)
+            ]
 
-        monkeypatch.setattr(kind, "site", site)
+        monkeypatch.setattr(kind, "sites", sites)
 
 
 def before_the_norm(block: Any, site: Any) -> Any:
-    return host.Tap(block.ln2, "input")
+    return Tap(block.ln2, "input")
 
 
 def after_the_post_norm(block: Any, site: Any) -> Any:
-    return host.Tap(block.hook_mlp_out, "output")
+    return Tap(block.hook_mlp_out, "output")
 
 
 @pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2", "bridge-llama", "hooked-llama"])

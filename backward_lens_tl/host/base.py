@@ -1,26 +1,27 @@
-"""What the lens needs from a TransformerLens model, for both of its model classes.
-
-This is the one file that knows what `HookedTransformer` (TransformerLens up to 3.9) and
-`TransformerBridge` (3.x and 4.x) look like inside. Everything after it sees a
-[`Host`][backward_lens_tl.host.Host]: tokens in, logits out, and for each weight matrix its
-[site][backward_lens_tl.sites.MatrixSite].
-"""
+"""What the lens needs from a TransformerLens model of either class."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from backward_lens_tl.errors import InputError, ModelStateError, UnsupportedModelError
-from backward_lens_tl.sites import READING_MATRICES, MatrixName, MatrixSite, Tap
+from backward_lens_tl.sites import (
+    ATTENTION_MATRICES,
+    HookPointSite,
+    MatrixName,
+    Site,
+    Tap,
+)
 from backward_lens_tl.vocabulary import Vocabulary
 
 
@@ -45,6 +46,16 @@ class Host(ABC):
     def n_layers(self) -> int:
         """Number of transformer blocks."""
         return int(self.model.cfg.n_layers)
+
+    @property
+    def n_heads(self) -> int:
+        """Number of attention heads; there may be fewer key-value heads."""
+        return int(self.model.cfg.n_heads)
+
+    @property
+    def d_head(self) -> int:
+        """Width of an attention head."""
+        return int(self.model.cfg.d_head)
 
     @property
     def n_ctx(self) -> int:
@@ -170,32 +181,101 @@ class Host(ABC):
     # --- the matrices ------------------------------------------------------------------------
 
     @abstractmethod
-    def _mlp_sites(self, layer: int) -> dict[MatrixName, MatrixSite]:
+    def _attention_sites(self, layer: int) -> dict[MatrixName, Site]:
+        """The attention matrices that a layer has."""
+
+    @abstractmethod
+    def _mlp_sites(self, layer: int) -> dict[MatrixName, Site]:
         """The MLP matrices that a layer has."""
 
-    def matrices(self, layer: int) -> tuple[MatrixName, ...]:
-        """Names of the matrices that a layer has, in the order in which it uses them."""
-        return tuple(self._mlp_sites(layer))
-
-    def site(self, matrix: MatrixName, layer: int) -> MatrixSite:
-        """Where a matrix meets its input and its output.
+    def matrices(self, group: Literal["attn", "mlp"]) -> tuple[MatrixName, ...]:
+        """Names of the matrices of attention or MLP that the model's first layer has.
 
         Args:
-            matrix: One of `W_in`, `W_gate`, `W_out`.
-            layer: The layer, from 0.
+            group: Which of the two.
 
         Returns:
-            The site, with its weight.
+            The names, in the order in which a layer uses them.
+        """
+        return tuple(self._attention_sites(0) if group == "attn" else self._mlp_sites(0))
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether the model's first layer has an MLP beside its attention."""
+        return getattr(self.model.blocks[0], "mlp", None) is not None
+
+    def sites(self, layer: int, matrices: Sequence[MatrixName]) -> list[Site]:
+        """Where matrices of one layer meet their inputs and their outputs.
+
+        Args:
+            layer: The layer, from 0.
+            matrices: Their names.
+
+        Returns:
+            The sites, with their weights, in the order asked for.
 
         Raises:
             InputError: If the layer has no such matrix.
         """
-        sites = self._mlp_sites(layer)
-        if matrix not in sites:
-            raise InputError(
-                f"layer {layer} of this model has no {matrix}; it has {', '.join(sites)}"
-            )
-        return sites[matrix]
+        found: dict[MatrixName, Site] = {}
+        if any(matrix in ATTENTION_MATRICES for matrix in matrices):
+            found |= self._attention_sites(layer)
+        if any(matrix not in ATTENTION_MATRICES for matrix in matrices):
+            found |= self._mlp_sites(layer)
+        for matrix in matrices:
+            if matrix not in found:
+                raise InputError(
+                    f"layer {layer} of this model has no {matrix}; it has {', '.join(found)}"
+                )
+        return [found[matrix] for matrix in matrices]
+
+    # --- hook points -------------------------------------------------------------------------
+
+    @cached_property
+    def hook_points(self) -> Mapping[str, HookPointSite]:
+        """TransformerLens's hook points by name, aliases included."""
+        return {name: self._hook_point(name, point) for name, point in self.model.hook_dict.items()}
+
+    def _hook_point(self, name: str, point: Any) -> HookPointSite:
+        conversion = getattr(point, "hook_conversion", None)
+        as_hooked = _unchanged if conversion is None else conversion.convert
+        return HookPointSite(name, Tap(point, "output"), as_hooked)
+
+    def pattern(self, layer: int) -> HookPointSite:
+        """Where a layer's attention pattern comes out of the softmax, before the caller's hooks.
+
+        Args:
+            layer: The layer, from 0.
+
+        Returns:
+            The place.
+        """
+        site = self.hook_points[f"blocks.{layer}.attn.hook_pattern"]
+        return replace(site, tap=Tap(site.tap.module, "input"))
+
+    # --- parameters --------------------------------------------------------------------------
+
+    @abstractmethod
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters that take part in the forward pass, by name."""
+
+    @property
+    @abstractmethod
+    def processed_matrices(self) -> frozenset[MatrixName]:
+        """Matrices that TransformerLens's weight processing changed, as far as the model shows."""
+
+    def holders(self, weight: Tensor) -> tuple[str, ...]:
+        """Names of the modules that hold a parameter, more than one if it is shared."""
+        return tuple(self._holders.get(id(weight), {}).values())
+
+    @cached_property
+    def _holders(self) -> dict[int, dict[int, str]]:
+        found: dict[int, dict[int, str]] = {}
+        for root in self._roots():
+            for name, module in root.named_modules():
+                for parameter in module.parameters(recurse=False):
+                    found.setdefault(id(parameter), {}).setdefault(id(module), name)
+        return found
 
     # --- states in which the answer would be wrong ---------------------------------------------
 
@@ -254,172 +334,18 @@ def _drops_values(module: nn.Module) -> bool:
     )
 
 
-class HookedTransformerHost(Host):
-    """`transformer_lens.HookedTransformer`: own modules, weights as `[d_in, d_out]`."""
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether every token sees only those before it."""
-        return bool(self.model.cfg.attention_dir == "causal")
-
-    def _norm_module(self) -> Any:
-        return None if self.model.cfg.normalization_type is None else self.model.ln_final
-
-    def _final_norm(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
-        # The module itself cannot be called here: its hook points would run the caller's hooks.
-        kind, norm = self.model.cfg.normalization_type, self._norm_module()
-        if norm is None:
-            return vectors
-        shape = vectors.shape[-1:]
-        weight, bias, eps = getattr(norm, "w", None), getattr(norm, "b", None), norm.eps
-        if kind in ("LN", "LNPre"):
-            return nn.functional.layer_norm(vectors, shape, weight, bias, eps)
-        if kind in ("RMS", "RMSPre"):
-            return nn.functional.rms_norm(vectors, shape, weight, eps)
-        raise UnsupportedModelError(
-            f"the final norm is {kind!r}; the lens knows LN, LNPre, RMS, RMSPre and None"
-        )
-
-    def _output_transform(self, logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:
-        cap = getattr(self.model.cfg, "output_logits_soft_cap", -1.0)
-        return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
-
-    def _mlp_sites(self, layer: int) -> dict[MatrixName, MatrixSite]:
-        mlp = getattr(self.model.blocks[layer], "mlp", None)
-        gated = hasattr(mlp, "W_gate")
-        if mlp is None or not isinstance(getattr(mlp, "W_out", None), nn.Parameter):
-            raise UnsupportedModelError(
-                f"layer {layer} has no dense or gated MLP "
-                f"({'attention only' if mlp is None else type(mlp).__name__})"
-            )
-        reads = Tap(mlp, "input")
-        # mlp.hook_pre is the gate's output where there is a gate.
-        sites: dict[MatrixName, tuple[Tap, Tap]] = {
-            "W_in": (reads, Tap(mlp.hook_pre_linear if gated else mlp.hook_pre, "input"))
-        }
-        if gated:
-            sites["W_gate"] = (reads, Tap(mlp.hook_pre, "input"))
-        sites["W_out"] = (Tap(mlp.hook_post, "output"), Tap(mlp, "output"))
-        return {
-            matrix: MatrixSite(matrix, layer, x, y, getattr(mlp, matrix), transposed=False)
-            for matrix, (x, y) in sites.items()
-        }
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
-_BRIDGE_PROJECTIONS: dict[MatrixName, str] = {"W_in": "in", "W_gate": "gate", "W_out": "out"}
-
-
-class TransformerBridgeHost(Host):
-    """`transformer_lens.model_bridge.TransformerBridge`: a Hugging Face model with hook points."""
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether every token sees only those before it."""
-        config = self.model.original_model.config
-        return bool(self.model.adapter.supports_causal_loss) and not config.is_encoder_decoder
-
-    def _norm_module(self) -> Any:
-        norm = getattr(self.model, "ln_final", None)
-        if norm is None:
-            raise UnsupportedModelError(
-                "this bridge has no ln_final, so vectors cannot be read as the model reads its "
-                "last residual stream"
-            )
-        return norm
-
-    def _roots(self) -> list[nn.Module]:
-        # The Hugging Face model is not a submodule of its bridge.
-        return [self.model, self.model.original_model]
-
-    def _final_norm(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
-        # Hugging Face's own arithmetic, past the hooks of the bridge and of the module itself.
-        normed: Tensor = self._norm_module().original_component.forward(vectors)
-        return normed
-
-    def _output_transform(self, logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:
-        transformed: Tensor = self.model.adapter.apply_output_logits_transform(logits)
-        return transformed
-
-    def _mlp_sites(self, layer: int) -> dict[MatrixName, MatrixSite]:
-        mlp = getattr(self.model.blocks[layer], "mlp", None)
-        found = {
-            matrix: projection
-            for matrix, name in _BRIDGE_PROJECTIONS.items()
-            if (projection := getattr(mlp, name, None)) is not None
-        }
-        if not {"W_in", "W_out"} <= found.keys():
-            raise UnsupportedModelError(
-                f"layer {layer} has no dense or gated MLP "
-                f"({'none at all' if mlp is None else type(mlp).__name__})"
-            )
-        return {
-            matrix: self._projection_site(matrix, layer, mlp, projection)
-            for matrix, projection in found.items()
-        }
-
-    def _projection_site(
-        self, matrix: MatrixName, layer: int, mlp: Any, projection: Any
-    ) -> MatrixSite:
-        linear = projection.original_component
-        transposed = _stores_out_in(linear, matrix, layer)
-        if not (getattr(mlp, "_use_processed_weights", False) and hasattr(mlp, "gate")):
-            x, y = Tap(linear, "input"), Tap(linear, "output")
-            return MatrixSite(matrix, layer, x, y, linear.weight, transposed)
-        # A gated MLP with processed weights multiplies by them itself, in TransformerLens 3 by
-        # copies of its own. It passes the hook points of its projections one by one, all but those
-        # on the inputs of the reading ones.
-        own_copy = getattr(mlp, f"_processed_{matrix}", None)
-        return MatrixSite(
-            matrix,
-            layer,
-            input=Tap((mlp if matrix in READING_MATRICES else projection).hook_in, "output"),
-            output=Tap(projection.hook_out, "input"),
-            weight=linear.weight if own_copy is None else own_copy,
-            transposed=transposed,
-        )
-
-
-def _stores_out_in(linear: nn.Module, matrix: str, layer: int) -> bool:
-    """Whether a Hugging Face projection keeps its weight as `[d_out, d_in]`, by its class."""
-    if not is_parametrized(linear):
-        if isinstance(linear, nn.Linear):
-            return True
-        if type(linear).__name__ == "Conv1D":
-            return False
-    raise UnsupportedModelError(
-        f"{matrix} of layer {layer} is a {type(linear).__name__}; the lens knows torch.nn.Linear "
-        "and transformers' Conv1D, without parametrizations"
-    )
-
-
-_HOSTS: dict[str, type[Host]] = {
-    "HookedTransformer": HookedTransformerHost,
-    "TransformerBridge": TransformerBridgeHost,
-}
-
-
-def host_of(model: object) -> Host:
-    """Wrap a TransformerLens model that can be analysed, in a state in which it can be.
-
-    The class is recognised by name along the inheritance chain, because `HookedTransformer`
-    cannot be imported from TransformerLens 4.
+def is_centered(weight: Float[Tensor, "*rows d_model"]) -> bool:
+    """Whether all that a matrix can write has mean zero, as `center_writing_weights` makes it.
 
     Args:
-        model: A `HookedTransformer` or a `TransformerBridge`.
+        weight: The matrix, with `d_model` as its last axis.
 
     Returns:
-        The model's host.
-
-    Raises:
-        InputError: If it is neither.
+        Whether every row's mean is zero up to rounding.
     """
-    for base in type(model).__mro__:
-        if base.__name__ in _HOSTS and isinstance(model, nn.Module):
-            host = _HOSTS[base.__name__](model)
-            host.check_state()
-            return host
-    raise InputError(
-        f"model is a {type(model).__name__}; pass a transformer_lens HookedTransformer or "
-        "TransformerBridge (for a Hugging Face model: "
-        "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer))"
-    )
+    means, size = weight.detach().mean(-1).abs().max(), weight.detach().abs().mean()
+    return bool(means <= 100 * torch.finfo(weight.dtype).eps * size)
