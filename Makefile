@@ -11,6 +11,11 @@ TORCH ?= torch==2.13.0
 endif
 export PYTHON TORCH
 
+# An environment per TransformerLens: .venv has 3.9.0, and all that is no test runs in it; each of
+# the others has its own.
+OTHERS := 2.18.0 4.3.0
+ENVIRONMENTS := .venv $(OTHERS:%=.venv-tl%)
+
 # Tests never wait for a network; a user of the package may have one.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 PYTEST := python -m pytest --doctest-modules backward_lens_tl tests README.md
@@ -18,7 +23,7 @@ PYTEST := python -m pytest --doctest-modules backward_lens_tl tests README.md
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help demo test test-tl4 check check-fast check-all facts-model facts-model-eval
+.PHONY: help demo test test-tl2 test-tl4 check check-fast check-all facts-model facts-model-eval
 .PHONY: notebooks constraints clean FORCE
 
 help: ## this list
@@ -29,10 +34,10 @@ demo: .venv/installed ## one prompt through the lens, with the model that ships 
 	    --target " Paris" --html demo.html
 
 test: .venv/installed ## tests, doctests and the README's snippets, on TransformerLens 3.9.0
-	$(OFFLINE) .venv/bin/$(PYTEST)
-
-test-tl4: .venv-tl4.3.0/installed ## tests, doctests and the README's snippets, on TransformerLens 4.3.0
-	$(OFFLINE) .venv-tl4.3.0/bin/$(PYTEST)
+test-tl2: .venv-tl2.18.0/installed ## the same on TransformerLens 2.18.0
+test-tl4: .venv-tl4.3.0/installed ## the same on TransformerLens 4.3.0
+test test-tl2 test-tl4:
+	$(OFFLINE) $(<D)/bin/$(PYTEST)
 
 check-fast: .venv/installed ## format, lint, types, layers
 	.venv/bin/ruff format --check .
@@ -40,11 +45,12 @@ check-fast: .venv/installed ## format, lint, types, layers
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
 
-check: check-fast test test-tl4 ## what CI runs: check-fast, test, test-tl4
+check: check-fast test test-tl2 test-tl4 ## what CI runs: check-fast, test, test-tl2, test-tl4
 
 check-all: check ## check, and the tests that take long
-	$(OFFLINE) .venv/bin/$(PYTEST) -m slow
-	$(OFFLINE) .venv-tl4.3.0/bin/$(PYTEST) -m slow
+	@for environment in $(ENVIRONMENTS); do \
+	    $(OFFLINE) $$environment/bin/$(PYTEST) -m slow || exit 1; \
+	done
 
 facts-model: .venv/installed ## train the model that ships here anew
 	.venv/bin/python -m facts_model.train
@@ -58,17 +64,17 @@ notebooks: .venv/installed ## write the notebooks anew from their scripts, outpu
 	    notebooks/*.ipynb
 
 constraints: ## resolve the newest versions into constraints/ (then: make check)
-	@for version in 3.9.0 4.3.0; do constraints/refresh.sh $$version || exit 1; done
+	@for version in 3.9.0 $(OTHERS); do constraints/refresh.sh $$version || exit 1; done
 
 clean: ## remove the environments, caches and builds
-	rm -rf .venv .venv-tl4.3.0 .torch-choice build dist demo.html
+	rm -rf $(ENVIRONMENTS) .torch-choice build dist demo.html
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find backward_lens_tl facts_model tests -name __pycache__ -prune -exec rm -rf {} +
 
 # ---- environments: made anew when the pins or the choice of torch change, else brought up to date
 
 .venv/pinned: constraints/tl-3.9.0.txt
-.venv-tl4.3.0/pinned: constraints/tl-4.3.0.txt
+$(OTHERS:%=.venv-tl%/pinned): .venv-tl%/pinned: constraints/tl-%.txt
 
 %/pinned: .torch-choice
 	@echo "$*: new environment ($(TORCH))"

@@ -416,7 +416,7 @@ class BackwardLensResult:
 
         return render_table(self)
 
-    def save_html(self, path: str | os.PathLike[str], batch: int = 0) -> None:
+    def save_html(self, path: str | Path, batch: int = 0) -> None:
         """Write the layers x tokens table of one prompt as a page that needs nothing else.
 
         Args:
@@ -439,7 +439,7 @@ class BackwardLensResult:
 
     # --- files ---------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the whole result to one safetensors file.
 
         Args:
@@ -449,7 +449,7 @@ class BackwardLensResult:
         write(path, self, versions)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> BackwardLensResult:
+    def load(cls, path: str | Path) -> BackwardLensResult:
         """Read a saved result, on the CPU; no model is needed.
 
         Args:

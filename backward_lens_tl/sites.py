@@ -1,8 +1,9 @@
 """Weight matrices, and where each meets its input and its output in a forward pass.
 
 The places are the matrix's *own* input and output. Three hook points look right and are not:
-`ln2.hook_normalized` (before the norm's gain and bias), `hook_mlp_in` (before the norm, and only
-with `use_hook_mlp_in`), and `hook_mlp_out` on models that normalise the MLP's output.
+`ln2.hook_normalized` (before the norm's gain and bias, but for `LayerNorm` in TransformerLens 2),
+`hook_mlp_in` (before the norm, and only with `use_hook_mlp_in`), and `hook_mlp_out` on models that
+normalise the MLP's output.
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+HAS_BRIDGE = find_spec("transformer_lens.model_bridge") is not None
+NO_BRIDGE = "TransformerBridge came with TransformerLens 3"
 HAS_HOOKED = find_spec("transformer_lens.HookedTransformer") is not None
 NO_HOOKED = "HookedTransformer ended with TransformerLens 3.9"
 
@@ -400,6 +402,7 @@ def _hooked_config(architecture: str, n_ctx: int, n_layers: int, d_vocab: int) -
         },
         "solu_ln": dense | {"act_fn": "solu_ln"},
         "no_norm": dense | {"normalization_type": None},
+        "ln_pre": dense | {"normalization_type": "LNPre"},  # for weights into which it is folded
         "attn_only": dense | {"attn_only": True, "d_mlp": None, "act_fn": None},
     }
     return HookedTransformerConfig(**(shared | special[architecture]))
@@ -464,12 +467,12 @@ def build(
 ) -> Case:
     """One random model by kind and architecture; skips where TransformerLens lacks the kind."""
     kind, architecture = name.split("-")
+    require_kind(kind)
     tokenizer = small_tokenizer(padding_side)
     if kind == "bridge":
         hf_model = _hf_model(architecture, n_ctx, n_layers).double()
         randomise(hf_model, seed)
         return bridge_case(hf_model, tokenizer, name=architecture, dtype=dtype)
-    require_kind("hooked")
     from transformer_lens import HookedTransformer
 
     cfg = _hooked_config(architecture, n_ctx, n_layers, d_vocab)
@@ -480,6 +483,7 @@ def build(
     return hooked_case(model.to(dtype), name=architecture)
 
 
+bridge_only = pytest.mark.skipif(not HAS_BRIDGE, reason=NO_BRIDGE)
 hooked_only = pytest.mark.skipif(not HAS_HOOKED, reason=NO_HOOKED)
 
 
@@ -492,5 +496,6 @@ def attention_only_model() -> Any:
 
 def require_kind(kind: str) -> None:
     """Skip a test of a model class that the installed TransformerLens lacks."""
-    if kind == "hooked" and not HAS_HOOKED:
-        pytest.skip(NO_HOOKED)
+    has, reason = {"bridge": (HAS_BRIDGE, NO_BRIDGE), "hooked": (HAS_HOOKED, NO_HOOKED)}[kind]
+    if not has:
+        pytest.skip(reason)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import NAMES, Case, build, nll, relative_error, training_loss
+from models import HAS_BRIDGE, NAMES, Case, build, nll, relative_error, training_loss
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -165,9 +165,9 @@ def test_norm_after_which_the_mlp_reads_may_be_folded() -> None:
 
 
 def test_norm_of_a_hooked_transformer_may_be_folded() -> None:
-    raw, folded = build("hooked-gpt2"), build("hooked-gpt2")
+    raw, folded = build("hooked-gpt2"), build("hooked-ln_pre")
     folded.model.load_and_process_state_dict(
-        folded.model.state_dict(),
+        raw.model.state_dict(),
         fold_ln=True,
         center_writing_weights=False,
         center_unembed=False,
@@ -237,7 +237,8 @@ def test_tempting_hook_points_are_not_the_matrix(name: str, hook: str) -> None:
     else:
         key = ("W_in", layer)
         wrong = value[0].T @ capture[key].vjps[0]
-        right_here = False
+        # TransformerLens 2 has it behind LayerNorm's gain and bias.
+        right_here = hook == "ln2.hook_normalized" and name == "hooked-gpt2" and not HAS_BRIDGE
     assert relative_error(capture[key].dense(), expected[key]) <= EXACT
     error = relative_error(wrong, expected[key])
     # paper.md measured 27 to 100 % on random models.

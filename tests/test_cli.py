@@ -11,6 +11,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from models import HAS_BRIDGE
 from transformers.utils import logging as transformers_logging
 
 import backward_lens_tl
@@ -23,11 +24,8 @@ QUESTION = ("--prompt", "Lionel Messi plays for", "--target", " Paris")
 
 
 @pytest.fixture(scope="module")
-def stories_path(shared: Path) -> str:
-    folder = shared / "models" / "stories260K"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there; set BACKWARD_LENS_SHARED to the folder of test data")
-    return str(folder)
+def stories_path(stories_folder: Path) -> str:
+    return str(stories_folder)
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +57,8 @@ def test_facts_are_shown_with_an_explanation(capsys: pytest.CaptureFixture[str])
 def test_options_reach_the_lens(stories_path: str, tmp_path: Path, capsys):
     page = tmp_path / "page.html"
     options = "--layers -1 0 --positions -1 1 --k 3 --matrices W_out --projection normalized"
-    options += " --direction gradient --no-bos --kind bridge --target-position last"
+    options += " --direction gradient --no-bos --target-position last"
+    options += f" --kind {'bridge' if HAS_BRIDGE else 'hooked'}"
     argv = ["show", "--model", stories_path, "--prompt", PROMPT, "--target", " girl"]
     assert main([*argv, *options.split(), "--html", str(page)]) == 0
     out = capsys.readouterr().out

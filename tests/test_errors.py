@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models import Case, attention_only_model, build, hooked_only, require_kind, small_tokenizer
+from models import (
+    Case,
+    attention_only_model,
+    bridge_only,
+    build,
+    hooked_only,
+    require_kind,
+    small_tokenizer,
+)
 from tokenizers import normalizers
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import T5Config, T5ForConditionalGeneration
 
 from backward_lens_tl import errors
@@ -308,6 +318,19 @@ def test_models_that_cannot_be_found(tmp_path: Any) -> None:
         load_model("facts", "both")
 
 
+@pytest.mark.skipif(
+    not version("transformers").startswith("4."), reason="transformers 5 reads what it saves"
+)
+def test_rotary_angles_that_would_go_unread_are_refused(
+    stories_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(stories_folder, tmp_path / "model")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("10000.0", "500000.0"))
+    with pytest.raises(UnsupportedModelError, match=r"500000\.0.*10000\.0.*transformers 5"):
+        load_model(str(folder))
+
+
 def test_every_error_is_the_packages_own() -> None:
     found = [value for value in vars(errors).values() if isinstance(value, type)]
     assert len(found) >= 8
@@ -347,7 +370,10 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
         capture_gradients(case.model, IDS, target_nll(5))
 
 
+@bridge_only
 def test_an_encoder_decoder_is_refused() -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
     raw = T5ForConditionalGeneration(T5Config(vocab_size=97, decoder_start_token_id=0, **sizes))
     model = TransformerBridge.boot_transformers(
@@ -364,7 +390,7 @@ def test_one_weight_in_two_layers_is_refused() -> None:
     case.model.blocks[1].mlp.W_in = case.model.blocks[0].mlp.W_in
     with pytest.raises(
         UnsupportedModelError,
-        match="W_in of layer 0 is one weight with 2 uses.*blocks.0.mlp, blocks.1.mlp",
+        match=r"W_in of layer 0 is one weight with 2 uses.*blocks.0.mlp, blocks.1.mlp",
     ):
         capture_gradients(case.model, IDS, target_nll(5))
 
