@@ -74,7 +74,8 @@ def _add_show(show: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["W_in", "W_out"],
         metavar="NAME",
-        help="among W_in, W_gate, W_out, or mlp for all of the model (default: W_in W_out)",
+        help="among W_Q, W_K, W_V, W_O, W_in, W_gate, W_out, or attn, mlp, all "
+        "(default: W_in W_out)",
     )
     show.add_argument("--layers", nargs="+", type=int, metavar="N", help="default: all")
     show.add_argument(
@@ -90,7 +91,8 @@ def _add_show(show: argparse.ArgumentParser) -> None:
         "--direction",
         choices=["update", "gradient"],
         default="update",
-        help="W_out as what gradient descent adds, or as the raw gradient (default: %(default)s)",
+        help="W_out and W_O as what gradient descent adds, or as the raw gradient "
+        "(default: %(default)s)",
     )
     show.add_argument(
         "--k", type=int, default=10, help="tokens kept at either end (default: %(default)s)"

@@ -145,21 +145,26 @@ def running_text(text: str) -> str:
     return "".join(piece.text for piece in pieces(text))
 
 
-def matrix_title(matrix: MatrixName, direction: str) -> str:
+_READERS = {"W_Q": "queries", "W_K": "keys", "W_V": "values"}
+
+
+def matrix_title(matrix: MatrixName, direction: str, vjps_at: str) -> str:
     """What a matrix's table shows, in words.
 
     Args:
         matrix: TransformerLens's name of the matrix.
         direction: `"update"` or `"gradient"`.
+        vjps_at: `"matrix"` or `"residual"`.
 
     Returns:
         The words, without the matrix's name.
     """
     if matrix in READING_MATRICES:
-        return "imprint: x_i, what neurons turn towards or away from"
+        return f"imprint: x_i, what {_READERS.get(matrix, 'neurons')} turn towards or away from"
+    where = ", where it joins the residual stream" if vjps_at == "residual" else ""
     if direction == "update":
-        return "shift: what the update adds"
-    return "raw gradient, which gradient descent subtracts"
+        return f"shift: what the update adds{where}"
+    return f"raw gradient, which gradient descent subtracts{where}"
 
 
 def faint_note(cells: Sequence[Cell], faint_norm: float) -> str:

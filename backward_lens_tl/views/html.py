@@ -38,8 +38,8 @@ _PROJECTIONS = {
     "normalized": "normalized logit lens: each vector is scaled to length 1 first",
 }
 _DIRECTIONS = {
-    "update": "update: W_out is read as -δ_i, what one step of gradient descent adds",
-    "gradient": "gradient: W_out is read as δ_i, the raw gradient, which a step subtracts",
+    "update": "update: W_out and W_O are read as -δ_i, what one step of gradient descent adds",
+    "gradient": "gradient: W_out and W_O are read as δ_i, the raw gradient, which a step subtracts",
 }
 
 
@@ -153,7 +153,7 @@ def _panel(result: BackwardLensResult, matrix: MatrixName, batch: int) -> str:
     # The last layer is on top: the forward pass runs upwards, the gradient downwards.
     rows = [result.cells(matrix, layer, batch) for layer in reversed(result.layers)]
     scale = NormScale.spanning(cell.norm for row in rows for cell in row if not cell.is_zero)
-    title = escape(matrix_title(matrix, result.direction))
+    title = escape(matrix_title(matrix, result.direction, result.vjps_at))
     head = "".join(
         f'<th scope="col">{_token(cell.token)}<small>{cell.position}</small></th>'
         for cell in rows[0]

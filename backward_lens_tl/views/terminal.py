@@ -68,7 +68,8 @@ class TerminalTable:
             table.add_column(head, width=cell_width, no_wrap=True, overflow="ellipsis")
         for row, texts in zip(rows, words, strict=True):
             table.add_row(str(row[0].layer), *(_filled(text, cell_width) for text in texts[first:]))
-        title = Text.assemble((matrix, "bold"), f" {matrix_title(matrix, self.result.direction)}")
+        meaning = matrix_title(matrix, self.result.direction, self.result.vjps_at)
+        title = Text.assemble((matrix, "bold"), f" {meaning}")
         notes = [
             _left_out(first, len(columns)),
             faint_note([cell for row in rows for cell in row], self.result.faint_norm),
