@@ -92,7 +92,8 @@ def capture_gradients(
     bound, batch = bind_to_prompts(objective, host, prompts, prepend_bos)
 
     with torch.enable_grad(), in_own_precision(host), recording(watching):
-        logits = at_least_float32(host.logits(batch.tokens))
+        # On a model that is spread over devices the logits come out on the last one.
+        logits = at_least_float32(host.logits(batch.tokens)).to(batch.tokens.device)
         losses = bound.losses(logits, batch)
         _check_finite(losses)
         _check_uses(logits, recorders)

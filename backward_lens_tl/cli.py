@@ -95,6 +95,13 @@ def _add_show(show: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     show.add_argument(
+        "--vjps-at",
+        choices=["matrix", "residual"],
+        default="matrix",
+        help="W_out and W_O at the matrix's own output, or where that joins the residual stream; "
+        "they differ behind a post-norm (default: %(default)s)",
+    )
+    show.add_argument(
         "--k", type=int, default=10, help="tokens kept at either end (default: %(default)s)"
     )
     show.add_argument(
@@ -159,6 +166,7 @@ def _result(args: argparse.Namespace) -> BackwardLensResult:
         positions=args.positions,
         projection=args.projection,
         direction=args.direction,
+        vjps_at=args.vjps_at,
         k=args.k,
         prepend_bos=args.bos,
         target_position=args.target_position,

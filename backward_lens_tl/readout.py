@@ -98,13 +98,12 @@ def read_vectors(
     """
     rows = max(1, CHUNK_BYTES // (d_vocab * 4))
     chunks = zip(vectors.split(rows), targets.split(rows), strict=True)
-    return join_readouts(
-        [
-            _read_scores(_checked(projection.project(chunk, layer), len(chunk), d_vocab), ids, k)
-            for chunk, ids in chunks
-        ],
-        torch.cat,
-    )
+    read = [
+        _read_scores(_checked(projection.project(chunk, layer), len(chunk), d_vocab), ids, k)
+        for chunk, ids in chunks
+    ]
+    # The unembedding may lie on another device than the first layers.
+    return join_readouts(read, lambda values: torch.cat(values).to(vectors.device))
 
 
 def check_k(k: int, d_vocab: int) -> None:

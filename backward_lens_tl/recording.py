@@ -541,7 +541,7 @@ def _by_slot(
 ) -> MatrixGradient:
     """Lay factors out by prompt, position and slot."""
     rows = batch.mask.shape
-    experts = chosen.reshape(*rows, chosen.shape[-1])
+    experts = chosen.reshape(*rows, chosen.shape[-1]).to(batch.mask.device)
     return MatrixGradient(
         matrix=site.matrix,
         layer=site.layer,

@@ -240,6 +240,7 @@ def _summed(gradient: MatrixGradient) -> Float[Tensor, "*head d_in d_out"]:
 def _relative_error(
     found: Float[Tensor, "*head d_in d_out"], expected: Float[Tensor, "*head d_in d_out"]
 ) -> float:
+    expected = expected.to(found.device)
     difference, scale = (found - expected).norm(), expected.norm()
     return float(difference / scale if scale > 0 else difference)
 
@@ -258,11 +259,11 @@ def _weight_gradients(
         _requiring_grad(weights),
         hooked(host.last_resid, streams.append),
     ):
-        logits = host.logits(batch.tokens)
+        logits = host.logits(batch.tokens).to(batch.tokens.device)
         losses = bound.losses(at_least_float32(logits), batch)
         gradients = torch.autograd.grad(losses.sum(), weights, materialize_grads=True)
     with torch.no_grad():
-        read = host.unembed(streams[0][batch.mask])
+        read = host.unembed(streams[0].to(batch.mask.device)[batch.mask]).to(logits.device)
         error = (read - logits[batch.mask]).abs().max() / logits.std()
     found = {
         id(weight): at_least_float32(gradient)
