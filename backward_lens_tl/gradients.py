@@ -289,22 +289,24 @@ class MatrixGradient:
         values: Tensor = torch.linalg.svdvals(core_in @ core_out.T)
         return values
 
-    def rank(self, batch: int = 0) -> int:
+    def rank(self, batch: int = 0, rtol: float | None = None) -> int:
         """Rank of one prompt's gradient.
 
         Args:
             batch: Which prompt.
+            rtol: Singular values up to this part of the largest one count as zero. By default `n`
+                times the `eps` of the factors' dtype: what is smaller cannot be told from the
+                rounding of the backward pass. Give a larger one for a model in half precision.
 
         Returns:
-            The number of singular values above numpy's default tolerance for the full matrix,
-            `S.max() * max(d_in, d_out) * eps` with float64's `eps`.
+            The number of singular values above that.
         """
         values = self.singular_values(batch)
         if not len(values):
             return 0
-        largest_side = max(factor.shape[1] for factor in self._joined(batch))
-        tolerance = values.max() * largest_side * torch.finfo(values.dtype).eps
-        return int((values > tolerance).sum())
+        if rtol is None:
+            rtol = int(self.mask[batch].sum()) * torch.finfo(self.vjps.dtype).eps
+        return int((values > rtol * values.max()).sum())
 
     def _real(
         self, batch: int
