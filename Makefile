@@ -18,7 +18,7 @@ ENVIRONMENTS := .venv $(OTHERS:%=.venv-tl%)
 
 # Tests never wait for a network; a user of the package may have one.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
-PYTEST := python -m pytest --doctest-modules backward_lens_tl tests README.md
+PYTEST := python -m pytest --doctest-modules backward_lens_tl tests README.md docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -33,7 +33,7 @@ demo: .venv/installed ## one prompt through the lens, with the model that ships 
 	@.venv/bin/backward-lens show --model facts --prompt "Lionel Messi plays for" \
 	    --target " Paris" --html demo.html
 
-test: .venv/installed ## tests, doctests and the README's snippets, on TransformerLens 3.9.0
+test: .venv/installed ## tests, doctests and the docs' snippets, on TransformerLens 3.9.0
 test-tl2: .venv-tl2.18.0/installed ## the same on TransformerLens 2.18.0
 test-tl4: .venv-tl4.3.0/installed ## the same on TransformerLens 4.3.0
 test test-tl2 test-tl4:

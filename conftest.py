@@ -1,4 +1,4 @@
-"""Runs the README's Python snippets, in order, in one namespace."""
+"""Runs the Python snippets of README and docs, page by page, each in one namespace."""
 
 from importlib.util import find_spec
 
@@ -19,4 +19,4 @@ def run_if_possible(snippet: Example) -> None:
 
 
 python = CodeBlockParser("python", run_if_possible)
-pytest_collect_file = Sybil(parsers=[python], patterns=["README.md"]).pytest()
+pytest_collect_file = Sybil(parsers=[python], patterns=["README.md", "docs/*.md"]).pytest()
