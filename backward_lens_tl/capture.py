@@ -7,7 +7,7 @@ cost is one forward pass and the activation half of one backward pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -32,7 +32,7 @@ from backward_lens_tl.recording import (
     recording,
 )
 from backward_lens_tl.selection import select_hook_points, select_layers, select_matrices
-from backward_lens_tl.sites import ATTENTION_MATRICES, MatrixName, Site
+from backward_lens_tl.sites import ATTENTION_MATRICES, HookPointSite, Site
 
 
 def capture_gradients(
@@ -78,39 +78,24 @@ def capture_gradients(
     host = host_of(model)
     objective = as_objective(objective)
     names, chosen = select_matrices(matrices, host), select_layers(layers, host)
-    sites = _sites(host, names, chosen)
+    sites = [site for layer in chosen for site in host.sites(layer, names)]
     _check_sharing(host, sites)
-    points = [HookPointRecorder(site) for site in select_hook_points(hook_points, host)]
-    joins = {
-        (site.matrix, site.layer): VjpRecorder(site.joins)
-        for site in sites
-        if site.joins is not None
-    }
-    patterns = _pattern_recorders(host, names, chosen)
-    recorders = [recorder_of(site) for site in sites]
-    watching: list[Recorder] = [*recorders, *points, *joins.values(), *patterns.values()]
+    run = _Run(host, sites, select_hook_points(hook_points, host))
     bound, batch = bind_to_prompts(objective, host, prompts, prepend_bos)
 
-    with torch.enable_grad(), in_own_precision(host), recording(watching):
+    with torch.enable_grad(), in_own_precision(host), recording(run.recorders):
         # On a model that is spread over devices the logits come out on the last one.
         logits = at_least_float32(host.logits(batch.tokens)).to(batch.tokens.device)
         losses = bound.losses(logits, batch)
         _check_finite(losses)
-        _check_uses(logits, recorders)
+        _check_uses(logits, run.matrices)
         # As in run_with_cache, a function of the name may name hook points that never fire.
-        points = [point for point in points if point.has_seen or not callable(hook_points)]
-        patterns = {layer: pattern for layer, pattern in patterns.items() if pattern.has_seen}
-        found = _vjps(losses, logits, [*recorders, *points, *joins.values(), *patterns.values()])
+        run.forget_unseen(points=callable(hook_points))
+        found = _vjps(losses, logits, run.recorders)
 
-    def gradient(recorder: MatrixRecorders) -> MatrixGradient:
-        factors = recorder.gradient(found[recorder], batch)
-        _check_factors(factors)
-        join = joins.get((factors.matrix, factors.layer))
-        if join is None:
-            return factors
-        return replace(factors, joined_vjps=_real_rows(join.vjp(found[join], batch), batch))
-
-    gradients = [gradient(recorder) for recorder in recorders]
+    gradients = [run.gradient(recorder, found, batch) for recorder in run.matrices]
+    for gradient in gradients:
+        _check_factors(gradient)
     return GradientCapture(
         gradients={(gradient.matrix, gradient.layer): gradient for gradient in gradients},
         tokens=batch.tokens,
@@ -124,30 +109,66 @@ def capture_gradients(
         objective=objective.name,
         model_name=host.name,
         coverage=_coverage(host, sites),
-        hook_points={point.site.name: point.gradient(found[point], batch) for point in points},
+        hook_points={point.site.name: point.gradient(found[point], batch) for point in run.points},
         attention={
             layer: pattern.gradient(found[pattern], batch, host.d_head)
-            for layer, pattern in patterns.items()
+            for layer, pattern in run.patterns.items()
         },
     )
+
+
+class _Run:
+    """Everything that is recorded in one forward and backward pass.
+
+    Args:
+        host: The model.
+        sites: The matrices asked for.
+        points: The hook points asked for.
+    """
+
+    def __init__(self, host: Host, sites: Sequence[Site], points: Sequence[HookPointSite]) -> None:
+        self.matrices = [recorder_of(site) for site in sites]
+        self.points = [HookPointRecorder(point) for point in points]
+        self.joins = {
+            (site.matrix, site.layer): VjpRecorder(site.joins)
+            for site in sites
+            if site.joins is not None
+        }
+        layers = dict.fromkeys(site.layer for site in sites if site.matrix in ATTENTION_MATRICES)
+        self.patterns = {layer: PatternRecorder(host.pattern(layer)) for layer in layers}
+
+    @property
+    def recorders(self) -> list[Recorder]:
+        """All of them."""
+        return [*self.matrices, *self.points, *self.joins.values(), *self.patterns.values()]
+
+    def forget_unseen(self, *, points: bool) -> None:
+        """Drop what never passed: patterns that the model keeps to itself, and hook points.
+
+        Args:
+            points: Whether hook points may be dropped as well.
+        """
+        self.patterns = {layer: kept for layer, kept in self.patterns.items() if kept.has_seen}
+        if points:
+            self.points = [point for point in self.points if point.has_seen]
+
+    def gradient(
+        self,
+        recorder: MatrixRecorders,
+        found: Mapping[Recorder, Sequence[Tensor | None]],
+        batch: PromptBatch,
+    ) -> MatrixGradient:
+        """One matrix's factors, with the VJPs where it joins the residual stream."""
+        factors = recorder.gradient(found[recorder], batch)
+        join = self.joins.get((factors.matrix, factors.layer))
+        if join is None:
+            return factors
+        return replace(factors, joined_vjps=_real_rows(join.vjp(found[join], batch), batch))
 
 
 def in_own_precision(host: Host) -> torch.autocast:
     """Keep a caller's autocast from rounding what the model computes."""
     return torch.autocast(host.device.type, enabled=False)
-
-
-def _sites(host: Host, names: Sequence[MatrixName], layers: Sequence[int]) -> list[Site]:
-    """The matrices asked for in the layers asked for, in model order."""
-    return [site for layer in layers for site in host.sites(layer, names)]
-
-
-def _pattern_recorders(
-    host: Host, names: Sequence[MatrixName], layers: Sequence[int]
-) -> dict[int, PatternRecorder]:
-    """The attention patterns of layers whose attention is asked for."""
-    asked = set(names) & set(ATTENTION_MATRICES)
-    return {layer: PatternRecorder(host.pattern(layer)) for layer in layers} if asked else {}
 
 
 def _check_sharing(host: Host, sites: Sequence[Site]) -> None:

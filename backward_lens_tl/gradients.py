@@ -85,17 +85,17 @@ class MatrixGradient:
         weight: theirs are summed.
 
         Raises:
-            InputError: If the heads read or write differently; then each has a set of its own.
+            InputError: If heads, or experts, read or write differently; then each has its own.
         """
         factor = self.inputs if self.reads_residual else self.vjps
         if factor.ndim == 3:
             return factor
-        if self.experts is None:
-            raise InputError(
-                f"the heads of {self.matrix} in layer {self.layer} differ at the residual stream, "
-                "as under a patch; ask for one of them with .head(index)"
-            )
-        return factor.sum(2)
+        if self.experts is not None and not self.reads_residual:
+            return factor.sum(2)
+        raise InputError(
+            f"the {self._part}s of {self.matrix} in layer {self.layer} differ at the residual "
+            f"stream, as under a patch; ask for one of them with .{self._part}(index)"
+        )
 
     @property
     def resid_vjps(self) -> Float[Tensor, "batch pos d_model"]:
@@ -308,6 +308,10 @@ class MatrixGradient:
             rtol = int(self.mask[batch].sum()) * torch.finfo(self.vjps.dtype).eps
         return int((values > rtol * values.max()).sum())
 
+    @property
+    def _part(self) -> str:
+        return "head" if self.experts is None else "expert"
+
     def _real(
         self, batch: int
     ) -> tuple[Float[Tensor, "n *head d_in"], Float[Tensor, "n *head_ d_out"]]:
@@ -319,10 +323,9 @@ class MatrixGradient:
         """Both factors, with heads side by side."""
         inputs, vjps = self._real(batch)
         if self.experts is not None or inputs.ndim + vjps.ndim == 6:
-            part = "head" if self.experts is None else "expert"
             raise InputError(
-                f"each {part} of {self.matrix} in layer {self.layer} has factors of its own; ask "
-                f"for one of them with .{part}(index)"
+                f"each {self._part} of {self.matrix} in layer {self.layer} has factors of its own; "
+                f"ask for one of them with .{self._part}(index)"
             )
         return inputs.flatten(1), vjps.flatten(1)
 

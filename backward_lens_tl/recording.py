@@ -163,7 +163,7 @@ class MatrixRecorder(Recorder):
         """
         site, rows = self.site, batch.mask.shape
         y = self._y.vjp(found[0])
-        _check_rows(self._x.only, site, batch, site.input_heads)
+        _check_rows(self._x.only, site, batch)
         return MatrixGradient(
             matrix=site.matrix,
             layer=site.layer,
@@ -519,12 +519,9 @@ def _only(seen: Sequence[_T], name: str) -> _T:
     return seen[0]
 
 
-def _check_rows(
-    x: Float[Tensor, "*rows d"], site: MatrixSite, batch: PromptBatch, heads: int | None
-) -> None:
-    n_vectors = x[..., 0].numel()
-    if heads is not None and x.shape[-2] == heads:
-        n_vectors //= heads
+def _check_rows(x: Float[Tensor, "*rows d"], site: MatrixSite, batch: PromptBatch) -> None:
+    has_head_axis = site.input_heads is not None and x.shape[-2] == site.input_heads
+    n_vectors = x[..., 0, 0].numel() if has_head_axis else x[..., 0].numel()
     if n_vectors != batch.mask.numel():
         raise UnsupportedModelError(
             f"{site.matrix} of layer {site.layer} saw {n_vectors} vectors for "
@@ -541,6 +538,9 @@ def _by_slot(
 ) -> MatrixGradient:
     """Lay factors out by prompt, position and slot."""
     rows = batch.mask.shape
+    # All experts of a token read the same, unless a caller's hook comes in between.
+    if inputs.ndim == 3 and site.matrix in READING_MATRICES and inputs.eq(inputs[:, :1]).all():
+        inputs = inputs[:, 0]
     experts = chosen.reshape(*rows, chosen.shape[-1]).to(batch.mask.device)
     return MatrixGradient(
         matrix=site.matrix,
