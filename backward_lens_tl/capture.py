@@ -83,7 +83,7 @@ def capture_gradients(
     run = _Run(host, sites, select_hook_points(hook_points, host))
     bound, batch = bind_to_prompts(objective, host, prompts, prepend_bos)
 
-    with torch.enable_grad(), in_own_precision(host), recording(run.recorders):
+    with torch.enable_grad(), host.own_precision(), recording(run.recorders):
         # On a model that is spread over devices the logits come out on the last one.
         logits = at_least_float32(host.logits(batch.tokens)).to(batch.tokens.device)
         losses = bound.losses(logits, batch)
@@ -164,11 +164,6 @@ class _Run:
         if join is None:
             return factors
         return replace(factors, joined_vjps=_real_rows(join.vjp(found[join], batch), batch))
-
-
-def in_own_precision(host: Host) -> torch.autocast:
-    """Keep a caller's autocast from rounding what the model computes."""
-    return torch.autocast(host.device.type, enabled=False)
 
 
 def _check_sharing(host: Host, sites: Sequence[Site]) -> None:

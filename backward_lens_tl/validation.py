@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from backward_lens_tl.capture import capture_gradients, in_own_precision
+from backward_lens_tl.capture import capture_gradients
 from backward_lens_tl.errors import UnsupportedModelError, ValidationError
 from backward_lens_tl.gradients import GradientCapture, MatrixGradient
 from backward_lens_tl.host import Host, host_of
@@ -164,7 +164,7 @@ def validate(
         matrices, refused = _analysable(host, shown, chosen)
     capture = capture_gradients(model, shown, chosen, matrices=matrices)
     sites = [host.sites(gradient.layer, (gradient.matrix,))[0] for gradient in capture]
-    expected, readout_error = _weight_gradients(host, shown, chosen, sites)
+    expected, readout_error = weight_gradients(host, shown, chosen, sites)
     dtype = sites[0].weights[0].dtype
     is_half = dtype not in _TOLERANCES
     in_float32 = _in_float32(host, shown, chosen, matrices) if is_half else None
@@ -245,17 +245,28 @@ def _relative_error(
     return float(difference / scale if scale > 0 else difference)
 
 
-def _weight_gradients(
+def weight_gradients(
     host: Host, prompts: Prompts, objective: Objective, sites: Sequence[Site]
 ) -> tuple[list[Float[Tensor, "*head d_in d_out"]], float]:
-    """Autograd's own weight gradients, and how well the Logit Lens gives the model's logits."""
+    """Autograd's own weight gradients, and how well the Logit Lens gives the model's logits.
+
+    Args:
+        host: The model.
+        prompts: Texts or token ids.
+        objective: What is differentiated.
+        sites: The matrices.
+
+    Returns:
+        Each matrix's gradient, all prompts summed, and the largest difference between the logits
+        and the Logit Lens of the last residual stream, in standard deviations of the logits.
+    """
     bound, batch = bind_to_prompts(objective, host, prompts, prepend_bos=None)
     # Matrices that are stacked in one parameter share it.
     weights = list({id(weight): weight for site in sites for weight in site.weights}.values())
     streams: list[Tensor] = []
     with (
         torch.enable_grad(),
-        in_own_precision(host),
+        host.own_precision(),
         _requiring_grad(weights),
         hooked(host.last_resid, streams.append),
     ):

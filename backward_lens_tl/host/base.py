@@ -131,6 +131,10 @@ class Host(ABC):
         )
         return logits
 
+    def own_precision(self) -> torch.autocast:
+        """Keep a caller's autocast from rounding what the model computes."""
+        return torch.autocast(self.device.type, enabled=False)
+
     # --- the vocabulary ----------------------------------------------------------------------
 
     def unembed(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
@@ -146,8 +150,9 @@ class Host(ABC):
             Logits, in the dtype of `W_U`.
         """
         weight = self.model.W_U
-        normed = self._final_norm(vectors.to(device=weight.device, dtype=weight.dtype))
-        return self._output_transform(normed @ weight + self.model.b_U)
+        with self.own_precision():
+            normed = self._final_norm(vectors.to(device=weight.device, dtype=weight.dtype))
+            return self._output_transform(normed @ weight + self.model.b_U)
 
     @property
     def faint_norm(self) -> float:

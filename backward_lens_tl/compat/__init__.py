@@ -1,0 +1,38 @@
+"""The calls of `transformer_lens.tools.analysis.BackwardLens`, on this package's capture.
+
+TransformerLens 3.9 to 4.2 had a Backward Lens of its own. Code written for it runs with
+
+    from backward_lens_tl.compat import BackwardLens
+
+on every model that this package analyses. Names, defaults, shapes and kinds of error are theirs:
+tensors are copies on the CPU, in float32 or int64, and gradients have the sign that descent
+*subtracts*. New code is better served by [`backward_lens`][backward_lens_tl.lens.backward_lens];
+`docs/migration.md` has both side by side.
+"""
+
+from backward_lens_tl.compat.errors import AnalysisError, ArgumentTypeError, LayerNotAnalyzedError
+from backward_lens_tl.compat.lens import DEFAULT_TOP_K, BackwardLens
+from backward_lens_tl.compat.results import (
+    BackwardLensLayerResult,
+    BackwardLensMatrixResult,
+    BackwardLensResult,
+    LinearGradientFactors,
+    ProjectedFactor,
+    VocabularyRanking,
+    WeightLayout,
+)
+
+__all__ = [
+    "DEFAULT_TOP_K",
+    "AnalysisError",
+    "ArgumentTypeError",
+    "BackwardLens",
+    "BackwardLensLayerResult",
+    "BackwardLensMatrixResult",
+    "BackwardLensResult",
+    "LayerNotAnalyzedError",
+    "LinearGradientFactors",
+    "ProjectedFactor",
+    "VocabularyRanking",
+    "WeightLayout",
+]

@@ -1,0 +1,36 @@
+"""Errors that can be caught where TransformerLens's own tool raised Python's."""
+
+from __future__ import annotations
+
+from backward_lens_tl.errors import BackwardLensError, ModelStateError
+
+
+class ArgumentTypeError(BackwardLensError, TypeError):
+    """An argument has the wrong type."""
+
+
+class AnalysisError(ModelStateError, ValueError):
+    """The model is in a state in which the answer would be wrong; theirs is a `ValueError`."""
+
+
+class LayerNotAnalyzedError(BackwardLensError, KeyError):
+    """A result does not hold the layer that is asked for."""
+
+    __str__ = Exception.__str__  # KeyError shows its message in quotes
+
+
+def check_type(name: str, value: object, kind: type) -> None:
+    """Refuse a value of another type; `True` is no integer here.
+
+    Args:
+        name: The argument.
+        value: Its value.
+        kind: The type that it must have.
+
+    Raises:
+        ArgumentTypeError: If it has not.
+    """
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ArgumentTypeError(
+            f"{name} is {value!r}, a {type(value).__name__}; pass a {kind.__name__}"
+        )

@@ -1,0 +1,264 @@
+"""The analysis of TransformerLens's own tool, on this package's capture."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.compat.errors import AnalysisError, ArgumentTypeError, check_type
+from backward_lens_tl.compat.results import (
+    BackwardLensLayerResult,
+    BackwardLensMatrixResult,
+    BackwardLensResult,
+    LinearGradientFactors,
+    VocabularyRanking,
+    ranks_beyond,
+)
+from backward_lens_tl.errors import InputError, ModelStateError, UnsupportedModelError
+from backward_lens_tl.gradients import MatrixGradient
+from backward_lens_tl.host import Host, host_of
+from backward_lens_tl.objectives import target_nll
+from backward_lens_tl.projection import as_projection
+from backward_lens_tl.sites import MatrixName
+from backward_lens_tl.validation import weight_gradients
+
+DEFAULT_TOP_K = 10
+"""How many tokens `analyze` keeps at either end unless told otherwise."""
+
+
+class BackwardLens:
+    """Reads the gradients of MLP matrices over the vocabulary, one prompt at a time.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge` with a tokenizer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        with suppress(ModelStateError):  # analyze looks again; until then the state may change
+            _host_with_tokenizer(model)
+
+    def analyze(
+        self,
+        prompt: str,
+        target_token: str,
+        layers: Sequence[int],
+        *,
+        normalized: bool = False,
+        top_k: int = DEFAULT_TOP_K,
+        return_full_logits: bool = False,
+    ) -> BackwardLensResult:
+        """Analyse the loss of one target token after one prompt.
+
+        Args:
+            prompt: The text.
+            target_token: A text of exactly one token.
+            layers: Layers from 0, none twice, in the order of the result.
+            normalized: Read the vectors' directions too (paper, appendix F).
+            top_k: How many tokens to keep at either end.
+            return_full_logits: Keep every logit, `[pos, d_vocab]` per matrix and reading.
+
+        Returns:
+            The result.
+
+        Raises:
+            InputError: If an argument has a value that is not allowed.
+        """
+        check_type("prompt", prompt, str)
+        check_type("target_token", target_token, str)
+        check_type("normalized", normalized, bool)
+        check_type("top_k", top_k, int)
+        check_type("return_full_logits", return_full_logits, bool)
+        with _state_errors_as_theirs():
+            host = _host_with_tokenizer(self._model)
+            vocabulary = host.vocabulary
+            if not 1 <= top_k <= vocabulary.size:
+                raise InputError(
+                    f"top_k is {top_k}; allowed are 1 to {vocabulary.size}, the vocabulary's size"
+                )
+            wanted = _checked_layers(layers, host.n_layers)
+            target = vocabulary.token_id(target_token)
+            capture = capture_gradients(
+                self._model, prompt, target_nll(target), matrices="mlp", layers=wanted
+            )
+            matrices = [(gradient.matrix, gradient.layer) for gradient in capture]
+            by_autograd = _WeightGradients(self._model, prompt, target, matrices)
+            reader = _Reader(host, target, top_k, normalized, return_full_logits, by_autograd)
+            found = {(g.matrix, g.layer): reader.read(g) for g in capture}
+        return BackwardLensResult(
+            prompt=prompt,
+            prompt_token_ids=capture.tokens[0].to("cpu", copy=True),
+            target_token=target_token,
+            target_token_id=target,
+            loss=float(capture.loss[0]),
+            layers=tuple(
+                BackwardLensLayerResult(
+                    layer,
+                    input_projection=found["W_in", layer],
+                    output_projection=found["W_out", layer],
+                    gate_projection=found.get(("W_gate", layer)),
+                )
+                for layer in wanted
+            ),
+            includes_normalized_logits=normalized,
+            includes_full_logits=return_full_logits,
+        )
+
+
+class _WeightGradients:
+    """Autograd's own weight gradients of one analysis, made when one is first asked for.
+
+    A result keeps no model alive, so the model is there only as long as its owner keeps it.
+
+    Args:
+        model: The model.
+        prompt: The text.
+        target: The target's id.
+        matrices: Names and layers.
+    """
+
+    def __init__(
+        self, model: nn.Module, prompt: str, target: int, matrices: Sequence[tuple[MatrixName, int]]
+    ) -> None:
+        self._model: Callable[[], nn.Module | None] = weakref.ref(model)
+        self._prompt, self._target, self._matrices = prompt, target, list(matrices)
+
+    def of(self, matrix: MatrixName, layer: int) -> Float[Tensor, "d_in d_out"]:
+        """The gradient of one matrix, on the CPU."""
+        return self._all[self._matrices.index((matrix, layer))]
+
+    @cached_property
+    def _all(self) -> list[Float[Tensor, "d_in d_out"]]:
+        model = self._model()
+        if model is None:
+            raise AnalysisError(
+                "the model that was analysed is gone, and with it autograd's weight gradient; ask "
+                "for weight_gradient or a reconstruction error while it is there"
+            )
+        host = host_of(model)
+        sites = [host.sites(layer, (matrix,))[0] for matrix, layer in self._matrices]
+        dense, _ = weight_gradients(host, self._prompt, target_nll(self._target), sites)
+        return [gradient.float().cpu() for gradient in dense]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_model": _gone}
+
+
+def _gone() -> None:
+    """What a copy of a result knows of the model."""
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """How the matrices of one analysis are read over the vocabulary."""
+
+    host: Host
+    target: int
+    top_k: int
+    normalized: bool
+    keeps_logits: bool
+    by_autograd: _WeightGradients
+
+    def read(self, gradient: MatrixGradient) -> BackwardLensMatrixResult:
+        """Factors and readings of one matrix; its logits are gone before the next one's."""
+        if gradient.inputs.ndim != 3 or gradient.vjps.ndim != 3:
+            raise UnsupportedModelError(
+                f"{gradient.matrix} of layer {gradient.layer} is not one matrix but several, as in "
+                "a mixture of experts; backward_lens and capture_gradients may know them"
+            )
+        factors = LinearGradientFactors(
+            _float32(gradient.inputs[0], gradient).to("cpu", copy=True),
+            _float32(gradient.vjps[0], gradient).to("cpu", copy=True),
+            partial(self.by_autograd.of, gradient.matrix, gradient.layer),
+        )
+        writes = gradient.matrix == "W_out"
+        vectors = factors.output_gradients if writes else factors.forward_inputs
+        norms = vectors.norm(dim=-1)
+        readings = self._readings(vectors, "logit_lens", gradient)
+        if self.normalized:
+            directions = self._readings(vectors, "normalized", gradient)
+            readings |= {f"normalized_{name}": value for name, value in directions.items()}
+        return BackwardLensMatrixResult(
+            factors=factors,
+            projected_factor="output_gradients" if writes else "forward_inputs",
+            factor_norms=norms,
+            zero_norm_mask=norms == 0,
+            vocabulary_size=self.host.vocabulary.size,
+            target_token_id=self.target,
+            **readings,
+        )
+
+    @torch.no_grad()
+    def _readings(
+        self, vectors: Float[Tensor, "pos d_model"], projection: str, gradient: MatrixGradient
+    ) -> dict[str, Any]:
+        """The fields that one projection fills."""
+        lens = as_projection(projection, self.host)
+        logits = _float32(lens.project(vectors, gradient.layer), gradient)
+        return {
+            "top_ranking": self._ranking(logits, largest=True),
+            "bottom_ranking": self._ranking(logits, largest=False),
+            "target_largest_ranks": ranks_beyond(logits, self.target, largest=True),
+            "target_smallest_ranks": ranks_beyond(logits, self.target, largest=False),
+            "vocabulary_logits": logits.cpu() if self.keeps_logits else None,
+        }
+
+    def _ranking(self, logits: Float[Tensor, "pos d_vocab"], *, largest: bool) -> VocabularyRanking:
+        values, indices = logits.topk(self.top_k, largest=largest)
+        return VocabularyRanking(values.cpu(), indices.cpu())
+
+
+def _float32(tensor: Float[Tensor, "*shape"], gradient: MatrixGradient) -> Float[Tensor, "*shape"]:
+    """Float32, which a model in float64 may overflow and one in half precision may not have."""
+    converted = tensor.detach().float()
+    if not bool(converted.isfinite().all()):
+        raise AnalysisError(
+            f"the gradient of {gradient.matrix} in layer {gradient.layer}, or its reading, is not "
+            "finite in float32; check the weights, and in half precision load the model in float32"
+        )
+    return converted
+
+
+def _host_with_tokenizer(model: nn.Module) -> Host:
+    try:
+        host = host_of(model)
+    except InputError as error:  # the only one: the model's class is not TransformerLens's
+        raise ArgumentTypeError(str(error)) from error
+    if host.tokenizer is None:
+        raise InputError(
+            "the model has no tokenizer, and BackwardLens takes texts; set one, or pass token ids "
+            "to backward_lens_tl.backward_lens"
+        )
+    return host
+
+
+@contextmanager
+def _state_errors_as_theirs() -> Iterator[None]:
+    try:
+        yield
+    except ModelStateError as error:
+        raise AnalysisError(str(error)) from error
+
+
+def _checked_layers(layers: Sequence[int], n_layers: int) -> tuple[int, ...]:
+    if isinstance(layers, str | bytes) or not isinstance(layers, Sequence):
+        raise ArgumentTypeError(
+            f"layers is {layers!r}, a {type(layers).__name__}; pass a list such as [0, 1]"
+        )
+    for layer in layers:
+        check_type("a layer", layer, int)
+    wanted = tuple(layers)
+    if not wanted or len(set(wanted)) < len(wanted) or not set(wanted) <= set(range(n_layers)):
+        raise InputError(
+            f"layers is {wanted}; pass at least one of 0 to {n_layers - 1}, and none twice"
+        )
+    return wanted

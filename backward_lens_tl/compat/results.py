@@ -1,0 +1,352 @@
+"""Results with the fields and methods of TransformerLens's own tool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from einops import einsum
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from backward_lens_tl.compat.errors import ArgumentTypeError, LayerNotAnalyzedError, check_type
+from backward_lens_tl.errors import InputError
+
+WeightLayout = Literal["in_out", "out_in"]
+ProjectedFactor = Literal["forward_inputs", "output_gradients"]
+
+
+@dataclass(frozen=True)
+class LinearGradientFactors:
+    """The gradient of one weight matrix, `X^T Delta`, as its factors.
+
+    Attributes:
+        forward_inputs: `x_i`, what the matrix reads.
+        output_gradients: `delta_i`, the gradient of the loss at the matrix's own output.
+        weight_layout: `"in_out"`, TransformerLens's orientation, whatever the model stores.
+    """
+
+    forward_inputs: Float[Tensor, "pos d_in"]
+    output_gradients: Float[Tensor, "pos d_out"]
+    _by_autograd: Callable[[], Float[Tensor, "d_in d_out"]] = field(repr=False, compare=False)
+    weight_layout: ClassVar[WeightLayout] = "in_out"
+
+    @cached_property
+    def weight_gradient(self) -> Float[Tensor, "d_in d_out"]:
+        """Autograd's own weight gradient, on the model as it is when this is first asked for."""
+        return self._by_autograd()
+
+    @cached_property
+    def reconstructed_gradient(self) -> Float[Tensor, "d_in d_out"]:
+        """`X^T Delta`; its `d_in * d_out` numbers are made here, when first asked for."""
+        return einsum(
+            self.forward_inputs, self.output_gradients, "pos d_in, pos d_out -> d_in d_out"
+        )
+
+    @cached_property
+    def absolute_reconstruction_error(self) -> float:
+        """The largest difference of an entry of the two."""
+        return float((self.reconstructed_gradient - self.weight_gradient).abs().max())
+
+    @cached_property
+    def relative_reconstruction_error(self) -> float:
+        """Frobenius norm of the difference, relative to the larger of the two gradients' norms."""
+        ours, autograd = self.reconstructed_gradient, self.weight_gradient
+        # float32's eps keeps it finite where both are zero.
+        scale = max(float(ours.norm()), float(autograd.norm()), torch.finfo(torch.float32).eps)
+        return float((ours - autograd).norm()) / scale
+
+
+@dataclass(frozen=True)
+class VocabularyRanking:
+    """Tokens at one end of the vocabulary, the outermost first.
+
+    Attributes:
+        values: Their logits.
+        indices: Their ids.
+    """
+
+    values: Float[Tensor, "*leading k"]
+    indices: Int[Tensor, "*leading k"]
+
+    def _first(self, k: int) -> VocabularyRanking:
+        kept = self.indices.shape[-1]
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= kept:
+            raise InputError(
+                f"k is {k!r}; allowed are 1 to {kept}, as many tokens as were kept; "
+                "analyze(..., top_k=) keeps more"
+            )
+        return VocabularyRanking(self.values[..., :k].clone(), self.indices[..., :k].clone())
+
+
+@dataclass(frozen=True)
+class BackwardLensMatrixResult:
+    """One weight matrix: its gradient's factors, and what those of width `d_model` say in words.
+
+    Attributes:
+        factors: The gradient.
+        projected_factor: Which of its factors is read over the vocabulary.
+        factor_norms: Length of each vector that is read.
+        zero_norm_mask: Where that is exactly zero.
+        vocabulary_size: Number of logits.
+        target_token_id: The token that the loss is about.
+        top_ranking: The tokens of the largest logits.
+        bottom_ranking: The tokens of the smallest logits.
+        target_largest_ranks: Number of logits larger than the target's.
+        target_smallest_ranks: Number of logits smaller than the target's.
+        normalized_top_ranking: As `top_ranking`, of the vectors' directions. This and what follows
+            is `None` unless it was asked for.
+        normalized_bottom_ranking: Likewise.
+        normalized_target_largest_ranks: Likewise.
+        normalized_target_smallest_ranks: Likewise.
+        vocabulary_logits: Every logit.
+        normalized_vocabulary_logits: Every logit of the vectors' directions.
+    """
+
+    factors: LinearGradientFactors
+    projected_factor: ProjectedFactor
+    factor_norms: Float[Tensor, "pos"]
+    zero_norm_mask: Bool[Tensor, "pos"]
+    vocabulary_size: int
+    target_token_id: int
+    top_ranking: VocabularyRanking
+    bottom_ranking: VocabularyRanking
+    target_largest_ranks: Int[Tensor, "pos"]
+    target_smallest_ranks: Int[Tensor, "pos"]
+    normalized_top_ranking: VocabularyRanking | None = None
+    normalized_bottom_ranking: VocabularyRanking | None = None
+    normalized_target_largest_ranks: Int[Tensor, "pos"] | None = None
+    normalized_target_smallest_ranks: Int[Tensor, "pos"] | None = None
+    vocabulary_logits: Float[Tensor, "pos d_vocab"] | None = None
+    normalized_vocabulary_logits: Float[Tensor, "pos d_vocab"] | None = None
+
+    def logits(self, *, normalized: bool = False) -> Float[Tensor, "pos d_vocab"]:
+        """Every logit of every position, if they were kept.
+
+        Args:
+            normalized: Those of the vectors' directions.
+
+        Returns:
+            The logits.
+
+        Raises:
+            InputError: If they were not kept.
+        """
+        kept: Tensor | None = self._reading("vocabulary_logits", normalized)
+        if kept is None:
+            raise InputError(
+                "the full logits were not kept; analyze(..., return_full_logits=True) keeps them"
+            )
+        return kept
+
+    def top(self, *, k: int, normalized: bool = False) -> VocabularyRanking:
+        """The tokens of the largest logits.
+
+        Args:
+            k: How many, up to those that were kept.
+            normalized: Of the vectors' directions.
+
+        Returns:
+            Values and ids, `[pos, k]`, largest first.
+        """
+        ranking: VocabularyRanking = self._reading("top_ranking", normalized)
+        return ranking._first(k)
+
+    def bottom(self, *, k: int, normalized: bool = False) -> VocabularyRanking:
+        """The tokens of the smallest logits.
+
+        Args:
+            k: How many, up to those that were kept.
+            normalized: Of the vectors' directions.
+
+        Returns:
+            Values and ids, `[pos, k]`, smallest first.
+        """
+        ranking: VocabularyRanking = self._reading("bottom_ranking", normalized)
+        return ranking._first(k)
+
+    def top_tokens(self, tokenizer: Any, *, k: int, normalized: bool = False) -> list[list[str]]:
+        """Texts of the largest logits' tokens.
+
+        Args:
+            tokenizer: Anything with `decode(ids)`.
+            k: How many, up to those that were kept.
+            normalized: Of the vectors' directions.
+
+        Returns:
+            `k` texts per position.
+        """
+        return _texts(self.top(k=k, normalized=normalized), tokenizer)
+
+    def bottom_tokens(self, tokenizer: Any, *, k: int, normalized: bool = False) -> list[list[str]]:
+        """Texts of the smallest logits' tokens.
+
+        Args:
+            tokenizer: Anything with `decode(ids)`.
+            k: How many, up to those that were kept.
+            normalized: Of the vectors' directions.
+
+        Returns:
+            `k` texts per position.
+        """
+        return _texts(self.bottom(k=k, normalized=normalized), tokenizer)
+
+    def target_ranks(
+        self, target_token_id: int, *, largest: bool, normalized: bool = False
+    ) -> Int[Tensor, "pos"]:
+        """How many logits are beyond that of a token.
+
+        Args:
+            target_token_id: The token; one other than the analysed target needs the full logits.
+            largest: Count the larger logits; else the smaller ones.
+            normalized: Of the vectors' directions.
+
+        Returns:
+            The counts; 0 is the outermost token.
+
+        Raises:
+            InputError: If the token is not in the vocabulary, or what is needed was not kept.
+        """
+        check_type("target_token_id", target_token_id, int)
+        if not 0 <= target_token_id < self.vocabulary_size:
+            raise InputError(
+                f"target_token_id is {target_token_id}; allowed are 0 to {self.vocabulary_size - 1}"
+            )
+        check_type("largest", largest, bool)
+        end = "largest" if largest else "smallest"
+        kept: Tensor = self._reading(f"target_{end}_ranks", normalized)
+        if target_token_id == self.target_token_id:
+            return kept.clone()
+        return ranks_beyond(self.logits(normalized=normalized), target_token_id, largest=largest)
+
+    def gradient_descent_target_ranks(
+        self, target_token_id: int, *, normalized: bool = False
+    ) -> Int[Tensor, "pos"]:
+        """Ranks from the smallest logit on, which are those of what descent adds.
+
+        Args:
+            target_token_id: The token; one other than the analysed target needs the full logits.
+            normalized: Of the vectors' directions.
+
+        Returns:
+            The number of smaller logits.
+        """
+        return self.target_ranks(target_token_id, largest=False, normalized=normalized)
+
+    def _reading(self, name: str, normalized: bool) -> Any:
+        """One of the fields that exist twice, for the vectors and for their directions."""
+        check_type("normalized", normalized, bool)
+        if normalized and self.normalized_top_ranking is None:
+            raise InputError(
+                "the vectors' directions were not read; analyze(..., normalized=True) reads them"
+            )
+        return getattr(self, f"normalized_{name}" if normalized else name)
+
+
+@dataclass(frozen=True)
+class BackwardLensLayerResult:
+    """The MLP of one layer.
+
+    Attributes:
+        layer: The layer, from 0.
+        input_projection: `W_in`, read through its inputs.
+        output_projection: `W_out`, read through its output gradients.
+        gate_projection: `W_gate`, read through its inputs, where the MLP has one. Theirs has no
+            such field.
+    """
+
+    layer: int
+    input_projection: BackwardLensMatrixResult
+    output_projection: BackwardLensMatrixResult
+    gate_projection: BackwardLensMatrixResult | None = None
+
+
+@dataclass(frozen=True)
+class BackwardLensResult:
+    """What one call of `analyze` gives; it holds neither the model nor its tokenizer.
+
+    Attributes:
+        prompt: As it was passed.
+        prompt_token_ids: Its tokens, a BOS token included where the model wants one.
+        target_token: As it was passed.
+        target_token_id: Its one token.
+        loss: Cross-entropy of the target after the prompt, in nats.
+        layers: The analysed layers, in the order in which they were asked for.
+        includes_normalized_logits: Whether the vectors' directions were read too.
+        includes_full_logits: Whether every logit was kept.
+    """
+
+    prompt: str
+    prompt_token_ids: Int[Tensor, "pos"]
+    target_token: str
+    target_token_id: int
+    loss: float
+    layers: tuple[BackwardLensLayerResult, ...]
+    includes_normalized_logits: bool
+    includes_full_logits: bool
+
+    @property
+    def max_absolute_reconstruction_error(self) -> float:
+        """The largest of the matrices' absolute errors against autograd."""
+        return max(factors.absolute_reconstruction_error for factors in self._factors)
+
+    @property
+    def max_relative_reconstruction_error(self) -> float:
+        """The largest of the matrices' relative errors against autograd."""
+        return max(factors.relative_reconstruction_error for factors in self._factors)
+
+    @property
+    def _factors(self) -> Iterator[LinearGradientFactors]:
+        for layer in self.layers:
+            for matrix in (layer.input_projection, layer.gate_projection, layer.output_projection):
+                if matrix is not None:
+                    yield matrix.factors
+
+    def layer(self, layer: int) -> BackwardLensLayerResult:
+        """One of the analysed layers.
+
+        Args:
+            layer: Its number.
+
+        Returns:
+            The layer.
+
+        Raises:
+            LayerNotAnalyzedError: If it was not analysed.
+        """
+        for result in self.layers:
+            if result.layer == layer:
+                return result
+        there = ", ".join(str(result.layer) for result in self.layers)
+        raise LayerNotAnalyzedError(f"layer {layer!r} was not analysed; there are {there}")
+
+
+def ranks_beyond(
+    logits: Float[Tensor, "pos d_vocab"], token_id: int, *, largest: bool
+) -> Int[Tensor, "pos"]:
+    """How many logits are larger, or smaller, than a token's.
+
+    Args:
+        logits: The logits.
+        token_id: The token.
+        largest: Count the larger ones.
+
+    Returns:
+        The counts, on the CPU.
+    """
+    wanted = logits[:, token_id, None]
+    beyond = logits > wanted if largest else logits < wanted
+    return beyond.sum(dim=-1).cpu()
+
+
+def _texts(ranking: VocabularyRanking, tokenizer: Any) -> list[list[str]]:
+    decode = getattr(tokenizer, "decode", None)
+    if not callable(decode):
+        raise ArgumentTypeError(
+            f"tokenizer is a {type(tokenizer).__name__} and has no decode(); pass the model's "
+            "tokenizer"
+        )
+    return [[str(decode([token_id])) for token_id in row] for row in ranking.indices.tolist()]
