@@ -30,6 +30,7 @@ from backward_lens_tl.recording import (
     at_least_float32,
     recorder_of,
     recording,
+    requiring_grad,
 )
 from backward_lens_tl.selection import select_hook_points, select_layers, select_matrices
 from backward_lens_tl.sites import ATTENTION_MATRICES, HookPointSite, Site
@@ -83,7 +84,12 @@ def capture_gradients(
     run = _Run(host, sites, select_hook_points(hook_points, host))
     bound, batch = bind_to_prompts(objective, host, prompts, prepend_bos)
 
-    with torch.enable_grad(), host.own_precision(), recording(run.recorders):
+    with (
+        torch.enable_grad(),
+        host.own_precision(),
+        requiring_grad([weight for site in sites for weight in site.weights]),
+        recording(run.recorders),
+    ):
         # On a model that is spread over devices the logits come out on the last one.
         logits = at_least_float32(host.logits(batch.tokens)).to(batch.tokens.device)
         losses = bound.losses(logits, batch)
@@ -91,6 +97,7 @@ def capture_gradients(
         _check_uses(logits, run.matrices)
         # As in run_with_cache, a function of the name may name hook points that never fire.
         run.forget_unseen(points=callable(hook_points))
+        run.check_points()
         found = _vjps(losses, logits, run.recorders)
 
     gradients = [run.gradient(recorder, found, batch) for recorder in run.matrices]
@@ -148,9 +155,23 @@ class _Run:
         Args:
             points: Whether hook points may be dropped as well.
         """
-        self.patterns = {layer: kept for layer, kept in self.patterns.items() if kept.has_seen}
+        self.patterns = {layer: kept for layer, kept in self.patterns.items() if kept.n_seen == 1}
         if points:
-            self.points = [point for point in self.points if point.has_seen]
+            self.points = [point for point in self.points if point.n_seen == 1]
+
+    def check_points(self) -> None:
+        """Refuse hook points whose gradient cannot be had.
+
+        Raises:
+            UnsupportedModelError: If one did not pass exactly once, as a part of the graph.
+        """
+        for point in self.points:
+            if point.n_seen != 1:
+                raise UnsupportedModelError(
+                    f"hook point {point.site.name!r} fired {point.n_seen} times with a gradient in "
+                    "this run, and is kept only where it fires once (some show indices or a copy, "
+                    "which have none)"
+                )
 
     def gradient(
         self,
@@ -180,23 +201,20 @@ def _check_sharing(host: Host, sites: Sequence[Site]) -> None:
 
 
 def _check_uses(logits: Tensor, recorders: Sequence[MatrixRecorders]) -> None:
-    """Refuse a weight that the model also uses past its own module, unseen by our hooks.
-
-    The autograd graph shows every use, but only of weights that are not frozen.
+    """Refuse a weight that the model also uses past its own place, unseen by our hooks.
 
     Raises:
         ModelStateError: If there is such a use.
     """
     uses = _uses(logits)
     for recorder in recorders:
-        for weight, seen in recorder.captured_uses():
-            used = uses.get(weight, 0)
-            if used > seen:
-                raise ModelStateError(
-                    f"{recorder.site.matrix} of layer {recorder.site.layer} was used {used} times "
-                    f"in the forward pass, and only {seen} of them can be captured; its gradient "
-                    "would be incomplete"
-                )
+        others = recorder.other_uses(uses)
+        if others > 0:
+            raise ModelStateError(
+                f"{recorder.site.matrix} of layer {recorder.site.layer} was used {others + 1} "
+                f"times in the forward pass, {others} of them past its own place, where nothing "
+                "can be captured; its gradient would be incomplete"
+            )
 
 
 def _uses(logits: Tensor) -> dict[Tensor, int]:

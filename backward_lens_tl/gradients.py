@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache, FactoredMatrix
 
+from backward_lens_tl.arguments import is_index, is_key
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.sites import ATTENTION_MATRICES, READING_MATRICES, MatrixName
 
@@ -233,9 +234,9 @@ class MatrixGradient:
         inputs, vjps = self._real(batch)
         left, right = ("head " if factor.ndim == 3 else "" for factor in (inputs, vjps))
         heads = left or right
-        dense: Tensor = einsum(
-            inputs, vjps, f"pos {left}d_in, pos {right}d_out -> {heads}d_in d_out"
-        )
+        pattern = f"pos {left}d_in, pos {right}d_out -> {heads}d_in d_out"
+        with self._own_precision():
+            dense: Tensor = einsum(inputs, vjps, pattern)
         return dense
 
     def bias(self, batch: int = 0) -> Float[Tensor, "*head d_out"]:
@@ -247,9 +248,14 @@ class MatrixGradient:
         Returns:
             `sum_i delta_i`, with a first axis for heads where `vjps` has one, or for experts. For a
             layer without a bias it is the gradient at one of zero.
+
+        Raises:
+            InputError: If heads write differently to the residual stream, which has one bias.
         """
         if self.n_experts is not None:
             return torch.stack([self.expert(index).bias(batch) for index in range(self.n_experts)])
+        if not self.reads_residual:
+            self._joined(batch)  # one bias for all heads, which have to agree
         return self._real(batch)[1].sum(0)
 
     def neuron(self, index: int, batch: int = 0) -> Float[Tensor, "d_model"]:
@@ -270,7 +276,8 @@ class MatrixGradient:
         inputs, vjps = self._joined(batch)
         coefficients, vectors = (vjps, inputs) if self.reads_residual else (inputs, vjps)
         _check_index("neuron", index, coefficients.shape[1])
-        return einsum(coefficients[:, index], vectors, "pos, pos d_model -> d_model")
+        with self._own_precision():
+            return einsum(coefficients[:, index], vectors, "pos, pos d_model -> d_model")
 
     def singular_values(self, batch: int = 0) -> Float[Tensor, "rank_bound"]:
         """Singular values of one prompt's gradient, largest first.
@@ -307,6 +314,10 @@ class MatrixGradient:
         if rtol is None:
             rtol = int(self.mask[batch].sum()) * torch.finfo(self.vjps.dtype).eps
         return int((values > rtol * values.max()).sum())
+
+    def _own_precision(self) -> torch.autocast:
+        """Keep a caller's autocast from rounding."""
+        return torch.autocast(self.vjps.device.type, enabled=False)
 
     @property
     def _part(self) -> str:
@@ -435,7 +446,7 @@ class GradientCapture:
     attention: Mapping[int, AttentionGradient] = field(default_factory=dict)
 
     def __getitem__(self, key: tuple[str, int]) -> MatrixGradient:
-        if key in self.gradients:
+        if is_key(key, self.gradients):
             return self.gradients[key]
         raise InputError(
             f"{key!r} was not captured; there are {', '.join(self.matrices)} in layers "
@@ -471,9 +482,11 @@ class GradientCapture:
             InputError: If no attention matrix of the layer was asked for, or the model keeps its
                 pattern to itself.
         """
-        if layer in self.attention:
+        if is_key(layer, self.attention):
             return self.attention[layer]
-        if set(self.matrices) & set(ATTENTION_MATRICES) and layer in self.layers:
+        if is_key(layer, dict.fromkeys(self.layers)) and set(self.matrices) & set(
+            ATTENTION_MATRICES
+        ):
             raise InputError(
                 f"the attention pattern of layer {layer} did not pass hook_pattern with a gradient "
                 "(attn_implementation='eager' shows it; a frozen model needs W_Q and W_K as well)"
@@ -542,6 +555,10 @@ class GradientCapture:
         Raises:
             InputError: If nothing was captured at hook points, or prompts differ in shape.
         """
+        if not isinstance(other, GradientCapture):
+            raise InputError(
+                f"{other!r} is a {type(other).__name__}; pass the GradientCapture of the other run"
+            )
         shared = [name for name in self.hook_points if name in other.hook_points]
         if not shared:
             raise InputError(
@@ -566,6 +583,6 @@ class GradientCapture:
         )
 
 
-def _check_index(kind: str, index: object, size: int) -> None:
-    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < size:
+def _check_index(kind: str, index: int, size: int) -> None:
+    if not is_index(index, size) or index < 0:
         raise InputError(f"{kind} {index!r} does not exist; allowed are 0 to {size - 1}")

@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from backward_lens_tl.arguments import check_choice
 from backward_lens_tl.capture import capture_gradients
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.gradients import GradientCapture, MatrixGradient
 from backward_lens_tl.host import host_of
 from backward_lens_tl.objectives import LossFunction, Objective, Targets, target_ids, target_nll
-from backward_lens_tl.projection import Projection, as_projection
+from backward_lens_tl.projection import LogitLens, Projection, as_projection
 from backward_lens_tl.prompts import Prompts
 from backward_lens_tl.readout import Readout, check_k, join_readouts, read_vectors
 from backward_lens_tl.result import BackwardLensResult
@@ -89,10 +90,8 @@ def backward_lens(
         torch.Size([8, 1, 6])
     """
     host = host_of(model)
-    if direction not in get_args(Direction):
-        raise InputError(f"unknown direction {direction!r}; allowed are 'update' and 'gradient'")
-    if vjps_at not in get_args(VjpsAt):
-        raise InputError(f"unknown vjps_at {vjps_at!r}; allowed are 'matrix' and 'residual'")
+    check_choice("direction", direction, get_args(Direction))
+    check_choice("vjps_at", vjps_at, get_args(VjpsAt))
     if isinstance(target, Objective) or callable(target):
         raise InputError("an objective goes by name: backward_lens(model, prompts, objective=...)")
     check_k(k, host.d_vocab_out)
@@ -122,7 +121,7 @@ def backward_lens(
         projection=projection if isinstance(projection, str) else type(projection).__name__,
         direction=direction,
         vjps_at=vjps_at,
-        faint_norm=getattr(lens, "faint_norm", 0.0),
+        faint_norm=lens.faint_norm if isinstance(lens, LogitLens) else 0.0,
     )
 
 

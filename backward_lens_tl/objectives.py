@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from backward_lens_tl.arguments import check_choice, plain
 from backward_lens_tl.errors import ObjectiveError, TargetError
 from backward_lens_tl.host import Host
 from backward_lens_tl.prompts import PromptBatch, Prompts, pad_prompts, tokenize_prompts
@@ -207,9 +208,17 @@ def bind_to_prompts(
 
     Returns:
         The objective with its token ids, and the prompts with its continuations.
+
+    Raises:
+        ObjectiveError: If the objective does not bind.
     """
     rows = tokenize_prompts(host, prompts, prepend_bos)
-    bound = objective.bind(host.vocabulary, len(rows))
+    bound = objective.bind(host.vocabulary, len(rows)) if callable(objective.bind) else None
+    if not isinstance(bound, BoundObjective):
+        raise ObjectiveError(
+            f"{objective!r} does not bind: its bind(vocabulary, n_prompts) gave {bound!r} and must "
+            "return a BoundObjective; target_nll(...) and the others make such objectives"
+        )
     continued = [[*row, *bound.continuation(index)] for index, row in enumerate(rows)]
     return bound, pad_prompts(host, continued)
 
@@ -234,10 +243,9 @@ def target_ids(
     Raises:
         TargetError: If the number of targets is not that of the prompts, or one is not a token.
     """
-    listed: Target | Sequence[Target] = targets.tolist() if isinstance(targets, Tensor) else targets
     return [
         vocabulary.token_id(target, target_position)
-        for target in _one_per_prompt(listed, n_prompts)
+        for target in _one_per_prompt(plain(targets), n_prompts)
     ]
 
 
@@ -250,10 +258,7 @@ def check_target_position(target_position: object) -> None:
     Raises:
         TargetError: If it is neither `"first"` nor `"last"` nor `None`.
     """
-    if target_position not in (None, "first", "last"):
-        raise TargetError(
-            f"target_position is {target_position!r}; allowed are 'first', 'last' and None"
-        )
+    check_choice("target_position", target_position, ("first", "last", None), TargetError)
 
 
 def _one_per_prompt(targets: _T | Sequence[_T], n_prompts: int) -> list[_T]:
@@ -268,7 +273,7 @@ def _one_per_prompt(targets: _T | Sequence[_T], n_prompts: int) -> list[_T]:
 
 
 def _name(targets: object) -> str:
-    return repr(targets.tolist() if isinstance(targets, Tensor) else targets)
+    return repr(plain(targets))
 
 
 def _last(

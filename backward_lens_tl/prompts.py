@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from backward_lens_tl.arguments import check_choice, check_text, listed, plain
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.host import Host
 
@@ -64,17 +64,17 @@ def tokenize_prompts(host: Host, prompts: Prompts, prepend_bos: bool | None) -> 
     """
     if isinstance(prompts, Tensor):
         return _checked_ids(host, prompts, prepend_bos)
-    if prepend_bos not in (None, True, False):
-        raise InputError(f"prepend_bos is {prepend_bos!r}; allowed are True, False and None")
+    check_choice("prepend_bos", prepend_bos, (True, False, None))
     texts = listed(prompts)
     if not texts:
         raise InputError("there is no prompt in the list; pass at least one")
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(
-                f"prompt {index} is a {type(text).__name__}; pass texts, or one tensor of token "
+                f"prompt {index} is {text!r}, a {type(text).__name__}; pass texts, or one tensor of token "
                 "ids of shape [batch, pos]"
             )
+        check_text(f"prompt {index},", text)
     rows = [host.tokenize(text, prepend_bos) if text else [] for text in texts]
     for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
         if not row:
@@ -84,15 +84,9 @@ def tokenize_prompts(host: Host, prompts: Prompts, prepend_bos: bool | None) -> 
     return rows
 
 
-def listed(value: object) -> list[Any]:
-    """A list of one value, or of those in a collection; a text is one value."""
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        return [value]
-    return list(value)
-
-
 def _checked_ids(host: Host, ids: Tensor, prepend_bos: bool | None) -> list[list[int]]:
-    if ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
+    is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if ids.ndim != 2 or ids.numel() == 0 or not is_integer:
         raise InputError(
             f"token ids have shape {tuple(ids.shape)} and dtype {ids.dtype}; pass integers of "
             "shape [batch, pos] with at least one prompt and one token (ids[None] adds the batch)"
@@ -101,12 +95,12 @@ def _checked_ids(host: Host, ids: Tensor, prepend_bos: bool | None) -> list[list
         raise InputError(
             "prepend_bos is for texts; put the BOS id into the token ids yourself, or leave it out"
         )
-    if int(ids.min()) < 0 or int(ids.max()) >= host.d_vocab:
+    rows: list[list[int]] = plain(ids)
+    lowest, highest = min(map(min, rows)), max(map(max, rows))
+    if lowest < 0 or highest >= host.d_vocab:
         raise InputError(
-            f"token ids run from {int(ids.min())} to {int(ids.max())}; allowed are 0 to "
-            f"{host.d_vocab - 1}"
+            f"token ids run from {lowest} to {highest}; allowed are 0 to {host.d_vocab - 1}"
         )
-    rows: list[list[int]] = ids.tolist()
     return rows
 
 

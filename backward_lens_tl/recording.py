@@ -7,7 +7,7 @@ the backward pass it puts both factors together.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -105,6 +105,47 @@ class Edges:
         return _only(self.seen, self._name)[1].clone() if found is None else found
 
 
+class OwnUse:
+    """The use of a weight in its own place, between `x` and `y`.
+
+    A frozen weight requires gradients during the run, so that the autograd graph shows every other
+    use of it, but not between these two: there autograd would keep `x` for the weight's gradient,
+    and a caller's hook that writes into `x` would raise.
+
+    Args:
+        site: The matrix.
+        name: Whose it is, for messages.
+    """
+
+    def __init__(self, site: MatrixSite, name: str) -> None:
+        self.site = site
+        # Matrices that read the residual stream share their input, and a caller's hook on one that
+        # comes later may write into it.
+        self.x = Values(name, copy=site.matrix in READING_MATRICES)
+        self.y = Edges(name)
+        self._is_frozen = not site.weight.parameter.requires_grad
+
+    def watched(self) -> Iterator[Watched]:
+        """`x` is what the caller's hooks made of it; `y` is what the matrix gave, before theirs."""
+        yield self.site.input, self._keep_input, False
+        yield self.site.output, self._keep_output, True
+
+    def others(self, uses: Mapping[Tensor, int]) -> int:
+        """How often the weight was used elsewhere, by its uses in the autograd graph."""
+        own = 0 if self._is_frozen else len(self.y.seen)
+        return uses.get(self.site.weight.parameter, 0) - own
+
+    def _keep_input(self, tensor: Tensor) -> None:
+        self.x.keep(tensor)
+        if self._is_frozen:
+            self.site.weight.parameter.requires_grad_(False)
+
+    def _keep_output(self, tensor: Tensor) -> Tensor | None:
+        if self._is_frozen:
+            self.site.weight.parameter.requires_grad_(True)
+        return self.y.keep(tensor)
+
+
 class Recorder(ABC):
     """What passes the taps of one site during a forward pass."""
 
@@ -117,9 +158,17 @@ class Recorder(ABC):
     def edges(self) -> list[GradientEdge]:
         """Where the loss has to be differentiated; known after the forward pass."""
 
-    def captured_uses(self) -> list[tuple[Tensor, int]]:
-        """Parameters whose uses can be counted, and how many of them were seen."""
-        return []
+    def other_uses(self, uses: Mapping[Tensor, int]) -> int:
+        """How often a weight was used elsewhere in the forward pass, where that can be counted.
+
+        Args:
+            uses: How often every leaf enters the autograd graph.
+
+        Returns:
+            The number of uses that nothing captures.
+        """
+        del uses
+        return 0
 
 
 class MatrixRecorder(Recorder):
@@ -131,25 +180,20 @@ class MatrixRecorder(Recorder):
 
     def __init__(self, site: MatrixSite) -> None:
         self.site = site
-        name = f"{site.matrix} of layer {site.layer}"
-        # Matrices that read the residual stream share their input, and a caller's hook on one that
-        # comes later may write into it.
-        self._x = Values(name, copy=site.matrix in READING_MATRICES)
-        self._y = Edges(name)
+        self._use = OwnUse(site, f"{site.matrix} of layer {site.layer}")
 
     def watched(self) -> Iterator[Watched]:
-        """`x` is what the caller's hooks made of it; `y` is what the matrix gave, before theirs."""
-        yield self.site.input, self._x.keep, False
-        yield self.site.output, self._y.keep, True
+        """Its input and its output."""
+        return self._use.watched()
 
     @property
     def edges(self) -> list[GradientEdge]:
         """At `y`."""
-        return [self._y.edge]
+        return [self._use.y.edge]
 
-    def captured_uses(self) -> list[tuple[Tensor, int]]:
-        """The one use of the weight."""
-        return [(self.site.weight.parameter, 1)]
+    def other_uses(self, uses: Mapping[Tensor, int]) -> int:
+        """Uses of the weight elsewhere."""
+        return self._use.others(uses)
 
     def gradient(self, found: Sequence[Tensor | None], batch: PromptBatch) -> MatrixGradient:
         """Put the factors together.
@@ -162,12 +206,12 @@ class MatrixRecorder(Recorder):
             The gradient.
         """
         site, rows = self.site, batch.mask.shape
-        y = self._y.vjp(found[0])
-        _check_rows(self._x.only, site, batch)
+        x, y = self._use.x.only, self._use.y.vjp(found[0])
+        _check_rows(x, site, batch)
         return MatrixGradient(
             matrix=site.matrix,
             layer=site.layer,
-            inputs=_clean(site.by_head(self._x.only, "input", rows), batch),
+            inputs=_clean(site.by_head(x, "input", rows), batch),
             vjps=_clean(site.by_head(y, "output", rows), batch),
             mask=batch.mask,
             input_hook=site.input_hook,
@@ -184,29 +228,24 @@ class ExpertsRecorder(Recorder):
 
     def __init__(self, site: ExpertsSite) -> None:
         self.site = site
-        self._x, self._y = [], []
-        for number, expert in enumerate(site.experts):
-            name = f"{expert.matrix} of layer {expert.layer}, expert {number}"
-            self._x.append(Values(name, copy=False))
-            self._y.append(Edges(name))
+        name = f"{site.matrix} of layer {site.layer}, expert"
+        self._uses = [OwnUse(expert, f"{name} {i}") for i, expert in enumerate(site.experts)]
         self._chosen = Values(f"the routing of layer {site.layer}", copy=True)
 
     def watched(self) -> Iterator[Watched]:
         """Every expert's own input and output, and who was routed where."""
-        for expert, x, y in zip(self.site.experts, self._x, self._y, strict=True):
-            yield expert.input, x.keep, False
-            yield expert.output, y.keep, True
+        for use in self._uses:
+            yield from use.watched()
         yield self.site.chosen, self._chosen.keep, False
 
     @property
     def edges(self) -> list[GradientEdge]:
         """At `y` of the experts that were used."""
-        return [y.edge for y in self._y if y.seen]
+        return [use.y.edge for use in self._uses if use.y.seen]
 
-    def captured_uses(self) -> list[tuple[Tensor, int]]:
-        """Those of every expert's weight."""
-        pairs = zip(self.site.weights, self._y, strict=True)
-        return [(weight, len(y.seen)) for weight, y in pairs]
+    def other_uses(self, uses: Mapping[Tensor, int]) -> int:
+        """Uses of any expert's weight elsewhere."""
+        return max(use.others(uses) for use in self._uses)
 
     def gradient(self, found: Sequence[Tensor | None], batch: PromptBatch) -> MatrixGradient:
         """Put the factors together, slot by slot.
@@ -224,12 +263,12 @@ class ExpertsRecorder(Recorder):
         chosen = self._chosen.only
         factors: list[Tensor | None] = [None, None]
         left = iter(found)
-        for expert, (x, y) in enumerate(zip(self._x, self._y, strict=True)):
-            if not y.seen:
+        for expert, use in enumerate(self._uses):
+            if not use.y.seen:
                 continue
             # Every implementation walks through an expert's tokens slot by slot.
             slots, tokens = torch.eq(chosen.T, expert).nonzero(as_tuple=True)
-            for side, rows in enumerate((x.only, y.vjp(next(left)))):
+            for side, rows in enumerate((use.x.only, use.y.vjp(next(left)))):
                 if len(rows) != len(tokens):
                     raise UnsupportedModelError(
                         f"expert {expert} of layer {self.site.layer} saw {len(rows)} tokens, and "
@@ -311,13 +350,19 @@ class VjpRecorder(Recorder):
         yield self.site.tap, self._keep, False
 
     def _keep(self, tensor: Tensor) -> Tensor | None:
-        # Indices of experts pass hook points too, and have no gradient.
-        return self._edge.keep(tensor) if tensor.is_floating_point() else None
+        # Indices of experts pass hook points too; some norms show theirs a copy, outside the graph.
+        if not tensor.is_floating_point() or not torch.is_grad_enabled():
+            return None
+        # The tensor may go other ways past the hook point as well, the residual stream does: a node
+        # of its own has the gradient of this way alone, which is the one that a patch here has.
+        own = tensor.clone()
+        replaced = self._edge.keep(own)
+        return own if replaced is None else replaced
 
     @property
-    def has_seen(self) -> bool:
-        """Whether anything that has a gradient passed."""
-        return bool(self._edge.seen)
+    def n_seen(self) -> int:
+        """How often something that has a gradient passed."""
+        return len(self._edge.seen)
 
     @property
     def edges(self) -> list[GradientEdge]:
@@ -361,8 +406,7 @@ class HookPointRecorder(VjpRecorder):
             )
 
     def _keep(self, tensor: Tensor) -> Tensor | None:
-        if tensor.is_floating_point():
-            self._value.keep(tensor)
+        self._value.keep(tensor)
         return super()._keep(tensor)
 
     def gradient(self, found: Sequence[Tensor | None], batch: PromptBatch) -> HookPointGradient:
@@ -388,18 +432,18 @@ class PatternRecorder(VjpRecorder):
 
     def __init__(self, site: HookPointSite) -> None:
         super().__init__(site)
-        self._pattern = Values(f"hook point {site.name}", copy=True)
+        self._pattern = Values(f"hook point {site.name}", copy=False)
 
     def watched(self) -> Iterator[Watched]:
         """What the softmax gave, before the caller's hooks."""
         yield self.site.tap, self._keep, True
 
     def _keep(self, tensor: Tensor) -> Tensor | None:
-        # Where nothing may take the pattern's place, its graph has to be there already.
-        if not self.site.is_replaceable and not tensor.requires_grad:
-            return None
         self._pattern.keep(tensor)
-        return super()._keep(tensor)
+        if self.site.is_replaceable:
+            return super()._keep(tensor)
+        # Where nothing may take the pattern's place, its graph has to be there already.
+        return self._edge.keep(tensor) if tensor.requires_grad else None
 
     def gradient(
         self, found: Sequence[Tensor | None], batch: PromptBatch, d_head: int
@@ -480,6 +524,23 @@ def hooked(
         handle.remove()
 
 
+@contextmanager
+def requiring_grad(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Let autograd see weights, frozen ones too, and freeze those again.
+
+    Args:
+        weights: The parameters.
+
+    Yields:
+        Nothing; inside the context the weights require gradients.
+    """
+    with ExitStack() as frozen:
+        for weight in weights:
+            frozen.callback(weight.requires_grad_, weight.requires_grad)
+            weight.requires_grad_(True)
+        yield
+
+
 def at_least_float32(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Widen half precision to float32; leave float32 and float64 as they are."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -520,7 +581,7 @@ def _only(seen: Sequence[_T], name: str) -> _T:
 
 
 def _check_rows(x: Float[Tensor, "*rows d"], site: MatrixSite, batch: PromptBatch) -> None:
-    has_head_axis = site.input_heads is not None and x.shape[-2] == site.input_heads
+    has_head_axis = site.input_heads is not None and x.ndim == 4
     n_vectors = x[..., 0, 0].numel() if has_head_axis else x[..., 0].numel()
     if n_vectors != batch.mask.numel():
         raise UnsupportedModelError(
@@ -531,8 +592,8 @@ def _check_rows(x: Float[Tensor, "*rows d"], site: MatrixSite, batch: PromptBatc
 
 def _by_slot(
     site: ExpertsSite | StackedExpertsSite,
-    inputs: Float[Tensor, "*rows d_in"],
-    vjps: Float[Tensor, "*rows d_out"],
+    inputs: Float[Tensor, "tokens *slot d_in"],
+    vjps: Float[Tensor, "tokens *slot_ d_out"],
     chosen: Int[Tensor, "tokens slot"],
     batch: PromptBatch,
 ) -> MatrixGradient:

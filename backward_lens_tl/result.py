@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+from backward_lens_tl.arguments import file_path, is_index, is_key
 from backward_lens_tl.cells import Cell, TokenScore
 from backward_lens_tl.errors import InputError, ResultFileError, UnsupportedModelError
 from backward_lens_tl.gradients import (
@@ -28,7 +29,7 @@ from backward_lens_tl.gradients import (
     MatrixGradient,
 )
 from backward_lens_tl.readout import Readout
-from backward_lens_tl.selection import is_index, position_index
+from backward_lens_tl.selection import position_index
 from backward_lens_tl.sites import MatrixName
 from backward_lens_tl.storage import read, write
 
@@ -115,7 +116,7 @@ class BackwardLensResult:
         Raises:
             InputError: If the matrix was not asked for.
         """
-        if matrix in self.readouts:
+        if is_key(matrix, self.readouts):
             return self.readouts[matrix]
         raise InputError(f"{matrix!r} is not in this result; it has {', '.join(self.matrices)}")
 
@@ -248,7 +249,14 @@ class BackwardLensResult:
 
         Returns:
             `(x_other - x) . delta` by hook point; `GradientCapture.attribution` has the details.
+
+        Raises:
+            InputError: If `other` is no result, or the two do not fit together.
         """
+        if not isinstance(other, BackwardLensResult):
+            raise InputError(
+                f"{other!r} is a {type(other).__name__}; pass the result of the other run"
+            )
         return self.gradients.attribution(other.gradients)
 
     # --- words ---------------------------------------------------------------------------------
@@ -340,14 +348,14 @@ class BackwardLensResult:
     def _kept(self, k: int | None) -> int:
         if k is None:
             return self.k
-        if not isinstance(k, int) or not 1 <= k <= self.k:
+        if not is_index(k, self.k + 1) or k < 1:
             raise InputError(
                 f"k is {k!r}; {self.k} tokens were kept, and backward_lens(..., k=...) keeps more"
             )
         return k
 
     def _layer_index(self, layer: int) -> int:
-        if layer in self.layers:
+        if is_key(layer, dict.fromkeys(self.layers)):
             return self.layers.index(layer)
         if not (is_index(layer, len(self.layers)) and layer < 0):
             raise InputError(
@@ -426,7 +434,7 @@ class BackwardLensResult:
         from backward_lens_tl.views.html import render_page
 
         self._check_prompt(batch)
-        Path(path).write_text(render_page(self, batch), encoding="utf-8")
+        file_path(path, InputError).write_text(render_page(self, batch), encoding="utf-8")
 
     def __repr__(self) -> str:
         prompts, first = len(self.positions), self.gradients.str_tokens[0]
@@ -446,7 +454,7 @@ class BackwardLensResult:
             path: The file.
         """
         versions = {name.replace("-", "_"): version(name) for name in _DISTRIBUTIONS}
-        write(path, self, versions)
+        write(file_path(path, ResultFileError), self, versions)
 
     @classmethod
     def load(cls, path: str | Path) -> BackwardLensResult:
@@ -461,7 +469,7 @@ class BackwardLensResult:
         Raises:
             ResultFileError: If the file is missing, damaged, or not a saved result.
         """
-        result = read(path, (*_SAVED_TYPES, cls))
+        result = read(file_path(path, ResultFileError), (*_SAVED_TYPES, cls))
         if not isinstance(result, cls):
             raise ResultFileError(f"{os.fspath(path)!r} holds no {cls.__name__}")
         return result

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from operator import index
-from typing import SupportsIndex
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from backward_lens_tl.arguments import is_index, listed
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.host import Host
-from backward_lens_tl.prompts import listed
 from backward_lens_tl.sites import MATRIX_NAMES, HookPointSite, MatrixName
 
 
@@ -34,18 +32,16 @@ def select_matrices(matrices: str | Sequence[str], host: Host) -> tuple[MatrixNa
     asked = listed(matrices)
     wanted: set[str] = set()
     for name in asked:
-        if isinstance(name, str) and name in MATRIX_NAMES:
-            wanted.add(name)
-        elif name == "all":
-            wanted.update(host.matrices("attn"))
-            wanted.update(host.matrices("mlp") if host.has_mlp else ())
-        elif name == "attn" or name == "mlp":
-            wanted.update(host.matrices(name))
-        else:
+        if not isinstance(name, str) or name not in (*MATRIX_NAMES, "attn", "mlp", "all"):
             raise InputError(
                 f"unknown matrix {name!r}; allowed are {', '.join(MATRIX_NAMES)} and the groups "
                 "'attn', 'mlp' and 'all'"
             )
+        if name in ("attn", "all"):
+            wanted.update(host.matrices("attn"))
+        if name == "mlp" or (name == "all" and host.has_mlp):
+            wanted.update(host.matrices("mlp"))
+        wanted.add(name)
     if not wanted:
         raise InputError("no matrix was asked for; name one, for example matrices=('W_out',)")
     return tuple(name for name in MATRIX_NAMES if name in wanted)
@@ -72,7 +68,7 @@ def select_hook_points(
         return [site for name, site in host.hook_points.items() if hook_points(name)]
     asked = listed(hook_points)
     for name in asked:
-        if name not in host.hook_points:
+        if not isinstance(name, str) or name not in host.hook_points:
             near = get_close_matches(str(name), host.hook_points, n=3)
             raise InputError(
                 f"the model has no hook point {name!r}"
@@ -156,10 +152,3 @@ def position_index(position: int, length: int, prompt: int) -> int:
             f"allowed are {-length} to {length - 1}"
         )
     return int(position) % length
-
-
-def is_index(value: object, size: int) -> bool:
-    """Whether a value is an integer that indexes something of a size, from either end."""
-    if isinstance(value, bool | Tensor) or not isinstance(value, SupportsIndex):
-        return False
-    return -size <= index(value) < size

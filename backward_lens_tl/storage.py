@@ -27,7 +27,7 @@ _KEY = "backward_lens_tl"
 _TENSOR, _DATACLASS, _FIELDS, _MAPPING = "tensor", "dataclass", "fields", "mapping"
 
 
-def write(path: str | Path, value: object, about: Mapping[str, str]) -> None:
+def write(path: Path, value: object, about: Mapping[str, str]) -> None:
     """Write a dataclass and all that it holds to one file.
 
     Args:
@@ -57,7 +57,7 @@ def write(path: str | Path, value: object, about: Mapping[str, str]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def read(path: str | Path, types: Sequence[type]) -> Any:
+def read(path: Path, types: Sequence[type]) -> Any:
     """Read back what `write` wrote.
 
     Args:

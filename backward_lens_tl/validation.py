@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,7 @@ from backward_lens_tl.objectives import (
     next_token_loss,
 )
 from backward_lens_tl.prompts import Prompts
-from backward_lens_tl.recording import at_least_float32, hooked
+from backward_lens_tl.recording import at_least_float32, hooked, requiring_grad
 from backward_lens_tl.sites import MatrixName, Site
 
 if TYPE_CHECKING:
@@ -267,7 +266,7 @@ def weight_gradients(
     with (
         torch.enable_grad(),
         host.own_precision(),
-        _requiring_grad(weights),
+        requiring_grad(weights),
         hooked(host.last_resid, streams.append),
     ):
         logits = host.logits(batch.tokens).to(batch.tokens.device)
@@ -283,13 +282,3 @@ def weight_gradients(
     return [site.dense([found[id(weight)] for weight in site.weights]) for site in sites], float(
         error
     )
-
-
-@contextmanager
-def _requiring_grad(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Let autograd reach weights, frozen ones too, and freeze those again."""
-    with ExitStack() as frozen:
-        for weight in weights:
-            frozen.callback(weight.requires_grad_, weight.requires_grad)
-            weight.requires_grad_(True)
-        yield

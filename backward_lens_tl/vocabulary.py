@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, Literal
 
+from backward_lens_tl.arguments import check_text
 from backward_lens_tl.errors import TargetError
 
 TargetPosition = Literal["first", "last"]
@@ -56,6 +57,7 @@ class Vocabulary:
         """
         if not isinstance(text, str):
             raise TargetError(f"target {text!r} is a {type(text).__name__}; pass a text")
+        check_text("target", text, TargetError)
         if self._tokenizer is None:
             raise TargetError(
                 f"target {text!r} is text, but the model has no tokenizer; pass an id"

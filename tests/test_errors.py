@@ -390,7 +390,7 @@ def test_one_weight_in_two_layers_is_refused() -> None:
     case.model.blocks[1].mlp.W_in = case.model.blocks[0].mlp.W_in
     with pytest.raises(
         UnsupportedModelError,
-        match=r"W_in of layer 0 is one weight with 2 uses.*blocks.0.mlp, blocks.1.mlp",
+        match=r"W_in of layer 0 is one weight with 2 uses.*blocks.0.mlp.W_in, blocks.1.mlp.W_in",
     ):
         capture_gradients(case.model, IDS, target_nll(5))
 

@@ -270,16 +270,17 @@ class Host(ABC):
         """Matrices that TransformerLens's weight processing changed, as far as the model shows."""
 
     def holders(self, weight: Tensor) -> tuple[str, ...]:
-        """Names of the modules that hold a parameter, more than one if it is shared."""
+        """Names under which modules hold a parameter, more than one if it is shared."""
         return tuple(self._holders.get(id(weight), {}).values())
 
     @cached_property
-    def _holders(self) -> dict[int, dict[int, str]]:
-        found: dict[int, dict[int, str]] = {}
+    def _holders(self) -> dict[int, dict[tuple[int, str], str]]:
+        found: dict[int, dict[tuple[int, str], str]] = {}
         for root in self._roots():
             for name, module in root.named_modules():
-                for parameter in module.parameters(recurse=False):
-                    found.setdefault(id(parameter), {}).setdefault(id(module), name)
+                for own, parameter in module._parameters.items():
+                    place = f"{name}.{own}".removeprefix(".")
+                    found.setdefault(id(parameter), {}).setdefault((id(module), own), place)
         return found
 
     # --- states in which the answer would be wrong ---------------------------------------------

@@ -127,7 +127,7 @@ class HookedTransformerHost(Host):
                 input=reads,
                 output=Tap(getattr(mlp, point), "input"),
                 weight=Stored(float_parameter(getattr(mlp, matrix), matrix, layer), "in_out"),
-                bias=mlp.b_in if matrix == "W_in" else None,
+                bias=None if gated else mlp.b_in,  # a gated MLP adds b_in behind the product
                 output_hook=f"{at}.{point}",
             )
 

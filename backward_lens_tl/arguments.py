@@ -1,0 +1,107 @@
+"""Arguments of any type, made plain or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+from torch import Tensor
+
+from backward_lens_tl.errors import InputError
+
+
+def plain(value: object) -> Any:
+    """Numbers and lists instead of tensors and arrays; anything else as it is.
+
+    Args:
+        value: The value.
+
+    Returns:
+        The plain value.
+
+    Raises:
+        InputError: If a tensor has no values to read.
+    """
+    if not isinstance(value, Tensor | np.ndarray):
+        return value
+    try:
+        return value.tolist()
+    except (RuntimeError, NotImplementedError) as error:
+        raise InputError(f"a tensor of this kind has no values to read: {error}") from error
+
+
+def listed(value: object) -> list[Any]:
+    """A list of one value, or of those in a collection; a text is one value."""
+    value = plain(value)
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return [value]
+    return list(value)
+
+
+def check_choice(
+    name: str, value: object, allowed: Sequence[object], error: type[InputError] = InputError
+) -> None:
+    """Refuse a value that is not among those allowed.
+
+    Args:
+        name: The argument.
+        value: Its value.
+        allowed: Texts, booleans, `None`.
+        error: What is raised.
+
+    Raises:
+        InputError: If the value is none of them.
+    """
+    # An array would compare entry by entry, and 1 is not True here.
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        raise error(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+
+
+def check_text(name: str, text: str, error: type[InputError] = InputError) -> None:
+    """Refuse text that is not Unicode, which no tokenizer takes.
+
+    Args:
+        name: Whose text it is.
+        text: The text.
+        error: What is raised.
+
+    Raises:
+        InputError: If it holds half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as cause:
+        raise error(f"{name} {text!r} is not Unicode text: {cause.reason}") from cause
+
+
+def is_index(value: object, size: int) -> bool:
+    """Whether a value is an integer that indexes something of a size, from either end."""
+    if isinstance(value, bool | Tensor | np.ndarray | type) or not isinstance(value, SupportsIndex):
+        return False
+    return -size <= index(value) < size
+
+
+def is_key(value: object, mapping: Mapping[Any, object]) -> bool:
+    """Whether a mapping has a key, which may be of any type."""
+    try:
+        return value in mapping
+    except (TypeError, ValueError, RuntimeError):  # not hashable, or an array in a tuple
+        return False
+
+
+def file_path(path: object, error: type[Exception]) -> Path:
+    """A path to a file.
+
+    Args:
+        path: What was passed.
+        error: What is raised.
+
+    Returns:
+        The path.
+    """
+    if isinstance(path, str | Path):
+        return Path(path)
+    raise error(f"path is {path!r}, a {type(path).__name__}; pass a text or a pathlib.Path")

@@ -1,0 +1,479 @@
+"""Every matrix of every architecture, in both classes, against autograd's own weight gradient.
+
+`architecture_table.py` finds the weights and computes what is expected, without the package. What
+it measures here is what docs/architectures.md shows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from itertools import product
+from typing import Any
+
+import architecture_table
+import pytest
+import torch
+from architecture_table import (
+    DTYPES,
+    N_LAYERS,
+    TOLERANCES,
+    Cells,
+    errors,
+    expert_slice,
+    find_weight,
+    loss,
+    matrices_of,
+    prompts,
+    rounded_up,
+    summed,
+    weight_gradients,
+)
+from architectures import FAMILIES, KINDS, build_model
+from models import HAS_BRIDGE, HAS_HOOKED, NO_BRIDGE, NO_HOOKED, relative_error
+from torch import Tensor
+
+from backward_lens_tl import GradientCapture, backward_lens, capture_gradients
+
+TRANSFORMER_LENS = version("transformer-lens")
+MAJOR = int(TRANSFORMER_LENS.partition(".")[0])
+
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+NORM_AFTER = ("gemma2", "gemma3", "olmo2")
+"""Families with a norm between attention or MLP and the residual stream."""
+
+# ------------------------------------------------------------------------------- what is expected
+
+# Families without a HookedTransformer, and what TransformerLens says.
+NOT_HOOKED = {
+    **dict.fromkeys(("falcon", "falcon_new", "falcon_alibi"), "FalconForCausalLM is not currently"),
+    "stablelm": "StableLmForCausalLM is not currently supported",
+    "qwen2_moe": "Qwen2MoeForCausalLM is not currently supported",
+    "qwen3_moe": "Qwen3MoeForCausalLM is not currently supported",
+}
+NOT_HOOKED_IN_2 = {
+    "olmo2": "Olmo2ForCausalLM is not currently supported",
+    "gpt_oss": "unexpected keyword argument 'use_attention_sinks'",
+}
+# Families that weight processing leaves in two dtypes, if the model is in float64.
+MIXED_DTYPES_IN_3 = ("gpt_neo", "gptj", "falcon_new", "qwen2", "stablelm", "qwen2_moe")
+
+
+def unavailable(family: str, kind: str, dtype: str) -> str | None:
+    """Why there is no such model. Of every other model, every matrix must have a number."""
+    if kind.startswith("hooked"):
+        lacking = NOT_HOOKED | (NOT_HOOKED_IN_2 if MAJOR == 2 else {})
+        return lacking.get(family) if HAS_HOOKED else NO_HOOKED
+    if not HAS_BRIDGE:
+        return NO_BRIDGE
+    mixed = MAJOR == 3 and kind == "bridge-compat" and family in MIXED_DTYPES_IN_3
+    return "biases in float32" if mixed and dtype == "float64" else None
+
+
+def models(families: Any = FAMILIES, kinds: Any = KINDS) -> Any:
+    """Parametrises a test with every model that there is."""
+    there = [pair for pair in product(families, kinds) if not unavailable(*pair, "float32")]
+    return pytest.mark.parametrize(("family", "kind"), there)
+
+
+def precision(family: str, kind: str) -> str:
+    """The highest that a model has."""
+    return "float32" if unavailable(family, kind, "float64") else "float64"
+
+
+# ------------------------------------------------------------------------------- what is measured
+
+model_of = functools.cache(build_model)
+
+
+@functools.cache
+def measured(family: str, kind: str, dtype: str) -> Cells | str:
+    return architecture_table.measure(family, kind, dtype, model_of)
+
+
+@functools.cache
+def captured(family: str, kind: str) -> GradientCapture:
+    return capture_gradients(model_in(family, kind), prompts(), loss, matrices="all")
+
+
+def model_in(family: str, kind: str) -> Any:
+    return model_of(family, kind, DTYPES[precision(family, kind)])
+
+
+def tolerance_of(family: str, kind: str) -> float:
+    return TOLERANCES[precision(family, kind)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    for kept in (model_of, measured, captured):
+        kept.cache_clear()
+
+
+# -------------------------------------------------------------------------------------- the table
+
+
+@pytest.mark.usefixtures("as_for_a_user")  # the others check types
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_matrix_is_autograds_gradient(family: str, kind: str) -> None:
+    for dtype, tolerance in TOLERANCES.items():
+        cells, reason = measured(family, kind, dtype), unavailable(family, kind, dtype)
+        if reason is not None:
+            assert isinstance(cells, str)
+            assert reason in cells
+            continue
+        assert outcomes(cells) == dict.fromkeys(matrices_of(family), "a number")
+        assert all(error <= tolerance for error in cells.values()), cells
+
+
+@models()
+def test_every_matrix_is_asked_for_by_all(family: str, kind: str) -> None:
+    assert captured(family, kind).matrices == matrices_of(family)
+    assert captured(family, kind).layers == tuple(range(N_LAYERS))
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_page_shows_what_is_measured() -> None:
+    here = [part for part in parts() if part["versions"]["transformer-lens"] == TRANSFORMER_LENS]
+    if not here:
+        pytest.skip(f"docs/architectures has nothing of TransformerLens {TRANSFORMER_LENS}")
+    rows = {(row["family"], row["kind"], row["dtype"]): row["cells"] for row in here[0]["rows"]}
+    assert list(rows) == list(product(FAMILIES, KINDS, DTYPES))
+    for model, cells in rows.items():
+        assert outcomes(cells) == outcomes(measured(*model)), model
+        if isinstance(cells, dict):
+            assert all(error <= TOLERANCES[model[2]] for error in cells.values()), model
+
+
+def test_page_is_made_of_the_committed_parts() -> None:
+    assert architecture_table.PAGE.read_text() == architecture_table.render(parts())
+
+
+parts = architecture_table.read_parts
+
+
+def outcomes(cells: Cells | str) -> dict[str, str] | str:
+    """Which cells are numbers, and why the others are not."""
+    if isinstance(cells, str):
+        return cells
+    return {name: cell if isinstance(cell, str) else "a number" for name, cell in cells.items()}
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"), [(1.3e-7, 2e-7), (2e-7, 2e-7), (2.1e-7, 5e-7), (5.1e-16, 2e-15), (0.0, 0.0)]
+)
+def test_numbers_are_rounded_up(error: float, shown: float) -> None:
+    assert rounded_up(error) == shown
+
+
+# ------------------------------------------------------------------------------ negative controls
+
+
+@models(("gpt2", "llama", "mixtral"))
+def test_factor_shifted_by_one_position_is_not_the_gradient(family: str, kind: str) -> None:
+    model, capture = model_in(family, kind), captured(family, kind)
+    weights = [find_weight(model, family, *key) for key in capture.gradients]
+    expected = weight_gradients(model, weights, prompts())
+    for gradient, right in zip(capture, expected, strict=True):
+        shifted = replace(gradient, inputs=gradient.inputs.roll(1, dims=1))
+        assert relative_error(summed(gradient), right) <= tolerance_of(family, kind)
+        assert relative_error(summed(shifted), right) > 0.1
+
+
+@models(("gpt2",))
+def test_refused_matrix_has_its_reason_and_the_others_numbers(family: str, kind: str) -> None:
+    model = build_model(family, kind)
+    first, second = (getattr(block.mlp, "in", block.mlp) for block in model.blocks)
+    if kind.startswith("hooked"):
+        second.W_in = first.W_in
+    else:
+        second.original_component.weight = first.original_component.weight
+    cells = errors(model, family)
+    assert "one weight with 2 uses" in str(cells.pop("W_in"))
+    assert set(outcomes(cells).values()) == {"a number"}
+    assert all(error <= TOLERANCES["float32"] for error in cells.values())
+
+
+# ------------------------------------------------------------------------------ mixed experts
+
+
+def layers_of_experts(family: str) -> list[int]:
+    return [1] if family == "qwen3_moe" else [0, 1]
+
+
+def routed(model: Any, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What the MLP reads, and by the router's weight the two experts of each token."""
+    mlp, read = model.blocks[layer].mlp, []
+    handle = mlp.register_forward_pre_hook(
+        lambda module, args, kwargs: read.extend((*args, *kwargs.values())), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(tokens)
+    handle.remove()
+    named = clean(mlp.named_parameters())
+    (router,) = named.keys() & {"W_gate.weight", "gate.weight", "router.weight"}
+    logits = read[0] @ named[router].T + named.get(router.replace("weight", "bias"), 0)
+    return read[0], logits.topk(2).indices
+
+
+def clean(named: Any) -> dict[str, Tensor]:
+    """Parameters by Hugging Face's names, without those of the bridges around its modules."""
+    return {name.replace("_original_component.", ""): parameter for name, parameter in named}
+
+
+def expert_gradients(
+    family: str,
+    kind: str,
+    tokens: Tensor,
+    capture: GradientCapture,
+    loss: Callable[[Tensor, Tensor], Tensor] = loss,
+) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Each expert's gradient, what it should be, and which tokens were routed there."""
+    model = model_in(family, kind)
+    for layer, matrix in product(layers_of_experts(family), ("W_in", "W_gate", "W_out")):
+        weight = find_weight(model, family, matrix, layer)
+        (expected,) = weight_gradients(model, [weight], tokens, loss)
+        chosen = routed(model, layer, tokens)[1]
+        for number in range(4):
+            expert = capture[matrix, layer].expert(number)
+            yield expert, expected[number], (chosen == number).any(-1)
+
+
+@models(EXPERTS)
+def test_expert_has_the_tokens_routed_to_it(family: str, kind: str) -> None:
+    capture, tolerance = captured(family, kind), tolerance_of(family, kind)
+    for expert, expected, mask in expert_gradients(family, kind, prompts(), capture):
+        assert mask.any()
+        assert torch.equal(expert.mask, mask)
+        assert relative_error(summed(expert), expected) <= tolerance
+        assert expert.rank() <= int(mask[0].sum())
+
+
+@models(EXPERTS)
+def test_factors_of_experts_lie_at_their_tokens(family: str, kind: str) -> None:
+    """The sum over tokens does not tell: both factors could be at the same wrong ones."""
+    at_joins, tolerance = gradients_at_joins(family, kind), tolerance_of(family, kind)
+    for layer in layers_of_experts(family):
+        read, chosen = routed(model_in(family, kind), layer, prompts())
+        for number in range(4):
+            mask = (chosen == number).any(-1)
+            into, out = (
+                captured(family, kind)[matrix, layer].expert(number) for matrix in ("W_in", "W_out")
+            )
+            assert torch.equal(into.inputs[mask], read[mask])
+            # The router's weight is a positive number: the direction is the stream's. At the last
+            # position of the last layer both are zero.
+            found = torch.nn.functional.normalize(out.vjps[mask], dim=-1)
+            expected = torch.nn.functional.normalize(at_joins["W_out", layer][mask], dim=-1)
+            assert relative_error(found, expected) <= tolerance
+
+
+def last_token(logits: Tensor, tokens: Tensor) -> Tensor:
+    return torch.logsumexp(logits[:, -1], -1) - logits[:, -1, 5]
+
+
+@models(EXPERTS)
+def test_expert_without_tokens_has_a_gradient_of_zero(family: str, kind: str) -> None:
+    """A prompt of one token goes to two of the four experts."""
+    tokens = prompts()[:1, :1]
+    capture = capture_gradients(model_in(family, kind), tokens, last_token, matrices="mlp")
+    used = 0
+    for expert, expected, mask in expert_gradients(family, kind, tokens, capture, last_token):
+        assert torch.equal(expert.mask, mask)
+        if mask.any():
+            used += 1
+            assert expert.rank() == 1
+            assert relative_error(expert.dense(), expected) <= tolerance_of(family, kind)
+        else:
+            assert expert.rank() == 0
+            assert not expert.dense().any()
+            assert not expected.any()
+    assert used == len(layers_of_experts(family)) * 3 * 2
+
+
+# -------------------------------------------------------------------------------------- coverage
+
+# Parameters that are there and take no part. They may be listed or not.
+IDLE = (
+    "pos_embed.W_pos",  # HookedTransformer has one beside ALiBi
+    ".mlp.gate_up_proj.weight",  # fused; the bridge multiplies by its halves
+)
+# With processed weights, gated MLPs multiply by copies in TransformerLens 3.
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "gate", "in")
+IDLE_IN_3 = tuple(
+    f".{mlp}.{name}.{part}"
+    for mlp, name, part in product(("mlp", "shared_expert"), PROJECTIONS, ("weight", "bias"))
+)
+
+
+def named_parameters(model: Any) -> dict[str, Tensor]:
+    """The parameters by Hugging Face's names; some have several."""
+    raw = getattr(model, "original_model", None)
+    return clean(model.named_parameters()) | (clean(raw.named_parameters()) if raw else {})
+
+
+def used_parameters(model: Any, named: dict[str, Tensor]) -> set[int]:
+    """By id, those that autograd reaches."""
+    parameters = list({id(parameter): parameter for parameter in named.values()}.values())
+    total = loss(model(prompts()), prompts()).sum()
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    pairs = zip(parameters, gradients, strict=True)
+    return {id(parameter) for parameter, gradient in pairs if gradient is not None}
+
+
+@models()
+def test_coverage_is_every_parameter_that_is_used(family: str, kind: str) -> None:
+    model, coverage = model_in(family, kind), captured(family, kind).coverage
+    named = named_parameters(model)
+    listed = [*coverage.covered, *coverage.not_covered]
+    ids = {id(named[name]): name for name in listed}
+    used = used_parameters(model, named)
+    assert len(ids) == len(listed)
+    assert used <= ids.keys()
+    idle = [ids[key] for key in ids.keys() - used]
+    assert all(name.endswith(IDLE + (IDLE_IN_3 if MAJOR == 3 else ())) for name in idle), idle
+
+
+def biases_of(name: str) -> set[str]:
+    """What the bias beside a weight would be called."""
+    return {name.replace("weight", "bias"), name.replace("W_", "b_"), f"{name}_bias"} - {name}
+
+
+def biases_beside(tensors: tuple[Tensor, ...], named: dict[str, Tensor]) -> list[Tensor]:
+    names = [name for tensor in tensors for name, own in named.items() if own is tensor]
+    found = [named[bias] for name in names for bias in biases_of(name) & named.keys()]
+    return list({id(bias): bias for bias in found}.values())
+
+
+def follows(gradient: Any, at_biases: Sequence[Tensor], family: str, tolerance: float) -> bool:
+    """Whether autograd's gradients at a matrix's biases are the sum of its VJPs."""
+    if at_biases[0].ndim == 2 and gradient.n_experts:  # gate and up in one parameter
+        at_biases = [expert_slice(part, family, gradient.matrix) for part in at_biases]
+    expected = torch.cat([part.flatten() for part in at_biases])
+    found = sum(gradient.bias(prompt) for prompt in range(2)).flatten()
+    # Without rotary angles no loss depends on a key's bias, so the scale is that of the terms.
+    return bool((found - expected).norm() <= tolerance * gradient.norms.sum())
+
+
+@models()
+def test_coverage_has_the_captured_weights_and_the_biases_that_follow(
+    family: str, kind: str
+) -> None:
+    model, capture = model_in(family, kind), captured(family, kind)
+    named = named_parameters(model)
+    used = used_parameters(model, named)
+    total = loss(model(prompts()), prompts()).sum()
+    expected = set()
+    for key, gradient in capture.gradients.items():
+        tensors = find_weight(model, family, *key).tensors
+        biases = [bias for bias in biases_beside(tensors, named) if id(bias) in used]
+        expected |= {id(tensor) for tensor in tensors} & used
+        if not biases:
+            continue
+        at_biases = torch.autograd.grad(total, biases, retain_graph=True)
+        if follows(gradient, at_biases, family, tolerance_of(family, kind)):
+            expected |= {id(bias) for bias in biases}
+    assert {id(named[name]) for name in capture.coverage.covered} & used == expected
+
+
+def test_bias_behind_the_product_of_a_gated_mlp_is_not_covered() -> None:
+    """`HookedTransformer` adds `b_in` to the gated activations; VJPs of `W_in` do not sum to it."""
+    if not HAS_HOOKED:
+        pytest.skip(NO_HOOKED)
+    names = {f"blocks.{layer}.mlp.b_in" for layer in range(N_LAYERS)}
+    assert names <= set(captured("llama", "hooked").coverage.not_covered)
+    assert names <= set(captured("gpt2", "hooked").coverage.covered)
+
+
+@models(("gpt2",))
+def test_coverage_is_of_what_was_asked_for(family: str, kind: str) -> None:
+    model = model_in(family, kind)
+    for matrix, left_out in (("attn", {"mlp"}), ("W_out", {"attn", "c_fc", "W_in", "b_in"})):
+        coverage = capture_gradients(model, prompts(), loss, matrices=matrix).coverage
+        assert coverage.covered
+        assert not [name for name in coverage.covered if set(name.split(".")) & left_out]
+
+
+@models(("qwen2_moe",))
+def test_router_and_shared_expert_are_not_covered(family: str, kind: str) -> None:
+    model = model_in(family, kind)
+    coverage = backward_lens(model, prompts(), objective=loss, matrices="all").coverage
+    for layer in range(N_LAYERS):
+        mlp = f"model.layers.{layer}.mlp"
+        shared = {f"{mlp}.shared_expert.{name}_proj.weight" for name in ("gate", "up", "down")}
+        routers = {f"{mlp}.gate.weight", f"{mlp}.shared_expert_gate.weight"}
+        assert shared | routers <= set(coverage.not_covered)
+        experts = {f"{mlp}.experts.gate_up_proj", f"{mlp}.experts.down_proj"}
+        assert experts <= set(coverage.covered)
+
+
+# ------------------------------------------------------------- where the residual stream is joined
+
+JOINS = {"W_O": "hook_attn_out", "W_out": "hook_mlp_out"}
+
+
+@functools.cache
+def gradients_at_joins(family: str, kind: str) -> dict[tuple[str, int], Tensor]:
+    """Autograd's gradient where attention and MLP are added to the residual stream."""
+    model, keys = model_in(family, kind), list(product(JOINS, range(N_LAYERS)))
+    outputs: dict[tuple[str, int], Tensor] = {}
+
+    def keep(key: tuple[str, int], module: Any, args: Any, output: Tensor) -> None:
+        outputs[key] = output
+
+    handles = [
+        model.hook_dict[f"blocks.{layer}.{JOINS[matrix]}"].register_forward_hook(
+            functools.partial(keep, (matrix, layer))
+        )
+        for matrix, layer in keys
+    ]
+    total = loss(model(prompts()), prompts()).sum()
+    for handle in handles:
+        handle.remove()
+    found = torch.autograd.grad(total, [outputs[key] for key in keys])
+    return {
+        key: gradient.view(*prompts().shape, -1) for key, gradient in zip(keys, found, strict=True)
+    }
+
+
+@models()
+def test_vjps_at_the_residual_stream(family: str, kind: str) -> None:
+    for key, expected in gradients_at_joins(family, kind).items():
+        gradient = captured(family, kind)[key]
+        assert relative_error(gradient.resid_vjps, expected) <= tolerance_of(family, kind)
+        if gradient.experts is not None:
+            continue  # the router's weights come in between
+        if family in NORM_AFTER:
+            assert relative_error(gradient.vjps, expected) > 0.1
+        else:
+            assert torch.equal(gradient.vjps, gradient.resid_vjps)
+
+
+class Seen:
+    """A projection that notes what it is given."""
+
+    def __init__(self, d_vocab: int) -> None:
+        self.d_vocab, self.vectors = d_vocab, {}
+
+    def project(self, vectors: Tensor, layer: int) -> Tensor:
+        self.vectors[layer] = vectors
+        return torch.zeros(len(vectors), self.d_vocab, dtype=vectors.dtype)
+
+
+@models(("gpt2", *NORM_AFTER))
+def test_lens_reads_vjps_where_it_is_told(family: str, kind: str) -> None:
+    model, at_joins = model_in(family, kind), gradients_at_joins(family, kind)
+    for matrix, place in product(JOINS, ("matrix", "residual")):
+        seen = Seen(model.cfg.d_vocab)
+        backward_lens(
+            model, prompts(), objective=loss, matrices=matrix, projection=seen, vjps_at=place
+        )
+        for layer, vectors in seen.vectors.items():
+            own = captured(family, kind)[matrix, layer].vjps
+            vjps = at_joins[matrix, layer] if place == "residual" else own
+            assert relative_error(-vectors, vjps.flatten(0, 1)) <= tolerance_of(family, kind)
+        assert list(seen.vectors) == list(range(N_LAYERS))
