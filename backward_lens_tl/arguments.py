@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from operator import index
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeGuard
 
 import numpy as np
 from torch import Tensor
@@ -77,31 +77,32 @@ def check_text(name: str, text: str, error: type[InputError] = InputError) -> No
         raise error(f"{name} {text!r} is not Unicode text: {cause.reason}") from cause
 
 
+def shown(value: object) -> str:
+    """A value for a message; Python prints no integer of thousands of digits."""
+    try:
+        return repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} too large to print"
+
+
+def is_integer(value: object) -> TypeGuard[SupportsIndex]:
+    """Whether a value is an integer, and not a truth value or an array."""
+    return isinstance(value, SupportsIndex) and not isinstance(
+        value, bool | Tensor | np.ndarray | type
+    )
+
+
 def is_index(value: object, size: int) -> bool:
     """Whether a value is an integer that indexes something of a size, from either end."""
-    if isinstance(value, bool | Tensor | np.ndarray | type) or not isinstance(value, SupportsIndex):
-        return False
-    return -size <= index(value) < size
+    return is_integer(value) and -size <= index(value) < size
 
 
-def is_key(value: object, mapping: Mapping[Any, object]) -> bool:
-    """Whether a mapping has a key, which may be of any type."""
-    try:
-        return value in mapping
-    except (TypeError, ValueError, RuntimeError):  # not hashable, or an array in a tuple
-        return False
-
-
-def file_path(path: object, error: type[Exception]) -> Path:
-    """A path to a file.
+def check_path(path: object, error: type[Exception]) -> None:
+    """Refuse what is no path to a file.
 
     Args:
         path: What was passed.
         error: What is raised.
-
-    Returns:
-        The path.
     """
-    if isinstance(path, str | Path):
-        return Path(path)
-    raise error(f"path is {path!r}, a {type(path).__name__}; pass a text or a pathlib.Path")
+    if not isinstance(path, str | Path):
+        raise error(f"path is {path!r}, a {type(path).__name__}; pass a text or a pathlib.Path")

@@ -28,6 +28,7 @@ from backward_lens_tl.recording import (
     Recorder,
     VjpRecorder,
     at_least_float32,
+    clean_rows,
     recorder_of,
     recording,
     requiring_grad,
@@ -150,12 +151,13 @@ class _Run:
         return [*self.matrices, *self.points, *self.joins.values(), *self.patterns.values()]
 
     def forget_unseen(self, *, points: bool) -> None:
-        """Drop what never passed: patterns that the model keeps to itself, and hook points.
+        """Drop what never passed: what the model keeps to itself, and hook points.
 
         Args:
             points: Whether hook points may be dropped as well.
         """
         self.patterns = {layer: kept for layer, kept in self.patterns.items() if kept.n_seen == 1}
+        self.joins = {key: join for key, join in self.joins.items() if join.n_seen == 1}
         if points:
             self.points = [point for point in self.points if point.n_seen == 1]
 
@@ -184,7 +186,9 @@ class _Run:
         join = self.joins.get((factors.matrix, factors.layer))
         if join is None:
             return factors
-        return replace(factors, joined_vjps=_real_rows(join.vjp(found[join], batch), batch))
+        joined = clean_rows(join.vjp(found[join], batch).reshape(*batch.mask.shape, -1), batch)
+        same = joined.shape == factors.vjps.shape and bool(torch.equal(joined, factors.vjps))
+        return factors if same else replace(factors, joined_vjps=joined)
 
 
 def _check_sharing(host: Host, sites: Sequence[Site]) -> None:
@@ -242,13 +246,6 @@ def _check_factors(gradient: MatrixGradient) -> None:
                 f"prompt {int(finite.int().argmin())}; check the weights and the objective for NaN "
                 "and infinities, and in half precision load the model in float32"
             )
-
-
-def _real_rows(
-    vjps: Float[Tensor, "*rows d_model"], batch: PromptBatch
-) -> Float[Tensor, "batch pos d_model"]:
-    rows = vjps.reshape(*batch.mask.shape, -1)
-    return rows.masked_fill(~batch.mask[..., None], 0) if batch.is_padded else rows
 
 
 def _coverage(host: Host, sites: Sequence[Site]) -> Coverage:

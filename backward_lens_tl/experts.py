@@ -19,8 +19,8 @@ from torch import Tensor
 from backward_lens_tl.errors import UnsupportedModelError
 from backward_lens_tl.sites import READING_MATRICES, StackedExpertsSite
 
-_ROUNDING = 1e2
-"""How many `eps` the derived output may be off, relative to its largest entry."""
+_ROUNDING = 8
+"""How many `eps` the derived output may be off, relative to its norm."""
 
 
 def stacked_factors(
@@ -89,9 +89,8 @@ def _check_outputs(
     written = _per_expert(activations, stack.w_out, chosen)
     written = written if stack.b_out is None else written + stack.b_out[chosen]
     expected = (routing[..., None].to(written.dtype) * written).sum(1)
-    off = (expected - outputs).abs().max()
-    allowed = _ROUNDING * torch.finfo(outputs.dtype).eps * outputs.abs().max()
-    if not off <= allowed:
+    off = (expected.double() - outputs.double()).norm() / outputs.double().norm()
+    if not off <= _ROUNDING * torch.finfo(outputs.dtype).eps:
         raise UnsupportedModelError(
             f"the experts of layer {site.layer} ({type(stack.module).__name__}) compute something "
             f"else than a gated MLP: their output is {float(off):.1e} off; ask for "

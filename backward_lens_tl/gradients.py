@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache, FactoredMatrix
 
-from backward_lens_tl.arguments import is_index, is_key
+from backward_lens_tl.arguments import is_index, is_integer, shown
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.sites import ATTENTION_MATRICES, READING_MATRICES, MatrixName
 
@@ -48,8 +48,8 @@ class MatrixGradient:
         mask: False at padding, and in one expert's gradient where a token was not routed to it.
         experts: The expert of each slot, -1 at padding; `None` without experts.
         n_experts: How many experts there are.
-        joined_vjps: The gradient where what the matrix wrote is added to the residual stream, if a
-            norm, a scale or a router comes in between; `resid_vjps` has it in all cases.
+        joined_vjps: The gradient where what the matrix wrote is added to the residual stream, if it
+            differs from `vjps`; `resid_vjps` has it in all cases.
         input_hook: TransformerLens's hook point that shows `x_i`, if there is one.
         output_hook: TransformerLens's hook point that shows the output, or what becomes of it on
             its way to the residual stream.
@@ -102,9 +102,9 @@ class MatrixGradient:
     def resid_vjps(self) -> Float[Tensor, "batch pos d_model"]:
         """The VJPs where what a writing matrix wrote is added to the residual stream.
 
-        They equal `vjps` unless a norm, a scale or a router comes in between. `-resid_vjps` is what
-        a step of gradient descent wants to add to the stream; `vjps` is what it adds to the
-        matrix's own output, which the norm then changes.
+        They equal `vjps` unless a norm, a scale, a router or a caller's hook comes in between.
+        `-resid_vjps` is what a step of gradient descent wants to add to the stream; `-vjps` is what
+        it adds to the matrix's own output, which the norm then changes.
 
         Raises:
             InputError: If the matrix reads the residual stream.
@@ -186,19 +186,21 @@ class MatrixGradient:
         _check_index("expert", index, self.n_experts)
         routed = self.experts == index
         here = routed.any(-1)
-        slot = routed.int().argmax(-1)[..., None, None]
-        inputs, vjps = (
-            factor.take_along_dim(slot, 2)[:, :, 0] if factor.ndim == 4 else factor
-            for factor in (self.inputs, self.vjps)
-        )
+        elsewhere = ~here[..., None]
+        inputs = self.inputs
+        if inputs.ndim == 4:
+            slot = routed.int().argmax(-1)[..., None, None]
+            inputs = inputs.take_along_dim(slot, 2)[:, :, 0]
+        joined = self.joined_vjps
         return replace(
             self,
-            inputs=inputs.masked_fill(~here[..., None], 0),
-            vjps=vjps.masked_fill(~here[..., None], 0),
+            inputs=inputs.masked_fill(elsewhere, 0),
+            # An expert that a token is routed to twice reads the same both times.
+            vjps=self.vjps.masked_fill(~routed[..., None], 0).sum(2),
             mask=here,
             experts=None,
             n_experts=None,
-            joined_vjps=None,
+            joined_vjps=None if joined is None else joined.masked_fill(elsewhere, 0),
         )
 
     # --- the gradient of one prompt ------------------------------------------------------------
@@ -394,8 +396,9 @@ class Coverage:
     Attributes:
         covered: Parameters whose gradient follows from the captured factors.
         not_covered: All others of the model.
-        parameters: `"processed"` if TransformerLens changed the weights when it loaded them, for
-            example by `fold_ln`: factors belong to those, not to the raw model's. Else `"raw"`.
+        parameters: `"processed"` if TransformerLens changed matrices of attention or MLPs when it
+            loaded them, by `fold_ln` or `center_writing_weights`: factors belong to those, not to
+            the raw model's. Else `"raw"`. It is read off the weights.
         differing: The captured matrices that are not the raw model's.
     """
 
@@ -446,8 +449,10 @@ class GradientCapture:
     attention: Mapping[int, AttentionGradient] = field(default_factory=dict)
 
     def __getitem__(self, key: tuple[str, int]) -> MatrixGradient:
-        if is_key(key, self.gradients):
-            return self.gradients[key]
+        if isinstance(key, tuple) and len(key) == 2 and is_integer(key[1]):
+            found = self.gradients.get((str(key[0]), int(key[1])))
+            if found is not None:
+                return found
         raise InputError(
             f"{key!r} was not captured; there are {', '.join(self.matrices)} in layers "
             f"{', '.join(map(str, self.layers))}"
@@ -482,10 +487,12 @@ class GradientCapture:
             InputError: If no attention matrix of the layer was asked for, or the model keeps its
                 pattern to itself.
         """
-        if is_key(layer, self.attention):
+        if is_integer(layer) and layer in self.attention:
             return self.attention[layer]
-        if is_key(layer, dict.fromkeys(self.layers)) and set(self.matrices) & set(
-            ATTENTION_MATRICES
+        if (
+            is_integer(layer)
+            and layer in self.layers
+            and set(self.matrices) & set(ATTENTION_MATRICES)
         ):
             raise InputError(
                 f"the attention pattern of layer {layer} did not pass hook_pattern with a gradient "
@@ -510,7 +517,8 @@ class GradientCapture:
             The map; zero where attention is masked.
 
         Raises:
-            InputError: If no attention matrix of the layer was asked for.
+            InputError: If no attention matrix of the layer was asked for, or the model keeps its
+                pattern to itself.
         """
         return self.attention_of(layer).reversed_attention
 
@@ -523,6 +531,8 @@ class GradientCapture:
         Returns:
             Activations under their hook point's name, and gradients under that name and `_grad`:
             for every matrix those that have a hook point, and all that `hook_points` asked for.
+            Under a caller's hook at the same point, a matrix's gradient is the one before it, and
+            that of `hook_points` the one after it. Matrices have zeros at padding.
         """
         entries: dict[str, Tensor] = {}
         for gradient in self:
@@ -570,10 +580,8 @@ class GradientCapture:
                 f"prompts have lengths {self.mask.sum(1).tolist()} here and "
                 f"{other.mask.sum(1).tolist()} there; attribution compares position with position"
             )
-        pairs = ((name, self.hook_points[name], other.hook_points[name]) for name in shared)
-        return {
-            name: ((there.value - here.value) * here.vjp).sum(-1) for name, here, there in pairs
-        }
+        pairs = ((self.hook_points[name], other.hook_points[name]) for name in shared)
+        return {here.name: _attribution(here, there) for here, there in pairs}
 
     def __repr__(self) -> str:
         return (
@@ -583,6 +591,18 @@ class GradientCapture:
         )
 
 
+def _attribution(
+    here: HookPointGradient, there: HookPointGradient
+) -> Float[Tensor, "batch *shape"]:
+    if here.value.shape != there.value.shape:
+        raise InputError(
+            f"{here.name} has shape {tuple(here.value.shape)} here and {tuple(there.value.shape)} "
+            "there; both captures have to be of one model"
+        )
+    # Masked scores are minus infinity in both runs, and their gradient is zero.
+    return ((there.value - here.value) * here.vjp).masked_fill(here.vjp == 0, 0).sum(-1)
+
+
 def _check_index(kind: str, index: int, size: int) -> None:
     if not is_index(index, size) or index < 0:
-        raise InputError(f"{kind} {index!r} does not exist; allowed are 0 to {size - 1}")
+        raise InputError(f"{kind} {shown(index)} does not exist; allowed are 0 to {size - 1}")

@@ -13,10 +13,10 @@ from urllib.request import getproxies
 
 import huggingface_hub
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from backward_lens_tl.arguments import check_choice, check_text
 from backward_lens_tl.errors import InputError, ModelNotFoundError, UnsupportedModelError
 
 Kind = Literal["hooked", "bridge"]
@@ -61,10 +61,16 @@ def load_model(name: str, kind: Kind | None = None) -> nn.Module:
         ModelNotFoundError: If there is no such model, or the hub cannot be reached.
         UnsupportedModelError: If what is installed cannot load a folder, or not rightly.
     """
+    if not isinstance(name, str):
+        raise ModelNotFoundError(f"{name!r} is a {type(name).__name__}; pass a name or a folder")
+    check_text("model name", name, ModelNotFoundError)
+    kind = _checked_kind(kind)
     if name == FACTS_MODEL:
         return load_facts_model(kind)
-    kind = _checked_kind(kind)
-    is_folder = Path(name).is_dir()
+    try:
+        is_folder = Path(name).is_dir()
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"{name!r} is no possible name: {error}") from error
     model: nn.Module = _load_folder(Path(name), kind) if is_folder else _load_from_hub(name, kind)
     return model.eval()
 
@@ -75,6 +81,7 @@ def _checked_kind(kind: str | None) -> Kind:
     has_hooked = find_spec("transformer_lens.HookedTransformer") is not None
     if kind is None:
         return "bridge" if has_bridge else "hooked"
+    check_choice("kind", kind, ("bridge", "hooked", None))
     if kind == "bridge" and has_bridge:
         return "bridge"
     if kind == "hooked" and has_hooked:
@@ -90,7 +97,8 @@ def _load_folder(folder: Path, kind: Kind) -> Any:
     try:
         hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, SafetensorError) as error:
+    # A damaged file can make the libraries that read it raise anything.
+    except Exception as error:
         raise ModelNotFoundError(
             f"folder {str(folder)!r} does not hold a model and a tokenizer in Hugging Face format "
             f"that transformers {version('transformers')} reads: {str(error).splitlines()[0]}; "

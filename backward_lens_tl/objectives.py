@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from backward_lens_tl.arguments import check_choice, plain
+from backward_lens_tl.arguments import check_choice, plain, shown
 from backward_lens_tl.errors import ObjectiveError, TargetError
 from backward_lens_tl.host import Host
 from backward_lens_tl.prompts import PromptBatch, Prompts, pad_prompts, tokenize_prompts
@@ -273,7 +273,7 @@ def _one_per_prompt(targets: _T | Sequence[_T], n_prompts: int) -> list[_T]:
 
 
 def _name(targets: object) -> str:
-    return repr(plain(targets))
+    return shown(plain(targets))
 
 
 def _last(
@@ -393,6 +393,12 @@ class _CallerLoss(BoundObjective):
             raise ObjectiveError(
                 f"the objective returned {shape} for {n_prompts} prompts of one length; it must "
                 "return one loss per prompt, a tensor of shape [batch]"
+            )
+        if not losses.is_floating_point() or losses.is_meta or losses.layout != torch.strided:
+            raise ObjectiveError(
+                f"the objective returned a {losses.layout} tensor of {losses.dtype} on "
+                f"{losses.device}; losses must be real numbers that depend on the logits through "
+                "autograd"
             )
         if must_flow and not losses.requires_grad:
             raise ObjectiveError(

@@ -92,7 +92,11 @@ def as_projection(projection: str | Projection, host: Host) -> Projection:
     """
     if isinstance(projection, str) and projection in _BY_NAME:
         return _BY_NAME[projection](host)
-    if isinstance(projection, Projection) and not isinstance(projection, type):
+    if (
+        isinstance(projection, Projection)
+        and not isinstance(projection, type)
+        and callable(projection.project)
+    ):
         return projection
     raise InputError(
         f"unknown projection {projection!r}; allowed are {', '.join(map(repr, _BY_NAME))}, or an "

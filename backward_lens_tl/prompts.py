@@ -71,8 +71,8 @@ def tokenize_prompts(host: Host, prompts: Prompts, prepend_bos: bool | None) -> 
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(
-                f"prompt {index} is {text!r}, a {type(text).__name__}; pass texts, or one tensor of token "
-                "ids of shape [batch, pos]"
+                f"prompt {index} is {text!r}, a {type(text).__name__}; pass texts, or one tensor "
+                "of token ids of shape [batch, pos]"
             )
         check_text(f"prompt {index},", text)
     rows = [host.tokenize(text, prepend_bos) if text else [] for text in texts]

@@ -12,8 +12,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from backward_lens_tl.arguments import shown
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.projection import Projection
+
+_SCORE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 CHUNK_BYTES = 64 * 2**20
 """Memory that the logits of one chunk of vectors may take."""
@@ -117,7 +120,7 @@ def check_k(k: int, d_vocab: int) -> None:
         InputError: If `k` is not between 1 and `d_vocab`.
     """
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= d_vocab:
-        raise InputError(f"k is {k!r}; allowed are 1 to {d_vocab}, the size of the vocabulary")
+        raise InputError(f"k is {shown(k)}; allowed are 1 to {d_vocab}, the size of the vocabulary")
 
 
 def _read_scores(scores: Float[Tensor, "n d_vocab"], targets: Int[Tensor, "n"], k: int) -> Readout:
@@ -140,9 +143,10 @@ def _checked(scores: object, n: int, d_vocab: int) -> Float[Tensor, "n d_vocab"]
             f"the projection returned {shape} for {n} vectors; it must return one score per token, "
             f"a tensor of shape ({n}, {d_vocab})"
         )
-    if not scores.is_floating_point() or bool(scores.isnan().any()):
+    is_plain = scores.dtype in _SCORE_DTYPES and scores.layout == torch.strided
+    if not is_plain or scores.is_meta or bool(scores.isnan().any()):
         raise InputError(
-            f"the projection returned scores of dtype {scores.dtype}, or NaN among them; they must "
-            "be real numbers"
+            f"the projection returned {scores.layout} scores of dtype {scores.dtype} on "
+            f"{scores.device}, or NaN among them; they must be real numbers"
         )
     return scores

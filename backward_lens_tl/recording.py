@@ -211,8 +211,8 @@ class MatrixRecorder(Recorder):
         return MatrixGradient(
             matrix=site.matrix,
             layer=site.layer,
-            inputs=_clean(site.by_head(x, "input", rows), batch),
-            vjps=_clean(site.by_head(y, "output", rows), batch),
+            inputs=clean_rows(site.by_head(x, "input", rows), batch),
+            vjps=clean_rows(site.by_head(y, "output", rows), batch),
             mask=batch.mask,
             input_hook=site.input_hook,
             output_hook=site.output_hook,
@@ -606,16 +606,24 @@ def _by_slot(
     return MatrixGradient(
         matrix=site.matrix,
         layer=site.layer,
-        inputs=_clean(inputs.reshape(*rows, *inputs.shape[1:]), batch),
-        vjps=_clean(vjps.reshape(*rows, *vjps.shape[1:]), batch),
+        inputs=clean_rows(inputs.reshape(*rows, *inputs.shape[1:]), batch),
+        vjps=clean_rows(vjps.reshape(*rows, *vjps.shape[1:]), batch),
         mask=batch.mask,
         experts=experts.masked_fill(~batch.mask[..., None], -1),
         n_experts=site.n_experts,
     )
 
 
-def _clean(factor: Float[Tensor, "*shape"], batch: PromptBatch) -> Float[Tensor, "*shape"]:
-    """Widen, bring layers that lie on other devices together, and put zeros at padding."""
+def clean_rows(factor: Float[Tensor, "*shape"], batch: PromptBatch) -> Float[Tensor, "*shape"]:
+    """Widen, bring layers that lie on other devices together, and put zeros at padding.
+
+    Args:
+        factor: Something per prompt and position, its first two axes.
+        batch: The prompts.
+
+    Returns:
+        The same, on the device of the tokens.
+    """
     factor = at_least_float32(factor).to(batch.mask.device)
     if not batch.is_padded:
         return factor

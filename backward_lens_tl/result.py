@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from backward_lens_tl.arguments import file_path, is_index, is_key
+from backward_lens_tl.arguments import check_path, is_index, is_integer, shown
 from backward_lens_tl.cells import Cell, TokenScore
 from backward_lens_tl.errors import InputError, ResultFileError, UnsupportedModelError
 from backward_lens_tl.gradients import (
@@ -116,7 +117,7 @@ class BackwardLensResult:
         Raises:
             InputError: If the matrix was not asked for.
         """
-        if is_key(matrix, self.readouts):
+        if isinstance(matrix, str) and matrix in self.readouts:
             return self.readouts[matrix]
         raise InputError(f"{matrix!r} is not in this result; it has {', '.join(self.matrices)}")
 
@@ -215,16 +216,19 @@ class BackwardLensResult:
                 f"layer {number} computes attention where a hook cannot reach it: what a hook at "
                 "hook_pattern returns is dropped, so there is nothing to patch"
             )
-        added = scale * attention.reversed_attention
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not isfinite(scale):
+            raise InputError(f"scale is {scale!r}; pass a finite number")
+        added = float(scale) * attention.reversed_attention
 
         def add(pattern: Tensor, hook: object) -> Tensor:
             del hook
-            same_prompts = len(added) in (1, len(pattern))
-            if pattern.shape[1:] != added.shape[1:] or not same_prompts:
+            shape = tuple(getattr(pattern, "shape", ()))
+            same_prompts = len(added) == 1 or shape[:1] == added.shape[:1]
+            if not same_prompts or shape[1:] != added.shape[1:]:
                 raise InputError(
-                    f"the pattern of layer {number} has shape {tuple(pattern.shape)}, and Reversed "
-                    f"Attention has {tuple(added.shape)}; run the model on the prompts that it "
-                    "was made from"
+                    f"the pattern of layer {number} is {type(pattern).__name__} of shape {shape}, "
+                    f"and Reversed Attention has {tuple(added.shape)}; run the model on the "
+                    "prompts that it was made from"
                 )
             return pattern + added.to(pattern)
 
@@ -350,23 +354,25 @@ class BackwardLensResult:
             return self.k
         if not is_index(k, self.k + 1) or k < 1:
             raise InputError(
-                f"k is {k!r}; {self.k} tokens were kept, and backward_lens(..., k=...) keeps more"
+                f"k is {shown(k)}; {self.k} tokens were kept, and backward_lens(..., k=...) keeps "
+                "more"
             )
         return k
 
     def _layer_index(self, layer: int) -> int:
-        if is_key(layer, dict.fromkeys(self.layers)):
+        if is_integer(layer) and layer in self.layers:
             return self.layers.index(layer)
         if not (is_index(layer, len(self.layers)) and layer < 0):
             raise InputError(
-                f"layer {layer!r} was not analysed; there are {', '.join(map(str, self.layers))}"
+                f"layer {shown(layer)} was not analysed; there are "
+                f"{', '.join(map(str, self.layers))}"
             )
         return layer % len(self.layers)
 
     def _check_prompt(self, batch: int) -> None:
         if not is_index(batch, len(self.positions)) or batch < 0:
             raise InputError(
-                f"prompt {batch!r} does not exist; allowed are 0 to {len(self.positions) - 1}"
+                f"prompt {shown(batch)} does not exist; allowed are 0 to {len(self.positions) - 1}"
             )
 
     def _position_index(self, pos: int, batch: int) -> int:
@@ -375,7 +381,7 @@ class BackwardLensResult:
         analysed = self.positions[batch].tolist()
         if wanted not in analysed:
             raise InputError(
-                f"position {pos} was not analysed in prompt {batch}; there are {analysed}"
+                f"position {shown(pos)} was not analysed in prompt {batch}; there are {analysed}"
             )
         return analysed.index(wanted)
 
@@ -430,11 +436,18 @@ class BackwardLensResult:
         Args:
             path: The file.
             batch: Which prompt.
+
+        Raises:
+            ResultFileError: If the file cannot be written.
         """
         from backward_lens_tl.views.html import render_page
 
         self._check_prompt(batch)
-        file_path(path, InputError).write_text(render_page(self, batch), encoding="utf-8")
+        check_path(path, ResultFileError)
+        try:
+            Path(path).write_text(render_page(self, batch), encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ResultFileError(f"{os.fspath(path)!r} cannot be written: {error}") from error
 
     def __repr__(self) -> str:
         prompts, first = len(self.positions), self.gradients.str_tokens[0]
@@ -454,7 +467,7 @@ class BackwardLensResult:
             path: The file.
         """
         versions = {name.replace("-", "_"): version(name) for name in _DISTRIBUTIONS}
-        write(file_path(path, ResultFileError), self, versions)
+        write(path, self, versions)
 
     @classmethod
     def load(cls, path: str | Path) -> BackwardLensResult:
@@ -469,7 +482,7 @@ class BackwardLensResult:
         Raises:
             ResultFileError: If the file is missing, damaged, or not a saved result.
         """
-        result = read(file_path(path, ResultFileError), (*_SAVED_TYPES, cls))
+        result = read(path, (*_SAVED_TYPES, cls))
         if not isinstance(result, cls):
             raise ResultFileError(f"{os.fspath(path)!r} holds no {cls.__name__}")
         return result

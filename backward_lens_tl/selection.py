@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from backward_lens_tl.arguments import is_index, listed
+from backward_lens_tl.arguments import is_index, listed, shown
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.host import Host
 from backward_lens_tl.sites import MATRIX_NAMES, HookPointSite, MatrixName
@@ -96,7 +96,7 @@ def select_layers(layers: int | Sequence[int] | None, host: Host) -> tuple[int, 
     asked = listed(layers)
     for layer in asked:
         if not is_index(layer, n):
-            raise InputError(f"layer {layer!r} does not exist; allowed are {-n} to {n - 1}")
+            raise InputError(f"layer {shown(layer)} does not exist; allowed are {-n} to {n - 1}")
     if not asked:
         raise InputError("no layer was asked for; leave `layers` out for all of them")
     return tuple(sorted({int(layer) % n for layer in asked}))
@@ -148,7 +148,7 @@ def position_index(position: int, length: int, prompt: int) -> int:
     """
     if not is_index(position, length):
         raise InputError(
-            f"position {position!r} does not exist in prompt {prompt}, which has {length} tokens; "
-            f"allowed are {-length} to {length - 1}"
+            f"position {shown(position)} does not exist in prompt {prompt}, which has {length} "
+            f"tokens; allowed are {-length} to {length - 1}"
         )
     return int(position) % length

@@ -109,8 +109,8 @@ class MatrixSite:
         heads_per_weight: Heads of `y` that one head of the weight serves (ungrouped queries).
         input_hook: TransformerLens's name of the hook point that shows `x`, if there is one.
         output_hook: Likewise for `y`, or for what becomes of it on its way to the residual stream.
-        joins: Where what the matrix wrote is added to the residual stream, if a norm or a scale
-            comes in between; else it is added as it is.
+        joins: Where what a writing matrix wrote is added to the residual stream, behind a norm or
+            a scale if there is one.
     """
 
     matrix: MatrixName

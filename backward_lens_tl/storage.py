@@ -6,9 +6,11 @@ rest as JSON, in which a tensor, a dataclass or a mapping is an object with one 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from backward_lens_tl.arguments import check_path
 from backward_lens_tl.errors import ResultFileError
 
 FORMAT_VERSION = 2
 """Raised when older files can no longer be read."""
 
-_KEY = "backward_lens_tl"
+_KEY, _DIGEST = "backward_lens_tl", "sha256"
 _TENSOR, _DATACLASS, _FIELDS, _MAPPING = "tensor", "dataclass", "fields", "mapping"
 
 
-def write(path: Path, value: object, about: Mapping[str, str]) -> None:
+def write(path: str | Path, value: object, about: Mapping[str, str]) -> None:
     """Write a dataclass and all that it holds to one file.
 
     Args:
@@ -39,6 +42,7 @@ def write(path: Path, value: object, about: Mapping[str, str]) -> None:
     Raises:
         ResultFileError: If the file cannot be written.
     """
+    check_path(path, ResultFileError)
     tensors: dict[str, Tensor] = {}
     tree = _packed(value, _KEY, tensors, names={})
     header = json.dumps({"format": FORMAT_VERSION, **about, "tree": tree})
@@ -49,15 +53,16 @@ def write(path: Path, value: object, about: Mapping[str, str]) -> None:
         for name, tensor in tensors.items()
     }
     try:
-        save_file(owned, partial, metadata={_KEY: header})
+        save_file(owned, partial, metadata={_KEY: header, _DIGEST: _digest(header, owned)})
         partial.replace(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ResultFileError(f"{os.fspath(path)!r} cannot be written: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError, ValueError):
+            partial.unlink()
 
 
-def read(path: Path, types: Sequence[type]) -> Any:
+def read(path: str | Path, types: Sequence[type]) -> Any:
     """Read back what `write` wrote.
 
     Args:
@@ -70,20 +75,25 @@ def read(path: Path, types: Sequence[type]) -> Any:
     Raises:
         ResultFileError: If the file is missing, damaged, not a saved result, or of a later format.
     """
+    check_path(path, ResultFileError)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ResultFileError(f"{os.fspath(path)!r} cannot be read: {error}") from error
     if _KEY not in metadata:
         raise ResultFileError(
             f"{os.fspath(path)!r} is a safetensors file, but not one that result.save(path) wrote"
         )
+    if metadata.get(_DIGEST) != _digest(metadata[_KEY], tensors):
+        raise ResultFileError(f"{os.fspath(path)!r} is damaged: its contents have changed")
     try:
-        header: dict[str, Any] = json.loads(metadata[_KEY])
-    except json.JSONDecodeError as error:
+        header: Any = json.loads(metadata[_KEY])
+    except (ValueError, RecursionError) as error:
         raise ResultFileError(f"{os.fspath(path)!r} has a damaged header: {error}") from error
+    if not isinstance(header, dict):
+        raise ResultFileError(f"{os.fspath(path)!r} has a damaged header: {header!r}")
     if header.get("format") != FORMAT_VERSION:
         raise ResultFileError(
             f"{os.fspath(path)!r} has format {header.get('format')}; this version reads "
@@ -92,8 +102,19 @@ def read(path: Path, types: Sequence[type]) -> Any:
         )
     try:
         return _unpacked(header["tree"], tensors, {kind.__name__: kind for kind in types})
-    except (KeyError, TypeError) as error:
-        raise ResultFileError(f"{os.fspath(path)!r} lacks {error}; it is damaged") from error
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ResultFileError(
+            f"{os.fspath(path)!r} is damaged: {type(error).__name__} {error}"
+        ) from error
+
+
+def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """A checksum of all that a file holds, so that damage shows."""
+    digest = hashlib.sha256(header.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _packed(value: Any, path: str, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:

@@ -216,6 +216,11 @@ def _in_float32(
     with torch.no_grad():
         host.logits(bind_to_prompts(objective, host, prompts, prepend_bos=None)[1].tokens)
     widened = copy.deepcopy(host.model).float()
+    for module in widened.modules():
+        # Processed weights of a bridge's gated MLPs are no parameters.
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                setattr(module, name, value.float())
     # TransformerLens's own modules round to the dtype that their configuration names.
     setattr(widened.cfg, "dtype", torch.float32)  # noqa: B010  (cfg has no static type)
     return capture_gradients(widened, prompts, objective, matrices=matrices)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, Literal
 
-from backward_lens_tl.arguments import check_text
+from backward_lens_tl.arguments import check_text, shown
 from backward_lens_tl.errors import TargetError
 
 TargetPosition = Literal["first", "last"]
@@ -107,11 +107,12 @@ class Vocabulary:
     def _checked(self, token_id: int) -> int:
         if isinstance(token_id, bool) or not isinstance(token_id, int):
             raise TargetError(
-                f"target {token_id!r} is a {type(token_id).__name__}; pass text or a token id"
+                f"target {shown(token_id)} is a {type(token_id).__name__}; pass text or a token id"
             )
         if not 0 <= token_id < self.size:
             raise TargetError(
-                f"token id {token_id} is not in the vocabulary; allowed are 0 to {self.size - 1}"
+                f"token id {shown(token_id)} is not in the vocabulary; allowed are 0 to "
+                f"{self.size - 1}"
             )
         return token_id
 

@@ -345,13 +345,14 @@ def _unchanged(tensor: Tensor) -> Tensor:
 
 
 def is_centered(weight: Float[Tensor, "*rows d_model"]) -> bool:
-    """Whether all that a matrix can write has mean zero, as `center_writing_weights` makes it.
+    """Whether every row of a matrix has mean zero, as TransformerLens's processing makes it.
 
     Args:
         weight: The matrix, with `d_model` as its last axis.
 
     Returns:
-        Whether every row's mean is zero up to rounding.
+        Whether the means are much smaller than chance makes them, about `size / sqrt(d_model)`.
     """
-    means, size = weight.detach().mean(-1).abs().max(), weight.detach().abs().mean()
-    return bool(means <= 100 * torch.finfo(weight.dtype).eps * size)
+    weight = weight.detach().float()
+    means, size = weight.mean(-1).abs().max(), weight.abs().mean()
+    return bool(means <= 0.01 * size / math.sqrt(weight.shape[-1]))

@@ -32,8 +32,11 @@ _PROJECTIONS: dict[MatrixName, tuple[str, ...]] = {
 }
 """Names of an MLP's projections; the first are those of dense layers among experts."""
 
-_FUSED = ("qkv", "gate_up")
+_FUSED = ("qkv", "gate_up", "gate_up_proj")
 """Projections that a bridge splits into linear modules of their own, and no longer uses."""
+
+_COPY = "_processed_"
+"""What the names of a gated MLP's own copies of processed weights begin with."""
 
 
 class TransformerBridgeHost(Host):
@@ -183,7 +186,7 @@ class TransformerBridgeHost(Host):
         # A gated MLP with processed weights multiplies by them itself, in TransformerLens 3 by
         # copies of its own. It passes the hook points of its projections one by one, all but those
         # on the inputs of the reading ones.
-        own_copy = getattr(mlp, f"_processed_{matrix}", None)
+        own_copy = getattr(mlp, f"{_COPY}{matrix}", None)
         parameter = site.weight.parameter if own_copy is None else own_copy
         return replace(
             site,
@@ -193,7 +196,7 @@ class TransformerBridgeHost(Host):
         )
 
     def _experts_sites(self, layer: int, experts: nn.Module) -> dict[MatrixName, Site]:
-        stack, join = _stack(experts, layer), self._join(layer, "mlp", always=True)
+        stack, join = _stack(experts, layer), self._join(layer, "mlp")
         reading: dict[MatrixName, Tensor] = {"W_in": ~stack.gate, "W_gate": stack.gate}
 
         def site(
@@ -219,13 +222,9 @@ class TransformerBridgeHost(Host):
 
     # --- hook points and parameters ----------------------------------------------------------
 
-    def _join(self, layer: int, branch: str, *, always: bool = False) -> HookPointSite | None:
-        """Where a branch joins the residual stream, if that is not its own output."""
-        block = self.model.blocks[layer]
-        point = getattr(block, f"hook_{branch}_out")
-        if point is getattr(block, branch).hook_out and not always:
-            return None
-        return self.hook_points[point.name]
+    def _join(self, layer: int, branch: str) -> HookPointSite:
+        """Where what a branch wrote joins the residual stream."""
+        return self.hook_points[getattr(self.model.blocks[layer], f"hook_{branch}_out").name]
 
     def _existing_hooks(self, site: MatrixSite) -> MatrixSite:
         """The site without names of hook points that this architecture does not have."""
@@ -244,11 +243,24 @@ class TransformerBridgeHost(Host):
             for name, parameter in root.named_parameters()
         }
         once = {id(parameter): name for name, parameter in reversed(named.items())}
+        copies = self._processed_copies()
         return {
-            name: parameter
+            name: copies.get(id(parameter), parameter)
             for name, parameter in named.items()
-            if once[id(parameter)] == name and not set(name.split(".")) & set(_FUSED)
+            if once[id(parameter)] == name and not set(name.split(".")[:-1]) & set(_FUSED)
         }
+
+    def _processed_copies(self) -> dict[int, Tensor]:
+        """Copies that gated MLPs multiply by, by the `id` of the tensor that they replace."""
+        copies: dict[int, Tensor] = {}
+        for module in self.model.modules():
+            for matrix, names in _PROJECTIONS.items():
+                linear = _linear(getattr(module, names[-1], None))
+                for kind, letter in (("weight", "W"), ("bias", "b")):
+                    copy = vars(module).get(f"{_COPY}{letter}{matrix[1:]}")
+                    if linear is not None and isinstance(copy, Tensor):
+                        copies[id(getattr(linear, kind))] = copy
+        return copies
 
     @property
     def processed_matrices(self) -> frozenset[MatrixName]:
@@ -257,7 +269,7 @@ class TransformerBridgeHost(Host):
         if not getattr(self.model, "_weights_processed", False):
             return frozenset()
         gain = getattr(_unwrapped(getattr(self.model.blocks[0], "ln1", None)), "weight", None)
-        if gain is None or bool((gain == gain[0]).all()):  # fold_ln
+        if gain is not None and bool((gain == gain[0]).all()):  # fold_ln
             found.update(READING_MATRICES)
         written = linear_site("W_O", 0, _linear(self.model.blocks[0].attn.o)).weight
         if is_centered(written.in_out(written.parameter)):  # center_writing_weights

@@ -23,9 +23,6 @@ from backward_lens_tl.sites import (
     Tap,
 )
 
-_POST_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
-"""Architectures whose `ln1` and `ln2` come after attention and MLP."""
-
 
 class HookedTransformerHost(Host):
     """A `HookedTransformer` of TransformerLens 2 or 3."""
@@ -80,7 +77,7 @@ class HookedTransformerHost(Host):
             output_heads=self.n_heads if by_head else None,
             input_hook=f"{at}.hook_z",
             output_hook=f"blocks.{layer}.hook_attn_out",
-            joins=self._join(layer, "hook_attn_out") if self._is_post_norm(layer) else None,
+            joins=self._join(layer, "hook_attn_out"),
         )
         return sites
 
@@ -146,7 +143,7 @@ class HookedTransformerHost(Host):
             bias=mlp.b_out,
             input_hook=f"{at}.hook_post",
             output_hook=f"blocks.{layer}.hook_mlp_out",
-            joins=self._join(layer, "hook_mlp_out") if self._is_post_norm(layer) else None,
+            joins=self._join(layer, "hook_mlp_out"),
         )
         return sites
 
@@ -170,11 +167,6 @@ class HookedTransformerHost(Host):
     def _join(self, layer: int, point: str) -> HookPointSite:
         return self.hook_points[f"blocks.{layer}.{point}"]
 
-    def _is_post_norm(self, layer: int) -> bool:
-        """Whether a norm comes between attention or MLP and the residual stream."""
-        architecture = getattr(self.model.cfg, "original_architecture", None)
-        return hasattr(self.model.blocks[layer], "ln1_post") or architecture in _POST_NORM
-
     # --- parameters --------------------------------------------------------------------------
 
     def parameters(self) -> dict[str, Tensor]:
@@ -185,7 +177,9 @@ class HookedTransformerHost(Host):
     def processed_matrices(self) -> frozenset[MatrixName]:
         """Matrices that TransformerLens's weight processing changed, as far as the model shows."""
         found: set[MatrixName] = set()
-        if str(self.model.cfg.normalization_type).endswith("Pre"):  # fold_ln
+        norm, attn = self.model.cfg.normalization_type, self.model.blocks[0].attn
+        # fold_ln also centres what reads behind a LayerNorm; a model may be made with LNPre.
+        if norm == "RMSPre" or (norm in ("LN", "LNPre") and is_centered(attn.W_Q.transpose(1, 2))):
             found.update(READING_MATRICES)
         if is_centered(self.model.blocks[0].attn.W_O):  # center_writing_weights
             found.update(WRITING_MATRICES)

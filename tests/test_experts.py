@@ -1,0 +1,119 @@
+"""Mixtures of experts under edits of their routing, and the check of derived factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from architectures import NotAvailable, build_model
+from models import relative_error
+from torch import Tensor
+
+from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.errors import UnsupportedModelError
+from backward_lens_tl.gradients import GradientCapture
+
+pytestmark = pytest.mark.usefixtures("as_for_a_user")
+
+TOKENS = torch.randint(3, 97, (2, 7), generator=torch.Generator().manual_seed(1))
+MATRICES = ("W_in", "W_gate", "W_out")
+
+
+def loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    chosen = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])
+    return -chosen.mean((1, 2))
+
+
+def mixture(kind: str, dtype: torch.dtype = torch.float64) -> Any:
+    try:
+        return build_model("mixtral", kind, dtype)
+    except NotAvailable as reason:
+        pytest.skip(str(reason))
+
+
+def stack_of(model: Any, layer: int) -> Any:
+    """The module that holds all experts of a bridge's layer."""
+    module = model.blocks[layer].mlp
+    while hasattr(module, "original_component"):
+        module = module.original_component
+    return module.experts
+
+
+@contextmanager
+def all_to_expert_0(model: Any, kind: str) -> Iterator[None]:
+    """Both slots of every token of layer 0 lead to expert 0."""
+    if kind == "hooked":
+        point = "blocks.0.mlp.hook_expert_indices"
+        with model.hooks(fwd_hooks=[(point, lambda chosen, hook: torch.zeros_like(chosen))]):
+            yield
+        return
+
+    def rerouted(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0], torch.zeros_like(args[1]), *args[2:])
+
+    handle = stack_of(model, 0).register_forward_pre_hook(rerouted)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def expert_weights(model: Any, kind: str, matrix: str) -> tuple[list[Tensor], Any]:
+    """The parameters of a matrix in layer 0, and what lays their gradients out by expert."""
+    if kind == "hooked":
+        experts = model.blocks[0].mlp.experts
+        weights = [getattr(expert, matrix).weight for expert in experts]
+        return weights, lambda gradients: torch.stack([gradient.T for gradient in gradients])
+    stack = stack_of(model, 0)
+    if matrix == "W_out":
+        return [stack.down_proj], lambda gradients: gradients[0].transpose(1, 2)
+    half = slice(52, None) if matrix == "W_in" else slice(0, 52)
+    return [stack.gate_up_proj], lambda gradients: gradients[0][:, half].transpose(1, 2)
+
+
+def captured(model: Any) -> GradientCapture:
+    return capture_gradients(model, TOKENS, loss, matrices="mlp", layers=0)
+
+
+@pytest.mark.parametrize("kind", ["hooked", "bridge"])
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_an_expert_in_both_slots_of_a_token(kind: str, matrix: str) -> None:
+    model = mixture(kind)
+    weights, laid_out = expert_weights(model, kind, matrix)
+    with all_to_expert_0(model, kind):
+        gradient = captured(model)[matrix, 0]
+        value = loss(model(TOKENS), TOKENS).sum()
+        expected = laid_out(torch.autograd.grad(value, weights, materialize_grads=True))
+    found = gradient.dense(0) + gradient.dense(1)
+    assert relative_error(found, expected) <= 1e-12
+    assert not found[1:].any()
+    assert gradient.expert(0).mask.all()
+
+
+@pytest.mark.parametrize("kind", ["hooked", "bridge"])
+def test_an_experts_vjps_at_the_residual_stream_are_the_layers(kind: str) -> None:
+    """The router's weight is in `vjps` and not in `resid_vjps`, of one expert as of all."""
+    gradient = captured(mixture(kind))["W_out", 0]
+    for index in range(4):
+        expert = gradient.expert(index)
+        expected = gradient.resid_vjps.masked_fill(~expert.mask[..., None], 0)
+        torch.testing.assert_close(expert.resid_vjps, expected, rtol=0, atol=0)
+        if expert.mask.any():
+            assert not torch.allclose(expert.vjps, expert.resid_vjps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_stack_that_computes_something_else_is_refused(dtype: torch.dtype) -> None:
+    model = mixture("bridge", dtype)
+    for layer in range(2):
+        # The fused kernel takes no half precision of these sizes.
+        stack_of(model, layer).config._experts_implementation = "eager"
+    assert captured(model)["W_in", 0].n_experts == 4
+    stack = stack_of(model, 0)
+    forward = stack.forward
+    stack.forward = lambda *args, **kwargs: 1.5 * forward(*args, **kwargs)
+    with pytest.raises(UnsupportedModelError, match="compute something else"):
+        captured(model)
