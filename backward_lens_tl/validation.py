@@ -218,7 +218,7 @@ def _in_float32(
     widened = copy.deepcopy(host.model).float()
     for module in widened.modules():
         # Processed weights of a bridge's gated MLPs are no parameters.
-        for name, value in vars(module).items():
+        for name, value in list(vars(module).items()):
             if isinstance(value, Tensor) and value.is_floating_point():
                 setattr(module, name, value.float())
     # TransformerLens's own modules round to the dtype that their configuration names.

@@ -199,9 +199,7 @@ def test_dense_is_autograds_gradient(case: Case, objective: Any, loss: Loss) -> 
     assert all(error <= EXACT for error in found.values()), found
 
 
-# FINDING 1: recording._check_rows takes the axis of positions for that of heads where both have
-# the same length (x.shape[-2] == heads), and refuses W_O of a bridge: every prompt of 12 tokens
-# in GPT-2 small. Remove nothing here when it is mended; the test holds the mend.
+# The axis of positions must not be taken for that of heads where both have one length.
 @pytest.mark.parametrize("n_prompts", [1, 2])
 def test_a_prompt_may_have_as_many_tokens_as_there_are_heads(pair: Case, n_prompts: int) -> None:
     for n in sorted(set(HEADS[pair.name])):
@@ -621,7 +619,7 @@ def test_bias_under_a_patch_of_hook_result_is_its_gradient_or_refused(flagged: F
     with case.model.hooks(fwd_hooks=[("blocks.1.attn.hook_result", edit_head(1))]):
         (expected,) = torch.autograd.grad(loss_of(case.model, tokens, nll(TARGET)), [bias])
         gradient = attention_of(case.model, tokens)["W_O", 1]
-    # FINDING 2: it returns `[head, d_model]`, of which the patched head's row is wrong.
+    # There is one bias for all heads, and the patched head's VJPs are not its gradient.
     try:
         found = gradient.bias()
     except BackwardLensError:

@@ -183,10 +183,9 @@ def points_of(case: Case) -> list[str]:
     ]
 
 
-# FINDING 7: a bridge's hook points pass on the very tensor that they got, and the package takes the
-# gradient at that tensor: over all its uses. TransformerLens's hooks, forward and backward, see one
-# use: at ln1.hook_in, attn.q.hook_in (and k, v), ln2.hook_in and its alias hook_resid_mid it is the
-# branch, without the residual stream beside it. `Edges.keep` would have to pass on a copy there.
+# A bridge's hook points pass on the very tensor that they got, which goes other ways as well.
+# TransformerLens's hooks, forward and backward, see one use: at ln1.hook_in, attn.q.hook_in (and
+# k, v), ln2.hook_in and its alias hook_resid_mid it is the branch, without the residual stream.
 def test_every_hook_point_can_be_asked_for(pair: Case) -> None:
     """All at once, aliases included, each with TransformerLens's value and autograd's gradient."""
     tokens, names = pair.tokens(5, 5), points_of(pair)
@@ -233,10 +232,8 @@ def test_hook_points_that_are_not_there_are_refused(pair: Case) -> None:
         capture_all(pair.model, tokens, hook_points="blocks.1.hook_mlp_in")
 
 
-# FINDING 6: on a bridge whose norm is Hugging Face's own module these points fire under no_grad,
-# and torch's RuntimeError ("not possible to get the gradient edge") comes through. They are a copy
-# that the model does not go on with, so a refusal like that of delegated patterns would do; a
-# function of the name should leave them out.
+# On a bridge whose norm is Hugging Face's own module these points fire under no_grad: they show a
+# copy that the model does not go on with.
 @bridge_only
 @pytest.mark.parametrize("name", ["bridge-llama", "bridge-gemma2", "bridge-neox"])
 @pytest.mark.parametrize("point", ["hook_normalized", "hook_scale"])
@@ -251,7 +248,7 @@ def test_points_inside_a_norm_that_show_a_copy_are_right_or_refused(name: str, p
 
 
 def test_all_hook_points_can_be_asked_for_by_a_function(pair: Case) -> None:
-    """FINDING 6 again, and HookedTransformer's norms, which fire for queries, keys and values.
+    """Copies are left out, and HookedTransformer's norms, which fire three times.
 
     `run_with_cache` takes the same function; there the last of several wins.
     """
@@ -425,7 +422,7 @@ def test_attribution_is_the_slope_of_a_real_patch(pair: Case) -> None:
 
 @pytest.mark.parametrize("name", ["blocks.1.hook_resid_mid", "blocks.1.ln1.hook_in"])
 def test_attribution_at_a_branch_is_the_slope_of_a_real_patch(pair: Case, name: str) -> None:
-    """FINDING 7 again: on a bridge both patches reach one branch and not the residual stream."""
+    """On a bridge both patches reach one branch and not the residual stream."""
     if name not in pair.model.hook_dict:
         pytest.skip("HookedTransformer has no such hook point")
     _, corrupt, of_clean, of_corrupt = two_runs(pair, hook_points=[name])
@@ -580,8 +577,7 @@ def test_covered_are_the_parameters_whose_gradients_follow(pair: Case) -> None:
     )
     for name, gradient in zip(named, gradients, strict=True):
         is_one = any(abs(size - float(gradient.norm())) <= 1e-9 for size in sizes)
-        # FINDING 8: HookedTransformer's gated MLP adds `b_in` to act(gate) * linear, so it is no
-        # bias of W_in, and `capture["W_in", l].bias()` is not its gradient.
+        # HookedTransformer's gated MLP adds `b_in` to act(gate) * linear: it is no bias of W_in.
         assert is_one == (name in coverage.covered), name
 
 
@@ -624,11 +620,8 @@ def matrices_of(model: Any) -> dict[str, Tensor]:
     return {name: matrix.detach() for name, matrix in found.items() if matrix is not None}
 
 
-# FINDING 9: on TransformerLens 4.3 the bridge of OLMo-2 has no `ln1`, which
-# `TransformerBridgeHost.processed_matrices` takes for one that was folded: it names W_Q, W_K, W_V,
-# W_in and W_gate, and none of them is changed. And in TransformerLens 2.18
-# `load_and_process_state_dict` folds norms without a change of `cfg.normalization_type`: gains are
-# then 1 and biases 0, and `HookedTransformerHost.processed_matrices` names no reading matrix.
+# On TransformerLens 4.3 the bridge of OLMo-2 has no `ln1`, which is not one that was folded. In
+# TransformerLens 2.18 norms are folded without a change of `cfg.normalization_type`.
 @pytest.mark.parametrize("kind", ["hooked", "bridge"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "olmo2"])
 def test_processed_weights_are_named(family: str, kind: str) -> None:

@@ -408,8 +408,15 @@ def failures(
     return {name: problem for name, problem in found.items() if problem is not None}
 
 
-# backward_lens hands these on to capture_gradients as they are.
-SWEPT = [name for name in MODEL_CALLS if not name.startswith("capture_gradients")]
+# These hand the argument on, as it is, to what another call has tried.
+HANDING_ON = (
+    "capture_gradients",
+    "logit_difference",
+    "target_nll position",
+    "validate matrices",
+    "validate objective",
+)
+SWEPT = [name for name in MODEL_CALLS if not name.startswith(HANDING_ON)]
 
 
 @pytest.mark.parametrize("name", SWEPT)

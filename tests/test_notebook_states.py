@@ -290,15 +290,12 @@ def test_autocast_changes_no_factor(single: Case) -> None:
     assert relative_error(rounded, plain_logits) > 1e-3
 
 
-# FINDING 4: `dense` and `neuron` multiply under the caller's autocast, so `validate` compares
-# products rounded to 8 bits, and raises ValidationError on a right model.
 def test_autocast_does_not_fail_the_validation(single: Case) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert validate(single.model, single.tokens(6)).max_error < 1e-5
 
 
 def test_autocast_does_not_round_what_is_read_from_factors(single: Case) -> None:
-    """FINDING 4 again."""
     gradient = capture_all(single.model, single.tokens(6))["W_O", 1]
 
     def read() -> list[Tensor]:
@@ -663,10 +660,7 @@ def tie_within_a_layer(model: Any) -> None:
     setattr(keys, other, getattr(queries, attribute))
 
 
-# FINDING 5: of a frozen weight the autograd graph shows no uses, so a second one goes unseen and
-# the factors are silently a part of the gradient. `Host._holders` could count a module's attributes
-# instead of modules, and `_check_uses` could let the weights asked for require a gradient during
-# the forward pass: `autograd.grad` at edges computes none for them.
+# Of a frozen weight the autograd graph shows no uses by itself.
 @hooked_only
 def test_a_weight_tied_within_a_layer_of_a_frozen_model_is_refused() -> None:
     case = build("hooked-gpt2")
@@ -679,7 +673,6 @@ def test_a_weight_tied_within_a_layer_of_a_frozen_model_is_refused() -> None:
 
 @pytest.mark.parametrize("matrix", ["W_out", "W_O"])
 def test_a_second_use_of_a_frozen_weight_is_refused(pair: Case, matrix: str) -> None:
-    """FINDING 5 again."""
     with (
         frozen(pair.model),
         pair.model.hooks(fwd_hooks=second_use(pair, matrix, lambda weight: weight)),

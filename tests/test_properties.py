@@ -536,7 +536,7 @@ def vjp_scale(capture: GradientCapture) -> float:
 # ----------------------------------------------------------------- (a) the factors are the gradient
 
 
-@examples(16)
+@examples(12)
 @given(data=st.data())
 def test_factors_are_autograds_gradient(kind: str, data: st.DataObject) -> None:
     """Per prompt, against an independent model that sees the prompt alone, without padding."""
@@ -566,7 +566,7 @@ def test_factors_are_autograds_gradient(kind: str, data: st.DataObject) -> None:
                 assert_close(gradient.bias(prompt), summed, model.rtol, scale, (*key, "bias"))
 
 
-@examples(12)
+@examples(8)
 @given(data=st.data())
 def test_coverage_names_the_parameters_whose_gradient_follows(
     kind: str, data: st.DataObject
@@ -597,7 +597,7 @@ def test_validate_finds_no_error(kind: str, data: st.DataObject) -> None:
 # -------------------------------------------------------------------- (b) a batch, prompt by prompt
 
 
-@examples(8)
+@examples(6)
 @given(data=st.data())
 def test_a_batch_equals_its_prompts_one_by_one(kind: str, data: st.DataObject) -> None:
     question = data.draw(questions(kind, most=4))
@@ -635,7 +635,7 @@ def test_a_batch_equals_its_prompts_one_by_one(kind: str, data: st.DataObject) -
             assert (together.top_ids[:, prompt, n:] == -1).all()
 
 
-@examples(8)
+@examples(6)
 @given(data=st.data())
 def test_permuted_prompts_give_permuted_results(kind: str, data: st.DataObject) -> None:
     question = data.draw(questions(kind, most=4))
@@ -667,7 +667,7 @@ def one_or_all(indices: list[int]) -> int | list[int]:
     return indices[0] if len(indices) == 1 else indices
 
 
-@examples(10)
+@examples(8)
 @given(data=st.data())
 def test_a_part_equals_the_part_of_all(kind: str, data: st.DataObject) -> None:
     question = data.draw(questions(kind))
@@ -717,7 +717,7 @@ def joined(dense: Tensor, matrix: str) -> Tensor:
     return torch.cat(list(dense), dim=1 if matrix in READING_MATRICES else 0)
 
 
-@examples(10)
+@examples(8)
 @given(data=st.data())
 def test_rank_and_singular_values_are_those_of_the_dense_matrix(
     kind: str, data: st.DataObject
@@ -756,7 +756,7 @@ def spread(gradient: MatrixGradient, prompt: int) -> float:
 # ------------------------------------------------------------------------------------ (e) linearity
 
 
-@examples(10)
+@examples(8)
 @given(data=st.data(), a=st.integers(-30, 30), b=st.integers(-30, 30))
 def test_the_gradient_is_linear_in_the_loss(kind: str, data: st.DataObject, a: int, b: int) -> None:
     question = data.draw(questions(kind))
@@ -823,7 +823,7 @@ def read_vectors_of(result: BackwardLensResult, matrix: str) -> Tensor:
     return torch.stack(vectors)
 
 
-@examples(10)
+@examples(8)
 @given(data=st.data(), direction=st.sampled_from(["update", "gradient"]))
 def test_ranks_and_tokens_of_any_projection_by_brute_force(
     kind: str, data: st.DataObject, direction: str
@@ -860,7 +860,7 @@ def test_ranks_and_tokens_of_any_projection_by_brute_force(
                 assert len(set(ids)) == k
 
 
-@examples(12)
+@examples(8)
 @given(
     data=st.data(),
     direction=st.sampled_from(["update", "gradient"]),
@@ -927,7 +927,7 @@ def assert_same(found: Any, expected: Any, where: str = "result") -> None:
         assert found == expected, where
 
 
-@examples(8)
+@examples(6)
 @given(data=st.data())
 def test_a_saved_result_comes_back_to_the_bit(kind: str, data: st.DataObject) -> None:
     question = data.draw(questions(kind))
@@ -959,7 +959,7 @@ def test_a_saved_result_comes_back_to_the_bit(kind: str, data: st.DataObject) ->
 # -------------------------------------------------------------------------------- (h) the direction
 
 
-@examples(6)
+@examples(5)
 @given(data=st.data())
 def test_the_direction_negates_what_is_written_and_nothing_else(
     kind: str, data: st.DataObject

@@ -31,7 +31,7 @@ from backward_lens_tl.result import BackwardLensResult
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 
-# What the issue asks for. In float64 the error is 1e-15, but Hugging Face computes several norms,
+# In float64 the error is 1e-15, but Hugging Face computes several norms,
 # rotations and softmaxes in float32, whatever the model's dtype.
 TOLERANCE = 1e-6
 EXACT = 1e-12  # in float64 throughout: 50 times the error seen
@@ -385,9 +385,7 @@ def test_under_a_torch_hook_on_the_pattern_it_is_the_gradient_before_it(pair: Ca
     assert difference(found, plain) > 1e-3
 
 
-# FINDING 3: on bridge-gpt2 the softmax's own output is what hooks get, and its backward pass needs
-# it: torch's RuntimeError comes through. A copy of the pattern, as `Edges.keep` makes one of views
-# and leaves, would let the patch work; else it wants an error of the package's own.
+# On bridge-gpt2 hooks get the softmax's own output, which its backward pass needs.
 def test_a_patch_may_write_into_the_pattern(pair: Case) -> None:
     def in_place(value: Tensor, hook: Any) -> Tensor:
         value[:, 0, 2:] *= 0.5

@@ -177,9 +177,12 @@ class HookedTransformerHost(Host):
     def processed_matrices(self) -> frozenset[MatrixName]:
         """Matrices that TransformerLens's weight processing changed, as far as the model shows."""
         found: set[MatrixName] = set()
-        norm, attn = self.model.cfg.normalization_type, self.model.blocks[0].attn
+        norm, block = str(self.model.cfg.normalization_type), self.model.blocks[0]
         # fold_ln also centres what reads behind a LayerNorm; a model may be made with LNPre.
-        if norm == "RMSPre" or (norm in ("LN", "LNPre") and is_centered(attn.W_Q.transpose(1, 2))):
+        centered = norm.startswith("LN") and is_centered(block.attn.W_Q.transpose(1, 2))
+        gain = getattr(block.ln1, "w", None)
+        no_gain = norm.startswith("RMS") and (gain is None or bool((gain == gain[0]).all()))
+        if centered or no_gain:
             found.update(READING_MATRICES)
         if is_centered(self.model.blocks[0].attn.W_O):  # center_writing_weights
             found.update(WRITING_MATRICES)
