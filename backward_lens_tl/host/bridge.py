@@ -186,13 +186,16 @@ class TransformerBridgeHost(Host):
         # A gated MLP with processed weights multiplies by them itself, in TransformerLens 3 by
         # copies of its own. It passes the hook points of its projections one by one, all but those
         # on the inputs of the reading ones.
-        own_copy = getattr(mlp, f"{_COPY}{matrix}", None)
-        parameter = site.weight.parameter if own_copy is None else own_copy
+        copies = _processed_copies(mlp)
         return replace(
             site,
             input=Tap((mlp if matrix in READING_MATRICES else projection).hook_in, "output"),
             output=Tap(projection.hook_out, "input"),
-            weight=replace(site.weight, parameter=parameter),
+            weight=replace(
+                site.weight,
+                parameter=copies.get(id(site.weight.parameter), site.weight.parameter),
+            ),
+            bias=copies.get(id(site.bias), site.bias),
         )
 
     def _experts_sites(self, layer: int, experts: nn.Module) -> dict[MatrixName, Site]:
@@ -243,24 +246,14 @@ class TransformerBridgeHost(Host):
             for name, parameter in root.named_parameters()
         }
         once = {id(parameter): name for name, parameter in reversed(named.items())}
-        copies = self._processed_copies()
+        copies: dict[int, Tensor] = {}
+        for module in self.model.modules():
+            copies |= _processed_copies(module)
         return {
             name: copies.get(id(parameter), parameter)
             for name, parameter in named.items()
             if once[id(parameter)] == name and not set(name.split(".")[:-1]) & set(_FUSED)
         }
-
-    def _processed_copies(self) -> dict[int, Tensor]:
-        """Copies that gated MLPs multiply by, by the `id` of the tensor that they replace."""
-        copies: dict[int, Tensor] = {}
-        for module in self.model.modules():
-            for matrix, names in _PROJECTIONS.items():
-                linear = _linear(getattr(module, names[-1], None))
-                for kind, letter in (("weight", "W"), ("bias", "b")):
-                    copy = vars(module).get(f"{_COPY}{letter}{matrix[1:]}")
-                    if linear is not None and isinstance(copy, Tensor):
-                        copies[id(getattr(linear, kind))] = copy
-        return copies
 
     @property
     def processed_matrices(self) -> frozenset[MatrixName]:
@@ -271,10 +264,25 @@ class TransformerBridgeHost(Host):
         gain = getattr(_unwrapped(getattr(self.model.blocks[0], "ln1", None)), "weight", None)
         if gain is not None and bool((gain == gain[0]).all()):  # fold_ln
             found.update(READING_MATRICES)
-        written = linear_site("W_O", 0, _linear(self.model.blocks[0].attn.o)).weight
-        if is_centered(written.in_out(written.parameter)):  # center_writing_weights
-            found.update(WRITING_MATRICES)
+        output = _linear(getattr(getattr(self.model.blocks[0], "attn", None), "o", None))
+        if output is not None:
+            written = linear_site("W_O", 0, output).weight
+            if is_centered(written.in_out(written.parameter)):  # center_writing_weights
+                found.update(WRITING_MATRICES)
         return frozenset(found)
+
+
+def _processed_copies(mlp: nn.Module) -> dict[int, Tensor]:
+    """Copies that a gated MLP multiplies by, by the `id` of the tensor that they replace."""
+    copies: dict[int, Tensor] = {}
+    for matrix, names in _PROJECTIONS.items():
+        linear = _linear(getattr(mlp, names[-1], None))
+        for kind, letter in (("weight", "W"), ("bias", "b")):
+            replaced = getattr(linear, kind, None)
+            own = vars(mlp).get(f"{_COPY}{letter}{matrix[1:]}")
+            if replaced is not None and isinstance(own, Tensor):
+                copies[id(replaced)] = own
+    return copies
 
 
 def _linear(projection: Any) -> Any:
