@@ -7,8 +7,9 @@ An implementation of "Backward Lens: Projecting Language Model Gradients into th
 from importlib.metadata import version
 
 from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.errors import BackwardLensError
-from backward_lens_tl.gradients import GradientCapture, MatrixGradient
+from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.loading import load_facts_model, load_model
 from backward_lens_tl.objectives import (

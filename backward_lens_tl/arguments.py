@@ -7,7 +7,6 @@ from operator import index
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeGuard
 
-import numpy as np
 from torch import Tensor
 
 from backward_lens_tl.errors import InputError
@@ -25,10 +24,11 @@ def plain(value: object) -> Any:
     Raises:
         InputError: If a tensor has no values to read.
     """
-    if not isinstance(value, Tensor | np.ndarray):
+    listing = getattr(value, "tolist", None)  # numpy's, pandas', torch's
+    if isinstance(value, type) or not callable(listing):
         return value
     try:
-        return value.tolist()
+        return listing()
     except (RuntimeError, NotImplementedError) as error:
         raise InputError(f"a tensor of this kind has no values to read: {error}") from error
 
@@ -87,9 +87,9 @@ def shown(value: object) -> str:
 
 def is_integer(value: object) -> TypeGuard[SupportsIndex]:
     """Whether a value is an integer, and not a truth value or an array."""
-    return isinstance(value, SupportsIndex) and not isinstance(
-        value, bool | Tensor | np.ndarray | type
-    )
+    # numpy's arrays of no axis index like integers; unlike its integers, they are not hashable.
+    is_array = isinstance(value, Tensor) or type(value).__hash__ is None
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool | type) and not is_array
 
 
 def is_index(value: object, size: int) -> bool:

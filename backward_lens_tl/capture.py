@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from backward_lens_tl.captured import Coverage, GradientCapture
 from backward_lens_tl.errors import ModelStateError, ObjectiveError, UnsupportedModelError
-from backward_lens_tl.gradients import Coverage, GradientCapture, MatrixGradient
+from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.host import Host, host_of
 from backward_lens_tl.objectives import LossFunction, Objective, as_objective, bind_to_prompts
 from backward_lens_tl.prompts import PromptBatch, Prompts

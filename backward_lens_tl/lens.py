@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from backward_lens_tl.arguments import check_choice
 from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.gradients import GradientCapture, MatrixGradient
+from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.host import host_of
 from backward_lens_tl.objectives import LossFunction, Objective, Targets, target_ids, target_nll
 from backward_lens_tl.projection import LogitLens, Projection, as_projection

@@ -19,7 +19,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from backward_lens_tl.errors import ModelStateError, UnsupportedModelError
 from backward_lens_tl.experts import stacked_factors
-from backward_lens_tl.gradients import AttentionGradient, HookPointGradient, MatrixGradient
+from backward_lens_tl.gradients import MatrixGradient
+from backward_lens_tl.hook_gradients import AttentionGradient, HookPointGradient
 from backward_lens_tl.prompts import PromptBatch
 from backward_lens_tl.sites import (
     READING_MATRICES,

@@ -20,15 +20,11 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from backward_lens_tl.arguments import check_path, is_index, is_integer, shown
+from backward_lens_tl.captured import Coverage, GradientCapture
 from backward_lens_tl.cells import Cell, TokenScore
 from backward_lens_tl.errors import InputError, ResultFileError, UnsupportedModelError
-from backward_lens_tl.gradients import (
-    AttentionGradient,
-    Coverage,
-    GradientCapture,
-    HookPointGradient,
-    MatrixGradient,
-)
+from backward_lens_tl.gradients import MatrixGradient
+from backward_lens_tl.hook_gradients import AttentionGradient, HookPointGradient
 from backward_lens_tl.readout import Readout
 from backward_lens_tl.selection import position_index
 from backward_lens_tl.sites import MatrixName

@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.errors import UnsupportedModelError, ValidationError
-from backward_lens_tl.gradients import GradientCapture, MatrixGradient
+from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.host import Host, host_of
 from backward_lens_tl.objectives import (
     LossFunction,

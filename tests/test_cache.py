@@ -21,8 +21,8 @@ from torch import Tensor
 from transformer_lens import ActivationCache, patching
 
 from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.errors import BackwardLensError, InputError, UnsupportedModelError
-from backward_lens_tl.gradients import GradientCapture
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.objectives import next_token_loss, target_nll
 from backward_lens_tl.result import BackwardLensResult

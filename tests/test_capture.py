@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.errors import ModelStateError, UnsupportedModelError
-from backward_lens_tl.gradients import GradientCapture
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.objectives import next_token_loss, target_nll
 

@@ -13,8 +13,8 @@ from models import relative_error
 from torch import Tensor
 
 from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.errors import UnsupportedModelError
-from backward_lens_tl.gradients import GradientCapture
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 

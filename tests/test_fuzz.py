@@ -39,8 +39,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.errors import BackwardLensError, ResultFileError
-from backward_lens_tl.gradients import GradientCapture
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.loading import load_facts_model, load_model
 from backward_lens_tl.objectives import (

@@ -11,7 +11,7 @@ from models import Case, build, nll, relative_error
 from torch import Tensor
 
 from backward_lens_tl.capture import capture_gradients
-from backward_lens_tl.gradients import GradientCapture
+from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.objectives import target_nll
 
 TARGET = 5

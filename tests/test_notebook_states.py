@@ -19,8 +19,8 @@ from test_attention import PAIR_NAMES, attention_weights, loss_of, shared_case
 from torch import Tensor, nn
 
 from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.errors import BackwardLensError, ModelStateError, UnsupportedModelError
-from backward_lens_tl.gradients import GradientCapture
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.objectives import target_nll
 from backward_lens_tl.validation import validate

@@ -37,8 +37,9 @@ from transformers import (
 )
 
 from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.gradients import GradientCapture, MatrixGradient
+from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.objectives import logit_difference, next_token_loss, target_nll
 from backward_lens_tl.result import BackwardLensResult
@@ -566,25 +567,26 @@ def test_factors_are_autograds_gradient(kind: str, data: st.DataObject) -> None:
                 assert_close(gradient.bias(prompt), summed, model.rtol, scale, (*key, "bias"))
 
 
-@examples(8)
+@examples(2)
 @given(data=st.data())
 def test_coverage_names_the_parameters_whose_gradient_follows(
     kind: str, data: st.DataObject
 ) -> None:
     model = tiny(data.draw(st.sampled_from(all_sizes(kind))))
-    matrix, layer = data.draw(st.sampled_from(list(model.weights)))
-    capture = capture_gradients(
-        model.model, torch.tensor([[1, 2]]), target_nll(0), matrices=matrix, layers=layer
-    )
-    both = (model.weights, model.biases)
-    found = [own[matrix, layer].parameter for own in both if (matrix, layer) in own]
-    expected = {model.names[id(parameter)] for parameter in found}
-    if kind == "bridge-gpt2" and matrix in ATTENTION_MATRICES:
-        # A bridge splits Hugging Face's c_attn, and has names of its own for the parts.
-        letter = matrix[-1].lower()
-        expected = {f"transformer.h.{layer}.attn.{letter}.{part}" for part in ("weight", "bias")}
-    assert set(capture.coverage.covered) == expected
-    assert not expected & set(capture.coverage.not_covered)
+    layer = data.draw(st.integers(0, model.sizes.n_layers - 1))
+    for matrix in model.matrices:
+        capture = capture_gradients(
+            model.model, torch.tensor([[1, 2]]), target_nll(0), matrices=matrix, layers=layer
+        )
+        both = (model.weights, model.biases)
+        found = [own[matrix, layer].parameter for own in both if (matrix, layer) in own]
+        expected = {model.names[id(parameter)] for parameter in found}
+        if kind == "bridge-gpt2" and matrix in ATTENTION_MATRICES:
+            # A bridge splits Hugging Face's c_attn, and has names of its own for the parts.
+            name = f"transformer.h.{layer}.attn.{matrix[-1].lower()}"
+            expected = {f"{name}.weight", f"{name}.bias"}
+        assert set(capture.coverage.covered) == expected
+        assert not expected & set(capture.coverage.not_covered)
 
 
 @examples(4)

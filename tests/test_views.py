@@ -14,8 +14,9 @@ import torch
 from rich.cells import cell_len
 from rich.console import Console
 
+from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.cells import Cell
-from backward_lens_tl.gradients import GradientCapture, MatrixGradient
+from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.readout import Readout
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.sites import MatrixName

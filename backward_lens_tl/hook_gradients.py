@@ -1,0 +1,79 @@
+"""Gradients of activations: at hook points, and through the attention pattern."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from backward_lens_tl.errors import InputError
+
+
+@dataclass(frozen=True, repr=False)
+class HookPointGradient:
+    """The activation at one hook point, and its gradient.
+
+    Attributes:
+        name: TransformerLens's name of the hook point.
+        value: The activation as hooks see it, after every edit.
+        vjp: The gradient of each prompt's loss with respect to it.
+    """
+
+    name: str
+    value: Float[Tensor, "batch *shape"]
+    vjp: Float[Tensor, "batch *shape"]
+
+    def __repr__(self) -> str:
+        return f"HookPointGradient({self.name}, {list(self.vjp.shape)})"
+
+
+@dataclass(frozen=True, repr=False)
+class AttentionGradient:
+    """The backward pass through the attention pattern of one layer.
+
+    With the pattern `A` that the softmax gave and the gradient `E` there, which is `delta_z V^T`
+    unless a caller's hook comes in between, the gradient at the softmax's scores is
+    `A * (E - rowsum(A * E))`, also for attention sinks, softcaps and masks. Reversed Attention is
+    that divided by `sqrt(d_head)` (Katz and Wolf, NAACL 2025, arXiv 2412.17019).
+
+    Attributes:
+        scores_vjp: The gradient at the scores; zero where attention is masked.
+        d_head: Width of an attention head.
+        is_patchable: Whether the model goes on with what a hook makes of its pattern.
+    """
+
+    scores_vjp: Float[Tensor, "batch head query key"]
+    d_head: int
+    is_patchable: bool
+
+    @property
+    def reversed_attention(self) -> Float[Tensor, "batch head query key"]:
+        """Reversed Attention, `scores_vjp / sqrt(d_head)`."""
+        return self.scores_vjp / math.sqrt(self.d_head)
+
+    def __repr__(self) -> str:
+        return f"AttentionGradient({list(self.scores_vjp.shape)})"
+
+
+def attribution(here: HookPointGradient, there: HookPointGradient) -> Float[Tensor, "batch *shape"]:
+    """What a patch of one hook point would change, to first order.
+
+    Args:
+        here: The run that would be patched.
+        there: The run that the patch comes from.
+
+    Returns:
+        `(there - here) . delta`, summed over the last axis.
+
+    Raises:
+        InputError: If the two differ in shape.
+    """
+    if here.value.shape != there.value.shape:
+        raise InputError(
+            f"{here.name} has shape {tuple(here.value.shape)} here and {tuple(there.value.shape)} "
+            "there; both captures have to be of one model"
+        )
+    # Masked scores are minus infinity in both runs, and their gradient is zero.
+    return ((there.value - here.value) * here.vjp).masked_fill(here.vjp == 0, 0).sum(-1)
