@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from backward_lens_tl.capture import capture_gradients
-from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.errors import UnsupportedModelError, ValidationError
 from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.host import Host, host_of
@@ -25,7 +24,7 @@ from backward_lens_tl.objectives import (
 )
 from backward_lens_tl.prompts import Prompts
 from backward_lens_tl.recording import at_least_float32, hooked, requiring_grad
-from backward_lens_tl.sites import MatrixName, Site
+from backward_lens_tl.sites import MATRIX_NAMES, MatrixName, Site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,20 +158,16 @@ def validate(
     host = host_of(model)
     chosen = as_objective(next_token_loss() if objective is None else objective)
     shown = _some_tokens(host) if prompts is None else prompts
-    refused: dict[str, str] = {}
-    if matrices is None:
-        matrices, refused = _analysable(host, shown, chosen)
-    capture = capture_gradients(model, shown, chosen, matrices=matrices)
-    sites = [host.sites(gradient.layer, (gradient.matrix,))[0] for gradient in capture]
+    found, refused = _gradients(host, shown, chosen, matrices)
+    sites = [host.sites(gradient.layer, (gradient.matrix,))[0] for gradient in found]
     expected, readout_error = weight_gradients(host, shown, chosen, sites)
     dtype = sites[0].weights[0].dtype
-    is_half = dtype not in _TOLERANCES
-    in_float32 = _in_float32(host, shown, chosen, matrices) if is_half else None
+    widened = found if dtype in _TOLERANCES else _in_float32(host, shown, chosen, matrices)
     report = ValidationReport(
         model_name=host.name,
         errors=tuple(
-            _matrix_error(gradient, dense, in_float32)
-            for gradient, dense in zip(capture, expected, strict=True)
+            _matrix_error(gradient, dense, None if wide is gradient else wide)
+            for gradient, dense, wide in zip(found, expected, widened, strict=True)
         ),
         readout_error=readout_error,
         tolerance=_TOLERANCES.get(dtype, _HALF_PRECISION_TOLERANCE),
@@ -186,19 +181,23 @@ def validate(
     return report
 
 
-def _analysable(
-    host: Host, prompts: Prompts, objective: Objective
-) -> tuple[list[str], dict[str, str]]:
-    """The groups of matrices that can be analysed, and why the others cannot."""
+def _gradients(
+    host: Host, prompts: Prompts, objective: Objective, matrices: str | Sequence[str] | None
+) -> tuple[list[MatrixGradient], dict[str, str]]:
+    """The gradients asked for, or all that can be had and why the others cannot."""
     refused: dict[str, str] = {}
-    for group in ("attn", "mlp"):
+    found: list[MatrixGradient] = []
+    for group in ("attn", "mlp") if matrices is None else (matrices,):
         try:
-            capture_gradients(host.model, prompts, objective, matrices=group)
+            found += capture_gradients(host.model, prompts, objective, matrices=group)
         except UnsupportedModelError as error:
-            refused[group] = str(error)
-    found = [group for group in ("attn", "mlp") if group not in refused]
+            if matrices is not None:
+                raise
+            refused[str(group)] = str(error)
     if not found:
         raise UnsupportedModelError("; ".join(refused.values()))
+    order = {name: index for index, name in enumerate(MATRIX_NAMES)}
+    found.sort(key=lambda gradient: (gradient.layer, order[gradient.matrix]))
     return found, refused
 
 
@@ -210,9 +209,9 @@ def _some_tokens(host: Host) -> Tensor:
 
 
 def _in_float32(
-    host: Host, prompts: Prompts, objective: Objective, matrices: str | Sequence[str]
-) -> GradientCapture:
-    """The capture of a float32 copy of the model."""
+    host: Host, prompts: Prompts, objective: Objective, matrices: str | Sequence[str] | None
+) -> list[MatrixGradient]:
+    """The gradients of a float32 copy of the model."""
     # A bridge keeps its last attention pattern, and torch copies no tensor that has a graph.
     with torch.no_grad():
         host.logits(bind_to_prompts(objective, host, prompts, prepend_bos=None)[1].tokens)
@@ -224,18 +223,17 @@ def _in_float32(
                 setattr(module, name, value.float())
     # TransformerLens's own modules round to the dtype that their configuration names.
     setattr(widened.cfg, "dtype", torch.float32)  # noqa: B010  (cfg has no static type)
-    return capture_gradients(widened, prompts, objective, matrices=matrices)
+    return _gradients(host_of(widened), prompts, objective, matrices)[0]
 
 
 def _matrix_error(
     gradient: MatrixGradient,
     expected: Float[Tensor, "*head d_in d_out"],
-    in_float32: GradientCapture | None,
+    in_float32: MatrixGradient | None,
 ) -> MatrixError:
     ours = _summed(gradient)
-    at = gradient.matrix, gradient.layer
-    widened = None if in_float32 is None else _relative_error(ours, _summed(in_float32[at]))
-    return MatrixError(*at, _relative_error(ours, expected), widened)
+    widened = None if in_float32 is None else _relative_error(ours, _summed(in_float32))
+    return MatrixError(gradient.matrix, gradient.layer, _relative_error(ours, expected), widened)
 
 
 def _summed(gradient: MatrixGradient) -> Float[Tensor, "*head d_in d_out"]:

@@ -422,6 +422,29 @@ def test_where_a_position_adds_nothing(pair: Case) -> None:
         assert not any(capture[matrix, layer].is_zero.any() for layer in range(pair.n_layers))
 
 
+def test_a_position_adds_nothing_only_if_none_of_its_heads_does(pair: Case) -> None:
+    """Nor if what it reads is zero: here `z` of one head, and of all heads at one position."""
+
+    def cut(value: Tensor, hook: Any) -> Tensor:
+        value = value.clone()
+        value[:, :, 1], value[:, 2] = 0, 0
+        return value
+
+    def without_choice(pattern: Tensor, hook: Any) -> Tensor:
+        return torch.cat([pattern[:, :1], 0 * pattern[:, 1:2] + 0.1, pattern[:, 2:]], dim=1)
+
+    at, tokens = "blocks.1.attn.hook", pair.tokens(5)
+    with pair.model.hooks(fwd_hooks=[(f"{at}_z", cut), (f"{at}_pattern", without_choice)]):
+        capture = attention_of(pair.model, tokens)
+    written, queries = capture["W_O", 1], capture["W_Q", 1]
+    assert not written.inputs[0, :, 1].any()
+    assert written.vjps[0, 2].any()
+    assert written.is_zero[0].tolist() == [False, False, True, False, False]
+    assert not queries.vjps[0, :, 1].any()
+    # Position 2 has no gradient at its z either, and the first query never has one.
+    assert queries.is_zero[0].tolist() == [True, False, True, False, False]
+
+
 def test_bias_is_autograds_gradient_of_the_bias(pair: Case) -> None:
     """Attention and MLP, prompt by prompt."""
     tokens = pair.tokens(6, 6)
