@@ -188,7 +188,7 @@ class BackwardLensResult:
         """A hook that adds Reversed Attention to the attention pattern of a forward pass.
 
         Use it as `with model.hooks(fwd_hooks=[result.attention_patch(5, scale=-10.0)]): ...`. A
-        negative `scale` lowers the loss, to first order by `scale * sqrt(d_head)` times the inner
+        negative `scale` lowers the loss: to first order it changes by `scale` times the inner
         product of Reversed Attention and the gradient at the pattern.
 
         Args:
