@@ -183,7 +183,7 @@ def as_objective(objective: Objective | LossFunction) -> Objective:
     Raises:
         ObjectiveError: If it is neither.
     """
-    if isinstance(objective, Objective):
+    if isinstance(objective, Objective) and isinstance(objective.name, str):
         return objective
     if not callable(objective):
         raise ObjectiveError(

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,7 +47,7 @@ def write(path: str | Path, value: object, about: Mapping[str, str]) -> None:
     tensors: dict[str, Tensor] = {}
     tree = _packed(value, _KEY, tensors, names={})
     header = json.dumps({"format": FORMAT_VERSION, **about, "tree": tree})
-    partial = Path(f"{os.fspath(path)}.partial")
+    partial = Path(f"{os.fspath(path)}.{uuid4().hex}.partial")
     # Different tensors may share memory, which the format does not allow: each gets its own.
     owned = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -86,8 +87,6 @@ def read(path: str | Path, types: Sequence[type]) -> Any:
         raise ResultFileError(
             f"{os.fspath(path)!r} is a safetensors file, but not one that result.save(path) wrote"
         )
-    if metadata.get(_DIGEST) != _digest(metadata[_KEY], tensors):
-        raise ResultFileError(f"{os.fspath(path)!r} is damaged: its contents have changed")
     try:
         header: Any = json.loads(metadata[_KEY])
     except (ValueError, RecursionError) as error:
@@ -100,6 +99,8 @@ def read(path: str | Path, types: Sequence[type]) -> Any:
             f"{FORMAT_VERSION}. Install the backward-lens-tl that wrote it, "
             f"{header.get('backward_lens_tl', 'of unknown version')}"
         )
+    if metadata.get(_DIGEST) != _digest(metadata[_KEY], tensors):
+        raise ResultFileError(f"{os.fspath(path)!r} is damaged: its contents have changed")
     try:
         return _unpacked(header["tree"], tensors, {kind.__name__: kind for kind in types})
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:

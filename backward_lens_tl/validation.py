@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from backward_lens_tl.arguments import listed
 from backward_lens_tl.capture import capture_gradients
 from backward_lens_tl.errors import UnsupportedModelError, ValidationError
 from backward_lens_tl.gradients import MatrixGradient
@@ -157,7 +158,9 @@ def validate(
     """
     host = host_of(model)
     chosen = as_objective(next_token_loss() if objective is None else objective)
-    shown = _some_tokens(host) if prompts is None else prompts
+    # Two passes or more: an iterator would be used up by the first.
+    shown = _some_tokens(host) if prompts is None else _kept(prompts)
+    matrices = None if matrices is None else listed(matrices)
     found, refused = _gradients(host, shown, chosen, matrices)
     sites = [host.sites(gradient.layer, (gradient.matrix,))[0] for gradient in found]
     expected, readout_error = weight_gradients(host, shown, chosen, sites)
@@ -199,6 +202,10 @@ def _gradients(
     order = {name: index for index, name in enumerate(MATRIX_NAMES)}
     found.sort(key=lambda gradient: (gradient.layer, order[gradient.matrix]))
     return found, refused
+
+
+def _kept(prompts: Prompts) -> Prompts:
+    return prompts if isinstance(prompts, str | Tensor) else listed(prompts)
 
 
 def _some_tokens(host: Host) -> Tensor:

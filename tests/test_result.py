@@ -316,3 +316,12 @@ def test_zero_cells_have_no_words_and_no_rank(result: BackwardLensResult) -> Non
     for cell in cells:
         assert (cell.target_rank is None) == cell.is_zero
         assert (not cell.top) == (not cell.bottom) == cell.is_zero
+
+
+def test_a_file_of_the_callers_beside_the_result_stays(gpt2: Case, tmp_path: Path) -> None:
+    result = backward_lens(gpt2.model, torch.tensor([[1, 2, 3]]), 5)
+    theirs = tmp_path / "result.partial"
+    theirs.write_text("mine")
+    result.save(tmp_path / "result")
+    assert theirs.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result", "result.partial"]

@@ -37,7 +37,7 @@ def host_of(model: object) -> Host:
         InputError: If it is neither.
     """
     for base in type(model).__mro__:
-        if base.__name__ in _HOSTS and isinstance(model, nn.Module):
+        if base.__name__ in _HOSTS and isinstance(model, nn.Module) and hasattr(model, "cfg"):
             host = _HOSTS[base.__name__](model)
             host.check_state()
             return host
