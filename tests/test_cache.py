@@ -688,3 +688,10 @@ def test_a_cache_of_delegated_attention_has_no_scores(family: str) -> None:
     for point in ("hook_pattern", "hook_attn_scores"):
         with pytest.raises(UnsupportedModelError, match=rf"{point}.*matrices='attn'"):
             capture_all(model, tokens, hook_points=f"blocks.1.attn.{point}")
+
+
+def test_attribution_at_masked_scores_is_zero(pair: Case) -> None:
+    """Masked scores are minus infinity in both runs, or nearly so, and nothing hangs on them."""
+    name = "blocks.1.attn.hook_attn_scores"
+    _, _, of_clean, of_corrupt = two_runs(pair, hook_points=[name])
+    assert of_corrupt.attribution(of_clean)[name].isfinite().all()

@@ -604,3 +604,18 @@ def test_a_trained_model_of_512_positions(stories: Case, shared: Any) -> None:
     expected = stories.weight_gradients(tokens, training_loss)
     # 512 positions instead of 9 are summed in float32.
     assert_gradients(capture, expected, SINGLE)
+
+
+@pytest.mark.parametrize("branch", ["attn", "mlp"])
+def test_vjps_at_the_stream_are_those_behind_the_callers_hook(gpt2: Case, branch: str) -> None:
+    """A hook that triples what a branch adds triples its own VJPs, and not those at the stream."""
+    matrix, point = {"attn": ("W_O", "hook_attn_out"), "mlp": ("W_out", "hook_mlp_out")}[branch]
+    name = f"blocks.1.{point}"
+    with gpt2.model.hooks(fwd_hooks=[(name, lambda value, hook: 3 * value)]):
+        capture = capture_gradients(
+            gpt2.model, gpt2.tokens(5), target_nll(TARGET), matrices=matrix, hook_points=name
+        )
+    gradient = capture[matrix, 1]
+    at_point = capture.hook_points[name].vjp
+    torch.testing.assert_close(gradient.resid_vjps, at_point, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gradient.vjps, 3 * at_point, rtol=1e-12, atol=1e-14)

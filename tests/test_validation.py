@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import NotAvailable, build_model
 from models import NAMES, Case, build
 from torch import Tensor
 
@@ -165,3 +166,12 @@ def test_patched_model_passes(gpt2: Case) -> None:
     patch = ("blocks.1.hook_resid_pre", lambda value, hook: value * 1.5 + 0.1)
     with gpt2.model.hooks(fwd_hooks=[patch]):
         assert validate(gpt2.model).passed
+
+
+def test_processed_copies_of_a_bridge_are_widened_too() -> None:
+    try:
+        model = build_model("llama", "bridge-compat", torch.bfloat16)
+    except NotAvailable as reason:
+        pytest.skip(str(reason))
+    report = validate(model, torch.arange(3, 14)[None])
+    assert all(1e-5 < error.float32_error < 0.1 for error in report.errors)
