@@ -89,10 +89,11 @@ def _check_outputs(
     written = _per_expert(activations, stack.w_out, chosen)
     written = written if stack.b_out is None else written + stack.b_out[chosen]
     expected = (routing[..., None].to(written.dtype) * written).sum(1)
-    off = (expected.double() - outputs.double()).norm() / outputs.double().norm()
-    if not off <= _ROUNDING * torch.finfo(outputs.dtype).eps:
+    off, size = (expected.double() - outputs.double()).norm(), outputs.double().norm()
+    # Not a quotient: a stack may write nothing but zeros.
+    if not off <= _ROUNDING * torch.finfo(outputs.dtype).eps * size:
         raise UnsupportedModelError(
             f"the experts of layer {site.layer} ({type(stack.module).__name__}) compute something "
-            f"else than a gated MLP: their output is {float(off):.1e} off; ask for "
+            f"else than a gated MLP: their output is {float(off / size):.1e} off; ask for "
             "matrices='attn' instead"
         )

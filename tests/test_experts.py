@@ -117,3 +117,11 @@ def test_a_stack_that_computes_something_else_is_refused(dtype: torch.dtype) -> 
     stack.forward = lambda *args, **kwargs: 1.5 * forward(*args, **kwargs)
     with pytest.raises(UnsupportedModelError, match="compute something else"):
         captured(model)
+
+
+def test_a_stack_that_writes_nothing_is_no_other_stack() -> None:
+    model = mixture("bridge", torch.float32)
+    with torch.no_grad():
+        stack_of(model, 0).down_proj.zero_()
+    gradient = captured(model)["W_in", 0]
+    assert gradient.is_zero.all()

@@ -31,9 +31,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import D_VOCAB, HAS_BRIDGE, build, require_kind, small_tokenizer
+from sampling import examples
 from test_state import assert_same, make_busy, snapshot
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -63,16 +64,6 @@ TEXTS = ["Rome is", "Messi plays for"]
 HOOK = "blocks.0.hook_resid_pre"
 DEFAULT = "bridge" if HAS_BRIDGE else "hooked"
 KINDS = ("bridge-gpt2", "hooked-llama")
-
-
-def examples(count: int) -> settings:
-    return settings(
-        max_examples=count,
-        derandomize=True,
-        deadline=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 # ------------------------------------------------------------------------------------------- values

@@ -21,9 +21,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import hf_reading, randomise, require_kind
+from sampling import examples
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -52,17 +53,6 @@ KINDS = ("bridge-gpt2", "bridge-llama", "hooked-gpt2", "hooked-llama")
 MODELS_PER_KIND = 6
 N_CTX = 12
 SPECIAL = ("<bos>", "<eos>", "<pad>")
-
-
-def examples(count: int) -> settings:
-    """The same examples in every run; the fixture above holds for all of them alike."""
-    return settings(
-        max_examples=count,
-        derandomize=True,
-        deadline=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 # ------------------------------------------------------------------------------------------- models

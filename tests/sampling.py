@@ -1,0 +1,16 @@
+"""How hypothesis draws examples here."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, Phase, settings
+
+
+def examples(count: int) -> settings:
+    """The same examples in every run; session fixtures hold for all of them alike."""
+    return settings(
+        max_examples=count,
+        derandomize=True,
+        deadline=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
