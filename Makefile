@@ -24,7 +24,7 @@ PYTEST := python -m pytest --doctest-modules backward_lens_tl tests README.md do
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: help demo test test-tl2 test-tl4 check check-fast check-all facts-model facts-model-eval
-.PHONY: notebooks constraints clean FORCE
+.PHONY: bench notebooks constraints clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ facts-model: .venv/installed ## train the model that ships here anew
 facts-model-eval: .venv/installed ## measure what the model that ships here knows
 	.venv/bin/python -m facts_model.evaluate
 
+bench: .venv/installed ## measure speed and memory, docs/benchmarks.md; BENCH="--quick" for less
+	$(OFFLINE) .venv/bin/python -m benchmarks $(BENCH)
+
 notebooks: .venv/installed ## write the notebooks anew from their scripts, outputs included
 	@.venv/bin/jupytext -q --to ipynb notebooks/*.py
 	@PYTHONWARNINGS=ignore TQDM_DISABLE=1 $(OFFLINE) .venv/bin/jupyter-execute --inplace \
@@ -69,7 +72,7 @@ constraints: ## resolve the newest versions into constraints/ (then: make check)
 clean: ## remove the environments, caches and builds
 	rm -rf $(ENVIRONMENTS) .torch-choice build dist demo.html
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
-	find backward_lens_tl facts_model tests -name __pycache__ -prune -exec rm -rf {} +
+	find backward_lens_tl benchmarks facts_model tests -name __pycache__ -prune -exec rm -rf {} +
 
 # ---- environments: made anew when the pins or the choice of torch change, else brought up to date
 

@@ -12,6 +12,7 @@ from backward_lens_tl.errors import BackwardLensError
 from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.loading import load_facts_model, load_model
+from backward_lens_tl.memory import Memory
 from backward_lens_tl.objectives import (
     Objective,
     logit_difference,
@@ -30,6 +31,7 @@ __all__ = [
     "BackwardLensResult",
     "GradientCapture",
     "MatrixGradient",
+    "Memory",
     "Objective",
     "Projection",
     "ValidationReport",

@@ -1,41 +1,31 @@
-"""One forward and one backward pass that keep `x_i` and `delta_i` of every matrix asked for.
-
-Only activations are differentiated: no weight gradient is computed and no `.grad` is written. The
-cost is one forward pass and the activation half of one backward pass.
-"""
+"""Gradients of weight matrices, as factors, in as many passes over the model as they need."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from itertools import islice
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch import nn
 
+from backward_lens_tl.arguments import shown
+from backward_lens_tl.backward import Recorded, record
 from backward_lens_tl.captured import Coverage, GradientCapture
-from backward_lens_tl.errors import ModelStateError, ObjectiveError, UnsupportedModelError
-from backward_lens_tl.gradients import MatrixGradient
+from backward_lens_tl.errors import InputError, UnsupportedModelError
+from backward_lens_tl.gathering import Gathering
 from backward_lens_tl.host import Host, host_of
-from backward_lens_tl.objectives import LossFunction, Objective, as_objective, bind_to_prompts
-from backward_lens_tl.prompts import PromptBatch, Prompts
-from backward_lens_tl.recording import (
-    HookPointRecorder,
-    MatrixRecorders,
-    PatternRecorder,
-    Recorder,
-    VjpRecorder,
-    at_least_float32,
-    clean_rows,
-    recorder_of,
-    recording,
-    requiring_grad,
+from backward_lens_tl.memory import Memory
+from backward_lens_tl.objectives import (
+    BoundObjective,
+    LossFunction,
+    Objective,
+    as_objective,
+    bind_to_prompts,
 )
+from backward_lens_tl.passes import Pass, pass_size, plan_passes
+from backward_lens_tl.prompts import PromptBatch, Prompts
 from backward_lens_tl.selection import select_hook_points, select_layers, select_matrices
-from backward_lens_tl.sites import ATTENTION_MATRICES, HookPointSite, Site
+from backward_lens_tl.sites import HookPointSite, Site
 
 
 def capture_gradients(
@@ -47,11 +37,13 @@ def capture_gradients(
     layers: int | Sequence[int] | None = None,
     prepend_bos: bool | None = None,
     hook_points: str | Sequence[str] | Callable[[str], bool] | None = None,
+    memory: Memory | None = None,
 ) -> GradientCapture:
     """Capture the gradients of weight matrices as factors.
 
-    Works on frozen models and under `torch.no_grad()`. Hooks that the caller has on the model act
-    on this run: under an activation patch, the gradients are those of the patched model.
+    Works on frozen models and under `torch.no_grad()`. Prompts of similar length go through the
+    model together. Hooks that the caller has on the model act on this run: under an activation
+    patch, the gradients are those of the patched model, and all prompts go in one pass.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
@@ -63,6 +55,7 @@ def capture_gradients(
         prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
         hook_points: TransformerLens's hook points whose activations and gradients are kept as
             well: a name, several, or a function of the name, as in `run_with_cache`.
+        memory: Limits on memory, and how factors are kept.
 
     Returns:
         The captured gradients, in float32, or in float64 if the model computes in it; a caller's
@@ -78,118 +71,184 @@ def capture_gradients(
         >>> gradient.rank(), capture["W_out", 7].rank()
         (6, 1)
     """
-    host = host_of(model)
+    work = plan_capture(
+        model,
+        prompts,
+        objective,
+        matrices=matrices,
+        layers=layers,
+        prepend_bos=prepend_bos,
+        hook_points=hook_points,
+        memory=memory,
+    )
+    gathering = work.gathering()
+    for part in work.passes:
+        gathering.add(work.record(part), part.prompts)
+    return work.capture(gathering)
+
+
+@dataclass(frozen=True)
+class CaptureWork:
+    """All that a capture needs, and the passes that it takes.
+
+    Attributes:
+        host: The model.
+        batch: All prompts.
+        objective: What is differentiated.
+        objective_name: How it was made.
+        sites: The matrices, in model order.
+        points: Hook points that are kept as well.
+        may_skip_points: Whether those that never fire are left out.
+        memory: The caller's limits.
+        passes: Which prompts and layers go together.
+    """
+
+    host: Host
+    batch: PromptBatch
+    objective: BoundObjective
+    objective_name: str
+    sites: tuple[Site, ...]
+    points: tuple[HookPointSite, ...]
+    may_skip_points: bool
+    memory: Memory
+    passes: tuple[Pass, ...]
+
+    def record(self, part: Pass) -> Recorded:
+        """Run the model once.
+
+        Args:
+            part: Some prompts and layers.
+
+        Returns:
+            Their factors, as they were computed.
+        """
+        prompts = torch.tensor(part.prompts, device=self.batch.mask.device)
+        return record(
+            self.host,
+            self.batch.part(prompts),
+            self.objective,
+            [site for site in self.sites if site.layer in part.layers],
+            self.points,
+            may_skip_points=self.may_skip_points,
+        )
+
+    def gathering(self) -> Gathering:
+        """Where the passes' results come together."""
+        return Gathering(self._kept_batch, self.memory)
+
+    def capture(self, gathering: Gathering) -> GradientCapture:
+        """The result of all passes.
+
+        Args:
+            gathering: What they gave.
+
+        Returns:
+            The captured gradients.
+        """
+        recorded, batch = gathering.recorded, self._kept_batch
+        return GradientCapture(
+            gradients=recorded.gradients,
+            tokens=batch.tokens,
+            mask=batch.mask,
+            str_tokens=tuple(
+                self.host.vocabulary.texts(row[real].tolist())
+                for row, real in zip(batch.tokens, batch.mask, strict=True)
+            ),
+            loss=recorded.loss,
+            targets=recorded.targets,
+            objective=self.objective_name,
+            model_name=self.host.name,
+            coverage=_coverage(self.host, self.sites),
+            hook_points=recorded.hook_points,
+            attention=recorded.attention,
+        )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers, ascending."""
+        return tuple(dict.fromkeys(site.layer for site in self.sites))
+
+    @property
+    def kept_on(self) -> torch.device:
+        """The device of the result."""
+        return self.memory.device_for(self.batch.mask.device)
+
+    def chunk_bytes(self, most: int) -> int:
+        """Memory for the scores of one chunk of vectors.
+
+        Args:
+            most: What is worth while.
+
+        Returns:
+            At most an eighth of the budget.
+        """
+        budget = self.memory.budget
+        return most if budget is None else min(most, budget // 8)
+
+    @property
+    def _kept_batch(self) -> PromptBatch:
+        return self.batch.to(self.kept_on)
+
+
+def plan_capture(
+    model: nn.Module,
+    prompts: Prompts,
+    objective: Objective | LossFunction,
+    *,
+    matrices: str | Sequence[str],
+    layers: int | Sequence[int] | None,
+    prepend_bos: bool | None,
+    hook_points: str | Sequence[str] | Callable[[str], bool] | None,
+    memory: Memory | None,
+) -> CaptureWork:
+    """Check the arguments of `capture_gradients`, which it explains, and plan the passes.
+
+    Args:
+        model: The model.
+        prompts: The prompts.
+        objective: What is differentiated.
+        matrices: Names or groups of matrices.
+        layers: The layers.
+        prepend_bos: Whether texts get a BOS token.
+        hook_points: Hook points that are kept as well.
+        memory: Limits on memory.
+
+    Returns:
+        The work.
+
+    Raises:
+        InputError: If `memory` is no `Memory`, or its budget too small.
+    """
+    if not isinstance(memory, Memory | None):
+        raise InputError(f"memory is {shown(memory)}; pass a Memory(...), or None for no limits")
+    host, limits = host_of(model), memory or Memory()
     objective = as_objective(objective)
     names, chosen = select_matrices(matrices, host), select_layers(layers, host)
     sites = [site for layer in chosen for site in host.sites(layer, names)]
     _check_sharing(host, sites)
-    run = _Run(host, sites, select_hook_points(hook_points, host))
+    points = select_hook_points(hook_points, host)
     bound, batch = bind_to_prompts(objective, host, prompts, prepend_bos)
-
-    with (
-        torch.enable_grad(),
-        host.own_precision(),
-        requiring_grad([weight for site in sites for weight in site.weights]),
-        recording(run.recorders),
-    ):
-        # On a model that is spread over devices the logits come out on the last one.
-        logits = at_least_float32(host.logits(batch.tokens)).to(batch.tokens.device)
-        losses = bound.losses(logits, batch)
-        _check_finite(losses)
-        _check_uses(logits, run.matrices)
+    lengths = batch.lengths.tolist()
+    return CaptureWork(
+        host=host,
+        batch=batch,
+        objective=bound,
+        objective_name=objective.name,
+        sites=tuple(sites),
+        points=tuple(points),
         # As in run_with_cache, a function of the name may name hook points that never fire.
-        run.forget_unseen(points=callable(hook_points))
-        run.check_points()
-        found = _vjps(losses, logits, run.recorders)
-
-    gradients = [run.gradient(recorder, found, batch) for recorder in run.matrices]
-    for gradient in gradients:
-        _check_factors(gradient)
-    return GradientCapture(
-        gradients={(gradient.matrix, gradient.layer): gradient for gradient in gradients},
-        tokens=batch.tokens,
-        mask=batch.mask,
-        str_tokens=tuple(
-            host.vocabulary.texts(row[real].tolist())
-            for row, real in zip(batch.tokens, batch.mask, strict=True)
+        may_skip_points=callable(hook_points),
+        memory=limits,
+        passes=tuple(
+            plan_passes(
+                lengths,
+                chosen,
+                pass_size(host, sites, bound.n_read(batch), max(lengths)),
+                limits,
+                in_one=bool(points) or bool(host.hooked_modules),
+            )
         ),
-        loss=losses.detach(),
-        targets=bound.targets(logits.detach(), batch),
-        objective=objective.name,
-        model_name=host.name,
-        coverage=_coverage(host, sites),
-        hook_points={point.site.name: point.gradient(found[point], batch) for point in run.points},
-        attention={
-            layer: pattern.gradient(found[pattern], batch, host.d_head)
-            for layer, pattern in run.patterns.items()
-        },
     )
-
-
-class _Run:
-    """Everything that is recorded in one forward and backward pass.
-
-    Args:
-        host: The model.
-        sites: The matrices asked for.
-        points: The hook points asked for.
-    """
-
-    def __init__(self, host: Host, sites: Sequence[Site], points: Sequence[HookPointSite]) -> None:
-        self.matrices = [recorder_of(site) for site in sites]
-        self.points = [HookPointRecorder(point) for point in points]
-        self.joins = {
-            (site.matrix, site.layer): VjpRecorder(site.joins)
-            for site in sites
-            if site.joins is not None
-        }
-        layers = dict.fromkeys(site.layer for site in sites if site.matrix in ATTENTION_MATRICES)
-        self.patterns = {layer: PatternRecorder(host.pattern(layer)) for layer in layers}
-
-    @property
-    def recorders(self) -> list[Recorder]:
-        """All of them."""
-        return [*self.matrices, *self.points, *self.joins.values(), *self.patterns.values()]
-
-    def forget_unseen(self, *, points: bool) -> None:
-        """Drop what never passed: what the model keeps to itself, and hook points.
-
-        Args:
-            points: Whether hook points may be dropped as well.
-        """
-        self.patterns = {layer: kept for layer, kept in self.patterns.items() if kept.n_seen == 1}
-        self.joins = {key: join for key, join in self.joins.items() if join.n_seen == 1}
-        if points:
-            self.points = [point for point in self.points if point.n_seen == 1]
-
-    def check_points(self) -> None:
-        """Refuse hook points whose gradient cannot be had.
-
-        Raises:
-            UnsupportedModelError: If one did not pass exactly once, as a part of the graph.
-        """
-        for point in self.points:
-            if point.n_seen != 1:
-                raise UnsupportedModelError(
-                    f"hook point {point.site.name!r} fired {point.n_seen} times with a gradient in "
-                    "this run, and is kept only where it fires once (some show indices or a copy, "
-                    "which have none)"
-                )
-
-    def gradient(
-        self,
-        recorder: MatrixRecorders,
-        found: Mapping[Recorder, Sequence[Tensor | None]],
-        batch: PromptBatch,
-    ) -> MatrixGradient:
-        """One matrix's factors, with the VJPs where it joins the residual stream."""
-        factors = recorder.gradient(found[recorder], batch)
-        join = self.joins.get((factors.matrix, factors.layer))
-        if join is None:
-            return factors
-        joined = clean_rows(join.vjp(found[join], batch).reshape(*batch.mask.shape, -1), batch)
-        same = joined.shape == factors.vjps.shape and bool(torch.equal(joined, factors.vjps))
-        return factors if same else replace(factors, joined_vjps=joined)
 
 
 def _check_sharing(host: Host, sites: Sequence[Site]) -> None:
@@ -205,50 +264,6 @@ def _check_sharing(host: Host, sites: Sequence[Site]) -> None:
                 )
 
 
-def _check_uses(logits: Tensor, recorders: Sequence[MatrixRecorders]) -> None:
-    """Refuse a weight that the model also uses past its own place, unseen by our hooks.
-
-    Raises:
-        ModelStateError: If there is such a use.
-    """
-    uses = _uses(logits)
-    for recorder in recorders:
-        others = recorder.other_uses(uses)
-        if others > 0:
-            raise ModelStateError(
-                f"{recorder.site.matrix} of layer {recorder.site.layer} was used {others + 1} "
-                f"times in the forward pass, {others} of them past its own place, where nothing "
-                "can be captured; its gradient would be incomplete"
-            )
-
-
-def _uses(logits: Tensor) -> dict[Tensor, int]:
-    """How often every leaf of the autograd graph enters it."""
-    uses: dict[Tensor, int] = {}
-    seen, waiting = set(), [logits.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for parent, _ in node.next_functions:
-            if (leaf := getattr(parent, "variable", None)) is not None:
-                uses[leaf] = uses.get(leaf, 0) + 1
-            waiting.append(parent)
-    return uses
-
-
-def _check_factors(gradient: MatrixGradient) -> None:
-    for name, factor in (("input", gradient.inputs), ("VJP", gradient.vjps)):
-        finite = factor.isfinite().flatten(1).all(1)
-        if not finite.all():
-            raise ModelStateError(
-                f"the {name} of {gradient.matrix} in layer {gradient.layer} is not finite in "
-                f"prompt {int(finite.int().argmin())}; check the weights and the objective for NaN "
-                "and infinities, and in half precision load the model in float32"
-            )
-
-
 def _coverage(host: Host, sites: Sequence[Site]) -> Coverage:
     covered = {id(tensor) for site in sites for tensor in (*site.weights, *site.biases)}
     named = host.parameters()
@@ -262,34 +277,3 @@ def _coverage(host: Host, sites: Sequence[Site]) -> Coverage:
         parameters="processed" if processed else "raw",
         differing=tuple(matrix for matrix in captured if matrix in processed),
     )
-
-
-def _check_finite(losses: Float[Tensor, "batch"]) -> None:
-    for prompt, loss in enumerate(losses.tolist()):
-        if not math.isfinite(loss):
-            raise ObjectiveError(
-                f"the loss of prompt {prompt} is {loss}; check the objective and the model's "
-                "weights for NaN and infinities, and in half precision load the model in float32"
-            )
-
-
-def _vjps(
-    losses: Float[Tensor, "batch"],
-    logits: Float[Tensor, "batch pos d_vocab"],
-    recorders: Sequence[Recorder],
-) -> dict[Recorder, list[Tensor | None]]:
-    """`delta` at every edge; prompts do not see each other, so the sum of their losses has it."""
-    edges = [(recorder, recorder.edges) for recorder in recorders]
-    flat = [edge for _, own in edges for edge in own]
-    found: Sequence[Tensor | None] = [None] * len(flat)
-    if logits.requires_grad:
-        at_logits, *found = torch.autograd.grad(
-            losses.sum(), [get_gradient_edge(logits), *flat], allow_unused=True
-        )
-        if at_logits is None:
-            raise ObjectiveError(
-                "the objective's losses do not depend on the logits; compute them from its first "
-                "argument"
-            )
-    left = iter(found)
-    return {recorder: list(islice(left, len(own))) for recorder, own in edges}

@@ -21,6 +21,7 @@ from transformer_lens import FactoredMatrix
 
 from backward_lens_tl.arguments import is_index, shown
 from backward_lens_tl.errors import InputError
+from backward_lens_tl.precision import at_least_float32
 from backward_lens_tl.sites import READING_MATRICES, MatrixName
 
 
@@ -119,7 +120,8 @@ class MatrixGradient:
 
         Over all heads, or all of a token's experts, together.
         """
-        norms: Tensor = torch.linalg.vector_norm(self.vjps.flatten(2), dim=-1)
+        vjps = at_least_float32(self.vjps.flatten(2))
+        norms: Tensor = torch.linalg.vector_norm(vjps, dim=-1)
         return norms
 
     @cached_property
@@ -327,7 +329,7 @@ class MatrixGradient:
     ) -> tuple[Float[Tensor, "n *head d_in"], Float[Tensor, "n *head_ d_out"]]:
         _check_index("prompt", batch, len(self.mask))
         real = self.mask[batch]
-        return self.inputs[batch, real], self.vjps[batch, real]
+        return at_least_float32(self.inputs[batch, real]), at_least_float32(self.vjps[batch, real])
 
     def _joined(self, batch: int) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """Both factors, with heads side by side."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -11,18 +11,29 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from backward_lens_tl.arguments import check_choice
-from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.backward import Recorded
+from backward_lens_tl.capture import CaptureWork, plan_capture
 from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.errors import InputError
+from backward_lens_tl.gathering import Gathering
 from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.host import host_of
+from backward_lens_tl.memory import Memory
 from backward_lens_tl.objectives import LossFunction, Objective, Targets, target_ids, target_nll
+from backward_lens_tl.passes import Pass
 from backward_lens_tl.projection import LogitLens, Projection, as_projection
 from backward_lens_tl.prompts import Prompts
-from backward_lens_tl.readout import Readout, check_k, join_readouts, read_vectors
+from backward_lens_tl.readout import (
+    CHUNK_BYTES,
+    Readout,
+    ReadoutGrid,
+    VectorGroup,
+    check_k,
+    read_vectors,
+)
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.selection import select_positions
-from backward_lens_tl.sites import MatrixName
+from backward_lens_tl.sites import WRITING_MATRICES
 from backward_lens_tl.vocabulary import TargetPosition, Vocabulary
 
 Direction = Literal["update", "gradient"]
@@ -45,6 +56,7 @@ def backward_lens(
     target_position: TargetPosition | None = None,
     vjps_at: VjpsAt = "matrix",
     hook_points: str | Sequence[str] | Callable[[str], bool] | None = None,
+    memory: Memory | None = None,
 ) -> BackwardLensResult:
     """Project the gradients of weight matrices into the vocabulary.
 
@@ -74,6 +86,7 @@ def backward_lens(
             which span the gradient, or `"residual"`, those where its output is added to the
             residual stream. They differ where a norm comes in between, as in Gemma 2 and OLMo 2.
         hook_points: Hook points to keep activations and gradients of, as in `capture_gradients`.
+        memory: Limits on memory, and how factors are kept; `Memory` says which there are.
 
     Returns:
         The result; in a notebook it shows itself as a table of layers and tokens.
@@ -97,7 +110,7 @@ def backward_lens(
         raise InputError("an objective goes by name: backward_lens(model, prompts, objective=...)")
     check_k(k, host.d_vocab_out)
     lens = as_projection(projection, host)
-    capture = capture_gradients(
+    work = plan_capture(
         model,
         prompts,
         target_nll(target, target_position) if objective is None else objective,
@@ -105,20 +118,27 @@ def backward_lens(
         layers=layers,
         prepend_bos=prepend_bos,
         hook_points=hook_points,
+        memory=memory,
     )
+    batch = work.batch
+    ids = None
     if objective is not None and target is not None:
-        ids = target_ids(target, host.vocabulary, len(capture.mask), target_position)
-        capture = replace(capture, targets=torch.tensor(ids, device=capture.mask.device))
-    places = select_positions(positions, capture.mask)
-    readouts: dict[str, Readout] = {
-        matrix: _read(capture, matrix, places, lens, direction, vjps_at, k, host.d_vocab_out)
-        for matrix in capture.matrices
-    }
+        asked = target_ids(target, host.vocabulary, len(batch.mask), target_position)
+        ids = torch.tensor(asked, device=batch.mask.device)
+    places = select_positions(positions, batch.mask)
+    readouts = ReadoutGrid(work.layers, places, work.kept_on)
+    reader = _Reader(
+        lens, direction, vjps_at, k, host.d_vocab_out, work.chunk_bytes(CHUNK_BYTES), readouts
+    )
+    gathering = work.gathering()
+    for part in work.passes:
+        _analyse(work, part, ids, reader, gathering)
+    capture = work.capture(gathering)
     return BackwardLensResult(
         gradients=capture,
-        readouts=readouts,
-        positions=places,
-        token_texts=_texts(host.vocabulary, readouts.values(), capture),
+        readouts=readouts.by_matrix,
+        positions=places.to(work.kept_on),
+        token_texts=_texts(host.vocabulary, readouts.by_matrix.values(), capture),
         projection=projection if isinstance(projection, str) else type(projection).__name__,
         direction=direction,
         vjps_at=vjps_at,
@@ -126,37 +146,72 @@ def backward_lens(
     )
 
 
-def _read(
-    capture: GradientCapture,
-    matrix: MatrixName,
-    places: Int[Tensor, "batch pos"],
-    lens: Projection,
-    direction: Direction,
-    vjps_at: VjpsAt,
-    k: int,
-    d_vocab: int,
-) -> Readout:
-    """Project one matrix's spanning set at the chosen places, layer by layer."""
-    shown = places >= 0
-    prompts, columns = shown.nonzero(as_tuple=True)
-    wanted = capture.targets
-    targets = torch.full_like(prompts, -1) if wanted is None else wanted[prompts]
-
-    def read(gradient: MatrixGradient) -> Readout:
-        vectors = _oriented(gradient, direction, vjps_at)[prompts, places[prompts, columns]]
-        return read_vectors(vectors, targets, lens, gradient.layer, k, d_vocab).spread(shown)
-
-    return join_readouts([read(capture[matrix, layer]) for layer in capture.layers], torch.stack)
+def _analyse(
+    work: CaptureWork,
+    part: Pass,
+    targets: Int[Tensor, "batch"] | None,
+    reader: _Reader,
+    gathering: Gathering,
+) -> None:
+    """Run the model once and read what it gave, before factors are rounded or moved."""
+    recorded, prompts = work.record(part), list(part.prompts)
+    if targets is not None:
+        recorded = replace(recorded, targets=targets[prompts])
+    reader.read(recorded, prompts)
+    gathering.add(recorded, prompts)
 
 
-def _oriented(
-    gradient: MatrixGradient, direction: Direction, vjps_at: VjpsAt
-) -> Float[Tensor, "batch pos d_model"]:
-    """The vectors that are read, with the sign in which they are."""
-    if gradient.reads_residual:
+@dataclass(frozen=True)
+class _Reader:
+    """How vectors are read over the vocabulary, and where what they say goes."""
+
+    projection: Projection
+    direction: Direction
+    vjps_at: VjpsAt
+    k: int
+    d_vocab: int
+    chunk_bytes: int
+    readouts: ReadoutGrid
+
+    def read(self, recorded: Recorded, prompts: Sequence[int]) -> None:
+        """Project the spanning set of every matrix and layer at the chosen positions.
+
+        Args:
+            recorded: The gradients of some prompts.
+            prompts: Which prompts these are.
+        """
+        places = self.readouts.places[prompts]
+        rows, columns = (places >= 0).nonzero(as_tuple=True)
+        positions, wanted = places[rows, columns], recorded.targets
+        targets = torch.full_like(rows, -1) if wanted is None else wanted[rows]
+        spanning = {key: self._spanning(gradient) for key, gradient in recorded.gradients.items()}
+        # Matrices that read the same have one tensor, which is read once.
+        distinct = {id(vectors): key for key, vectors in spanning.items()}
+        groups = (
+            VectorGroup(
+                layer, self._oriented(matrix, spanning[matrix, layer][rows, positions]), targets
+            )
+            for matrix, layer in distinct.values()
+        )
+        read = read_vectors(
+            groups, self.projection, self.k, self.d_vocab, chunk_bytes=self.chunk_bytes
+        )
+        found = dict(zip(distinct, read, strict=True))
+        cells = (rows.new_tensor(prompts)[rows], columns)
+        for (matrix, layer), vectors in spanning.items():
+            self.readouts.write(matrix, layer, cells, found[id(vectors)])
+
+    def _spanning(self, gradient: MatrixGradient) -> Float[Tensor, "batch pos d_model"]:
+        if self.vjps_at == "residual" and not gradient.reads_residual:
+            return gradient.resid_vjps
         return gradient.spanning_set
-    vjps = gradient.resid_vjps if vjps_at == "residual" else gradient.spanning_set
-    return vjps if direction == "gradient" else -vjps
+
+    def _oriented(
+        self, matrix: str, vectors: Float[Tensor, "n d_model"]
+    ) -> Float[Tensor, "n d_model"]:
+        """The vectors with the sign in which they are read."""
+        negate = self.direction == "update" and matrix in WRITING_MATRICES
+        return -vectors if negate else vectors
 
 
 def _texts(

@@ -39,27 +39,41 @@ class BoundObjective(ABC):
         del prompt
         return ()
 
+    def n_read(self, batch: PromptBatch) -> int | None:
+        """At how many positions at each prompt's end the losses read the logits.
+
+        Args:
+            batch: The prompts, continuations included.
+
+        Returns:
+            The number; `None` for all positions, from the prompt's beginning.
+        """
+        del batch
+        return None
+
     @abstractmethod
     def losses(
-        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+        self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
     ) -> Float[Tensor, "batch"]:
         """The loss of each prompt, in nats where it is a likelihood.
 
         Args:
-            logits: The model's output, in float32 or float64.
-            batch: The prompts, continuations included.
+            logits: The model's output, in float32 or float64, at the last `n_read` positions of
+                each prompt: `logits[:, -1]` are those after its last token.
+            batch: The prompts, continuations included; some of those that the objective is bound
+                to, as `batch.prompts` says.
 
         Returns:
             One differentiable loss per prompt.
         """
 
     def targets(
-        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+        self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
     ) -> Int[Tensor, "batch"] | None:
         """The token of each prompt that its readouts are compared with.
 
         Args:
-            logits: The model's output.
+            logits: The model's output, as in `losses`.
             batch: The prompts, continuations included.
 
         Returns:
@@ -175,7 +189,8 @@ def as_objective(objective: Objective | LossFunction) -> Objective:
     Args:
         objective: An objective, or a callable `(logits, tokens) -> loss`. The callable sees
             prompts of one length at a time, `[batch, pos, d_vocab]` and `[batch, pos]` without
-            padding, and returns one loss per prompt.
+            padding, and returns one loss per prompt. Under a memory budget these may be some of
+            the prompts of that length.
 
     Returns:
         The objective.
@@ -276,10 +291,8 @@ def _name(targets: object) -> str:
     return shown(plain(targets))
 
 
-def _last(
-    logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
-) -> Float[Tensor, "batch d_vocab"]:
-    return logits[torch.arange(len(batch.last), device=logits.device), batch.last]
+def _of_batch(ids: Sequence[int], batch: PromptBatch) -> Int[Tensor, "batch"]:
+    return torch.tensor(ids, device=batch.mask.device)[batch.prompts]
 
 
 def _pick(
@@ -288,19 +301,24 @@ def _pick(
     return values.gather(-1, ids[..., None])[..., 0]
 
 
+class _LastPosition(BoundObjective):
+    def n_read(self, batch: PromptBatch) -> int:
+        return 1
+
+
 @dataclass(frozen=True)
-class _TargetNLL(BoundObjective):
+class _TargetNLL(_LastPosition):
     ids: Sequence[int]
 
     def losses(
-        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+        self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
     ) -> Float[Tensor, "batch"]:
-        return -_pick(_last(logits, batch).log_softmax(-1), self.targets(logits, batch))
+        return -_pick(logits[:, -1].log_softmax(-1), self.targets(logits, batch))
 
     def targets(
-        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+        self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
     ) -> Int[Tensor, "batch"]:
-        return torch.tensor(self.ids, device=logits.device)
+        return _of_batch(self.ids, batch)
 
 
 class _OwnAnswerNLL(_TargetNLL):
@@ -308,27 +326,26 @@ class _OwnAnswerNLL(_TargetNLL):
         super().__init__(ids=())
 
     def targets(
-        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+        self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
     ) -> Int[Tensor, "batch"]:
-        return _last(logits, batch).argmax(-1)
+        return logits[:, -1].argmax(-1)
 
 
 @dataclass(frozen=True)
-class _LogitDifference(BoundObjective):
+class _LogitDifference(_LastPosition):
     a: Sequence[int]
     b: Sequence[int]
 
     def losses(
-        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+        self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
     ) -> Float[Tensor, "batch"]:
-        last = _last(logits, batch)
-        a = torch.tensor(self.a, device=logits.device)
-        return _pick(last, a) - _pick(last, self.targets(logits, batch))
+        last = logits[:, -1]
+        return _pick(last, _of_batch(self.a, batch)) - _pick(last, self.targets(logits, batch))
 
     def targets(
-        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+        self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
     ) -> Int[Tensor, "batch"]:
-        return torch.tensor(self.b, device=logits.device)
+        return _of_batch(self.b, batch)
 
 
 @dataclass(frozen=True)
@@ -338,19 +355,25 @@ class _SequenceNLL(BoundObjective):
     def continuation(self, prompt: int) -> Sequence[int]:
         return self.answers[prompt][:-1]
 
+    def n_read(self, batch: PromptBatch) -> int:
+        return max(map(len, self._answers(batch)))
+
     def losses(
-        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+        self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
     ) -> Float[Tensor, "batch"]:
         losses = []
-        for row, answer, last in zip(logits, self.answers, batch.last.tolist(), strict=True):
-            read = row[last - len(answer) + 1 : last + 1].log_softmax(-1)
+        for row, answer in zip(logits, self._answers(batch), strict=True):
+            read = row[-len(answer) :].log_softmax(-1)
             losses.append(-_pick(read, torch.tensor(answer, device=row.device)).sum())
         return torch.stack(losses)
 
     def targets(
-        self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
+        self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
     ) -> Int[Tensor, "batch"]:
-        return torch.tensor([answer[0] for answer in self.answers], device=logits.device)
+        return _of_batch([answer[0] for answer in self.answers], batch)
+
+    def _answers(self, batch: PromptBatch) -> list[Sequence[int]]:
+        return [self.answers[prompt] for prompt in batch.prompts.tolist()]
 
 
 class _NextTokenLoss(BoundObjective):

@@ -73,7 +73,7 @@ class NormalizedLogitLens(LogitLens):
         return super().project(vectors / norms.masked_fill(norms == 0, 1), layer)
 
 
-_BY_NAME = {"logit_lens": LogitLens, "normalized": NormalizedLogitLens}
+_BY_NAME: dict[str, type[LogitLens]] = {"logit_lens": LogitLens, "normalized": NormalizedLogitLens}
 
 
 def as_projection(projection: str | Projection, host: Host) -> Projection:
@@ -102,3 +102,15 @@ def as_projection(projection: str | Projection, host: Host) -> Projection:
         f"unknown projection {projection!r}; allowed are {', '.join(map(repr, _BY_NAME))}, or an "
         "object with project(vectors, layer) -> logits"
     )
+
+
+def reads_layers_alike(projection: Projection) -> bool:
+    """Whether vectors of several layers may be projected in one call.
+
+    Args:
+        projection: The projection.
+
+    Returns:
+        True for this package's own; a caller's is asked layer by layer.
+    """
+    return type(projection) in _BY_NAME.values()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from backward_lens_tl.arguments import check_choice, check_text, listed, plain
@@ -26,10 +26,12 @@ class PromptBatch:
     Attributes:
         tokens: Token ids; 0 at padding.
         mask: False at padding.
+        prompts: Index of each prompt among all that the caller gave.
     """
 
     tokens: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
+    prompts: Int[Tensor, "batch"]
 
     @property
     def is_padded(self) -> bool:
@@ -45,6 +47,40 @@ class PromptBatch:
     def last(self) -> Int[Tensor, "batch"]:
         """Index of the last real token of each prompt."""
         return self.lengths - 1
+
+    def part(self, prompts: Int[Tensor, "part"]) -> PromptBatch:
+        """Some of the prompts, padded to the longest of them.
+
+        Args:
+            prompts: Their indices in this batch.
+
+        Returns:
+            The smaller batch.
+        """
+        longest = int(self.lengths[prompts].max())
+        return PromptBatch(
+            self.tokens[prompts, :longest], self.mask[prompts, :longest], self.prompts[prompts]
+        )
+
+    def to(self, device: torch.device) -> PromptBatch:
+        """The same on a device."""
+        return PromptBatch(self.tokens.to(device), self.mask.to(device), self.prompts.to(device))
+
+    def ends(self, values: Float[Tensor, "batch pos d"], n: int) -> Float[Tensor, "batch n d"]:
+        """What lies at the last `n` positions of each prompt.
+
+        Args:
+            values: Something per prompt and position.
+            n: How many positions, at most as many as the longest prompt has.
+
+        Returns:
+            The values, so that `[:, -1]` is the last token's. For a prompt of fewer positions the
+            first is repeated in front.
+        """
+        back = torch.arange(1 - n, 1, device=values.device)
+        last = self.last.to(values.device)[:, None]
+        rows = torch.arange(len(values), device=values.device)[:, None]
+        return values[rows, (last + back).clamp_min(0)]
 
 
 def tokenize_prompts(host: Host, prompts: Prompts, prepend_bos: bool | None) -> list[list[int]]:
@@ -129,4 +165,4 @@ def pad_prompts(host: Host, rows: Sequence[Sequence[int]]) -> PromptBatch:
     for index, row in enumerate(rows):
         tokens[index, : len(row)] = torch.tensor(row)
         mask[index, : len(row)] = True
-    return PromptBatch(tokens.to(host.device), mask.to(host.device))
+    return PromptBatch(tokens, mask, torch.arange(len(rows))).to(host.device)

@@ -1,25 +1,26 @@
 """What vectors say in words: their top and bottom tokens and a target's rank.
 
-Logits are made in chunks and thrown away; `[layer, pos, d_vocab]` is never in memory.
+Scores are made in chunks and thrown away; `[layer, pos, d_vocab]` is never in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from backward_lens_tl.arguments import shown
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.projection import Projection
+from backward_lens_tl.extremes import count_above, extremes
+from backward_lens_tl.projection import Projection, reads_layers_alike
 
 _SCORE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-CHUNK_BYTES = 64 * 2**20
-"""Memory that the logits of one chunk of vectors may take."""
+CHUNK_BYTES = 128 * 2**20
+"""Memory that the scores of one chunk of vectors take: enough vectors for a fast product."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,56 @@ class Readout:
     bottom_scores: Float[Tensor, "*lead k"]
     target_rank: Int[Tensor, "*lead"]
 
-    def spread(self, where: Bool[Tensor, "*lead"]) -> Readout:
-        """Lay vectors out over a larger grid.
+
+class ReadoutGrid:
+    """What a batch's vectors say, cell by cell; empty at first.
+
+    Where nothing was read, ids and ranks are -1 and scores NaN.
+
+    Args:
+        layers: The layers, ascending.
+        places: Positions in each prompt that are read, -1 for none.
+        device: Where readouts are kept.
+
+    Attributes:
+        places: As given.
+        by_matrix: The readout of each matrix, `[layer, batch, pos]`.
+    """
+
+    def __init__(
+        self, layers: Sequence[int], places: Int[Tensor, "batch pos"], device: torch.device
+    ) -> None:
+        self.places = places
+        self.by_matrix: dict[str, Readout] = {}
+        self._index = {layer: index for index, layer in enumerate(layers)}
+        self._device = device
+
+    def write(
+        self,
+        matrix: str,
+        layer: int,
+        cells: tuple[Int[Tensor, "n"], Int[Tensor, "n"]],
+        read: Readout,
+    ) -> None:
+        """Put vectors of one matrix and layer where they belong.
 
         Args:
-            where: True at the cells that were read, as many as there are vectors.
-
-        Returns:
-            The readout of every cell: where nothing was read, ids and ranks are -1 and scores NaN.
+            matrix: The matrix.
+            layer: The layer.
+            cells: Prompt and column of each vector.
+            read: Its readout.
         """
+        if matrix not in self.by_matrix:
+            self.by_matrix[matrix] = join_readouts([read], lambda values: self._empty(values[0]))
+        rows, columns = (index.to(self._device) for index in cells)
+        for field in fields(Readout):
+            whole = getattr(self.by_matrix[matrix], field.name)
+            whole[self._index[layer], rows, columns] = getattr(read, field.name).to(self._device)
 
-        def laid_out(values: Tensor) -> Tensor:
-            empty = float("nan") if values.is_floating_point() else -1
-            grid = values.new_full((*where.shape, *values.shape[1:]), empty)
-            grid[where] = values
-            return grid
-
-        return join_readouts([self], lambda values: laid_out(values[0]))
+    def _empty(self, values: Tensor) -> Tensor:
+        shape = (len(self._index), *self.places.shape, *values.shape[1:])
+        empty = float("nan") if values.is_floating_point() else -1
+        return values.new_full(shape, empty, device=self._device)
 
 
 def join_readouts(readouts: Sequence[Readout], join: Callable[[list[Tensor]], Tensor]) -> Readout:
@@ -77,36 +111,96 @@ def join_readouts(readouts: Sequence[Readout], join: Callable[[list[Tensor]], Te
     )
 
 
-@torch.no_grad()
-def read_vectors(
-    vectors: Float[Tensor, "n d_model"],
-    targets: Int[Tensor, "n"],
-    projection: Projection,
-    layer: int,
-    k: int,
-    d_vocab: int,
-) -> Readout:
-    """Read vectors over the vocabulary, chunk by chunk.
+@dataclass(frozen=True)
+class VectorGroup:
+    """Vectors of one layer that are to be read.
 
-    Args:
+    Attributes:
+        layer: The layer that they come from.
         vectors: Vectors of the residual stream's width.
         targets: The token to rank for each vector, or -1 for none.
+    """
+
+    layer: int
+    vectors: Float[Tensor, "n d_model"]
+    targets: Int[Tensor, "n"]
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __getitem__(self, part: slice) -> VectorGroup:
+        return VectorGroup(self.layer, self.vectors[part], self.targets[part])
+
+
+@torch.no_grad()
+def read_vectors(
+    groups: Iterable[VectorGroup],
+    projection: Projection,
+    k: int,
+    d_vocab: int,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> list[Readout]:
+    """Read vectors over the vocabulary, many layers in one product.
+
+    Args:
+        groups: What is read, at least one vector in all; each is made when its turn comes.
         projection: Scores vectors.
-        layer: The layer that they come from.
         k: How many tokens to keep at either end.
         d_vocab: Number of tokens.
+        chunk_bytes: Memory that the scores of one product may take.
 
     Returns:
-        The readout; the rank is -1 where there is no target.
+        The readout of each group; the rank is -1 where there is no target.
     """
-    rows = max(1, CHUNK_BYTES // (d_vocab * 4))
-    chunks = zip(vectors.split(rows), targets.split(rows), strict=True)
-    read = [
-        _read_scores(_checked(projection.project(chunk, layer), len(chunk), d_vocab), ids, k)
-        for chunk, ids in chunks
-    ]
+    sizes: list[int] = []
+
+    def counted() -> Iterator[VectorGroup]:
+        for group in groups:
+            sizes.append(len(group))
+            yield group
+
+    chunks = _chunks(counted(), chunk_bytes // d_vocab, reads_layers_alike(projection))
+    read = [_read_chunk(chunk, projection, k, d_vocab) for chunk in chunks]
+    whole = join_readouts(read, torch.cat)
+    split = zip(
+        *(getattr(whole, field.name).split(sizes) for field in fields(Readout)), strict=True
+    )
+    return [Readout(*values) for values in split]
+
+
+def _chunks(
+    groups: Iterable[VectorGroup], size: int, mixes_layers: bool
+) -> Iterator[list[VectorGroup]]:
+    """Cut groups, and put small ones together, up to `size` bytes per token in one chunk."""
+    chunk: list[VectorGroup] = []
+    room = 0
+    for group in groups:
+        if chunk and not mixes_layers and chunk[0].layer != group.layer:
+            yield chunk
+            chunk = []
+        while len(group):
+            if not chunk:
+                room = max(1, size // group.vectors.element_size())
+            chunk.append(group[:room])
+            group = group[len(chunk[-1]) :]
+            room -= len(chunk[-1])
+            if not room:
+                yield chunk
+                chunk = []
+    if chunk:
+        yield chunk
+
+
+def _read_chunk(
+    chunk: Sequence[VectorGroup], projection: Projection, k: int, d_vocab: int
+) -> Readout:
+    vectors = torch.cat([group.vectors for group in chunk])
+    targets = torch.cat([group.targets for group in chunk])
+    scores = _checked(projection.project(vectors, chunk[0].layer), len(vectors), d_vocab)
+    read = _read_scores(scores, targets.to(scores.device), k)
     # The unembedding may lie on another device than the first layers.
-    return join_readouts(read, lambda values: torch.cat(values).to(vectors.device))
+    return join_readouts([read], lambda values: values[0].to(vectors.device))
 
 
 def check_k(k: int, d_vocab: int) -> None:
@@ -124,15 +218,21 @@ def check_k(k: int, d_vocab: int) -> None:
 
 
 def _read_scores(scores: Float[Tensor, "n d_vocab"], targets: Int[Tensor, "n"], k: int) -> Readout:
-    targets = targets.to(scores.device)
-    top, bottom = scores.topk(k), scores.topk(k, largest=False)
-    wanted = scores.gather(1, targets.clamp_min(0)[:, None])
+    top, bottom = extremes(scores, k, largest=True), extremes(scores, k, largest=False)
+    # Where there is a NaN it is on top.
+    if bool(top.scores[:, 0].isnan().any()):
+        raise InputError("the projection returned NaN among its scores; they must be real numbers")
+    has_target = targets >= 0
+    rank = torch.full_like(targets, -1)
+    if bool(has_target.any()):
+        bounds = scores.gather(1, targets.clamp_min(0)[:, None])
+        rank = count_above(scores, bounds).masked_fill(~has_target, -1)
     return Readout(
-        top_ids=top.indices,
-        top_scores=top.values,
-        bottom_ids=bottom.indices,
-        bottom_scores=bottom.values,
-        target_rank=(scores > wanted).sum(1).masked_fill(targets < 0, -1),
+        top_ids=top.ids,
+        top_scores=top.scores,
+        bottom_ids=bottom.ids,
+        bottom_scores=bottom.scores,
+        target_rank=rank,
     )
 
 
@@ -144,9 +244,9 @@ def _checked(scores: object, n: int, d_vocab: int) -> Float[Tensor, "n d_vocab"]
             f"a tensor of shape ({n}, {d_vocab})"
         )
     is_plain = scores.dtype in _SCORE_DTYPES and scores.layout == torch.strided
-    if not is_plain or scores.is_meta or bool(scores.isnan().any()):
+    if not is_plain or scores.is_meta:
         raise InputError(
             f"the projection returned {scores.layout} scores of dtype {scores.dtype} on "
-            f"{scores.device}, or NaN among them; they must be real numbers"
+            f"{scores.device}; they must be real numbers"
         )
     return scores

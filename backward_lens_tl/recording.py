@@ -9,18 +9,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from backward_lens_tl.errors import ModelStateError, UnsupportedModelError
+from backward_lens_tl.errors import UnsupportedModelError
 from backward_lens_tl.experts import stacked_factors
 from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.hook_gradients import AttentionGradient, HookPointGradient
+from backward_lens_tl.precision import at_least_float32
 from backward_lens_tl.prompts import PromptBatch
 from backward_lens_tl.sites import (
     READING_MATRICES,
@@ -31,100 +31,36 @@ from backward_lens_tl.sites import (
     StackedExpertsSite,
     Tap,
 )
+from backward_lens_tl.watching import (
+    Copies,
+    Edges,
+    Values,
+    clean_rows,
+    hooked,
+)
 
-_T = TypeVar("_T")
 Watched = tuple[Tap, Callable[[Any], Tensor | None], bool]
-
-
-class Values:
-    """Tensors that pass a tap, detached.
-
-    Args:
-        name: Whose they are, for messages.
-        copy: Whether somebody may write into them after they have passed.
-    """
-
-    def __init__(self, name: str, *, copy: bool) -> None:
-        self._name, self._copy = name, copy
-        self.seen: list[Tensor] = []
-
-    def keep(self, tensor: Tensor) -> None:
-        """Keep one."""
-        kept = tensor.detach()
-        self.seen.append(kept.clone() if self._copy else kept)
-
-    @property
-    def only(self) -> Tensor:
-        """The one tensor that passed."""
-        return _only(self.seen, self._name)
-
-
-class Edges:
-    """Places in the autograd graph of tensors that pass a tap.
-
-    Args:
-        name: Whose they are, for messages.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self.seen: list[tuple[GradientEdge, Tensor]] = []
-
-    def keep(self, tensor: Tensor) -> Tensor | None:
-        """Keep the place of a tensor, and start the graph here if it has not begun.
-
-        Args:
-            tensor: The tensor.
-
-        Returns:
-            What takes its place, equal to it, or `None` if it can stay.
-        """
-        # On a frozen model nothing below the lowest tap needs a gradient: begin here.
-        source = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-        # The model or a caller's hook may write into it. The edge kept here is that of the tensor
-        # before then, but a view leaves its old node, and a leaf may not be written into: copy.
-        kept = source.clone() if source.is_leaf or source._is_view() else source
-        # One number that stands for zeros of its shape, so that it is not held in memory itself.
-        zeros = kept.detach().new_zeros(()).expand(kept.shape)
-        self.seen.append((get_gradient_edge(kept), zeros))
-        return None if kept is tensor else kept
-
-    @property
-    def edge(self) -> GradientEdge:
-        """The one place."""
-        return _only(self.seen, self._name)[0]
-
-    def vjp(self, found: Tensor | None) -> Tensor:
-        """The VJP at the one place: zeros where the loss does not depend on it.
-
-        Args:
-            found: What autograd gave for `edge`; `None` as under a patch of all that follows.
-
-        Returns:
-            The VJP.
-        """
-        return _only(self.seen, self._name)[1].clone() if found is None else found
 
 
 class OwnUse:
     """The use of a weight in its own place, between `x` and `y`.
 
-    A frozen weight requires gradients during the run, so that the autograd graph shows every other
-    use of it, but not between these two: there autograd would keep `x` for the weight's gradient,
-    and a caller's hook that writes into `x` would raise.
+    The weight requires gradients during the run, so that the autograd graph shows every other use
+    of it, but not between these two: there autograd would keep `x` for the weight's gradient, and a
+    caller's hook that writes into `x` would raise.
 
     Args:
         site: The matrix.
         name: Whose it is, for messages.
+        copies: Makes copies.
     """
 
-    def __init__(self, site: MatrixSite, name: str) -> None:
+    def __init__(self, site: MatrixSite, name: str, copies: Copies) -> None:
         self.site = site
         # Matrices that read the residual stream share their input, and a caller's hook on one that
         # comes later may write into it.
-        self.x = Values(name, copy=site.matrix in READING_MATRICES)
+        self.x = Values(name, copies if site.matrix in READING_MATRICES else None)
         self.y = Edges(name)
-        self._is_frozen = not site.weight.parameter.requires_grad
 
     def watched(self) -> Iterator[Watched]:
         """`x` is what the caller's hooks made of it; `y` is what the matrix gave, before theirs."""
@@ -133,17 +69,14 @@ class OwnUse:
 
     def others(self, uses: Mapping[Tensor, int]) -> int:
         """How often the weight was used elsewhere, by its uses in the autograd graph."""
-        own = 0 if self._is_frozen else len(self.y.seen)
-        return uses.get(self.site.weight.parameter, 0) - own
+        return uses.get(self.site.weight.parameter, 0)
 
     def _keep_input(self, tensor: Tensor) -> None:
         self.x.keep(tensor)
-        if self._is_frozen:
-            self.site.weight.parameter.requires_grad_(False)
+        self.site.weight.parameter.requires_grad_(False)
 
     def _keep_output(self, tensor: Tensor) -> Tensor | None:
-        if self._is_frozen:
-            self.site.weight.parameter.requires_grad_(True)
+        self.site.weight.parameter.requires_grad_(True)
         return self.y.keep(tensor)
 
 
@@ -177,11 +110,12 @@ class MatrixRecorder(Recorder):
 
     Args:
         site: Where it is.
+        copies: Makes copies.
     """
 
-    def __init__(self, site: MatrixSite) -> None:
+    def __init__(self, site: MatrixSite, copies: Copies) -> None:
         self.site = site
-        self._use = OwnUse(site, f"{site.matrix} of layer {site.layer}")
+        self._use = OwnUse(site, f"{site.matrix} of layer {site.layer}", copies)
 
     def watched(self) -> Iterator[Watched]:
         """Its input and its output."""
@@ -225,13 +159,16 @@ class ExpertsRecorder(Recorder):
 
     Args:
         site: Where they are.
+        copies: Makes copies.
     """
 
-    def __init__(self, site: ExpertsSite) -> None:
+    def __init__(self, site: ExpertsSite, copies: Copies) -> None:
         self.site = site
         name = f"{site.matrix} of layer {site.layer}, expert"
-        self._uses = [OwnUse(expert, f"{name} {i}") for i, expert in enumerate(site.experts)]
-        self._chosen = Values(f"the routing of layer {site.layer}", copy=True)
+        self._uses = [
+            OwnUse(expert, f"{name} {index}", copies) for index, expert in enumerate(site.experts)
+        ]
+        self._chosen = Values(f"the routing of layer {site.layer}", copies)
 
     def watched(self) -> Iterator[Watched]:
         """Every expert's own input and output, and who was routed where."""
@@ -288,14 +225,15 @@ class StackedExpertsRecorder(Recorder):
 
     Args:
         site: Where it is.
+        copies: Makes copies.
     """
 
-    def __init__(self, site: StackedExpertsSite) -> None:
+    def __init__(self, site: StackedExpertsSite, copies: Copies) -> None:
         self.site = site
         name = f"the experts of layer {site.layer}"
-        self._inputs = Values(name, copy=True)
-        self._chosen, self._weights = Values(name, copy=True), Values(name, copy=True)
-        self._outputs, self._y = Values(name, copy=True), Edges(name)
+        self._inputs, self._outputs = Values(name, copies), Values(name, copies)
+        self._chosen, self._weights = Values(name, copies), Values(name, copies)
+        self._y = Edges(name)
 
     def watched(self) -> Iterator[Watched]:
         """What the whole stack reads, how it routes, and what it writes."""
@@ -398,7 +336,7 @@ class HookPointRecorder(VjpRecorder):
 
     def __init__(self, site: HookPointSite) -> None:
         super().__init__(site)
-        self._value = Values(f"hook point {site.name}", copy=True)
+        self._value = Values(f"hook point {site.name}", Copies())
         if not site.is_replaceable:
             raise UnsupportedModelError(
                 f"hook point {site.name!r} of this architecture shows a copy of the pattern that "
@@ -433,7 +371,7 @@ class PatternRecorder(VjpRecorder):
 
     def __init__(self, site: HookPointSite) -> None:
         super().__init__(site)
-        self._pattern = Values(f"hook point {site.name}", copy=False)
+        self._pattern = Values(f"hook point {site.name}")
 
     def watched(self) -> Iterator[Watched]:
         """What the softmax gave, before the caller's hooks."""
@@ -468,18 +406,21 @@ class PatternRecorder(VjpRecorder):
 MatrixRecorders = MatrixRecorder | ExpertsRecorder | StackedExpertsRecorder
 
 
-def recorder_of(site: Site) -> MatrixRecorders:
+def recorder_of(site: Site, copies: Copies) -> MatrixRecorders:
     """A recorder for a matrix.
 
     Args:
         site: Where the matrix is.
+        copies: Makes copies, one for several recorders that keep the same.
 
     Returns:
         The recorder of its kind.
     """
     if isinstance(site, MatrixSite):
-        return MatrixRecorder(site)
-    return ExpertsRecorder(site) if isinstance(site, ExpertsSite) else StackedExpertsRecorder(site)
+        return MatrixRecorder(site, copies)
+    if isinstance(site, ExpertsSite):
+        return ExpertsRecorder(site, copies)
+    return StackedExpertsRecorder(site, copies)
 
 
 @contextmanager
@@ -497,88 +438,6 @@ def recording(recorders: Sequence[Recorder]) -> Iterator[None]:
             for tap, see, before_others in recorder.watched():
                 hooks.enter_context(hooked(tap, see, before_others=before_others))
         yield
-
-
-@contextmanager
-def hooked(
-    tap: Tap, see: Callable[[Tensor], Tensor | None], *, before_others: bool = False
-) -> Iterator[None]:
-    """Show every tensor that passes a tap to a function, which may replace it.
-
-    Args:
-        tap: Where.
-        see: Gets the tensor; returns what takes its place, or `None` to leave it.
-        before_others: Whether the function comes before the hooks that are there already.
-
-    Yields:
-        Nothing; the hook is there inside the context.
-    """
-    if tap.side == "input":
-        handle = tap.module.register_forward_pre_hook(
-            partial(_see_input, see, tap.argument), prepend=before_others, with_kwargs=True
-        )
-    else:
-        handle = tap.module.register_forward_hook(partial(_see_output, see), prepend=before_others)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def requiring_grad(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Let autograd see weights, frozen ones too, and freeze those again.
-
-    Args:
-        weights: The parameters.
-
-    Yields:
-        Nothing; inside the context the weights require gradients.
-    """
-    with ExitStack() as frozen:
-        for weight in weights:
-            frozen.callback(weight.requires_grad_, weight.requires_grad)
-            weight.requires_grad_(True)
-        yield
-
-
-def at_least_float32(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Widen half precision to float32; leave float32 and float64 as they are."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _see_input(
-    see: Callable[[Tensor], Tensor | None],
-    argument: int | str,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if isinstance(argument, str):
-        replaced = see(kwargs[argument])
-        return None if replaced is None else (args, kwargs | {argument: replaced})
-    replaced = see(args[argument])
-    if replaced is None:
-        return None
-    return (*args[:argument], replaced, *args[argument + 1 :]), kwargs
-
-
-def _see_output(
-    see: Callable[[Tensor], Tensor | None],
-    module: nn.Module,
-    args: tuple[Any, ...],
-    output: Tensor,
-) -> Tensor | None:
-    return see(output)
-
-
-def _only(seen: Sequence[_T], name: str) -> _T:
-    if len(seen) != 1:
-        raise ModelStateError(
-            f"{name} was used {len(seen)} times in the forward pass, and a gradient is captured "
-            "only where it is used exactly once"
-        )
-    return seen[0]
 
 
 def _check_rows(x: Float[Tensor, "*rows d"], site: MatrixSite, batch: PromptBatch) -> None:
@@ -613,20 +472,3 @@ def _by_slot(
         experts=experts.masked_fill(~batch.mask[..., None], -1),
         n_experts=site.n_experts,
     )
-
-
-def clean_rows(factor: Float[Tensor, "*shape"], batch: PromptBatch) -> Float[Tensor, "*shape"]:
-    """Widen, bring layers that lie on other devices together, and put zeros at padding.
-
-    Args:
-        factor: Something per prompt and position, its first two axes.
-        batch: The prompts.
-
-    Returns:
-        The same, on the device of the tokens.
-    """
-    factor = at_least_float32(factor).to(batch.mask.device)
-    if not batch.is_padded:
-        return factor
-    padding = ~batch.mask.reshape(*batch.mask.shape, *(1,) * (factor.ndim - 2))
-    return factor.masked_fill(padding, 0)

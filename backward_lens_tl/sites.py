@@ -8,6 +8,7 @@ normalise the MLP's output.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -31,6 +32,9 @@ READING_MATRICES: frozenset[MatrixName] = frozenset({"W_Q", "W_K", "W_V", "W_in"
 
 WRITING_MATRICES = frozenset(MATRIX_NAMES) - READING_MATRICES
 """Matrices that write to the residual stream: their outputs have width `d_model`."""
+
+_MOST_SLOTS = 8
+"""Experts that one token is routed to, at most, in the models that there are."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,14 @@ class MatrixSite:
         """The parameters of the bias."""
         return () if self.bias is None else (self.bias,)
 
+    @property
+    def width(self) -> int:
+        """How many numbers both factors have per token, at least."""
+        *heads, d_in, d_out = self.weight.in_out(self.weight.parameter).shape
+        n_heads = math.prod(heads)
+        is_reading = self.matrix in READING_MATRICES
+        return d_in + n_heads * d_out if is_reading else n_heads * d_in + d_out
+
     def dense(self, gradients: Sequence[Tensor]) -> Float[Tensor, "*head d_in d_out"]:
         """Lay gradients of `weights` out in TransformerLens's orientation."""
         return self.weight.in_out(gradients[0])
@@ -199,6 +211,11 @@ class ExpertsSite:
     def n_experts(self) -> int:
         """Number of experts."""
         return len(self.experts)
+
+    @property
+    def width(self) -> int:
+        """How many numbers both factors have per token, at most, in the models that there are."""
+        return min(_MOST_SLOTS, self.n_experts) * self.experts[0].width
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -271,6 +288,11 @@ class StackedExpertsSite:
     def n_experts(self) -> int:
         """Number of experts."""
         return len(self.stack.w_out)
+
+    @property
+    def width(self) -> int:
+        """How many numbers both factors have per token, at most, in the models that there are."""
+        return min(_MOST_SLOTS, self.n_experts) * sum(self.stack.w_out.shape[1:])
 
     def dense(self, gradients: Sequence[Tensor]) -> Float[Tensor, "expert d_in d_out"]:
         """Lay gradients of `weights` out in TransformerLens's orientation."""

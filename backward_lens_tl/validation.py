@@ -23,9 +23,10 @@ from backward_lens_tl.objectives import (
     bind_to_prompts,
     next_token_loss,
 )
+from backward_lens_tl.precision import at_least_float32
 from backward_lens_tl.prompts import Prompts
-from backward_lens_tl.recording import at_least_float32, hooked, requiring_grad
 from backward_lens_tl.sites import MATRIX_NAMES, MatrixName, Site
+from backward_lens_tl.watching import hooked, requiring_grad
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -277,11 +278,13 @@ def weight_gradients(
     with (
         torch.enable_grad(),
         host.own_precision(),
-        requiring_grad(weights),
+        requiring_grad(weights, among=()),
         hooked(host.last_resid, streams.append),
     ):
         logits = host.logits(batch.tokens).to(batch.tokens.device)
-        losses = bound.losses(at_least_float32(logits), batch)
+        n_read = bound.n_read(batch)
+        read_at = logits if n_read is None else batch.ends(logits, n_read)
+        losses = bound.losses(at_least_float32(read_at), batch)
         gradients = torch.autograd.grad(losses.sum(), weights, materialize_grads=True)
     with torch.no_grad():
         read = host.unembed(streams[0].to(batch.mask.device)[batch.mask]).to(logits.device)

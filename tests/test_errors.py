@@ -152,14 +152,14 @@ REFUSALS: dict[str, tuple[Callable[[Any], object], type[Exception], list[str]]] 
     ),
     "projection without project": (lens(IDS, projection=object()), InputError, ["project"]),
     "projection of wrong width": (
-        lens(IDS, projection=Constant(torch.zeros(3, 96))),
+        lens(IDS, projection=Constant(torch.zeros(6, 96))),
         InputError,
-        ["(3, 96)", "(3, 97)"],
+        ["(6, 96)", "(6, 97)"],
     ),
     "projection gives no tensor": (
         lens(IDS, projection=Constant([0.0] * 97)),
         InputError,
-        ["list", "(3, 97)"],
+        ["list", "(6, 97)"],
     ),
     "k is zero": (lens(IDS, k=0), InputError, ["0", "1 to 97"]),
     "k is too large": (lens(IDS, k=98), InputError, ["98", "1 to 97"]),
@@ -208,12 +208,12 @@ REFUSALS: dict[str, tuple[Callable[[Any], object], type[Exception], list[str]]] 
         ["do not depend on the logits"],
     ),
     "projection gives NaN": (
-        lens(IDS, 5, projection=Constant(torch.full((3, 97), torch.nan))),
+        lens(IDS, 5, projection=Constant(torch.full((6, 97), torch.nan))),
         InputError,
         ["NaN"],
     ),
     "projection gives integers": (
-        lens(IDS, 5, projection=Constant(torch.ones(3, 97, dtype=torch.long))),
+        lens(IDS, 5, projection=Constant(torch.ones(6, 97, dtype=torch.long))),
         InputError,
         ["int64"],
     ),

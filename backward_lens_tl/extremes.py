@@ -1,0 +1,122 @@
+"""The largest and the smallest scores of each vector, exactly, in about one pass over the scores.
+
+A vocabulary is cut into blocks. The `k` largest scores lie in the `k` blocks with the largest
+maxima, so after one pass for the maxima only those few blocks are sorted. Among equal scores the
+smaller token id comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_BLOCK = 64
+"""Tokens of one block: the maxima of 50,257 scores and ten blocks are about as many numbers."""
+
+_SLICE = 4096
+"""Tokens that are compared with the target at a time: as many as stay in a processor's cache."""
+
+_Pick = Callable[[Float[Tensor, "n m"], int, bool], Int[Tensor, "n k"]]
+
+
+class Extremes(NamedTuple):
+    """Scores at one end, the outermost first, and their token ids."""
+
+    scores: Float[Tensor, "n k"]
+    ids: Int[Tensor, "n k"]
+
+
+def extremes(scores: Float[Tensor, "n d_vocab"], k: int, *, largest: bool) -> Extremes:
+    """The `k` largest or smallest scores of each vector.
+
+    Fastest if the scores of one token lie side by side in memory, as in a transposed
+    `[d_vocab, n]`.
+
+    Args:
+        scores: Scores of every token for each vector, in any memory layout; not NaN.
+        k: How many; at most `d_vocab`.
+        largest: Which end.
+
+    Returns:
+        The scores, the outermost first, and their token ids, the smaller one first where scores
+        are equal. A NaN is the largest score.
+    """
+    wanted = min(k + 1, scores.shape[1])
+    found = _outermost(scores, wanted, largest, _pick_any)
+    # Where the k + 1 outermost scores all differ, no choice was left. Else choose by token id.
+    tied = (found.scores[:, 1:] == found.scores[:, :-1]).any(1)
+    if bool(tied.any()):
+        chosen = _outermost(scores[tied], wanted, largest, _pick_earliest)
+        found.scores[tied], found.ids[tied] = chosen.scores, chosen.ids
+    return Extremes(found.scores[:, :k], found.ids[:, :k])
+
+
+def count_above(
+    scores: Float[Tensor, "n d_vocab"], bounds: Float[Tensor, "n 1"]
+) -> Int[Tensor, "n"]:
+    """How many scores of each vector are strictly larger than a bound.
+
+    Args:
+        scores: Scores of every token for each vector, in any memory layout.
+        bounds: The bound of each vector.
+
+    Returns:
+        The counts.
+    """
+    # Ones and zeros in float32 are added many times faster than booleans, and exactly: there are
+    # fewer than 2^24 in a slice.
+    buffer = torch.empty_like(scores[:, :_SLICE], dtype=torch.float32)
+    count = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+    for part in scores.split(_SLICE, dim=1):
+        above = torch.gt(part, bounds, out=buffer[:, : part.shape[1]])
+        count += above.sum(1).long()
+    return count
+
+
+def _outermost(scores: Float[Tensor, "n d_vocab"], k: int, largest: bool, pick: _Pick) -> Extremes:
+    candidates = _candidates(scores, k, largest, pick)
+    values = scores.gather(1, candidates)
+    order = pick(values, k, largest)
+    return Extremes(values.gather(1, order), candidates.gather(1, order))
+
+
+def _candidates(
+    scores: Float[Tensor, "n d_vocab"], k: int, largest: bool, pick: _Pick
+) -> Int[Tensor, "n m"]:
+    """Token ids, ascending, among which the `k` outermost are."""
+    n, d_vocab = scores.shape
+    n_blocks = d_vocab // _BLOCK
+    if k >= n_blocks:
+        return torch.arange(d_vocab, device=scores.device).expand(n, -1)
+    # The blocks in ascending order, so that the first of several equal candidates has the smallest
+    # id. What is left over behind the last block is always among them.
+    chosen = pick(_outermost_of_blocks(scores, n_blocks, largest), k, largest).sort(dim=1).values
+    inside = chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=scores.device)
+    behind = torch.arange(n_blocks * _BLOCK, d_vocab, device=scores.device).expand(n, -1)
+    return torch.cat([inside.flatten(1), behind], dim=1)
+
+
+def _outermost_of_blocks(
+    scores: Float[Tensor, "n d_vocab"], n_blocks: int, largest: bool
+) -> Float[Tensor, "n n_blocks"]:
+    reduce = torch.amax if largest else torch.amin
+    size = (n_blocks, _BLOCK)
+    in_blocks = scores[:, : n_blocks * _BLOCK]
+    if scores.stride(0) != 1:
+        return reduce(in_blocks.unflatten(1, size), 2)
+    # Along memory, where the scores of one token lie side by side.
+    return reduce(in_blocks.T.unflatten(0, size), 1).T.contiguous()
+
+
+def _pick_any(values: Float[Tensor, "n m"], k: int, largest: bool) -> Int[Tensor, "n k"]:
+    """Places of the `k` outermost values; of equal ones any."""
+    return values.topk(k, dim=1, largest=largest).indices
+
+
+def _pick_earliest(values: Float[Tensor, "n m"], k: int, largest: bool) -> Int[Tensor, "n k"]:
+    """Places of the `k` outermost values; of equal ones the first."""
+    return values.sort(dim=1, descending=largest, stable=True).indices[:, :k]

@@ -1,0 +1,77 @@
+"""How much memory a call may take, and in what form the factors are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from backward_lens_tl.arguments import check_choice, is_integer, shown
+from backward_lens_tl.errors import InputError
+
+_FACTOR_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Limits on the memory of one call.
+
+    The words, norms and ranks of a result do not depend on it: they are computed before factors
+    are rounded or moved.
+
+    Attributes:
+        budget: Bytes that the call may take beyond the model. Prompts, and if one alone is too
+            large its layers, then go through the model in as many passes as that needs, and the
+            scores over the vocabulary are made in smaller chunks. It is kept by an estimate from
+            the model's sizes. `None` sets no limit.
+        factor_dtype: What `x_i` and `delta_i` are kept in, `torch.bfloat16` for half the memory;
+            `None` is float32, or float64 for a model that computes in it.
+        factor_device: Where they are kept, for example `"cpu"` for a model on a GPU; `None` is the
+            model's own device.
+
+    Raises:
+        InputError: If a value is not usable.
+
+    Example:
+        >>> import backward_lens_tl as blt
+        >>> blt.Memory(budget=2 * 2**30).budget
+        2147483648
+    """
+
+    budget: int | None = None
+    factor_dtype: torch.dtype | None = None
+    factor_device: torch.device | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and (not is_integer(self.budget) or int(self.budget) <= 0):
+            raise InputError(
+                f"budget is {shown(self.budget)}; pass a number of bytes, such as 2 * 2**30, or "
+                "None for no limit"
+            )
+        check_choice("factor_dtype", self.factor_dtype, (None, *_FACTOR_DTYPES))
+        try:
+            device = None if self.factor_device is None else torch.device(self.factor_device)
+            torch.empty(0, device=device)
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise InputError(
+                f"factor_device is {shown(self.factor_device)}, which is no device of this "
+                "machine; pass for example 'cpu', or None for the model's own"
+            ) from error
+        if device is not None and device.type == "meta":
+            raise InputError("factor_device is 'meta', which keeps no values; pass 'cpu'")
+
+    @property
+    def keeps_as_computed(self) -> bool:
+        """Whether factors stay in the form in which they are computed."""
+        return self.factor_dtype is None and self.factor_device is None
+
+    def device_for(self, model_device: torch.device) -> torch.device:
+        """Where factors are kept.
+
+        Args:
+            model_device: Where the model is.
+
+        Returns:
+            The device.
+        """
+        return model_device if self.factor_device is None else torch.device(self.factor_device)

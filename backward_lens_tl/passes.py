@@ -1,0 +1,224 @@
+"""Which prompts and layers go through the model together.
+
+Prompts of similar length share a pass, so that little of it is padding. Under a memory budget a
+pass has fewer prompts, or fewer layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.host import Host
+from backward_lens_tl.memory import Memory
+from backward_lens_tl.sites import Site
+
+_MAX_PADDING = 0.2
+"""Padded positions of a pass, as a part of its real ones."""
+
+_FACTOR_BYTES = 4
+
+_GRAPH_WIDTHS = 30
+_GRAPH_MLP_WIDTHS = 12
+_GRAPH_PATTERNS = 6
+"""Numbers that autograd keeps of a block per token, in units of `d_model` and of `d_mlp`, and per
+head and pair of tokens."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A part of the work that is one forward and one backward pass.
+
+    Attributes:
+        prompts: Indices of the prompts.
+        layers: The layers.
+    """
+
+    prompts: tuple[int, ...]
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PassSize:
+    """What passes over a model take, in bytes.
+
+    Attributes:
+        per_token: What autograd keeps for the backward pass, per token and block.
+        per_pair: Likewise per pair of tokens of a prompt and block.
+        per_prompt: Logits and their gradient.
+        factors: Numbers in the factors of each layer asked for, per token.
+        n_blocks: Blocks from the lowest layer asked for to the last.
+        device: Where the model is.
+    """
+
+    per_token: int
+    per_pair: int
+    per_prompt: int
+    factors: Mapping[int, int]
+    n_blocks: int
+    device: torch.device
+
+    def of(self, n_prompts: int, length: int, layers: Sequence[int]) -> int:
+        """Estimate one pass.
+
+        Args:
+            n_prompts: Number of prompts.
+            length: Tokens of the longest.
+            layers: The layers whose factors are captured.
+
+        Returns:
+            Bytes.
+        """
+        block = length * self.per_token + length * length * self.per_pair
+        factors = length * sum(self.factors[layer] for layer in layers) * _FACTOR_BYTES
+        return n_prompts * (self.n_blocks * block + factors + self.per_prompt)
+
+    def kept(self, n_prompts: int, length: int, memory: Memory) -> int:
+        """What the factors of all passes take beside a pass.
+
+        Args:
+            n_prompts: Number of prompts.
+            length: Tokens of the longest.
+            memory: How they are kept.
+
+        Returns:
+            Bytes on the model's device.
+        """
+        if memory.device_for(self.device) != self.device:
+            return 0
+        itemsize = _FACTOR_BYTES if memory.factor_dtype is None else memory.factor_dtype.itemsize
+        return n_prompts * length * sum(self.factors.values()) * itemsize
+
+
+def pass_size(host: Host, sites: Sequence[Site], n_read: int | None, longest: int) -> PassSize:
+    """Estimate passes from the sizes of a model.
+
+    Args:
+        host: The model.
+        sites: The matrices.
+        n_read: Positions of each prompt that the logits are needed of; `None` for all.
+        longest: Tokens of the longest prompt.
+
+    Returns:
+        The estimate.
+    """
+    factors: dict[int, int] = {}
+    for site in sites:
+        factors[site.layer] = factors.get(site.layer, 0) + site.width
+    itemsize = host.itemsize
+    return PassSize(
+        per_token=itemsize * (_GRAPH_WIDTHS * host.d_model + _GRAPH_MLP_WIDTHS * host.d_mlp),
+        per_pair=itemsize * _GRAPH_PATTERNS * host.n_heads,
+        # The logits, their log-softmax, and the gradient of both.
+        per_prompt=4 * _FACTOR_BYTES * (n_read or longest) * host.d_vocab_out,
+        factors=factors,
+        n_blocks=host.n_layers - min(factors),
+        device=host.device,
+    )
+
+
+def plan_passes(
+    lengths: Sequence[int],
+    layers: Sequence[int],
+    size: PassSize,
+    memory: Memory,
+    *,
+    in_one: bool,
+) -> list[Pass]:
+    """Divide the work into passes.
+
+    Args:
+        lengths: Number of tokens of each prompt.
+        layers: The layers.
+        size: What passes take.
+        memory: The caller's limits.
+        in_one: Whether there may be only one, because somebody looks on.
+
+    Returns:
+        The passes; together they cover every prompt and layer once.
+
+    Raises:
+        InputError: If the budget is too small for any pass.
+    """
+    all_layers, longest = tuple(layers), max(lengths)
+    buckets = [tuple(range(len(lengths)))] if in_one else length_buckets(lengths)
+    whole = size.of(len(lengths), longest, all_layers)
+    fits = len(buckets) == 1 and memory.keeps_as_computed
+    if memory.budget is None or (fits and whole <= memory.budget):
+        return [Pass(bucket, all_layers) for bucket in buckets]
+    kept = size.kept(len(lengths), longest, memory)
+    if in_one and whole + kept > memory.budget:
+        raise InputError(
+            f"this takes about {_shown(whole + kept)} in one pass, and the budget is "
+            f"{_shown(memory.budget)}; with hooks on the model, or hook_points, all goes in one "
+            "pass: pass fewer prompts or layers, or a larger budget"
+        )
+    return [
+        part
+        for bucket in buckets
+        for part in _passes(bucket, all_layers, lengths, size, memory.budget, kept)
+    ]
+
+
+def _passes(
+    bucket: tuple[int, ...],
+    layers: tuple[int, ...],
+    lengths: Sequence[int],
+    size: PassSize,
+    budget: int,
+    kept: int,
+) -> list[Pass]:
+    """Passes over prompts of similar length, within a budget."""
+    longest, room = max(lengths[prompt] for prompt in bucket), budget - kept
+    if n_prompts := max(0, room) // size.of(1, longest, layers):
+        return [Pass(part, layers) for part in _parts(bucket, n_prompts)]
+    fitting = [n for n in range(1, len(layers)) if size.of(1, longest, layers[-n:]) <= room]
+    if not fitting:
+        least = kept + size.of(1, longest, layers[:1])
+        raise InputError(
+            f"a pass over one layer and one prompt of {longest} tokens takes about "
+            f"{_shown(least)}, of which {_shown(kept)} are the factors of all, and the budget is "
+            f"{_shown(budget)}; allow more, pass fewer or shorter prompts, or keep the factors in "
+            "less with factor_dtype or elsewhere with factor_device"
+        )
+    parts = _parts(layers, max(fitting))
+    return [Pass((prompt,), part) for prompt in bucket for part in parts]
+
+
+def length_buckets(lengths: Sequence[int]) -> list[tuple[int, ...]]:
+    """Divide prompts into batches in which padding adds at most a fifth to the real tokens.
+
+    Args:
+        lengths: Number of tokens of each prompt.
+
+    Returns:
+        Indices of the prompts of each batch, in their own order; the longest prompts come first.
+        Prompts of one length stay together.
+    """
+    of_length: dict[int, list[int]] = {}
+    for prompt, length in enumerate(lengths):
+        of_length.setdefault(length, []).append(prompt)
+    buckets: list[list[int]] = []
+    longest = real = 0
+    for length, prompts in sorted(of_length.items(), reverse=True):
+        count = len(buckets[-1]) + len(prompts) if buckets else 0
+        if not buckets or count * longest > (1 + _MAX_PADDING) * (real + length * len(prompts)):
+            buckets.append([])
+            longest, real = length, 0
+        buckets[-1] += prompts
+        real += length * len(prompts)
+    return [tuple(sorted(bucket)) for bucket in buckets]
+
+
+def _parts(items: tuple[int, ...], most: int) -> list[tuple[int, ...]]:
+    """Cut into as few parts as possible, all about equally long."""
+    step = ceil(len(items) / ceil(len(items) / most))
+    return [items[start : start + step] for start in range(0, len(items), step)]
+
+
+def _shown(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.0f} MiB"

@@ -1,0 +1,248 @@
+"""Ways to the same answers: ours, TransformerLens's own tool, the authors' way, and the floor.
+
+All read the gradients of `W_in` and `W_out` in every layer for `-log p(target)` after each prompt:
+the `x_i` of `W_in` and the `delta_i` of `W_out` through final norm and unembedding, top 10, bottom
+10 and the target's rank. Contestants take a model and a question; only the floor has no answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from backward_lens_tl import BackwardLensResult, GradientCapture, backward_lens, target_nll
+from backward_lens_tl import capture_gradients as capture_factors
+from backward_lens_tl.host import host_of
+from backward_lens_tl.projection import as_projection
+from backward_lens_tl.readout import Readout, VectorGroup, read_vectors
+from benchmarks.sizes import Question
+
+Contestant = Callable[[Any, Question], object]
+
+K = 10
+"""Tokens at either end: everybody's default."""
+
+PIECE_BYTES = 2 * 2**30
+"""Memory that the floor's product may take at a time."""
+
+
+# ------------------------------------------------------------------------------------------- ours
+
+
+def lens(model: Any, question: Question) -> BackwardLensResult:
+    """This package with its defaults, on token ids."""
+    return backward_lens(model, question.ids, question.target)
+
+
+def lens_of_texts(model: Any, question: Question) -> BackwardLensResult:
+    """This package with its defaults, on texts."""
+    return backward_lens(model, question.texts, question.target_text)
+
+
+def capture(model: Any, question: Question) -> GradientCapture:
+    """The first part of `lens`: the factors."""
+    return capture_factors(model, question.ids, target_nll(question.target))
+
+
+def groups_of(captured: GradientCapture) -> list[VectorGroup]:
+    """What `lens` reads of a capture, matrix by matrix and layer by layer."""
+    if captured.targets is None:
+        raise ValueError("the capture has no target to rank")
+    targets = captured.targets[:, None].expand(captured.mask.shape).flatten()
+    return [
+        VectorGroup(
+            gradient.layer,
+            (gradient.inputs if matrix == "W_in" else -gradient.vjps).flatten(0, 1),
+            targets,
+        )
+        for matrix in captured.matrices
+        for gradient in (captured[matrix, layer] for layer in captured.layers)
+    ]
+
+
+def reading(model: Any, groups: Sequence[VectorGroup]) -> Sequence[Readout]:
+    """The second part of `lens`: the words."""
+    host = host_of(model)
+    return read_vectors(groups, as_projection("logit_lens", host), K, host.d_vocab_out)
+
+
+# --------------------------------------------------------------------------- TransformerLens's tool
+
+
+def why_no_tool() -> str | None:
+    """Why the installed TransformerLens cannot run its own tool, or `None` if it can."""
+    if find_spec("transformer_lens.model_bridge") is None:
+        return "this TransformerLens has neither TransformerBridge nor a tool of its own"
+    if find_spec("transformer_lens.tools.analysis.backward_lens") is None:
+        return "this TransformerLens has no tool of its own (3.9 to 4.2 have)"
+    return None
+
+
+def tool(model: Any, question: Question) -> list[Any]:
+    """`transformer_lens.tools.analysis.BackwardLens`, one prompt after the other."""
+    from transformer_lens.tools.analysis import BackwardLens
+
+    analyser = BackwardLens(model)
+    layers = range(model.cfg.n_layers)
+    return [analyser.analyze(text, question.target_text, layers) for text in question.texts]
+
+
+# -------------------------------------------------------------------------------- the authors' way
+
+
+@dataclass(frozen=True)
+class VectorReading:
+    """What one vector says.
+
+    Attributes:
+        top_ids: The largest scores' tokens.
+        bottom_ids: The smallest scores' tokens.
+        target_rank: Number of tokens with a larger score than the target.
+    """
+
+    top_ids: Int[Tensor, "k"]
+    bottom_ids: Int[Tensor, "k"]
+    target_rank: int
+
+
+def authors_way(model: Any, question: Question) -> list[list[VectorReading]]:
+    """A full backward pass and a loop over vectors, one prompt after the other.
+
+    Written from the paper's description: every parameter gets its gradient, and every vector is
+    read on its own, `x_i` and the raw `delta_i`.
+
+    Args:
+        model: A `HookedTransformer` without a bias in its unembedding.
+        question: The prompts.
+
+    Returns:
+        The readings of each prompt, layer by layer, first `W_in` and then `W_out`.
+    """
+    return [_authors_prompt(model, ids[None], question.target) for ids in question.ids]
+
+
+def _authors_prompt(model: Any, ids: Int[Tensor, "1 pos"], target: int) -> list[VectorReading]:
+    with _mlp_tensors(model) as (inputs, outputs):
+        loss = _losses(model(ids, return_type="logits"), target).sum()
+    for output in outputs:
+        output.retain_grad()
+    loss.backward()
+    deltas = [y.grad for y in outputs[1::2] if y.grad is not None]
+    spanning = [
+        vector
+        for factors in zip(inputs, deltas, strict=True)
+        for factor in factors
+        for vector in factor[0]
+    ]
+    with torch.no_grad():
+        found = [_read_vector(model, vector, target) for vector in spanning]
+    # The next prompt's gradients must not be added to these.
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def _read_vector(model: Any, vector: Float[Tensor, "d_model"], target: int) -> VectorReading:
+    scores = (model.ln_final(vector[None, None]) @ model.W_U)[0, 0]
+    return VectorReading(
+        top_ids=scores.topk(K).indices,
+        bottom_ids=scores.topk(K, largest=False).indices,
+        target_rank=int((scores > scores[target]).sum()),
+    )
+
+
+# --------------------------------------------------------------------------------------- the floor
+
+
+def floor(model: Any, question: Question) -> None:
+    """What cannot be left out: forward, gradients of activations, one bare product."""
+    product(passes(model, question), model.W_U)
+
+
+def passes(model: Any, question: Question) -> Float[Tensor, "n d_model"]:
+    """Forward and backward pass of the floor, without this package's hooks.
+
+    Args:
+        model: A `HookedTransformer`.
+        question: The prompts.
+
+    Returns:
+        All spanning vectors, `x_i` of `W_in` and `delta_i` of `W_out`, layer by layer.
+    """
+    with _mlp_tensors(model) as (inputs, outputs):
+        losses = _losses(model(question.ids, return_type="logits"), question.target)
+    gradients = torch.autograd.grad(losses.sum(), outputs)
+    factors = zip(inputs, gradients[1::2], strict=True)
+    spanning = [factor.detach() for of_layer in factors for factor in of_layer]
+    return torch.stack(spanning).flatten(0, -2)
+
+
+@torch.no_grad()
+def product(vectors: Float[Tensor, "n d_model"], weight: Float[Tensor, "d_model d_vocab"]) -> None:
+    """The bare product, in the largest pieces that `PIECE_BYTES` hold; the scores are dropped."""
+    for piece in vectors.split(_piece_rows(weight)):
+        _ = piece @ weight
+
+
+@torch.no_grad()
+def turned_product(
+    vectors: Float[Tensor, "n d_model"], weight: Float[Tensor, "d_model d_vocab"]
+) -> None:
+    """The same product as its transpose, `W_U^T V^T`, which some machines compute faster."""
+    for piece in vectors.split(_piece_rows(weight)):
+        _ = weight.T @ piece.T
+
+
+def _piece_rows(weight: Float[Tensor, "d_model d_vocab"]) -> int:
+    return max(1, PIECE_BYTES // (weight.shape[1] * weight.element_size()))
+
+
+@torch.no_grad()
+def plain_forward(model: Any, question: Question) -> None:
+    """A forward pass that keeps no graph."""
+    model(question.ids, return_type="logits")
+
+
+@contextmanager
+def _mlp_tensors(model: Any) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Catch what passes the MLPs of a `HookedTransformer`, with its graph.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Two lists that the forward pass fills: what `W_in` reads in each layer, `[batch, pos,
+        d_model]`, and what `W_in` and `W_out` give, in turns.
+    """
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def keep_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs.append(args[0])
+
+    def keep_output(tensor: Tensor, hook: object) -> None:
+        outputs.append(tensor)
+
+    w_in = "mlp.hook_pre_linear" if model.cfg.gated_mlp else "mlp.hook_pre"
+    names = [
+        f"blocks.{layer}.{name}"
+        for layer in range(model.cfg.n_layers)
+        for name in (w_in, "hook_mlp_out")
+    ]
+    handles = [block.mlp.register_forward_pre_hook(keep_input) for block in model.blocks]
+    try:
+        with model.hooks(fwd_hooks=[(name, keep_output) for name in names]):
+            yield inputs, outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _losses(logits: Float[Tensor, "batch pos d_vocab"], target: int) -> Float[Tensor, "batch"]:
+    return -logits[:, -1].float().log_softmax(-1)[:, target]

@@ -1,0 +1,169 @@
+"""What a run of the floor will take, so that a cell that would take too much is left out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.sizes import DTYPES, Size
+
+_GB = 1e9
+_PROBE = (512, 1024, 16384)
+
+
+def floor_flops(size: Size, batch: int, positions: int) -> int:
+    """Floating-point operations of the floor: forward, gradients of activations, one product.
+
+    Only matrix products count, two operations for each multiplication. Two gradients are made for
+    each product of attention, one for each product with a weight.
+
+    Args:
+        size: Of the model.
+        batch: Number of prompts.
+        positions: Their length in tokens.
+
+    Returns:
+        The number of operations.
+    """
+    tokens = batch * positions
+    key_value_width = (size.n_key_value_heads or size.n_heads) * size.d_head
+    attention_weights = 2 * size.d_model * (size.d_model + key_value_width)
+    mlp_weights = (3 if size.is_llama else 2) * size.d_model * size.d_mlp
+    unembedding = size.d_model * size.d_vocab
+    with_weights = size.n_layers * (attention_weights + mlp_weights) + unembedding
+    of_attention = size.n_layers * 2 * positions * size.d_model
+    spanning = 2 * size.n_layers * unembedding
+    return 2 * tokens * (2 * with_weights + 3 * of_attention + spanning)
+
+
+def floor_bytes(size: Size, batch: int, positions: int, itemsize: int) -> int:
+    """Memory of the model and of the floor's passes, roughly.
+
+    Args:
+        size: Of the model.
+        batch: Number of prompts.
+        positions: Their length in tokens.
+        itemsize: Bytes of one number.
+
+    Returns:
+        Bytes. Per token and layer some twenty tensors of the residual stream's width and six of the
+        MLP's are kept for the backward pass, and three attention maps; logits, their gradient and
+        a copy are there at once.
+    """
+    tokens = batch * positions
+    attention = 4 * size.d_model**2
+    mlp = (3 if size.is_llama else 2) * size.d_model * size.d_mlp
+    model = size.n_layers * (attention + mlp) + 2 * size.d_model * size.d_vocab
+    per_layer = 20 * size.d_model + 6 * size.d_mlp + 3 * size.n_heads * positions
+    return itemsize * (model + tokens * (size.n_layers * per_layer + 3 * size.d_vocab))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run may take on this machine.
+
+    Attributes:
+        seconds: Time of one run of the floor.
+        memory: Bytes, the model included.
+        speed: Operations per second of a small product, by dtype.
+    """
+
+    seconds: float
+    memory: int
+    speed: Mapping[str, float]
+
+    def floor_seconds(self, size: Size, batch: int, positions: int, dtype: str) -> float:
+        """Estimated time of one run of the floor.
+
+        Args:
+            size: Of the model.
+            batch: Number of prompts.
+            positions: Their length in tokens.
+            dtype: Name of the dtype.
+
+        Returns:
+            Seconds.
+        """
+        return floor_flops(size, batch, positions) / self.speed[dtype]
+
+    def reason_to_skip(self, size: Size, batch: int, positions: int, dtype: str) -> str | None:
+        """Why a cell is not measured.
+
+        Args:
+            size: Of the model.
+            batch: Number of prompts.
+            positions: Their length in tokens.
+            dtype: Name of the dtype.
+
+        Returns:
+            The reason, or `None` if it can be measured.
+        """
+        memory = floor_bytes(size, batch, positions, DTYPES[dtype].itemsize)
+        if memory > self.memory:
+            return f"needs some {memory / _GB:.0f} GB, and {self.memory / _GB:.0f} GB are there"
+        seconds = self.floor_seconds(size, batch, positions, dtype)
+        if seconds > self.seconds:
+            return (
+                f"one run of the floor would take some {seconds:.0f} s, and the limit is "
+                f"{self.seconds:g} s (--limit)"
+            )
+        return None
+
+
+def limits_of(device: str, seconds: float) -> Limits:
+    """Measure what is there.
+
+    Args:
+        device: `"cpu"` or `"cuda"`.
+        seconds: Time that one run of the floor may take.
+
+    Returns:
+        The limits.
+    """
+    speed = {name: product_speed(dtype, device) for name, dtype in DTYPES.items()}
+    return Limits(seconds, available_memory(device), speed)
+
+
+def product_speed(dtype: torch.dtype, device: str) -> float:
+    """Speed of a small matrix product.
+
+    Args:
+        dtype: Of its factors.
+        device: Where.
+
+    Returns:
+        Operations per second, the best of three.
+    """
+    n, d_in, d_out = _PROBE
+    left = torch.ones(n, d_in, dtype=dtype, device=device)
+    right = torch.ones(d_in, d_out, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        # Reading a number waits for the device.
+        float((left @ right)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 2 * n * d_in * d_out / best
+
+
+def available_memory(device: str) -> int:
+    """Memory that is free now.
+
+    Args:
+        device: `"cpu"` or `"cuda"`.
+
+    Returns:
+        Bytes; all of the machine's where it does not say what is free.
+    """
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

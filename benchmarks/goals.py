@@ -1,0 +1,165 @@
+"""The goals, each with what was measured for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.figures import LARGE_VOCABULARY, MANY, ONE, SHORT, Row
+from benchmarks.sizes import SMALL
+
+Results = Mapping[str, Any]
+"""What a results file holds: rows by figure, beside what was measured with and on what."""
+
+_MB = 1e6
+
+
+class NotMeasured(Exception):
+    """Why there is no number."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound for something measured.
+
+    Attributes:
+        what: What is measured, with its unit.
+        bound: The bound.
+        is_lower: Whether the bound is the least that is wanted; otherwise it is the most.
+        measure: Finds the number among results; raises `NotMeasured` where there is none.
+    """
+
+    what: str
+    bound: float
+    is_lower: bool
+    measure: Callable[[Results], float]
+
+    def is_reached(self, value: float) -> bool:
+        """Whether a number keeps the bound."""
+        return value >= self.bound if self.is_lower else value <= self.bound
+
+
+def find(results: Results, figure: str, **wanted: object) -> Row:
+    """The row of a figure.
+
+    Args:
+        results: A results file.
+        figure: Name of the figure.
+        **wanted: What the row is about.
+
+    Returns:
+        The row, which has numbers.
+
+    Raises:
+        NotMeasured: If it has none, or there is no such row.
+    """
+    for row in results[figure]:
+        if wanted.items() <= row.items():
+            if "skipped" in row:
+                raise NotMeasured(row["skipped"])
+            return dict(row)
+    what = ", ".join(f"{name} {value}" for name, value in wanted.items())
+    raise NotMeasured(f"this run had no {figure} of {what}")
+
+
+def beyond_forward(row: Row) -> float:
+    """Peak memory beyond that of a plain forward pass, in MB."""
+    return float(row["bytes"]["contestant"] - row["bytes"]["forward"]) / _MB
+
+
+def _peer(peer: str, number: str) -> Callable[[Results], float]:
+    def measure(results: Results) -> float:
+        return float(find(results, "peers", size=SMALL.name, peer=peer)[number])
+
+    return measure
+
+
+def _cell(batch: int, number: str) -> Callable[[Results], float]:
+    cell = {"size": SMALL.name, "dtype": "float32", "batch": batch, "positions": SHORT}
+
+    def measure(results: Results) -> float:
+        return float(find(results, "grid", **cell)[number])
+
+    return measure
+
+
+def _slope(along: str) -> Callable[[Results], float]:
+    return lambda results: float(find(results, "scaling", along=along)["slope"])
+
+
+def _rank(results: Results) -> float:
+    return float(find(results, "rank")["faster"])
+
+
+def _memory_of_the_tool(results: Results) -> float:
+    ours, tool = (
+        find(results, "memory", contestant=name)["bytes"]["contestant"]
+        for name in ("ours, of texts", "tool")
+    )
+    return float(ours / tool)
+
+
+def _memory_beyond(results: Results, d_vocab: int) -> float:
+    row = find(results, "memory", contestant="ours", batch=MANY, d_vocab=d_vocab)
+    return beyond_forward(row)
+
+
+def _memory(results: Results) -> float:
+    return _memory_beyond(results, SMALL.d_vocab)
+
+
+def _memory_growth(results: Results) -> float:
+    return _memory_beyond(results, LARGE_VOCABULARY) - _memory_beyond(results, SMALL.d_vocab)
+
+
+_TOOL, _AUTHORS = "TransformerLens's tool", "the authors' way"
+
+GOALS = (
+    Goal(f"{ONE} prompt, times as fast as {_TOOL}", 6, True, _peer("tool", "faster")),
+    Goal(
+        f"{ONE} prompt, part of the extra peak memory of {_TOOL}", 0.4, False, _memory_of_the_tool
+    ),
+    Goal(
+        f"a prompt of a batch of {MANY}, times as fast as {_TOOL}",
+        15,
+        True,
+        _peer("tool", "faster_in_batch"),
+    ),
+    Goal(
+        f"a prompt of a batch of {MANY}, times as fast as {_AUTHORS}",
+        25,
+        True,
+        _peer("authors' way", "faster_in_batch"),
+    ),
+    Goal(f"{ONE} prompt, times as long as the floor", 1.5, False, _cell(ONE, "whole")),
+    Goal(f"batch of {MANY}, times as long as the floor", 1.3, False, _cell(MANY, "whole")),
+    Goal(
+        f"batch of {MANY}, projection with top, bottom and ranks, times as long as the bare "
+        "product",
+        1.35,
+        False,
+        _cell(MANY, "reading"),
+    ),
+    Goal(
+        "rank of a `W_out` gradient, times as fast as `matrix_rank` of the dense matrix",
+        200,
+        True,
+        _rank,
+    ),
+    Goal("slope of log time over log number of prompts", 1.1, False, _slope("prompts")),
+    Goal("slope of log time over log number of layers", 1.1, False, _slope("layers")),
+    Goal("slope of log time over log number of positions", 1.1, False, _slope("positions")),
+    Goal(
+        f"batch of {MANY}, MB of peak memory beyond the model and a plain forward pass",
+        300,
+        False,
+        _memory,
+    ),
+    Goal(
+        f"the same with a vocabulary of {LARGE_VOCABULARY:,}, MB more than with {SMALL.d_vocab:,}",
+        0,
+        False,
+        _memory_growth,
+    ),
+)

@@ -1,0 +1,141 @@
+"""Peak memory of one contestant, in a process of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from benchmarks import contestants
+from benchmarks.contestants import Contestant
+from benchmarks.sizes import Size, bridge, hooked, question
+from benchmarks.timing import Thunk
+
+MODELS = {"HookedTransformer": hooked, "TransformerBridge": bridge}
+CONTESTANTS: dict[str, Contestant] = {
+    "ours": contestants.lens,
+    "ours, of texts": contestants.lens_of_texts,
+    "tool": contestants.tool,
+    "authors' way": contestants.authors_way,
+    "floor": contestants.floor,
+}
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a process measures.
+
+    Attributes:
+        contestant: A name among `CONTESTANTS`.
+        model: A name among `MODELS`.
+        size: Of the model.
+        batch: Number of prompts.
+        positions: Their length in tokens.
+        device: `"cpu"` or `"cuda"`.
+    """
+
+    contestant: str
+    model: str
+    size: Size
+    batch: int
+    positions: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Highest use of memory beyond what is in use before, in bytes.
+
+    Attributes:
+        contestant: Of the contestant's first run.
+        forward: Of a plain forward pass without gradients, the second one.
+    """
+
+    contestant: int
+    forward: int
+
+
+def why_not_measured(device: str) -> str | None:
+    """Why peaks cannot be measured here, or `None` if they can."""
+    if device == "cuda" or (_CLEAR.exists() and "VmHWM:" in _STATUS.read_text()):
+        return None
+    return f"peak memory is read from /proc, which {sys.platform} does not have"
+
+
+def measure(case: Case) -> Peaks:
+    """Measure in a new process, which has only the model and has run one plain forward pass.
+
+    Args:
+        case: What to measure.
+
+    Returns:
+        The peaks.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(measure_here, case).result()
+
+
+def measure_here(case: Case) -> Peaks:
+    """Measure in this process.
+
+    Args:
+        case: What to measure.
+
+    Returns:
+        The peaks.
+    """
+    model = MODELS[case.model](case.size, case.device)
+    asked = question(case.size, case.batch, case.positions, case.device)
+    forward = partial(contestants.plain_forward, model, asked)
+    forward()
+    return Peaks(
+        forward=extra_peak(forward, case.device),
+        contestant=extra_peak(partial(CONTESTANTS[case.contestant], model, asked), case.device),
+    )
+
+
+def extra_peak(run: Thunk, device: str) -> int:
+    """Highest use of memory in a run, beyond what is in use before it.
+
+    Args:
+        run: What is run; what it returns counts.
+        device: Whose memory.
+
+    Returns:
+        Bytes.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _ = run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    _give_back_free_memory()
+    _CLEAR.write_text("5")
+    before = _resident("VmRSS")
+    _ = run()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    """Resident memory of this process, in bytes."""
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
+def _give_back_free_memory() -> None:
+    """Let the C library give freed memory back, so that using it again counts."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):  # glibc's
+        library.malloc_trim(0)

@@ -1,0 +1,383 @@
+"""The page docs/benchmarks.md, made of the results files of all machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contestants import PIECE_BYTES, K
+from benchmarks.figures import MANY, SHORT, Row
+from benchmarks.goals import GOALS, Goal, NotMeasured, Results, beyond_forward
+from benchmarks.phases import PHASES
+from benchmarks.sizes import SMALL
+
+_NO_ROW = "·"
+
+HEAD = f"""\
+# Benchmarks
+
+Generated, do not edit: `make bench` measures, writes `docs/benchmarks/DEVICE.json`, and makes this
+page of all such files. `python -m benchmarks --help` has the options.
+
+Models are random, in the sizes of well-known ones: neither time nor memory depends on what the
+weights are. Prompts are random tokens of equal length. Everybody reads the gradients of `W_in` and
+`W_out` of all layers for `-log p(target)` after each prompt: final norm and unembedding of every
+`x_i` of `W_in` and every `delta_i` of `W_out`, the top {K}, the bottom {K} and the target's rank.
+`tests/test_benchmarks.py` holds all to the same answers.
+
+- **ours** is `backward_lens_tl.backward_lens(model, prompts, target)` with its defaults.
+- **tool** is `transformer_lens.tools.analysis.BackwardLens(model).analyze(...)` of TransformerLens
+  3.9, which takes one prompt, and a raw GPT-2 `TransformerBridge`; ours runs on the same bridge and
+  the same texts beside it.
+- **authors' way** is a full backward pass with the gradient of every parameter, and then a loop
+  over the vectors, one prompt at a time. It is written from the paper's description and is not the
+  authors' code. Like everything that follows, it runs on a `HookedTransformer`.
+- **floor** is what cannot be left out: a forward pass of the whole batch, one `autograd.grad` of
+  the summed losses with respect to what `W_in` and `W_out` give, without this package's hooks, and
+  one bare product of all spanning vectors with `W_U`: no norm, no tokens, no ranks. Where the
+  product's scores are larger than {PIECE_BYTES / 2**30:g} GiB it is made in pieces of that size.
+
+Contestants take turns on the same model, every second round in the opposite order, and each ratio
+is the median over rounds of that round's ratio, so a machine that gets slower meets both sides. The
+first round warms up and does not count, unless a cell is so slow that there is no time for another.
+Parameters require gradients, as in a model that was just loaded.
+
+`[n]` is a note at the end: why there is no number. `{_NO_ROW}`: this was not asked for.
+"""
+
+PEERS = f"""\
+## One prompt at a time
+
+Milliseconds per prompt of {SHORT} tokens, in float32. *batch* is ours for {MANY} prompts at once,
+divided by {MANY}; the last two columns say how many times as fast ours is, for one prompt and for
+one of the batch.
+"""
+
+GRID = """\
+## Against the floor
+
+**whole** is ours over the floor, **capture** our two passes over the floor's, **reading** our
+projection with top, bottom and ranks over the bare product. Below 1, ours is the faster one. *ours*
+is in milliseconds per prompt.
+"""
+
+ORDERS = """\
+### The bare product, turned
+
+The same product can be computed as its transpose, `W_U^T V^T`, and how fast either is depends on
+the machine's library. The number says how many times as fast as the floor's product the turned one
+is; our reading over the turned product is *reading* times this number.
+"""
+
+MEMORY = """\
+## Peak memory
+
+In MB (10^6 bytes), each contestant in a process of its own, beyond what the process has after the
+model is loaded and one forward pass without gradients has run. *forward* is the peak of a second
+such pass in the same process; *beyond* is the difference. On a CPU it is resident memory, with the
+mark reset before the run; on a GPU it is what torch has allocated there.
+"""
+
+SCALING = """\
+## Scaling
+
+Milliseconds of ours, in all and per unit, in float32. The slope of log time over log size, by least
+squares, is 1 where time is proportional to size; where a fixed cost is shared, as that of the
+embedding and of the last unembedding among layers, it is less.
+"""
+
+PHASE = f"""\
+## Where the time goes
+
+Milliseconds of ours under torch's profiler, {SMALL.name} in float32, prompts of {SHORT} tokens.
+*forward* is every tensor operation before the backward pass. Behind it, *product* is every matrix
+product, and *top, bottom, ranks* every other operation: the final norm, the choice of tokens, the
+ranks and the checks of the factors. *everything else* is the time in which no tensor operation
+runs: Python, the profiler itself, texts of tokens.
+"""
+
+RANK = """\
+## Rank
+
+`gradient.rank()` works on the factors of one prompt; `torch.linalg.matrix_rank` on the dense
+gradient, which is made before the clock starts.
+"""
+
+
+class Notes:
+    """Reasons, numbered in the order in which they are met."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def mark(self, reason: str) -> str:
+        """The mark that stands for a reason."""
+        return f"[{self._numbers.setdefault(reason, len(self._numbers) + 1)}]"
+
+    def lines(self) -> list[str]:
+        """The list of all that were met."""
+        return [f"{number}. {reason}" for reason, number in self._numbers.items()]
+
+
+def write_page(folder: Path) -> Path:
+    """Make the page of all results files.
+
+    Args:
+        folder: Has `benchmarks/*.json`.
+
+    Returns:
+        The page, `benchmarks.md` in the folder.
+    """
+    page = folder / "benchmarks.md"
+    page.write_text(render(read_results(folder)), encoding="utf-8")
+    return page
+
+
+def read_results(folder: Path) -> dict[str, Results]:
+    """Results by the machine's kind, the name of their file."""
+    paths = sorted((folder / "benchmarks").glob("*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def write_results(folder: Path, kind: str, results: Results) -> Path:
+    """Keep one machine's results; those of other kinds stay.
+
+    Args:
+        folder: Gets `benchmarks/KIND.json`.
+        kind: Of the machine.
+        results: The results.
+
+    Returns:
+        The file.
+    """
+    path = folder / "benchmarks" / f"{kind}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def render(machines: Mapping[str, Results]) -> str:
+    """Write the page.
+
+    Args:
+        machines: Results by kind.
+
+    Returns:
+        The page in Markdown.
+    """
+    notes = Notes()
+    sections = [
+        HEAD,
+        _machines(machines),
+        "## Goals\n",
+        _goals(machines, notes),
+        PEERS,
+        _peers(machines, notes),
+        RANK,
+        _rank(machines, notes),
+        GRID,
+        _grid(machines, notes),
+        ORDERS,
+        _orders(machines, notes),
+        PHASE,
+        _phases(machines, notes),
+        SCALING,
+        _scaling(machines, notes),
+        MEMORY,
+        _memory(machines, notes),
+        "## No number\n",
+        "\n".join(notes.lines()) or "Everything was measured.",
+    ]
+    return "\n".join(sections) + "\n"
+
+
+# ---------------------------------------------------------------------------------------- sections
+
+
+def _machines(machines: Mapping[str, Results]) -> str:
+    lines = ["## Machines\n"]
+    for kind, results in machines.items():
+        parts = (f"{name}: {value}" for name, value in results["machine"].items())
+        made_with = ", ".join(f"{name} {value}" for name, value in results["versions"].items())
+        lines += [
+            f"- **{kind}**, {results['date']}, `{results['command']}`",
+            f"  - {'; '.join(parts)}",
+            f"  - {made_with}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _goals(machines: Mapping[str, Results], notes: Notes) -> str:
+    def cells(goal: Goal) -> list[str]:
+        texts = []
+        for results in machines.values():
+            try:
+                value = goal.measure(results)
+            except NotMeasured as error:
+                texts += [notes.mark(str(error)), ""]
+            else:
+                texts += [number(value), "yes" if goal.is_reached(value) else "**no**"]
+        return texts
+
+    head = ["", "goal", *(text for kind in machines for text in (kind, "reached"))]
+    body = [
+        [goal.what, f"at {'least' if goal.is_lower else 'most'} {goal.bound:g}", *cells(goal)]
+        for goal in GOALS
+    ]
+    about = (
+        f"{SMALL.name}, prompts of {SHORT} tokens, all layers and both matrices, float32. The\n"
+        "reason for a missed goal is to be looked for under *Where the time goes*.\n"
+    )
+    return f"{about}\n{table(head, body)}"
+
+
+def _peers(machines: Mapping[str, Results], notes: Notes) -> str:
+    names = ("ours", "batch", "peer", "times as fast", "in the batch")
+
+    def numbers(row: Row) -> list[str]:
+        batch = row["seconds"].get("batch")
+        return [
+            milliseconds(row["seconds"]["ours"]),
+            _NO_ROW if batch is None else milliseconds(batch / row["batch"]),
+            milliseconds(row["seconds"]["peer"]),
+            number(row["faster"]),
+            _NO_ROW if batch is None else number(row["faster_in_batch"]),
+        ]
+
+    return _by_machine(machines, "peers", ("size", "peer"), names, numbers, notes)
+
+
+def _grid(machines: Mapping[str, Results], notes: Notes) -> str:
+    names = ("whole", "capture", "reading", "ours", "rounds")
+
+    def numbers(row: Row) -> list[str]:
+        ours = milliseconds(row["seconds"]["ours"] / row["batch"])
+        ratios = [number(row[name]) for name in ("whole", "capture", "reading")]
+        return [*ratios, ours, str(row["rounds"])]
+
+    keys = ("size", "dtype", "batch", "positions")
+    return _by_machine(machines, "grid", keys, names, numbers, notes)
+
+
+def _orders(machines: Mapping[str, Results], notes: Notes) -> str:
+    def numbers(row: Row) -> list[str]:
+        return [number(row["turned_faster"])]
+
+    return _by_machine(machines, "orders", ("batch", "vectors"), ("times as fast",), numbers, notes)
+
+
+def _rank(machines: Mapping[str, Results], notes: Notes) -> str:
+    def numbers(row: Row) -> list[str]:
+        return [
+            f"{row['ranks']['ours']}, {row['ranks']['dense']}",
+            milliseconds(row["seconds"]["ours"]),
+            milliseconds(row["seconds"]["dense"]),
+            number(row["faster"]),
+        ]
+
+    names = ("ranks", "ours, ms", "dense, ms", "times as fast")
+    return _by_machine(machines, "rank", ("shape",), names, numbers, notes)
+
+
+def _phases(machines: Mapping[str, Results], notes: Notes) -> str:
+    def numbers(row: Row) -> list[str]:
+        whole = sum(row["seconds"].values())
+        return [
+            f"{milliseconds(row['seconds'][phase])} ({row['seconds'][phase] / whole:.0%})"
+            for phase in PHASES
+        ]
+
+    return _by_machine(machines, "phases", ("batch",), PHASES, numbers, notes)
+
+
+def _scaling(machines: Mapping[str, Results], notes: Notes) -> str:
+    lines = []
+    for kind, results in machines.items():
+        for row in results["scaling"]:
+            fixed = ", ".join(
+                f"{row[name][0]} {name}"
+                for name in ("layers", "prompts", "positions")
+                if name != row["along"]
+            )
+            title = f"**{kind}, {row['along']}** ({fixed})"
+            if "skipped" in row:
+                lines.append(f"{title}: {notes.mark(row['skipped'])}\n")
+                continue
+            points = {int(size): seconds for size, seconds in row["seconds"].items()}
+            head = [row["along"], *map(str, points)]
+            body = [
+                ["ms", *(milliseconds(seconds) for seconds in points.values())],
+                ["ms per unit", *(milliseconds(time / size) for size, time in points.items())],
+            ]
+            rounds = f"rounds: {row['rounds']}"
+            lines.append(f"{title}: slope {row['slope']:.3f}; {rounds}\n\n{table(head, body)}")
+    return "\n".join(lines)
+
+
+def _memory(machines: Mapping[str, Results], notes: Notes) -> str:
+    def numbers(row: Row) -> list[str]:
+        peaks = (row["bytes"]["contestant"], row["bytes"]["forward"])
+        return [*(f"{peak / 1e6:.0f}" for peak in peaks), f"{beyond_forward(row):.0f}"]
+
+    keys = ("contestant", "model", "d_vocab", "layers", "batch", "positions")
+    return _by_machine(machines, "memory", keys, ("peak", "forward", "beyond"), numbers, notes)
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def _by_machine(
+    machines: Mapping[str, Results],
+    figure: str,
+    keys: Sequence[str],
+    names: Sequence[str],
+    numbers: Callable[[Row], list[str]],
+    notes: Notes,
+) -> str:
+    """A table with the rows of all machines, and columns of each.
+
+    Args:
+        machines: Results by kind.
+        figure: Whose rows.
+        keys: What a row is about.
+        names: Of the columns that each machine has.
+        numbers: Their texts, for a row with numbers.
+        notes: Get the reasons of rows without.
+
+    Returns:
+        The table in Markdown.
+    """
+    rows = {
+        kind: {tuple(str(row[key]) for key in keys): row for row in results[figure]}
+        for kind, results in machines.items()
+    }
+    body = []
+    for about in dict.fromkeys(key for by_key in rows.values() for key in by_key):
+        cells: list[str] = []
+        for by_key in rows.values():
+            row: Any = by_key.get(about)
+            if row is None or "skipped" in row:
+                mark = _NO_ROW if row is None else notes.mark(row["skipped"])
+                cells += [mark, *[""] * (len(names) - 1)]
+            else:
+                cells += numbers(row)
+        body.append([*about, *cells])
+    return table([*keys, *(f"{kind}<br>{name}" for kind in machines for name in names)], body)
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    rows = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def number(value: float) -> str:
+    """Three digits, or all that are before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Milliseconds, three digits."""
+    return number(1000 * seconds)

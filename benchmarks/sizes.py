@@ -1,0 +1,209 @@
+"""Random models of well-known sizes, and the questions that they are asked.
+
+Speed and memory do not depend on what the weights are, so nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+N_CTX = 1024
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_BOS = 0
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model is, and of which of two architectures.
+
+    Attributes:
+        name: Whose size it is.
+        n_layers: Number of blocks.
+        d_model: Width of the residual stream.
+        n_heads: Number of attention heads.
+        d_mlp: Width of the MLP.
+        d_vocab: Number of tokens.
+        n_key_value_heads: Heads of keys and values, if there are fewer than `n_heads`. A model with
+            them is a Llama (gated SiLU, RMS norms, rotary positions); one without is a GPT-2.
+    """
+
+    name: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_mlp: int
+    d_vocab: int
+    n_key_value_heads: int | None = None
+
+    @property
+    def is_llama(self) -> bool:
+        """Whether it is a Llama and not a GPT-2."""
+        return self.n_key_value_heads is not None
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head."""
+        return self.d_model // self.n_heads
+
+
+SMALL = Size("gpt2-small", 12, 768, 12, 3072, 50257)
+
+MEDIUM = Size("gpt2-medium", 24, 1024, 16, 4096, 50257)
+
+SIZES = {
+    size.name: size
+    for size in (
+        SMALL,
+        MEDIUM,
+        Size("gpt2-xl", 48, 1600, 25, 6400, 50257),
+        Size("llama-1b", 16, 2048, 32, 8192, 128256, n_key_value_heads=8),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """Prompts of one length, and the token that they should go on with.
+
+    Attributes:
+        ids: Token ids; every prompt begins with BOS.
+        target: Id of the target.
+    """
+
+    ids: Int[Tensor, "batch pos"]
+    target: int
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts as texts, to which the tokenizer of `bridge` adds BOS."""
+        return [" ".join(map(_word, row)) for row in self.ids[:, 1:].tolist()]
+
+    @property
+    def target_text(self) -> str:
+        """The target as a text."""
+        return _word(self.target)
+
+
+def question(size: Size, batch: int, positions: int, device: str) -> Question:
+    """Ask for random prompts.
+
+    Args:
+        size: Of the model; its vocabulary counts.
+        batch: Number of prompts.
+        positions: Their length in tokens, BOS included.
+        device: Where the model is.
+
+    Returns:
+        The same question every time.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(_BOS + 1, size.d_vocab, (batch, positions), generator=generator)
+    ids[:, 0] = _BOS
+    return Question(ids.to(device), target=size.d_vocab // 2)
+
+
+def hooked(size: Size, device: str) -> Any:
+    """Make a `HookedTransformer` in float32, as a user has it: every parameter requires gradients.
+
+    Args:
+        size: How large.
+        device: Where.
+
+    Returns:
+        The model, without a tokenizer. Its biases are zero.
+    """
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    family: dict[str, Any] = {"act_fn": "gelu_new", "normalization_type": "LN"}
+    if size.is_llama:
+        family = {
+            "act_fn": "silu",
+            "gated_mlp": True,
+            "n_key_value_heads": size.n_key_value_heads,
+            "normalization_type": "RMS",
+            "positional_embedding_type": "rotary",
+            "rotary_dim": size.d_head,
+        }
+    config = HookedTransformerConfig(
+        n_layers=size.n_layers,
+        d_model=size.d_model,
+        n_heads=size.n_heads,
+        d_head=size.d_head,
+        d_mlp=size.d_mlp,
+        d_vocab=size.d_vocab,
+        n_ctx=N_CTX,
+        model_name=size.name,
+        seed=0,
+        device=device,
+        **family,
+    )
+    with warnings.catch_warnings():
+        # That the class ends with TransformerLens 3.9 is known.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return HookedTransformer(config).eval()
+
+
+def bridge(size: Size, device: str) -> Any:
+    """Make a raw GPT-2 `TransformerBridge` in float32, which TransformerLens's own tool asks for.
+
+    Args:
+        size: How large; one of GPT-2's.
+        device: Where.
+
+    Returns:
+        The model, with a tokenizer of one word per token.
+
+    Raises:
+        ValueError: If the size is a Llama's.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    if size.is_llama:
+        raise ValueError(f"{size.name} is a Llama; a bridge is made of GPT-2's sizes only")
+    settings: dict[str, Any] = {
+        "n_layer": size.n_layers,
+        "n_embd": size.d_model,
+        "n_head": size.n_heads,
+        "n_inner": size.d_mlp,
+        "vocab_size": size.d_vocab,
+        "n_positions": N_CTX,
+        "bos_token_id": _BOS,
+        "eos_token_id": _BOS,
+        "attn_implementation": "eager",
+    }
+    torch.manual_seed(0)
+    own: Any = GPT2LMHeadModel(GPT2Config(**settings))
+    # TransformerLens reads a tokenizer anew from the folder that it came from.
+    with tempfile.TemporaryDirectory() as folder:
+        _word_tokenizer(size.d_vocab).save_pretrained(folder)
+        return TransformerBridge.boot_transformers(
+            "gpt2",
+            hf_model=own.to(device).eval(),
+            tokenizer=AutoTokenizer.from_pretrained(folder),
+            device=device,
+        ).eval()
+
+
+def _word(token: int) -> str:
+    return f"w{token}"
+
+
+def _word_tokenizer(d_vocab: int) -> PreTrainedTokenizerFast:
+    """Words `w0`, `w1`, ..., each a token; the first one is BOS."""
+    words = {_word(token): token for token in range(d_vocab)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token=_word(_BOS)))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _word(_BOS))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
