@@ -8,14 +8,14 @@ activation half of one backward pass; logits are made only where the objective r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from backward_lens_tl.errors import ModelStateError, ObjectiveError, UnsupportedModelError
@@ -38,7 +38,6 @@ from backward_lens_tl.sites import ATTENTION_MATRICES, HookPointSite, Site
 from backward_lens_tl.watching import (
     Copies,
     clean_rows,
-    hooked,
     requiring_grad,
 )
 
@@ -100,7 +99,7 @@ def record(
     ):
         logits = _logits(host, batch, objective.n_read(batch), points)
         losses = objective.losses(logits, batch)
-        _check_finite(losses)
+        _check_finite(losses, batch)
         _check_uses(logits, run.matrices)
         run.forget_unseen(points=may_skip_points)
         run.check_points()
@@ -121,38 +120,14 @@ def _logits(
     host: Host, batch: PromptBatch, n_read: int | None, points: Sequence[HookPointSite]
 ) -> Float[Tensor, "batch read d_vocab"]:
     """The logits at the last positions of each prompt, or at all, and no others if possible."""
-    device = batch.tokens.device
     if n_read is None:
-        # On a model that is spread over devices the logits come out on the last one.
-        return at_least_float32(host.logits(batch.tokens)).to(device)
-    asked = [point.tap.module for point in points]
-    with _trimmed(host, batch, n_read, asked) as trimmed:
         logits = host.logits(batch.tokens)
-    return at_least_float32(logits if trimmed else batch.ends(logits, n_read)).to(device)
-
-
-@contextmanager
-def _trimmed(
-    host: Host, batch: PromptBatch, n_read: int, asked: Sequence[nn.Module]
-) -> Iterator[list[bool]]:
-    """Let the unembedding have the last positions alone, unless somebody looks at it.
-
-    Yields:
-        An empty list, which has an entry as soon as that has happened.
-    """
-    happened: list[bool] = []
-
-    def ends(resid: Tensor) -> Tensor | None:
-        if resid.shape[:2] != batch.mask.shape:
-            return None
-        happened.append(True)
-        return batch.ends(resid, n_read)
-
-    if not host.are_in_blocks([*host.hooked_modules, *asked]):
-        yield happened
-        return
-    with hooked(host.unembed_input, ends):
-        yield happened
+    elif host.are_in_blocks([*host.hooked_modules, *(point.tap.module for point in points)]):
+        logits = host.logits_of(batch.tokens, partial(batch.ends, n=n_read))
+    else:  # somebody looks on at the unembedding, or near it
+        logits = batch.ends(host.logits(batch.tokens), n_read)
+    # On a model that is spread over devices the logits come out on the last one.
+    return at_least_float32(logits).to(batch.tokens.device)
 
 
 class _Run:
@@ -222,7 +197,7 @@ class _Run:
             join = self.joins.get(key)
             if join is not None:
                 gradient = _joined(gradient, join.vjp(found[join], batch), batch)
-            _check_factors(gradient)
+            _check_factors(gradient, batch)
             before = (other for other in gradients.values() if other.layer == gradient.layer)
             gradients[key] = _sharing_inputs(gradient, before)
         return gradients
@@ -277,19 +252,20 @@ def _uses(logits: Tensor) -> dict[Tensor, int]:
     return uses
 
 
-def _check_factors(gradient: MatrixGradient) -> None:
+def _check_factors(gradient: MatrixGradient, batch: PromptBatch) -> None:
     for name, factor in (("input", gradient.inputs), ("VJP", gradient.vjps)):
         finite = factor.isfinite().flatten(1).all(1)
         if not finite.all():
+            prompt = int(batch.prompts[finite.int().argmin()])
             raise ModelStateError(
                 f"the {name} of {gradient.matrix} in layer {gradient.layer} is not finite in "
-                f"prompt {int(finite.int().argmin())}; check the weights and the objective for NaN "
-                "and infinities, and in half precision load the model in float32"
+                f"prompt {prompt}; check the weights and the objective for NaN and infinities, and "
+                "in half precision load the model in float32"
             )
 
 
-def _check_finite(losses: Float[Tensor, "batch"]) -> None:
-    for prompt, loss in enumerate(losses.tolist()):
+def _check_finite(losses: Float[Tensor, "batch"], batch: PromptBatch) -> None:
+    for prompt, loss in zip(batch.prompts.tolist(), losses.tolist(), strict=True):
         if not math.isfinite(loss):
             raise ObjectiveError(
                 f"the loss of prompt {prompt} is {loss}; check the objective and the model's "

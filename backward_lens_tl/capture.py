@@ -173,18 +173,6 @@ class CaptureWork:
         """The device of the result."""
         return self.memory.device_for(self.batch.mask.device)
 
-    def chunk_bytes(self, most: int) -> int:
-        """Memory for the scores of one chunk of vectors.
-
-        Args:
-            most: What is worth while.
-
-        Returns:
-            At most an eighth of the budget.
-        """
-        budget = self.memory.budget
-        return most if budget is None else min(most, budget // 8)
-
     @property
     def _kept_batch(self) -> PromptBatch:
         return self.batch.to(self.kept_on)
@@ -246,6 +234,7 @@ def plan_capture(
                 pass_size(host, sites, bound.n_read(batch), max(lengths)),
                 limits,
                 in_one=bool(points) or bool(host.hooked_modules),
+                by_prompt=bound.is_by_prompt,
             )
         ),
     )

@@ -52,17 +52,18 @@ def extremes(scores: Float[Tensor, "n d_vocab"], k: int, *, largest: bool) -> Ex
     if bool(tied.any()):
         chosen = _outermost(scores[tied], wanted, largest, _pick_earliest)
         found.scores[tied], found.ids[tied] = chosen.scores, chosen.ids
-    return Extremes(found.scores[:, :k], found.ids[:, :k])
+    return Extremes(found.scores[:, :k].contiguous(), found.ids[:, :k].contiguous())
 
 
-def count_above(
-    scores: Float[Tensor, "n d_vocab"], bounds: Float[Tensor, "n 1"]
+def count_beyond(
+    scores: Float[Tensor, "n d_vocab"], bounds: Float[Tensor, "n 1"], *, largest: bool
 ) -> Int[Tensor, "n"]:
-    """How many scores of each vector are strictly larger than a bound.
+    """How many scores of each vector are strictly larger, or smaller, than a bound.
 
     Args:
         scores: Scores of every token for each vector, in any memory layout.
         bounds: The bound of each vector.
+        largest: Whether the larger ones are counted.
 
     Returns:
         The counts.
@@ -71,9 +72,10 @@ def count_above(
     # fewer than 2^24 in a slice.
     buffer = torch.empty_like(scores[:, :_SLICE], dtype=torch.float32)
     count = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+    is_beyond = torch.gt if largest else torch.lt
     for part in scores.split(_SLICE, dim=1):
-        above = torch.gt(part, bounds, out=buffer[:, : part.shape[1]])
-        count += above.sum(1).long()
+        beyond = is_beyond(part, bounds, out=buffer[:, : part.shape[1]])
+        count += beyond.sum(1).long()
     return count
 
 

@@ -24,7 +24,6 @@ from backward_lens_tl.passes import Pass
 from backward_lens_tl.projection import LogitLens, Projection, as_projection
 from backward_lens_tl.prompts import Prompts
 from backward_lens_tl.readout import (
-    CHUNK_BYTES,
     Readout,
     ReadoutGrid,
     VectorGroup,
@@ -127,9 +126,7 @@ def backward_lens(
         ids = torch.tensor(asked, device=batch.mask.device)
     places = select_positions(positions, batch.mask)
     readouts = ReadoutGrid(work.layers, places, work.kept_on)
-    reader = _Reader(
-        lens, direction, vjps_at, k, host.d_vocab_out, work.chunk_bytes(CHUNK_BYTES), readouts
-    )
+    reader = _Reader(lens, direction, vjps_at, k, host.d_vocab_out, work.memory.chunk, readouts)
     gathering = work.gathering()
     for part in work.passes:
         _analyse(work, part, ids, reader, gathering)
@@ -170,7 +167,7 @@ class _Reader:
     vjps_at: VjpsAt
     k: int
     d_vocab: int
-    chunk_bytes: int
+    most_bytes: int | None
     readouts: ReadoutGrid
 
     def read(self, recorded: Recorded, prompts: Sequence[int]) -> None:
@@ -194,7 +191,7 @@ class _Reader:
             for matrix, layer in distinct.values()
         )
         read = read_vectors(
-            groups, self.projection, self.k, self.d_vocab, chunk_bytes=self.chunk_bytes
+            groups, self.projection, self.k, self.d_vocab, most_bytes=self.most_bytes
         )
         found = dict(zip(distinct, read, strict=True))
         cells = (rows.new_tensor(prompts)[rows], columns)

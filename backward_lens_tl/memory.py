@@ -65,6 +65,11 @@ class Memory:
         """Whether factors stay in the form in which they are computed."""
         return self.factor_dtype is None and self.factor_device is None
 
+    @property
+    def chunk(self) -> int | None:
+        """Bytes that the scores of one chunk of vectors may take, an eighth of the budget."""
+        return None if self.budget is None else self.budget // 8
+
     def device_for(self, model_device: torch.device) -> torch.device:
         """Where factors are kept.
 

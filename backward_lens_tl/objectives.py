@@ -51,6 +51,11 @@ class BoundObjective(ABC):
         del batch
         return None
 
+    @property
+    def is_by_prompt(self) -> bool:
+        """Whether a prompt's loss may be taken without the others of its length."""
+        return True
+
     @abstractmethod
     def losses(
         self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
@@ -397,6 +402,10 @@ class _NextTokenLoss(BoundObjective):
 @dataclass(frozen=True)
 class _CallerLoss(BoundObjective):
     function: LossFunction
+
+    @property
+    def is_by_prompt(self) -> bool:
+        return False
 
     def losses(
         self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch

@@ -22,11 +22,14 @@ _MAX_PADDING = 0.2
 
 _FACTOR_BYTES = 4
 
-_GRAPH_WIDTHS = 30
-_GRAPH_MLP_WIDTHS = 12
-_GRAPH_PATTERNS = 6
-"""Numbers that autograd keeps of a block per token, in units of `d_model` and of `d_mlp`, and per
-head and pair of tokens."""
+_GRAPH_WIDTHS = 18
+_GRAPH_MLP_WIDTHS = 6
+_GRAPH_PATTERNS = 3
+"""Numbers that a block takes in a forward and backward pass: per token, in units of `d_model` and,
+for each matrix that the MLP reads with, of `d_mlp`; and per head and pair of tokens. Measured."""
+
+_USUAL_PASS = 256 * 2**20
+"""What passes take on a CPU if nobody says: with more prompts they are no faster."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,9 @@ def pass_size(host: Host, sites: Sequence[Site], n_read: int | None, longest: in
     for site in sites:
         factors[site.layer] = factors.get(site.layer, 0) + site.width
     itemsize = host.itemsize
+    mlp = host.d_mlp * (2 if host.is_gated else 1)
     return PassSize(
-        per_token=itemsize * (_GRAPH_WIDTHS * host.d_model + _GRAPH_MLP_WIDTHS * host.d_mlp),
+        per_token=itemsize * (_GRAPH_WIDTHS * host.d_model + _GRAPH_MLP_WIDTHS * mlp),
         per_pair=itemsize * _GRAPH_PATTERNS * host.n_heads,
         # The logits, their log-softmax, and the gradient of both.
         per_prompt=4 * _FACTOR_BYTES * (n_read or longest) * host.d_vocab_out,
@@ -128,6 +132,7 @@ def plan_passes(
     memory: Memory,
     *,
     in_one: bool,
+    by_prompt: bool,
 ) -> list[Pass]:
     """Divide the work into passes.
 
@@ -137,6 +142,7 @@ def plan_passes(
         size: What passes take.
         memory: The caller's limits.
         in_one: Whether there may be only one, because somebody looks on.
+        by_prompt: Whether prompts of one length need not stay together, if there is no budget.
 
     Returns:
         The passes; together they cover every prompt and layer once.
@@ -147,9 +153,11 @@ def plan_passes(
     all_layers, longest = tuple(layers), max(lengths)
     buckets = [tuple(range(len(lengths)))] if in_one else length_buckets(lengths)
     whole = size.of(len(lengths), longest, all_layers)
-    fits = len(buckets) == 1 and memory.keeps_as_computed
-    if memory.budget is None or (fits and whole <= memory.budget):
-        return [Pass(bucket, all_layers) for bucket in buckets]
+    if memory.budget is None:
+        most = _USUAL_PASS if by_prompt and not in_one else None
+        return _usual_passes(buckets, all_layers, lengths, size, most)
+    if len(buckets) == 1 and memory.keeps_as_computed and whole <= memory.budget:
+        return [Pass(buckets[0], all_layers)]
     kept = size.kept(len(lengths), longest, memory)
     if in_one and whole + kept > memory.budget:
         raise InputError(
@@ -161,6 +169,26 @@ def plan_passes(
         part
         for bucket in buckets
         for part in _passes(bucket, all_layers, lengths, size, memory.budget, kept)
+    ]
+
+
+def _usual_passes(
+    buckets: Sequence[tuple[int, ...]],
+    layers: tuple[int, ...],
+    lengths: Sequence[int],
+    size: PassSize,
+    most: int | None,
+) -> list[Pass]:
+    """Passes that take about as much as is worth while, with one prompt at least."""
+    if most is None:
+        return [Pass(bucket, layers) for bucket in buckets]
+    if size.device.type == "cuda":
+        most = torch.cuda.mem_get_info(size.device)[0] // 4
+    return [
+        Pass(part, layers)
+        for bucket in buckets
+        for longest in [max(lengths[prompt] for prompt in bucket)]
+        for part in _parts(bucket, max(1, most // size.of(1, longest, layers)))
     ]
 
 

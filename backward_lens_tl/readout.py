@@ -14,13 +14,16 @@ from torch import Tensor
 
 from backward_lens_tl.arguments import shown
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.extremes import count_above, extremes
+from backward_lens_tl.extremes import count_beyond, extremes
 from backward_lens_tl.projection import Projection, reads_layers_alike
 
 _SCORE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-CHUNK_BYTES = 128 * 2**20
-"""Memory that the scores of one chunk of vectors take: enough vectors for a fast product."""
+_CPU_CHUNK = 28 * 2**20
+_DEVICE_CHUNK = 256 * 2**20
+"""Memory for the scores of one chunk of vectors. On a CPU that is enough for a fast product, and
+little enough for the C library to take memory that it has freed before; an accelerator needs more
+to be busy."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def read_vectors(
     k: int,
     d_vocab: int,
     *,
-    chunk_bytes: int = CHUNK_BYTES,
+    most_bytes: int | None = None,
 ) -> list[Readout]:
     """Read vectors over the vocabulary, many layers in one product.
 
@@ -148,7 +151,7 @@ def read_vectors(
         projection: Scores vectors.
         k: How many tokens to keep at either end.
         d_vocab: Number of tokens.
-        chunk_bytes: Memory that the scores of one product may take.
+        most_bytes: Memory that the scores of one product may take; a single vector's always may.
 
     Returns:
         The readout of each group; the rank is -1 where there is no target.
@@ -160,7 +163,7 @@ def read_vectors(
             sizes.append(len(group))
             yield group
 
-    chunks = _chunks(counted(), chunk_bytes // d_vocab, reads_layers_alike(projection))
+    chunks = _chunks(counted(), d_vocab, most_bytes, reads_layers_alike(projection))
     read = [_read_chunk(chunk, projection, k, d_vocab) for chunk in chunks]
     whole = join_readouts(read, torch.cat)
     split = zip(
@@ -170,9 +173,9 @@ def read_vectors(
 
 
 def _chunks(
-    groups: Iterable[VectorGroup], size: int, mixes_layers: bool
+    groups: Iterable[VectorGroup], d_vocab: int, most_bytes: int | None, mixes_layers: bool
 ) -> Iterator[list[VectorGroup]]:
-    """Cut groups, and put small ones together, up to `size` bytes per token in one chunk."""
+    """Cut groups, and put small ones together, so that each product is about equally large."""
     chunk: list[VectorGroup] = []
     room = 0
     for group in groups:
@@ -181,7 +184,7 @@ def _chunks(
             chunk = []
         while len(group):
             if not chunk:
-                room = max(1, size // group.vectors.element_size())
+                room = _rows(group.vectors, d_vocab, most_bytes)
             chunk.append(group[:room])
             group = group[len(chunk[-1]) :]
             room -= len(chunk[-1])
@@ -190,6 +193,12 @@ def _chunks(
                 chunk = []
     if chunk:
         yield chunk
+
+
+def _rows(vectors: Float[Tensor, "n d_model"], d_vocab: int, most_bytes: int | None) -> int:
+    usual = _CPU_CHUNK if vectors.device.type == "cpu" else _DEVICE_CHUNK
+    chunk = usual if most_bytes is None else min(usual, most_bytes)
+    return max(1, chunk // (d_vocab * vectors.element_size()))
 
 
 def _read_chunk(
@@ -226,7 +235,7 @@ def _read_scores(scores: Float[Tensor, "n d_vocab"], targets: Int[Tensor, "n"], 
     rank = torch.full_like(targets, -1)
     if bool(has_target.any()):
         bounds = scores.gather(1, targets.clamp_min(0)[:, None])
-        rank = count_above(scores, bounds).masked_fill(~has_target, -1)
+        rank = count_beyond(scores, bounds, largest=True).masked_fill(~has_target, -1)
     return Readout(
         top_ids=top.ids,
         top_scores=top.scores,

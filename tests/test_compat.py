@@ -43,7 +43,7 @@ needs_theirs = pytest.mark.skipif(
 PROMPT, TARGET = "Messi plays for", " Paris"
 
 # Both results are float32; at most the order of float32 sums differs.
-SINGLE = {"rtol": 1e-5, "atol": 1e-5}
+SINGLE = {"rtol": 1e-5, "atol": 3e-5}
 TIE = 1e-5
 # TransformerLens folds norms in float32.
 FOLDED = 1e-5
@@ -453,7 +453,7 @@ def test_several_matrices_in_one_are_refused() -> None:
         host=None, target=0, top_k=1, normalized=False, keeps_logits=False, by_autograd=None
     )
     with pytest.raises(NotImplementedError, match="W_in of layer 1"):
-        reader.read(gradient)
+        reader.read([gradient])
 
 
 def test_dropout_is_refused_until_the_model_is_in_eval_mode() -> None:

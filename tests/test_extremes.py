@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backward_lens_tl.extremes import count_above, extremes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from backward_lens_tl.extremes import count_beyond, extremes
 
 # Fewer than a block, one block, blocks with a rest, blocks without, several slices.
 WIDTHS = (1, 5, 63, 64, 65, 128, 1000, 64 * 30, 9001)
@@ -58,7 +59,8 @@ def test_any_scores(data: st.DataObject) -> None:
     assert torch.equal(found.scores.double(), expected)
     assert torch.equal(found.ids, ids)
     bounds = scores[:, :1]
-    assert torch.equal(count_above(scores, bounds), (scores > bounds).sum(1))
+    assert torch.equal(count_beyond(scores, bounds, largest=True), (scores > bounds).sum(1))
+    assert torch.equal(count_beyond(scores, bounds, largest=False), (scores < bounds).sum(1))
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
@@ -90,4 +92,5 @@ def test_counts(width: int, layout: str) -> None:
     torch.manual_seed(0)
     scores = laid_out(torch.randint(5, (6, width)).float(), layout)
     bounds = scores[:, width // 2 :][:, :1]
-    assert torch.equal(count_above(scores, bounds), (scores > bounds).sum(1))
+    assert torch.equal(count_beyond(scores, bounds, largest=True), (scores > bounds).sum(1))
+    assert torch.equal(count_beyond(scores, bounds, largest=False), (scores < bounds).sum(1))

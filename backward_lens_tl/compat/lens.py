@@ -20,10 +20,12 @@ from backward_lens_tl.compat.results import (
     BackwardLensMatrixResult,
     BackwardLensResult,
     LinearGradientFactors,
+    ProjectedFactor,
     VocabularyRanking,
     ranks_beyond,
 )
 from backward_lens_tl.errors import InputError, ModelStateError, UnsupportedModelError
+from backward_lens_tl.extremes import extremes
 from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.host import Host, host_of
 from backward_lens_tl.objectives import target_nll
@@ -93,7 +95,11 @@ class BackwardLens:
             matrices = [(gradient.matrix, gradient.layer) for gradient in capture]
             by_autograd = _WeightGradients(self._model, prompt, target, matrices)
             reader = _Reader(host, target, top_k, normalized, return_full_logits, by_autograd)
-            found = {(g.matrix, g.layer): reader.read(g) for g in capture}
+            found: dict[tuple[str, int], BackwardLensMatrixResult] = {}
+            for layer in wanted:
+                gradients = [gradient for gradient in capture if gradient.layer == layer]
+                for gradient, result in zip(gradients, reader.read(gradients), strict=True):
+                    found[gradient.matrix, layer] = result
         return BackwardLensResult(
             prompt=prompt,
             prompt_token_ids=capture.tokens[0].to("cpu", copy=True),
@@ -168,53 +174,71 @@ class _Reader:
     keeps_logits: bool
     by_autograd: _WeightGradients
 
-    def read(self, gradient: MatrixGradient) -> BackwardLensMatrixResult:
-        """Factors and readings of one matrix; its logits are gone before the next one's."""
+    def read(self, gradients: Sequence[MatrixGradient]) -> list[BackwardLensMatrixResult]:
+        """Factors and readings of one layer's matrices; their logits are gone before the next's."""
+        factors = [self._factors(gradient) for gradient in gradients]
+        projected: list[ProjectedFactor] = [
+            "forward_inputs" if gradient.reads_residual else "output_gradients"
+            for gradient in gradients
+        ]
+        vectors = [getattr(pair, name) for pair, name in zip(factors, projected, strict=True)]
+        readings = self._readings(vectors, "logit_lens", gradients[0])
+        if self.normalized:
+            directions = self._readings(vectors, "normalized", gradients[0])
+            readings = [
+                raw | {f"normalized_{name}": value for name, value in normalized.items()}
+                for raw, normalized in zip(readings, directions, strict=True)
+            ]
+        norms = [of_matrix.norm(dim=-1) for of_matrix in vectors]
+        return [
+            BackwardLensMatrixResult(
+                factors=pair,
+                projected_factor=name,
+                factor_norms=norm,
+                zero_norm_mask=norm == 0,
+                vocabulary_size=self.host.vocabulary.size,
+                target_token_id=self.target,
+                **reading,
+            )
+            for pair, name, norm, reading in zip(factors, projected, norms, readings, strict=True)
+        ]
+
+    def _factors(self, gradient: MatrixGradient) -> LinearGradientFactors:
         if gradient.inputs.ndim != 3 or gradient.vjps.ndim != 3:
             raise UnsupportedModelError(
                 f"{gradient.matrix} of layer {gradient.layer} is not one matrix but several, as in "
                 "a mixture of experts; backward_lens and capture_gradients may know them"
             )
-        factors = LinearGradientFactors(
+        return LinearGradientFactors(
             _float32(gradient.inputs[0], gradient).to("cpu", copy=True),
             _float32(gradient.vjps[0], gradient).to("cpu", copy=True),
             partial(self.by_autograd.of, gradient.matrix, gradient.layer),
         )
-        writes = gradient.matrix == "W_out"
-        vectors = factors.output_gradients if writes else factors.forward_inputs
-        norms = vectors.norm(dim=-1)
-        readings = self._readings(vectors, "logit_lens", gradient)
-        if self.normalized:
-            directions = self._readings(vectors, "normalized", gradient)
-            readings |= {f"normalized_{name}": value for name, value in directions.items()}
-        return BackwardLensMatrixResult(
-            factors=factors,
-            projected_factor="output_gradients" if writes else "forward_inputs",
-            factor_norms=norms,
-            zero_norm_mask=norms == 0,
-            vocabulary_size=self.host.vocabulary.size,
-            target_token_id=self.target,
-            **readings,
-        )
 
     @torch.no_grad()
     def _readings(
-        self, vectors: Float[Tensor, "pos d_model"], projection: str, gradient: MatrixGradient
-    ) -> dict[str, Any]:
-        """The fields that one projection fills."""
+        self,
+        vectors: Sequence[Float[Tensor, "pos d_model"]],
+        projection: str,
+        gradient: MatrixGradient,
+    ) -> list[dict[str, Any]]:
+        """The fields that one projection fills, of several matrices by one product."""
         lens = as_projection(projection, self.host)
-        logits = _float32(lens.project(vectors, gradient.layer), gradient)
-        return {
-            "top_ranking": self._ranking(logits, largest=True),
-            "bottom_ranking": self._ranking(logits, largest=False),
-            "target_largest_ranks": ranks_beyond(logits, self.target, largest=True),
-            "target_smallest_ranks": ranks_beyond(logits, self.target, largest=False),
-            "vocabulary_logits": logits.cpu() if self.keeps_logits else None,
-        }
+        scores = _float32(lens.project(torch.cat(list(vectors)), gradient.layer), gradient)
+        return [
+            {
+                "top_ranking": self._ranking(logits, largest=True),
+                "bottom_ranking": self._ranking(logits, largest=False),
+                "target_largest_ranks": ranks_beyond(logits, self.target, largest=True),
+                "target_smallest_ranks": ranks_beyond(logits, self.target, largest=False),
+                "vocabulary_logits": logits.to("cpu", copy=True) if self.keeps_logits else None,
+            }
+            for logits in scores.split([len(of_matrix) for of_matrix in vectors])
+        ]
 
     def _ranking(self, logits: Float[Tensor, "pos d_vocab"], *, largest: bool) -> VocabularyRanking:
-        values, indices = logits.topk(self.top_k, largest=largest)
-        return VocabularyRanking(values.cpu(), indices.cpu())
+        found = extremes(logits, self.top_k, largest=largest)
+        return VocabularyRanking(found.scores.cpu(), found.ids.cpu())
 
 
 def _float32(tensor: Float[Tensor, "*shape"], gradient: MatrixGradient) -> Float[Tensor, "*shape"]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from backward_lens_tl.compat.errors import ArgumentTypeError, LayerNotAnalyzedError, check_type
 from backward_lens_tl.errors import InputError
+from backward_lens_tl.extremes import count_beyond
 
 WeightLayout = Literal["in_out", "out_in"]
 ProjectedFactor = Literal["forward_inputs", "output_gradients"]
@@ -337,9 +338,7 @@ def ranks_beyond(
     Returns:
         The counts, on the CPU.
     """
-    wanted = logits[:, token_id, None]
-    beyond = logits > wanted if largest else logits < wanted
-    return beyond.sum(dim=-1).cpu()
+    return count_beyond(logits, logits[:, token_id, None], largest=largest).cpu()
 
 
 def _texts(ranking: VocabularyRanking, tokenizer: Any) -> list[list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
@@ -26,8 +26,6 @@ from backward_lens_tl.sites import (
 from backward_lens_tl.vocabulary import Vocabulary
 
 _FEW = 16
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Host(ABC):
@@ -71,6 +69,11 @@ class Host(ABC):
     def d_mlp(self) -> int:
         """Width of an MLP's hidden layer; four times `d_model` where the model does not say."""
         return int(getattr(self.model.cfg, "d_mlp", None) or 4 * self.d_model)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether MLPs read the residual stream with two matrices."""
+        return bool(getattr(self.model.cfg, "gated_mlp", False))
 
     @property
     def itemsize(self) -> int:
@@ -152,6 +155,23 @@ class Host(ABC):
         )
         return logits
 
+    @abstractmethod
+    def logits_of(
+        self, tokens: Int[Tensor, "batch pos"], select: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "batch read d_vocab"]:
+        """Run the model, and multiply by `W_U` only where it is needed.
+
+        Hooks at the unembedding itself do not see all positions, or do not run.
+
+        Args:
+            tokens: Token ids, padded on the right.
+            select: From something per position, `[batch, pos, d]`, to that at the positions that
+                are needed, `[batch, read, d]`.
+
+        Returns:
+            The logits of those positions, connected to the autograd graph.
+        """
+
     def own_precision(self) -> torch.autocast:
         """Keep a caller's autocast from rounding what the model computes."""
         return torch.autocast(self.device.type, enabled=False)
@@ -171,14 +191,16 @@ class Host(ABC):
             Logits, in the dtype of `W_U`; of many vectors, those of one token lie side by side in
             memory.
         """
-        weight, bias = self.model.W_U, self.model.b_U
+        weight = self.model.W_U
         with self.own_precision():
             normed = self._final_norm(vectors.to(device=weight.device, dtype=weight.dtype))
-            logits = _product(normed, weight)
-            # Most models have no bias here, and adding zeros is a pass over all logits.
-            if bool(bias.any()):
-                logits = logits + bias
-            return self._output_transform(logits)
+            return self._decoded(normed)
+
+    def _decoded(self, normed: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
+        """What the model makes of vectors behind its final norm."""
+        logits, bias = _product(normed, self.model.W_U), self.model.b_U
+        # Most models have no bias here, and adding zeros is a pass over all logits.
+        return self._output_transform(logits + bias if bool(bias.any()) else logits)
 
     @property
     def faint_norm(self) -> float:
@@ -195,12 +217,7 @@ class Host(ABC):
     def last_resid(self) -> Tap:
         """Where the last residual stream passes, before the final norm if there is one."""
         norm = self._norm_module()
-        return self.unembed_input if norm is None else Tap(norm, "input")
-
-    @property
-    def unembed_input(self) -> Tap:
-        """Where vectors go that are multiplied by `W_U`, behind the final norm."""
-        return Tap(self.model.unembed, "input")
+        return Tap(self.model.unembed if norm is None else norm, "input")
 
     @abstractmethod
     def _norm_module(self) -> Any:
@@ -296,9 +313,8 @@ class Host(ABC):
         """Modules, hook points among them, that carry hooks of the caller."""
         return [
             module
-            for root in self._roots()
-            for module in root.modules()
-            if any(_is_callers(hook, module) for hooks in _HOOKS for hook in _of(module, hooks))
+            for _, module in self._modules
+            if any(_is_callers(hook, module) for hook in _hooks(module))
         ]
 
     def are_in_blocks(self, modules: Sequence[nn.Module]) -> bool:
@@ -319,9 +335,9 @@ class Host(ABC):
         """Parameters that require gradients."""
         return [
             parameter
-            for root in self._roots()
-            for parameter in root.parameters()
-            if parameter.requires_grad
+            for _, module in self._modules
+            for parameter in module._parameters.values()
+            if parameter is not None and parameter.requires_grad
         ]
 
     @abstractmethod
@@ -340,11 +356,10 @@ class Host(ABC):
     @cached_property
     def _holders(self) -> dict[int, dict[tuple[int, str], str]]:
         found: dict[int, dict[tuple[int, str], str]] = {}
-        for root in self._roots():
-            for name, module in root.named_modules():
-                for own, parameter in module._parameters.items():
-                    place = f"{name}.{own}".removeprefix(".")
-                    found.setdefault(id(parameter), {}).setdefault((id(module), own), place)
+        for name, module in self._modules:
+            for own, parameter in module._parameters.items():
+                place = f"{name}.{own}".removeprefix(".")
+                found.setdefault(id(parameter), {}).setdefault((id(module), own), place)
         return found
 
     # --- states in which the answer would be wrong ---------------------------------------------
@@ -357,6 +372,11 @@ class Host(ABC):
     def _roots(self) -> list[nn.Module]:
         """Modules under which every module of the forward pass is found."""
         return [self.model]
+
+    @cached_property
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        """Every module, by its name under its root."""
+        return list(chain.from_iterable(root.named_modules() for root in self._roots()))
 
     def check_state(self) -> None:
         """Refuse a model that is no causal decoder, and states in which gradients would be wrong.
@@ -386,7 +406,7 @@ class Host(ABC):
                 raise ModelStateError(
                     f"parameter {name!r} is on the meta device and has no values; load the weights"
                 )
-        for name, module in chain.from_iterable(root.named_modules() for root in self._roots()):
+        for name, module in self._modules:
             if module.training and _drops_values(module):
                 raise ModelStateError(
                     f"dropout is active in {name!r} (the model is in train mode), so the gradient "
@@ -413,8 +433,13 @@ def _drops_values(module: nn.Module) -> bool:
     )
 
 
-def _of(module: nn.Module, hooks: str) -> list[object]:
-    return list(getattr(module, hooks).values())
+def _hooks(module: nn.Module) -> Iterator[object]:
+    return chain(
+        module._forward_hooks.values(),
+        module._forward_pre_hooks.values(),
+        module._backward_hooks.values(),
+        module._backward_pre_hooks.values(),
+    )
 
 
 def _is_callers(hook: object, module: nn.Module) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from backward_lens_tl.errors import UnsupportedModelError
@@ -47,6 +48,25 @@ class TransformerBridgeHost(Host):
         """Whether every token sees only those before it."""
         config = self.model.original_model.config
         return bool(self.model.adapter.supports_causal_loss) and not config.is_encoder_decoder
+
+    def logits_of(
+        self, tokens: Int[Tensor, "batch pos"], select: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "batch read d_vocab"]:
+        """Run the model, and multiply by `W_U` only where it is needed."""
+        selected: list[bool] = []
+
+        def of_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if args[0].shape[:2] != tokens.shape:
+                return None
+            selected.append(True)
+            return (select(args[0]), *args[1:])
+
+        handle = self.model.unembed.register_forward_pre_hook(of_input)
+        try:
+            logits = self.logits(tokens)
+        finally:
+            handle.remove()
+        return logits if selected else select(logits)
 
     def _norm_module(self) -> Any:
         norm = getattr(self.model, "ln_final", None)
@@ -247,8 +267,9 @@ class TransformerBridgeHost(Host):
         }
         once = {id(parameter): name for name, parameter in reversed(named.items())}
         copies: dict[int, Tensor] = {}
-        for module in self.model.modules():
-            copies |= _processed_copies(module)
+        for _, module in self._modules:
+            if getattr(module, "_use_processed_weights", False):
+                copies |= _processed_copies(module)
         return {
             name: copies.get(id(parameter), parameter)
             for name, parameter in named.items()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from backward_lens_tl.errors import UnsupportedModelError
@@ -31,6 +32,20 @@ class HookedTransformerHost(Host):
     def is_causal(self) -> bool:
         """Whether every token sees only those before it."""
         return bool(self.model.cfg.attention_dir == "causal")
+
+    def logits_of(
+        self, tokens: Int[Tensor, "batch pos"], select: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "batch read d_vocab"]:
+        """Run the model, and multiply by `W_U` only where it is needed."""
+        # Its own unembedding copies all of W_U in every forward pass; with it, the last residual
+        # stream is as far as it goes here.
+        resid = self.model(
+            tokens, attention_mask=torch.ones_like(tokens), stop_at_layer=self.n_layers
+        )
+        norm = self._norm_module()
+        normed = select(resid if norm is None else norm(resid)).to(self.model.W_U.device)
+        logits: Tensor = self._decoded(normed.flatten(0, 1)).unflatten(0, normed.shape[:2])
+        return logits
 
     def _norm_module(self) -> Any:
         return None if self.model.cfg.normalization_type is None else self.model.ln_final
