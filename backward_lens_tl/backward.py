@@ -140,7 +140,7 @@ class _Run:
     """
 
     def __init__(self, host: Host, sites: Sequence[Site], points: Sequence[HookPointSite]) -> None:
-        copies = Copies()
+        copies = Copies(shared=not host.hooked_modules)
         self.matrices = [recorder_of(site, copies) for site in sites]
         self.points = [HookPointRecorder(point) for point in points]
         self.joins = {

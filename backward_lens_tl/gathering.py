@@ -65,8 +65,8 @@ class _Placing:
         self._batch, self._memory = batch, memory
         self._device = batch.mask.device
         self._prompts = torch.tensor(prompts, device=self._device)
-        # Matrices that read the same share one tensor of inputs, also where it is kept.
-        self._inputs: dict[int, Tensor] = {}
+        # What was written where, by the ids of the tensors.
+        self._written: dict[tuple[int | None, int], Tensor] = {}
 
     def of(self, whole: Recorded | None, part: Recorded) -> Recorded:
         """Lay out what a pass gave.
@@ -104,10 +104,6 @@ class _Placing:
         )
 
     def _gradient(self, whole: MatrixGradient | None, part: MatrixGradient) -> MatrixGradient:
-        inputs = self._inputs.get(id(part.inputs))
-        if inputs is None:
-            inputs = self._factor(None if whole is None else whole.inputs, part.inputs)
-            self._inputs[id(part.inputs)] = inputs
         experts = part.experts
         if experts is not None:
             kept = None if whole is None else whole.experts
@@ -116,12 +112,21 @@ class _Placing:
         joined = self._joined(whole, part)
         return replace(
             part,
-            inputs=inputs,
+            inputs=self._shared_inputs(None if whole is None else whole.inputs, part.inputs),
             vjps=self._factor(None if whole is None else whole.vjps, part.vjps),
             mask=self._batch.mask,
             experts=experts,
             joined_vjps=joined,
         )
+
+    def _shared_inputs(self, whole: Tensor | None, part: Tensor) -> Tensor:
+        """Matrices that read the same share one tensor of inputs, also where it is kept."""
+        key = (None if whole is None else id(whole), id(part))
+        if key not in self._written:
+            if whole is not None and any(before == id(whole) for before, _ in self._written):
+                whole = whole.clone()  # they read the same until now, and no longer
+            self._written[key] = self._factor(whole, part)
+        return self._written[key]
 
     def _joined(self, whole: MatrixGradient | None, part: MatrixGradient) -> Tensor | None:
         """VJPs at the residual stream, there only if they differ from the matrix's own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import index
 
 import torch
 
@@ -43,16 +44,20 @@ class Memory:
     factor_device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
-        if self.budget is not None and (not is_integer(self.budget) or int(self.budget) <= 0):
-            raise InputError(
-                f"budget is {shown(self.budget)}; pass a number of bytes, such as 2 * 2**30, or "
-                "None for no limit"
-            )
+        if self.budget is not None:
+            if not is_integer(self.budget) or index(self.budget) <= 0:
+                raise InputError(
+                    f"budget is {shown(self.budget)}; pass a number of bytes, such as 2 * 2**30, "
+                    "or None for no limit"
+                )
+            # numpy's integers overflow, and this is multiplied.
+            object.__setattr__(self, "budget", index(self.budget))
         check_choice("factor_dtype", self.factor_dtype, (None, *_FACTOR_DTYPES))
         try:
             device = None if self.factor_device is None else torch.device(self.factor_device)
             torch.empty(0, device=device)
-        except (RuntimeError, TypeError, AssertionError) as error:
+        # What torch raises depends on the device and on how it was built.
+        except (RuntimeError, TypeError, AssertionError, ImportError) as error:
             raise InputError(
                 f"factor_device is {shown(self.factor_device)}, which is no device of this "
                 "machine; pass for example 'cpu', or None for the model's own"

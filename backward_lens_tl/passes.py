@@ -15,12 +15,12 @@ import torch
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.host import Host
 from backward_lens_tl.memory import Memory
-from backward_lens_tl.sites import Site
+from backward_lens_tl.sites import ATTENTION_MATRICES, Site
 
 _MAX_PADDING = 0.2
 """Padded positions of a pass, as a part of its real ones."""
 
-_FACTOR_BYTES = 4
+_FLOAT32 = 4
 
 _GRAPH_WIDTHS = 18
 _GRAPH_MLP_WIDTHS = 6
@@ -56,6 +56,8 @@ class PassSize:
         factors: Numbers in the factors of each layer asked for, per token.
         n_blocks: Blocks from the lowest layer asked for to the last.
         device: Where the model is.
+        patterns: Gradients at attention patterns that are kept, per pair of tokens of a prompt.
+        itemsize: Bytes of a factor's number, as it is computed.
     """
 
     per_token: int
@@ -64,6 +66,8 @@ class PassSize:
     factors: Mapping[int, int]
     n_blocks: int
     device: torch.device
+    patterns: int = 0
+    itemsize: int = 4
 
     def of(self, n_prompts: int, length: int, layers: Sequence[int]) -> int:
         """Estimate one pass.
@@ -77,7 +81,7 @@ class PassSize:
             Bytes.
         """
         block = length * self.per_token + length * length * self.per_pair
-        factors = length * sum(self.factors[layer] for layer in layers) * _FACTOR_BYTES
+        factors = length * sum(self.factors[layer] for layer in layers) * self.itemsize
         return n_prompts * (self.n_blocks * block + factors + self.per_prompt)
 
     def kept(self, n_prompts: int, length: int, memory: Memory) -> int:
@@ -93,8 +97,9 @@ class PassSize:
         """
         if memory.device_for(self.device) != self.device:
             return 0
-        itemsize = _FACTOR_BYTES if memory.factor_dtype is None else memory.factor_dtype.itemsize
-        return n_prompts * length * sum(self.factors.values()) * itemsize
+        itemsize = self.itemsize if memory.factor_dtype is None else memory.factor_dtype.itemsize
+        factors = length * sum(self.factors.values()) * itemsize
+        return n_prompts * (factors + length * length * self.patterns)
 
 
 def pass_size(host: Host, sites: Sequence[Site], n_read: int | None, longest: int) -> PassSize:
@@ -111,17 +116,22 @@ def pass_size(host: Host, sites: Sequence[Site], n_read: int | None, longest: in
     """
     factors: dict[int, int] = {}
     for site in sites:
-        factors[site.layer] = factors.get(site.layer, 0) + site.width
+        joined = 0 if site.joins is None else host.d_model
+        factors[site.layer] = factors.get(site.layer, 0) + site.width + joined
     itemsize = host.itemsize
+    wide = max(_FLOAT32, itemsize)
+    attention = {site.layer for site in sites if site.matrix in ATTENTION_MATRICES}
     mlp = host.d_mlp * (2 if host.is_gated else 1)
     return PassSize(
         per_token=itemsize * (_GRAPH_WIDTHS * host.d_model + _GRAPH_MLP_WIDTHS * mlp),
         per_pair=itemsize * _GRAPH_PATTERNS * host.n_heads,
         # The logits, their log-softmax, and the gradient of both.
-        per_prompt=4 * _FACTOR_BYTES * (n_read or longest) * host.d_vocab_out,
+        per_prompt=4 * wide * (n_read or longest) * host.d_vocab_out,
         factors=factors,
         n_blocks=host.n_layers - min(factors),
         device=host.device,
+        patterns=wide * host.n_heads * len(attention),
+        itemsize=wide,
     )
 
 
@@ -188,7 +198,7 @@ def _usual_passes(
         Pass(part, layers)
         for bucket in buckets
         for longest in [max(lengths[prompt] for prompt in bucket)]
-        for part in _parts(bucket, max(1, most // size.of(1, longest, layers)))
+        for part in _smaller(bucket, max(1, most // size.of(1, longest, layers)), lengths)
     ]
 
 
@@ -203,18 +213,28 @@ def _passes(
     """Passes over prompts of similar length, within a budget."""
     longest, room = max(lengths[prompt] for prompt in bucket), budget - kept
     if n_prompts := max(0, room) // size.of(1, longest, layers):
-        return [Pass(part, layers) for part in _parts(bucket, n_prompts)]
-    fitting = [n for n in range(1, len(layers)) if size.of(1, longest, layers[-n:]) <= room]
-    if not fitting:
-        least = kept + size.of(1, longest, layers[:1])
+        return [Pass(part, layers) for part in _smaller(bucket, n_prompts, lengths)]
+    largest = max(layers, key=size.factors.__getitem__)
+    sizes = [size.of(1, longest, [largest] * n) for n in range(1, len(layers) + 1)]
+    n_layers = sum(of_some <= room for of_some in sizes)
+    if not n_layers:
         raise InputError(
             f"a pass over one layer and one prompt of {longest} tokens takes about "
-            f"{_shown(least)}, of which {_shown(kept)} are the factors of all, and the budget is "
-            f"{_shown(budget)}; allow more, pass fewer or shorter prompts, or keep the factors in "
-            "less with factor_dtype or elsewhere with factor_device"
+            f"{_shown(kept + sizes[0])}, of which {_shown(kept)} are the factors of all, and the "
+            f"budget is {_shown(budget)}; allow more, pass fewer or shorter prompts, or keep the "
+            "factors in less with factor_dtype or elsewhere with factor_device"
         )
-    parts = _parts(layers, max(fitting))
-    return [Pass((prompt,), part) for prompt in bucket for part in parts]
+    return [Pass((prompt,), part) for prompt in bucket for part in _parts(layers, n_layers)]
+
+
+def _smaller(bucket: tuple[int, ...], most: int, lengths: Sequence[int]) -> list[tuple[int, ...]]:
+    """Batches of at most so many prompts, with no more padding."""
+    by_length = tuple(sorted(bucket, key=lengths.__getitem__, reverse=True))
+    return [
+        tuple(sorted(part[index] for index in batch))
+        for part in _parts(by_length, most)
+        for batch in length_buckets([lengths[prompt] for prompt in part])
+    ]
 
 
 def length_buckets(lengths: Sequence[int]) -> list[tuple[int, ...]]:
@@ -249,4 +269,4 @@ def _parts(items: tuple[int, ...], most: int) -> list[tuple[int, ...]]:
 
 
 def _shown(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:,.0f} MiB"
+    return f"{n_bytes:,} bytes" if n_bytes < 2**20 else f"{n_bytes / 2**20:,.0f} MiB"

@@ -19,11 +19,10 @@ from backward_lens_tl.projection import Projection, reads_layers_alike
 
 _SCORE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_CPU_CHUNK = 28 * 2**20
+_CPU_CHUNK = 60 * 2**20
 _DEVICE_CHUNK = 256 * 2**20
-"""Memory for the scores of one chunk of vectors. On a CPU that is enough for a fast product, and
-little enough for the C library to take memory that it has freed before; an accelerator needs more
-to be busy."""
+"""Memory for the scores of one chunk of vectors. On a CPU the product is slower with fewer vectors,
+and all that follows is with more; an accelerator needs more to be busy."""
 
 
 @dataclass(frozen=True)

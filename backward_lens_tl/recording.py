@@ -336,7 +336,7 @@ class HookPointRecorder(VjpRecorder):
 
     def __init__(self, site: HookPointSite) -> None:
         super().__init__(site)
-        self._value = Values(f"hook point {site.name}", Copies())
+        self._value = Values(f"hook point {site.name}", Copies(shared=False))
         if not site.is_replaceable:
             raise UnsupportedModelError(
                 f"hook point {site.name!r} of this architecture shows a copy of the pattern that "
@@ -461,7 +461,7 @@ def _by_slot(
     rows = batch.mask.shape
     # All experts of a token read the same, unless a caller's hook comes in between.
     if inputs.ndim == 3 and site.matrix in READING_MATRICES and inputs.eq(inputs[:, :1]).all():
-        inputs = inputs[:, 0]
+        inputs = inputs[:, 0].contiguous()  # a view would hold on to the copies
     experts = chosen.reshape(*rows, chosen.shape[-1]).to(batch.mask.device)
     return MatrixGradient(
         matrix=site.matrix,

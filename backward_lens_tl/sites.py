@@ -179,7 +179,7 @@ class MatrixSite:
             )
         is_stream = (side == "input") == (self.matrix in READING_MATRICES)
         if is_stream and bool((split == split[..., :1, :]).all()):
-            return split[..., 0, :]
+            return split[..., 0, :].contiguous()  # a view would hold on to the copies
         if is_stream and self.heads_per_weight > 1:
             raise UnsupportedModelError(
                 f"the heads that share one {self.matrix} in layer {self.layer} read different "

@@ -25,9 +25,15 @@ _T = TypeVar("_T")
 
 
 class Copies:
-    """Copies of tensors that somebody may write into later; one for all taps that see the same."""
+    """Copies of tensors that somebody may write into later.
 
-    def __init__(self) -> None:
+    Args:
+        shared: Whether taps that see the same tensor share one. If a hook of the caller may write
+            into its `data`, which nothing takes note of, they may not.
+    """
+
+    def __init__(self, *, shared: bool) -> None:
+        self._shared = shared
         self._made: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -37,7 +43,8 @@ class Copies:
             if seen() is tensor and version == tensor._version:
                 return copy
         copy = tensor.detach().clone()
-        self._made[id(tensor)] = weakref.ref(tensor), tensor._version, copy
+        if self._shared:
+            self._made[id(tensor)] = weakref.ref(tensor), tensor._version, copy
         return copy
 
 
@@ -150,9 +157,9 @@ def requiring_grad(parameters: Iterable[Tensor], *, among: Iterable[Tensor]) -> 
     with ExitStack() as as_before:
         for wanted, tensors in ((False, among), (True, parameters)):
             for tensor in tensors:
-                if tensor.requires_grad is not wanted:
-                    as_before.callback(tensor.requires_grad_, tensor.requires_grad)
-                    tensor.requires_grad_(wanted)
+                # Also if nothing changes here: a run that is broken off may leave it changed.
+                as_before.callback(tensor.requires_grad_, tensor.requires_grad)
+                tensor.requires_grad_(wanted)
         yield
 
 

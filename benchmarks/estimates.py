@@ -20,7 +20,8 @@ def floor_flops(size: Size, batch: int, positions: int) -> int:
     """Floating-point operations of the floor: forward, gradients of activations, one product.
 
     Only matrix products count, two operations for each multiplication. Two gradients are made for
-    each product of attention, one for each product with a weight.
+    each product of attention, one for each product with a weight. Those in front of the first MLP
+    are not needed, and count all the same: the estimate is too high by less than one layer.
 
     Args:
         size: Of the model.
@@ -51,14 +52,15 @@ def floor_bytes(size: Size, batch: int, positions: int, itemsize: int) -> int:
         itemsize: Bytes of one number.
 
     Returns:
-        Bytes. Per token and layer some twenty tensors of the residual stream's width and six of the
-        MLP's are kept for the backward pass, and three attention maps; logits, their gradient and
-        a copy are there at once.
+        Bytes. `HookedTransformer` keeps transposed copies of what attention and the unembedding
+        multiply by. Per token and layer some twenty tensors of the residual stream's width and six
+        of the MLP's are kept for the backward pass, and three attention maps; logits, their
+        gradient and a copy are there at once.
     """
     tokens = batch * positions
     attention = 4 * size.d_model**2
     mlp = (3 if size.is_llama else 2) * size.d_model * size.d_mlp
-    model = size.n_layers * (attention + mlp) + 2 * size.d_model * size.d_vocab
+    model = size.n_layers * (2 * attention + mlp) + 3 * size.d_model * size.d_vocab
     per_layer = 20 * size.d_model + 6 * size.d_mlp + 3 * size.n_heads * positions
     return itemsize * (model + tokens * (size.n_layers * per_layer + 3 * size.d_vocab))
 
@@ -105,14 +107,20 @@ class Limits:
         """
         memory = floor_bytes(size, batch, positions, DTYPES[dtype].itemsize)
         if memory > self.memory:
-            return f"needs some {memory / _GB:.0f} GB, and {self.memory / _GB:.0f} GB are there"
+            needed = _roughly(memory / _GB)
+            return f"needs about {needed} GB, and {self.memory / _GB:.0f} GB are there"
         seconds = self.floor_seconds(size, batch, positions, dtype)
         if seconds > self.seconds:
             return (
-                f"one run of the floor would take some {seconds:.0f} s, and the limit is "
+                f"one run of the floor would take about {_roughly(seconds)} s, and the limit is "
                 f"{self.seconds:g} s (--limit)"
             )
         return None
+
+
+def _roughly(value: float) -> str:
+    """One digit, so that estimates of a kind read the same."""
+    return f"{float(f'{value:.0e}'):,g}"
 
 
 def limits_of(device: str, seconds: float) -> Limits:

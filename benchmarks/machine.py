@@ -32,6 +32,8 @@ def describe(device: str) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "torch's threads": str(torch.get_num_threads()),
         "memory": f"{memory / 1e9:.0f} GB",
+        # Threads that wait for each other lose far more than their share to a busy machine.
+        "load before": f"{os.getloadavg()[0]:.1f}",
         "system": f"{platform.system()} {platform.machine()}",
     }
     if device == "cuda":

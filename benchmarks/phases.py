@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.timing import Thunk
 
 PHASES = ("forward", "backward", "product", "top, bottom, ranks", "everything else")
 
+_FORWARD = "benchmarks: forward"
 _NODE = "autograd::engine::evaluate_function"
 _OPERATION = "aten::"
 _PRODUCTS = {f"aten::{name}" for name in ("addmm", "bmm", "einsum", "linear", "matmul", "mm", "mv")}
@@ -26,21 +30,20 @@ class Step:
     Attributes:
         name: Torch's name of it.
         start: When it began, in seconds.
-        end: When it ended.
         seconds: What it took of the device that computes.
     """
 
     name: str
     start: float
-    end: float
     seconds: float
 
 
-def phases(run: Thunk, device: str) -> dict[str, float]:
+def phases(run: Thunk, model: Any, device: str) -> dict[str, float]:
     """Profile one run.
 
     Args:
-        run: What is run: a forward pass, a backward pass, and then the reading.
+        run: What is run: forward passes, each with a backward pass and a reading behind it.
+        model: What runs forwards.
         device: Where it computes.
 
     Returns:
@@ -49,7 +52,7 @@ def phases(run: Thunk, device: str) -> dict[str, float]:
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as trace:
+    with _marked(model), profile(activities=activities) as trace:
         start = time.perf_counter()
         _ = run()
         if device == "cuda":
@@ -62,9 +65,9 @@ def phases(run: Thunk, device: str) -> dict[str, float]:
 def by_phase(steps: Iterable[Step], seconds: float) -> dict[str, float]:
     """Sort operations into phases.
 
-    A node of the backward pass belongs to it, and what else comes before the last node, to the
-    forward pass. What comes behind is the product, if it multiplies matrices, and otherwise the
-    choice of tokens.
+    From one call of the model to the next come: what belongs to the forward pass, up to the first
+    node of the backward pass; the nodes; and then the reading, of which the product is what
+    multiplies matrices. What comes before the first call is the forward pass's as well.
 
     Args:
         steps: The operations of a run.
@@ -73,13 +76,16 @@ def by_phase(steps: Iterable[Step], seconds: float) -> dict[str, float]:
     Returns:
         Seconds by phase; what no operation took is everything else.
     """
-    steps = list(steps)
-    turn = max((step.end for step in steps if _is_node(step.name)), default=0.0)
     found = dict.fromkeys(PHASES, 0.0)
-    for step in steps:
-        if _is_node(step.name):
+    has_turned = False
+    for step in sorted(steps, key=attrgetter("start")):
+        if step.name == _FORWARD:
+            has_turned = False
+        is_node = step.name.startswith(_NODE)
+        has_turned |= is_node
+        if is_node:
             phase = "backward"
-        elif step.start < turn:
+        elif not has_turned:
             phase = "forward"
         else:
             phase = "product" if step.name in _PRODUCTS else "top, bottom, ranks"
@@ -88,21 +94,42 @@ def by_phase(steps: Iterable[Step], seconds: float) -> dict[str, float]:
     return found
 
 
+@contextmanager
+def _marked(model: Any) -> Iterator[None]:
+    """Let the profiler see each call of a model as one step.
+
+    Not with a hook, because a pipeline may do other things in a model that has some.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing; inside the context its calls are marked.
+    """
+    forward = model.forward
+
+    @wraps(forward)
+    def marked(*args: object, **kwargs: object) -> object:
+        with record_function(_FORWARD):
+            return forward(*args, **kwargs)
+
+    model.forward = marked
+    try:
+        yield
+    finally:
+        del model.forward
+
+
 def _steps(events: Iterable[Any], device: str) -> list[Step]:
     return [
         Step(
             name=event.name,
             start=event.time_range.start / 1e6,
-            end=event.time_range.end / 1e6,
             seconds=(event.device_time_total if device == "cuda" else event.time_range.elapsed_us())
             / 1e6,
         )
         for event in events
         if event.device_type.name == "CPU"
         and event.cpu_parent is None
-        and (_is_node(event.name) or event.name.startswith(_OPERATION))
+        and event.name.startswith((_FORWARD, _NODE, _OPERATION))
     ]
-
-
-def _is_node(name: str) -> bool:
-    return name.startswith(_NODE)

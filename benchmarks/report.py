@@ -92,10 +92,10 @@ PHASE = f"""\
 ## Where the time goes
 
 Milliseconds of ours under torch's profiler, {SMALL.name} in float32, prompts of {SHORT} tokens.
-*forward* is every tensor operation before the backward pass. Behind it, *product* is every matrix
-product, and *top, bottom, ranks* every other operation: the final norm, the choice of tokens, the
-ranks and the checks of the factors. *everything else* is the time in which no tensor operation
-runs: Python, the profiler itself, texts of tokens.
+*forward* is the model and every tensor operation up to the backward pass. Behind that one,
+*product* is every matrix product, and *top, bottom, ranks* every other operation: the final norm,
+the choice of tokens, the ranks and the checks of the factors. *everything else* is the time in
+which none of these runs: Python outside the model, the profiler itself, texts of tokens.
 """
 
 RANK = """\

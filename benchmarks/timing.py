@@ -107,22 +107,23 @@ def interleave(
         OutOfMemory: If a contestant needs more memory than the device has.
     """
     rounds: list[dict[str, float]] = []
-    start = before = clock()
     warm_up = 0
-    while True:
-        names = list(contestants)
-        if len(rounds) % 2:
-            names.reverse()
-        with _no_collection():
+    with _no_collection():
+        start = before = clock()
+        while True:
+            names = list(contestants)
+            if len(rounds) % 2:
+                names.reverse()
             rounds.append({n: _timed(n, contestants[n], synchronize, clock) for n in names})
-        now = clock()
-        if len(rounds) == 1:
-            warm_up = int((now - start) * (effort.at_least + 1) <= effort.seconds)
-        counted = len(rounds) - warm_up
-        runs_over = now - start + (now - before) > effort.seconds
-        if counted >= effort.rounds or (counted >= effort.at_least and runs_over):
-            break
-        before = now
+            gc.collect()
+            now = clock()
+            if len(rounds) == 1:
+                warm_up = int((now - start) * (effort.at_least + 1) <= effort.seconds)
+            counted = len(rounds) - warm_up
+            runs_over = now - start + (now - before) > effort.seconds
+            if counted >= effort.rounds or (counted >= effort.at_least and runs_over):
+                break
+            before = now
     kept = rounds[warm_up:]
     return Timings({name: [turns[name] for turns in kept] for name in contestants})
 
@@ -144,10 +145,12 @@ def _timed(
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Collect garbage before a round instead of in it."""
+    """Leave it to the caller to collect garbage, and only what is new since the beginning."""
     gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
+        gc.unfreeze()

@@ -541,7 +541,8 @@ def test_projections_and_objectives_that_write_into_what_they_get_change_nothing
     for gradient in clean:
         found = spoilt[gradient.matrix, gradient.layer]
         assert torch.equal(found.inputs, gradient.inputs)
-        assert torch.equal(found.vjps, gradient.vjps)
+        # A callable reads all logits, and the other objective only the last.
+        torch.testing.assert_close(found.vjps, gradient.vjps, rtol=1e-12, atol=1e-15)
 
 
 # ------------------------------------------------------------------------ results and their methods

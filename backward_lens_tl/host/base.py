@@ -27,6 +27,8 @@ from backward_lens_tl.vocabulary import Vocabulary
 
 _FEW = 16
 
+_LIBRARIES = ("transformer_lens", "transformers", "accelerate")
+
 
 class Host(ABC):
     """A TransformerLens model, seen through the operations that the lens needs.
@@ -443,9 +445,9 @@ def _hooks(module: nn.Module) -> Iterator[object]:
 
 
 def _is_callers(hook: object, module: nn.Module) -> bool:
-    """Whether a hook is not one of those by which a bridge wires its own modules together."""
-    own = str(getattr(hook, "__module__", "")).startswith("transformer_lens.")
-    return isinstance(module, HookPoint) or not own
+    """Whether a hook is not one of those that libraries put on their own modules."""
+    library = str(getattr(hook, "__module__", "")).partition(".")[0]
+    return isinstance(module, HookPoint) or library not in _LIBRARIES
 
 
 def _unchanged(tensor: Tensor) -> Tensor:

@@ -1,0 +1,838 @@
+"""Limits on memory change how much is done at a time and what is kept, and no answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from math import inf, nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from architectures import NotAvailable, build_model
+from hypothesis import given
+from hypothesis import strategies as st
+from models import Case, build, hooked_only, nll, relative_error
+from sampling import examples
+from test_passes import (
+    ALIKE,
+    CLOSE,
+    CLOSE_IN_FLOAT32,
+    PROMPTS,
+    TARGETS,
+    assert_equal,
+    in_one_pass,
+    read_values,
+    values,
+    watch_forward,
+)
+from test_state import assert_same, snapshot
+from torch import Tensor
+
+from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.captured import GradientCapture
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.gradients import MatrixGradient
+from backward_lens_tl.host import host_of
+from backward_lens_tl.lens import backward_lens
+from backward_lens_tl.loading import load_facts_model
+from backward_lens_tl.memory import Memory
+from backward_lens_tl.objectives import next_token_loss, sequence_nll, target_nll
+from backward_lens_tl.passes import PassSize, length_buckets, pass_size, plan_passes
+from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.views.html import render_page
+
+pytestmark = pytest.mark.usefixtures("as_for_a_user")
+
+EXACT: dict[str, Any] = {"rtol": 0, "atol": 0}
+BF16 = Memory(factor_dtype=torch.bfloat16)
+ALL_MATRICES: dict[str, Any] = {"matrices": "all"}
+ALL: dict[str, Any] = {"matrices": "all", "prepend_bos": True}
+
+
+@pytest.fixture(scope="module", params=("bridge-gemma2", "bridge-gpt2", "hooked-gemma2"))
+def limited(request: pytest.FixtureRequest) -> Case:
+    """Models that only this file uses, with and without norms behind their blocks."""
+    return build(request.param)
+
+
+@pytest.fixture(scope="module", params=("bridge", "hooked"))
+def mixture(request: pytest.FixtureRequest) -> Any:
+    """A mixture of experts of either kind, in float32."""
+    try:
+        return build_model("mixtral", request.param)
+    except NotAvailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module")
+def facts_result() -> tuple[BackwardLensResult, BackwardLensResult]:
+    """The trained model's words without limits, and with factors in bfloat16."""
+    model = load_facts_model()
+    prompts = ["Lionel Messi plays for", "Paris is the capital of the country of France and"]
+    plain, small = (
+        backward_lens(model, prompts, " Paris", matrices="all", k=5, memory=memory)
+        for memory in (None, BF16)
+    )
+    return plain, small
+
+
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Prompts and length of every forward pass."""
+    seen: list[tuple[int, ...]] = []
+    watch_forward(monkeypatch, lambda tokens: seen.append(tuple(tokens.shape)))
+    return seen
+
+
+def close_for(case: Case) -> dict[str, Any]:
+    return CLOSE_IN_FLOAT32 if case.logits_in_float32 else CLOSE
+
+
+def factors_of(capture: GradientCapture) -> list[Tensor]:
+    """The tensors that a capture keeps of its factors, each once."""
+    kept = [t for g in capture for t in (g.inputs, g.vjps, g.joined_vjps) if t is not None]
+    return list({id(tensor): tensor for tensor in kept}.values())
+
+
+def size_in_bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+# ------------------------------------------------------------------------------------ the arguments
+
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("budget", 0, "is 0; .*bytes"),
+    ("budget", -1, "is -1; .*bytes"),
+    ("budget", True, "is True; .*bytes"),
+    ("budget", 1.5, r"is 1\.5; .*bytes"),
+    ("budget", "1GB", "is '1GB'; .*bytes"),
+    ("budget", nan, "is nan; .*bytes"),
+    ("budget", inf, "is inf; .*bytes"),
+    ("budget", torch.tensor(2**30), "is tensor.*bytes"),
+    ("factor_dtype", torch.float16, r"is torch\.float16; allowed are None, torch\.bfloat16"),
+    ("factor_dtype", "float32", r"is 'float32'; allowed are None, torch\.bfloat16"),
+    ("factor_dtype", torch.int8, r"is torch\.int8; allowed are None, torch\.bfloat16"),
+    ("factor_dtype", [], r"is \[\]; allowed are None, torch\.bfloat16"),
+    ("factor_device", "nowhere", "is 'nowhere', .*pass for example 'cpu'"),
+    ("factor_device", "meta", "is 'meta', .*pass 'cpu'"),
+    ("factor_device", torch.device("meta"), ".*meta.*pass 'cpu'"),
+    ("factor_device", 1.5, r"is 1\.5, .*pass for example 'cpu'"),
+    ("factor_device", "privateuseone", "is 'privateuseone', .*pass for example 'cpu'"),
+    ("factor_device", "hpu", "is 'hpu', .*pass for example 'cpu'"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), WRONG, ids=lambda part: str(part)[:20])
+def test_a_wrong_value_is_refused_by_name(field: str, value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"^{field} {message}"):
+        Memory(**{field: value})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda", 3)], ids=str)
+def test_a_gpu_that_is_not_there_is_refused(device: Any) -> None:
+    with pytest.raises(InputError, match=r"factor_device is .*cuda.*no device of this machine"):
+        Memory(factor_device=device)
+
+
+def test_right_values_are_taken() -> None:
+    assert Memory() == Memory(None, None, None)
+    number: Any = np.int64(2**30)
+    assert Memory(budget=number).budget == 2**30
+    for dtype in (None, torch.bfloat16, torch.float32, torch.float64):
+        assert Memory(factor_dtype=dtype).factor_dtype == dtype
+    for device in (None, "cpu", torch.device("cpu")):
+        assert Memory(factor_device=device).factor_device == device
+
+
+NO_MEMORY = [5, "1GB", Memory, 2.0, {"budget": 2**30}, torch.bfloat16, 0, False]
+
+
+@pytest.mark.parametrize("memory", NO_MEMORY, ids=str)
+def test_what_is_no_memory_is_refused_and_changes_nothing(gpt2: Case, memory: Any) -> None:
+    before = snapshot(gpt2.model)
+    for call in (
+        lambda: backward_lens(gpt2.model, "Rome", 5, memory=memory),
+        lambda: capture_gradients(gpt2.model, "Rome", target_nll(5), memory=memory),
+    ):
+        with pytest.raises(InputError, match=r"memory is .*pass a Memory\(") as error:
+            call()
+        assert repr(memory) in str(error.value)
+    assert_same(before, snapshot(gpt2.model))
+
+
+# --------------------------------------------------------------------------- how factors are kept
+
+
+def assert_rounded(found: GradientCapture, plain: GradientCapture, dtype: torch.dtype) -> None:
+    """Factors are rounded and nothing else is; what is computed of them is in float32 at least."""
+    assert found.gradients.keys() == plain.gradients.keys()
+    for key, gradient in plain.gradients.items():
+        here = found[key]
+        for name in ("inputs", "vjps", "joined_vjps"):
+            whole, rounded = getattr(gradient, name), getattr(here, name)
+            assert (whole is None) == (rounded is None), name
+            if whole is not None:
+                assert rounded.dtype == dtype
+                assert torch.equal(rounded, whole.to(dtype)), (key, name)
+        for name in ("mask", "is_zero", "experts"):
+            whole, same = getattr(gradient, name), getattr(here, name)
+            assert whole is same is None or torch.equal(same, whole), (key, name)
+        assert here.n_experts == gradient.n_experts
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        assert here.norms.dtype == wide
+        # Rounding to nearest moves every number, so every norm, by at most half an eps.
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(here.norms, gradient.norms.to(wide), rtol=max(eps, 1e-6), atol=0)
+    names = [name for name in values(plain) if name.split()[0] in ("query", "loss", "targets")]
+    assert "loss" in names
+    for name in (*names, "pos tokens", "pos mask"):
+        assert torch.equal(values(found)[name], values(plain)[name]), name
+
+
+def assert_same_words(found: BackwardLensResult, plain: BackwardLensResult) -> None:
+    """All of it but the norms."""
+    here, there = read_values(found), read_values(plain)
+    for name in [name for name in there if name.endswith(" norms")]:
+        here.pop(name), there.pop(name)
+    assert_equal(here, there, EXACT)
+    assert found.token_texts == plain.token_texts
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("prompts", [PROMPTS, ALIKE], ids=["several passes", "one pass"])
+def test_words_come_before_rounding(limited: Case, dtype: torch.dtype, prompts: Any) -> None:
+    plain, found = (
+        backward_lens(limited.model, prompts, 5, k=4, memory=memory, **ALL_MATRICES)
+        for memory in (None, Memory(factor_dtype=dtype))
+    )
+    assert plain.gradients["W_in", 0].inputs.dtype == torch.float64
+    assert_rounded(found.gradients, plain.gradients, dtype)
+    assert_same_words(found, plain)
+    full, half = (size_in_bytes(factors_of(result.gradients)) for result in (plain, found))
+    assert half * 8 == full * dtype.itemsize
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_experts_are_rounded_like_others(mixture: Any, dtype: torch.dtype) -> None:
+    options: dict[str, Any] = {"matrices": "all", "k": 4, "vjps_at": "residual"}
+    plain, found = (
+        backward_lens(mixture, PROMPTS, 5, memory=memory, **options)
+        for memory in (None, Memory(factor_dtype=dtype))
+    )
+    assert plain.gradients["W_in", 0].experts is not None
+    assert_rounded(found.gradients, plain.gradients, dtype)
+    assert_same_words(found, plain)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target": None},
+        {"objective": next_token_loss(), "target": 5, "positions": [-1, 0]},
+        {"objective": sequence_nll(" river runs"), "vjps_at": "residual", "layers": [0, 2]},
+        {"target": 5, "projection": "normalized", "direction": "gradient", "matrices": "W_out"},
+    ],
+    ids=["own answer", "positions", "residual", "normalized"],
+)
+def test_words_come_before_rounding_whatever_is_asked(
+    limited: Case, options: dict[str, Any]
+) -> None:
+    plain, found = (
+        backward_lens(limited.model, PROMPTS, memory=memory, **ALL | options)
+        for memory in (None, BF16)
+    )
+    assert_rounded(found.gradients, plain.gradients, torch.bfloat16)
+    assert_same_words(found, plain)
+
+
+def dense_in_float64(gradient: MatrixGradient, batch: int) -> Tensor:
+    """The gradient of the factors as they are kept, heads side by side."""
+    real = gradient.mask[batch]
+    inputs, vjps = (
+        factor[batch, real].double().flatten(1) for factor in (gradient.inputs, gradient.vjps)
+    )
+    return inputs.T @ vjps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_is_computed_of_rounded_factors_is_computed_in_float32(
+    limited: Case, dtype: torch.dtype
+) -> None:
+    memory = Memory(factor_dtype=dtype)
+    capture = capture_gradients(limited.model, PROMPTS, next_token_loss(), memory=memory, **ALL)
+    exact = capture_gradients(limited.model, PROMPTS, next_token_loss(), **ALL)
+    # Sums of up to 17 products in float32. Computed in bfloat16 they are wrong by 1e-3.
+    close = 1e-6
+    for key, gradient in capture.gradients.items():
+        for prompt in (0, 1):
+            expected = dense_in_float64(gradient, prompt)
+            dense, factored = gradient.dense(prompt), gradient.factored(prompt)
+            assert {dense.dtype, factored.A.dtype, factored.B.dtype} == {torch.float32}
+            assert relative_error(factored.A.double() @ factored.B.double(), expected) < 1e-12
+            if dense.ndim == 2:
+                assert relative_error(dense, expected) < close
+            column = gradient.neuron(3, prompt)
+            assert column.dtype == torch.float32
+            wanted = expected[:, 3] if gradient.reads_residual else expected[3]
+            assert relative_error(column, wanted) < close
+            bias = gradient.bias(prompt)
+            assert bias.dtype == torch.float32
+            wanted = gradient.vjps[prompt][gradient.mask[prompt]].double().sum(0)
+            assert (
+                float((bias - wanted).abs().max()) <= 1e-6 * float(gradient.vjps.abs().max()) * 17
+            )
+            singular = gradient.singular_values(prompt)
+            assert singular.dtype == torch.float64
+            reference = torch.linalg.svdvals(expected)[: len(singular)]
+            torch.testing.assert_close(singular, reference, rtol=1e-9, atol=1e-12)
+            assert gradient.rank(prompt, rtol=1e-9) == int((reference > 1e-9 * reference[0]).sum())
+            assert gradient.rank(prompt) <= exact[key].rank(prompt)
+            # The rounding itself is seen, so the test can tell.
+            error = relative_error(expected, dense_in_float64(exact[key], prompt))
+            assert torch.finfo(dtype).eps / 100 < error < torch.finfo(dtype).eps
+
+
+def test_parts_of_rounded_factors(limited: Case, mixture: Any) -> None:
+    capture = capture_gradients(limited.model, PROMPTS, next_token_loss(), memory=BF16, **ALL)
+    gradient = capture["W_Q", 1]
+    assert gradient.n_heads is not None
+    heads = torch.stack([gradient.head(head).dense(1) for head in range(gradient.n_heads)])
+    torch.testing.assert_close(heads, gradient.dense(1))
+    moe = capture_gradients(mixture, PROMPTS, next_token_loss(), memory=BF16, **ALL)["W_out", 1]
+    assert moe.n_experts is not None
+    assert moe.dense(1).dtype == torch.float32
+    expert = moe.expert(2)
+    assert expert.mask.any()
+    prompt = int(expert.mask.any(1).nonzero()[0])
+    assert relative_error(expert.dense(prompt), dense_in_float64(expert, prompt)) < 1e-6
+
+
+def test_a_wider_dtype_than_the_models_own(mixture: Any) -> None:
+    plain = capture_gradients(mixture, ALIKE, nll(5))
+    wide = capture_gradients(mixture, ALIKE, nll(5), memory=Memory(factor_dtype=torch.float64))
+    assert plain["W_in", 0].inputs.dtype == torch.float32
+    assert_rounded(wide, plain, torch.float64)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, ALIKE], ids=["several passes", "one pass"])
+def test_factors_on_the_models_own_device_are_as_without(limited: Case, prompts: Any) -> None:
+    plain, found = (
+        backward_lens(limited.model, prompts, 5, k=3, memory=memory, **ALL_MATRICES)
+        for memory in (None, Memory(factor_device=torch.device("cpu")))
+    )
+    # Norms add in the order in which their numbers lie in memory.
+    assert_equal(values(found.gradients), values(plain.gradients), CLOSE)
+    assert_equal(read_values(found), read_values(plain), CLOSE)
+    for gradient in plain.gradients:
+        here = found.gradients[gradient.matrix, gradient.layer]
+        for name in ("inputs", "vjps", "joined_vjps"):
+            factor = getattr(gradient, name)
+            assert factor is None or torch.equal(getattr(here, name), factor), name
+    assert found.token_texts == plain.token_texts
+
+
+def test_hook_points_beside_rounded_factors(gpt2: Case) -> None:
+    point = "blocks.1.hook_resid_pre"
+    plain, found = (
+        capture_gradients(gpt2.model, PROMPTS, nll(5), hook_points=point, memory=memory)
+        for memory in (None, BF16)
+    )
+    assert_rounded(found, plain, torch.bfloat16)
+    for name in ("value", "vjp"):
+        here, there = (getattr(c.hook_points[point], name) for c in (found, plain))
+        torch.testing.assert_close(here, there, **EXACT)
+
+
+# --------------------------------------------------------------------------------- files and views
+
+
+def test_a_result_in_bfloat16_is_saved_and_loaded(facts_result: Any, tmp_path: Path) -> None:
+    plain, small = facts_result
+    sizes = []
+    for result in (plain, small):
+        path = tmp_path / "result.safetensors"
+        result.save(path)
+        sizes.append(path.stat().st_size)
+        loaded = BackwardLensResult.load(path)
+        assert_equal(values(loaded.gradients), values(result.gradients), EXACT)
+        assert_equal(read_values(loaded), read_values(result), EXACT)
+        assert render_page(loaded, 1) == render_page(result, 1)
+        kept = loaded.gradients
+        assert kept["W_K", 0].inputs is kept["W_Q", 0].inputs
+        assert len(factors_of(kept)) == len(factors_of(result.gradients))
+    assert small.gradients["W_in", 3].inputs.dtype == torch.bfloat16
+    assert sizes[1] < 0.7 * sizes[0]
+
+
+def visible(page: str) -> list[str]:
+    """The words of a page, without markup and without numbers."""
+    text = re.sub(r"<style.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL)
+    return [word for word in text.split() if not re.fullmatch(r"[-+(]?[\d.,e+%−-]+[);,]?", word)]
+
+
+def test_views_show_a_result_in_bfloat16(facts_result: Any) -> None:
+    plain, small = facts_result
+    assert_same_words(small, plain)
+    assert repr(small) == repr(plain)
+    assert repr(small.gradients) == repr(plain.gradients)
+    assert [repr(g) for g in small.gradients] == [repr(g) for g in plain.gradients]
+    assert "Paris" in visible(small._repr_html_())
+    assert visible(small._repr_html_()) == visible(plain._repr_html_())
+    assert visible(render_page(small, 1)) == visible(render_page(plain, 1))
+    found, expected = small.to_df(), plain.to_df()
+    words = [column for column in expected if column not in ("norm", "is_faint")]
+    pd.testing.assert_frame_equal(found[words], expected[words])
+    assert found["norm"].tolist() == pytest.approx(expected["norm"].tolist(), rel=2**-8)
+    assert (found["is_faint"] != expected["is_faint"]).mean() < 0.01
+    for layer in (0, -1):
+        assert small.top_tokens("W_out", layer, -1) == plain.top_tokens("W_out", layer, -1)
+        assert torch.equal(small.reversed_attention(layer), plain.reversed_attention(layer))
+    cache, wanted = small.to_cache(), plain.to_cache()
+    assert set(cache.keys()) == set(wanted.keys())
+
+
+# ------------------------------------------------------------------------------------- the estimate
+
+
+Plan = tuple[list[int], tuple[int, ...], PassSize, Memory]
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Prompts, layers of different sizes, and a budget from too small to plenty."""
+    some_lengths = draw(
+        st.sampled_from([st.integers(3, 6), st.integers(1, 12), st.integers(1, 200)])
+    )
+    lengths = draw(st.lists(some_lengths, min_size=1, max_size=12))
+    layers = tuple(sorted(draw(st.sets(st.integers(0, 11), min_size=1, max_size=8))))
+    widths = st.integers(1, 400)
+    width = draw(st.one_of(st.none(), widths))
+    size = PassSize(
+        per_token=draw(st.one_of(st.integers(1, 20), st.integers(1, 2000))),
+        per_pair=draw(st.integers(0, 20)),
+        per_prompt=draw(st.integers(0, 5000)),
+        factors={layer: width or draw(widths) for layer in layers},
+        n_blocks=12 - layers[0],
+        device=torch.device("cpu"),
+    )
+    form = draw(st.sampled_from([Memory(), BF16, Memory(factor_device="cpu")]))
+    # For all at once, or for one prompt and some of its layers.
+    count = draw(st.sampled_from([1, len(lengths)]))
+    pass_bytes = size.of(count, max(lengths), layers)
+    budget = draw(st.floats(0.2, 1.2)) * pass_bytes + size.kept(len(lengths), max(lengths), form)
+    return lengths, layers, size, Memory(max(1, int(budget)), form.factor_dtype, form.factor_device)
+
+
+def divided(plan: Plan, *, in_one: bool = False) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Prompts and layers of each pass, for an objective that takes prompts one by one."""
+    lengths, layers, size, memory = plan
+    passes = plan_passes(lengths, layers, size, memory, in_one=in_one, by_prompt=True)
+    return [(run.prompts, run.layers) for run in passes]
+
+
+def too_large(plan: Plan) -> list[tuple[int, int]]:
+    """Prompts and layers that alone do not fit beside what is kept."""
+    lengths, layers, size, memory = plan
+    assert memory.budget is not None
+    room = memory.budget - size.kept(len(lengths), max(lengths), memory)
+    return [
+        (prompt, layer)
+        for prompt, length in enumerate(lengths)
+        for layer in layers
+        if size.of(1, length, [layer]) > room
+    ]
+
+
+@given(plans())
+@examples(400)
+def test_passes_cover_everything_once_within_the_budget(plan: Plan) -> None:
+    lengths, layers, size, memory = plan
+    kept = size.kept(len(lengths), max(lengths), memory)
+    whole = size.of(len(lengths), max(lengths), layers)
+    assert memory.budget is not None
+    try:
+        passes = divided(plan)
+    except InputError:
+        assert too_large(plan)
+        return
+    pairs = [(prompt, layer) for prompts, own in passes for prompt in prompts for layer in own]
+    assert sorted(pairs) == [(prompt, at) for prompt in range(len(lengths)) for at in layers]
+    for prompts, own in passes:
+        # A single pass keeps what it computes: that is in its estimate already.
+        others = 0 if len(passes) == 1 and memory.keeps_as_computed else kept
+        longest = max(lengths[prompt] for prompt in prompts)
+        assert size.of(len(prompts), longest, own) + others <= memory.budget
+    if whole + kept <= memory.budget:
+        assert [prompts for prompts, _ in passes] == length_buckets(lengths)
+
+
+@given(plans())
+@examples(300)
+def test_a_plan_is_refused_only_if_one_prompt_and_layer_do_not_fit(plan: Plan) -> None:
+    if not too_large(plan):
+        assert divided(plan)
+
+
+@given(plans())
+@examples(200)
+def test_under_a_budget_too_no_pass_has_much_padding(plan: Plan) -> None:
+    try:
+        passes = divided(plan)
+    except InputError:
+        return
+    for prompts, _ in passes:
+        lengths = [plan[0][prompt] for prompt in prompts]
+        assert 5 * (len(lengths) * max(lengths) - sum(lengths)) <= sum(lengths)
+
+
+@given(plans(), st.booleans())
+@examples(150)
+def test_without_a_budget_every_bucket_is_a_pass(plan: Plan, in_one: bool) -> None:
+    lengths, layers, size, memory = plan
+    free = Memory(None, memory.factor_dtype, memory.factor_device)
+    passes = divided((lengths, layers, size, free), in_one=in_one)
+    everything = [tuple(range(len(lengths)))]
+    assert [prompts for prompts, _ in passes] == (everything if in_one else length_buckets(lengths))
+    assert {own for _, own in passes} == {layers}
+
+
+USUAL = 256 * 2**20
+
+
+@given(plans(), st.integers(1, 2000))
+@examples(200)
+def test_usual_passes_take_so_much_at_most(plan: Plan, scale: int) -> None:
+    """Or have one prompt. A plain callable gets all prompts of one length all the same."""
+    lengths, layers, small, memory = plan
+    size = PassSize(
+        small.per_token * scale,
+        small.per_pair * scale,
+        small.per_prompt * scale,
+        small.factors,
+        small.n_blocks,
+        small.device,
+    )
+    free = Memory(None, memory.factor_dtype, memory.factor_device)
+    passes = divided((lengths, layers, size, free))
+    assert sorted(p for prompts, _ in passes for p in prompts) == list(range(len(lengths)))
+    for prompts, own in passes:
+        assert own == layers
+        longest = max(lengths[prompt] for prompt in prompts)
+        assert len(prompts) == 1 or size.of(len(prompts), longest, own) <= USUAL
+    for bucket in length_buckets(lengths):
+        longest = max(lengths[prompt] for prompt in bucket)
+        if size.of(len(bucket), longest, layers) <= USUAL:
+            assert (bucket, layers) in passes
+    together = plan_passes(lengths, layers, size, free, in_one=False, by_prompt=False)
+    assert [run.prompts for run in together] == length_buckets(lengths)
+
+
+@given(plans())
+@examples(150)
+def test_under_a_hook_there_is_one_pass_or_an_error_that_says_why(plan: Plan) -> None:
+    lengths, layers, size, memory = plan
+    whole = size.of(len(lengths), max(lengths), layers)
+    kept = size.kept(len(lengths), max(lengths), memory)
+    everything = [(tuple(range(len(lengths))), layers)]
+    assert memory.budget is not None
+    if memory.budget >= whole + kept:
+        assert divided(plan, in_one=True) == everything
+    elif memory.budget >= whole and memory.keeps_as_computed:
+        # What is computed is what is kept.
+        assert divided(plan, in_one=True) == everything
+    else:
+        with pytest.raises(InputError, match=r"budget.*hooks.*one pass"):
+            divided(plan, in_one=True)
+
+
+def test_factors_elsewhere_take_nothing_here() -> None:
+    size = PassSize(1, 0, 0, {0: 10, 1: 20}, 2, torch.device("cuda", 0))
+    assert size.kept(3, 7, Memory()) == 3 * 7 * 30 * 4
+    assert size.kept(3, 7, BF16) == 3 * 7 * 30 * 2
+    assert size.kept(3, 7, Memory(factor_device="cpu")) == 0
+
+
+KEPT = {
+    "plain": ("hooked-gpt2", torch.float32, "mlp"),
+    "VJPs behind a norm": ("bridge-gemma2", torch.float32, "W_out"),
+    "attention patterns": ("hooked-gpt2", torch.float32, "attn"),
+    "float64": ("bridge-gpt2", torch.float64, "mlp"),
+    "all": ("bridge-llama", torch.float32, "all"),
+}
+
+
+@pytest.mark.parametrize("what", KEPT)
+@pytest.mark.parametrize("length", [5, 60])
+def test_what_is_kept_is_not_underestimated(what: str, length: int) -> None:
+    """Against the tensors of a capture."""
+    name, dtype, matrices = KEPT[what]
+    model = build(name, dtype).model
+    host = host_of(model)
+    tokens = torch.randint(3, 97, (2, length))
+    capture = capture_gradients(model, tokens, nll(5), matrices=matrices)
+    sites = [site for layer in capture.layers for site in host.sites(layer, capture.matrices)]
+    size = pass_size(host, sites, 1, length)
+    patterns = [attention.scores_vjp for attention in capture.attention.values()]
+    actual = size_in_bytes([*factors_of(capture), *patterns])
+    assert actual <= size.kept(2, length, Memory()) <= 4 * actual
+
+
+def test_no_more_memory_is_held_than_the_factors_take(mixture: Any) -> None:
+    """A view would hold the whole tensor that it is a part of."""
+    for matrix in ("W_Q", "W_in", "W_gate", "W_out"):
+        kept = factors_of(capture_gradients(mixture, ALIKE, nll(5), matrices=matrix))
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        assert sum(held.values()) == size_in_bytes(kept), matrix
+
+
+# --------------------------------------------------------------------------------------- the budget
+
+
+class Stop(Exception):
+    """Raised where a run would begin, which the budget allows then."""
+
+
+def smallest_budget(run: Callable[[Memory], object], form: Memory | None = None) -> int:
+    """The smallest budget that is not refused, to a hundredth, found without a run."""
+    form = form or Memory()
+
+    def stop(tokens: Tensor) -> None:
+        raise Stop
+
+    low, high = 1, 2**30
+    with pytest.MonkeyPatch.context() as patched:
+        watch_forward(patched, stop)
+        while high > 1.01 * low:
+            middle = int((low * high) ** 0.5) if high > 4 * low else (low + high) // 2
+            try:
+                run(Memory(middle, form.factor_dtype, form.factor_device))
+            except InputError:
+                low = middle
+            except Stop:
+                high = middle
+    return high
+
+
+@pytest.mark.parametrize("factor_dtype", [None, torch.bfloat16], ids=str)
+def test_a_budget_changes_the_number_of_passes_and_nothing_else(
+    limited: Case, shapes: list[tuple[int, ...]], factor_dtype: torch.dtype | None
+) -> None:
+    prompts = [*PROMPTS, "Rome is", "A dog"]
+
+    def run(memory: Memory) -> BackwardLensResult:
+        return backward_lens(limited.model, prompts, 5, k=3, memory=memory, **ALL)
+
+    smallest = smallest_budget(run, Memory(factor_dtype=factor_dtype))
+    plain = run(Memory(factor_dtype=factor_dtype))
+    without = list(shapes)
+    counts = []
+    close = close_for(limited)
+    # Where sums round differently, the last bit of a number in bfloat16 may.
+    close_factors = close if factor_dtype is None else close | {"rtol": 2**-7, "atol": 1e-6}
+    for budget in (smallest, 2 * smallest, 2**40):
+        shapes.clear()
+        found = run(Memory(budget=budget, factor_dtype=factor_dtype))
+        counts.append(len(shapes))
+        if budget == smallest:
+            assert shapes.count((1, 17)) > 1, "the layers of the longest prompt are divided"
+        assert_equal(values(found.gradients), values(plain.gradients), close_factors)
+        assert list(found.gradients.gradients) == list(plain.gradients.gradients)
+        here, there = read_values(found), read_values(plain)
+        for name in [name for name in there if name.endswith(" norms")]:
+            torch.testing.assert_close(here.pop(name), there.pop(name), **close_factors)
+        assert_equal(here, there, close)
+        assert found.token_texts == plain.token_texts
+    assert shapes == without
+    assert counts[0] > counts[1] >= counts[2]
+
+
+def test_experts_under_a_budget(mixture: Any, shapes: list[tuple[int, ...]]) -> None:
+    def run(memory: Memory | None) -> BackwardLensResult:
+        return backward_lens(mixture, PROMPTS, 5, memory=memory, **ALL)
+
+    smallest = smallest_budget(run)
+    plain = run(None)
+    shapes.clear()
+    found = run(Memory(budget=smallest))
+    assert shapes.count((1, 17)) > 1
+    assert list(found.gradients.gradients) == list(plain.gradients.gradients)
+    # In float32; sums over other numbers of masked positions.
+    close: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-5}
+    assert_equal(values(found.gradients), values(plain.gradients), close)
+
+
+def test_equally_long_prompts_are_separated_under_a_budget(
+    limited: Case, shapes: list[tuple[int, ...]]
+) -> None:
+    """A callable then sees some of them at a time, and never padding."""
+    seen: list[tuple[int, ...]] = []
+
+    def loss(logits: Tensor, tokens: Tensor) -> Tensor:
+        seen.append(tuple(tokens.shape))
+        return nll(5)(logits, tokens)
+
+    def run(memory: Memory | None) -> GradientCapture:
+        return capture_gradients(limited.model, ALIKE, loss, matrices="all", memory=memory)
+
+    smallest = smallest_budget(run)
+    plain = run(None)
+    assert seen == shapes == [(3, 10)]
+    seen.clear()
+    found = run(Memory(budget=smallest))
+    assert set(seen) == {(1, 10)}
+    assert_equal(values(found), values(plain), close_for(limited))
+
+
+class Counting:
+    """A projection of a made-up vocabulary that notes how many vectors come at a time."""
+
+    def __init__(self, d_model: int, d_vocab: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._weight = torch.randn(d_model, d_vocab, generator=generator, dtype=torch.float64)
+        self.asked: list[int] = []
+
+    def project(self, vectors: Tensor, layer: int) -> Tensor:
+        self.asked.append(len(vectors))
+        return vectors @ self._weight
+
+
+@hooked_only
+def test_scores_are_made_in_smaller_chunks_under_a_budget(
+    shapes: list[tuple[int, ...]],
+) -> None:
+    """A pass of 60 tokens fits, and the scores of its 240 vectors do not fit beside it."""
+    d_vocab = 4000
+    case = build("hooked-gpt2", d_vocab=d_vocab)
+    tokens = case.tokens(60)
+    found = {}
+    asked = {}
+    budget = 2**23
+    for memory in (None, Memory(budget=budget)):
+        projection = Counting(case.d_model, d_vocab)
+        found[memory] = backward_lens(
+            case.model, tokens, 5, matrices="all", k=3, projection=projection, memory=memory
+        )
+        asked[memory] = projection.asked
+    assert shapes == [(1, 60)] * 2
+    most = {memory: max(sizes) for memory, sizes in asked.items()}
+    assert most[None] * d_vocab * 8 < 2**27
+    assert most[Memory(budget=budget)] * d_vocab * 8 <= budget
+    assert most[Memory(budget=budget)] < most[None]
+    assert sum(asked[None]) == sum(asked[Memory(budget=budget)])
+    plain, limited = found.values()
+    # BLAS adds in another order for other numbers of rows.
+    assert_equal(read_values(limited), read_values(plain), CLOSE)
+
+
+# -------------------------------------------------------------------------------- budgets too small
+
+
+_UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def amounts(message: str) -> list[float]:
+    """Every amount of memory in a message, in bytes."""
+    found = re.findall(r"([\d.,]+) (bytes|B|KiB|MiB|GiB)\b", message)
+    return [float(number.replace(",", "")) * _UNITS[unit] for number, unit in found]
+
+
+@pytest.mark.parametrize("call", ["capture", "lens"])
+def test_a_budget_too_small_names_itself_the_estimate_and_the_way_out(
+    limited: Case, call: str
+) -> None:
+    model = limited.model
+    before = snapshot(model)
+    run: Callable[[Memory], object] = {
+        "capture": lambda memory: capture_gradients(model, PROMPTS, nll(5), memory=memory),
+        "lens": lambda memory: backward_lens(model, PROMPTS, 5, memory=memory),
+    }[call]
+    with pytest.raises(InputError, match=r"budget") as error:
+        run(Memory(budget=1000))
+    assert_same(before, snapshot(model))
+    message = str(error.value)
+    for word in ("allow more", "fewer", "shorter", "factor_dtype", "factor_device"):
+        assert word in message
+    named = amounts(message)
+    assert min(named) == pytest.approx(1000, rel=0.1), "the budget"
+    assert max(named) > 2000, "the estimate"
+
+
+@pytest.mark.parametrize("reason", ["a hook", "hook points"])
+def test_a_budget_too_small_for_one_pass_under_a_hook(limited: Case, reason: str) -> None:
+    model = limited.model
+    options: dict[str, Any] = {}
+    with ExitStack() as hooks:
+        if reason == "a hook":
+            hooks.enter_context(in_one_pass(model))
+        else:
+            options["hook_points"] = "blocks.1.hook_resid_pre"
+        before = snapshot(model)
+        with pytest.raises(InputError, match=r"hooks.*one pass") as error:
+            capture_gradients(model, PROMPTS, nll(5), memory=Memory(budget=1000), **options)
+        assert_same(before, snapshot(model))
+    message = str(error.value)
+    for word in ("budget", "fewer prompts", "layers"):
+        assert word in message
+    named = amounts(message)
+    assert min(named) == pytest.approx(1000, rel=0.1), "the budget"
+    assert max(named) > 2000, "the estimate"
+
+
+def test_a_budget_large_enough_for_one_pass_under_a_hook(
+    limited: Case, shapes: list[tuple[int, ...]]
+) -> None:
+    with in_one_pass(limited.model):
+        plain = capture_gradients(limited.model, PROMPTS, target_nll(TARGETS), **ALL)
+        shapes.clear()
+        found = capture_gradients(
+            limited.model, PROMPTS, target_nll(TARGETS), memory=Memory(budget=2**28), **ALL
+        )
+    assert shapes == [(4, 17)]
+    assert_equal(values(found), values(plain), EXACT)
+
+
+@given(plans())
+@examples(200)
+def test_the_estimate_of_a_refusal_would_have_been_enough(plan: Plan) -> None:
+    """The number in the message, to its rounding, is the way out."""
+    lengths, layers, size, memory = plan
+    # In megabytes, so that the message's rounding does not count.
+    mega = 10**6
+    scaled = PassSize(
+        size.per_token * mega,
+        size.per_pair * mega,
+        size.per_prompt * mega,
+        {layer: width * mega for layer, width in size.factors.items()},
+        size.n_blocks,
+        size.device,
+    )
+    form = memory.factor_dtype, memory.factor_device
+    assert memory.budget is not None
+    small = Memory(memory.budget * 100, *form)
+    try:
+        divided((lengths, layers, scaled, small))
+    except InputError as error:
+        enough = Memory(int(1.01 * max(amounts(str(error)))) + 2**20, *form)
+        assert divided((lengths, layers, scaled, enough))
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int32, np.uint32, np.uint64])
+def test_a_budget_of_any_integer_type_is_kept_to(gpt2: Case, kind: Any) -> None:
+    """numpy's integers overflow, and unsigned ones wrap around, where Python's do not."""
+    for budget in (100, 2**30):
+        if budget > np.iinfo(kind).max:
+            continue
+        expected = budget == 2**30
+        try:
+            capture_gradients(gpt2.model, PROMPTS, nll(5), memory=Memory(budget=kind(budget)))
+        except InputError:
+            assert not expected
+        else:
+            assert expected
