@@ -46,11 +46,13 @@ def extremes(scores: Float[Tensor, "n d_vocab"], k: int, *, largest: bool) -> Ex
         are equal. A NaN is the largest score.
     """
     wanted = min(k + 1, scores.shape[1])
-    found = _outermost(scores, wanted, largest, _pick_any)
+    blocks = _outermost_of_blocks(scores, largest)
+    rows = torch.arange(len(scores), device=scores.device)
+    found = _outermost(scores, blocks, rows, wanted, largest, _pick_any)
     # Where the k + 1 outermost scores all differ, no choice was left. Else choose by token id.
-    tied = (found.scores[:, 1:] == found.scores[:, :-1]).any(1)
-    if bool(tied.any()):
-        chosen = _outermost(scores[tied], wanted, largest, _pick_earliest)
+    tied = (found.scores[:, 1:] == found.scores[:, :-1]).any(1).nonzero()[:, 0]
+    if len(tied):
+        chosen = _outermost(scores, blocks, tied, wanted, largest, _pick_earliest)
         found.scores[tied], found.ids[tied] = chosen.scores, chosen.ids
     return Extremes(found.scores[:, :k].contiguous(), found.ids[:, :k].contiguous())
 
@@ -79,33 +81,41 @@ def count_beyond(
     return count
 
 
-def _outermost(scores: Float[Tensor, "n d_vocab"], k: int, largest: bool, pick: _Pick) -> Extremes:
-    candidates = _candidates(scores, k, largest, pick)
-    values = scores.gather(1, candidates)
+def _outermost(
+    scores: Float[Tensor, "n d_vocab"],
+    blocks: Float[Tensor, "n n_blocks"],
+    rows: Int[Tensor, "m"],
+    k: int,
+    largest: bool,
+    pick: _Pick,
+) -> Extremes:
+    """The `k` outermost scores of some vectors, and the token ids that are picked for them."""
+    candidates = _candidates(blocks[rows], scores.shape[1], k, largest, pick)
+    values = scores[rows[:, None], candidates]
     order = pick(values, k, largest)
     return Extremes(values.gather(1, order), candidates.gather(1, order))
 
 
 def _candidates(
-    scores: Float[Tensor, "n d_vocab"], k: int, largest: bool, pick: _Pick
-) -> Int[Tensor, "n m"]:
+    blocks: Float[Tensor, "m n_blocks"], d_vocab: int, k: int, largest: bool, pick: _Pick
+) -> Int[Tensor, "m candidates"]:
     """Token ids, ascending, among which the `k` outermost are."""
-    n, d_vocab = scores.shape
-    n_blocks = d_vocab // _BLOCK
+    n, n_blocks = blocks.shape
     if k >= n_blocks:
-        return torch.arange(d_vocab, device=scores.device).expand(n, -1)
+        return torch.arange(d_vocab, device=blocks.device).expand(n, -1)
     # The blocks in ascending order, so that the first of several equal candidates has the smallest
     # id. What is left over behind the last block is always among them.
-    chosen = pick(_outermost_of_blocks(scores, n_blocks, largest), k, largest).sort(dim=1).values
-    inside = chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=scores.device)
-    behind = torch.arange(n_blocks * _BLOCK, d_vocab, device=scores.device).expand(n, -1)
+    chosen = pick(blocks, k, largest).sort(dim=1).values
+    inside = chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=blocks.device)
+    behind = torch.arange(n_blocks * _BLOCK, d_vocab, device=blocks.device).expand(n, -1)
     return torch.cat([inside.flatten(1), behind], dim=1)
 
 
 def _outermost_of_blocks(
-    scores: Float[Tensor, "n d_vocab"], n_blocks: int, largest: bool
+    scores: Float[Tensor, "n d_vocab"], largest: bool
 ) -> Float[Tensor, "n n_blocks"]:
     reduce = torch.amax if largest else torch.amin
+    n_blocks = scores.shape[1] // _BLOCK
     size = (n_blocks, _BLOCK)
     in_blocks = scores[:, : n_blocks * _BLOCK]
     if scores.stride(0) != 1:

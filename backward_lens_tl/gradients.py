@@ -293,7 +293,9 @@ class MatrixGradient:
             The `min(n, d_in, d_out)` values that can differ from zero. Heads lie side by side in
             the side that they divide.
         """
-        core_in, core_out = (torch.linalg.qr(factor.double().T).R for factor in self._joined(batch))
+        core_in, core_out = (
+            torch.linalg.qr(factor.double().T, mode="r").R for factor in self._joined(batch)
+        )
         values: Tensor = torch.linalg.svdvals(core_in @ core_out.T)
         return values
 

@@ -28,12 +28,15 @@ class Goal:
         bound: The bound.
         is_lower: Whether the bound is the least that is wanted; otherwise it is the most.
         measure: Finds the number among results; raises `NotMeasured` where there is none.
+        at_floor: Finds the number that the floor would have in place of ours, where it is about
+            time against somebody else's.
     """
 
     what: str
     bound: float
     is_lower: bool
     measure: Callable[[Results], float]
+    at_floor: Callable[[Results], float] | None = None
 
     def is_reached(self, value: float) -> bool:
         """Whether a number keeps the bound."""
@@ -75,13 +78,23 @@ def _peer(peer: str, number: str) -> Callable[[Results], float]:
     return measure
 
 
-def _cell(batch: int, number: str) -> Callable[[Results], float]:
-    cell = {"size": SMALL.name, "dtype": "float32", "batch": batch, "positions": SHORT}
+def _floor_against(peer: str, batch: int) -> Callable[[Results], float]:
+    """A prompt of the floor's against a prompt of a peer's."""
 
     def measure(results: Results) -> float:
-        return float(find(results, "grid", **cell)[number])
+        theirs = find(results, "peers", size=SMALL.name, peer=peer)["seconds"]["peer"]
+        return float(theirs * batch / _cell_row(results, batch)["seconds"]["floor"])
 
     return measure
+
+
+def _cell_row(results: Results, batch: int) -> Row:
+    cell = {"size": SMALL.name, "dtype": "float32", "batch": batch, "positions": SHORT}
+    return find(results, "grid", **cell)
+
+
+def _cell(batch: int, number: str) -> Callable[[Results], float]:
+    return lambda results: float(_cell_row(results, batch)[number])
 
 
 def _slope(along: str) -> Callable[[Results], float]:
@@ -116,7 +129,13 @@ def _memory_growth(results: Results) -> float:
 _TOOL, _AUTHORS = "TransformerLens's tool", "the authors' way"
 
 GOALS = (
-    Goal(f"{ONE} prompt, times as fast as {_TOOL}", 6, True, _peer("tool", "faster")),
+    Goal(
+        f"{ONE} prompt, times as fast as {_TOOL}",
+        6,
+        True,
+        _peer("tool", "faster"),
+        _floor_against("tool", ONE),
+    ),
     Goal(
         f"{ONE} prompt, part of the extra peak memory of {_TOOL}", 0.4, False, _memory_of_the_tool
     ),
@@ -125,12 +144,14 @@ GOALS = (
         15,
         True,
         _peer("tool", "faster_in_batch"),
+        _floor_against("tool", MANY),
     ),
     Goal(
         f"a prompt of a batch of {MANY}, times as fast as {_AUTHORS}",
         25,
         True,
         _peer("authors' way", "faster_in_batch"),
+        _floor_against("authors' way", MANY),
     ),
     Goal(f"{ONE} prompt, times as long as the floor", 1.5, False, _cell(ONE, "whole")),
     Goal(f"batch of {MANY}, times as long as the floor", 1.3, False, _cell(MANY, "whole")),

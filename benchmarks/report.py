@@ -216,19 +216,29 @@ def _goals(machines: Mapping[str, Results], notes: Notes) -> str:
             try:
                 value = goal.measure(results)
             except NotMeasured as error:
-                texts += [notes.mark(str(error)), ""]
+                texts += [notes.mark(str(error)), "", ""]
             else:
-                texts += [number(value), "yes" if goal.is_reached(value) else "**no**"]
+                reached = "yes" if goal.is_reached(value) else "**no**"
+                texts += [number(value), reached, at_floor(goal, results)]
         return texts
 
-    head = ["", "goal", *(text for kind in machines for text in (kind, "reached"))]
+    def at_floor(goal: Goal, results: Results) -> str:
+        try:
+            return _NO_ROW if goal.at_floor is None else number(goal.at_floor(results))
+        except NotMeasured as error:
+            return notes.mark(str(error))
+
+    columns = ("", "reached", "the floor's")
+    head = ["", "goal", *(f"{kind} {text}".strip() for kind in machines for text in columns)]
     body = [
         [goal.what, f"at {'least' if goal.is_lower else 'most'} {goal.bound:g}", *cells(goal)]
         for goal in GOALS
     ]
     about = (
         f"{SMALL.name}, prompts of {SHORT} tokens, all layers and both matrices, float32. The\n"
-        "reason for a missed goal is to be looked for under *Where the time goes*.\n"
+        "reason for a missed goal is to be looked for under *Where the time goes*. *The floor's*\n"
+        "is the number that the floor would have in our place: more than that is to be had only by\n"
+        "less arithmetic, or by the same in a better order.\n"
     )
     return f"{about}\n{table(head, body)}"
 

@@ -438,9 +438,16 @@ def test_what_is_read_is_what_each_prompt_alone_says(own_llama: Case) -> None:
         assert_equal(of_prompt(whole, prompt), expected, close_for(own_llama))
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["seen first", "seen last"])
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        ["The capital of France is Paris", "dog", "Rome is in Italy"],
+        ["A river runs through Rome and not France", "Rome", "is Paris"],
+    ],
+    ids=["the longest apart", "the shortest apart"],
+)
 def test_matrices_that_read_the_same_for_some_prompts_only(
-    order: tuple[int, int],
+    prompts: list[str], passes: list[Tensor]
 ) -> None:
     """As in models written by hand: attention that adds nothing to some prompts, and no norm.
 
@@ -448,7 +455,6 @@ def test_matrices_that_read_the_same_for_some_prompts_only(
     """
     case = build("hooked-no_norm")
     model = case.model
-    texts = ["The capital of France is Paris", "dog"]
     paris = int(model.to_tokens(" Paris", prepend_bos=False)[0, 0])
     with torch.no_grad():
         attention = model.blocks[0].attn
@@ -459,10 +465,11 @@ def test_matrices_that_read_the_same_for_some_prompts_only(
         model.W_E[paris, :4] = 1
         attention.W_V[:, 4:] = 0
     options: dict[str, Any] = {"matrices": "all", "prepend_bos": False}
-    found = capture_gradients(model, [texts[i] for i in order], target_nll(5), **options)
-    for prompt, index in enumerate(order):
-        alone = capture_gradients(model, texts[index], target_nll(5), **options)
-        assert (alone["W_in", 0].inputs is alone["W_Q", 0].inputs) == (index == 1)
+    found = capture_gradients(model, prompts, target_nll(5), **options)
+    assert len(passes) == 3
+    for prompt, text in enumerate(prompts):
+        alone = capture_gradients(model, text, target_nll(5), **options)
+        assert (alone["W_in", 0].inputs is alone["W_Q", 0].inputs) == ("Paris" not in text)
         expected = padded(of_prompt(values(alone), 0), found.mask.shape[1])
         assert_equal(of_prompt(values(found), prompt), expected, CLOSE)
 
