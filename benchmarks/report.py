@@ -237,8 +237,8 @@ def _goals(machines: Mapping[str, Results], notes: Notes) -> str:
     about = (
         f"{SMALL.name}, prompts of {SHORT} tokens, all layers and both matrices, float32. The\n"
         "reason for a missed goal is to be looked for under *Where the time goes*. *The floor's*\n"
-        "is the number that the floor would have in our place: more than that is to be had only by\n"
-        "less arithmetic, or by the same in a better order.\n"
+        "is the number that the floor would have in our place: more than that is to be had only\n"
+        "by less arithmetic, or by the same in a better order.\n"
     )
     return f"{about}\n{table(head, body)}"
 
