@@ -84,4 +84,6 @@ class Memory:
         Returns:
             The device.
         """
-        return model_device if self.factor_device is None else torch.device(self.factor_device)
+        if self.factor_device is None:
+            return model_device
+        return torch.empty(0, device=self.factor_device).device  # "cuda" by its number

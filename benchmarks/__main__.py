@@ -61,6 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "the floor runs on HookedTransformer, which ended with TransformerLens 3.9; install "
             "3.9 or older, as in .venv"
         )
+    for device in devices if options.only else ():
+        if not report.results_path(options.out, device).is_file():
+            parser.error(
+                f"{report.results_path(options.out, device)} is not there, so there is nothing "
+                "that --only could keep; leave it out"
+            )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     given = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "benchmarks", *given])
@@ -72,13 +78,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rounds=options.rounds or preset.rounds,
             limits=limits_of(device, options.limit or preset.limit),
         )
-        results = {
-            "date": date,
-            "command": command,
-            "machine": machine.describe(device),
-            "versions": machine.versions(),
-            **figures.measure_all(bench),
-        }
+        if options.only:
+            before = report.read_results(options.out)[device]
+            again = {"figures": options.only, "date": date, "command": command}
+            results = {**before, "again": [*before.get("again", ()), again]}
+        else:
+            results = {
+                "date": date,
+                "command": command,
+                "machine": machine.describe(device),
+                "versions": machine.versions(),
+            }
+        results |= figures.measure(bench, options.only or figures.FIGURES)
         log.info("wrote %s", report.write_results(options.out, device, results))
     log.info("wrote %s", report.write_page(options.out))
 
@@ -117,6 +128,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=("cpu", "cuda"),
         metavar="DEVICE",
         help=f"cpu, cuda (default: all that are here, {', '.join(_devices())})",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=figures.FIGURES,
+        metavar="FIGURE",
+        help=f"measure these again and keep the others of an earlier run: "
+        f"{', '.join(figures.FIGURES)}",
     )
     parser.add_argument(
         "--out",

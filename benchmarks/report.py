@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contestants import PIECE_BYTES, K
-from benchmarks.figures import MANY, SHORT, Row
+from benchmarks.figures import MANY, RANKS, SHORT, Row
 from benchmarks.goals import GOALS, Goal, NotMeasured, Results, beyond_forward
 from benchmarks.phases import PHASES
 from benchmarks.sizes import SMALL
@@ -98,11 +98,11 @@ the choice of tokens, the ranks and the checks of the factors. *everything else*
 which none of these runs: Python outside the model, the profiler itself, texts of tokens.
 """
 
-RANK = """\
+RANK = f"""\
 ## Rank
 
-`gradient.rank()` works on the factors of one prompt; `torch.linalg.matrix_rank` on the dense
-gradient, which is made before the clock starts.
+`gradient.rank()` works on the factors of one prompt, and is timed {RANKS} times in a row;
+`torch.linalg.matrix_rank` works on the dense gradient, which is made before the clock starts.
 """
 
 
@@ -141,6 +141,11 @@ def read_results(folder: Path) -> dict[str, Results]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
+def results_path(folder: Path, kind: str) -> Path:
+    """Where one machine's results are."""
+    return folder / "benchmarks" / f"{kind}.json"
+
+
 def write_results(folder: Path, kind: str, results: Results) -> Path:
     """Keep one machine's results; those of other kinds stay.
 
@@ -152,7 +157,7 @@ def write_results(folder: Path, kind: str, results: Results) -> Path:
     Returns:
         The file.
     """
-    path = folder / "benchmarks" / f"{kind}.json"
+    path = results_path(folder, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return path
@@ -205,6 +210,10 @@ def _machines(machines: Mapping[str, Results]) -> str:
             f"- **{kind}**, {results['date']}, `{results['command']}`",
             f"  - {'; '.join(parts)}",
             f"  - {made_with}",
+        ]
+        lines += [
+            f"  - again {', '.join(again['figures'])}: {again['date']}, `{again['command']}`"
+            for again in results.get("again", ())
         ]
     return "\n".join(lines) + "\n"
 

@@ -518,7 +518,8 @@ def test_every_figure_of_the_page_is_measured(bench, monkeypatch):
     for name, value in rows.items():
         function = functions.get(name, name)
         monkeypatch.setattr(figures, function, lambda bench, value=value: iter(value))
-    assert figures.measure_all(bench) == rows
+    assert figures.measure(bench) == rows
+    assert figures.measure(bench, ["rank"]) == {"rank": rows["rank"]}
 
 
 def test_peak_memory_is_measured_of_everybody_or_there_is_a_reason(bench, monkeypatch):
@@ -729,11 +730,11 @@ def test_the_committed_page_is_made_of_the_committed_results():
 def test_the_command_writes_results_and_page(tmp_path, monkeypatch):
     benches = []
 
-    def measure_all(bench):
+    def measure(bench, names):
         benches.append(bench)
-        return {name: rows for name, rows in results().items() if isinstance(rows, list)}
+        return {name: results()[name] for name in names}
 
-    monkeypatch.setattr(figures, "measure_all", measure_all)
+    monkeypatch.setattr(figures, "measure", measure)
     monkeypatch.setattr(estimates, "product_speed", lambda dtype, device: 1.0)
     options = ["--devices", "cpu", "--out", str(tmp_path)]
     command.main(["--quick", "--limit", "7.5", *options])
@@ -746,6 +747,14 @@ def test_the_command_writes_results_and_page(tmp_path, monkeypatch):
     assert {"processor", "cores", "memory", "load before"} <= set(kept["machine"])
     assert (tmp_path / "benchmarks.md").read_text() == report.render({"cpu": kept})
 
+    monkeypatch.setattr(figures, "measure", lambda bench, names: {name: [] for name in names})
+    command.main(["--only", "orders", "rank", *options])
+    again = json.loads((tmp_path / "benchmarks" / "cpu.json").read_text())
+    assert again.pop("again")[0]["figures"] == ["orders", "rank"]
+    assert again == kept | {"orders": [], "rank": []}
+    assert "  - again orders, rank: " in (tmp_path / "benchmarks.md").read_text()
+
+    monkeypatch.setattr(figures, "measure", measure)
     command.main(["--sizes", "gpt2-xl", "llama-1b", "--rounds", "9", *options])
     assert [size.name for size in benches[1].sizes] == ["gpt2-xl", "llama-1b"]
     assert (benches[1].rounds, benches[1].limits.seconds) == (9, command.FULL.limit)
@@ -759,6 +768,8 @@ def test_the_command_writes_results_and_page(tmp_path, monkeypatch):
         (["--limit", "-3"], "-3 is not allowed; pass a number above 0"),
         (["--limit", "nan"], "nan is not allowed; pass a number above 0"),
         (["--devices", "abacus"], "choose from cpu, cuda"),
+        (["--only", "speed"], "choose from peers, grid, rank, orders, scaling, memory, phases"),
+        (["--only", "rank", "--devices", "cpu", "--out", "nowhere"], "nothing that --only could"),
         pytest.param(
             ["--devices", "cuda"],
             "torch sees no cuda here; allowed: cpu",
@@ -767,7 +778,7 @@ def test_the_command_writes_results_and_page(tmp_path, monkeypatch):
     ],
 )
 def test_the_command_says_what_is_allowed(options, message, capsys, monkeypatch):
-    monkeypatch.setattr(figures, "measure_all", pytest.fail)
+    monkeypatch.setattr(figures, "measure", pytest.fail)
     with pytest.raises(SystemExit):
         command.main(options)
     # Some versions of Python put the choices in quotes.
