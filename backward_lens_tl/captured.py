@@ -125,7 +125,7 @@ class GradientCapture:
         ):
             raise InputError(
                 f"the attention pattern of layer {layer} did not pass hook_pattern with a gradient "
-                "(attn_implementation='eager' shows it; a frozen model needs W_Q and W_K as well)"
+                "(attn_implementation='eager' shows it)"
             )
         raise InputError(
             f"there is no Reversed Attention of layer {layer!r}; ask for its attention matrices, "

@@ -175,6 +175,8 @@ def plan_passes(
             f"{_shown(memory.budget)}; with hooks on the model, or hook_points, all goes in one "
             "pass: pass fewer prompts or layers, or a larger budget"
         )
+    if in_one:
+        return [Pass(buckets[0], all_layers)]
     return [
         part
         for bucket in buckets

@@ -957,17 +957,20 @@ def test_the_direction_negates_what_is_written_and_nothing_else(
     kind: str, data: st.DataObject
 ) -> None:
     question = data.draw(questions(kind))
-    lenses = {name: Recording(question.tiny.sizes.d_vocab) for name in ("update", "gradient")}
-    results = {
-        name: question.result(projection=lens, direction=name, k=1) for name, lens in lenses.items()
-    }
-    assert_same(results["update"].gradients, results["gradient"].gradients)
-    order = [(m, layer) for m in results["update"].matrices for layer in results["update"].layers]
-    assert [layer for layer, _ in lenses["update"].seen] == [layer for _, layer in order]
-    pairs = zip(lenses["update"].seen, lenses["gradient"].seen, order, strict=True)
-    for (_, update), (_, gradient), (matrix, _) in pairs:
-        expected = -gradient if matrix in WRITING_MATRICES else gradient
-        assert torch.equal(update, expected), matrix
+    matrices = question.capture().matrices
+    for matrix in matrices:
+        lenses = {name: Recording(question.tiny.sizes.d_vocab) for name in ("update", "gradient")}
+        results = {
+            name: question.result(matrices=matrix, projection=lens, direction=name, k=1)
+            for name, lens in lenses.items()
+        }
+        assert_same(results["update"].gradients, results["gradient"].gradients)
+        assert {layer for layer, _ in lenses["update"].seen} == set(results["update"].layers)
+        for (layer, update), (other, gradient) in zip(
+            lenses["update"].seen, lenses["gradient"].seen, strict=True
+        ):
+            assert layer == other
+            assert torch.equal(update, -gradient if matrix in WRITING_MATRICES else gradient)
 
 
 # --------------------------------------------------------------- (j) the algebra, without any model
