@@ -88,9 +88,10 @@ def record(
         ObjectiveError: If a loss is not finite, or does not depend on the logits.
     """
     run = _Run(host, sites, points)
-    # Without gradients of parameters the graph begins at the lowest matrix asked for. Hooks of the
-    # caller, backward hooks above all, see the model as it is.
-    frozen = [] if host.hooked_modules else host.trained()
+    # Without gradients of parameters the graph begins at the lowest matrix asked for. The caller's
+    # own code, hooks and objectives, sees the model as it is.
+    is_alone = objective.looks_at == "prompt" and not host.hooked_modules
+    frozen = host.trained() if is_alone else []
     with (
         torch.enable_grad(),
         host.own_precision(),

@@ -233,8 +233,8 @@ def plan_capture(
                 chosen,
                 pass_size(host, sites, bound.n_read(batch), max(lengths)),
                 limits,
-                in_one=bool(points) or bool(host.hooked_modules),
-                by_prompt=bound.is_by_prompt,
+                in_one=bool(points or host.hooked_modules or bound.looks_at == "batch"),
+                by_prompt=bound.looks_at == "prompt",
             )
         ),
     )

@@ -17,6 +17,9 @@ from torch import Tensor
 _BLOCK = 64
 """Tokens of one block: the maxima of 50,257 scores and ten blocks are about as many numbers."""
 
+_LARGE = 4
+"""Where candidates would be this part of the vocabulary, or more, all of it is taken instead."""
+
 _SLICE = 4096
 """Tokens that are compared with the target at a time: as many as stay in a processor's cache."""
 
@@ -37,7 +40,7 @@ def extremes(scores: Float[Tensor, "n d_vocab"], k: int, *, largest: bool) -> Ex
     `[d_vocab, n]`.
 
     Args:
-        scores: Scores of every token for each vector, in any memory layout; not NaN.
+        scores: Scores of every token for each vector, in any memory layout.
         k: How many; at most `d_vocab`.
         largest: Which end.
 
@@ -70,8 +73,8 @@ def count_beyond(
     Returns:
         The counts.
     """
-    # Ones and zeros in float32 are added many times faster than booleans, and exactly: there are
-    # fewer than 2^24 in a slice.
+    # Ones and zeros in float32 are added many times faster than booleans, and up to 2^24 of them
+    # exactly.
     buffer = torch.empty_like(scores[:, :_SLICE], dtype=torch.float32)
     count = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
     is_beyond = torch.gt if largest else torch.lt
@@ -101,7 +104,7 @@ def _candidates(
 ) -> Int[Tensor, "m candidates"]:
     """Token ids, ascending, among which the `k` outermost are."""
     n, n_blocks = blocks.shape
-    if k >= n_blocks:
+    if k * _BLOCK * _LARGE >= d_vocab:
         return torch.arange(d_vocab, device=blocks.device).expand(n, -1)
     # The blocks in ascending order, so that the first of several equal candidates has the smallest
     # id. What is left over behind the last block is always among them.

@@ -65,7 +65,7 @@ class _Placing:
         self._batch, self._memory = batch, memory
         self._device = batch.mask.device
         self._prompts = torch.tensor(prompts, device=self._device)
-        # What was written where, by the ids of the tensors.
+        # What was written where, by the ids of tensors that live as long as this does.
         self._written: dict[tuple[int | None, int], Tensor] = {}
 
     def of(self, whole: Recorded | None, part: Recorded) -> Recorded:

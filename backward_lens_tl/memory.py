@@ -17,8 +17,8 @@ _FACTOR_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 class Memory:
     """Limits on the memory of one call.
 
-    The words, norms and ranks of a result do not depend on it: they are computed before factors
-    are rounded or moved.
+    Words, scores, target ranks and losses do not depend on it: they are computed before factors are
+    rounded or moved. Norms and ranks of gradients are those of the factors as they are kept.
 
     Attributes:
         budget: Bytes that the call may take beyond the model. Prompts, and if one alone is too

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -51,10 +51,9 @@ class BoundObjective(ABC):
         del batch
         return None
 
-    @property
-    def is_by_prompt(self) -> bool:
-        """Whether a prompt's loss may be taken without the others of its length."""
-        return True
+    looks_at: Literal["prompt", "length", "batch"] = "batch"
+    """What has to be there when a prompt's loss is taken: it alone, all prompts of its length, or
+    all."""
 
     @abstractmethod
     def losses(
@@ -307,6 +306,8 @@ def _pick(
 
 
 class _LastPosition(BoundObjective):
+    looks_at = "prompt"
+
     def n_read(self, batch: PromptBatch) -> int:
         return 1
 
@@ -355,6 +356,8 @@ class _LogitDifference(_LastPosition):
 
 @dataclass(frozen=True)
 class _SequenceNLL(BoundObjective):
+    looks_at = "prompt"
+
     answers: Sequence[Sequence[int]]
 
     def continuation(self, prompt: int) -> Sequence[int]:
@@ -382,6 +385,8 @@ class _SequenceNLL(BoundObjective):
 
 
 class _NextTokenLoss(BoundObjective):
+    looks_at = "prompt"
+
     def losses(
         self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch
     ) -> Float[Tensor, "batch"]:
@@ -401,11 +406,9 @@ class _NextTokenLoss(BoundObjective):
 
 @dataclass(frozen=True)
 class _CallerLoss(BoundObjective):
-    function: LossFunction
+    looks_at = "length"
 
-    @property
-    def is_by_prompt(self) -> bool:
-        return False
+    function: LossFunction
 
     def losses(
         self, logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch

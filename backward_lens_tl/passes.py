@@ -163,12 +163,14 @@ def plan_passes(
     all_layers, longest = tuple(layers), max(lengths)
     buckets = [tuple(range(len(lengths)))] if in_one else length_buckets(lengths)
     whole = size.of(len(lengths), longest, all_layers)
+    if memory.budget is None and (in_one or not by_prompt):
+        return [Pass(bucket, all_layers) for bucket in buckets]
     if memory.budget is None:
-        most = _USUAL_PASS if by_prompt and not in_one else None
-        return _usual_passes(buckets, all_layers, lengths, size, most)
+        return _usual_passes(buckets, all_layers, lengths, size)
     if len(buckets) == 1 and memory.keeps_as_computed and whole <= memory.budget:
         return [Pass(buckets[0], all_layers)]
-    kept = size.kept(len(lengths), longest, memory)
+    as_computed = in_one and memory.keeps_as_computed
+    kept = 0 if as_computed else size.kept(len(lengths), longest, memory)
     if in_one and whole + kept > memory.budget:
         raise InputError(
             f"this takes about {_shown(whole + kept)} in one pass, and the budget is "
@@ -189,13 +191,9 @@ def _usual_passes(
     layers: tuple[int, ...],
     lengths: Sequence[int],
     size: PassSize,
-    most: int | None,
 ) -> list[Pass]:
     """Passes that take about as much as is worth while, with one prompt at least."""
-    if most is None:
-        return [Pass(bucket, layers) for bucket in buckets]
-    if size.device.type == "cuda":
-        most = torch.cuda.mem_get_info(size.device)[0] // 4
+    most = _free_cuda_memory(size.device) // 4 if size.device.type == "cuda" else _USUAL_PASS
     return [
         Pass(part, layers)
         for bucket in buckets
@@ -227,6 +225,12 @@ def _passes(
             "factors in less with factor_dtype or elsewhere with factor_device"
         )
     return [Pass((prompt,), part) for prompt in bucket for part in _parts(layers, n_layers)]
+
+
+def _free_cuda_memory(device: torch.device) -> int:
+    """Bytes that torch could take, those that it holds and does not use included."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def _smaller(bucket: tuple[int, ...], most: int, lengths: Sequence[int]) -> list[tuple[int, ...]]:

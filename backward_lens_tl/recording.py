@@ -73,11 +73,15 @@ class OwnUse:
 
     def _keep_input(self, tensor: Tensor) -> None:
         self.x.keep(tensor)
-        self.site.weight.parameter.requires_grad_(False)
+        self._let_require_grad(False)
 
     def _keep_output(self, tensor: Tensor) -> Tensor | None:
-        self.site.weight.parameter.requires_grad_(True)
+        self._let_require_grad(True)
         return self.y.keep(tensor)
+
+    def _let_require_grad(self, wanted: bool) -> None:
+        if self.site.weight.parameter.is_leaf:  # not if it is made of others, by a parametrization
+            self.site.weight.parameter.requires_grad_(wanted)
 
 
 class Recorder(ABC):

@@ -23,6 +23,7 @@ from models import (
     HAS_HOOKED,
     Case,
     build,
+    hooked_only,
     nll,
     training_loss,
 )
@@ -39,6 +40,8 @@ from backward_lens_tl.errors import BackwardLensError
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.memory import Memory
 from backward_lens_tl.objectives import (
+    BoundObjective,
+    Objective,
     logit_difference,
     next_token_loss,
     sequence_nll,
@@ -1082,3 +1085,121 @@ def test_blt_has_these_names() -> None:
     """The front door, as `import backward_lens_tl as blt` has it."""
     assert blt.Memory is Memory
     assert blt.backward_lens is backward_lens
+
+
+# ------------------------------------------------------------------ models that somebody changed
+
+
+class Adapted(torch.nn.Module):
+    """An unembedding with a low-rank change beside it."""
+
+    def __init__(self, unembed: Any) -> None:
+        super().__init__()
+        self.unembed = unembed
+        generator = torch.Generator().manual_seed(0)
+        d_model, d_vocab = unembed.W_U.shape
+        self.down = torch.randn(d_model, 2, generator=generator, dtype=unembed.W_U.dtype)
+        self.up = torch.randn(2, d_vocab, generator=generator, dtype=unembed.W_U.dtype)
+
+    @property
+    def W_U(self) -> Tensor:
+        return self.unembed.W_U
+
+    @property
+    def b_U(self) -> Tensor:
+        return self.unembed.b_U
+
+    def forward(self, resid: Tensor) -> Tensor:
+        return self.unembed(resid) + resid @ self.down @ self.up
+
+
+def adapt_unembedding(model: Any) -> None:
+    model.unembed = Adapted(model.unembed)
+
+
+def scale_unembedding(model: Any) -> None:
+    before = model.unembed.forward
+    model.unembed.forward = lambda resid: 2 * before(resid)
+
+
+def scale_logits(model: Any) -> None:
+    class Scaled(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **options: Any) -> Any:
+            return super().forward(*args, **options) / 3
+
+    model.__class__ = Scaled
+
+
+def hook_all_modules(model: Any) -> None:
+    def doubled(module: Any, args: Any, output: Any) -> Any:
+        return 2 * output if type(module).__name__ == "Unembed" else None
+
+    model.handle = torch.nn.modules.module.register_module_forward_hook(doubled)
+
+
+@hooked_only
+@pytest.mark.parametrize(
+    "change", [adapt_unembedding, scale_unembedding, scale_logits, hook_all_modules]
+)
+def test_what_a_changed_unembedding_gives_is_what_is_differentiated(change: Any) -> None:
+    model = build("hooked-gpt2").model
+    tokens = torch.tensor([[4, 5, 6, 7], [7, 9, 11, 13]])
+    plain = capture_gradients(model, tokens, target_nll(5)).loss
+    change(model)
+    try:
+        capture = capture_gradients(model, tokens, target_nll(5))
+        weight = model.blocks[1].mlp.W_out
+        losses = -model(tokens)[:, -1].log_softmax(-1)[:, 5]
+        [expected] = torch.autograd.grad(losses.sum(), [weight])
+    finally:
+        if hasattr(model, "handle"):
+            model.handle.remove()
+    torch.testing.assert_close(capture.loss, losses.detach())
+    assert not torch.allclose(capture.loss, plain)
+    found = capture["W_out", 1].dense(0) + capture["W_out", 1].dense(1)
+    torch.testing.assert_close(found, expected)
+
+
+@hooked_only
+@pytest.mark.parametrize("matrix", ["W_Q", "W_O"])
+def test_weights_that_are_made_of_others(matrix: str) -> None:
+    model = build("hooked-gpt2").model
+
+    class Scale(torch.nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight * 1.5
+
+    torch.nn.utils.parametrize.register_parametrization(model.blocks[1].attn, matrix, Scale())
+    tokens = torch.tensor([[4, 5, 6, 7]])
+    capture = capture_gradients(model, tokens, target_nll(5), matrices=matrix)
+    original = getattr(model.blocks[1].attn.parametrizations, matrix).original
+    assert original.requires_grad
+    loss = -model(tokens)[:, -1].log_softmax(-1)[:, 5].sum()
+    [expected] = torch.autograd.grad(loss, [original])
+    torch.testing.assert_close(1.5 * capture[matrix, 1].dense(), expected)
+
+
+def test_an_objective_that_looks_at_all_prompts_gets_them(passes: list[Tensor]) -> None:
+    class Spread(BoundObjective):
+        def losses(self, logits: Tensor, batch: Any) -> Tensor:
+            last = batch.ends(logits, 1)[:, 0, 3]
+            return last - last.mean()
+
+    model = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2").model
+    spread = Objective("spread", lambda vocabulary, n_prompts: Spread())
+    capture = capture_gradients(model, PROMPTS, spread, prepend_bos=True)
+    assert len(passes) == 1
+    assert float(capture.loss.abs().min()) > 0
+    assert abs(float(capture.loss.sum())) < 1e-9
+
+
+def test_a_callable_may_differentiate_parameters() -> None:
+    model = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2").model
+
+    def penalised(logits: Tensor, tokens: Tensor) -> Tensor:
+        loss = -logits[:, -1].log_softmax(-1)[:, 5]
+        [slope] = torch.autograd.grad(loss.sum(), [model.W_E], create_graph=True)
+        return loss + slope.square().sum()
+
+    plain = capture_gradients(model, torch.tensor([[4, 5, 6]]), target_nll(5)).loss
+    assert float(capture_gradients(model, torch.tensor([[4, 5, 6]]), penalised).loss) > float(plain)

@@ -27,6 +27,14 @@ from backward_lens_tl.vocabulary import Vocabulary
 
 _FEW = 16
 
+_GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+    torch.nn.modules.module._global_backward_hooks,
+    torch.nn.modules.module._global_backward_pre_hooks,
+)
+"""torch's own collections of the hooks that act on every module."""
+
 _LIBRARIES = ("transformer_lens", "transformers", "accelerate")
 
 
@@ -313,10 +321,11 @@ class Host(ABC):
     @cached_property
     def hooked_modules(self) -> list[nn.Module]:
         """Modules, hook points among them, that carry hooks of the caller."""
+        on_all = any(_GLOBAL_HOOKS)
         return [
             module
             for _, module in self._modules
-            if any(_is_callers(hook, module) for hook in _hooks(module))
+            if on_all or any(_is_callers(hook, module) for hook in _hooks(module))
         ]
 
     def are_in_blocks(self, modules: Sequence[nn.Module]) -> bool:

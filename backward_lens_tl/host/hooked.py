@@ -37,8 +37,9 @@ class HookedTransformerHost(Host):
         self, tokens: Int[Tensor, "batch pos"], select: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "batch read d_vocab"]:
         """Run the model, and multiply by `W_U` only where it is needed."""
-        # Its own unembedding copies all of W_U in every forward pass; with it, the last residual
-        # stream is as far as it goes here.
+        if not self._unembeds_as_usual:
+            return select(self.logits(tokens))
+        # Its own unembedding copies all of W_U in every forward pass. So the model runs up to it.
         resid = self.model(
             tokens, attention_mask=torch.ones_like(tokens), stop_at_layer=self.n_layers
         )
@@ -46,6 +47,15 @@ class HookedTransformerHost(Host):
         normed = select(resid if norm is None else norm(resid)).to(self.model.W_U.device)
         logits: Tensor = self._decoded(normed.flatten(0, 1)).unflatten(0, normed.shape[:2])
         return logits
+
+    @property
+    def _unembeds_as_usual(self) -> bool:
+        """Whether nobody has replaced what the model does behind its last norm."""
+        return (
+            type(self.model).forward.__qualname__ == "HookedTransformer.forward"
+            and type(self.model.unembed).forward.__qualname__ == "Unembed.forward"
+            and not {"forward"} & (vars(self.model).keys() | vars(self.model.unembed).keys())
+        )
 
     def _norm_module(self) -> Any:
         return None if self.model.cfg.normalization_type is None else self.model.ln_final
