@@ -536,7 +536,8 @@ def test_readouts_agree_with_transformer_lenss(name: str, dtype: torch.dtype) ->
             near = torch.nn.functional.pad(gaps, (1, 0), value=1.0) < 1e-5
             near |= torch.nn.functional.pad(gaps, (0, 1), value=1.0) < 1e-5
             assert (same | near).all(), (matrix, layer)
-            assert same.float().mean() > 0.99
+            # Without a bias a zero vector scores all tokens alike, and theirs takes any of them.
+            assert same[vectors.ne(0).any(-1)].float().mean() > 0.99
             ranks = ours.target_rank[index] - ranked.target_ranks[..., 0]
             assert (ranks.abs() <= (1 if dtype == torch.float32 else 0)).all(), (matrix, layer)
 
