@@ -161,29 +161,35 @@ def plan_passes(
         InputError: If the budget is too small for any pass.
     """
     all_layers, longest = tuple(layers), max(lengths)
-    buckets = [tuple(range(len(lengths)))] if in_one else length_buckets(lengths)
-    whole = size.of(len(lengths), longest, all_layers)
-    if memory.budget is None and (in_one or not by_prompt):
-        return [Pass(bucket, all_layers) for bucket in buckets]
-    if memory.budget is None:
-        return _usual_passes(buckets, all_layers, lengths, size)
-    if len(buckets) == 1 and memory.keeps_as_computed and whole <= memory.budget:
-        return [Pass(buckets[0], all_layers)]
-    as_computed = in_one and memory.keeps_as_computed
-    kept = 0 if as_computed else size.kept(len(lengths), longest, memory)
-    if in_one and whole + kept > memory.budget:
-        raise InputError(
-            f"this takes about {_shown(whole + kept)} in one pass, and the budget is "
-            f"{_shown(memory.budget)}; with hooks on the model, or hook_points, all goes in one "
-            "pass: pass fewer prompts or layers, or a larger budget"
-        )
+    everything = size.of(len(lengths), longest, all_layers)
     if in_one:
+        kept = 0 if memory.keeps_as_computed else size.kept(len(lengths), longest, memory)
+        _check_one_pass(everything + kept, memory.budget)
+        return [Pass(tuple(range(len(lengths))), all_layers)]
+    buckets = length_buckets(lengths)
+    if memory.budget is None and by_prompt:
+        return _usual_passes(buckets, all_layers, lengths, size)
+    if memory.budget is None:
+        return [Pass(bucket, all_layers) for bucket in buckets]
+    # What one pass alone computes is kept as it is, and takes no more.
+    is_kept = len(buckets) == 1 and memory.keeps_as_computed
+    if is_kept and everything <= memory.budget:
         return [Pass(buckets[0], all_layers)]
+    kept = size.kept(len(lengths), longest, memory)
     return [
         part
         for bucket in buckets
         for part in _passes(bucket, all_layers, lengths, size, memory.budget, kept)
     ]
+
+
+def _check_one_pass(takes: int, budget: int | None) -> None:
+    if budget is not None and takes > budget:
+        raise InputError(
+            f"this takes about {_shown(takes)} in one pass, and the budget is {_shown(budget)}; "
+            "with hooks on the model, or hook_points, all goes in one pass: pass fewer prompts or "
+            "layers, or a larger budget"
+        )
 
 
 def _usual_passes(
