@@ -72,7 +72,7 @@ def capture_gradients(
         (6, 1)
     """
     work = plan_capture(
-        model,
+        host_of(model),
         prompts,
         objective,
         matrices=matrices,
@@ -179,7 +179,7 @@ class CaptureWork:
 
 
 def plan_capture(
-    model: nn.Module,
+    host: Host,
     prompts: Prompts,
     objective: Objective | LossFunction,
     *,
@@ -192,7 +192,7 @@ def plan_capture(
     """Check the arguments of `capture_gradients`, which it explains, and plan the passes.
 
     Args:
-        model: The model.
+        host: The model.
         prompts: The prompts.
         objective: What is differentiated.
         matrices: Names or groups of matrices.
@@ -209,8 +209,7 @@ def plan_capture(
     """
     if not isinstance(memory, Memory | None):
         raise InputError(f"memory is {shown(memory)}; pass a Memory(...), or None for no limits")
-    host, limits = host_of(model), memory or Memory()
-    objective = as_objective(objective)
+    limits, objective = memory or Memory(), as_objective(objective)
     names, chosen = select_matrices(matrices, host), select_layers(layers, host)
     sites = [site for layer in chosen for site in host.sites(layer, names)]
     _check_sharing(host, sites)

@@ -110,7 +110,7 @@ def backward_lens(
     check_k(k, host.d_vocab_out)
     lens = as_projection(projection, host)
     work = plan_capture(
-        model,
+        host,
         prompts,
         target_nll(target, target_position) if objective is None else objective,
         matrices=matrices,
