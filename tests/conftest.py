@@ -11,6 +11,7 @@ import jaxtyping
 import pytest
 import torch
 import transformers
+from browser import chromium
 from models import (
     NAMES,
     Case,
@@ -22,6 +23,7 @@ from models import (
     hooked_case,
     require_kind,
 )
+from playwright.sync_api import Browser
 from transformers import AutoModelForCausalLM
 
 from backward_lens_tl.loading import load_facts_model, load_model
@@ -47,6 +49,13 @@ def as_for_a_user() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium; skipped where there is none."""
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session", params=NAMES)
