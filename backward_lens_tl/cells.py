@@ -28,6 +28,7 @@ class Cell:
         top: Most promoted tokens, best first.
         bottom: Least promoted tokens, smallest score first.
         norm: `||delta_i||_2`.
+        input_norm: `||x_i||_2`.
         target_rank: Tokens scored above the target; `None` without a target.
         is_zero: Whether the position adds nothing to this gradient. Then it has no words and no
             rank: they would be those of the final norm's bias.
@@ -42,6 +43,7 @@ class Cell:
     top: tuple[TokenScore, ...]
     bottom: tuple[TokenScore, ...]
     norm: float
+    input_norm: float
     target_rank: int | None
     is_zero: bool
     is_faint: bool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -21,10 +21,10 @@ from backward_lens_tl.host import host_of
 from backward_lens_tl.memory import Memory
 from backward_lens_tl.objectives import LossFunction, Objective, Targets, target_ids, target_nll
 from backward_lens_tl.passes import Pass
-from backward_lens_tl.projection import LogitLens, Projection, as_projection
+from backward_lens_tl.projection import LogitLens, Projection, as_projections
 from backward_lens_tl.prompts import Prompts
 from backward_lens_tl.readout import (
-    Readout,
+    Reading,
     ReadoutGrid,
     VectorGroup,
     check_k,
@@ -48,7 +48,7 @@ def backward_lens(
     matrices: str | Sequence[str] = ("W_in", "W_out"),
     layers: int | Sequence[int] | None = None,
     positions: int | Sequence[int] | None = None,
-    projection: str | Projection = "logit_lens",
+    projection: str | Projection | Sequence[str | Projection] = ("logit_lens", "normalized"),
     direction: Direction = "update",
     k: int = 10,
     prepend_bos: bool | None = None,
@@ -73,8 +73,9 @@ def backward_lens(
             `"attn"`, `"mlp"`, `"all"`.
         layers: Layers, negative ones from the end; `None` for all.
         positions: Positions to project, negative ones from each prompt's end; `None` for all.
-        projection: `"logit_lens"`, `"normalized"`, or an object with
-            `project(vectors, layer) -> logits`.
+        projection: `"logit_lens"`, `"normalized"`, an object with
+            `project(vectors, layer) -> logits`, or several of these: the result speaks of the
+            first, its table switches between them, and `result.under(name)` speaks of another.
         direction: `"update"` projects what a step of gradient descent adds, `-delta_i` for
             `W_out` and `W_O`; `"gradient"` projects the raw `delta_i`, as the paper does. Inputs
             `x_i` are projected as they are.
@@ -108,7 +109,7 @@ def backward_lens(
     if isinstance(target, Objective) or callable(target):
         raise InputError("an objective goes by name: backward_lens(model, prompts, objective=...)")
     check_k(k, host.d_vocab_out)
-    lens = as_projection(projection, host)
+    projections = as_projections(projection, host)
     work = plan_capture(
         host,
         prompts,
@@ -125,21 +126,25 @@ def backward_lens(
         asked = target_ids(target, host.vocabulary, len(batch.mask), target_position)
         ids = torch.tensor(asked, device=batch.mask.device)
     places = select_positions(positions, batch.mask)
-    readouts = ReadoutGrid(work.layers, places, work.kept_on)
-    reader = _Reader(lens, direction, vjps_at, k, host.d_vocab_out, work.memory.chunk, readouts)
+    grids = {name: ReadoutGrid(work.layers, places, work.kept_on) for name in projections}
+    reader = _Reader(
+        projections, direction, vjps_at, k, host.d_vocab_out, work.memory.chunk, places, grids
+    )
     gathering = work.gathering()
     for part in work.passes:
         _analyse(work, part, ids, reader, gathering)
     capture = work.capture(gathering)
+    readings = tuple(
+        Reading(name, grids[name].by_matrix, _faint_norm(lens))
+        for name, lens in projections.items()
+    )
     return BackwardLensResult(
         gradients=capture,
-        readouts=readouts.by_matrix,
+        readings=readings,
         positions=places.to(work.kept_on),
-        token_texts=_texts(host.vocabulary, readouts.by_matrix.values(), capture),
-        projection=projection if isinstance(projection, str) else type(projection).__name__,
+        token_texts=_texts(host.vocabulary, readings, capture),
         direction=direction,
         vjps_at=vjps_at,
-        faint_norm=lens.faint_norm if isinstance(lens, LogitLens) else 0.0,
     )
 
 
@@ -158,17 +163,22 @@ def _analyse(
     gathering.add(recorded, prompts)
 
 
+def _faint_norm(projection: Projection) -> float:
+    return projection.faint_norm if isinstance(projection, LogitLens) else 0.0
+
+
 @dataclass(frozen=True)
 class _Reader:
     """How vectors are read over the vocabulary, and where what they say goes."""
 
-    projection: Projection
+    projections: Mapping[str, Projection]
     direction: Direction
     vjps_at: VjpsAt
     k: int
     d_vocab: int
     most_bytes: int | None
-    readouts: ReadoutGrid
+    places: Int[Tensor, "batch pos"]
+    grids: Mapping[str, ReadoutGrid]
 
     def read(self, recorded: Recorded, prompts: Sequence[int]) -> None:
         """Project the spanning set of every matrix and layer at the chosen positions.
@@ -177,7 +187,7 @@ class _Reader:
             recorded: The gradients of some prompts.
             prompts: Which prompts these are.
         """
-        places = self.readouts.places[prompts]
+        places = self.places[prompts]
         rows, columns = (places >= 0).nonzero(as_tuple=True)
         positions, wanted = places[rows, columns], recorded.targets
         targets = torch.full_like(rows, -1) if wanted is None else wanted[rows]
@@ -190,13 +200,18 @@ class _Reader:
             )
             for matrix, layer in distinct.values()
         )
-        read = read_vectors(
-            groups, self.projection, self.k, self.d_vocab, most_bytes=self.most_bytes
+        by_projection = read_vectors(
+            groups,
+            list(self.projections.values()),
+            self.k,
+            self.d_vocab,
+            most_bytes=self.most_bytes,
         )
-        found = dict(zip(distinct, read, strict=True))
         cells = (rows.new_tensor(prompts)[rows], columns)
-        for (matrix, layer), vectors in spanning.items():
-            self.readouts.write(matrix, layer, cells, found[id(vectors)])
+        for grid, read in zip(self.grids.values(), by_projection, strict=True):
+            found = dict(zip(distinct, read, strict=True))
+            for (matrix, layer), vectors in spanning.items():
+                grid.write(matrix, layer, cells, found[id(vectors)])
 
     def _spanning(self, gradient: MatrixGradient) -> Float[Tensor, "batch pos d_model"]:
         if self.vjps_at == "residual" and not gradient.reads_residual:
@@ -212,9 +227,10 @@ class _Reader:
 
 
 def _texts(
-    vocabulary: Vocabulary, readouts: Iterable[Readout], capture: GradientCapture
+    vocabulary: Vocabulary, readings: Iterable[Reading], capture: GradientCapture
 ) -> dict[int, str]:
     """Text of every token that is shown."""
+    readouts = (readout for reading in readings for readout in reading.readouts.values())
     ids = [ids.flatten() for readout in readouts for ids in (readout.top_ids, readout.bottom_ids)]
     if capture.targets is not None:
         ids.append(capture.targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -50,6 +51,19 @@ class LogitLens:
         del layer
         return self._host.unembed(vectors)
 
+    def project_both(
+        self, vectors: Float[Tensor, "n d_model"]
+    ) -> Iterator[Float[Tensor, "n d_vocab"]]:
+        """Score every token for every vector's direction, and then for the vector itself.
+
+        Args:
+            vectors: Vectors of the residual stream's width.
+
+        Yields:
+            Scores of the Normalized Logit Lens, and then, in the same memory, of this one.
+        """
+        yield from self._host.unembed_both(vectors, _directions(vectors))
+
 
 class NormalizedLogitLens(LogitLens):
     """The Logit Lens of `v / ||v||_2` (paper, appendix F); a zero vector stays zero.
@@ -69,11 +83,49 @@ class NormalizedLogitLens(LogitLens):
         self, vectors: Float[Tensor, "n d_model"], layer: int
     ) -> Float[Tensor, "n d_vocab"]:
         """Score every token for every vector's direction; the same in all layers."""
-        norms = vectors.norm(dim=-1, keepdim=True)
-        return super().project(vectors / norms.masked_fill(norms == 0, 1), layer)
+        return super().project(_directions(vectors), layer)
+
+
+def _directions(vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+    norms: Tensor = vectors.norm(dim=-1, keepdim=True)
+    return vectors / norms.masked_fill(norms == 0, 1)
 
 
 _BY_NAME: dict[str, type[LogitLens]] = {"logit_lens": LogitLens, "normalized": NormalizedLogitLens}
+
+
+def as_projections(
+    projection: str | Projection | Sequence[str | Projection], host: Host
+) -> dict[str, Projection]:
+    """Resolve a `projection` argument that may name several.
+
+    Args:
+        projection: One, or several, each as `as_projection` takes it.
+        host: The model.
+
+    Returns:
+        The projections by name, in the order given; an object's is that of its class.
+
+    Raises:
+        InputError: If there is none, one is not usable, or two have the same name.
+    """
+    wanted: Sequence[str | Projection]
+    if isinstance(projection, str) or not isinstance(projection, Sequence):
+        wanted = [projection]
+    else:
+        wanted = projection
+    found = [(_name(each), as_projection(each, host)) for each in wanted]
+    by_name = dict(found)
+    if not found or len(by_name) < len(found):
+        raise InputError(
+            f"projection is {projection!r}; pass one, or several that differ in name, such as "
+            "('logit_lens', 'normalized')"
+        )
+    return by_name
+
+
+def _name(projection: str | Projection) -> str:
+    return projection if isinstance(projection, str) else type(projection).__name__
 
 
 def as_projection(projection: str | Projection, host: Host) -> Projection:
@@ -102,6 +154,31 @@ def as_projection(projection: str | Projection, host: Host) -> Projection:
         f"unknown projection {projection!r}; allowed are {', '.join(map(repr, _BY_NAME))}, or an "
         "object with project(vectors, layer) -> logits"
     )
+
+
+def scores_by_each(
+    projections: Sequence[Projection], vectors: Float[Tensor, "n d_model"], layer: int
+) -> Iterator[tuple[int, Float[Tensor, "n d_vocab"]]]:
+    """Score vectors by several projections, one after the other.
+
+    The two lenses need one product together.
+
+    Args:
+        projections: The projections.
+        vectors: Vectors of the residual stream's width.
+        layer: The layer that they come from.
+
+    Yields:
+        Index of a projection and its scores, in any order; the next may overwrite them.
+    """
+    lenses = {type(lens): index for index, lens in enumerate(projections)}
+    pair = [lenses[kind] for kind in (NormalizedLogitLens, LogitLens) if kind in lenses]
+    raw = projections[pair[-1]] if len(pair) == 2 else None
+    if isinstance(raw, LogitLens):
+        yield from zip(pair, raw.project_both(vectors), strict=True)
+    for index, projection in enumerate(projections):
+        if raw is None or index not in pair:
+            yield index, projection.project(vectors, layer)
 
 
 def reads_layers_alike(projection: Projection) -> bool:

@@ -5,7 +5,7 @@ Scores are made in chunks and thrown away; `[layer, pos, d_vocab]` is never in m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -16,7 +16,7 @@ from backward_lens_tl.arguments import shown
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.extremes import count_beyond, extremes
 from backward_lens_tl.precision import at_least_float32
-from backward_lens_tl.projection import Projection, reads_layers_alike
+from backward_lens_tl.projection import Projection, reads_layers_alike, scores_by_each
 
 _SCORE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -43,6 +43,21 @@ class Readout:
     bottom_ids: Int[Tensor, "*lead k"]
     bottom_scores: Float[Tensor, "*lead k"]
     target_rank: Int[Tensor, "*lead"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one projection reads in the spanning sets of all matrices.
+
+    Attributes:
+        projection: Name of the projection.
+        readouts: The readout of each matrix, `[layer, batch, pos]`.
+        faint_norm: Length below which a projected vector is faint; 0 if the projection has none.
+    """
+
+    projection: str
+    readouts: Mapping[str, Readout]
+    faint_norm: float = 0.0
 
 
 class ReadoutGrid:
@@ -138,23 +153,23 @@ class VectorGroup:
 @torch.no_grad()
 def read_vectors(
     groups: Iterable[VectorGroup],
-    projection: Projection,
+    projections: Sequence[Projection],
     k: int,
     d_vocab: int,
     *,
     most_bytes: int | None = None,
-) -> list[Readout]:
+) -> list[list[Readout]]:
     """Read vectors over the vocabulary, many layers in one product.
 
     Args:
         groups: What is read, at least one vector in all; each is made when its turn comes.
-        projection: Scores vectors.
+        projections: Each scores all vectors.
         k: How many tokens to keep at either end.
         d_vocab: Number of tokens.
         most_bytes: Memory that the scores of one product may take; a single vector's always may.
 
     Returns:
-        The readout of each group; the rank is -1 where there is no target.
+        For each projection the readout of each group; the rank is -1 where there is no target.
     """
     sizes: list[int] = []
 
@@ -163,13 +178,14 @@ def read_vectors(
             sizes.append(len(group))
             yield group
 
-    chunks = _chunks(counted(), d_vocab, most_bytes, reads_layers_alike(projection))
-    read = [_read_chunk(chunk, projection, k, d_vocab) for chunk in chunks]
-    whole = join_readouts(read, torch.cat)
-    split = zip(
-        *(getattr(whole, field.name).split(sizes) for field in fields(Readout)), strict=True
-    )
-    return [Readout(*values) for values in split]
+    chunks = _chunks(counted(), d_vocab, most_bytes, all(map(reads_layers_alike, projections)))
+    read = [_read_chunk(chunk, projections, k, d_vocab) for chunk in chunks]
+    return [_split(join_readouts(parts, torch.cat), sizes) for parts in zip(*read, strict=True)]
+
+
+def _split(whole: Readout, sizes: Sequence[int]) -> list[Readout]:
+    columns = (getattr(whole, field.name).split(sizes) for field in fields(Readout))
+    return [Readout(*values) for values in zip(*columns, strict=True)]
 
 
 def _chunks(
@@ -202,15 +218,18 @@ def _rows(vectors: Float[Tensor, "n d_model"], d_vocab: int, most_bytes: int | N
 
 
 def _read_chunk(
-    chunk: Sequence[VectorGroup], projection: Projection, k: int, d_vocab: int
-) -> Readout:
+    chunk: Sequence[VectorGroup], projections: Sequence[Projection], k: int, d_vocab: int
+) -> list[Readout]:
     vectors = torch.cat([group.vectors for group in chunk])
     targets = torch.cat([group.targets for group in chunk])
-    scores = _checked(projection.project(vectors, chunk[0].layer), len(vectors), d_vocab)
-    # Comparing half precision is several times slower on a CPU, and changes nothing.
-    read = _read_scores(at_least_float32(scores), targets.to(scores.device), k)
-    # The unembedding may lie on another device than the first layers.
-    return join_readouts([read], lambda values: values[0].to(vectors.device))
+    found: dict[int, Readout] = {}
+    for index, scored in scores_by_each(projections, vectors, chunk[0].layer):
+        scores = _checked(scored, len(vectors), d_vocab)
+        # Comparing half precision is several times slower on a CPU, and changes nothing.
+        read = _read_scores(at_least_float32(scores), targets.to(scores.device), k)
+        # The unembedding may lie on another device than the first layers.
+        found[index] = join_readouts([read], lambda values: values[0].to(vectors.device))
+    return [found[index] for index in range(len(projections))]
 
 
 def check_k(k: int, d_vocab: int) -> None:

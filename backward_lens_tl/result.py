@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
@@ -25,7 +25,8 @@ from backward_lens_tl.cells import Cell, TokenScore
 from backward_lens_tl.errors import InputError, ResultFileError, UnsupportedModelError
 from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.hook_gradients import AttentionGradient, HookPointGradient
-from backward_lens_tl.readout import Readout
+from backward_lens_tl.precision import at_least_float32
+from backward_lens_tl.readout import Reading, Readout
 from backward_lens_tl.selection import position_index
 from backward_lens_tl.sites import MatrixName
 from backward_lens_tl.storage import read, write
@@ -41,6 +42,7 @@ _SAVED_TYPES = (
     GradientCapture,
     HookPointGradient,
     MatrixGradient,
+    Reading,
     Readout,
 )
 _DISTRIBUTIONS = ("backward-lens-tl", "transformer-lens", "torch")
@@ -56,25 +58,21 @@ class BackwardLensResult:
 
     Attributes:
         gradients: The captured factors, with the raw gradient's sign.
-        readouts: The projected spanning set of each matrix.
+        readings: What each projection reads; the methods speak of the first.
         positions: Index of each projected position in its prompt, -1 where there is none.
         token_texts: Text of every token that occurs in a readout or as a target.
-        projection: Name of the projection.
         direction: `"update"` if the VJPs of `W_out` and `W_O` were negated before the projection,
             so that top tokens are those that a step of gradient descent adds; `"gradient"` if not.
         vjps_at: Which VJPs were projected, `"matrix"` for those at the matrix's own output or
             `"residual"` for those where that is added to the residual stream.
-        faint_norm: Length below which a projected vector is faint; 0 if the projection has none.
     """
 
     gradients: GradientCapture
-    readouts: Mapping[str, Readout]
+    readings: tuple[Reading, ...]
     positions: Int[Tensor, "batch pos"]
     token_texts: Mapping[int, str]
-    projection: str
     direction: str
     vjps_at: str = "matrix"
-    faint_norm: float = 0.0
 
     # --- what there is -------------------------------------------------------------------------
 
@@ -87,6 +85,47 @@ class BackwardLensResult:
     def layers(self) -> tuple[int, ...]:
         """The layers, ascending."""
         return self.gradients.layers
+
+    @property
+    def projection(self) -> str:
+        """Name of the projection that the methods speak of."""
+        return self.readings[0].projection
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of all projections that vectors were read by."""
+        return tuple(reading.projection for reading in self.readings)
+
+    @property
+    def readouts(self) -> Mapping[str, Readout]:
+        """The projected spanning set of each matrix."""
+        return self.readings[0].readouts
+
+    @property
+    def faint_norm(self) -> float:
+        """Length below which a projected vector is faint; 0 if the projection has none."""
+        return self.readings[0].faint_norm
+
+    def under(self, projection: str) -> BackwardLensResult:
+        """The same result, speaking of another projection.
+
+        Args:
+            projection: Its name, such as `"normalized"`.
+
+        Returns:
+            A result that shares all tensors with this one.
+
+        Raises:
+            InputError: If vectors were not read by it.
+        """
+        if projection not in self.projections:
+            raise InputError(
+                f"{projection!r} was not asked for; there is {', '.join(self.projections)}, and "
+                "backward_lens(..., projection=...) takes several"
+            )
+        first = self.readings[self.projections.index(projection)]
+        others = (reading for reading in self.readings if reading is not first)
+        return replace(self, readings=(first, *others))
 
     @property
     def k(self) -> int:
@@ -276,34 +315,51 @@ class BackwardLensResult:
         Raises:
             InputError: If it was not analysed.
         """
-        readout, row = self.readout(matrix), self._layer_index(layer)
-        column = self._position_index(pos, batch)
-        at = row, batch, column
-        gradient = self.gradients[matrix, self.layers[row]]
-        position = int(self.positions[batch, column])
-        is_zero = bool(gradient.is_zero[batch, position])
-        length = torch.linalg.vector_norm(self._projected(gradient)[batch, position])
-        has_rank = self.gradients.targets is not None and not is_zero
-        return Cell(
-            matrix=gradient.matrix,
-            layer=gradient.layer,
-            position=position,
-            token=self.gradients.str_tokens[batch][position],
-            top=() if is_zero else self._tokens(readout.top_ids[at], readout.top_scores[at]),
-            bottom=()
-            if is_zero
-            else self._tokens(readout.bottom_ids[at], readout.bottom_scores[at]),
-            norm=float(gradient.norms[batch, position]),
-            target_rank=int(readout.target_rank[at]) if has_rank else None,
-            is_zero=is_zero,
-            is_faint=not is_zero and float(length) < self.faint_norm,
-        )
+        self.readout(matrix)
+        self._layer_index(layer)
+        position = self._analysed_position(pos, batch)
+        return next(cell for cell in self.cells(matrix, layer, batch) if cell.position == position)
 
     def cells(self, matrix: str, layer: int, batch: int = 0) -> list[Cell]:
         """The cells of one matrix and layer, in the order of the analysed positions."""
+        readout, row = self.readout(matrix), self._layer_index(layer)
         self._check_prompt(batch)
-        analysed = (int(position) for position in self.positions[batch] if position >= 0)
-        return [self.cell(matrix, layer, position, batch) for position in analysed]
+        gradient = self.gradients[matrix, self.layers[row]]
+        column = (self.positions[batch] >= 0).nonzero()[:, 0]
+        at = self.positions[batch, column]
+        here = row, batch, column
+        # Lists first: asking a tensor for one number after the other takes many times as long.
+        zero = gradient.is_zero[batch, at].tolist()
+        projected = at_least_float32(self._projected(gradient)[batch, at])
+        lengths = torch.linalg.vector_norm(projected, dim=-1).tolist()
+        columns = zip(
+            at.tolist(),
+            gradient.norms[batch, at].tolist(),
+            gradient.input_norms[batch, at].tolist(),
+            self._tokens(readout.top_ids[here], readout.top_scores[here]),
+            self._tokens(readout.bottom_ids[here], readout.bottom_scores[here]),
+            readout.target_rank[here].tolist(),
+            zero,
+            (length < self.faint_norm for length in lengths),
+            strict=True,
+        )
+        has_target = self.gradients.targets is not None
+        return [
+            Cell(
+                matrix=gradient.matrix,
+                layer=gradient.layer,
+                position=position,
+                token=self.gradients.str_tokens[batch][position],
+                top=() if is_zero else top,
+                bottom=() if is_zero else bottom,
+                norm=norm,
+                input_norm=input_norm,
+                target_rank=rank if has_target and not is_zero else None,
+                is_zero=is_zero,
+                is_faint=is_short and not is_zero,
+            )
+            for position, norm, input_norm, top, bottom, rank, is_zero, is_short in columns
+        ]
 
     def top_tokens(
         self, matrix: str, layer: int, pos: int, k: int | None = None, batch: int = 0
@@ -341,9 +397,16 @@ class BackwardLensResult:
         entries = self.cell(matrix, layer, pos, batch).bottom
         return [entry.token for entry in entries[: self._kept(k)]]
 
-    def _tokens(self, ids: Int[Tensor, "k"], scores: Float[Tensor, "k"]) -> tuple[TokenScore, ...]:
-        pairs = zip(ids.tolist(), scores.tolist(), strict=True)
-        return tuple(TokenScore(self.token_texts[token], token, score) for token, score in pairs)
+    def _tokens(
+        self, ids: Int[Tensor, "pos k"], scores: Float[Tensor, "pos k"]
+    ) -> list[tuple[TokenScore, ...]]:
+        return [
+            tuple(
+                TokenScore(self.token_texts[token], token, score)
+                for token, score in zip(*row, strict=True)
+            )
+            for row in zip(ids.tolist(), scores.tolist(), strict=True)
+        ]
 
     def _kept(self, k: int | None) -> int:
         if k is None:
@@ -371,7 +434,7 @@ class BackwardLensResult:
                 f"prompt {shown(batch)} does not exist; allowed are 0 to {len(self.positions) - 1}"
             )
 
-    def _position_index(self, pos: int, batch: int) -> int:
+    def _analysed_position(self, pos: int, batch: int) -> int:
         self._check_prompt(batch)
         wanted = position_index(pos, len(self.gradients.str_tokens[batch]), batch)
         analysed = self.positions[batch].tolist()
@@ -379,7 +442,7 @@ class BackwardLensResult:
             raise InputError(
                 f"position {shown(pos)} was not analysed in prompt {batch}; there are {analysed}"
             )
-        return analysed.index(wanted)
+        return wanted
 
     # --- tables --------------------------------------------------------------------------------
 

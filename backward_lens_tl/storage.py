@@ -24,7 +24,7 @@ from torch import Tensor
 from backward_lens_tl.arguments import check_path
 from backward_lens_tl.errors import ResultFileError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised when older files can no longer be read."""
 
 _KEY, _DIGEST = "backward_lens_tl", "sha256"

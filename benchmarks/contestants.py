@@ -70,7 +70,8 @@ def groups_of(captured: GradientCapture) -> list[VectorGroup]:
 def reading(model: Any, groups: Sequence[VectorGroup]) -> Sequence[Readout]:
     """The second part of `lens`: the words."""
     host = host_of(model)
-    return read_vectors(groups, as_projection("logit_lens", host), K, host.d_vocab_out)
+    [read] = read_vectors(groups, [as_projection("logit_lens", host)], K, host.d_vocab_out)
+    return read
 
 
 # --------------------------------------------------------------------------- TransformerLens's tool

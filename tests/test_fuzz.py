@@ -739,10 +739,18 @@ def good(result: BackwardLensResult, tmp_path_factory: pytest.TempPathFactory) -
             result.gradients,
             gradients={key: g for key, g in result.gradients.gradients.items() if key[1] == 0},
         ),
-        readouts={
-            name: type(readout)(**{field: values[:1] for field, values in vars(readout).items()})
-            for name, readout in result.readouts.items()
-        },
+        readings=tuple(
+            replace(
+                reading,
+                readouts={
+                    name: type(readout)(
+                        **{field: values[:1] for field, values in vars(readout).items()}
+                    )
+                    for name, readout in reading.readouts.items()
+                },
+            )
+            for reading in result.readings
+        ),
     )
     return saved(small, tmp_path_factory.mktemp("good") / "result")
 

@@ -10,7 +10,9 @@ from models import Case, build
 from torch import Tensor
 
 from backward_lens_tl.errors import InputError
+from backward_lens_tl.host import base, host_of
 from backward_lens_tl.lens import backward_lens
+from backward_lens_tl.readout import Readout
 from backward_lens_tl.result import BackwardLensResult
 
 TARGET = 5
@@ -281,6 +283,86 @@ def test_own_projection_gets_the_oriented_vectors(gpt2: Case) -> None:
     tokens = gpt2.tokens(4)
     result = backward_lens(gpt2.model, tokens, TARGET, projection=keep, matrices="W_out", layers=1)
     assert torch.equal(torch.cat(keep.seen), -result.gradients["W_out", 1].vjps[0])
+
+
+# -------------------------------------------------------------------------- several projections
+
+
+LENSES = ("logit_lens", "normalized")
+
+
+def test_both_lenses_together_read_what_each_reads_alone(case: Case) -> None:
+    tokens = case.tokens(5, 4)
+    together = backward_lens(case.model, tokens, TARGET, k=K)
+    assert together.projections == LENSES
+    for lens in LENSES:
+        alone = backward_lens(case.model, tokens, TARGET, k=K, projection=lens)
+        assert alone.projections == (lens,)
+        same = together.under(lens)
+        assert (same.projection, same.faint_norm) == (lens, alone.faint_norm)
+        assert set(same.projections) == set(LENSES)
+        for matrix in alone.matrices:
+            found, wanted = same.readout(matrix), alone.readout(matrix)
+            # Float64, and logits of at most some tens.
+            assert_same_reading(found, wanted, ~alone.is_zero(matrix))
+
+
+def assert_same_reading(found: Readout, wanted: Readout, real: Tensor) -> None:
+    # Float64, and logits of at most some tens.
+    torch.testing.assert_close(found.top_scores, wanted.top_scores, rtol=0, atol=1e-11)
+    torch.testing.assert_close(found.bottom_scores, wanted.bottom_scores, rtol=0, atol=1e-11)
+    # At zero vectors all is the norm's bias, where there is one, and else all scores tie.
+    for name in ("top_ids", "bottom_ids", "target_rank"):
+        assert torch.equal(getattr(found, name)[real], getattr(wanted, name)[real])
+
+
+def test_both_lenses_cost_one_product_where_the_norm_allows_it(
+    gpt2: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    product = base._product
+    monkeypatch.setattr(base, "_product", lambda v, w: rows.append(len(v)) or product(v, w))
+
+    def rows_multiplied(**how: Any) -> int:
+        rows.clear()
+        tokens = gpt2.tokens(4)
+        backward_lens(gpt2.model, tokens, TARGET, layers=1, matrices="W_out", **how)
+        return sum(rows)
+
+    once = rows_multiplied(projection="logit_lens")
+    assert once == rows_multiplied(projection="normalized")
+    of_nothing = 1  # the zero vector's
+    assert rows_multiplied() == once + of_nothing
+
+    # A norm that leads a vector past the line to its direction: each is read by a product.
+    bend = lambda host, vectors: (vectors * 3).tanh()  # noqa: E731
+    monkeypatch.setattr(type(host_of(gpt2.model)), "_final_norm", bend)
+    assert rows_multiplied() == once + 4
+    tokens = gpt2.tokens(4)
+    together = backward_lens(gpt2.model, tokens, TARGET)
+    for lens in LENSES:
+        alone = backward_lens(gpt2.model, tokens, TARGET, projection=lens)
+        found, wanted = together.under(lens).readout("W_in"), alone.readout("W_in")
+        assert_same_reading(found, wanted, ~alone.is_zero("W_in"))
+
+
+def test_own_projections_stand_beside_the_lenses(gpt2: Case) -> None:
+    tokens = gpt2.tokens(4)
+    result = backward_lens(gpt2.model, tokens, 45, projection=("normalized", Ties(), "logit_lens"))
+    assert result.projections == ("normalized", "Ties", "logit_lens")
+    assert (result.under("Ties").target_rank("W_out") == 47).all()
+    for lens in LENSES:
+        alone = backward_lens(gpt2.model, tokens, 45, projection=lens)
+        real = ~alone.is_zero("W_out")
+        assert_same_reading(result.under(lens).readout("W_out"), alone.readout("W_out"), real)
+    with pytest.raises(InputError, match=r"'jacobian' was not asked for.*normalized, Ties"):
+        result.under("jacobian")
+
+
+@pytest.mark.parametrize("projections", [(), ("normalized", "normalized"), (Ties(), Ties())])
+def test_projections_need_names_of_their_own(gpt2: Case, projections: Any) -> None:
+    with pytest.raises(InputError, match=r"pass one, or several that differ in name"):
+        backward_lens(gpt2.model, gpt2.tokens(3), TARGET, projection=projections)
 
 
 # ---------------------------------------------------------------------------- k, chunks, targets

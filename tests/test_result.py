@@ -15,6 +15,7 @@ from backward_lens_tl.errors import InputError, ResultFileError
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.objectives import next_token_loss
 from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.storage import FORMAT_VERSION
 
 PROMPTS = ["Messi plays for", "The capital of France is"]
 COLUMNS = [
@@ -197,8 +198,9 @@ def foreign_with_metadata(path: Path) -> None:
 
 def later_format(path: Path) -> None:
     contents = path.read_bytes()
-    assert contents.count(b'\\"format\\": 2,') == 1
-    path.write_bytes(contents.replace(b'\\"format\\": 2,', b'\\"format\\": 9,'))
+    ours = b'\\"format\\": %d,' % FORMAT_VERSION
+    assert contents.count(ours) == 1
+    path.write_bytes(contents.replace(ours, b'\\"format\\": 9,'))
 
 
 def no_json(path: Path) -> None:

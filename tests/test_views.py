@@ -17,7 +17,7 @@ from rich.console import Console
 from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.cells import Cell
 from backward_lens_tl.gradients import MatrixGradient
-from backward_lens_tl.readout import Readout
+from backward_lens_tl.readout import Reading, Readout
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.sites import MatrixName
 from backward_lens_tl.views.appearance import (
@@ -80,10 +80,9 @@ def make_result(
         readouts[matrix] = Readout(top.indices, top.values, bottom.indices, bottom.values, rank)
     return BackwardLensResult(
         gradients=capture,
-        readouts=readouts,
+        readings=(Reading("logit_lens", readouts),),
         positions=torch.arange(pos).expand(batch, pos),
         token_texts=dict(enumerate(vocab)),
-        projection="logit_lens",
         direction=direction,
     )
 
@@ -464,7 +463,8 @@ def test_zero_cells_are_dots_in_a_terminal():
 
 
 def test_faint_cells_are_set_apart_and_explained():
-    result = replace(make_result(), faint_norm=0.1)
+    whole = make_result()
+    result = replace(whole, readings=(replace(whole.readings[0], faint_norm=0.1),))
     faint = {
         matrix: sum(cell.is_faint for cell in all_cells(result, matrix))
         for matrix in result.matrices

@@ -27,6 +27,10 @@ from backward_lens_tl.vocabulary import Vocabulary
 
 _FEW = 16
 
+_FINE = 1e-6
+_ROUNDINGS = 32
+"""What a norm's own rounding may make of two vectors of one direction, in `eps` of the largest."""
+
 _GLOBAL_HOOKS = (
     torch.nn.modules.module._global_forward_hooks,
     torch.nn.modules.module._global_forward_pre_hooks,
@@ -206,11 +210,45 @@ class Host(ABC):
             normed = self._final_norm(vectors.to(device=weight.device, dtype=weight.dtype))
             return self._decoded(normed)
 
+    def unembed_both(
+        self, vectors: Float[Tensor, "n d_model"], directions: Float[Tensor, "n d_model"]
+    ) -> Iterator[Float[Tensor, "n d_vocab"]]:
+        """Read vectors of the same direction but another length, as `unembed` does each of them.
+
+        A norm takes both to the line through its bias: `ln(v) = r ln(u) + (1 - r) ln(0)` for a `v`
+        along `u`, with a number `r` for each vector. So do the logits lie on a line, and one
+        product gives both.
+
+        Args:
+            vectors: Vectors of the residual stream's width.
+            directions: The same, each times a positive number.
+
+        Yields:
+            Logits of the directions, and then, in the same memory, those of the vectors.
+        """
+        weight = self.model.W_U
+        with self.own_precision():
+            own, along, nothing = (
+                self._final_norm(each.to(device=weight.device, dtype=weight.dtype))
+                for each in (vectors, directions, torch.zeros_like(vectors[:1]))
+            )
+            part = _part_of_the_way(nothing, along, own)
+            if part is None:
+                yield self._decoded(along)
+                yield self._decoded(own)
+                return
+            logits, of_nothing = self._logits(along), self._logits(nothing)
+            yield self._output_transform(logits)
+            yield self._output_transform(torch.lerp(of_nothing, logits, part, out=logits))
+
     def _decoded(self, normed: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
         """What the model makes of vectors behind its final norm."""
+        return self._output_transform(self._logits(normed))
+
+    def _logits(self, normed: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
         logits, bias = _product(normed, self.model.W_U), self.model.b_U
         # Most models have no bias here, and adding zeros is a pass over all logits.
-        return self._output_transform(logits + bias if bool(bias.any()) else logits)
+        return logits + bias if bool(bias.any()) else logits
 
     @property
     def faint_norm(self) -> float:
@@ -432,6 +470,30 @@ def _product(
     # Transposed is one and a half times as fast on a CPU at 200 vectors and more, and five times
     # slower at two.
     return vectors @ weight if len(vectors) < _FEW else (weight.T @ vectors.T).T
+
+
+def _part_of_the_way(
+    start: Float[Tensor, "1 d"], end: Float[Tensor, "n d"], between: Float[Tensor, "n d"]
+) -> Float[Tensor, "n 1"] | None:
+    """How far each vector is from one point to another, if all lie on these lines.
+
+    Args:
+        start: Where all lines begin.
+        end: Where each one leads.
+        between: The vectors.
+
+    Returns:
+        0 at the start and 1 at the end; `None` if a vector is beside its line, or in half
+        precision, where that cannot be told.
+    """
+    if torch.finfo(between.dtype).eps > _FINE:
+        return None
+    way = end - start
+    length = (way * way).sum(-1, keepdim=True)
+    part = ((between - start) * way).sum(-1, keepdim=True) / length.masked_fill(length == 0, 1)
+    beside = (between - torch.lerp(start, end, part)).abs().amax(-1)
+    roundings = _ROUNDINGS * torch.finfo(between.dtype).eps * between.abs().amax(-1)
+    return part if bool((beside <= roundings).all()) else None
 
 
 def _drops_values(module: nn.Module) -> bool:
