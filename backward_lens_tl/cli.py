@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from backward_lens_tl.result import BackwardLensResult
 
 _PROG = "backward-lens"
+_LENSES = ("logit_lens", "normalized")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,9 +84,10 @@ def _add_show(show: argparse.ArgumentParser) -> None:
     )
     show.add_argument(
         "--projection",
-        choices=["logit_lens", "normalized"],
-        default="logit_lens",
-        help="how vectors are read (default: %(default)s)",
+        choices=_LENSES,
+        default=_LENSES[0],
+        help="how vectors are read; the page shows both and begins with this one "
+        "(default: %(default)s)",
     )
     show.add_argument(
         "--direction",
@@ -164,7 +166,7 @@ def _result(args: argparse.Namespace) -> BackwardLensResult:
         matrices=args.matrices,
         layers=args.layers,
         positions=args.positions,
-        projection=args.projection,
+        projection=sorted(_LENSES, key=lambda lens: lens != args.projection),
         direction=args.direction,
         vjps_at=args.vjps_at,
         k=args.k,

@@ -120,9 +120,12 @@ class MatrixGradient:
 
         Over all heads, or all of a token's experts, together.
         """
-        vjps = at_least_float32(self.vjps.flatten(2))
-        norms: Tensor = torch.linalg.vector_norm(vjps, dim=-1)
-        return norms
+        return _norms(self.vjps)
+
+    @cached_property
+    def input_norms(self) -> Float[Tensor, "batch pos"]:
+        """`||x_i||_2`, how long what the matrix read is; over all heads or experts together."""
+        return _norms(self.inputs)
 
     @cached_property
     def is_zero(self) -> Bool[Tensor, "batch pos"]:
@@ -274,11 +277,70 @@ class MatrixGradient:
         Raises:
             InputError: If there is no such hidden unit.
         """
-        inputs, vjps = self._joined(batch)
-        coefficients, vectors = (vjps, inputs) if self.reads_residual else (inputs, vjps)
+        coefficients, vectors = self._combination(batch)
         _check_index("neuron", index, coefficients.shape[1])
         with self._own_precision():
             return einsum(coefficients[:, index], vectors, "pos, pos d_model -> d_model")
+
+    def neuron_norms(self, batch: int = 0) -> Float[Tensor, "d_hidden"]:
+        """Length of each neuron of the gradient.
+
+        The paper sorts neurons by it (appendix B, figures 8 to 10). Computed in float64, without
+        the `d_in x d_out` matrix.
+
+        Args:
+            batch: Which prompt.
+
+        Returns:
+            `||neuron(j)||_2` at `j`; 0 where no position has a coefficient.
+
+        Raises:
+            InputError: If heads, or experts, have factors of their own.
+        """
+        neurons, _ = self._in_span(batch)
+        norms: Tensor = torch.linalg.vector_norm(neurons, dim=0)
+        return norms
+
+    def neuron_similarity(self, batch: int = 0) -> Float[Tensor, "d_hidden n"]:
+        """Cosine between each neuron of the gradient and each vector that spans it.
+
+        How much a neuron of the gradient is one of the prompt's own `x_i` or `delta_i` (paper,
+        appendix B, figures 8 to 10). Computed in float64, without the `d_in x d_out` matrix.
+
+        Args:
+            batch: Which prompt.
+
+        Returns:
+            The cosine of `neuron(j)` and the spanning vector of position `i` at `[j, i]`; NaN where
+            one of the two is zero, and has no direction.
+
+        Raises:
+            InputError: If heads, or experts, have factors of their own.
+        """
+        neurons, vectors = (
+            part / torch.linalg.vector_norm(part, dim=0) for part in self._in_span(batch)
+        )
+        cosines: Tensor = einsum(neurons, vectors, "span d_hidden, span pos -> d_hidden pos")
+        return cosines.clamp(-1, 1)  # rounding alone would leave the interval
+
+    def _in_span(
+        self, batch: int
+    ) -> tuple[Float[Tensor, "span d_hidden"], Float[Tensor, "span n"]]:
+        """Neurons and spanning vectors in an orthonormal basis of the span, which keeps angles.
+
+        With the spanning vectors as columns, `S^T = Q R`, vector `i` is column `i` of `R`, and a
+        neuron of coefficients `c` is `R c`. The Gram matrix `R^T R` would give the same numbers
+        with half the digits where the terms of a neuron cancel.
+
+        Args:
+            batch: Which prompt.
+
+        Returns:
+            Neurons and spanning vectors, as columns.
+        """
+        coefficients, vectors = self._combination(batch)
+        basis = torch.linalg.qr(vectors.double().T, mode="r").R
+        return basis @ coefficients.double(), basis
 
     def singular_values(self, batch: int = 0) -> Float[Tensor, "rank_bound"]:
         """Singular values of one prompt's gradient, largest first.
@@ -322,6 +384,18 @@ class MatrixGradient:
         """Keep a caller's autocast from rounding."""
         return torch.autocast(self.vjps.device.type, enabled=False)
 
+    def _combination(
+        self, batch: int
+    ) -> tuple[Float[Tensor, "n d_hidden"], Float[Tensor, "n d_model"]]:
+        """The coefficients of each neuron, and the vectors that they combine (equations 9, 10)."""
+        inputs, vjps = self._joined(batch)
+        return (vjps, inputs) if self.reads_residual else (inputs, vjps)
+
+    @property
+    def has_joint_factors(self) -> bool:
+        """Whether one pair of factors holds all heads; not so for experts, or heads that differ."""
+        return self.experts is None and self.inputs.ndim + self.vjps.ndim < 8
+
     @property
     def _part(self) -> str:
         return "head" if self.experts is None else "expert"
@@ -336,12 +410,17 @@ class MatrixGradient:
     def _joined(self, batch: int) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """Both factors, with heads side by side."""
         inputs, vjps = self._real(batch)
-        if self.experts is not None or inputs.ndim + vjps.ndim == 6:
+        if not self.has_joint_factors:
             raise InputError(
                 f"each {self._part} of {self.matrix} in layer {self.layer} has factors of its own; "
                 f"ask for one of them with .{self._part}(index)"
             )
         return inputs.flatten(1), vjps.flatten(1)
+
+
+def _norms(factor: Float[Tensor, "batch pos *parts d"]) -> Float[Tensor, "batch pos"]:
+    norms: Tensor = torch.linalg.vector_norm(at_least_float32(factor.flatten(2)), dim=-1)
+    return norms
 
 
 def _check_index(kind: str, index: int, size: int) -> None:

@@ -6,8 +6,9 @@ and neither the model nor the tokenizer.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import isfinite
@@ -19,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from backward_lens_tl.arguments import check_path, is_index, is_integer, shown
+from backward_lens_tl.arguments import is_index, is_integer, shown
 from backward_lens_tl.captured import Coverage, GradientCapture
 from backward_lens_tl.cells import Cell, TokenScore
 from backward_lens_tl.errors import InputError, ResultFileError, UnsupportedModelError
@@ -27,9 +28,11 @@ from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.hook_gradients import AttentionGradient, HookPointGradient
 from backward_lens_tl.precision import at_least_float32
 from backward_lens_tl.readout import Reading, Readout
+from backward_lens_tl.segments import batch_segments
 from backward_lens_tl.selection import position_index
 from backward_lens_tl.sites import MatrixName
-from backward_lens_tl.storage import read, write
+from backward_lens_tl.storage import read, replacing, write
+from backward_lens_tl.tables import gradient_table, neuron_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +48,9 @@ _SAVED_TYPES = (
     Reading,
     Readout,
 )
+LIST_COLUMNS = ("top_tokens", "top_scores", "bottom_tokens", "bottom_scores")
+"""Columns of `to_df` that hold lists."""
+
 _DISTRIBUTIONS = ("backward-lens-tl", "transformer-lens", "torch")
 
 
@@ -446,17 +452,29 @@ class BackwardLensResult:
 
     # --- tables --------------------------------------------------------------------------------
 
-    def to_df(self) -> pd.DataFrame:
+    def to_df(self, subject: str | Sequence[str] | None = None) -> pd.DataFrame:
         """A tidy table, one row per prompt, matrix, layer and position.
 
+        Args:
+            subject: What the prompts are about, one text for all or one per prompt, for a column
+                `segment` behind `token`: the part of the prompt, as the paper's figures 6, 7 and
+                16 to 21 divide it.
+
         Returns:
-            Columns `prompt`, `matrix`, `layer`, `position`, `token`, `norm`, `is_zero`,
-            `is_faint`, `target`, `target_rank`, `top_tokens`, `top_scores`, `bottom_tokens`,
-            `bottom_scores`. The last four hold lists, empty where a position adds nothing; there,
-            and without a target, the rank is missing.
+            Columns `prompt`, `matrix`, `layer`, `position`, `token`, `norm` (of `delta_i`),
+            `input_norm` (of `x_i`), `is_zero`, `is_faint`, `target`, `target_rank`, `top_tokens`,
+            `top_scores`, `bottom_tokens`, `bottom_scores`. The last four hold lists, empty where a
+            position adds nothing; there, and without a target, the rank is missing. Of several
+            projections it has the first; `under(name)` has the others.
+
+        Raises:
+            InputError: If a prompt lacks its subject.
         """
         import pandas as pd
 
+        segments = None
+        if subject is not None:
+            segments = batch_segments(self.gradients.str_tokens, subject)
         prompts = range(len(self.positions))
         return pd.DataFrame(
             [
@@ -466,7 +484,9 @@ class BackwardLensResult:
                     "layer": layer,
                     "position": cell.position,
                     "token": cell.token,
+                    **({} if segments is None else {"segment": segments[prompt][cell.position]}),
                     "norm": cell.norm,
+                    "input_norm": cell.input_norm,
                     "is_zero": cell.is_zero,
                     "is_faint": cell.is_faint,
                     "target": self.target(prompt),
@@ -483,6 +503,67 @@ class BackwardLensResult:
             ]
         ).astype({"target_rank": "Int64"})
 
+    def gradient_df(self) -> pd.DataFrame:
+        """Each gradient as a whole, one row per prompt, matrix and layer.
+
+        Returns:
+            Columns `prompt`, `matrix`, `layer`, `n_tokens`, `loss`, `rank`, `norm`,
+            `singular_values`; `tables.gradient_table` says more.
+        """
+        return gradient_table(self.gradients)
+
+    def neuron_df(self, matrix: str, layer: int, batch: int = 0) -> pd.DataFrame:
+        """The neurons of one gradient beside its spanning vectors (paper, figures 8 to 10).
+
+        Args:
+            matrix: Name of the matrix.
+            layer: A layer of the model, or a negative index into the analysed layers.
+            batch: Which prompt.
+
+        Returns:
+            One row per neuron and position: `neuron`, `neuron_norm`, `norm_rank`, `position`,
+            `token`, `similarity`; `tables.neuron_table` says more.
+
+        Raises:
+            InputError: If it was not analysed, or heads or experts have factors of their own.
+        """
+        self.readout(matrix)
+        self._check_prompt(batch)
+        return neuron_table(self.gradients, matrix, self.layers[self._layer_index(layer)], batch)
+
+    def to_csv(self, path: str | Path, subject: str | Sequence[str] | None = None) -> None:
+        """Write `to_df` as CSV in UTF-8; its lists become JSON.
+
+        Args:
+            path: The file; one that exists is replaced, at once and as a whole.
+            subject: As in `to_df`.
+
+        Raises:
+            ResultFileError: If the file cannot be written.
+        """
+        table = self.to_df(subject)
+        for name in LIST_COLUMNS:
+            table[name] = table[name].map(json.dumps)
+        with replacing(path) as partial:
+            table.to_csv(partial, index=False, encoding="utf-8")
+
+    def to_parquet(self, path: str | Path, subject: str | Sequence[str] | None = None) -> None:
+        """Write `to_df` as Parquet; its lists stay lists.
+
+        Args:
+            path: The file; one that exists is replaced, at once and as a whole.
+            subject: As in `to_df`.
+
+        Raises:
+            ResultFileError: If the file cannot be written, or pyarrow is not installed.
+        """
+        table = self.to_df(subject)
+        with replacing(path) as partial:
+            try:
+                table.to_parquet(partial, index=False)
+            except ImportError as error:
+                raise ResultFileError("Parquet needs pyarrow: pip install pyarrow") from error
+
     def _repr_html_(self) -> str:
         # The one place where data looks ahead to a view: a result shows itself in a notebook.
         from backward_lens_tl.views.html import render_table
@@ -493,7 +574,7 @@ class BackwardLensResult:
         """Write the layers x tokens table of one prompt as a page that needs nothing else.
 
         Args:
-            path: The file.
+            path: The file; one that exists is replaced, at once and as a whole.
             batch: Which prompt.
 
         Raises:
@@ -502,11 +583,9 @@ class BackwardLensResult:
         from backward_lens_tl.views.html import render_page
 
         self._check_prompt(batch)
-        check_path(path, ResultFileError)
-        try:
-            Path(path).write_text(render_page(self, batch), encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ResultFileError(f"{os.fspath(path)!r} cannot be written: {error}") from error
+        page = render_page(self, batch)
+        with replacing(path) as partial:
+            partial.write_text(page, encoding="utf-8")
 
     def __repr__(self) -> str:
         prompts, first = len(self.positions), self.gradients.str_tokens[0]
@@ -522,11 +601,19 @@ class BackwardLensResult:
     def save(self, path: str | Path) -> None:
         """Write the whole result to one safetensors file.
 
+        Its metadata names the versions of this package, TransformerLens and torch, the model, the
+        prompts and the objective.
+
         Args:
-            path: The file.
+            path: The file; one that exists is replaced, at once and as a whole.
         """
-        versions = {name.replace("-", "_"): version(name) for name in _DISTRIBUTIONS}
-        write(path, self, versions)
+        about: dict[str, object] = {
+            name.replace("-", "_"): version(name) for name in _DISTRIBUTIONS
+        }
+        about["model"] = self.gradients.model_name
+        about["prompts"] = ["".join(tokens) for tokens in self.gradients.str_tokens]
+        about["objective"] = self.gradients.objective
+        write(path, self, about)
 
     @classmethod
     def load(cls, path: str | Path) -> BackwardLensResult:

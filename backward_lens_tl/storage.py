@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -31,30 +31,47 @@ _KEY, _DIGEST = "backward_lens_tl", "sha256"
 _TENSOR, _DATACLASS, _FIELDS, _MAPPING = "tensor", "dataclass", "fields", "mapping"
 
 
-def write(path: str | Path, value: object, about: Mapping[str, str]) -> None:
+def write(path: str | Path, value: object, about: Mapping[str, object]) -> None:
     """Write a dataclass and all that it holds to one file.
 
     Args:
         path: The file; one that exists is replaced, at once and as a whole.
         value: The dataclass: tensors, texts, numbers, `None`, and tuples, mappings and dataclasses
             of those.
-        about: What wrote it, for the header.
+        about: What it is and what wrote it, for the header, as JSON can hold it.
 
     Raises:
         ResultFileError: If the file cannot be written.
     """
-    check_path(path, ResultFileError)
     tensors: dict[str, Tensor] = {}
     tree = _packed(value, _KEY, tensors, names={})
     header = json.dumps({"format": FORMAT_VERSION, **about, "tree": tree})
-    partial = Path(f"{os.fspath(path)}.{uuid4().hex}.partial")
     # Different tensors may share memory, which the format does not allow: each gets its own.
     owned = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    try:
+    with replacing(path) as partial:
         save_file(owned, partial, metadata={_KEY: header, _DIGEST: _digest(header, owned)})
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Write a file at once and as a whole: what is at its path stays until the new one is complete.
+
+    Args:
+        path: The file.
+
+    Yields:
+        Where to write.
+
+    Raises:
+        ResultFileError: If the file cannot be written.
+    """
+    check_path(path, ResultFileError)
+    partial = Path(f"{os.fspath(path)}.{uuid4().hex}.partial")
+    try:
+        yield partial
         partial.replace(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise ResultFileError(f"{os.fspath(path)!r} cannot be written: {error}") from error

@@ -25,6 +25,7 @@ COLUMNS = [
     "position",
     "token",
     "norm",
+    "input_norm",
     "is_zero",
     "is_faint",
     "target",
@@ -62,6 +63,8 @@ def test_values_of_the_table(gpt2: Case, result: BackwardLensResult) -> None:
         assert row.token == tokenizer.decode([token])
         delta = gradient.vjps[row.prompt, row.position]
         assert row.norm == pytest.approx(float((delta**2).sum() ** 0.5), rel=1e-12)
+        inputs = gradient.inputs[row.prompt, row.position]
+        assert row.input_norm == pytest.approx(float((inputs**2).sum() ** 0.5), rel=1e-12)
         assert row.is_zero == (row.norm == 0)
         assert row.target == [" Paris", " the"][row.prompt]
         if row.is_zero:

@@ -62,13 +62,13 @@ _LARGEST_RATIO = 1000.0
 
 @dataclass(frozen=True)
 class NormScale:
-    """A logarithmic scale from norms to shades.
+    """From norms to shades, logarithmic or linear.
 
     Norms within one matrix span orders of magnitude: on a linear scale all but the last position
-    would look alike.
+    may look alike, and on a logarithmic one a small norm may look large.
 
     Attributes:
-        low: This norm and all below have the first shade.
+        low: On the logarithmic scale, this norm and all below have the first shade.
         high: The largest norm.
     """
 
@@ -90,13 +90,18 @@ class NormScale:
         return cls(max(min(counted), high / _LARGEST_RATIO), high)
 
     def step(self, norm: float) -> int:
-        """Index of a norm's shade, 0 for the smallest norms."""
+        """Index of a norm's shade on the logarithmic scale, 0 for the smallest norms."""
         last = len(LIGHT_SHADES) - 1
         if not norm < self.high:
             return last
         if norm <= self.low:
             return 0
         return round(last * math.log(norm / self.low) / math.log(self.high / self.low))
+
+    def linear_step(self, norm: float) -> int:
+        """Index of a norm's shade on the linear scale, which begins at a norm of 0."""
+        last = len(LIGHT_SHADES) - 1
+        return round(last * norm / self.high) if norm < self.high else last
 
 
 class Piece(NamedTuple):
@@ -193,5 +198,24 @@ def number(value: float) -> str:
 
 
 def scale_ends(scale: NormScale) -> tuple[str, str]:
-    """What stands at the two ends of a legend."""
+    """What stands at the two ends of a logarithmic scale's legend."""
     return f"norm ≤ {number(scale.low)}", f"{number(scale.high)}, logarithmic"
+
+
+def linear_scale_ends(scale: NormScale) -> tuple[str, str]:
+    """What stands at the two ends of a linear scale's legend."""
+    return "norm 0", f"{number(scale.high)}, linear"
+
+
+def zero_reason(cell: Cell) -> str:
+    """Why a cell has no word.
+
+    Args:
+        cell: A cell that adds nothing to its gradient.
+
+    Returns:
+        A clause.
+    """
+    if not cell.norm:
+        return "adds nothing: δ_i is zero, no error comes back to this position"
+    return "adds nothing: x_i is zero, the matrix read nothing at this position"

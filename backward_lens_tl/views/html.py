@@ -1,34 +1,29 @@
 """The layers x tokens table in HTML: a fragment for notebooks, and a page that needs nothing else.
 
-There is no script: a cell's details lie in the cell, and the style sheet shows them in the panel's
-reserved space while the cell is pointed at or focused. Where the style sheet is stripped, as on
-code-hosting sites, they stay `hidden` and a plain table remains. Every text that comes from a model
-or a user goes through `_token` or `_running`, which escape.
+Matrix, colour and end of the list are switched by the style sheet, and the table can be read where
+no script runs, as on code-hosting sites. Every text that comes from a model or a user is escaped
+in `text`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from html import escape
 from importlib.resources import files
 
-from backward_lens_tl.cells import Cell, TokenScore
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.sites import MatrixName
 from backward_lens_tl.views.appearance import (
     ADDS_NOTHING,
     DARK_SHADES,
     LEADS,
     LIGHT_SHADES,
-    NormScale,
-    faint_note,
-    matrix_title,
     number,
-    pieces,
     running_text,
-    scale_ends,
 )
+from backward_lens_tl.views.details import details
+from backward_lens_tl.views.panel import panel
+from backward_lens_tl.views.text import isolated, isolated_run
 
 MAX_PROMPTS = 4
 """Prompts of a batch that a notebook shows."""
@@ -44,7 +39,7 @@ _DIRECTIONS = {
 
 
 def render_table(result: BackwardLensResult) -> str:
-    """The tables of a result's first prompts, as a fragment with its own style.
+    """The tables of a result's first prompts, as a fragment with its own style and script.
 
     Args:
         result: What to show.
@@ -60,7 +55,10 @@ def render_table(result: BackwardLensResult) -> str:
             f"<p>{prompts - MAX_PROMPTS} more of {prompts} prompts are not shown; see one with "
             f"<code>result.save_html(path, batch={MAX_PROMPTS})</code>.</p>"
         )
-    return f'<div class="blt"><style>{_style()}</style>{shown}{_key()}{more}</div>'
+    return (
+        f'<div class="blt"><style>{_style()}</style>{_controls(result)}{shown}{_key()}{more}'
+        f"<script>{_script()}</script></div>"
+    )
 
 
 def render_page(result: BackwardLensResult, batch: int = 0) -> str:
@@ -71,37 +69,71 @@ def render_page(result: BackwardLensResult, batch: int = 0) -> str:
         batch: Which prompt.
 
     Returns:
-        An HTML document that fetches nothing and runs nothing.
+        An HTML document that fetches nothing.
     """
     title = escape(f"{running_text(_prompt(result, batch)).strip()} · Backward Lens")
-    links = " · ".join(f'<a href="#{name}">{name}</a>' for name in result.matrices)
-    panels = "".join(
-        f'<section id="{name}" aria-label="{name}">{_panel(result, name, batch)}</section>'
-        for name in result.matrices
-    )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{_style()}</style></head>"
         f'<body class="blt blt-page"><header><h1>{_heading(result, batch)}</h1>'
         f"{_facts(result, batch)}</header>"
-        f'<nav aria-label="Tables">Tables: {links}</nav>'
-        f'<main><div class="panels">{panels}</div>{_key()}</main></body></html>\n'
+        f"<main>{_controls(result)}{_panels(result, batch)}{_key()}</main>"
+        f"<script>{_script()}</script></body></html>\n"
     )
 
 
-# --- around the tables --------------------------------------------------------------------------
+# --- style and script ---------------------------------------------------------------------------
 
 
 @cache
 def _style() -> str:
+    pairs = list(enumerate(zip(LIGHT_SHADES, DARK_SHADES, strict=True)))
     shades = "".join(
-        f".blt .n{step}{{background:light-dark({light.background},{dark.background});"
+        f"{selector}{step}{{background:light-dark({light.background},{dark.background});"
         f"color:light-dark({light.text},{dark.text})}}\n"
-        for step, (light, dark) in enumerate(zip(LIGHT_SHADES, DARK_SHADES, strict=True))
+        for selector in (".blt .n", ".blt:has([value=linear]:checked) td.m")
+        for step, (light, dark) in pairs
     )
-    sheet = files("backward_lens_tl.views").joinpath("table.css").read_text(encoding="utf-8")
-    return sheet + shades
+    return _asset("table.css") + shades
+
+
+@cache
+def _script() -> str:
+    return _asset("table.js")
+
+
+def _asset(name: str) -> str:
+    return files("backward_lens_tl.views").joinpath(name).read_text(encoding="utf-8")
+
+
+# --- controls -----------------------------------------------------------------------------------
+
+
+def _controls(result: BackwardLensResult) -> str:
+    # A dialog's form is never sent, whatever key is pressed in it, and it keeps this table's
+    # choices apart from those of another table on the same page.
+    matrices: dict[str, str] = {"": "all", **{name: name for name in result.matrices}}
+    lenses = {name: name.replace("_", " ") for name in result.projections}
+    choices = [
+        _choice("Matrix", "matrix", matrices) if len(result.matrices) > 1 else "",
+        _choice("Lens", "lens", lenses) if len(lenses) > 1 else "",
+        _choice("Tokens", "end", {"top": "top", "bottom": "bottom"}),
+        _choice("Colour", "scale", {"log": "log", "linear": "linear"}),
+    ]
+    return f'<form class="controls" method="dialog">{"".join(choices)}</form>'
+
+
+def _choice(title: str, name: str, labels: Mapping[str, str]) -> str:
+    buttons = "".join(
+        f'<label><input type="radio" name="{name}" value="{escape(value)}"'
+        f"{' checked' if index == 0 else ''}>{escape(label)}</label>"
+        for index, (value, label) in enumerate(labels.items())
+    )
+    return f'<fieldset class="choose-{name}"><legend>{title}</legend>{buttons}</fieldset>'
+
+
+# --- around the tables --------------------------------------------------------------------------
 
 
 def _prompt(result: BackwardLensResult, batch: int) -> str:
@@ -110,129 +142,50 @@ def _prompt(result: BackwardLensResult, batch: int) -> str:
 
 def _heading(result: BackwardLensResult, batch: int) -> str:
     target = result.target(batch)
-    arrow = "" if target is None else f' <span class="to">→</span> <q>{_running(target)}</q>'
-    return f"<q>{_running(_prompt(result, batch))}</q>{arrow}"
+    arrow = "" if target is None else f' <span class="to">→</span> <q>{isolated_run(target)}</q>'
+    return f"<q>{isolated_run(_prompt(result, batch))}</q>{arrow}"
 
 
 def _facts(result: BackwardLensResult, batch: int) -> str:
     target = result.target(batch)
     facts = {
-        "Target": "none" if target is None else _token(target),
+        "Target": "none" if target is None else isolated(target),
         "Loss": f"{number(float(result.gradients.loss[batch]))} "
-        f"<small>{_running(result.gradients.objective)}</small>",
-        "Model": _running(result.gradients.model_name),
-        "Projection": _running(_PROJECTIONS.get(result.projection, result.projection)),
-        "Direction": _running(_DIRECTIONS[result.direction]),
+        f"<small>{isolated_run(result.gradients.objective)}</small>",
+        "Model": isolated_run(result.gradients.model_name),
+        "Projection": "".join(_lens_fact(result, name) for name in result.projections),
+        "Direction": isolated_run(_DIRECTIONS[result.direction]),
     }
     return f"<dl>{''.join(f'<dt>{name}</dt><dd>{fact}</dd>' for name, fact in facts.items())}</dl>"
 
 
+def _lens_fact(result: BackwardLensResult, name: str) -> str:
+    hidden = "" if name == result.projection else " hidden"
+    meaning = isolated_run(_PROJECTIONS.get(name, name))
+    return f'<span data-lens="{escape(name)}"{hidden}>{meaning}</span>'
+
+
 def _prompt_section(result: BackwardLensResult, batch: int) -> str:
-    panels = "".join(_panel(result, matrix, batch) for matrix in result.matrices)
     loss = number(float(result.gradients.loss[batch]))
     return (
-        f'<section><p class="prompt"><strong>{_heading(result, batch)}</strong> '
-        f'<small>loss {loss}</small></p><div class="panels">{panels}</div></section>'
+        f'<p class="prompt"><strong>{_heading(result, batch)}</strong> <small>loss {loss}</small>'
+        f"</p>{_panels(result, batch)}"
+    )
+
+
+def _panels(result: BackwardLensResult, batch: int) -> str:
+    panels: Iterable[str] = (panel(result, matrix, batch) for matrix in result.matrices)
+    return (
+        f'<div data-prompt="{batch}"><div class="panels">{"".join(panels)}</div>'
+        f"{details(result, batch)}</div>"
     )
 
 
 def _key() -> str:
     return (
-        '<p class="key">A cell shows the token with the highest score; its colour is the norm '
-        "of δ_i, how strongly the position writes. "
+        '<p class="key">A cell shows the token with the highest score, or the lowest; its colour '
+        "is the norm of δ_i, how strongly the position writes. "
         f'<span class="lead">{LEADS}</span> the target leads. '
         f"{ADDS_NOTHING} adds nothing to this gradient. "
         "<bdi><u> </u></bdi> a space; <bdi><i>⏎</i></bdi> a line break.</p>"
     )
-
-
-# --- one matrix ---------------------------------------------------------------------------------
-
-
-def _panel(result: BackwardLensResult, matrix: MatrixName, batch: int) -> str:
-    # The last layer is on top: the forward pass runs upwards, the gradient downwards.
-    rows = [result.cells(matrix, layer, batch) for layer in reversed(result.layers)]
-    scale = NormScale.spanning(cell.norm for row in rows for cell in row if not cell.is_zero)
-    title = escape(matrix_title(matrix, result.direction, result.vjps_at))
-    head = "".join(
-        f'<th scope="col">{_token(cell.token)}<small>{cell.position}</small></th>'
-        for cell in rows[0]
-    )
-    body = "".join(_row(row, scale) for row in rows)
-    return (
-        f"<figure><figcaption><strong>{matrix}</strong> {title}</figcaption>"
-        f'<div class="scroll"><table><caption>{matrix}, {title}: the top token of each layer, '
-        "the last layer first, and each prompt token</caption>"
-        f'<thead><tr><th scope="col"><small>layer</small></th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>{_legend(scale)}{_faint(rows, result.faint_norm)}"
-        '<p class="hint">Point at a cell, or move to it with Tab, for its details.</p></figure>'
-    )
-
-
-def _legend(scale: NormScale) -> str:
-    low, high = scale_ends(scale)
-    swatches = "".join(f'<span class="n{step}"></span>' for step in range(len(LIGHT_SHADES)))
-    return (
-        f'<p class="legend">{low} <span class="ramp" aria-hidden="true">{swatches}</span> {high}'
-        "</p>"
-    )
-
-
-def _faint(rows: Sequence[Sequence[Cell]], faint_norm: float) -> str:
-    note = faint_note([cell for row in rows for cell in row], faint_norm)
-    return f'<p class="legend note">{escape(note)}</p>' if note else ""
-
-
-def _row(cells: Sequence[Cell], scale: NormScale) -> str:
-    body = "".join(_cell(cell, scale) for cell in cells)
-    return f'<tr><th scope="row">{cells[0].layer}</th>{body}</tr>'
-
-
-def _cell(cell: Cell, scale: NormScale) -> str:
-    if cell.is_zero:
-        word, shade, lists = ADDS_NOTHING, "zero", "<p>adds nothing to this gradient</p>"
-    else:
-        word, shade = _token(cell.top[0].token), f"n{scale.step(cell.norm)}"
-        lists = _list("Highest scores", cell.top) + _list("Lowest scores", cell.bottom)
-    if cell.is_faint:
-        shade += " faint"
-    if cell.target_leads:
-        shade += " lead"
-        word = f'<b aria-hidden="true">{LEADS}</b>{word}<span class="sr"> target leads</span>'
-    return (
-        f'<td class="{shade}" tabindex="0"><div class="word">{word}</div>'
-        f'<div class="details" hidden><p>{_summary(cell)}</p>{lists}</div></td>'
-    )
-
-
-def _summary(cell: Cell) -> str:
-    parts = [f"layer {cell.layer}, {_token(cell.token)} at {cell.position}"]
-    if not cell.is_zero:
-        parts.append(f"norm {number(cell.norm)}{' (faint)' if cell.is_faint else ''}")
-        if cell.target_rank is not None:
-            parts.append(f"target rank {cell.target_rank}")
-    return " · ".join(parts)
-
-
-def _list(name: str, entries: Iterable[TokenScore]) -> str:
-    # An <li> needs no end tag, and there are twenty of them in each cell.
-    items = "".join(f"<li>{_token(entry.token)} {number(entry.score)}" for entry in entries)
-    return f"<div>{name}<ol>{items}</ol></div>"
-
-
-# --- text ---------------------------------------------------------------------------------------
-
-
-def _token(text: str) -> str:
-    """A token, isolated from the direction of its surroundings, with its spaces drawn."""
-    return f"<bdi>{''.join(map(_piece, *zip(*pieces(text), strict=True)))}</bdi>"
-
-
-def _piece(text: str, is_mark: bool) -> str:
-    if not is_mark:
-        return escape(text)
-    return "<u> </u>" if text == " " else f"<i>{escape(text)}</i>"
-
-
-def _running(text: str) -> str:
-    return f"<bdi>{escape(running_text(text))}</bdi>"

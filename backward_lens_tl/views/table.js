@@ -1,0 +1,94 @@
+// What a style sheet cannot do: a cell's details, the lens, and moving through cells by arrow keys.
+(() => {
+  const setUp = (root) => {
+    root.classList.add("scripted");
+    const lensOf = () => root.querySelector("[name=lens]:checked")?.value;
+
+    for (const section of root.querySelectorAll("[data-prompt]")) {
+      const data = JSON.parse(section.querySelector("script[type='application/json']").textContent);
+      const lens = () => Math.max(data.lenses.indexOf(lensOf()), 0);
+      const token = (index) => `<bdi>${data.tokens[index].replaceAll(" ", "<u> </u>")}</bdi>`;
+
+      const found = (td) => {
+        const rows = data.panels[td.closest("figure").dataset.matrix];
+        return rows[td.parentNode.sectionRowIndex][td.cellIndex - 1];
+      };
+      const list = (title, entries) => {
+        const items = [];
+        for (let i = 0; i < entries.length; i += 2)
+          items.push(`<li>${token(entries[i])} ${entries[i + 1]}</li>`);
+        return `<div>${title}<ol>${items.join("")}</ol></div>`;
+      };
+      const described = (td) => {
+        const head = td.closest("table").tHead.rows[0].cells[td.cellIndex];
+        const at = `layer ${td.parentNode.cells[0].textContent}, ` +
+          `${head.firstChild.outerHTML} at ${head.lastChild.textContent}`;
+        const cell = found(td);
+        if (typeof cell === "string") return `<p>${at}</p><div>${cell}</div>`;
+        const [rank, faint, ...entries] = cell[2 + lens()], half = entries.length / 2;
+        const facts = [at, `norm of δ_i ${cell[0]}`, `norm of x_i ${cell[1]}`];
+        if (faint) facts.push("faint");
+        if (rank !== null) facts.push(`target rank ${rank}`);
+        return `<p>${facts.join(" · ")}</p>` + list("Highest scores", entries.slice(0, half)) +
+          list("Lowest scores", entries.slice(half));
+      };
+
+      for (const figure of section.querySelectorAll("figure")) {
+        const details = figure.querySelector(".details"), body = figure.querySelector("tbody");
+        const hint = "Point at a cell for its details, or move through the cells by arrow keys.";
+        let focused = null;
+        const show = (td) => {
+          details.innerHTML = td ? described(td) : `<p class="hint">${hint}</p>`;
+        };
+        const cellOf = (event) => event.target.closest("td");
+        body.addEventListener("mouseover", (event) => show(cellOf(event) ?? focused));
+        body.addEventListener("mouseleave", () => show(focused));
+        body.addEventListener("focusin", (event) => {
+          const td = cellOf(event);
+          // One cell is reached by Tab, and from there the others by arrow keys.
+          body.querySelector("td[tabindex='0']").tabIndex = -1;
+          td.tabIndex = 0;
+          show((focused = td));
+        });
+        body.addEventListener("keydown", (event) => {
+          const td = cellOf(event), row = td.parentNode, last = row.cells.length - 1;
+          const to = {
+            ArrowLeft: [row, td.cellIndex - 1],
+            ArrowRight: [row, td.cellIndex + 1],
+            ArrowUp: [row.previousElementSibling, td.cellIndex],
+            ArrowDown: [row.nextElementSibling, td.cellIndex],
+            Home: [row, 1],
+            End: [row, last],
+          }[event.key];
+          if (!to || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
+          event.preventDefault();
+          event.stopPropagation(); // a notebook moves between its own cells by the same keys
+          if (to[1] >= 1) to[0]?.cells[to[1]]?.focus();
+        });
+        for (const td of body.querySelectorAll("td")) {
+          td.tabIndex = -1;
+          td.removeAttribute("title");
+        }
+        body.querySelector("td").tabIndex = 0;
+        show(null);
+
+        root.addEventListener("change", () => {
+          for (const td of body.querySelectorAll("td:not(.zero)")) {
+            const [rank, faint, ...entries] = found(td)[2 + lens()];
+            const lead = rank === 0 ? data.lead : "";
+            td.querySelector(".top").innerHTML = lead + token(entries[0]);
+            td.querySelector(".low").innerHTML = token(entries[entries.length / 2]);
+            td.classList.toggle("lead", rank === 0);
+            td.classList.toggle("faint", faint === 1);
+          }
+          show(focused);
+        });
+      }
+    }
+    root.addEventListener("change", () => {
+      for (const about of root.querySelectorAll("[data-lens]"))
+        about.hidden = about.dataset.lens !== lensOf();
+    });
+  };
+  for (const root of document.querySelectorAll(".blt:not(.scripted)")) setUp(root);
+})();
