@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
-from backward_lens_tl.errors import InputError
+from backward_lens_tl.errors import InputError, UnsupportedModelError
+
+HookFunction = Callable[[Tensor, object], Tensor]
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,6 +58,48 @@ class AttentionGradient:
 
     def __repr__(self) -> str:
         return f"AttentionGradient({list(self.scores_vjp.shape)})"
+
+
+def attention_patch(
+    attention: AttentionGradient, layer: int, scale: float
+) -> tuple[str, HookFunction]:
+    """A hook that adds Reversed Attention to the attention pattern of a forward pass.
+
+    Args:
+        attention: The backward pass through the pattern.
+        layer: Its layer, from 0.
+        scale: What Reversed Attention is multiplied by.
+
+    Returns:
+        The name of the hook point and the hook; it takes a pattern of the same prompts, or one
+        prompt's for any number of copies.
+
+    Raises:
+        InputError: If `scale` is no finite number; by the hook, if the pattern is of other prompts.
+        UnsupportedModelError: If the model does not go on with what a hook makes of its pattern.
+    """
+    if not attention.is_patchable:
+        raise UnsupportedModelError(
+            f"layer {layer} computes attention where a hook cannot reach it: what a hook at "
+            "hook_pattern returns is dropped, so there is nothing to patch"
+        )
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise InputError(f"scale is {scale!r}; pass a finite number")
+    added = float(scale) * attention.reversed_attention
+
+    def add(pattern: Tensor, hook: object) -> Tensor:
+        del hook
+        shape = tuple(getattr(pattern, "shape", ()))
+        same_prompts = len(added) == 1 or shape[:1] == added.shape[:1]
+        if not same_prompts or shape[1:] != added.shape[1:]:
+            raise InputError(
+                f"the pattern of layer {layer} is {type(pattern).__name__} of shape {shape}, and "
+                f"Reversed Attention has {tuple(added.shape)}; run the model on the prompts that "
+                "it was made from"
+            )
+        return pattern + added.to(pattern)
+
+    return f"blocks.{layer}.attn.hook_pattern", add
 
 
 def attribution(here: HookPointGradient, there: HookPointGradient) -> Float[Tensor, "batch *shape"]:

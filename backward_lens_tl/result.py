@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +22,14 @@ from transformer_lens import ActivationCache
 from backward_lens_tl.arguments import is_index, is_integer, shown
 from backward_lens_tl.captured import Coverage, GradientCapture
 from backward_lens_tl.cells import Cell, TokenScore
-from backward_lens_tl.errors import InputError, ResultFileError, UnsupportedModelError
+from backward_lens_tl.errors import InputError, ResultFileError
 from backward_lens_tl.gradients import MatrixGradient
-from backward_lens_tl.hook_gradients import AttentionGradient, HookPointGradient
+from backward_lens_tl.hook_gradients import (
+    AttentionGradient,
+    HookFunction,
+    HookPointGradient,
+    attention_patch,
+)
 from backward_lens_tl.precision import at_least_float32
 from backward_lens_tl.readout import Reading, Readout
 from backward_lens_tl.segments import batch_segments
@@ -36,8 +40,6 @@ from backward_lens_tl.tables import gradient_table, neuron_table
 
 if TYPE_CHECKING:
     import pandas as pd
-
-HookFunction = Callable[[Tensor, object], Tensor]
 
 _SAVED_TYPES = (
     AttentionGradient,
@@ -251,29 +253,7 @@ class BackwardLensResult:
                 pattern, as GPT-Neo, GPT-J and OPT as a TransformerBridge.
         """
         number = self.layers[self._layer_index(layer)]
-        attention = self.gradients.attention_of(number)
-        if not attention.is_patchable:
-            raise UnsupportedModelError(
-                f"layer {number} computes attention where a hook cannot reach it: what a hook at "
-                "hook_pattern returns is dropped, so there is nothing to patch"
-            )
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not isfinite(scale):
-            raise InputError(f"scale is {scale!r}; pass a finite number")
-        added = float(scale) * attention.reversed_attention
-
-        def add(pattern: Tensor, hook: object) -> Tensor:
-            del hook
-            shape = tuple(getattr(pattern, "shape", ()))
-            same_prompts = len(added) == 1 or shape[:1] == added.shape[:1]
-            if not same_prompts or shape[1:] != added.shape[1:]:
-                raise InputError(
-                    f"the pattern of layer {number} is {type(pattern).__name__} of shape {shape}, "
-                    f"and Reversed Attention has {tuple(added.shape)}; run the model on the "
-                    "prompts that it was made from"
-                )
-            return pattern + added.to(pattern)
-
-        return f"blocks.{number}.attn.hook_pattern", add
+        return attention_patch(self.gradients.attention_of(number), number, scale)
 
     def to_cache(self, model: object = None) -> ActivationCache:
         """Activations and gradients as TransformerLens's `ActivationCache`.

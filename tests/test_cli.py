@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import json
 import re
 import subprocess
 import sys
@@ -67,9 +68,14 @@ def test_options_reach_the_lens(stories_path: str, tmp_path: Path, capsys):
     assert "raw gradient, which gradient descent subtracts" in out
     html = page.read_text(encoding="utf-8")
     assert html.count("<td") == 4
-    assert html.count("<li>") == 3 * 2 * 3  # the last layer's other position adds nothing
-    assert "normalized logit lens" in html
-    assert "W_in" not in html
+    assert html.count('class="zero"') == 1  # the last layer's other position adds nothing
+    (held,) = re.findall(r'<script type="application/json">(.*?)</script>', html)
+    data = json.loads(held)
+    assert list(data["panels"]) == ["W_out"]
+    assert data["lenses"] == ["normalized", "logit_lens"]
+    cells = [cell for row in data["panels"]["W_out"] for cell in row if isinstance(cell, list)]
+    k = 3
+    assert [[len(lens) for lens in cell[2:]] for cell in cells] == [[2 + 4 * k] * 2] * 3
     assert re.findall(r'scope="row">(\d)<', html) == ["4", "0"]
     assert "&lt;s&gt;" not in re.search(r"<h1>.*?</h1>", html)[0]
 
