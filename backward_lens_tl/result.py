@@ -6,7 +6,6 @@ and neither the model nor the tokenizer.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from backward_lens_tl.arguments import is_index, is_integer, shown
 from backward_lens_tl.captured import Coverage, GradientCapture
 from backward_lens_tl.cells import Cell, TokenScore
 from backward_lens_tl.errors import InputError, ResultFileError
+from backward_lens_tl.exports import write_csv, write_parquet
 from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.hook_gradients import (
     AttentionGradient,
@@ -50,9 +50,6 @@ _SAVED_TYPES = (
     Reading,
     Readout,
 )
-LIST_COLUMNS = ("top_tokens", "top_scores", "bottom_tokens", "bottom_scores")
-"""Columns of `to_df` that hold lists."""
-
 _DISTRIBUTIONS = ("backward-lens-tl", "transformer-lens", "torch")
 
 
@@ -519,13 +516,10 @@ class BackwardLensResult:
             subject: As in `to_df`.
 
         Raises:
+            InputError: If a prompt lacks its subject.
             ResultFileError: If the file cannot be written.
         """
-        table = self.to_df(subject)
-        for name in LIST_COLUMNS:
-            table[name] = table[name].map(json.dumps)
-        with replacing(path) as partial:
-            table.to_csv(partial, index=False, encoding="utf-8")
+        write_csv(self.to_df(subject), path)
 
     def to_parquet(self, path: str | Path, subject: str | Sequence[str] | None = None) -> None:
         """Write `to_df` as Parquet; its lists stay lists.
@@ -535,14 +529,10 @@ class BackwardLensResult:
             subject: As in `to_df`.
 
         Raises:
+            InputError: If a prompt lacks its subject.
             ResultFileError: If the file cannot be written, or pyarrow is not installed.
         """
-        table = self.to_df(subject)
-        with replacing(path) as partial:
-            try:
-                table.to_parquet(partial, index=False)
-            except ImportError as error:
-                raise ResultFileError("Parquet needs pyarrow: pip install pyarrow") from error
+        write_parquet(self.to_df(subject), path)
 
     def _repr_html_(self) -> str:
         # The one place where data looks ahead to a view: a result shows itself in a notebook.

@@ -16,8 +16,9 @@ from test_views import NASTY, make_result
 
 from backward_lens_tl.errors import InputError, ResultFileError
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.result import LIST_COLUMNS, BackwardLensResult
+from backward_lens_tl.result import BackwardLensResult
 
+LIST_COLUMNS = ("top_tokens", "top_scores", "bottom_tokens", "bottom_scores")
 PROMPTS = ["Messi plays for", "The capital of France is"]
 
 
