@@ -23,6 +23,7 @@ from backward_lens_tl.objectives import (
 from backward_lens_tl.projection import Projection
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.validation import ValidationReport, validate
+from backward_lens_tl.views import figures, widgets
 
 __version__ = version("backward-lens-tl")
 
@@ -37,6 +38,7 @@ __all__ = [
     "ValidationReport",
     "backward_lens",
     "capture_gradients",
+    "figures",
     "load_facts_model",
     "load_model",
     "logit_difference",
@@ -44,4 +46,5 @@ __all__ = [
     "sequence_nll",
     "target_nll",
     "validate",
+    "widgets",
 ]

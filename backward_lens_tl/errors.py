@@ -40,5 +40,9 @@ class ValidationError(BackwardLensError, ArithmeticError):
     """Captured factors do not reproduce autograd's weight gradient."""
 
 
+class WidgetError(BackwardLensError, RuntimeError):
+    """The installed circuitsvis renders its widgets in a way that is not known here."""
+
+
 class ResultFileError(BackwardLensError, ValueError):
     """A file is not a saved result, or one that this version cannot read."""

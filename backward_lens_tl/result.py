@@ -429,13 +429,21 @@ class BackwardLensResult:
 
     # --- tables --------------------------------------------------------------------------------
 
-    def to_df(self, subject: str | Sequence[str] | None = None) -> pd.DataFrame:
+    def to_df(
+        self,
+        subject: str | Sequence[str] | None = None,
+        *,
+        matrix: str | None = None,
+        batch: int | None = None,
+    ) -> pd.DataFrame:
         """A tidy table, one row per prompt, matrix, layer and position.
 
         Args:
             subject: What the prompts are about, one text for all or one per prompt, for a column
                 `segment` behind `token`: the part of the prompt, as the paper's figures 6, 7 and
                 16 to 21 divide it.
+            matrix: The one matrix to have rows of; `None` for all.
+            batch: The one prompt to have rows of; `None` for all.
 
         Returns:
             Columns `prompt`, `matrix`, `layer`, `position`, `token`, `norm` (of `delta_i`),
@@ -445,19 +453,21 @@ class BackwardLensResult:
             projections it has the first; `under(name)` has the others.
 
         Raises:
-            InputError: If a prompt lacks its subject.
+            InputError: If a prompt lacks its subject, or there is no such matrix or prompt.
         """
         import pandas as pd
 
         segments = None
         if subject is not None:
             segments = batch_segments(self.gradients.str_tokens, subject)
-        prompts = range(len(self.positions))
+        if batch is not None:
+            self._check_prompt(batch)
+        prompts = range(len(self.positions)) if batch is None else [int(batch)]
         return pd.DataFrame(
             [
                 {
                     "prompt": prompt,
-                    "matrix": matrix,
+                    "matrix": cell.matrix,
                     "layer": layer,
                     "position": cell.position,
                     "token": cell.token,
@@ -474,9 +484,9 @@ class BackwardLensResult:
                     "bottom_scores": [entry.score for entry in cell.bottom],
                 }
                 for prompt in prompts
-                for matrix in self.matrices
+                for name in (self.matrices if matrix is None else [matrix])
                 for layer in self.layers
-                for cell in self.cells(matrix, layer, prompt)
+                for cell in self.cells(name, layer, prompt)
             ]
         ).astype({"target_rank": "Int64"})
 
@@ -536,7 +546,7 @@ class BackwardLensResult:
 
     def _repr_html_(self) -> str:
         # The one place where data looks ahead to a view: a result shows itself in a notebook.
-        from backward_lens_tl.views.html import render_table
+        from backward_lens_tl.views.table import render_table
 
         return render_table(self)
 
@@ -550,7 +560,7 @@ class BackwardLensResult:
         Raises:
             ResultFileError: If the file cannot be written.
         """
-        from backward_lens_tl.views.html import render_page
+        from backward_lens_tl.views.table import render_page
 
         self._check_prompt(batch)
         page = render_page(self, batch)

@@ -134,7 +134,7 @@ def _readable(char: str) -> str:
     size = len(char.encode("utf-8", "replace"))
     if size == 1:
         return re.escape(char)
-    return f"(?:{re.escape(char)}|{_PARTIAL}{{2,{size}}})"
+    return f"(?:{char}|{_PARTIAL}{{2,{size}}})"
 
 
 def _inside_word(text: str, start: int, end: int) -> bool:

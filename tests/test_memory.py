@@ -44,7 +44,7 @@ from backward_lens_tl.memory import Memory
 from backward_lens_tl.objectives import next_token_loss, sequence_nll, target_nll
 from backward_lens_tl.passes import PassSize, length_buckets, pass_size, plan_passes
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.views.html import render_page
+from backward_lens_tl.views.table import render_page
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 

@@ -183,5 +183,12 @@ def test_what_is_imported_is_required_and_what_is_required_is_imported():
                 imported.add(str(node.module).partition(".")[0])
     third_party = imported - set(sys.stdlib_module_names) - {"backward_lens_tl"}
     required = {requirement.name.replace("-", "_") for requirement in runtime_requirements()}
-    # circuitsvis is for its users: its widgets stand beside a result's own table in a notebook.
-    assert third_party == required - {"circuitsvis"}
+    # An extra, for figures of papers, and what it takes its numbers as.
+    assert third_party == required | {"matplotlib", "numpy"}
+
+
+def test_importing_the_package_imports_no_library_of_pictures():
+    script = """import sys, backward_lens_tl
+print(sorted({'circuitsvis', 'matplotlib', 'plotly'} & {*sys.modules}))"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.stdout.splitlines()[-1] == "[]", found.stderr

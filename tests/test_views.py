@@ -30,7 +30,7 @@ from backward_lens_tl.views.appearance import (
     pieces,
     running_text,
 )
-from backward_lens_tl.views.html import MAX_PROMPTS, render_page, render_table
+from backward_lens_tl.views.table import MAX_PROMPTS, render_page, render_table
 from backward_lens_tl.views.terminal import TerminalTable
 
 PARIS = " Paris"

@@ -172,12 +172,13 @@ def matrix_title(matrix: MatrixName, direction: str, vjps_at: str) -> str:
     return f"raw gradient, which gradient descent subtracts{where}"
 
 
-def faint_note(cells: Sequence[Cell], faint_norm: float) -> str:
+def faint_note(cells: Sequence[Cell], faint_norm: float, mark: str = " (in italics)") -> str:
     """What to say of a table in which some cells are faint.
 
     Args:
         cells: All of its cells.
         faint_norm: Length below which a projected vector is faint.
+        mark: How they are set apart.
 
     Returns:
         One sentence, or nothing if no cell is faint.
@@ -186,7 +187,7 @@ def faint_note(cells: Sequence[Cell], faint_norm: float) -> str:
     if not faint:
         return ""
     return (
-        f"{faint} of {len(cells)} cells (in italics) are read from vectors shorter than "
+        f"{faint} of {len(cells)} cells{mark} are read from vectors shorter than "
         f"{number(faint_norm)}, where the final norm's eps and bias outweigh the gradient: compare "
         "the normalized projection."
     )

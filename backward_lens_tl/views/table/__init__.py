@@ -21,9 +21,9 @@ from backward_lens_tl.views.appearance import (
     number,
     running_text,
 )
-from backward_lens_tl.views.details import details
-from backward_lens_tl.views.panel import panel
-from backward_lens_tl.views.text import isolated, isolated_run
+from backward_lens_tl.views.table.details import details
+from backward_lens_tl.views.table.panel import panel
+from backward_lens_tl.views.table.text import isolated, isolated_run
 
 MAX_PROMPTS = 4
 """Prompts of a batch that a notebook shows."""
@@ -75,6 +75,7 @@ def render_page(result: BackwardLensResult, batch: int = 0) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
         f"<title>{title}</title><style>{_style()}</style></head>"
         f'<body class="blt blt-page"><header><h1>{_heading(result, batch)}</h1>'
         f"{_facts(result, batch)}</header>"
@@ -92,7 +93,7 @@ def _style() -> str:
     shades = "".join(
         f"{selector}{step}{{background:light-dark({light.background},{dark.background});"
         f"color:light-dark({light.text},{dark.text})}}\n"
-        for selector in (".blt .n", ".blt:has([value=linear]:checked) td.m")
+        for selector in (".blt .n", ".blt .controls:has([value=linear]:checked) ~ * td.m")
         for step, (light, dark) in pairs
     )
     return _asset("table.css") + shades
@@ -104,7 +105,7 @@ def _script() -> str:
 
 
 def _asset(name: str) -> str:
-    return files("backward_lens_tl.views").joinpath(name).read_text(encoding="utf-8")
+    return files("backward_lens_tl.views.table").joinpath(name).read_text(encoding="utf-8")
 
 
 # --- controls -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 from backward_lens_tl.cells import Cell
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views.appearance import number, zero_reason
-from backward_lens_tl.views.text import LEAD_MARKUP, compact_markup
+from backward_lens_tl.views.table.text import LEAD_MARKUP, compact_markup
 
 
 def details(result: BackwardLensResult, batch: int) -> str:

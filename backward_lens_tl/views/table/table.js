@@ -48,6 +48,8 @@
           // One cell is reached by Tab, and from there the others by arrow keys.
           body.querySelector("td[tabindex='0']").tabIndex = -1;
           td.tabIndex = 0;
+          // By itself, a browser leaves a cell that is half under a header where it is.
+          td.scrollIntoView({ block: "nearest", inline: "nearest" });
           show((focused = td));
         });
         body.addEventListener("keydown", (event) => {

@@ -20,7 +20,7 @@ from backward_lens_tl.views.appearance import (
     scale_ends,
     zero_reason,
 )
-from backward_lens_tl.views.text import LEAD_MARKUP, isolated
+from backward_lens_tl.views.table.text import LEAD_MARKUP, isolated
 
 _IN_TITLE = 3
 """Tokens at either end in the tooltip that a cell has until the script shows all."""

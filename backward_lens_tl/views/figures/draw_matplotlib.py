@@ -1,0 +1,241 @@
+"""Descriptions of figures, drawn with matplotlib, for a paper.
+
+`pyplot` stays out: it would keep every figure, and change what a caller has open.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.views.figures.charts import Axis, Colors, Heatmap, Line, Lines, Row, wrapped
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import XAxis, YAxis
+    from matplotlib.colors import Colormap, Normalize
+    from matplotlib.figure import Figure
+
+_PIXELS_PER_INCH = 100
+_BESIDE, _BAR, _LEGEND, _AROUND = 0.9, 0.9, 1.9, 1.1
+_ROOM_PER_LABEL = 17
+_DASHES = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":"}
+_MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^", "cross": "P", "x": "X"}
+_INK, _FRAME, _GRID = "#1f2937", "#9ca3af", "#e5e7eb"
+
+
+def draw(row: Row) -> Figure:
+    """Draw a row of charts.
+
+    Args:
+        row: The description.
+
+    Returns:
+        A matplotlib `Figure` that pyplot does not know of; `figure.savefig(path)` writes it.
+
+    Raises:
+        InputError: If matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as cause:
+        raise InputError(
+            "backend 'matplotlib' needs matplotlib, which is not installed: "
+            '`pip install "backward-lens-tl[matplotlib]"`, or leave backend out for plotly'
+        ) from cause
+    # With TeX, a token such as `_` or `#` would stop the drawing.
+    with matplotlib.rc_context({"text.usetex": False, "text.color": _INK, "font.size": 9}):
+        figure = _figure(row)
+    _choose_fonts(figure)
+    return figure
+
+
+def _figure(row: Row) -> Figure:
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    widths = [width / _PIXELS_PER_INCH for width, _ in row.sizes]
+    heights = [height / _PIXELS_PER_INCH for _, height in row.sizes]
+    beside = _BAR * len(row.colors) + _LEGEND * row.has_legend
+    figure = _figure_class()(
+        figsize=(sum(widths) + _BESIDE * len(widths) + beside, max(heights) + _AROUND),
+        dpi=150,
+        layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08),
+    )
+    figure.suptitle(_text(row.title), x=0.01, ha="left", fontsize=11)
+    panels = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0].tolist()
+    for axes, chart, (width, height) in zip(panels, row.charts, row.sizes, strict=True):
+        _set_axes(axes, chart, width, height)
+        if isinstance(chart, Heatmap):
+            _add_heatmap(axes, chart)
+        else:
+            for line in chart.lines:
+                _add_line(axes, line)
+    for colors in row.colors:
+        owners = [
+            axes for axes, chart in zip(panels, row.charts, strict=True) if chart.colors == colors
+        ]
+        _add_bar(figure, colors, owners)
+    if row.has_legend:
+        _add_legend(panels)
+    return figure
+
+
+@cache
+def _figure_class() -> type[Figure]:
+    """`Figure` with a picture of its own: without pyplot, a notebook would only print its name."""
+    from matplotlib.figure import Figure
+
+    class ShownFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            picture = io.BytesIO()
+            self.savefig(picture, format="png")
+            return picture.getvalue()
+
+    return ShownFigure
+
+
+def _set_axes(axes: Axes, chart: Heatmap | Lines, width: int, height: int) -> None:
+    axes.set_title(_text(wrapped(chart.title, width // 6)), loc="left", fontsize=9)
+    axes.tick_params(color=_FRAME, labelcolor=_INK)
+    for spine in axes.spines.values():
+        spine.set_color(_FRAME)
+    axes.set_axisbelow(True)
+    axes.set_xscale("log" if chart.x.is_log else "linear")
+    axes.set_yscale("log" if chart.y.is_log else "linear")
+    _set_axis(axes.xaxis, chart.x, width, turns=True)
+    _set_axis(axes.yaxis, chart.y, height, turns=False)
+
+
+def _set_axis(drawn: XAxis | YAxis, axis: Axis, room: int, *, turns: bool) -> None:
+    from matplotlib.ticker import MultipleLocator
+
+    drawn.set_label_text(_text(axis.title))
+    drawn.set_inverted(axis.is_reversed)
+    if axis.step:
+        drawn.set_major_locator(MultipleLocator(axis.step))
+    if not axis.labels:
+        drawn.grid(True, color=_GRID, linewidth=0.8)
+        return
+    ticks = axis.ticks(room // _ROOM_PER_LABEL)
+    labels = [_text(label) for _, label in ticks]
+    angle = axis.angle(room, len(ticks)) if turns else 0
+    # A label turned by half ends at its tick.
+    ends: dict[str, Any] = {"ha": "right", "rotation_mode": "anchor"} if angle == 45 else {}
+    drawn.set_ticks([place for place, _ in ticks], labels=labels, rotation=angle, **ends)
+
+
+def _add_heatmap(axes: Axes, chart: Heatmap) -> None:
+    import numpy as np
+
+    cmap, norm = _color_map(chart.colors)
+    rows, columns = len(chart.values), len(chart.values[0])
+    axes.pcolormesh(
+        [place - 0.5 for place in range(columns + 1)],
+        [place - 0.5 for place in range(rows + 1)],
+        np.array(chart.values),
+        cmap=cmap,
+        norm=norm,
+        edgecolors="white" if columns <= 64 else "none",
+        linewidth=0.4 if columns <= 64 else 0,
+        rasterized=columns > 64,
+    )
+
+
+def _add_line(axes: Axes, line: Line) -> None:
+    axes.plot(
+        line.x,
+        line.y,
+        label=_text(line.name),
+        color=line.color,
+        linestyle=_DASHES.get(line.dash or "", "none"),
+        marker=_MARKERS.get(line.marker or "", "none"),
+        linewidth=line.width,
+        markersize=4,
+    )
+
+
+def _add_bar(figure: Figure, colors: Colors, owners: list[Axes]) -> None:
+    from matplotlib.cm import ScalarMappable
+
+    cmap, norm = _color_map(colors)
+    shades = ScalarMappable(norm, cmap)
+    bar = figure.colorbar(shades, ax=owners, label=_text(colors.title), pad=0.02)
+    bar.outline.set_visible(False)
+    if colors.ticks:
+        bar.set_ticks(colors.ticks, labels=[f"{value:g}" for value in colors.ticks])
+        bar.minorticks_off()
+
+
+def _color_map(colors: Colors) -> tuple[Colormap, Normalize]:
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+
+    scale = LogNorm if colors.is_log else Normalize
+    return (
+        LinearSegmentedColormap.from_list("lens", colors.stops),
+        scale(colors.low, colors.high),
+    )
+
+
+def _add_legend(panels: Sequence[Axes]) -> None:
+    named = {str(line.get_label()): line for axes in panels for line in axes.lines}
+    panels[-1].legend(
+        list(named.values()), list(named), loc="upper left", bbox_to_anchor=(1.01, 1),
+        frameon=False, borderaxespad=0, handlelength=3,
+    )  # fmt: skip
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+
+def _text(text: str) -> str:
+    """A text in which dollars are dollars: a pair of them would be mathematics."""
+    return text.replace("$", r"\$")
+
+
+def _choose_fonts(figure: Figure) -> None:
+    """Draw every character: in another installed font, or as its number where none has it."""
+    from matplotlib import rcParams
+    from matplotlib.font_manager import FontProperties, findfont
+    from matplotlib.text import Text
+
+    texts: list[Text] = figure.findobj(Text)
+    chars = frozenset("".join(text.get_text() for text in texts))
+    families, covered = _fonts(findfont(FontProperties()), chars)
+    for text in texts:
+        if families:
+            text.set_fontfamily([*rcParams["font.family"], *families])
+        text.set_text("".join(_drawable(char, covered) for char in text.get_text()))
+
+
+def _drawable(char: str, covered: frozenset[str]) -> str:
+    return char if char in covered or char == "\n" else char.encode("unicode_escape").decode()
+
+
+@lru_cache
+def _fonts(usual: str, chars: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The families that are needed beside the usual font, and the characters there are then."""
+    from matplotlib.font_manager import fontManager, get_font
+
+    covered = chars & _characters(usual)
+    families: list[str] = []
+    for entry in fontManager.ttflist:
+        if covered == chars:
+            break
+        # The last resort has a box for every character; bitmaps come in one size.
+        if entry.name.startswith("Last Resort") or not get_font(entry.fname).scalable:
+            continue
+        found = (chars - covered) & _characters(entry.fname)
+        if found:
+            families.append(entry.name)
+            covered |= found
+    return tuple(families), covered
+
+
+def _characters(path: str) -> frozenset[str]:
+    """The characters that a font has a glyph for."""
+    from matplotlib.font_manager import get_font
+
+    return frozenset(map(chr, get_font(path).get_charmap()))

@@ -1,0 +1,191 @@
+"""Descriptions of figures, drawn with plotly."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from backward_lens_tl.views.figures.charts import Axis, Colors, Heatmap, Line, Lines, Row, wrapped
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_LEFT, _GAP, _TOP, _BOTTOM, _BAR, _LEGEND = 80, 90, 48, 60, 110, 190
+_PANEL_TITLE = 40
+_ROOM_PER_COLUMN, _ROOM_PER_ROW = 20, 18
+_SYMBOLS = {"triangle": "triangle-up"}
+_INK, _FRAME, _GRID = "#1f2937", "#9ca3af", "#e5e7eb"
+
+# plotly reads a part of HTML in every text, and TeX between dollars where MathJax is loaded.
+_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", "\n": "<br>"})
+
+
+def draw(row: Row) -> go.Figure:
+    """Draw a row of charts.
+
+    Args:
+        row: The description.
+
+    Returns:
+        A plotly `Figure`, which nothing has shown.
+    """
+    import plotly.graph_objects as go
+
+    sizes = row.sizes
+    inner = sum(width for width, _ in sizes) + _GAP * (len(sizes) - 1)
+    height = max(height for _, height in sizes)
+    top = _TOP + _PANEL_TITLE * any(chart.title for chart in row.charts)
+    beside = _BAR * len(row.colors) + _LEGEND * row.has_legend or 30
+    figure = go.Figure(
+        layout={
+            "template": "plotly_white",
+            "width": _LEFT + inner + beside,
+            "height": top + height + _BOTTOM,
+            "margin": {"l": _LEFT, "r": beside, "t": top, "b": _BOTTOM},
+            "title": {
+                "text": _text(row.title),
+                "x": 0.01,
+                "y": 1,
+                "yref": "container",
+                "yanchor": "top",
+                "pad": {"t": 14},
+            },
+            "font": {"color": _INK, "size": 12},
+            "hoverlabel": {"align": "left"},
+            "legend": {"x": 1, "xanchor": "left", "y": 1, "bgcolor": "rgba(0,0,0,0)"},
+        }
+    )
+    left = 0
+    for index, (chart, (width, chart_height)) in enumerate(
+        zip(row.charts, sizes, strict=True), start=1
+    ):
+        suffix = "" if index == 1 else str(index)
+        across, up = (left / inner, (left + width) / inner), (1 - chart_height / height, 1.0)
+        figure.update_layout({f"xaxis{suffix}": _axis(chart.x, width, across, f"y{suffix}")})
+        figure.update_layout({f"yaxis{suffix}": _axis(chart.y, chart_height, up, f"x{suffix}")})
+        _add(figure, chart, row, suffix)
+        if chart.title:
+            figure.add_annotation(
+                text=_text(wrapped(chart.title, width // 6)),
+                showarrow=False, font={"size": 12}, align="left",
+                x=across[0], y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom",
+            )  # fmt: skip
+        left += width + _GAP
+    for index, colors in enumerate(row.colors, start=1):
+        figure.update_layout({_bar_name(index): _bar(colors, index)})
+    return figure
+
+
+def _add(figure: go.Figure, chart: Heatmap | Lines, row: Row, suffix: str) -> None:
+    axes = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
+    bar = _bar_name(row.colors.index(chart.colors) + 1) if chart.colors else None
+    if isinstance(chart, Heatmap):
+        figure.add_heatmap(**_heatmap(chart), coloraxis=bar, **axes)
+        return
+    named = {trace.name for trace in figure.data}
+    for line in chart.lines:
+        known = _text(line.name) in named
+        figure.add_scatter(**_line(line), showlegend=bar is None and not known, **axes)
+    if bar:  # a colour bar belongs to a trace, and lines have none
+        figure.add_scatter(
+            x=[None], y=[None], marker={"color": [0], "coloraxis": bar},
+            showlegend=False, hoverinfo="skip", **axes,
+        )  # fmt: skip
+
+
+def _heatmap(chart: Heatmap) -> dict[str, Any]:
+    is_log = chart.colors.is_log
+    return {
+        "z": [[_height(value, is_log) for value in values] for values in chart.values],
+        "hovertext": [[_text(text) for text in texts] for texts in chart.hover],
+        "hoverinfo": "text",
+        "hoverongaps": False,
+        "xgap": _seam(len(chart.values[0])),
+        "ygap": _seam(len(chart.values)),
+    }
+
+
+def _line(line: Line) -> dict[str, Any]:
+    modes = ["lines"] * (line.dash is not None) + ["markers"] * (line.marker is not None)
+    symbol = _SYMBOLS.get(line.marker or "", line.marker)
+    return {
+        "name": _text(line.name),
+        "legendgroup": _text(line.name),
+        "x": line.x,
+        "y": line.y,
+        "mode": "+".join(modes),
+        "line": {"color": line.color, "dash": line.dash, "width": line.width},
+        "marker": {"color": line.color, "symbol": symbol, "size": 6},
+        "hovertext": [_text(text) for text in line.hover],
+        "hoverinfo": "text" if line.hover else "skip",
+    }
+
+
+def _axis(axis: Axis, room: int, domain: tuple[float, float], anchor: str) -> dict[str, Any]:
+    drawn: dict[str, Any] = {
+        "title": {"text": _text(axis.title)},
+        "domain": domain,
+        "anchor": anchor,
+        "type": "log" if axis.is_log else "linear",
+        "autorange": "reversed" if axis.is_reversed else True,
+        "showline": True,
+        "linecolor": _FRAME,
+        "mirror": True,
+        "zeroline": False,
+        "showgrid": not axis.labels,
+        "gridcolor": _GRID,
+        "automargin": True,
+    }
+    if axis.is_log:
+        drawn["tickformat"] = "~g"
+    if axis.step:
+        drawn |= {"tick0": 0, "dtick": axis.step}
+    if axis.labels:
+        ticks = axis.ticks(room // _ROOM_PER_COLUMN)
+        drawn |= {
+            "tickmode": "array",
+            "tickvals": [place for place, _ in ticks],
+            "ticktext": [_text(label) for _, label in ticks],
+            "tickangle": -axis.angle(room, len(ticks)) if anchor.startswith("y") else 0,
+        }
+    return drawn
+
+
+def _bar_name(index: int) -> str:
+    return "coloraxis" if index == 1 else f"coloraxis{index}"
+
+
+def _bar(colors: Colors, index: int) -> dict[str, Any]:
+    last = len(colors.stops) - 1
+    bar: dict[str, Any] = {
+        "title": {"text": _text(colors.title), "side": "right"},
+        "thickness": 14,
+        "outlinewidth": 0,
+        "x": 1 + 0.12 * (index - 1),
+        "xpad": 16,
+    }
+    if colors.ticks:
+        bar |= {
+            "tickvals": [_height(value, colors.is_log) for value in colors.ticks],
+            "ticktext": [f"{value:g}" for value in colors.ticks],
+        }
+    return {
+        "cmin": _height(colors.low, colors.is_log),
+        "cmax": _height(colors.high, colors.is_log),
+        "colorscale": [(place / last, color) for place, color in enumerate(colors.stops)],
+        "colorbar": bar,
+    }
+
+
+def _height(value: float, is_log: bool) -> float:
+    """A value as it is coloured: plotly's colours know no logarithm."""
+    return math.log10(value) if is_log and value > 0 else math.nan if is_log else value
+
+
+def _seam(cells: int) -> int:
+    """Width of the line between cells, which would hide cells of a pixel."""
+    return 1 if cells <= 64 else 0
+
+
+def _text(text: str) -> str:
+    return text.translate(_ESCAPES)

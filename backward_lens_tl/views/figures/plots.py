@@ -1,0 +1,323 @@
+"""From a result's table to the description of one chart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from backward_lens_tl.views.appearance import number, running_text
+from backward_lens_tl.views.figures.charts import (
+    CATEGORICAL,
+    DIVERGING,
+    MARKERS,
+    MOST_NAMES,
+    Axis,
+    Colors,
+    Heatmap,
+    Line,
+    Lines,
+    counting,
+    ordered_colors,
+    shortened,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_LONGEST_LABEL = 16
+_SEGMENT_STYLES: dict[str, tuple[str, str, str]] = {
+    "before subject": ("#56b4e9", "dot", "circle"),
+    "first subject token": ("#009e73", "dash", "square"),
+    "middle subject tokens": ("#cc79a7", "dashdot", "diamond"),
+    "last subject token": ("#d55e00", "solid", "triangle"),
+    "after subject": ("#7a5c00", "dash", "cross"),
+    "last token": ("#0072b2", "solid", "x"),
+}
+"""Solid where the paper finds that most is written. Colours are Okabe and Ito's."""
+
+
+# --- cells of one matrix and prompt --------------------------------------------------------------
+
+
+def shown_norms(table: pd.DataFrame) -> list[float]:
+    """The norms of those cells that add something."""
+    norms: list[float] = table.loc[~table["is_zero"].astype(bool), "norm"].tolist()
+    return norms
+
+
+def norm_map(table: pd.DataFrame, colors: Colors, title: str = "") -> Heatmap:
+    """Norms by layer and position.
+
+    Args:
+        table: The cells of one matrix and prompt.
+        colors: From norms to colours.
+        title: What the chart shows.
+
+    Returns:
+        A row per layer, a column per position in its order; blank where a cell adds nothing.
+    """
+    norms = _grid(table.assign(norm=table["norm"].mask(table["is_zero"].astype(bool))), "norm")
+    tokens, layers = _tokens(table), norms.index.tolist()
+    values = _rows(norms)
+    hover = tuple(
+        tuple(
+            f"{tokens[position]} at {position}, layer {layer}\nnorm {number(norm)}"
+            for position, norm in zip(tokens, row, strict=True)
+        )
+        for layer, row in zip(layers, values, strict=True)
+    )
+    columns = Axis("token", tuple(map(_label, tokens.values())))
+    return Heatmap(values, hover, columns, Axis("layer", tuple(map(str, layers))), colors, title)
+
+
+def target_lines(table: pd.DataFrame, *, is_log: bool) -> Lines:
+    """The target's rank by layer, a line per position.
+
+    Args:
+        table: The cells of one matrix and prompt.
+        is_log: Whether the axis of ranks is logarithmic.
+
+    Returns:
+        Lines at 1 + rank, the last token's on top; a gap where a cell adds nothing.
+    """
+    table = table.assign(place=1 + table["target_rank"].astype("float64"))
+    places, tokens = _grid(table, "place"), _tokens(table)
+    last = len(places.columns) - 1
+    colors, many = ordered_colors(range(last + 1), "token of the prompt"), last >= MOST_NAMES
+    lines = tuple(
+        Line(
+            f"{position}: {_label(tokens[position])}",
+            _floats(places.index),
+            _floats(places[position]),
+            colors.at(index),
+            tuple(
+                f"{tokens[position]} at {position}, layer {layer}\nrank {place - 1:.0f}"
+                for layer, place in places[position].items()
+            ),
+            # Of many lines only the last token's is told apart at once.
+            marker=_turn(MARKERS, last - index) if index == last or not many else None,
+            width=3.0 if index == last else 0.8 if many else 1.4,
+        )
+        for index, position in enumerate(tokens)
+    )
+    ranks = Axis("1 + rank of the target (1: top token)", is_log=is_log, is_reversed=True)
+    return Lines(lines, _layer_axis(table), ranks, colors if many else None)
+
+
+# --- cells of several prompts --------------------------------------------------------------------
+
+
+def segment_lines(table: pd.DataFrame, column: str, symbol: str, *, is_log: bool) -> Lines:
+    """The mean of a column by layer, a line per segment.
+
+    Args:
+        table: Cells with their segments, of one matrix.
+        column: What is averaged, over all tokens of a segment in all prompts.
+        symbol: How the column's vectors are called.
+        is_log: Whether the axis of means is logarithmic; then a mean of zero is left out.
+
+    Returns:
+        Lines in the order of a prompt.
+    """
+    means = table.groupby(["segment", "layer"])[column].mean()
+    means = means.where(means > 0) if is_log else means
+    present = set(table["segment"])
+    lines = tuple(
+        Line(
+            segment,
+            _floats(means[segment].index),
+            _floats(means[segment]),
+            color,
+            tuple(
+                f"{segment}, layer {layer}\nmean norm {number(mean)}"
+                for layer, mean in means[segment].items()
+            ),
+            dash,
+            marker,
+        )
+        for segment, (color, dash, marker) in _SEGMENT_STYLES.items()
+        if segment in present
+    )
+    return Lines(lines, _layer_axis(table), Axis(f"mean norm of {symbol}", is_log=is_log))
+
+
+# --- gradients as a whole ------------------------------------------------------------------------
+
+
+def rank_charts(table: pd.DataFrame, matrices: Sequence[str]) -> tuple[Lines, ...]:
+    """Rank against length of the prompt, a chart per matrix.
+
+    Args:
+        table: The table of gradients.
+        matrices: Names of the matrices.
+
+    Returns:
+        Points for each group of layers that have the same points in all charts, and the line
+        `rank = n`.
+    """
+    table = table[table["matrix"].isin(matrices)]
+    groups = _layers_alike(table[table["rank"].notna()])
+    colors = ordered_colors(sorted(set(table["layer"])), "layer")
+    many = len(groups) > MOST_NAMES
+    longest = int(table["n_tokens"].max())
+    bound = (0.0, float(longest))
+    diagonal = Line("rank = n", bound, bound, "#6b7280", dash="dash", marker=None)
+    return tuple(
+        Lines(
+            (
+                diagonal,
+                *(
+                    _rank_points(
+                        table[(table["matrix"] == matrix) & table["layer"].isin(layers)],
+                        layers,
+                        colors.at(layers[0]) if many else _turn(CATEGORICAL, index),
+                        _turn(MARKERS, index),
+                    )
+                    for index, layers in enumerate(groups)
+                ),
+            ),
+            counting("tokens of the prompt, n", [0, longest]),
+            counting("rank of the gradient", [0, longest]),
+            colors if many else None,
+            matrix,
+        )
+        for matrix in matrices
+    )
+
+
+def _layers_alike(table: pd.DataFrame) -> list[list[int]]:
+    """Layers that have equal ranks in every matrix and prompt."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for layer in sorted(set(table["layer"].tolist())):
+        part = table[table["layer"] == layer]
+        points = part.sort_values(["matrix", "prompt"])[["matrix", "prompt", "rank"]]
+        key = tuple(points.itertuples(index=False, name=None))
+        groups.setdefault(key, []).append(layer)
+    return list(groups.values())
+
+
+def _rank_points(table: pd.DataFrame, layers: Sequence[int], color: str, marker: str) -> Line:
+    points = table[table["rank"].notna()].drop_duplicates(["n_tokens", "rank"])
+    places = list(zip(points["n_tokens"].tolist(), points["rank"].tolist(), strict=True))
+    name = _layers_in_words(layers)
+    return Line(
+        name,
+        _floats(length for length, _ in places),
+        _floats(rank for _, rank in places),
+        color,
+        tuple(f"{name}\n{length} tokens, rank {rank}" for length, rank in places),
+        dash=None,
+        marker=marker,
+    )
+
+
+def spectrum_lines(table: pd.DataFrame) -> Lines:
+    """Singular values by index, a line per layer.
+
+    Args:
+        table: The gradients of one matrix and prompt.
+
+    Returns:
+        Lines of as many values as the rank; those below are rounding.
+    """
+    layers = table["layer"].tolist()
+    colors, many = ordered_colors(layers, "layer"), len(layers) > MOST_NAMES
+    lines = []
+    for index, row in enumerate(table.to_dict("records")):
+        values, name = row["singular_values"][: row["rank"]], f"layer {row['layer']}"
+        lines.append(
+            Line(
+                name,
+                _floats(range(1, len(values) + 1)),
+                _floats(values),
+                colors.at(row["layer"]),
+                tuple(
+                    f"{name}, singular value {place}\n{number(value)}"
+                    for place, value in enumerate(values, start=1)
+                ),
+                # A single value is a line without length.
+                marker=None if many and len(values) > 1 else _turn(MARKERS, index),
+                width=0.8 if many else 1.4,
+            )
+        )
+    places = counting("index, from the largest", [1, *table["rank"].tolist()])
+    values_axis = Axis("singular value", is_log=True)
+    return Lines(tuple(lines), places, values_axis, colors if many else None)
+
+
+def similarity_map(table: pd.DataFrame) -> Heatmap:
+    """Neurons of a gradient, sorted by norm, against the prompt's positions.
+
+    Args:
+        table: The table of neurons.
+
+    Returns:
+        A column per neuron, the longest first, and a row per position, the first on top.
+    """
+    tokens = _tokens(table)
+    similarity = table.pivot(index="position", columns="norm_rank", values="similarity")
+    neurons = table.drop_duplicates("norm_rank").sort_values("norm_rank")
+    said = [
+        f"neuron {neuron}, norm {number(norm)}"
+        for neuron, norm in zip(neurons["neuron"], neurons["neuron_norm"], strict=True)
+    ]
+    values = _rows(similarity)
+    hover = tuple(
+        tuple(
+            f"{neuron}\n{tokens[position]} at {position}: {value:.3f}"
+            for neuron, value in zip(said, row, strict=True)
+        )
+        for position, row in zip(tokens, values, strict=True)
+    )
+    rows = Axis("token", tuple(map(_label, tokens.values())), is_reversed=True)
+    columns = Axis("neurons of the gradient, the longest first")
+    return Heatmap(values, hover, columns, rows, Colors(-1.0, 1.0, DIVERGING, "cosine similarity"))
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def _grid(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A column by layer and position; a position that was asked for twice counts once."""
+    once = table.drop_duplicates(["layer", "position"])
+    return once.pivot(index="layer", columns="position", values=column)
+
+
+def _tokens(table: pd.DataFrame) -> dict[int, str]:
+    """The visible text of the token at each position."""
+    once = table.drop_duplicates("position").sort_values("position")
+    # A token of spaces alone would be invisible.
+    texts = (running_text(token).strip() or "␣" for token in once["token"])
+    return dict(zip(once["position"].tolist(), texts, strict=True))
+
+
+def _label(token: str) -> str:
+    return shortened(token, _LONGEST_LABEL)
+
+
+def _rows(grid: pd.DataFrame) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, grid.to_numpy(float).tolist()))
+
+
+def _floats(values: Iterable[int | float]) -> tuple[float, ...]:
+    return tuple(map(float, values))
+
+
+def _layer_axis(table: pd.DataFrame) -> Axis:
+    return counting("layer", table["layer"].tolist())
+
+
+def _turn(choices: Sequence[str], index: int) -> str:
+    return choices[index % len(choices)]
+
+
+def _layers_in_words(layers: Sequence[int]) -> str:
+    """Layers as `layer 7` or `layers 0–2, 5`, with runs joined."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    words = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+    return f"layer{'s' if len(layers) > 1 else ''} {words}"

@@ -1,0 +1,545 @@
+"""Figures: their numbers against the tensors, their texts in a browser, and both libraries."""
+
+from __future__ import annotations
+
+import ast
+import math
+import struct
+import sys
+import warnings
+from collections import defaultdict
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+import torch
+from browser import opened
+from IPython.core.formatters import DisplayFormatter
+from matplotlib import pyplot
+from playwright.sync_api import Browser
+
+import backward_lens_tl as blt
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.segments import SEGMENTS, prompt_segments
+from backward_lens_tl.views import figures
+from backward_lens_tl.views.figures import draw_matplotlib, draw_plotly
+from backward_lens_tl.views.figures.charts import (
+    DIVERGING,
+    MOST_NAMES,
+    ORDERED,
+    SEQUENTIAL,
+    Axis,
+    Colors,
+    Heatmap,
+    Line,
+    Lines,
+    Row,
+    ordered_colors,
+)
+
+PROMPTS = ["Lionel Messi plays for", "The Eiffel Tower is in the city of", "Rome is in"]
+SUBJECTS = ["Lionel Messi", "Eiffel Tower", "Rome"]
+TARGETS = [" Paris", " Rome", " Paris"]
+BACKENDS = ("plotly", "matplotlib")
+HOSTILE = "<b> <a href='j:'>$a$</s> &lt; %{x} _z \\n\t\né 🙂"
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return blt.load_facts_model()
+
+
+@pytest.fixture(scope="module")
+def result(model: Any) -> BackwardLensResult:
+    """Prompts of three lengths."""
+    return blt.backward_lens(model, PROMPTS, TARGETS)
+
+
+@pytest.fixture(scope="module")
+def hostile(model: Any) -> BackwardLensResult:
+    """A prompt in which all that a library may interpret is a token or several."""
+    return blt.backward_lens(model, HOSTILE, " Paris", matrices="W_out")
+
+
+def every_figure(result: BackwardLensResult, backend: Any) -> dict[str, Any]:
+    prompts = len(result.positions)
+    subject = SUBJECTS if prompts > 1 else "é"
+    return {
+        "norms": figures.norms(result, backend=backend),
+        "norms_by_segment": figures.norms_by_segment(result, subject, backend=backend),
+        "target_ranks": figures.target_ranks(result, backend=backend),
+        "gradient_ranks": figures.gradient_ranks(result, backend=backend),
+        "singular_values": figures.singular_values(result, backend=backend),
+        "neuron_similarity": figures.neuron_similarity(result, "W_out", 4, backend=backend),
+        "compare": figures.compare(result, result, batch=(0, prompts - 1), backend=backend),
+    }
+
+
+def heatmaps(figure: Any) -> list[np.ndarray]:
+    """The values of each heatmap, rows from below, of a figure of either library."""
+    if hasattr(figure, "data"):
+        return [np.array(trace.z, float) for trace in figure.data if trace.type == "heatmap"]
+    meshes = [
+        mesh
+        for axes in figure.axes
+        for mesh in axes.collections
+        if axes.get_label() != "<colorbar>" and mesh.get_array() is not None
+    ]
+    return [np.ma.filled(mesh.get_array().astype(float), np.nan) for mesh in meshes]
+
+
+def lines(figure: Any, panel: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The points of each line of one panel, of a figure of either library."""
+    if hasattr(figure, "data"):
+        axis = "x" if panel == 0 else f"x{panel + 1}"
+        found = {t.name: (t.x, t.y) for t in figure.data if t.name and t.xaxis == axis}
+    else:
+        found = {line.get_label(): line.get_data() for line in figure.axes[panel].lines}
+    return {name: tuple(np.array(p, float) for p in points) for name, points in found.items()}
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    """The factors are float32, with rounding of 1e-7; logarithms make it absolute."""
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
+# --------------------------------------------------------------------------- numbers of the tensors
+
+
+def vjp_norms(result: BackwardLensResult, matrix: str, batch: int) -> np.ndarray:
+    """`||delta_i||` by layer and position, from the factors one by one; NaN where it is zero."""
+    n = len(result.gradients.str_tokens[batch])
+    norms = np.full((len(result.layers), n), np.nan)
+    for row, layer in enumerate(result.layers):
+        for position in range(n):
+            vjp = result.gradients[matrix, layer].vjps[batch, position]
+            if vjp.any():
+                norms[row, position] = math.sqrt(sum(x * x for x in vjp.tolist()))
+    return norms
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch", [0, 1])
+def test_norms(result: BackwardLensResult, backend: Any, batch: int) -> None:
+    expected = vjp_norms(result, "W_in", batch)
+    assert np.isnan(expected[-1]).sum() == len(expected[0]) - 1  # only the last position writes
+    (linear,) = heatmaps(figures.norms(result, "W_in", batch, scale="linear", backend=backend))
+    assert_equal(linear, expected)
+    (log,) = heatmaps(figures.norms(result, "W_in", batch, backend=backend))
+    assert_equal(log, np.log10(expected) if backend == "plotly" else expected)
+
+
+def test_the_scale_of_norms(result: BackwardLensResult) -> None:
+    norms = vjp_norms(result, "W_out", 0)
+    largest, least = np.nanmax(norms), max(np.nanmin(norms), np.nanmax(norms) / 1000)
+    axis = figures.norms(result).layout.coloraxis
+    assert_equal([axis.cmin, axis.cmax], np.log10([least, largest]))
+    assert axis.colorbar.ticktext == tuple(f"{10**value:g}" for value in axis.colorbar.tickvals)
+    axis = figures.norms(result, scale="linear").layout.coloraxis
+    assert_equal([axis.cmin, axis.cmax], [0, largest])
+    mesh = figures.norms(result, backend="matplotlib").axes[0].collections[0]
+    assert_equal([mesh.norm.vmin, mesh.norm.vmax], [least, largest])
+    assert_equal(mesh.norm([least, math.sqrt(least * largest), largest]), [0, 0.5, 1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compare_has_one_scale(result: BackwardLensResult, backend: Any) -> None:
+    figure = figures.compare(result, result, batch=(0, 1), scale="linear", backend=backend)
+    norms = [vjp_norms(result, "W_out", batch) for batch in (0, 1)]
+    for found, expected in zip(heatmaps(figure), norms, strict=True):
+        assert_equal(found, expected)
+    largest = max(np.nanmax(part) for part in norms)
+    if backend == "plotly":
+        assert {trace.coloraxis for trace in figure.data} == {"coloraxis"}
+        assert_equal(figure.layout.coloraxis.cmax, largest)
+        said = [note.text for note in figure.layout.annotations]
+    else:
+        assert_equal(
+            [mesh.norm.vmax for axes in figure.axes[:2] for mesh in axes.collections], largest
+        )
+        assert len(figure.axes) == 3  # two charts and one bar
+        said = [axes.get_title("left") for axes in figure.axes[:2]]
+    assert "Messi" in said[0]
+    assert "Eiffel" in said[1]
+
+
+def test_compare_names_the_models_where_they_differ(result: BackwardLensResult) -> None:
+    other = replace(result, gradients=replace(result.gradients, model_name="another"))
+    said = [note.text for note in figures.compare(result, other).layout.annotations]
+    assert [text.split(":")[0] for text in said] == [result.gradients.model_name, "another"]
+    named = figures.compare(result, other, names=("&lt;", "<i>two")).layout.annotations
+    assert [note.text for note in named] == ["&amp;lt;", "&lt;i&gt;two"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("of", ["vjp", "input"])
+def test_norms_by_segment(result: BackwardLensResult, backend: Any, of: Any) -> None:
+    sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(result.layers)))
+    counts: dict[str, int] = defaultdict(int)
+    for batch, (tokens, subject) in enumerate(
+        zip(result.gradients.str_tokens, SUBJECTS, strict=True)
+    ):
+        for position, segment in enumerate(prompt_segments(tokens, subject)):
+            counts[segment] += 1
+            for layer in result.layers:
+                gradient = result.gradients["W_out", layer]
+                factor = gradient.vjps if of == "vjp" else gradient.inputs
+                sums[segment][layer] += factor[batch, position].norm().item()
+    figure = figures.norms_by_segment(result, SUBJECTS, of=of, backend=backend)
+    found = lines(figure)
+    assert list(found) == [segment for segment in SEGMENTS if counts[segment]]
+    for segment, (layers, means) in found.items():
+        assert layers.tolist() == list(result.layers)
+        assert_equal(means, sums[segment] / counts[segment])
+    if of == "vjp":
+        assert found["before subject"][1][-1] == 0  # counted, although it is zero
+        figure = figures.norms_by_segment(result, SUBJECTS, scale="log", backend=backend)
+        assert np.isnan(lines(figure)["before subject"][1][-1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch", [0, 2])
+def test_target_ranks(result: BackwardLensResult, model: Any, backend: Any, batch: int) -> None:
+    """Against the model's own final norm and unembedding of every vector."""
+    found = lines(figures.target_ranks(result, batch=batch, backend=backend))
+    tokens = result.gradients.str_tokens[batch]
+    target = int(result.gradients.targets[batch])
+    assert [name.split(":")[0] for name in found] == [str(i) for i in range(len(tokens))]
+    for position, (layers, places) in enumerate(found.values()):
+        assert layers.tolist() == list(result.layers)
+        for layer, place in zip(result.layers, places, strict=True):
+            update = -result.gradients["W_out", layer].vjps[batch, position]
+            scores = model.unembed(model.ln_final(update[None, None]))[0, 0]
+            rank = int((scores > scores[target]).sum())
+            assert place == 1 + rank or (not update.any() and math.isnan(place))
+    assert next(reversed(found.values()))[1][-1] == 1  # the last token, in the last layer
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_ranks(result: BackwardLensResult, backend: Any) -> None:
+    """The paper's figure 4: rank n in all layers but the last, which has rank 1."""
+    figure = figures.gradient_ranks(result, backend=backend)
+    lengths = {len(tokens) for tokens in result.gradients.str_tokens}
+    assert len(lengths) == 3
+    last = result.layers[-1]
+    for panel, matrix in enumerate(result.matrices):
+        found = lines(figure, panel)
+        assert list(found) == ["rank = n", f"layers 0–{last - 1}", f"layer {last}"]
+        bound, every, top = (set(zip(*points, strict=True)) for points in found.values())
+        assert bound == {(0, 0), (max(lengths), max(lengths))}
+        assert every == {(n, n) for n in lengths}
+        assert top == {(n, 1) for n in lengths}
+        for batch in range(len(PROMPTS)):
+            dense = result.gradients[matrix, 3].dense(batch).double()
+            # float32 rounds to 1e-7 of the largest of at most 12 values.
+            assert int(torch.linalg.matrix_rank(dense, rtol=1e-6)) == len(
+                result.gradients.str_tokens[batch]
+            )
+    only = figures.gradient_ranks(result, "W_in", backend=backend)
+    assert list(lines(only)) == list(found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_singular_values(result: BackwardLensResult, backend: Any) -> None:
+    found = lines(figures.singular_values(result, "W_in", 2, backend=backend))
+    assert list(found) == [f"layer {layer}" for layer in result.layers]
+    n = len(result.gradients.str_tokens[2])
+    for layer in (0, 4, 7):
+        index, values = found[f"layer {layer}"]
+        dense = result.gradients["W_in", layer].dense(2).double().numpy()
+        expected = np.linalg.svd(dense, compute_uv=False)[: 1 if layer == 7 else n]
+        assert index.tolist() == list(range(1, len(expected) + 1))
+        # The dense matrix was multiplied out in float32.
+        np.testing.assert_allclose(values, expected, atol=1e-6 * expected[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("matrix", ["W_in", "W_out"])
+def test_neuron_similarity(result: BackwardLensResult, backend: Any, matrix: str) -> None:
+    gradient = result.gradients[matrix, 3]
+    n = len(result.gradients.str_tokens[1])
+    dense = gradient.inputs[1, :n].double().T @ gradient.vjps[1, :n].double()
+    neurons, vectors = (
+        (dense.T, gradient.inputs[1, :n]) if matrix == "W_in" else (dense, gradient.vjps[1, :n])
+    )
+    order = neurons.norm(dim=1).argsort(descending=True)
+    neurons = neurons[order] / neurons[order].norm(dim=1, keepdim=True)
+    vectors = vectors.double() / vectors.double().norm(dim=1, keepdim=True)
+    (found,) = heatmaps(figures.neuron_similarity(result, matrix, 3, 1, backend=backend))
+    assert found.shape == (n, 512)
+    np.testing.assert_allclose(found, (vectors @ neurons.T).numpy(), atol=1e-9)
+
+
+def test_neurons_of_a_layer_from_the_end(result: BackwardLensResult) -> None:
+    figure = figures.neuron_similarity(result, "W_out", -1)
+    assert "layer 7" in figure.layout.title.text
+    assert np.isnan(heatmaps(figure)[0][:-1]).all()  # only the last position has a direction
+
+
+def test_part_of_a_result(model: Any, result: BackwardLensResult) -> None:
+    """Layers and positions keep their own numbers, in whatever order they were asked for."""
+    part = blt.backward_lens(
+        model, PROMPTS[1], " Rome", layers=[2, 5], positions=[-1, 3, 3], matrices="W_out"
+    )
+    (found,) = heatmaps(figures.norms(part, scale="linear"))
+    last = len(part.gradients.str_tokens[0]) - 1
+    assert_equal(found, vjp_norms(result, "W_out", 1)[[2, 5]][:, [3, last]])
+    figure = figures.norms(part)
+    assert figure.layout.yaxis.ticktext == ("2", "5")
+    assert [trace.name.split(":")[0] for trace in figures.target_ranks(part).data] == [
+        "3",
+        str(last),
+    ]
+
+
+# ------------------------------------------------------------------------------------------- texts
+
+
+def shown_tokens(result: BackwardLensResult) -> list[str]:
+    special = {"\n": "⏎", "\t": "⇥"}
+    texts = ["".join(special.get(c, c) for c in t) for t in result.gradients.str_tokens[0]]
+    return [text.strip() or "␣" for text in texts]
+
+
+def test_repeated_tokens_are_columns_of_their_own(model: Any) -> None:
+    twice = blt.backward_lens(model, "Rome Rome Rome is in", " Paris", matrices="W_out")
+    for backend in BACKENDS:
+        (found,) = heatmaps(figures.norms(twice, backend=backend))
+        assert found.shape[1] == len(twice.gradients.str_tokens[0])
+    axis = figures.norms(twice).layout.xaxis
+    assert axis.tickvals == tuple(range(found.shape[1]))
+    assert axis.ticktext.count("Rome") >= 2
+
+
+def test_tokens_in_a_browser(hostile: BackwardLensResult, browser: Browser, tmp_path: Path) -> None:
+    """Plotly draws every token as it is: nothing becomes a tag, a link, a template or TeX."""
+    path = tmp_path / "figure.html"
+    page = "<script>window.MathJax = undefined</script>"
+    figure = figures.target_ranks(hostile)
+    figure.update_layout(showlegend=True, height=2600)
+    figure.update_traces(showlegend=True)
+    path.write_text(page + figure.to_html(include_plotlyjs=True), encoding="utf-8")
+    with opened(browser, path, height=2700) as shown:
+        shown.page.wait_for_selector(".legendtext")
+        texts = shown.page.locator(".legendtext").all_text_contents()
+        named = [text.split(": ", 1)[1] for text in texts if ": " in text]
+        assert named == shown_tokens(hostile)
+        assert shown.page.locator("svg a").count() == 0
+        shown.check()
+
+
+def test_plotly_s_markup_and_tex_are_escaped(hostile: BackwardLensResult) -> None:
+    for name, figure in every_figure(hostile, "plotly").items():
+        assert isinstance(figure, go.Figure), name
+        texts = [
+            text
+            for axis in (figure.layout.xaxis, figure.layout.yaxis)
+            for text in (axis.ticktext or ())
+        ]
+        texts += [note.text for note in figure.layout.annotations] + [figure.layout.title.text]
+        for trace in figure.data:
+            hover = np.array([] if trace.hovertext is None else trace.hovertext, dtype=object)
+            texts += [trace.name or "", *hover.flatten()]
+            assert trace.hovertemplate is None
+        assert not [text for text in texts if set("<>$") & set(text.replace("<br>", ""))], name
+
+
+def test_matplotlib_s_mathematics_is_escaped(hostile: BackwardLensResult) -> None:
+    figure = figures.target_ranks(hostile, backend="matplotlib")
+    figure.canvas.draw()
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert [label.split(": ", 1)[1] for label in labels] == [
+        text.replace("$", r"\$") for text in shown_tokens(hostile)
+    ]
+
+
+def test_matplotlib_draws_whatever_a_token_is(hostile: BackwardLensResult) -> None:
+    """No warning of a missing glyph, and the caller's settings stay as they are."""
+    before = dict(matplotlib.rcParams)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, figure in every_figure(hostile, "matplotlib").items():
+            assert isinstance(figure, matplotlib.figure.Figure), name
+            figure.canvas.draw()
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_tex_is_not_asked_for(hostile: BackwardLensResult) -> None:
+    """It would stop at a token such as `_` or `%`."""
+    with matplotlib.rc_context({"text.usetex": True}):
+        figure = figures.norms(hostile, backend="matplotlib")
+    labels = [label for label in figure.axes[0].get_xticklabels() if label.get_text()]
+    assert len(labels) > 10
+    assert not any(label.get_usetex() for label in (*labels, figure.axes[0].xaxis.label))
+
+
+def test_a_glyph_that_no_font_has_is_shown_by_its_number() -> None:
+    label = "a\U0010fffdb\n"  # for private use: no font but the last resort
+    chart = Lines((Line(label, (0.0, 1.0), (1.0, 2.0), "#000000"),), Axis(label), Axis("y"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = draw_matplotlib.draw(Row((chart,), label))
+        figure.canvas.draw()
+    assert figure.axes[0].get_xlabel() == r"a\U0010fffdb" + "\n"
+
+
+# --------------------------------------------------------------------------------- what is returned
+
+
+def test_figures_can_be_written(result: BackwardLensResult, tmp_path: Path) -> None:
+    figures.norms(result, backend="matplotlib").savefig(tmp_path / "norms.pdf")
+    assert (tmp_path / "norms.pdf").read_bytes().startswith(b"%PDF")
+    assert '"heatmap"' in figures.norms(result).to_json()
+
+
+def test_libraries_are_imported_where_they_draw() -> None:
+    """Not by the modules, which every user imports, with or without matplotlib."""
+    for module in (figures, draw_plotly, draw_matplotlib):
+        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+        at_once = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = [getattr(node, "module", None) or node.names[0].name for node in at_once]
+        assert not [name for name in names if name.split(".")[0] in ("plotly", "matplotlib")]
+
+
+def test_a_notebook_shows_a_figure_without_pyplot(result: BackwardLensResult) -> None:
+    figure = figures.norms(result, backend="matplotlib")
+    assert isinstance(figure, matplotlib.figure.Figure)
+    bundle, _ = DisplayFormatter().format(figure)
+    width, height = struct.unpack(">II", bundle["image/png"][16:24])
+    assert (width, height) == tuple(int(side * figure.dpi) for side in figure.get_size_inches())
+
+
+def test_pyplot_knows_of_no_figure(result: BackwardLensResult) -> None:
+    before = pyplot.get_fignums()
+    figures.norms(result, backend="matplotlib").canvas.draw()
+    assert pyplot.get_fignums() == before
+
+
+def test_without_matplotlib_the_error_says_what_to_install(
+    result: BackwardLensResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    figures.norms(result)
+    with pytest.raises(InputError, match=r'pip install "backward-lens-tl\[matplotlib\]"'):
+        figures.norms(result, backend="matplotlib")
+
+
+def test_few_lines_have_names_and_many_a_colour_bar(model: Any) -> None:
+    for words, many in ((3, False), (30, True)):
+        result = blt.backward_lens(model, "Rome" + " is" * words, " Paris", matrices="W_out")
+        figure = figures.target_ranks(result)
+        assert any(trace.showlegend for trace in figure.data) != many
+        assert bool(figure.layout.coloraxis.colorbar.title.text) == many
+        drawn = figures.target_ranks(result, backend="matplotlib")
+        assert (drawn.axes[0].get_legend() is None) == many
+        assert len(drawn.axes) == 1 + many
+    assert words > MOST_NAMES
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_errors(result: BackwardLensResult, model: Any) -> None:
+    def refused(message: str, function: Any, *args: Any, **kwargs: Any) -> None:
+        with pytest.raises(InputError, match=message):
+            function(*args, **kwargs)
+
+    refused(
+        "backend is 'bokeh'; allowed are 'plotly', 'matplotlib'",
+        figures.norms,
+        result,
+        backend="bokeh",
+    )
+    refused("scale is 'log2'; allowed are 'log', 'linear'", figures.norms, result, scale="log2")
+    refused(
+        "of is 'x'; allowed are 'vjp', 'input'", figures.norms_by_segment, result, "Rome", of="x"
+    )
+    for function in (figures.norms, figures.target_ranks, figures.singular_values):
+        refused("'W_Q' is not in this result; it has W_in, W_out", function, result, "W_Q")
+        refused("prompt 3 does not exist; allowed are 0 to 2", function, result, batch=3)
+    refused("'W_Q' is not in this result", figures.gradient_ranks, result, ["W_in", "W_Q"])
+    refused("no matrix was asked for", figures.gradient_ranks, result, [])
+    refused("'W_Q' is not in this result", figures.neuron_similarity, result, "W_Q", 0)
+    refused("layer 8 was not analysed", figures.neuron_similarity, result, "W_in", 8)
+    refused("prompt 7 does not exist", figures.compare, result, result, batch=(0, 7))
+    refused("batch is 0; pass one for each", figures.compare, result, result, batch=0)
+    refused(r"names is \['a'\]; pass one for each", figures.compare, result, result, names=["a"])
+    refused("subject 'Oslo' is not in the prompt", figures.norms_by_segment, result, "Oslo")
+    refused("there are 2 subjects and 3 prompts", figures.norms_by_segment, result, ["a", "b"])
+    refused("subject is None", figures.norms_by_segment, result, None)
+    aimless = blt.backward_lens(model, "Rome is in", objective=blt.next_token_loss())
+    refused("is not about one token, so there is no target", figures.target_ranks, aimless)
+
+
+# ------------------------------------------------------------------------------------ descriptions
+
+
+def luminance(color: str) -> float:
+    """Relative luminance, as WCAG defines it."""
+    channels = [value / 255 for value in bytes.fromhex(color[1:])]
+    red, green, blue = (
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_ordered_colours_get_darker_and_differ_for_48_layers() -> None:
+    for stops in (SEQUENTIAL, ORDERED):
+        lightness = [luminance(color) for color in stops]
+        assert lightness == sorted(lightness, reverse=True)
+    half = [luminance(color) for color in DIVERGING]
+    assert half[:4] == sorted(half[:4])
+    assert half[3:] == sorted(half[3:], reverse=True)
+    scale = ordered_colors(range(48), "layer")
+    assert len({scale.at(layer) for layer in range(48)}) == 48
+    assert (scale.at(0), scale.at(47), scale.at(99)) == (ORDERED[0], ORDERED[-1], ORDERED[-1])
+
+
+@pytest.mark.parametrize(
+    ("norms", "low", "high", "ticks"),
+    [
+        ([0.01, 0.5], 0.01, 0.5, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)),
+        ([1e-9, 4.0], 0.004, 4.0, (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
+        ([3.0, 3.0], 0.3, 3.0, (0.5, 1.0, 2.0)),
+    ],
+)
+def test_scales_of_norms(norms: list[float], low: float, high: float, ticks: tuple) -> None:
+    scale = Colors.of_norms(norms, "norm", is_log=True)
+    assert (scale.low, scale.high, scale.ticks) == (pytest.approx(low), high, ticks)
+
+
+def test_nothing_but_zeros_can_be_drawn() -> None:
+    scale = Colors.of_norms([], "norm", is_log=True)
+    blank = Heatmap(((math.nan,),), (("none",),), Axis("x", ("a",)), Axis("y", ("0",)), scale)
+    for drawing in (draw_plotly, draw_matplotlib):
+        assert np.isnan(heatmaps(drawing.draw(Row((blank,), "blank")))[0]).all()
+
+
+def test_a_gradient_of_zero_can_be_drawn(model: Any) -> None:
+    def nothing(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return (logits * 0).sum((1, 2))
+
+    result = blt.backward_lens(model, "é is", " Paris", objective=nothing)
+    for backend in BACKENDS:
+        drawn = every_figure(result, backend)
+        assert np.isnan(heatmaps(drawn["norms"])[0]).all()
+        assert {len(x) for x, _ in lines(drawn["singular_values"]).values()} == {0}
+        if backend == "matplotlib":
+            for figure in drawn.values():
+                figure.canvas.draw()
+
+
+def test_where_labels_have_no_room_the_last_one_stays() -> None:
+    axis = Axis("token", tuple(map(str, range(100))))
+    places = [place for place, _ in axis.ticks(30)]
+    assert len(places) <= 30
+    assert places[-1] == 99
+    assert {right - left for left, right in pairwise(places)} == {4}
+    assert [label for _, label in Axis("x", ("a", "b")).ticks(30)] == ["a", "b"]

@@ -1,0 +1,621 @@
+"""The layers x tokens table in a real browser: what it shows, and what it does when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import cycle, product
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from browser import Opened, opened
+from playwright.sync_api import Browser, Locator, Page
+from test_views import NASTY, all_cells, make_result, shown
+
+import backward_lens_tl as blt
+from backward_lens_tl.cells import Cell, TokenScore
+from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.views.appearance import DARK_SHADES, LIGHT_SHADES, NormScale
+
+SEEN = """root => {
+    // Text that takes up room: neither hidden nor for screen readers only.
+    const visible = element => {
+        const box = element.getBoundingClientRect();
+        return element.checkVisibility() && box.width > 1 && box.height > 1;
+    };
+    const words = element => {
+        const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
+        let text = "";
+        while (walker.nextNode())
+            if (visible(walker.currentNode.parentElement)) text += walker.currentNode.data;
+        return text;
+    };
+    const all = (element, selector) => [...element.querySelectorAll(selector)];
+    const cell = td => {
+        const style = getComputedStyle(td), token = all(td, "bdi").find(visible);
+        return {
+            words: words(td),
+            background: style.backgroundColor,
+            outlined: style.outlineStyle !== "none",
+            bold: style.fontWeight > 400,
+            italic: token ? getComputedStyle(token).fontStyle === "italic" : false,
+        };
+    };
+    const shownOnes = (element, selector) => all(element, selector).filter(visible).map(words);
+    const figure = figure => ({
+        matrix: figure.dataset.matrix,
+        columns: all(figure, "thead th").map(words),
+        rows: all(figure, "tbody th").map(words),
+        cells: all(figure, "td").map(cell),
+        legends: shownOnes(figure, ".legend:not(.note)"),
+        notes: shownOnes(figure, ".note"),
+    });
+    return {
+        tables: all(root, "figure").filter(visible).map(figure),
+        projection: shownOnes(root, "dd [data-lens]"),
+    };
+}"""
+
+DETAILS = """figure => {
+    const box = figure.querySelector(".details");
+    const entry = li => [li.firstElementChild.textContent, li.lastChild.textContent.trim()];
+    return {
+        about: box.firstElementChild.textContent,
+        rest: [...box.children].slice(1).map(part => part.firstChild.textContent),
+        entries: [...box.querySelectorAll("ol")].map(ol => [...ol.children].map(entry)),
+    };
+}"""
+
+HINT = {"about": "Point at a cell for its details, or move through the cells by arrow keys."}
+HINT |= {"rest": [], "entries": []}
+PAGE_COLOURS = {"light": "rgb(255, 255, 255)", "dark": "rgb(17, 22, 29)"}
+
+
+@dataclass(frozen=True)
+class State:
+    """What the controls of a table are set to."""
+
+    matrix: str = ""
+    lens: str = "logit_lens"
+    end: str = "top"
+    scale: str = "log"
+    theme: str = "light"
+
+
+def rgb(colour: str) -> str:
+    return f"rgb({', '.join(str(int(colour[at : at + 2], 16)) for at in (1, 3, 5))})"
+
+
+def expected_cell(cell: Cell, scale: NormScale, state: State) -> dict[str, Any]:
+    if cell.is_zero:
+        look = {"background": PAGE_COLOURS[state.theme], "outlined": False}
+        return {"words": "·", **look, "bold": False, "italic": False}
+    marked = cell.target_leads and state.end == "top"
+    entry = (cell.top if state.end == "top" else cell.bottom)[0]
+    shades = LIGHT_SHADES if state.theme == "light" else DARK_SHADES
+    step = scale.step if state.scale == "log" else scale.linear_step
+    return {
+        "words": ("★" if marked else "") + shown(entry.token),
+        "background": rgb(shades[step(cell.norm)].background),
+        "outlined": marked,
+        "bold": marked,
+        "italic": cell.is_faint,
+    }
+
+
+def expected_table(result: BackwardLensResult, matrix: str, state: State) -> dict[str, Any]:
+    cells = all_cells(result.under(state.lens), matrix)
+    norms = [cell.norm for cell in cells if not cell.is_zero]
+    scale = NormScale.spanning(norms)
+    low = f"norm ≤ {scale.low:.4g}" if state.scale == "log" else "norm 0"
+    name = "logarithmic" if state.scale == "log" else "linear"
+    faint = sum(cell.is_faint for cell in cells)
+    threshold = result.under(state.lens).faint_norm
+    note = f"{faint} of {len(cells)} cells (in italics) are read from vectors shorter than "
+    return {
+        "matrix": matrix,
+        "columns": ["layer"]
+        + [f"{shown(cell.token)}{cell.position}" for cell in result.cells(matrix, 0)],
+        "rows": [str(layer) for layer in reversed(result.layers)],
+        "cells": [expected_cell(cell, scale, state) for cell in cells],
+        "legends": [f"{low}  {max(norms):.4g}, {name}"],
+        "notes": [f"{note}{threshold:.4g}"] if faint else [],
+    }
+
+
+def see(root: Locator) -> dict[str, Any]:
+    """What is on the screen; of a note, the part that holds numbers."""
+    found = root.evaluate(SEEN)
+    for table in found["tables"]:
+        table["notes"] = [note.partition(", where")[0] for note in table["notes"]]
+    return found
+
+
+def assert_shows(root: Locator, result: BackwardLensResult, state: State = State()) -> None:
+    found = see(root)
+    matrices = [state.matrix] if state.matrix else list(result.matrices)
+    assert [table["matrix"] for table in found["tables"]] == matrices
+    for table, matrix in zip(found["tables"], matrices, strict=True):
+        expected = expected_table(result, matrix, state)
+        for part, value in expected.items():
+            assert table[part] == value, (matrix, part, state)
+    for text in found["projection"]:
+        assert text.startswith(state.lens.replace("_", " ")), state
+
+
+def expected_details(cell: Cell) -> dict[str, Any]:
+    at = f"layer {cell.layer}, {shown(cell.token)} at {cell.position}"
+    if cell.is_zero:
+        reason = "adds nothing: δ_i is zero, no error comes back to this position"
+        return {"about": at, "rest": [reason], "entries": []}
+    facts = [at, f"norm of δ_i {cell.norm:.4g}", f"norm of x_i {cell.input_norm:.4g}"]
+    facts += ["faint"] * cell.is_faint + [f"target rank {cell.target_rank}"]
+    return {
+        "about": " · ".join(facts),
+        "rest": ["Highest scores", "Lowest scores"],
+        "entries": [words_and_scores(cell.top), words_and_scores(cell.bottom)],
+    }
+
+
+def words_and_scores(entries: tuple[TokenScore, ...]) -> list[list[Any]]:
+    return [[shown(entry.token), float(f"{entry.score:.4g}")] for entry in entries]
+
+
+def details(figure: Locator) -> dict[str, Any]:
+    found = figure.evaluate(DETAILS)
+    found["entries"] = [
+        [[word, float(score)] for word, score in entries] for entries in found["entries"]
+    ]
+    return found
+
+
+def figure_of(page: Page, matrix: str) -> Locator:
+    return page.locator(f"figure[data-matrix={matrix}]")
+
+
+def td_of(result: BackwardLensResult, figure: Locator, cell: Cell) -> Locator:
+    """The cell's place on the screen, counted, not asked for."""
+    row = list(reversed(result.layers)).index(cell.layer)
+    columns = [each.position for each in result.cells(cell.matrix, cell.layer)]
+    return figure.locator("tbody tr").nth(row).locator("td").nth(columns.index(cell.position))
+
+
+def choose(root: Locator, name: str, value: str) -> None:
+    root.locator(f"label:has([name={name}][value='{value}'])").click()
+
+
+def is_wide_as_window(page: Page) -> bool:
+    return page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def messi() -> BackwardLensResult:
+    """Of the model that ships here, under both lenses."""
+    return blt.backward_lens(blt.load_facts_model(), "Lionel Messi plays for", " Paris")
+
+
+@pytest.fixture(scope="module", params=["messi", "nasty"])
+def result(request: pytest.FixtureRequest) -> BackwardLensResult:
+    if request.param == "messi":
+        return request.getfixturevalue("messi")
+    whole = make_result(layers=3, pos=len(NASTY))
+    # Under the first lens only, short vectors are faint; under the second, the target leads in
+    # another layer, too.
+    return replace(whole, readings=(replace(whole.readings[0], faint_norm=0.1), whole.readings[1]))
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[BackwardLensResult, Path]:
+    """A long prompt in a deep model, and its page."""
+    path = tmp_path_factory.mktemp("deep") / "page.html"
+    words = tuple(f" w{index * 7919:x}" for index in range(300))
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    result = make_result(layers=48, pos=40, k=10, vocab=(*words, *NASTY))
+    result.save_html(path)
+    jaxtyping.config.update("jaxtyping_disable", before)
+    return result, path
+
+
+@contextmanager
+def page_of(
+    browser: Browser, folder: Path, result: BackwardLensResult, **options: Any
+) -> Iterator[Opened]:
+    result.save_html(folder / "page.html")
+    with opened(browser, folder / "page.html", **options) as window:
+        yield window
+        window.check()
+
+
+@contextmanager
+def notebook_of(browser: Browser, folder: Path, body: str, **options: Any) -> Iterator[Opened]:
+    """Outputs in one document, as a notebook holds them."""
+    (folder / "notebook.html").write_text(
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>A notebook</title>'
+        f"</head><body><main><h1>A notebook</h1>{body}</main></body></html>",
+        encoding="utf-8",
+    )
+    with opened(browser, folder / "notebook.html", **options) as window:
+        yield window
+        window.check()
+
+
+# --- what it shows ------------------------------------------------------------------------------
+
+
+def test_words_marks_and_colours_are_those_of_the_result(
+    browser: Browser, tmp_path: Path, result: BackwardLensResult
+):
+    cells = [cell for matrix in result.matrices for cell in all_cells(result, matrix)]
+    assert any(cell.is_zero for cell in cells)
+    assert any(cell.is_faint for cell in cells)
+    assert any(cell.target_leads for cell in cells)
+    with page_of(browser, tmp_path, result) as window:
+        page = window.page
+        assert_shows(page.locator("body"), result)
+        page.emulate_media(color_scheme="dark")
+        assert_shows(page.locator("body"), result, State(theme="dark"))
+        body = page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")
+        assert body == PAGE_COLOURS["dark"]
+        for width in (1280, 400):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert is_wide_as_window(page), width
+
+
+def test_each_control_switches_what_it_should_and_nothing_else(
+    browser: Browser, tmp_path: Path, result: BackwardLensResult
+):
+    looks = [
+        expected_table(result, "W_out", State(lens=lens))["cells"] for lens in result.projections
+    ]
+    for part in ("words", "italic", "outlined")[: 3 if result.k == 3 else 2]:
+        assert [cell[part] for cell in looks[0]] != [cell[part] for cell in looks[1]], part
+    with page_of(browser, tmp_path, result) as window:
+        body = window.page.locator("body")
+        assert len(see(body)["projection"]) == 1
+        previous = State()
+        others = product(["logit_lens", "normalized"], ["top", "bottom"], ["log", "linear"])
+        matrices = cycle(["", "W_out", "W_in"])
+        states = [State(matrix, *other) for matrix, other in zip(matrices, others, strict=False)]
+        for state in (*states, State()):
+            for name in ("matrix", "lens", "end", "scale"):
+                if getattr(state, name) != getattr(previous, name):
+                    choose(body, name, getattr(state, name))
+            assert_shows(body, result, state)
+            previous = state
+
+
+def test_the_table_can_be_read_and_switched_without_scripts(
+    browser: Browser, tmp_path: Path, messi: BackwardLensResult
+):
+    with page_of(browser, tmp_path, messi, scripts=False) as window:
+        page, body = window.page, window.page.locator("body")
+        assert_shows(body, messi)
+        assert page.locator("legend:visible").all_inner_texts() == ["Matrix", "Tokens", "Colour"]
+        assert "tooltip" in figure_of(page, "W_in").locator(".details").inner_text()
+        for cell in (all_cells(messi, "W_out")[-1], all_cells(messi, "W_out")[0]):
+            td = td_of(messi, figure_of(page, "W_out"), cell)
+            tooltip = td.get_attribute("title")
+            if cell.is_zero:
+                assert tooltip.startswith("adds nothing: δ_i is zero")
+            else:
+                assert tooltip.startswith(f"norm {cell.norm:.4g}, target rank {cell.target_rank};")
+            td.focus()  # by keyboard, too
+            assert td.evaluate("td => td === document.activeElement")
+        page.locator("[name=end]").first.focus()
+        for state in (
+            State(end="bottom"),
+            State(end="bottom", scale="linear"),
+            State("W_out", end="bottom", scale="linear"),
+            State("W_out", scale="linear"),
+        ):
+            for name in ("matrix", "end", "scale"):
+                choose(body, name, getattr(state, name))
+            assert_shows(body, messi, state)
+
+
+# --- details and keys ---------------------------------------------------------------------------
+
+
+def test_details_follow_the_mouse_and_return_to_the_focused_cell(
+    browser: Browser, tmp_path: Path, result: BackwardLensResult
+):
+    cells = {
+        matrix: [
+            next(cell for cell in all_cells(result, matrix) if cell.is_zero),
+            next(cell for cell in all_cells(result, matrix) if not cell.is_zero),
+            result.cell(matrix, 0, 2),
+            result.cell(matrix, 1, -1),
+        ]
+        for matrix in result.matrices
+    }
+    with page_of(browser, tmp_path, result) as window:
+        page = window.page
+        for matrix in result.matrices:
+            figure = figure_of(page, matrix)
+            assert details(figure) == HINT
+            height = figure.bounding_box()["height"]
+            for cell in cells[matrix]:
+                td_of(result, figure, cell).hover()
+                assert details(figure) == expected_details(cell)
+                assert figure.bounding_box()["height"] == height  # nothing moves under the mouse
+            page.mouse.move(1, 1)
+            assert details(figure) == HINT
+            clicked, other = cells[matrix][2], cells[matrix][1]
+            td_of(result, figure, clicked).click()
+            td_of(result, figure, other).hover()
+            assert details(figure) == expected_details(other)
+            figure.locator("tbody th").first.hover()
+            assert details(figure) == expected_details(clicked)
+            td_of(result, figure, other).hover()
+            page.mouse.move(1, 1)
+            assert details(figure) == expected_details(clicked)
+        # One table's details are not touched by another's, but all by the lens.
+        choose(page.locator("body"), "lens", "normalized")
+        for matrix in result.matrices:
+            clicked = result.under("normalized").cell(matrix, 0, 2)
+            assert details(figure_of(page, matrix)) == expected_details(clicked)
+
+
+def test_cells_are_reached_by_keys(browser: Browser, tmp_path: Path, messi: BackwardLensResult):
+    columns, rows = len(messi.cells("W_in", 0)), len(messi.layers)
+    path = [
+        ("ArrowUp", 0, 0), ("ArrowLeft", 0, 0), ("Home", 0, 0), ("ArrowRight", 0, 1),
+        ("ArrowDown", 1, 1), ("End", 1, columns - 1), ("ArrowRight", 1, columns - 1),
+        ("ArrowUp", 0, columns - 1), ("ArrowLeft", 0, columns - 2), ("Home", 0, 0),
+        *(("ArrowDown", row, 0) for row in range(1, rows)), ("ArrowDown", rows - 1, 0),
+        ("PageDown", rows - 1, 0), ("Control+ArrowUp", rows - 1, 0), ("x", rows - 1, 0),
+    ]  # fmt: skip
+    with page_of(browser, tmp_path, messi) as window:
+        page = window.page
+        page.locator("[name=scale]").first.focus()
+        for matrix in messi.matrices:
+            figure, cells = figure_of(page, matrix), all_cells(messi, matrix)
+            assert figure.locator("[tabindex='0']").count() == 1
+            page.keyboard.press("Tab")  # one stop is all that it takes to the next table
+            for key, row, column in [("Shift", 0, 0), *path]:
+                page.keyboard.press(key)
+                at = row * columns + column
+                td = figure.locator("td").nth(at)
+                assert td.evaluate("td => td === document.activeElement"), (key, row, column)
+                assert td.evaluate("td => getComputedStyle(td).outlineStyle") == "solid"
+                assert details(figure) == expected_details(cells[at])
+            assert figure.locator("[tabindex='0']").count() == 1
+        page.keyboard.press("Shift+Tab")  # back to the cell that was left
+        last = all_cells(messi, "W_in")[(rows - 1) * columns]
+        assert details(figure_of(page, "W_in")) == expected_details(last)
+        td = td_of(messi, figure_of(page, "W_in"), last)
+        assert td.evaluate("td => td === document.activeElement")
+
+
+def test_controls_are_worked_by_keys_and_never_sent(
+    browser: Browser, tmp_path: Path, messi: BackwardLensResult
+):
+    with page_of(browser, tmp_path, messi) as window:
+        page, body = window.page, window.page.locator("body")
+        address = page.url
+        state = State()
+        for name, value in {
+            "matrix": "W_in", "lens": "normalized", "end": "bottom", "scale": "linear",
+        }.items():  # fmt: skip
+            page.keyboard.press("Tab")
+            label = page.locator("label:focus-within")
+            assert label.evaluate("label => getComputedStyle(label).outlineStyle") == "solid"
+            page.keyboard.press("ArrowRight")
+            page.keyboard.press("Enter")
+            state = replace(state, **{name: value})
+            assert_shows(body, messi, state)
+        page.keyboard.press("ArrowRight")  # from the last choice to the first
+        assert_shows(body, messi, replace(state, scale="log"))
+        page.keyboard.press("ArrowLeft")
+        assert_shows(body, messi, state)
+        # Chromium does not send a form without a button by Enter; others do.
+        page.locator("form").evaluate("form => form.requestSubmit()")
+        assert_shows(body, messi, state)
+        assert page.url == address
+
+
+# --- in a notebook ------------------------------------------------------------------------------
+
+
+def test_two_tables_on_one_page_go_their_own_ways(
+    browser: Browser, tmp_path: Path, messi: BackwardLensResult
+):
+    fragment = messi._repr_html_()
+    with notebook_of(browser, tmp_path, fragment * 2) as window:
+        first, second = window.page.locator(".blt").all()
+        chosen = State("W_out", "normalized", "bottom", "linear")
+        for name in ("matrix", "lens", "end", "scale"):
+            choose(second, name, getattr(chosen, name))
+        assert_shows(first, messi)
+        assert_shows(second, messi, chosen)
+        choose(first, "end", "bottom")
+        assert_shows(first, messi, State(end="bottom"))
+        assert_shows(second, messi, chosen)
+
+        cell = messi.cell("W_out", 0, 1)
+        figures = [root.locator("figure[data-matrix=W_out]") for root in (first, second)]
+        td_of(messi, figures[0], cell).click()
+        assert details(figures[0]) == expected_details(cell)
+        assert details(figures[1]) == HINT
+        cell = messi.under("normalized").cell("W_out", 1, 2)
+        td_of(messi, figures[1], cell).click()
+        assert details(figures[1]) == expected_details(cell)
+        assert details(figures[0]) == expected_details(messi.cell("W_out", 0, 1))
+
+
+@pytest.mark.parametrize(("theme", "system"), [("dark", "light"), ("light", "dark")])
+def test_a_notebooks_theme_comes_before_the_systems(
+    browser: Browser, tmp_path: Path, messi: BackwardLensResult, theme: str, system: str
+):
+    is_light = "true" if theme == "light" else "false"
+    with notebook_of(browser, tmp_path, messi._repr_html_(), scheme=system) as window:
+        body = window.page.locator("body")
+        assert_shows(body, messi, State(theme=system))
+        body.evaluate("(body, value) => body.dataset.jpThemeLight = value", is_light)
+        assert_shows(body, messi, State(theme=theme))
+
+
+# --- long prompts and many layers ---------------------------------------------------------------
+
+# What is at many points of an element's visible part: only itself and what is in it?
+ON_TOP = """element => {
+    const box = element.getBoundingClientRect();
+    const scroll = element.closest(".scroll"), window = scroll.getBoundingClientRect();
+    const inside = (x, y) => x > window.left && x < window.left + scroll.clientWidth &&
+        y > window.top && y < window.top + scroll.clientHeight;
+    const points = [];
+    for (let i = 0.5; i < 8; i++)
+        for (let j = 0.5; j < 4; j++)
+            points.push([box.left + box.width * i / 8, box.top + box.height * j / 4]);
+    const hit = points.filter(point => inside(...point)).map(
+        point => element.contains(document.elementFromPoint(...point)));
+    return {visible: hit.length / points.length, all: hit.every(Boolean)};
+}"""
+HEADERS = """(figure, test) => {
+    const onTop = eval(test), scroll = figure.querySelector(".scroll");
+    const top = scroll.getBoundingClientRect().top, left = scroll.getBoundingClientRect().left;
+    const column = [...figure.querySelectorAll("thead th")];
+    const row = [...figure.querySelectorAll("tbody th")];
+    const below = column[0].getBoundingClientRect().bottom;
+    const bottom = scroll.getBoundingClientRect().top + scroll.clientHeight;
+    const marks = [...figure.querySelectorAll("td u")].filter(u => u.checkVisibility())
+        .map(u => u.getBoundingClientRect()).map(box => [box.left + 1, box.top + 1])
+        .filter(([x, y]) => x > left && x < column[0].getBoundingClientRect().right &&
+            y > below && y < bottom);
+    return {
+        covered: marks.map(point => document.elementFromPoint(...point).tagName),
+        scrolled: [scroll.scrollLeft, scroll.scrollTop],
+        tops: [...new Set(column.map(th => th.getBoundingClientRect().top - top))],
+        lefts: [...new Set(row.map(th => th.getBoundingClientRect().left - left))],
+        corner: onTop(column[0]),
+        rows: row.filter(th => th.getBoundingClientRect().top >= below)
+            .map(onTop).filter(found => found.visible === 1),
+    };
+}"""
+
+
+def test_a_long_prompt_in_a_deep_model_scrolls_below_its_headers(
+    browser: Browser, deep: tuple[BackwardLensResult, Path]
+):
+    with opened(browser, deep[1]) as window:
+        page = window.page
+        assert page.locator("td").count() == 2 * 48 * 40
+        for width in (1280, 400):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert is_wide_as_window(page), width
+            figure = figure_of(page, "W_in")
+            scroll = figure.locator(".scroll")
+            left = figure.locator("td").nth(8).evaluate("td => td.offsetLeft") - 15
+            scroll.evaluate("(element, left) => element.scrollTo(left, 305)", left)
+            scroll.scroll_into_view_if_needed()
+            found = figure.evaluate(HEADERS, ON_TOP)
+            assert found["scrolled"] == [left, 305]
+            assert (found["tops"], found["lefts"]) == ([0], [0])
+            assert found["corner"] == {"visible": 1, "all": True}
+            assert len(found["rows"]) > 5
+            assert all(row["all"] for row in found["rows"])
+            assert found["covered"]
+            assert set(found["covered"]) == {"TH"}
+            # At the headers' edge with every step.
+            figure.locator("td").nth(15 * 40 + 5).click()
+            for key, times in {"ArrowUp": 6, "End": 1, "ArrowLeft": 6}.items():
+                for _ in range(times):
+                    page.keyboard.press(key)
+                    focused = page.evaluate(f"({ON_TOP})(document.activeElement)")
+                    assert focused == {"visible": 1, "all": True}, (width, key)
+        window.check()
+
+
+def test_a_large_page_is_soon_ready(browser: Browser, deep: tuple[BackwardLensResult, Path]):
+    """It takes some 0.9 s, and switching the lens 0.4 s, on a core that has other work, too."""
+    result, path = deep
+    with opened(browser, path) as window:
+        page = window.page
+        (ready,) = page.evaluate(
+            "performance.getEntriesByType('navigation').map(page => page.domContentLoadedEventEnd)"
+        )
+        switched = page.locator("[value=normalized]").evaluate(
+            "radio => { const before = performance.now(); radio.click();"
+            " document.body.offsetHeight; return performance.now() - before; }"
+        )
+        assert ready < 6000
+        assert switched < 3000
+        cell = result.under("normalized").cell("W_out", 30, 7)
+        td_of(result, figure_of(page, "W_out"), cell).hover()
+        assert details(figure_of(page, "W_out")) == expected_details(cell)
+
+
+# --- accessibility ------------------------------------------------------------------------------
+
+
+def grave(page: Page) -> list[tuple[str, list[str]]]:
+    """What axe-core calls serious or critical, and where."""
+    return [
+        (found["id"], [node["html"] for node in found["nodes"]])
+        for found in Axe().run(page).response["violations"]
+        if found["impact"] in ("serious", "critical")
+    ]
+
+
+def test_axe_finds_nothing_grave(browser: Browser, tmp_path: Path, messi: BackwardLensResult):
+    with page_of(browser, tmp_path, messi) as window:
+        page, body = window.page, window.page.locator("body")
+        td_of(messi, figure_of(page, "W_out"), messi.cell("W_out", 0, 1)).click()
+        assert grave(page) == []
+        page.emulate_media(color_scheme="dark")
+        assert grave(page) == []
+        choose(body, "end", "bottom")
+        choose(body, "scale", "linear")
+        page.set_viewport_size({"width": 400, "height": 800})
+        assert grave(page) == []
+        # ... and it would find something.
+        body.evaluate(
+            """body => {
+                body.insertAdjacentHTML("beforeend", "<img src='data:,'><input>");
+                body.querySelector("figcaption").style.color = "#333";
+            }"""
+        )
+        planted = {"image-alt", "label", "color-contrast"}
+        assert {name for name, _ in grave(page)} == planted
+        page.locator("img").evaluate("image => image.remove()")
+        window.requests.clear()  # that of the image
+
+
+def test_axe_finds_nothing_grave_in_a_notebook(
+    browser: Browser, tmp_path: Path, messi: BackwardLensResult
+):
+    with notebook_of(browser, tmp_path, messi._repr_html_() * 2) as window:
+        assert grave(window.page) == []
+
+
+def test_a_screen_reader_gets_tables_with_headers(
+    browser: Browser, tmp_path: Path, result: BackwardLensResult
+):
+    """By the browser's own tree of what assistive technology is told."""
+    with page_of(browser, tmp_path, result) as window:
+        session = window.page.context.new_cdp_session(window.page)
+        named: dict[str, list[str]] = {}
+        for node in session.send("Accessibility.getFullAXTree")["nodes"]:
+            if not node["ignored"]:
+                name = node.get("name", {}).get("value", "")
+                named.setdefault(node["role"]["value"], []).append(name)
+    columns, rows = len(result.cells("W_in", 0)), len(result.layers)
+    assert [name.partition(",")[0] for name in named["table"]] == list(result.matrices)
+    assert len(named["columnheader"]) == 2 * (1 + columns)
+    assert named["rowheader"] == [str(layer) for layer in reversed(result.layers)] * 2
+    cells = [cell for matrix in result.matrices for cell in all_cells(result, matrix)]
+    assert len(named["cell"]) == len(cells) == 2 * rows * columns
+    for name, cell in zip(named["cell"], cells, strict=True):
+        assert ("target leads: " in name) == cell.target_leads
+        assert name.startswith("adds nothing: δ_i is zero") == cell.is_zero
+    assert {"Matrix", "Lens", "Tokens", "Colour"} <= set(named["group"])
+    choices = ["all", "W_in", "W_out", "logit lens", "normalized", "top", "bottom", "log", "linear"]
+    assert named["radio"] == choices

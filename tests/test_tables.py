@@ -1,0 +1,253 @@
+"""Neurons of a gradient, and gradients as tables, against dense matrices and slow loops."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+import backward_lens_tl as blt
+from backward_lens_tl.captured import GradientCapture
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.gradients import MatrixGradient
+from backward_lens_tl.tables import gradient_table, neuron_table
+
+PROMPTS = ["Lionel Messi plays for", "The Eiffel Tower is in the city of", "Rome is in"]
+TARGETS = [" Paris", " Rome", " Paris"]
+D_MODEL, D_HIDDEN, N_HEADS = 11, 12, 3
+
+
+@pytest.fixture(scope="module")
+def capture() -> GradientCapture:
+    """Prompts of different lengths through every matrix of the facts model."""
+    model = blt.load_facts_model()
+    return blt.capture_gradients(model, PROMPTS, blt.target_nll(TARGETS), matrices="all")
+
+
+@pytest.fixture(scope="module")
+def table(capture: GradientCapture) -> pd.DataFrame:
+    return gradient_table(capture)
+
+
+def made(matrix: str, n: int, *, heads: int | None = None, seed: int = 0) -> MatrixGradient:
+    """Random factors in float32 of two prompts, the second one shorter."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.randn(2, n, D_MODEL, generator=generator)
+    hidden = torch.randn(2, n, D_HIDDEN, generator=generator)
+    mask = torch.ones(2, n, dtype=torch.bool)
+    mask[1, n - 1 :] = n == 1
+    wide, hidden = (part.masked_fill(~mask[..., None], 0) for part in (wide, hidden))
+    if heads is not None:
+        hidden = hidden.unflatten(-1, (heads, -1))
+    inputs, vjps = (hidden, wide) if matrix in ("W_out", "W_O") else (wide, hidden)
+    return MatrixGradient(matrix, 0, inputs, vjps, mask)
+
+
+def slow_neurons(gradient: MatrixGradient, batch: int) -> tuple[Tensor, Tensor]:
+    """The neurons as rows, by the dense gradient in float64, and the vectors that span them."""
+    real = gradient.mask[batch]
+    inputs = gradient.inputs[batch, real].flatten(1).double()
+    vjps = gradient.vjps[batch, real].flatten(1).double()
+    dense = torch.zeros(inputs.shape[1], vjps.shape[1], dtype=torch.float64)
+    for x, delta in zip(inputs, vjps, strict=True):
+        dense += torch.outer(x, delta)
+    return (dense, vjps) if gradient.matrix in ("W_out", "W_O") else (dense.T, inputs)
+
+
+KINDS = [("W_in", None), ("W_out", None), ("W_Q", N_HEADS), ("W_O", N_HEADS)]
+
+
+@pytest.mark.parametrize("n", [1, 4, 30])  # fewer and more than d_model
+@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize(("matrix", "heads"), KINDS)
+def test_neurons_against_the_dense_gradient(
+    matrix: str, heads: int | None, batch: int, n: int
+) -> None:
+    gradient = made(matrix, n, heads=heads)
+    neurons, vectors = slow_neurons(gradient, batch)
+    norms, similarity = gradient.neuron_norms(batch), gradient.neuron_similarity(batch)
+    assert norms.shape == (D_HIDDEN,)
+    assert similarity.shape == (D_HIDDEN, len(vectors))
+    # Both sides are float64, and sums have at most 30 terms of about 1.
+    for j in range(D_HIDDEN):
+        assert norms[j].item() == pytest.approx(math.dist(neurons[j], [0] * D_MODEL), rel=1e-12)
+        torch.testing.assert_close(
+            gradient.neuron(j, batch).double(), neurons[j], rtol=0, atol=1e-4
+        )
+        for i, vector in enumerate(vectors):
+            lengths = neurons[j].norm() * vector.norm()
+            cosine = float(neurons[j] @ vector / lengths)
+            assert similarity[j, i].item() == pytest.approx(cosine, abs=1e-12)
+
+
+def test_with_one_position_every_neuron_is_the_vector_or_its_opposite() -> None:
+    gradient = made("W_out", 1)
+    signs = gradient.inputs[0, 0].sign().double()
+    torch.testing.assert_close(gradient.neuron_similarity()[:, 0], signs, rtol=0, atol=1e-14)
+
+
+def test_similarities_have_an_angle() -> None:
+    """Neurons along one of several vectors: by rounding alone some cosines would be above 1."""
+    for seed in range(5):
+        gradient = made("W_out", 6, seed=seed)
+        only = torch.zeros_like(gradient.inputs)
+        only[:, 3] = gradient.inputs[:, 3]
+        similarity = replace(gradient, inputs=only).neuron_similarity()
+        assert similarity[:, 3].abs().min() == pytest.approx(1, abs=1e-14)
+        assert similarity.acos().isfinite().all()
+
+
+def test_neurons_whose_terms_cancel_keep_their_digits() -> None:
+    """The neuron `s + e - s` is `e`; from the Gram matrix its length would be all rounding."""
+    tiny = 2.0**-32
+    vectors = torch.randn(2, D_MODEL, generator=torch.Generator().manual_seed(0)).double()
+    vectors[0, 0] = 0
+    vectors[1] = vectors[0]
+    vectors[1, 0] = tiny
+    coefficients = torch.tensor([[-1.0], [1.0]]).double()
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    gradient = MatrixGradient("W_in", 0, vectors[None], coefficients[None], mask)
+    # The basis is good to eps = 2e-16, which is 1e-6 of the neuron.
+    assert gradient.neuron_norms().item() == pytest.approx(tiny, rel=1e-5)
+    gram = vectors @ vectors.T
+    naive = float((coefficients.T @ gram @ coefficients).clamp_min(0).sqrt())
+    assert naive != pytest.approx(tiny, rel=0.5)
+
+
+def test_what_is_zero_has_no_direction() -> None:
+    gradient = made("W_out", 4)
+    inputs, vjps = gradient.inputs.clone(), gradient.vjps.clone()
+    inputs[0, :, 5], vjps[0, 2] = 0, 0
+    gradient = replace(gradient, inputs=inputs, vjps=vjps)
+    similarity = gradient.neuron_similarity()
+    assert gradient.neuron_norms()[5] == 0
+    assert similarity.isnan().sum() == 4 + D_HIDDEN - 1
+    assert similarity[5].isnan().all()
+    assert similarity[:, 2].isnan().all()
+
+
+def experts() -> MatrixGradient:
+    """Two tokens, each in two of three experts."""
+    inputs, vjps = torch.ones(1, 2, 2, 4), torch.ones(1, 2, 2, 3)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    slots = torch.tensor([[[0, 1], [1, 2]]])
+    return MatrixGradient("W_out", 0, inputs, vjps, mask, experts=slots, n_experts=3)
+
+
+@pytest.mark.parametrize("method", ["neuron_norms", "neuron_similarity"])
+def test_parts_with_factors_of_their_own_are_refused(method: str) -> None:
+    with pytest.raises(InputError, match=r"each expert of W_out in layer 0 has factors of its own"):
+        getattr(experts(), method)()
+    patched = made("W_Q", 4, heads=N_HEADS)
+    patched = replace(patched, inputs=patched.inputs[:, :, None].repeat(1, 1, N_HEADS, 1))
+    with pytest.raises(InputError, match=r"with \.head\(index\)"):
+        getattr(patched, method)()
+    assert getattr(patched.head(0), method)().shape[0] == D_HIDDEN // N_HEADS
+    with pytest.raises(InputError, match="prompt 2 does not exist"):
+        getattr(made("W_in", 4), method)(2)
+
+
+# ---------------------------------------------------------------------------------- gradient_table
+
+
+def test_gradients_of_a_batch(capture: GradientCapture, table: pd.DataFrame) -> None:
+    assert list(table.columns) == [
+        "prompt", "matrix", "layer", "n_tokens", "loss", "rank", "norm", "singular_values",
+    ]  # fmt: skip
+    assert len(table) == len(PROMPTS) * len(capture)
+    assert [str(table[name].dtype) for name in ("rank", "norm")] == ["Int64", "float64"]
+    last = capture.layers[-1]
+    for row in table.itertuples():
+        tokens = capture.str_tokens[row.prompt]
+        assert row.n_tokens == len(tokens)
+        assert row.loss == capture.loss[row.prompt].item()
+        if row.matrix in ("W_in", "W_out"):  # the paper's figure 4
+            assert row.rank == (1 if row.layer == last else len(tokens))
+    assert len(set(table["n_tokens"])) == 3
+
+
+def test_norms_and_singular_values_are_those_of_the_dense_gradient(
+    capture: GradientCapture, table: pd.DataFrame
+) -> None:
+    chosen = table["layer"].isin([0, 7]) & table["matrix"].isin(["W_out", "W_O"])
+    for row in table[chosen & (table["prompt"] == 2)].itertuples():
+        dense = capture[row.matrix, row.layer].dense(row.prompt).double()
+        dense = dense.flatten(0, -2).numpy()  # heads of W_O lie side by side in its rows
+        # Products in float32, sums over at most 12 tokens: rounding of 1e-6.
+        assert row.norm == pytest.approx(np.linalg.norm(dense), rel=1e-5)
+        expected = np.linalg.svd(dense, compute_uv=False)[: row.n_tokens]
+        np.testing.assert_allclose(row.singular_values, expected, atol=1e-5 * expected[0])
+
+
+def hand_made(gradient: MatrixGradient) -> GradientCapture:
+    batch = len(gradient.mask)
+    return GradientCapture(
+        gradients={(gradient.matrix, gradient.layer): gradient},
+        tokens=torch.zeros(gradient.mask.shape, dtype=torch.long),
+        mask=gradient.mask,
+        str_tokens=tuple(tuple("abcdefgh"[: int(n)]) for n in gradient.mask.sum(1)),
+        loss=torch.arange(float(batch)),
+        targets=None,
+        objective="made by hand",
+        model_name="none",
+    )
+
+
+def test_experts_have_no_rank_together() -> None:
+    table = gradient_table(hand_made(experts()))
+    assert table["rank"].isna().all()
+    assert table["norm"].isna().all()
+    assert table["singular_values"].tolist() == [[]]
+    assert table["n_tokens"].tolist() == [2]
+
+
+# ------------------------------------------------------------------------------------ neuron_table
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_neurons_beside_tokens(batch: int) -> None:
+    gradient = made("W_in", 4)
+    table = neuron_table(hand_made(gradient), "W_in", 0, batch)
+    neurons, vectors = slow_neurons(gradient, batch)
+    n = len(vectors)
+    assert list(table.columns) == [
+        "neuron", "neuron_norm", "norm_rank", "position", "token", "similarity",
+    ]  # fmt: skip
+    assert len(table) == D_HIDDEN * n
+    norms = neurons.norm(dim=1)
+    for index, row in enumerate(table.itertuples()):
+        assert (row.neuron, row.position) == divmod(index, n)
+        assert row.token == "abcdefgh"[row.position]
+        assert row.neuron_norm == pytest.approx(norms[row.neuron].item(), rel=1e-12)
+        assert row.norm_rank == int((norms > norms[row.neuron]).sum())
+        cosine = torch.cosine_similarity(neurons[row.neuron], vectors[row.position], dim=0)
+        assert row.similarity == pytest.approx(cosine.item(), abs=1e-12)
+
+
+def test_neurons_of_equal_norm_keep_their_order() -> None:
+    gradient = made("W_out", 2)
+    gradient = replace(gradient, inputs=torch.ones_like(gradient.inputs))
+    table = neuron_table(hand_made(gradient), "W_out", 0)
+    assert table["norm_rank"].tolist() == table["neuron"].tolist()
+    assert sorted(set(table["norm_rank"])) == list(range(D_HIDDEN))
+
+
+def test_neurons_that_were_not_captured(capture: GradientCapture) -> None:
+    with pytest.raises(InputError, match=r"\('W_gate', 0\) was not captured"):
+        neuron_table(capture, "W_gate", 0)
+    with pytest.raises(InputError, match=r"each expert of W_out"):
+        neuron_table(hand_made(experts()), "W_out", 0)
+
+
+def test_the_facts_model_s_most_written_neuron(capture: GradientCapture) -> None:
+    """As in the paper's figure 9, neurons with a large norm lie along the last VJP."""
+    table = neuron_table(capture, "W_out", 7)
+    by_position = table.groupby("position")["similarity"]
+    assert by_position.count().tolist() == [0] * 5 + [512]  # only the last one writes
+    assert table["similarity"].abs().max() == pytest.approx(1, abs=1e-6)
+    assert isinstance(table, pd.DataFrame)
