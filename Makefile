@@ -24,7 +24,7 @@ PYTEST := python -m pytest --doctest-modules backward_lens_tl tests README.md do
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: help demo test test-tl2 test-tl4 check check-fast check-all facts-model facts-model-eval
-.PHONY: bench notebooks constraints clean FORCE
+.PHONY: bench notebooks pictures constraints clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ notebooks: .venv/installed ## write the notebooks anew from their scripts, outpu
 	@.venv/bin/jupytext -q --to ipynb notebooks/*.py
 	@PYTHONWARNINGS=ignore TQDM_DISABLE=1 $(OFFLINE) .venv/bin/jupyter-execute --inplace \
 	    notebooks/*.ipynb
+
+pictures: .venv/installed ## take the documentation's screenshots anew, docs/images; needs Chromium
+	$(OFFLINE) .venv/bin/python docs/pictures.py
 
 constraints: ## resolve the newest versions into constraints/ (then: make check)
 	@for version in 3.9.0 $(OTHERS); do constraints/refresh.sh $$version || exit 1; done
