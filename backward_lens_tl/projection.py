@@ -54,13 +54,13 @@ class LogitLens:
     def project_both(
         self, vectors: Float[Tensor, "n d_model"]
     ) -> Iterator[Float[Tensor, "n d_vocab"]]:
-        """Score every token for every vector's direction, and then for the vector itself.
+        """Score every token for every vector, and then for its direction.
 
         Args:
             vectors: Vectors of the residual stream's width.
 
         Yields:
-            Scores of the Normalized Logit Lens, and then, in the same memory, of this one.
+            Scores of this lens, and then, in the same memory, of the normalized one.
         """
         yield from self._host.unembed_both(vectors, _directions(vectors))
 
@@ -172,8 +172,8 @@ def scores_by_each(
         Index of a projection and its scores, in any order; the next may overwrite them.
     """
     lenses = {type(lens): index for index, lens in enumerate(projections)}
-    pair = [lenses[kind] for kind in (NormalizedLogitLens, LogitLens) if kind in lenses]
-    raw = projections[pair[-1]] if len(pair) == 2 else None
+    pair = [lenses[kind] for kind in (LogitLens, NormalizedLogitLens) if kind in lenses]
+    raw = projections[pair[0]] if len(pair) == 2 else None
     if isinstance(raw, LogitLens):
         yield from zip(pair, raw.project_both(vectors), strict=True)
     for index, projection in enumerate(projections):

@@ -303,7 +303,9 @@ def test_both_lenses_together_read_what_each_reads_alone(case: Case) -> None:
         assert set(same.projections) == set(LENSES)
         for matrix in alone.matrices:
             found, wanted = same.readout(matrix), alone.readout(matrix)
-            # Float64, and logits of at most some tens.
+            if lens == "logit_lens":  # to the last bit
+                for name, values in vars(wanted).items():
+                    assert torch.equal(getattr(found, name), values)
             assert_same_reading(found, wanted, ~alone.is_zero(matrix))
 
 
@@ -326,7 +328,7 @@ def test_both_lenses_cost_one_product_where_the_norm_allows_it(
     def rows_multiplied(**how: Any) -> int:
         rows.clear()
         tokens = gpt2.tokens(4)
-        backward_lens(gpt2.model, tokens, TARGET, layers=1, matrices="W_out", **how)
+        backward_lens(gpt2.model, tokens, TARGET, layers=1, matrices="W_in", **how)
         return sum(rows)
 
     once = rows_multiplied(projection="logit_lens")
@@ -344,6 +346,33 @@ def test_both_lenses_cost_one_product_where_the_norm_allows_it(
         alone = backward_lens(gpt2.model, tokens, TARGET, projection=lens)
         found, wanted = together.under(lens).readout("W_in"), alone.readout("W_in")
         assert_same_reading(found, wanted, ~alone.is_zero("W_in"))
+
+
+def normalized_error(case: Case, scale: float) -> float:
+    """How far normalized scores that were read beside raw ones are from those read alone."""
+
+    def short(logits: Tensor, tokens: Tensor) -> Tensor:
+        return scale * -logits[:, -1].log_softmax(-1)[:, TARGET]
+
+    prompt = "Lionel Messi plays for"
+    beside, alone = (
+        backward_lens(case.model, prompt, objective=short, projection=projection)
+        .under("normalized")
+        .readout("W_out")
+        .top_scores[:-1]
+        for projection in (LENSES, "normalized")
+    )
+    return float(((beside - alone).abs() / alone.abs()).max())
+
+
+def test_short_vectors_are_not_read_from_the_bias_of_the_norm(
+    facts: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eps = torch.finfo(torch.float32).eps
+    assert max(normalized_error(facts, scale) for scale in (1, 1e-2, 1e-4)) < 64 * eps
+    # Whereas all the way from next to the bias, its rounding is magnified.
+    monkeypatch.setattr(base, "_CLOSE", 1e-12)
+    assert normalized_error(facts, 1e-4) > 1000 * eps
 
 
 def test_own_projections_stand_beside_the_lenses(gpt2: Case) -> None:

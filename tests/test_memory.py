@@ -373,7 +373,7 @@ def test_a_result_in_bfloat16_is_saved_and_loaded(facts_result: Any, tmp_path: P
 
 def visible(page: str) -> list[str]:
     """The words of a page, without markup and without numbers."""
-    text = re.sub(r"<style.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL)
+    text = re.sub(r"<(style|script).*?</\1>|<[^>]*>", " ", page, flags=re.DOTALL)
     return [word for word in text.split() if not re.fullmatch(r"[-+(]?[\d.,e+%−-]+[);,]?", word)]
 
 
@@ -387,9 +387,10 @@ def test_views_show_a_result_in_bfloat16(facts_result: Any) -> None:
     assert visible(small._repr_html_()) == visible(plain._repr_html_())
     assert visible(render_page(small, 1)) == visible(render_page(plain, 1))
     found, expected = small.to_df(), plain.to_df()
-    words = [column for column in expected if column not in ("norm", "is_faint")]
+    words = [column for column in expected if column not in ("norm", "input_norm", "is_faint")]
     pd.testing.assert_frame_equal(found[words], expected[words])
-    assert found["norm"].tolist() == pytest.approx(expected["norm"].tolist(), rel=2**-8)
+    for norm in ("norm", "input_norm"):
+        assert found[norm].tolist() == pytest.approx(expected[norm].tolist(), rel=2**-8)
     assert (found["is_faint"] != expected["is_faint"]).mean() < 0.01
     for layer in (0, -1):
         assert small.top_tokens("W_out", layer, -1) == plain.top_tokens("W_out", layer, -1)

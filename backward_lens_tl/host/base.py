@@ -31,6 +31,9 @@ _FINE = 1e-6
 _ROUNDINGS = 32
 """What a norm's own rounding may make of two vectors of one direction, in `eps` of the largest."""
 
+_CLOSE = 0.5
+"""Nearer to a norm's bias than this part of the way, a vector does not tell its direction well."""
+
 _GLOBAL_HOOKS = (
     torch.nn.modules.module._global_forward_hooks,
     torch.nn.modules.module._global_forward_pre_hooks,
@@ -213,18 +216,18 @@ class Host(ABC):
     def unembed_both(
         self, vectors: Float[Tensor, "n d_model"], directions: Float[Tensor, "n d_model"]
     ) -> Iterator[Float[Tensor, "n d_vocab"]]:
-        """Read vectors of the same direction but another length, as `unembed` does each of them.
+        """Read vectors as `unembed` does, and then others of the same direction and another length.
 
         A norm takes both to the line through its bias: `ln(v) = r ln(u) + (1 - r) ln(0)` for a `v`
-        along `u`, with a number `r` for each vector. So do the logits lie on a line, and one
-        product gives both.
+        along `u`, with a number `r` for each vector. So do the logits lie on a line, and where `r`
+        is not so small that rounding would be magnified, one product gives both.
 
         Args:
             vectors: Vectors of the residual stream's width.
             directions: The same, each times a positive number.
 
         Yields:
-            Logits of the directions, and then, in the same memory, those of the vectors.
+            Logits of the vectors, and then, in the same memory, those of the directions.
         """
         weight = self.model.W_U
         with self.own_precision():
@@ -232,14 +235,17 @@ class Host(ABC):
                 self._final_norm(each.to(device=weight.device, dtype=weight.dtype))
                 for each in (vectors, directions, torch.zeros_like(vectors[:1]))
             )
-            part = _part_of_the_way(nothing, along, own)
+            logits, part = self._logits(own), _part_of_the_way(nothing, along, own)
+            yield self._output_transform(logits)
             if part is None:
                 yield self._decoded(along)
-                yield self._decoded(own)
                 return
-            logits, of_nothing = self._logits(along), self._logits(nothing)
+            close = part[:, 0] < _CLOSE
+            beyond = 1 / part.masked_fill(close[:, None], 1)
+            torch.lerp(self._logits(nothing), logits, beyond, out=logits)
+            if bool(close.any()):
+                logits[close] = self._logits(along[close])
             yield self._output_transform(logits)
-            yield self._output_transform(torch.lerp(of_nothing, logits, part, out=logits))
 
     def _decoded(self, normed: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
         """What the model makes of vectors behind its final norm."""
