@@ -146,14 +146,13 @@ class CaptureWork:
             The captured gradients.
         """
         recorded, batch = gathering.recorded, self._kept_batch
+        ids = [row[real].tolist() for row, real in zip(batch.tokens, batch.mask, strict=True)]
         return GradientCapture(
             gradients=recorded.gradients,
             tokens=batch.tokens,
             mask=batch.mask,
-            str_tokens=tuple(
-                self.host.vocabulary.texts(row[real].tolist())
-                for row, real in zip(batch.tokens, batch.mask, strict=True)
-            ),
+            str_tokens=tuple(map(self.host.vocabulary.texts, ids)),
+            prompts=tuple(map(self.host.vocabulary.running_text, ids)),
             loss=recorded.loss,
             targets=recorded.targets,
             objective=self.objective_name,

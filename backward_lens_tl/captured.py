@@ -63,6 +63,8 @@ class GradientCapture:
         hook_points: Activations and gradients at the hook points asked for, by name.
         attention: The backward pass through the pattern of each layer whose attention matrices
             were asked for, by layer.
+        prompts: Text of each prompt as a whole, continuation included, without special tokens.
+            Characters that `str_tokens` have split over several tokens are whole here.
     """
 
     gradients: Mapping[tuple[str, int], MatrixGradient]
@@ -76,6 +78,7 @@ class GradientCapture:
     coverage: Coverage = Coverage()
     hook_points: Mapping[str, HookPointGradient] = field(default_factory=dict)
     attention: Mapping[int, AttentionGradient] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
 
     def __getitem__(self, key: tuple[str, int]) -> MatrixGradient:
         if isinstance(key, tuple) and len(key) == 2 and is_integer(key[1]):
@@ -102,6 +105,10 @@ class GradientCapture:
     def layers(self) -> tuple[int, ...]:
         """The captured layers, ascending."""
         return tuple(dict.fromkeys(gradient.layer for gradient in self))
+
+    def prompt(self, batch: int) -> str:
+        """Text of a prompt as a whole, or of its tokens side by side if that was not kept."""
+        return self.prompts[batch] if self.prompts else "".join(self.str_tokens[batch])
 
     def attention_of(self, layer: int) -> AttentionGradient:
         """The backward pass through one layer's attention pattern.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from backward_lens_tl.errors import BackwardLensError
 
 if TYPE_CHECKING:
+    from backward_lens_tl.cells import Cell
     from backward_lens_tl.result import BackwardLensResult
 
 _PROG = "backward-lens"
@@ -178,7 +179,7 @@ def _result(args: argparse.Namespace) -> BackwardLensResult:
 def _heading(result: BackwardLensResult) -> str:
     from backward_lens_tl.views.appearance import number
 
-    prompt = "".join(result.gradients.str_tokens[0])
+    prompt = result.gradients.prompt(0)
     loss = number(float(result.gradients.loss[0]))
     return (
         f"{prompt!r}, target {result.target()!r}: loss {loss} "
@@ -196,15 +197,23 @@ def _explanation(result: BackwardLensResult) -> str:
     if "W_out" not in result.matrices:
         return read
     final = int(result.positions.max())
-    last = [result.cell("W_out", layer, final) for layer in result.layers]
-    leads = sum(cell.target_leads for cell in last)
-    where = f"W_out at {last[0].token!r} (position {last[0].position})"
+    raw, direction = (
+        [result.under(lens).cell("W_out", layer, final) for layer in result.layers]
+        for lens in _LENSES
+    )
+    first = raw[0]
+    where = f"W_out at {first.token!r} (position {first.position})"
     if result.direction == "gradient":
         return f"{read}\n{where} is the raw gradient, which gradient descent subtracts."
     return (
         f"{read}\n{where}, what the update adds: the target {result.target()!r} leads in "
-        f"{leads} of {len(last)} layers."
+        f"{_leads(raw)} of {len(raw)} layers, and under the normalized lens in "
+        f"{_leads(direction)}."
     )
+
+
+def _leads(cells: Sequence[Cell]) -> int:
+    return sum(cell.target_leads for cell in cells)
 
 
 @contextmanager

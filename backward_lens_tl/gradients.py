@@ -374,11 +374,11 @@ class MatrixGradient:
             The number of singular values above that.
         """
         values = self.singular_values(batch)
-        if not len(values):
-            return 0
-        if rtol is None:
-            rtol = int(self.mask[batch].sum()) * torch.finfo(self.vjps.dtype).eps
-        return int((values > rtol * values.max()).sum())
+        return numerical_rank(values, self.rounding(batch) if rtol is None else rtol)
+
+    def rounding(self, batch: int = 0) -> float:
+        """`n` times the `eps` of the factors' dtype, `rank`'s tolerance unless it is given one."""
+        return int(self.mask[batch].sum()) * torch.finfo(self.vjps.dtype).eps
 
     def _own_precision(self) -> torch.autocast:
         """Keep a caller's autocast from rounding."""
@@ -416,6 +416,13 @@ class MatrixGradient:
                 f"ask for one of them with .{self._part}(index)"
             )
         return inputs.flatten(1), vjps.flatten(1)
+
+
+def numerical_rank(singular_values: Float[Tensor, "rank_bound"], rtol: float) -> int:
+    """The number of singular values above `rtol` times the largest; 0 if there are none."""
+    if not len(singular_values):
+        return 0
+    return int((singular_values > rtol * singular_values.max()).sum())
 
 
 def _norms(factor: Float[Tensor, "batch pos *parts d"]) -> Float[Tensor, "batch pos"]:

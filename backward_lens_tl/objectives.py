@@ -30,6 +30,9 @@ LossFunction = Callable[
     [Float[Tensor, "batch pos d_vocab"], Int[Tensor, "batch pos"]], Float[Tensor, "batch"]
 ]
 
+_NAMED = 3
+"""Targets that a title names."""
+
 
 class BoundObjective(ABC):
     """An objective for given prompts of a given model."""
@@ -292,7 +295,12 @@ def _one_per_prompt(targets: _T | Sequence[_T], n_prompts: int) -> list[_T]:
 
 
 def _name(targets: object) -> str:
-    return shown(plain(targets))
+    """Targets for a title: of many prompts', the first few."""
+    listing = plain(targets)
+    if not isinstance(listing, list | tuple) or len(listing) <= _NAMED:
+        return shown(listing)
+    first = ", ".join(map(shown, listing[:_NAMED]))
+    return f"[{first}, ... {len(listing) - _NAMED} more]"
 
 
 def _of_batch(ids: Sequence[int], batch: PromptBatch) -> Int[Tensor, "batch"]:

@@ -14,7 +14,10 @@ from backward_lens_tl.host import Host
 
 @runtime_checkable
 class Projection(Protocol):
-    """Anything that reads vectors as scores over the vocabulary."""
+    """Anything that reads vectors as scores over the vocabulary.
+
+    A text under its attribute `name` is what results call it; else they call it by its class.
+    """
 
     def project(
         self, vectors: Float[Tensor, "n d_model"], layer: int
@@ -87,8 +90,11 @@ class NormalizedLogitLens(LogitLens):
 
 
 def _directions(vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
-    norms: Tensor = vectors.norm(dim=-1, keepdim=True)
-    return vectors / norms.masked_fill(norms == 0, 1)
+    # First to a largest part of 1: squares of less than 1e-23 are zero in float32.
+    largest = vectors.abs().amax(-1, keepdim=True)
+    even = vectors / largest.masked_fill(largest == 0, 1)
+    norms: Tensor = even.norm(dim=-1, keepdim=True)
+    return even / norms.masked_fill(norms == 0, 1)
 
 
 _BY_NAME: dict[str, type[LogitLens]] = {"logit_lens": LogitLens, "normalized": NormalizedLogitLens}
@@ -104,7 +110,8 @@ def as_projections(
         host: The model.
 
     Returns:
-        The projections by name, in the order given; an object's is that of its class.
+        The projections by name, in the order given; an object's is its attribute `name`, or else
+        that of its class.
 
     Raises:
         InputError: If there is none, one is not usable, or two have the same name.
@@ -125,7 +132,10 @@ def as_projections(
 
 
 def _name(projection: str | Projection) -> str:
-    return projection if isinstance(projection, str) else type(projection).__name__
+    if isinstance(projection, str):
+        return projection
+    name = getattr(projection, "name", None)
+    return name if isinstance(name, str) else type(projection).__name__
 
 
 def as_projection(projection: str | Projection, host: Host) -> Projection:
@@ -171,14 +181,22 @@ def scores_by_each(
     Yields:
         Index of a projection and its scores, in any order; the next may overwrite them.
     """
-    lenses = {type(lens): index for index, lens in enumerate(projections)}
-    pair = [lenses[kind] for kind in (LogitLens, NormalizedLogitLens) if kind in lenses]
-    raw = projections[pair[0]] if len(pair) == 2 else None
-    if isinstance(raw, LogitLens):
-        yield from zip(pair, raw.project_both(vectors), strict=True)
+    by_kind = {type(lens): (index, lens) for index, lens in enumerate(projections)}
+    raw_at, raw = by_kind.get(LogitLens, (-1, None))
+    normalized_at, normalized = by_kind.get(NormalizedLogitLens, (-1, None))
+    shared: tuple[int, ...] = ()
+    if (
+        isinstance(raw, LogitLens)
+        and isinstance(normalized, LogitLens)
+        and raw._host is normalized._host
+    ):
+        shared = raw_at, normalized_at
+        yield from zip(shared, raw.project_both(vectors), strict=True)
     for index, projection in enumerate(projections):
-        if raw is None or index not in pair:
-            yield index, projection.project(vectors, layer)
+        if index not in shared:
+            # A caller's projection may work in place, and others come after it.
+            own = vectors if len(projections) == 1 else vectors.clone()
+            yield index, projection.project(own, layer)
 
 
 def reads_layers_alike(projection: Projection) -> bool:

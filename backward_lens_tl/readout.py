@@ -229,6 +229,7 @@ def _read_chunk(
         read = _read_scores(at_least_float32(scores), targets.to(scores.device), k)
         # The unembedding may lie on another device than the first layers.
         found[index] = join_readouts([read], lambda values: values[0].to(vectors.device))
+        del scored, scores  # before the next are made, which may need as much memory
     return [found[index] for index in range(len(projections))]
 
 

@@ -53,6 +53,21 @@ _SAVED_TYPES = (
 _DISTRIBUTIONS = ("backward-lens-tl", "transformer-lens", "torch")
 
 
+def check_result(result: object) -> None:
+    """Refuse what is no result.
+
+    Args:
+        result: What a view was given.
+
+    Raises:
+        InputError: If it is something else.
+    """
+    if not isinstance(result, BackwardLensResult):
+        raise InputError(
+            f"the result is a {type(result).__name__}; pass what backward_lens returned"
+        )
+
+
 @dataclass(frozen=True, repr=False)
 class BackwardLensResult:
     """Gradients of weight matrices and what they say over the vocabulary.
@@ -137,6 +152,20 @@ class BackwardLensResult:
         """Number of tokens kept at either end."""
         return int(self.readouts[self.matrices[0]].top_ids.shape[-1])
 
+    def layer_number(self, layer: int) -> int:
+        """The number of a layer in the model.
+
+        Args:
+            layer: A layer of the model, or a negative index into the analysed layers.
+
+        Returns:
+            Its number, from 0.
+
+        Raises:
+            InputError: If it was not analysed.
+        """
+        return self.layers[self._layer_index(layer)]
+
     def target(self, batch: int = 0) -> str | None:
         """Text of a prompt's target, if there is one."""
         self._check_prompt(batch)
@@ -159,7 +188,10 @@ class BackwardLensResult:
         """
         if isinstance(matrix, str) and matrix in self.readouts:
             return self.readouts[matrix]
-        raise InputError(f"{matrix!r} is not in this result; it has {', '.join(self.matrices)}")
+        raise InputError(
+            f"{matrix!r} is not in this result; it has {', '.join(self.matrices)}: name one of "
+            "these as the matrix, or ask for it with backward_lens(..., matrices=...)"
+        )
 
     def target_rank(self, matrix: str) -> Int[Tensor, "layer batch pos"]:
         """Rank of the target among all tokens, 0 for the largest score.
@@ -226,7 +258,7 @@ class BackwardLensResult:
         Raises:
             InputError: If no attention matrix of the layer was asked for.
         """
-        return self.gradients.reversed_attention(self.layers[self._layer_index(layer)])
+        return self.gradients.reversed_attention(self.layer_number(layer))
 
     def attention_patch(self, layer: int, scale: float) -> tuple[str, HookFunction]:
         """A hook that adds Reversed Attention to the attention pattern of a forward pass.
@@ -249,7 +281,7 @@ class BackwardLensResult:
             UnsupportedModelError: If the model does not go on with what a hook makes of its
                 pattern, as GPT-Neo, GPT-J and OPT as a TransformerBridge.
         """
-        number = self.layers[self._layer_index(layer)]
+        number = self.layer_number(layer)
         return attention_patch(self.gradients.attention_of(number), number, scale)
 
     def to_cache(self, model: object = None) -> ActivationCache:
@@ -490,14 +522,25 @@ class BackwardLensResult:
             ]
         ).astype({"target_rank": "Int64"})
 
-    def gradient_df(self) -> pd.DataFrame:
+    def gradient_df(self, *, matrix: str | None = None, batch: int | None = None) -> pd.DataFrame:
         """Each gradient as a whole, one row per prompt, matrix and layer.
+
+        Args:
+            matrix: The one matrix to have rows of; `None` for all.
+            batch: The one prompt to have rows of; `None` for all.
 
         Returns:
             Columns `prompt`, `matrix`, `layer`, `n_tokens`, `loss`, `rank`, `norm`,
             `singular_values`; `tables.gradient_table` says more.
+
+        Raises:
+            InputError: If there is no such matrix or prompt.
         """
-        return gradient_table(self.gradients)
+        if matrix is not None:
+            self.readout(matrix)
+        if batch is not None:
+            self._check_prompt(batch)
+        return gradient_table(self.gradients, matrix, batch)
 
     def neuron_df(self, matrix: str, layer: int, batch: int = 0) -> pd.DataFrame:
         """The neurons of one gradient beside its spanning vectors (paper, figures 8 to 10).
@@ -516,7 +559,7 @@ class BackwardLensResult:
         """
         self.readout(matrix)
         self._check_prompt(batch)
-        return neuron_table(self.gradients, matrix, self.layers[self._layer_index(layer)], batch)
+        return neuron_table(self.gradients, matrix, self.layer_number(layer), batch)
 
     def to_csv(self, path: str | Path, subject: str | Sequence[str] | None = None) -> None:
         """Write `to_df` as CSV in UTF-8; its lists become JSON.
@@ -568,10 +611,10 @@ class BackwardLensResult:
             partial.write_text(page, encoding="utf-8")
 
     def __repr__(self) -> str:
-        prompts, first = len(self.positions), self.gradients.str_tokens[0]
+        prompts, first = len(self.positions), self.gradients.prompt(0)
         return (
             f"BackwardLensResult({', '.join(self.matrices)} of {len(self.layers)} layers, "
-            f"{prompts} {'prompt' if prompts == 1 else 'prompts'}, the first {''.join(first)!r}, "
+            f"{prompts} {'prompt' if prompts == 1 else 'prompts'}, the first {first!r}, "
             f"{self.gradients.objective}, {self.projection}, {self.direction}; look at it with "
             ".top_tokens(matrix, layer, pos), .to_df() or .save_html(path))"
         )
@@ -591,7 +634,7 @@ class BackwardLensResult:
             name.replace("-", "_"): version(name) for name in _DISTRIBUTIONS
         }
         about["model"] = self.gradients.model_name
-        about["prompts"] = ["".join(tokens) for tokens in self.gradients.str_tokens]
+        about["prompts"] = [self.gradients.prompt(batch) for batch in range(len(self.positions))]
         about["objective"] = self.gradients.objective
         write(path, self, about)
 

@@ -69,10 +69,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
         ResultFileError: If the file cannot be written.
     """
     check_path(path, ResultFileError)
-    partial = Path(f"{os.fspath(path)}.{uuid4().hex}.partial")
+    file = Path(path)
+    if file.is_dir():
+        raise ResultFileError(f"{os.fspath(path)!r} cannot be written: it is a folder")
+    if not file.parent.is_dir():
+        raise ResultFileError(
+            f"{os.fspath(path)!r} cannot be written: there is no folder {os.fspath(file.parent)!r}"
+        )
+    # With the file's own ending, from which pandas tells whether to compress.
+    partial = file.with_name(f"{uuid4().hex}.partial.{file.name}")
     try:
         yield partial
-        partial.replace(path)
+        partial.replace(file)
     except (OSError, ValueError, SafetensorError) as error:
         raise ResultFileError(f"{os.fspath(path)!r} cannot be written: {error}") from error
     finally:
@@ -94,11 +102,18 @@ def read(path: str | Path, types: Sequence[type]) -> Any:
         ResultFileError: If the file is missing, damaged, not a saved result, or of a later format.
     """
     check_path(path, ResultFileError)
+    if Path(path).is_dir():
+        raise ResultFileError(f"{os.fspath(path)!r} cannot be read: it is a folder")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise ResultFileError(
+            f"{os.fspath(path)!r} cannot be read: it is not a file that result.save(path) wrote, "
+            f"or it is damaged ({error})"
+        ) from error
+    except (OSError, ValueError) as error:
         raise ResultFileError(f"{os.fspath(path)!r} cannot be read: {error}") from error
     if _KEY not in metadata:
         raise ResultFileError(

@@ -9,28 +9,49 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from backward_lens_tl.arguments import is_index, shown
 from backward_lens_tl.captured import GradientCapture
-from backward_lens_tl.gradients import MatrixGradient
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.gradients import MatrixGradient, numerical_rank
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def gradient_table(capture: GradientCapture) -> pd.DataFrame:
+def gradient_table(
+    capture: GradientCapture, matrix: str | None = None, batch: int | None = None
+) -> pd.DataFrame:
     """The gradient of each matrix as a whole, one row per prompt, matrix and layer.
+
+    Each row takes a singular value decomposition of a matrix of at most `n x n`.
 
     Args:
         capture: The gradients.
+        matrix: The one matrix to have rows of; `None` for all.
+        batch: The one prompt to have rows of; `None` for all.
 
     Returns:
         Columns `prompt`, `matrix`, `layer`, `n_tokens` (of the prompt), `loss`, `rank` (paper,
         figure 4), `norm` (Frobenius norm), `singular_values` (a list, largest first). Where heads
         or experts have factors of their own there is no rank of all together: `rank` and `norm`
         are missing and the list is empty.
+
+    Raises:
+        InputError: If the matrix was not captured, or there is no such prompt.
     """
     import pandas as pd
 
+    if matrix is not None and matrix not in capture.matrices:
+        raise InputError(
+            f"{matrix!r} was not captured; name one of {', '.join(capture.matrices)}, or ask for "
+            "it with capture_gradients(..., matrices=...)"
+        )
     lengths, losses = capture.mask.sum(1).tolist(), capture.loss.tolist()
+    if batch is not None and (not is_index(batch, len(lengths)) or batch < 0):
+        raise InputError(
+            f"prompt {shown(batch)} does not exist; allowed are 0 to {len(lengths) - 1}"
+        )
+    prompts = range(len(lengths)) if batch is None else [int(batch)]
     rows = [
         {
             "prompt": prompt,
@@ -40,8 +61,9 @@ def gradient_table(capture: GradientCapture) -> pd.DataFrame:
             "loss": losses[prompt],
             **_spectrum(gradient, prompt),
         }
-        for prompt in range(len(lengths))
+        for prompt in prompts
         for gradient in capture
+        if matrix in (None, gradient.matrix)
     ]
     return pd.DataFrame(rows).astype({"rank": "Int64", "norm": "float64"})
 
@@ -51,7 +73,7 @@ def _spectrum(gradient: MatrixGradient, prompt: int) -> dict[str, Any]:
         return {"rank": None, "norm": None, "singular_values": []}
     values = gradient.singular_values(prompt)
     return {
-        "rank": gradient.rank(prompt),
+        "rank": numerical_rank(values, gradient.rounding(prompt)),
         "norm": float(torch.linalg.vector_norm(values)),
         "singular_values": values.tolist(),
     }

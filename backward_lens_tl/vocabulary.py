@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -41,6 +41,22 @@ class Vocabulary:
     def texts(self, token_ids: Iterable[int]) -> tuple[str, ...]:
         """Text of each token."""
         return tuple(self.text(token_id) for token_id in token_ids)
+
+    def running_text(self, token_ids: Sequence[int]) -> str:
+        """Text of a prompt as a whole, without its special tokens.
+
+        Args:
+            token_ids: The prompt.
+
+        Returns:
+            The text; unlike the tokens' texts, it has characters that several tokens share.
+        """
+        if self._tokenizer is None:
+            return "".join(self.texts(token_ids))
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text or "".join(self.texts(token_ids))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that continues a prompt: no BOS, its own leading space.

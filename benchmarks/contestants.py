@@ -37,13 +37,18 @@ PIECE_BYTES = 2 * 2**30
 
 
 def lens(model: Any, question: Question) -> BackwardLensResult:
-    """This package with its defaults, on token ids."""
+    """This package with the one lens that everybody reads, on token ids."""
+    return backward_lens(model, question.ids, question.target, projection="logit_lens")
+
+
+def both_lenses(model: Any, question: Question) -> BackwardLensResult:
+    """This package with its defaults, which read the normalized lens, too."""
     return backward_lens(model, question.ids, question.target)
 
 
 def lens_of_texts(model: Any, question: Question) -> BackwardLensResult:
-    """This package with its defaults, on texts."""
-    return backward_lens(model, question.texts, question.target_text)
+    """This package with the one lens that everybody reads, on texts."""
+    return backward_lens(model, question.texts, question.target_text, projection="logit_lens")
 
 
 def capture(model: Any, question: Question) -> GradientCapture:

@@ -84,7 +84,7 @@ class Bench:
         return question(size, batch, positions, self.device)
 
 
-FIGURES = ("peers", "grid", "rank", "orders", "scaling", "memory", "phases")
+FIGURES = ("peers", "grid", "lenses", "rank", "orders", "scaling", "memory", "phases")
 """Names of all figures."""
 
 
@@ -101,6 +101,7 @@ def measure(bench: Bench, names: Sequence[str] = FIGURES) -> dict[str, list[Row]
     figures: dict[str, Callable[[Bench], Iterator[Row]]] = {
         "peers": peers,
         "grid": grid,
+        "lenses": lenses,
         "rank": rank,
         "orders": orders,
         "scaling": scaling,
@@ -229,6 +230,23 @@ def orders(bench: Bench) -> Iterator[Row]:
             **_times(timings),
             "turned_faster": timings.ratio(["product"], ["turned"]),
         }
+
+
+# ------------------------------------------------------------------------------------------ lenses
+
+
+def lenses(bench: Bench) -> Iterator[Row]:
+    """The default, which reads both lenses, against the Logit Lens alone."""
+    model = hooked(bench.main, bench.device)
+    for batch in (ONE, MANY):
+        asked = bench.ask(bench.main, batch, SHORT)
+        timings = bench.interleave(
+            {
+                "one": partial(contestants.lens, model, asked),
+                "both": partial(contestants.both_lenses, model, asked),
+            }
+        )
+        yield {"batch": batch, **_times(timings), "slower": timings.ratio(["both"], ["one"])}
 
 
 # -------------------------------------------------------------------------------------------- rank

@@ -27,7 +27,8 @@ weights are. Prompts are random tokens of equal length. Everybody reads the grad
 `x_i` of `W_in` and every `delta_i` of `W_out`, the top {K}, the bottom {K} and the target's rank.
 `tests/test_benchmarks.py` holds all to the same answers.
 
-- **ours** is `backward_lens_tl.backward_lens(model, prompts, target)` with its defaults.
+- **ours** is `backward_lens_tl.backward_lens(model, prompts, target, projection="logit_lens")`,
+  the lens that everybody reads.
 - **tool** is `transformer_lens.tools.analysis.BackwardLens(model).analyze(...)` of TransformerLens
   3.9, which takes one prompt, and a raw GPT-2 `TransformerBridge`; ours runs on the same bridge and
   the same texts beside it.
@@ -96,6 +97,12 @@ Milliseconds of ours under torch's profiler, {SMALL.name} in float32, prompts of
 *product* is every matrix product, and *top, bottom, ranks* every other operation: the final norm,
 the choice of tokens, the ranks and the checks of the factors. *everything else* is the time in
 which none of these runs: Python outside the model, the profiler itself, texts of tokens.
+"""
+
+LENSES = f"""\
+## Both lenses
+
+By default the normalized lens is read beside the Logit Lens. Prompts of {SHORT} tokens.
 """
 
 RANK = f"""\
@@ -180,6 +187,8 @@ def render(machines: Mapping[str, Results]) -> str:
         _goals(machines, notes),
         PEERS,
         _peers(machines, notes),
+        LENSES,
+        _lenses(machines, notes),
         RANK,
         _rank(machines, notes),
         GRID,
@@ -285,6 +294,15 @@ def _orders(machines: Mapping[str, Results], notes: Notes) -> str:
         return [number(row["turned_faster"])]
 
     return _by_machine(machines, "orders", ("batch", "vectors"), ("times as fast",), numbers, notes)
+
+
+def _lenses(machines: Mapping[str, Results], notes: Notes) -> str:
+    def numbers(row: Row) -> list[str]:
+        times = [milliseconds(row["seconds"][name] / row["batch"]) for name in ("one", "both")]
+        return [*times, number(row["slower"])]
+
+    names = ("one lens, ms per prompt", "both", "times as long")
+    return _by_machine(machines, "lenses", ("batch",), names, numbers, notes)
 
 
 def _rank(machines: Mapping[str, Results], notes: Notes) -> str:

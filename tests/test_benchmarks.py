@@ -508,6 +508,9 @@ def test_rank_and_phases_and_orders_have_numbers(bench, quick):
     [rank] = figures.rank(bench)
     assert rank["ranks"] == {"ours": 10, "dense": 10}
     assert rank["faster"] == pytest.approx(rank["seconds"]["dense"] / rank["seconds"]["ours"])
+    for row, batch in zip(figures.lenses(bench), (1, 32), strict=True):
+        assert row["batch"] == batch
+        assert row["slower"] == pytest.approx(row["seconds"]["both"] / row["seconds"]["one"])
     assert [row["vectors"] for row in figures.orders(bench)] == [60, 60 * 32]
     assert [set(row["seconds"]) for row in figures.where_time_goes(bench)] == [set(PHASES)] * 2
 
@@ -574,6 +577,9 @@ def results(**changed):
             peer
             | {"peer": "authors' way", "rounds": 3, "faster": 5.5, "faster_in_batch": 24.9}
             | {"seconds": {"ours": 0.4, "peer": 2.2, "batch": 3.2}},
+        ],
+        "lenses": [
+            {"batch": 32, "rounds": 5, "seconds": {"one": 3.2, "both": 3.84}, "slower": 1.21}
         ],
         "rank": [
             {"shape": [3072, 768], "ranks": {"ours": 10, "dense": 10}, "rounds": 5}
@@ -659,6 +665,7 @@ def test_the_page_shows_numbers_reasons_and_missed_goals():
     assert f"times as long as the floor | at most 1.3 | {mark} |  |  |" in page
     assert "**cpu, layers** (8 prompts, 50 positions): slope 1.200; rounds: 1" in page
     assert "| ms per unit | 333 | 383 |" in page
+    assert any(line.endswith("| 100 | 120 | 1.21 |") for line in lines_with(page, "1.21"))
     assert "| 1 | 100 (10%) | 200 (20%) | 400 (40%) | 200 (20%) | 100 (10%) |" in page
     assert "| ours | HookedTransformer | 50257 | 12 | 32 | 10 | 450 | 100 | 350 |" in page
     assert "`python -m benchmarks --quick`" in page
@@ -768,7 +775,10 @@ def test_the_command_writes_results_and_page(tmp_path, monkeypatch):
         (["--limit", "-3"], "-3 is not allowed; pass a number above 0"),
         (["--limit", "nan"], "nan is not allowed; pass a number above 0"),
         (["--devices", "abacus"], "choose from cpu, cuda"),
-        (["--only", "speed"], "choose from peers, grid, rank, orders, scaling, memory, phases"),
+        (
+            ["--only", "speed"],
+            "choose from peers, grid, lenses, rank, orders, scaling, memory, phases",
+        ),
         pytest.param(
             ["--only", "rank", "--devices", "cpu", "--out", "nowhere"],
             "nothing that --only could",

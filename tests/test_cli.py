@@ -91,7 +91,8 @@ def test_a_group_of_matrices_and_bos(stories_path: str, capsys):
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert re.findall(r"^(W_\w+) [is]", out, flags=re.M) == ["W_in", "W_gate", "W_out"]
-    assert out.startswith("'<s> Once upon")
+    assert out.startswith("'Once upon")
+    assert re.search(r"^layer +<s> ", out, flags=re.M)
 
 
 def test_without_w_out_nothing_is_said_of_it(stories_path: str, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from test_views import NASTY, make_result
 
 from backward_lens_tl.errors import InputError, ResultFileError
+from backward_lens_tl.exports import write_csv
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.result import BackwardLensResult
 
@@ -62,6 +64,19 @@ def test_parquet_holds_the_table(result: BackwardLensResult, tmp_path: Path) -> 
     assert found["target_rank"].isna().tolist() == wanted["target_rank"].isna().tolist()
 
 
+def test_the_ending_compresses(result: BackwardLensResult, tmp_path: Path) -> None:
+    result.to_csv(tmp_path / "table.csv.gz")
+    assert (tmp_path / "table.csv.gz").read_bytes()[:2] == b"\x1f\x8b"
+    assert len(pd.read_csv(tmp_path / "table.csv.gz")) == len(result.to_df())
+
+
+def test_infinite_scores_are_texts_in_json(tmp_path: Path) -> None:
+    table = pd.DataFrame({"bottom_scores": [[-math.inf, 1.5], []]})
+    write_csv(table, tmp_path / "table.csv")
+    found = pd.read_csv(tmp_path / "table.csv")["bottom_scores"]
+    assert [json.loads(cell) for cell in found] == [["-inf", 1.5], []]
+
+
 def test_parquet_without_pyarrow_says_what_to_install(
     result: BackwardLensResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +84,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
         raise ImportError("no engine")
 
     monkeypatch.setattr(pd.DataFrame, "to_parquet", no_pyarrow)
-    with pytest.raises(ResultFileError, match="pip install pyarrow"):
+    with pytest.raises(ResultFileError, match=r"pip install .*parquet"):
         result.to_parquet(tmp_path / "table.parquet")
     assert not list(tmp_path.iterdir())
 
@@ -78,10 +93,10 @@ def test_parquet_without_pyarrow_says_what_to_install(
 def test_a_file_that_cannot_be_written_is_named_and_nothing_is_left(
     result: BackwardLensResult, tmp_path: Path, method: str, as_for_a_user: None
 ) -> None:
-    with pytest.raises(ResultFileError, match=r"nowhere.*cannot be written"):
+    with pytest.raises(ResultFileError, match=r"cannot be written: there is no folder .*nowhere"):
         getattr(result, method)(tmp_path / "nowhere" / "file")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ResultFileError, match=r"folder.*cannot be written"):
+    with pytest.raises(ResultFileError, match=r"folder' cannot be written: it is a folder"):
         getattr(result, method)(tmp_path / "folder")
     with pytest.raises(ResultFileError, match="path"):
         getattr(result, method)(None)

@@ -25,6 +25,7 @@ from playwright.sync_api import Browser
 
 import backward_lens_tl as blt
 from backward_lens_tl.errors import InputError
+from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.segments import SEGMENTS, prompt_segments
 from backward_lens_tl.views import figures
@@ -36,10 +37,10 @@ from backward_lens_tl.views.figures.charts import (
     SEQUENTIAL,
     Axis,
     Colors,
+    Grid,
     Heatmap,
     Line,
     Lines,
-    Row,
     ordered_colors,
 )
 
@@ -203,6 +204,21 @@ def test_norms_by_segment(result: BackwardLensResult, backend: Any, of: Any) -> 
         assert np.isnan(lines(figure)["before subject"][1][-1])
 
 
+@pytest.mark.parametrize("of", ["vjp", "input"])
+def test_a_position_that_was_asked_for_twice_counts_once(model: Any, of: Any) -> None:
+    once, twice = (
+        figures.norms_by_segment(
+            blt.backward_lens(model, PROMPTS[1], " Rome", positions=positions),
+            "Eiffel Tower",
+            of=of,
+        )
+        for positions in ([1, 2, 3, 7, 8], [1, 2, 2, 2, 3, 7, 8, 8])
+    )
+    assert len(lines(once)) >= 3
+    for name, points in lines(once).items():
+        np.testing.assert_array_equal(lines(twice)[name], points)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch", [0, 2])
 def test_target_ranks(result: BackwardLensResult, model: Any, backend: Any, batch: int) -> None:
@@ -259,6 +275,24 @@ def test_singular_values(result: BackwardLensResult, backend: Any) -> None:
         np.testing.assert_allclose(values, expected, atol=1e-6 * expected[0])
 
 
+def test_only_what_is_shown_is_decomposed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = blt.backward_lens(model, PROMPTS, TARGETS, matrices="all")
+    asked: list[tuple[str, int, int]] = []
+    own = MatrixGradient.singular_values
+
+    def counted(self: MatrixGradient, batch: int = 0) -> torch.Tensor:
+        asked.append((self.matrix, self.layer, batch))
+        return own(self, batch)
+
+    monkeypatch.setattr(MatrixGradient, "singular_values", counted)
+    figures.singular_values(result, "W_in", 2)
+    assert sorted(asked) == [("W_in", layer, 2) for layer in result.layers]
+    asked.clear()
+    figures.gradient_ranks(result, ["W_V", "W_in"])
+    wanted = [(m, layer, b) for m in ("W_V", "W_in") for layer in result.layers for b in range(3)]
+    assert sorted(asked) == sorted(wanted)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("matrix", ["W_in", "W_out"])
 def test_neuron_similarity(result: BackwardLensResult, backend: Any, matrix: str) -> None:
@@ -292,6 +326,19 @@ def test_part_of_a_result(model: Any, result: BackwardLensResult) -> None:
     assert_equal(found, vjp_norms(result, "W_out", 1)[[2, 5]][:, [3, last]])
     figure = figures.norms(part)
     assert figure.layout.yaxis.ticktext == ("2", "5")
+    tokens = result.gradients.str_tokens[1]
+    named = tuple(f"{tokens[position].strip()} ({position})" for position in (3, last))
+    drawn = figures.norms(part, backend="matplotlib").axes[0]
+    both = figures.compare(part, part, batch=(0, 0)).layout
+    for title, labels in (
+        (figure.layout.xaxis.title.text, figure.layout.xaxis.ticktext),
+        (both.xaxis2.title.text, both.xaxis2.ticktext),
+        (drawn.get_xlabel(), tuple(label.get_text() for label in drawn.get_xticklabels())),
+    ):
+        assert (title, labels) == ("token (position)", named)
+    whole = figures.norms(result, batch=1).layout.xaxis
+    assert whole.title.text == "token"
+    assert whole.ticktext[3] == tokens[3].strip()
     assert [trace.name.split(":")[0] for trace in figures.target_ranks(part).data] == [
         "3",
         str(last),
@@ -384,7 +431,7 @@ def test_a_glyph_that_no_font_has_is_shown_by_its_number() -> None:
     chart = Lines((Line(label, (0.0, 1.0), (1.0, 2.0), "#000000"),), Axis(label), Axis("y"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = draw_matplotlib.draw(Row((chart,), label))
+        figure = draw_matplotlib.draw(Grid((chart,), label))
         figure.canvas.draw()
     assert figure.axes[0].get_xlabel() == r"a\U0010fffdb" + "\n"
 
@@ -440,9 +487,32 @@ def test_few_lines_have_names_and_many_a_colour_bar(model: Any) -> None:
         assert (drawn.axes[0].get_legend() is None) == many
         assert len(drawn.axes) == 1 + many
     assert words > MOST_NAMES
+    some = blt.backward_lens(
+        model, "Rome" + " is" * 30, " Paris", matrices="W_out", positions=range(15, 32)
+    )
+    bar = figures.target_ranks(some).layout.coloraxis
+    assert (bar.cmin, bar.cmax) == (15, 31)
 
 
 # ------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.parametrize("stranger", [None, torch.zeros(2)])
+def test_what_is_no_result_is_refused(result: BackwardLensResult, stranger: Any) -> None:
+    calls = (
+        figures.norms,
+        lambda given: figures.compare(given, result),
+        lambda given: figures.compare(result, given),
+        lambda given: figures.norms_by_segment(given, "Rome"),
+        figures.target_ranks,
+        figures.gradient_ranks,
+        figures.singular_values,
+        lambda given: figures.neuron_similarity(given, "W_out", 0),
+    )
+    for call in calls:
+        with pytest.raises(InputError, match=f"a {type(stranger).__name__}; pass what backward"):
+            call(stranger)
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -515,11 +585,67 @@ def test_scales_of_norms(norms: list[float], low: float, high: float, ticks: tup
     assert (scale.low, scale.high, scale.ticks) == (pytest.approx(low), high, ticks)
 
 
+@pytest.mark.parametrize(
+    ("count", "rows"), [(1, [1]), (2, [2]), (3, [3]), (4, [2, 2]), (5, [3, 2]), (6, [3, 3])]
+)
+def test_charts_stand_in_rows_of_at_most_three(count: int, rows: list[int]) -> None:
+    line = Line("a", (0.0, 1.0), (1.0, 2.0), "#000000")
+    charts = tuple(Lines((line,), Axis("x"), Axis("y"), title=str(i)) for i in range(count))
+    places = [(row, column) for row, size in enumerate(rows) for column in range(size)]
+    drawn = draw_plotly.draw(Grid(charts, "several"))
+    assert drawn.layout.width <= 1700
+    numbers = [""] + [str(number) for number in range(2, count + 1)]
+    left = [drawn.layout[f"xaxis{number}"].domain[0] for number in numbers]
+    up = [drawn.layout[f"yaxis{number}"].domain for number in numbers]
+    tops = [top for _, top in up]
+    assert placed(left, [-top for top in tops]) == places
+    assert [(note.x, note.y) for note in drawn.layout.annotations] == list(
+        zip(left, tops, strict=True)
+    )
+    # Below each row there is room for its axis and the titles of the next one.
+    for bottom, top in pairwise(sorted({edge for domain in up for edge in domain})[1:-1]):
+        assert (top - bottom) * drawn.layout.height > 70
+    figure = draw_matplotlib.draw(Grid(charts, "several"))
+    figure.canvas.draw()
+    boxes = [axes.get_position() for axes in figure.axes]
+    assert placed([round(box.x0, 2) for box in boxes], [-round(box.y1, 2) for box in boxes]) == (
+        places
+    )
+    legends = [axes.get_legend() is not None for axes in figure.axes]
+    assert legends == [place == (0, rows[0] - 1) for place in places]
+
+
+def placed(left: list[float], down: list[float]) -> list[tuple[int, int]]:
+    """Row and column of each chart."""
+    rows, columns = sorted(set(down)), sorted(set(left))
+    return [(rows.index(y), columns.index(x)) for x, y in zip(left, down, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ((0.004, 7.0), ["0.005", "0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1", "2", "5", "10"]),
+        ((2e-12, 3.0), ["1e-12", "1e-10", "1e-08", "1e-06", "0.0001", "0.01", "1"]),
+    ],
+)
+def test_logarithmic_ticks_are_round_numbers_as_plotly_s(
+    values: tuple[float, float], ticks: list[str]
+) -> None:
+    line = Line("a", (0.0, 1.0), values, "#000000")
+    figure = draw_matplotlib.draw(Grid((Lines((line,), Axis("x"), Axis("y", is_log=True)),), "t"))
+    figure.canvas.draw()
+    axis = figure.axes[0].yaxis
+    low, high = axis.get_view_interval()
+    seen = [t.get_text() for t in axis.get_ticklabels() if low <= t.get_position()[1] <= high]
+    assert seen == ticks
+    assert not len(axis.get_minorticklocs())
+
+
 def test_nothing_but_zeros_can_be_drawn() -> None:
     scale = Colors.of_norms([], "norm", is_log=True)
     blank = Heatmap(((math.nan,),), (("none",),), Axis("x", ("a",)), Axis("y", ("0",)), scale)
     for drawing in (draw_plotly, draw_matplotlib):
-        assert np.isnan(heatmaps(drawing.draw(Row((blank,), "blank")))[0]).all()
+        assert np.isnan(heatmaps(drawing.draw(Grid((blank,), "blank")))[0]).all()
 
 
 def test_a_gradient_of_zero_can_be_drawn(model: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.host import base, host_of
 from backward_lens_tl.lens import backward_lens
+from backward_lens_tl.objectives import target_nll
 from backward_lens_tl.readout import Readout
 from backward_lens_tl.result import BackwardLensResult
 
@@ -386,6 +387,38 @@ def test_own_projections_stand_beside_the_lenses(gpt2: Case) -> None:
         assert_same_reading(result.under(lens).readout("W_out"), alone.readout("W_out"), real)
     with pytest.raises(InputError, match=r"'jacobian' was not asked for.*normalized, Ties"):
         result.under("jacobian")
+
+
+class InPlace:
+    """A projection that destroys what it is given, and has a name of its own."""
+
+    name = "in place"
+
+    def project(self, vectors: Tensor, layer: int) -> Tensor:
+        return torch.arange(97.0, dtype=vectors.dtype) * vectors.zero_()[:, :1]
+
+
+def test_a_projection_that_works_in_place_harms_no_other(gpt2: Case) -> None:
+    tokens = gpt2.tokens(4)
+    result = backward_lens(gpt2.model, tokens, TARGET, projection=(InPlace(), "logit_lens"))
+    assert result.projections == ("in place", "logit_lens")
+    alone = backward_lens(gpt2.model, tokens, TARGET, projection="logit_lens")
+    found, wanted = result.under("logit_lens").readout("W_out"), alone.readout("W_out")
+    assert_same_reading(found, wanted, ~alone.is_zero("W_out"))
+
+
+def test_the_direction_of_the_shortest_vectors_is_read(facts: Case) -> None:
+    def short(logits: Tensor, tokens: Tensor) -> Tensor:
+        return 1e-28 * -logits[:, -1].log_softmax(-1)[:, TARGET]
+
+    prompt = "Lionel Messi plays for"
+    tiny, usual = (
+        backward_lens(facts.model, prompt, objective=objective).under("normalized")
+        for objective in (short, target_nll(TARGET))
+    )
+    at = "W_out", -2, -1
+    assert 0 < float(tiny.gradients["W_out", 6].vjps.abs().max()) < 1e-26
+    assert tiny.top_tokens(*at) == usual.top_tokens(*at)
 
 
 @pytest.mark.parametrize("projections", [(), ("normalized", "normalized"), (Ties(), Ties())])

@@ -172,3 +172,8 @@ def test_greedy_answer_of_a_trained_model(stories: Case) -> None:
         answer = int(stories.logits(tokens)[0, -1].argmax())
     assert result.gradients.targets is not None
     assert result.gradients.targets.tolist() == [answer]
+
+
+def test_of_many_targets_a_name_has_the_first() -> None:
+    assert target_nll([" a", " b", " c"]).name == "target_nll([' a', ' b', ' c'])"
+    assert target_nll([" a"] * 40).name == "target_nll([' a', ' a', ' a', ... 37 more])"

@@ -144,7 +144,7 @@ def assert_shows(root: Locator, result: BackwardLensResult, state: State = State
         for part, value in expected.items():
             assert table[part] == value, (matrix, part, state)
     for text in found["projection"]:
-        assert text.startswith(state.lens.replace("_", " ")), state
+        assert text.replace("_", " ").startswith(state.lens.replace("_", " ")), state
 
 
 def expected_details(cell: Cell) -> dict[str, Any]:
@@ -292,6 +292,103 @@ def test_each_control_switches_what_it_should_and_nothing_else(
             previous = state
 
 
+def test_one_lens_alone_is_not_switched_off(
+    browser: Browser, tmp_path: Path, messi: BackwardLensResult
+):
+    alone = replace(messi, readings=(replace(messi.readings[0], faint_norm=0.1),))
+    assert expected_table(alone, "W_out", State())["notes"]
+    with page_of(browser, tmp_path, alone) as window:
+        body = window.page.locator("body")
+        choose(body, "end", "bottom")
+        assert_shows(body, alone, State(end="bottom"))
+        assert len(see(body)["projection"]) == 1
+
+
+@pytest.mark.parametrize("name", ["linear", "bottom", "W_in", "normalized"])
+def test_a_lens_may_be_called_like_a_choice_of_another_control(
+    browser: Browser, tmp_path: Path, messi: BackwardLensResult, name: str
+):
+    renamed = replace(messi.readings[1], projection=name)
+    result = replace(messi, readings=(messi.readings[0], renamed))
+    with page_of(browser, tmp_path, result) as window:
+        body = window.page.locator("body")
+        choose(body, "lens", name)
+        assert_shows(body, result, State(lens=name))
+        choose(body, "scale", "linear")
+        choose(body, "end", "bottom")
+        choose(body, "matrix", "W_out")
+        assert_shows(body, result, State("W_out", name, "bottom", "linear"))
+
+
+@pytest.mark.parametrize("is_restored", [False, True])
+def test_a_page_that_is_come_back_to_shows_what_its_controls_say(
+    browser: Browser, tmp_path: Path, messi: BackwardLensResult, is_restored: bool
+):
+    path = tmp_path / "page.html"
+    messi.save_html(path)
+    if is_restored:  # by a browser that remembers choices all the same
+        path.write_text(path.read_text("utf-8").replace(' autocomplete="off"', ""), "utf-8")
+    with opened(browser, path) as window:
+        page, body = window.page, window.page.locator("body")
+        choose(body, "lens", "normalized")
+        choose(body, "end", "bottom")
+        page.goto("about:blank")
+        page.go_back()
+        left = State(lens="normalized", end="bottom")
+        assert_shows(body, messi, left if is_restored else State())
+        # Some set the controls after the scripts have run, and tell them nothing.
+        radio = page.locator("[name=lens][value=logit_lens]")
+        radio.evaluate("radio => { radio.checked = true; }")
+        page.evaluate("dispatchEvent(new PageTransitionEvent('pageshow'))")
+        assert_shows(body, messi, replace(left if is_restored else State(), lens="logit_lens"))
+        window.requests.clear()  # about:blank
+        window.check()
+
+
+def test_a_browser_without_the_newest_style_shows_words(
+    browser: Browser, tmp_path: Path, messi: BackwardLensResult
+):
+    path = tmp_path / "page.html"
+    messi.save_html(path)
+    sheet = path.read_text("utf-8").replace(":has(", ":unknown(").replace("light-dark(", "unknown(")
+    path.write_text(sheet, "utf-8")
+    with opened(browser, path) as window:
+        found = see(window.page.locator("body"))
+        for table, matrix in zip(found["tables"], messi.matrices, strict=True):
+            expected = expected_table(messi, matrix, State())
+            expected["cells"] = [cell["words"] for cell in expected["cells"]]
+            assert {**table, "cells": [cell["words"] for cell in table["cells"]]} == expected
+        header = figure_of(window.page, "W_in").locator("thead th").first
+        colour = header.evaluate("th => getComputedStyle(th).backgroundColor")
+        assert colour == PAGE_COLOURS["light"]  # it covers what is scrolled below it
+
+
+def test_print_is_whole_and_without_what_only_a_screen_has(
+    browser: Browser, tmp_path: Path, deep: tuple[BackwardLensResult, Path]
+):
+    with opened(browser, deep[1], width=400) as window:
+        page, heading = window.page, window.page.locator("h1")
+        clamped = heading.bounding_box()["height"]
+        figure = figure_of(page, "W_out")
+        assert "visible" not in clipping(figure)
+        for locator in (page.locator("form"), page.locator(".hint").first):
+            assert locator.is_visible()
+        td_of(deep[0], figure, deep[0].cell("W_out", 46, -1)).click()
+        page.mouse.move(1, 1)
+        page.emulate_media(media="print", color_scheme="dark")
+        assert clipping(figure) == ["visible", "visible"]
+        box = figure.locator(".scroll").bounding_box()
+        assert box["height"] >= figure.locator("table").bounding_box()["height"]
+        for locator in (page.locator("form"), page.locator(".hint")):
+            assert not locator.is_visible()
+        assert not figure_of(page, "W_in").locator(".details").is_visible()
+        assert figure.locator(".details").is_visible()  # a cell was chosen
+        assert heading.bounding_box()["height"] > clamped
+        paper = page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")
+        assert paper == PAGE_COLOURS["light"]
+        window.check()
+
+
 def test_the_table_can_be_read_and_switched_without_scripts(
     browser: Browser, tmp_path: Path, messi: BackwardLensResult
 ):
@@ -341,13 +438,16 @@ def test_details_follow_the_mouse_and_return_to_the_focused_cell(
         for matrix in result.matrices:
             figure = figure_of(page, matrix)
             assert details(figure) == HINT
-            height = figure.bounding_box()["height"]
+            assert figure.locator(".details").bounding_box()["height"] < 50
+            heights = set()
             for cell in cells[matrix]:
                 td_of(result, figure, cell).hover()
                 assert details(figure) == expected_details(cell)
-                assert figure.bounding_box()["height"] == height  # nothing moves under the mouse
+                heights.add(figure.bounding_box()["height"])
             page.mouse.move(1, 1)
             assert details(figure) == HINT
+            heights.add(figure.bounding_box()["height"])
+            assert len(heights) == 1  # nothing moves from the first cell on
             clicked, other = cells[matrix][2], cells[matrix][1]
             td_of(result, figure, clicked).click()
             td_of(result, figure, other).hover()
@@ -463,6 +563,59 @@ def test_a_notebooks_theme_comes_before_the_systems(
         assert_shows(body, messi, State(theme=theme))
 
 
+# JupyterLab's rules for tables, paragraphs and lists in outputs.
+JUPYTER = """
+.jp-RenderedHTMLCommon u { text-decoration: underline }
+.jp-RenderedHTMLCommon ol:not(.list-inline) { padding-left: 2em }
+.jp-RenderedHTMLCommon ol { list-style: decimal; margin-bottom: 1em }
+.jp-RenderedHTMLCommon table { border-collapse: collapse; border-spacing: 0; border: none;
+    color: green; font-size: 20px; table-layout: fixed; margin: 0 auto 1em }
+.jp-RenderedHTMLCommon thead { border-bottom: 1px solid; vertical-align: bottom }
+.jp-RenderedHTMLCommon td, .jp-RenderedHTMLCommon th, .jp-RenderedHTMLCommon tr {
+    vertical-align: middle; padding: .5em; line-height: normal; white-space: normal;
+    max-width: none; border: none }
+:not(.jp-RenderedMarkdown).jp-RenderedHTMLCommon td,
+:not(.jp-RenderedMarkdown).jp-RenderedHTMLCommon th,
+:not(.jp-RenderedMarkdown).jp-RenderedHTMLCommon tr { text-align: right }
+.jp-RenderedHTMLCommon th { font-weight: bold }
+.jp-RenderedHTMLCommon tbody tr:nth-child(odd) { background: red }
+.jp-RenderedHTMLCommon tbody tr:nth-child(even) { background: red }
+.jp-RenderedHTMLCommon tbody tr:hover { background: red }
+.jp-RenderedHTMLCommon p { text-align: left; margin: 0; margin-bottom: 1em }
+"""
+LOOKS = """root => {
+    const names = ["textAlign", "verticalAlign", "padding", "lineHeight", "whiteSpace", "color",
+        "maxWidth", "borderRightWidth", "fontSize", "fontWeight", "textDecorationLine",
+        "backgroundColor", "listStyleType", "margin", "borderCollapse", "tableLayout"];
+    const looks = {};
+    for (const element of root.querySelectorAll(".scroll :not(thead, tr), .details *")) {
+        const style = getComputedStyle(element), box = element.getBoundingClientRect();
+        const place = `${element.tagName} ${element.className}`;
+        looks[place] ??= [];
+        const look = names.map(name => style[name].replace(/^start$/, "left"));
+        looks[place].push([Math.round(box.width), ...look]);
+    }
+    return looks;
+}"""
+
+
+def test_a_notebooks_own_rules_for_tables_change_nothing(
+    browser: Browser, tmp_path: Path, result: BackwardLensResult
+):
+    body = f'<div class="jp-RenderedHTMLCommon">{result._repr_html_()}</div>'
+    looks = []
+    for rules in ("", JUPYTER):
+        with notebook_of(browser, tmp_path, f"{body}<style>{rules}</style>") as window:
+            root = window.page.locator(".blt")
+            cell = result.cell("W_in", 0, -1)
+            td_of(result, root.locator("figure[data-matrix=W_in]"), cell).hover()
+            looks.append(root.evaluate(LOOKS))
+    for place, look in looks[0].items():
+        assert looks[1][place] == look, place
+    cells = [look for place in looks[0] if place.startswith("TD") for look in looks[0][place]]
+    assert {align for _, align, *_ in cells} == {"left"}
+
+
 # --- long prompts and many layers ---------------------------------------------------------------
 
 # What is at many points of an element's visible part: only itself and what is in it?
@@ -500,6 +653,49 @@ HEADERS = """(figure, test) => {
             .map(onTop).filter(found => found.visible === 1),
     };
 }"""
+
+
+def clipping(figure: Locator) -> list[str]:
+    return figure.locator(".scroll").evaluate(
+        "scroll => [getComputedStyle(scroll).overflowX, getComputedStyle(scroll).overflowY]"
+    )
+
+
+def test_a_long_prompt_opens_at_its_last_token(
+    browser: Browser, tmp_path: Path, deep: tuple[BackwardLensResult, Path]
+):
+    result = deep[0]
+    with opened(browser, deep[1], width=600) as window:
+        page = window.page
+        assert page.evaluate("scrollY") == 0
+        for matrix in result.matrices:
+            figure = figure_of(page, matrix)
+            td = td_of(result, figure, result.cell(matrix, 47, -1))
+            figure.evaluate("figure => figure.scrollIntoView()")  # only downwards
+            assert td.evaluate(ON_TOP) == {"visible": 1, "all": True}
+            first = td_of(result, figure, result.cell(matrix, 47, 0))
+            assert first.evaluate(ON_TOP)["visible"] < 1
+        window.check()
+
+
+def test_a_long_prompt_is_three_lines_above_the_table(
+    browser: Browser, deep: tuple[BackwardLensResult, Path]
+):
+    for width in (1280, 400):
+        with opened(browser, deep[1], width=width) as window:
+            h1 = window.page.locator("h1")
+            line = h1.evaluate("h1 => parseFloat(getComputedStyle(h1).lineHeight)")
+            assert h1.bounding_box()["height"] <= 3 * line + 1, width
+            assert h1.text_content().endswith("→  Paris")  # for searching and copying
+            window.check()
+
+
+def test_a_page_of_many_matrices_is_not_stretched_by_empty_boxes(
+    browser: Browser, tmp_path: Path, messi: BackwardLensResult
+):
+    with notebook_of(browser, tmp_path, messi._repr_html_() * 3) as window:
+        for box in window.page.locator(".details").all():
+            assert box.bounding_box()["height"] < 50
 
 
 def test_a_long_prompt_in_a_deep_model_scrolls_below_its_headers(

@@ -198,6 +198,31 @@ def hand_made(gradient: MatrixGradient) -> GradientCapture:
     )
 
 
+def test_one_matrix_and_one_prompt(
+    capture: GradientCapture, table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of the whole table, each of one decomposition."""
+    calls: list[torch.Size] = []
+    own = torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda a: calls.append(a.shape) or own(a))
+    for matrix, batch in (("W_V", 1), ("W_V", None), (None, 1)):
+        calls.clear()
+        some = gradient_table(capture, matrix, batch)
+        assert len(calls) == len(some)
+        chosen = (matrix is None) | (table["matrix"] == matrix)
+        chosen &= (batch is None) | (table["prompt"] == batch)
+        pd.testing.assert_frame_equal(some, table[chosen].reset_index(drop=True))
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_gradients_that_were_not_captured(capture: GradientCapture) -> None:
+    with pytest.raises(InputError, match="'W_gate' was not captured; name one of W_Q, W_K"):
+        gradient_table(capture, "W_gate")
+    for batch in (3, -1, True):
+        with pytest.raises(InputError, match=f"prompt {batch} does not exist; allowed are 0 to 2"):
+            gradient_table(capture, batch=batch)
+
+
 def test_experts_have_no_rank_together() -> None:
     table = gradient_table(hand_made(experts()))
     assert table["rank"].isna().all()

@@ -342,6 +342,10 @@ def test_a_notebook_shows_the_first_prompts_and_how_to_see_the_others():
     assert len(fragment.all("table")) == 2 * MAX_PROMPTS
     assert "not shown" not in fragment.text
 
+    fragment = parsed(make_result(layers=48, pos=20, batch=3)._repr_html_())
+    assert len(fragment.all("table")) == 2 * 2
+    assert "1 more of 3 prompts" in fragment.text
+
     fragment = parsed(make_result(batch=MAX_PROMPTS + 3)._repr_html_())
     assert len(fragment.all("table")) == 2 * MAX_PROMPTS
     assert "3 more of 7 prompts" in fragment.text
@@ -527,11 +531,16 @@ def test_faint_cells_are_set_apart_and_explained():
         for matrix in result.matrices
     }
     assert faint["W_in"] == 0 < faint["W_out"] < 20
-    note = f"{faint['W_out']} of 20 cells (in italics)"
-    html, text = render_page(result), printed(result, 200)
+    note = f"{faint['W_out']} of 20 cells"
+    html, coloured = render_page(result), printed(result, 200, terminal=True)
     assert len(re.findall(r'<td class="[^"]*\bfaint\b', html)) == faint["W_out"]
-    assert html.count("in italics") == text.count("in italics") == 1
-    assert note in html
-    assert note in text
+    for text in (html, coloured):
+        assert text.count("in italics") == 1
+        assert f"{note} (in italics)" in text
+    piped = printed(result, 200)
+    assert f"{note} (with ~)" in piped
+    assert piped.count("~") == 1 + faint["W_out"]
+    assert "~" not in coloured
     without = make_result()
-    assert "in italics" not in render_page(without) + printed(without, 200)
+    assert "faint" not in render_page(without).partition("</style>")[2].partition("<script")[0]
+    assert "with ~" not in printed(without, 200)

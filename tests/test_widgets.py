@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -145,7 +146,8 @@ def test_the_round_number_above(largest: float, factor: float):
 
 
 @pytest.mark.parametrize(
-    ("scores", "number"), [([], -1), ([2.0], -1), ([-1.0], -10), ([-32.0], -100)]
+    ("scores", "number"),
+    [([], -1), ([2.0], -1), ([-1.0], -10), ([-32.0], -100), ([-math.inf, -32.0], -100)],
 )
 def test_the_number_below(scores: list[float], number: float):
     assert number_below(scores) == number
@@ -211,6 +213,112 @@ def test_tied_scores_are_no_ranking():
     assert {column[0][0] for column in columns(widget, 1, 0, "topk")} == {"· scores tie"}
 
 
+def with_scores(
+    result: BackwardLensResult, top: list[float], bottom: list[float]
+) -> BackwardLensResult:
+    """The scores of `W_out` in layer 0 at position 0."""
+    readout = result.readout("W_out")
+    ends = {
+        "top_scores": readout.top_scores.clone(),
+        "bottom_scores": readout.bottom_scores.clone(),
+    }
+    for scores, changed in zip(ends.values(), (top, bottom), strict=True):
+        scores[0, 0, 0] = torch.tensor(changed)
+    return with_reading(result, readouts={**result.readouts, "W_out": replace(readout, **ends)})
+
+
+def strict(widget: Widget) -> Any:
+    """What the widget's own script passes to CircuitsVis, read as JSON without extensions."""
+    (text,) = re.findall(r'(?m)^\}\)\("[^"]+", (.*)\);$', widget.fragment)
+    return json.loads(text, parse_constant=pytest.fail)
+
+
+MASKED = -math.inf
+
+
+@pytest.mark.parametrize(
+    ("top", "bottom", "shown_top", "shown_bottom"),
+    [
+        # Some tokens are masked, as by a projection that puts -inf in their place.
+        ([5, 3, 1], [MASKED] * 3, [5, 3, 1], [MASKED] * 3),
+        ([5, 3, 1], [MASKED, -4, -3], [5, 3, 1], [MASKED, -4, -3]),
+        ([math.inf, 3, 1], [-4, -3, -2], [math.inf, 3, 1], [-4, -3, -2]),
+        # So many that they are among the top tokens, where their order means nothing.
+        ([5, 3, MASKED], [MASKED] * 3, [5, 3, "tie"], ["dot"] * 3),
+        ([MASKED] * 3, [MASKED] * 3, ["tie", "dot", "dot"], ["dot"] * 3),
+        ([math.inf] * 3, [math.inf, math.inf, 2][::-1], ["tie", "dot", "dot"], [2, "dot", "dot"]),
+        # Finite ties hide no other token, either.
+        ([5, 1, 1], [-4, 1, 1], [5, "tie", "dot"], [-4, "dot", "dot"]),
+    ],
+)
+def test_infinite_and_tied_scores(
+    top: list[float], bottom: list[float], shown_top: list[Any], shown_bottom: list[Any]
+):
+    result = with_scores(make_result(), top, bottom)
+    widget = widgets.top_tokens(result)
+    cell = result.cell("W_out", 0, 0)
+    label = widget.props["sampleLabels"][1]
+    factor = float(label.split("×")[1].rstrip(")"))
+    assert factor <= 20  # of the finite scores
+    ends = (
+        ("topk", shown_top, top, cell.top, 1),
+        ("bottomk", shown_bottom, bottom, cell.bottom, -1),
+    )
+    for side, expected, scores, entries, order in ends:
+        column = columns(widget, 1, 0, side)[0][::order]
+        words = {"tie": "· scores tie", "dot": "·"}
+        wanted = [
+            (
+                words.get(word, seen(entry.token)),
+                score / factor if math.isfinite(score) else math.copysign(10, score),
+            )
+            for word, score, entry in zip(expected, scores, entries, strict=True)
+        ]
+        # Infinite scores that are equal are in no order.
+        for found, right in zip(*map(by_score, (column, wanted)), strict=True):
+            assert found[0] == right[0]
+            assert found[1] == pytest.approx(right[1], rel=1e-5)
+    said = "A score of ∞ or −∞ is shown as 10 or −10."
+    assert (said in caption(widget)) == any(map(math.isinf, top + bottom))
+    assert columns(widget, 1, 1, "topk") == columns_alone(result, 1, factor)
+    assert strict(widget) == widget.props
+
+
+def by_score(entries: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    return sorted(entries, key=lambda entry: (-entry[1], entry[0]))
+
+
+def columns_alone(result: BackwardLensResult, layer: int, factor: float) -> list[Any]:
+    """The top tokens of a layer whose scores are finite and differ."""
+    return [
+        [(seen(entry.token), float(f"{entry.score / factor:.6g}")) for entry in cell.top]
+        for cell in result.cells("W_out", layer)
+    ]
+
+
+def test_an_infinite_top_score_is_a_number_that_the_quantity_names():
+    result = make_result()
+    finite = result.readout("W_out").top_scores[..., 0]
+    assert 10 <= finite.max() < 100
+    for scores, name in (
+        ([math.inf, 3, 1], "top score (-1: no score, 100: ∞)"),
+        ([MASKED] * 3, "top score (-1: no score, -10: −∞)"),
+        ([5, 3, 1], "top score (-1: no score)"),
+    ):
+        widget = widgets.quantities(with_scores(result, scores, [MASKED] * 3))
+        assert widget.props["secondDimensionLabels"][3] == name
+        shown = torch.tensor(widget.props["activations"])[..., 3]
+        numbers = {math.inf: 100.0, MASKED: -10.0}
+        assert shown[0, 0] == numbers.get(scores[0], scores[0])
+        torch.testing.assert_close(shown[1:, 0], finite[0, 0, 1:], rtol=1e-5, atol=0)
+        assert strict(widget) == widget.props
+
+
+def test_what_json_does_not_have_is_never_written():
+    with pytest.raises(ValueError, match="JSON"):
+        library.script_json({"score": math.inf})
+
+
 def test_columns_are_named_after_the_positions_where_these_have_gaps():
     result = make_result(pos=5)
     at_two = {
@@ -229,6 +337,24 @@ def test_columns_are_named_after_the_positions_where_these_have_gaps():
     # CircuitsVis shows one column only if there is one sample.
     assert widget.props["sampleLabels"][1] == "the prompt's tokens"
     assert [column[0][0] for column in columns(widget, 1, 0, "topk")][:2] == ["<b>", "⏎"]
+
+
+def test_captions_say_which_positions_there_are_where_these_are_not_all():
+    result = make_result(pos=5)
+    for show in (widgets.norms, widgets.quantities):
+        assert "positions" not in caption(show(result))
+        some = replace(
+            with_reading(
+                result,
+                readouts={
+                    name: type(readout)(*(v[:, :, [4, 1]] for v in vars(readout).values()))
+                    for name, readout in result.readouts.items()
+                },
+            ),
+            positions=torch.tensor([[4, 1]]),
+        )
+        said = "Of the prompt's 5 positions these were analysed: 4 “⏎”, 1 “<s>”"
+        assert caption(show(some)).endswith(said)
 
 
 def caption(widget: Widget) -> str:
@@ -290,6 +416,19 @@ def test_reversed_attention_is_the_prompts_own_and_its_scale_symmetric(result: B
     assert props["attentionHeadNames"] == ["L3H0", "L3H1"]
     assert props["maskUpperTri"]
     assert len(max(map(plain, props["tokens"]), key=len)) <= 24
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.parametrize("stranger", [None, torch.zeros(2)])
+def test_what_is_no_result_is_refused(stranger: Any):
+    for show in (
+        widgets.norms,
+        widgets.top_tokens,
+        widgets.quantities,
+        lambda result: widgets.reversed_attention(result, 0),
+    ):
+        with pytest.raises(InputError, match=f"a {type(stranger).__name__}; pass what backward"):
+            show(stranger)
 
 
 @pytest.mark.usefixtures("as_for_a_user")

@@ -31,6 +31,9 @@ _FINE = 1e-6
 _ROUNDINGS = 32
 """What a norm's own rounding may make of two vectors of one direction, in `eps` of the largest."""
 
+_PIECE = 64
+"""Vectors that are multiplied at a time beside the scores of all others, to save memory."""
+
 _CLOSE = 0.5
 """Nearer to a norm's bias than this part of the way, a vector does not tell its direction well."""
 
@@ -235,16 +238,18 @@ class Host(ABC):
                 self._final_norm(each.to(device=weight.device, dtype=weight.dtype))
                 for each in (vectors, directions, torch.zeros_like(vectors[:1]))
             )
-            logits, part = self._logits(own), _part_of_the_way(nothing, along, own)
-            yield self._output_transform(logits)
+            part = _part_of_the_way(nothing, along, own)
             if part is None:
+                yield self._decoded(own)
                 yield self._decoded(along)
                 return
+            logits = self._logits(own)
+            yield self._output_transform(logits)
             close = part[:, 0] < _CLOSE
             beyond = 1 / part.masked_fill(close[:, None], 1)
             torch.lerp(self._logits(nothing), logits, beyond, out=logits)
-            if bool(close.any()):
-                logits[close] = self._logits(along[close])
+            for rows in close.nonzero()[:, 0].split(_PIECE):
+                logits[rows] = self._logits(along[rows])
             yield self._output_transform(logits)
 
     def _decoded(self, normed: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:

@@ -27,6 +27,9 @@ _LAYER_WIDTH = len("layer")
 _NARROWEST, _WIDEST = 8, 16
 _SPACE = "␣"
 
+_FAINT = "~"
+"""Marks a faint cell where there are no italics."""
+
 
 @dataclass(frozen=True)
 class TerminalTable:
@@ -50,12 +53,12 @@ class TerminalTable:
         for matrix in self.result.matrices:
             yield self._panel(matrix, options.max_width, console.color_system is not None)
 
-    def _panel(self, matrix: MatrixName, width: int, coloured: bool) -> RenderableType:
+    def _panel(self, matrix: MatrixName, width: int, styled: bool) -> RenderableType:
         # The last layer is on top: the forward pass runs upwards, the gradient downwards.
         layers = reversed(self.result.layers)
         rows = [self.result.cells(matrix, layer, self.batch) for layer in layers]
         scale = NormScale.spanning(cell.norm for row in rows for cell in row if not cell.is_zero)
-        words = [[_word(cell, scale) for cell in row] for row in rows]
+        words = [[_word(cell, scale, styled) for cell in row] for row in rows]
         heads = [_token(cell.token, "bold") for cell in rows[0]]
         columns = [
             max(text.cell_len for text in column) for column in zip(heads, *words, strict=True)
@@ -72,10 +75,14 @@ class TerminalTable:
         title = Text.assemble((matrix, "bold"), f" {meaning}")
         notes = [
             _left_out(first, len(columns)),
-            faint_note([cell for row in rows for cell in row], self.result.faint_norm),
+            faint_note(
+                [cell for row in rows for cell in row],
+                self.result.faint_norm,
+                mark=" (in italics)" if styled else f" (with {_FAINT})",
+            ),
         ]
         below = [Text(note, style="dim") for note in notes if note]
-        return Group(title, table, _legend(scale, coloured), *below, Text())
+        return Group(title, table, _legend(scale, styled), *below, Text())
 
 
 def _fit(columns: Sequence[int], width: int) -> tuple[int, int]:
@@ -98,14 +105,15 @@ def _fit(columns: Sequence[int], width: int) -> tuple[int, int]:
     return len(columns) - 1, max(room - 1, 1)
 
 
-def _word(cell: Cell, scale: NormScale) -> Text:
+def _word(cell: Cell, scale: NormScale, styled: bool) -> Text:
     if cell.is_zero:
         return Text(ADDS_NOTHING, style="dim")
     shade = DARK_SHADES[scale.step(cell.norm)]
     style = f"{'italic ' if cell.is_faint else ''}{shade.text} on {shade.background}"
+    mark = _FAINT if cell.is_faint and not styled else ""
     if cell.target_leads:
-        return _token(cell.top[0].token, f"bold {style}", mark=LEADS)
-    return _token(cell.top[0].token, style)
+        return _token(cell.top[0].token, f"bold {style}", mark=LEADS + mark)
+    return _token(cell.top[0].token, style, mark)
 
 
 def _token(token: str, style: str, mark: str = "") -> Text:

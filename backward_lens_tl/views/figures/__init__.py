@@ -7,14 +7,14 @@ shown: plotly's by default, matplotlib's with `backend="matplotlib"`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from backward_lens_tl.arguments import check_choice, listed
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.result import BackwardLensResult, check_result
 from backward_lens_tl.views.appearance import running_text
-from backward_lens_tl.views.figures.charts import Colors, Heatmap, Lines, Row
+from backward_lens_tl.views.figures import draw_matplotlib, draw_plotly
+from backward_lens_tl.views.figures.charts import Colors, Grid, Heatmap, Lines
 from backward_lens_tl.views.figures.plots import (
     norm_map,
     rank_charts,
@@ -24,6 +24,9 @@ from backward_lens_tl.views.figures.plots import (
     spectrum_lines,
     target_lines,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Backend = Literal["plotly", "matplotlib"]
 Scale = Literal["log", "linear"]
@@ -50,15 +53,16 @@ def norms(
 
     Returns:
         A heatmap of `||delta_i||_2`, the last layer on top; blank where a position adds nothing.
+        Tokens have their position behind them where not all of the prompt's were analysed.
 
     Raises:
-        InputError: If there is no such matrix, prompt, scale or backend.
+        InputError: If there is no such result, matrix, prompt, scale or backend.
     """
-    _check(backend, scale)
+    _check(result, backend, scale)
     table = result.to_df(matrix=matrix, batch=batch)
     colors = Colors.of_norms(shown_norms(table), _NORM, scale == "log")
     title = f"{matrix}: how strongly each position writes{_towards(result, batch)}"
-    return _drawn(backend, title, norm_map(table, colors))
+    return _drawn(backend, title, _norm_map(result, batch, table, colors))
 
 
 def compare(
@@ -87,18 +91,21 @@ def compare(
         Two heatmaps, each like that of `norms`.
 
     Raises:
-        InputError: If there is no such matrix, prompt, scale or backend, or there are not two
-            prompts and two names.
+        InputError: If there is no such result, matrix, prompt, scale or backend, or there are not
+            two prompts and two names.
     """
-    _check(backend, scale)
+    _check(one, backend, scale)
+    check_result(other)
     left, right = _two("batch", batch)
     tables = [one.to_df(matrix=matrix, batch=left), other.to_df(matrix=matrix, batch=right)]
     titles = _names(one, other, left, right) if names is None else _two("names", names)
     together = [norm for table in tables for norm in shown_norms(table)]
     colors = Colors.of_norms(together, _NORM, scale == "log")
     maps = (
-        norm_map(table, colors, running_text(str(title)))
-        for table, title in zip(tables, titles, strict=True)
+        _norm_map(result, prompt, table, colors, running_text(str(title)))
+        for result, prompt, table, title in zip(
+            (one, other), (left, right), tables, titles, strict=True
+        )
     )
     return _drawn(backend, f"{matrix}: how strongly each position writes", *maps)
 
@@ -123,13 +130,14 @@ def norms_by_segment(
         backend: `"plotly"` or `"matplotlib"`.
 
     Returns:
-        A line per segment: the mean in each layer over all tokens of the segment in all prompts.
-        Zeros, as all but one in the last layer, are counted.
+        A line per segment: the mean in each layer over all analysed tokens of the segment in all
+        prompts. Zeros, as all but one in the last layer, are counted.
 
     Raises:
-        InputError: If there is no such matrix, scale or backend, or a prompt lacks its subject.
+        InputError: If there is no such result, matrix, scale or backend, or a prompt lacks its
+            subject.
     """
-    _check(backend, scale)
+    _check(result, backend, scale)
     check_choice("of", of, ("vjp", "input"))
     result.readout(matrix)
     if subject is None:
@@ -164,9 +172,9 @@ def target_ranks(
         top token; a gap where a position adds nothing. The top of the vocabulary is at the top.
 
     Raises:
-        InputError: If there is no target, or no such matrix, prompt, scale or backend.
+        InputError: If there is no target, or no such result, matrix, prompt, scale or backend.
     """
-    _check(backend, scale)
+    _check(result, backend, scale)
     table = result.to_df(matrix=matrix, batch=batch)
     result.target_rank(matrix)  # says what to do where there is no target
     title = f"{matrix}: rank of the target by layer{_towards(result, batch)}"
@@ -190,21 +198,24 @@ def gradient_ranks(
         backend: `"plotly"` or `"matplotlib"`.
 
     Returns:
-        A chart per matrix with a point for each layer and prompt; layers that have the same ranks
-        everywhere share their points. A matrix whose heads or experts have factors of their own
-        has none.
+        A chart per matrix, at most three in a row, with a point for each layer and prompt; layers
+        that have the same ranks everywhere share their points. A matrix whose heads or experts have
+        factors of their own has none.
 
     Raises:
-        InputError: If there is no such matrix or backend.
+        InputError: If there is no such result, matrix or backend.
     """
-    _check(backend)
+    import pandas as pd
+
+    _check(result, backend)
     names = list(result.matrices) if matrices is None else listed(matrices)
     if not names:
         raise InputError("no matrix was asked for; leave `matrices` out for all of them")
     for name in names:
         result.readout(name)
+    table = pd.concat([result.gradient_df(matrix=name) for name in dict.fromkeys(names)])
     title = f"Rank of each layer's gradient, {_prompts(result)}"
-    return _drawn(backend, title, *rank_charts(result.gradient_df(), names))
+    return _drawn(backend, title, *rank_charts(table, names))
 
 
 def singular_values(
@@ -226,14 +237,13 @@ def singular_values(
         A line per layer, largest value first, on a logarithmic axis.
 
     Raises:
-        InputError: If there is no such matrix, prompt or backend, or heads or experts have factors
-            of their own.
+        InputError: If there is no such result, matrix, prompt or backend, or heads or experts have
+            factors of their own.
     """
-    _check(backend)
+    _check(result, backend)
     result.readout(matrix)
     result.target(batch)
-    table = result.gradient_df()
-    table = table[(table["matrix"] == matrix) & (table["prompt"] == batch)]
+    table = result.gradient_df(matrix=matrix, batch=batch)
     if table["rank"].isna().any():
         raise InputError(
             f"heads or experts of {matrix} have factors of their own, so it has no singular values "
@@ -265,13 +275,13 @@ def neuron_similarity(
         prompt. Blank where the neuron or the vector is zero.
 
     Raises:
-        InputError: If there is no such matrix, layer, prompt or backend, or heads or experts have
-            factors of their own.
+        InputError: If there is no such result, matrix, layer, prompt or backend, or heads or
+            experts have factors of their own.
     """
-    _check(backend)
+    _check(result, backend)
     chart = similarity_map(result.neuron_df(matrix, layer, batch))
     vectors = "x_i" if result.gradients[matrix, result.layers[0]].reads_residual else "δ_i"
-    own = layer if layer in result.layers else result.layers[layer]
+    own = result.layer_number(layer)
     title = f"{matrix} of layer {own}: neurons of the gradient and the {vectors} that span it"
     return _drawn(backend, title, chart)
 
@@ -279,9 +289,16 @@ def neuron_similarity(
 # --- parts ---------------------------------------------------------------------------------------
 
 
-def _check(backend: object, scale: object = "log") -> None:
+def _check(result: object, backend: object, scale: object = "log") -> None:
+    check_result(result)
     check_choice("backend", backend, ("plotly", "matplotlib"))
     check_choice("scale", scale, ("log", "linear"))
+
+
+def _norm_map(
+    result: BackwardLensResult, batch: int, table: pd.DataFrame, colors: Colors, title: str = ""
+) -> Heatmap:
+    return norm_map(table, colors, len(result.gradients.str_tokens[batch]), title)
 
 
 def _two(name: str, values: object) -> list[Any]:
@@ -317,6 +334,6 @@ def _prompts(result: BackwardLensResult) -> str:
 
 
 def _drawn(backend: str, title: str, *charts: Heatmap | Lines) -> Any:
-    # Only the library that is asked for is imported.
-    drawing = import_module(f"{__name__}.draw_{backend}")
-    return drawing.draw(Row(charts, title))
+    # Only the one that draws imports its library.
+    drawing = draw_plotly if backend == "plotly" else draw_matplotlib
+    return drawing.draw(Grid(charts, title))

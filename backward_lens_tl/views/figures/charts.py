@@ -30,6 +30,9 @@ MARKERS = ("circle", "square", "diamond", "triangle", "cross", "x")
 MOST_NAMES = 12
 """More lines than this have a colour bar in place of a legend."""
 
+MOST_COLUMNS = 3
+"""More charts than this do not stand in one row."""
+
 
 @dataclass(frozen=True)
 class Colors:
@@ -161,7 +164,7 @@ class Line:
     """Points of one colour, joined or not.
 
     Attributes:
-        name: Its name in the legend; lines of one name in a row of charts share an entry.
+        name: Its name in the legend; lines of one name in a grid of charts share an entry.
         x: Where the points are.
         y: Their heights; NaN leaves a gap.
         color: As `#rrggbb`.
@@ -201,11 +204,13 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class Row:
+class Grid:
     """Charts side by side; those with the same colours share one bar, and all share one legend.
 
+    More than `MOST_COLUMNS` stand in several rows, which differ by as few charts as they can.
+
     Attributes:
-        charts: From left to right.
+        charts: From left to right, and from the upper row to the lower.
         title: What they show together.
     """
 
@@ -223,9 +228,36 @@ class Row:
         return any(isinstance(chart, Lines) and chart.colors is None for chart in self.charts)
 
     @property
+    def columns(self) -> int:
+        """How many charts stand in a row."""
+        rows = math.ceil(len(self.charts) / MOST_COLUMNS)
+        return math.ceil(len(self.charts) / rows)
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Row, from the top, and column of each chart."""
+        return tuple(divmod(index, self.columns) for index in range(len(self.charts)))
+
+    @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Width and height of each chart without what is around it, in CSS pixels."""
-        return tuple(_size(chart) for chart in self.charts)
+        return tuple(_size(chart, is_small=self.columns > 2) for chart in self.charts)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each column, which is that of its widest chart."""
+        return tuple(
+            max(width for width, _ in self.sizes[column :: self.columns])
+            for column in range(self.columns)
+        )
+
+    @property
+    def heights(self) -> tuple[int, ...]:
+        """Height of each row, which is that of its highest chart."""
+        return tuple(
+            max(height for _, height in self.sizes[first : first + self.columns])
+            for first in range(0, len(self.charts), self.columns)
+        )
 
 
 def ordered_colors(values: Sequence[int], title: str) -> Colors:
@@ -251,9 +283,9 @@ def shortened(text: str, room: int) -> str:
     return text if len(text) <= room else text[: max(room - 1, 1)] + "…"
 
 
-def _size(chart: Heatmap | Lines) -> tuple[int, int]:
+def _size(chart: Heatmap | Lines, *, is_small: bool) -> tuple[int, int]:
     if isinstance(chart, Lines):
-        return 520, 360
+        return (380, 300) if is_small else (520, 360)
     columns, rows = len(chart.x.labels or chart.values[0]), len(chart.values)
     # Cells are as wide as a token where there are few, and share a page where there are many.
     return _within(48 * columns, 240, 820), _within(26 * rows, 140, 620)

@@ -11,7 +11,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.views.figures.charts import Axis, Colors, Heatmap, Line, Lines, Row, wrapped
+from backward_lens_tl.views.figures.charts import Axis, Colors, Grid, Heatmap, Line, Lines, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 _PIXELS_PER_INCH = 100
 _BESIDE, _BAR, _LEGEND, _AROUND = 0.9, 0.9, 1.9, 1.1
 _ROOM_PER_LABEL = 17
+_MANY_DECADES = 1e7
 _DASHES = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":"}
 _MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^", "cross": "P", "x": "X"}
 _INK, _FRAME, _GRID = "#1f2937", "#9ca3af", "#e5e7eb"
 
 
-def draw(row: Row) -> Figure:
-    """Draw a row of charts.
+def draw(grid: Grid) -> Figure:
+    """Draw charts.
 
     Args:
-        row: The description.
+        grid: The description.
 
     Returns:
         A matplotlib `Figure` that pyplot does not know of; `figure.savefig(path)` writes it.
@@ -48,38 +49,46 @@ def draw(row: Row) -> Figure:
         ) from cause
     # With TeX, a token such as `_` or `#` would stop the drawing.
     with matplotlib.rc_context({"text.usetex": False, "text.color": _INK, "font.size": 9}):
-        figure = _figure(row)
+        figure = _figure(grid)
     _choose_fonts(figure)
     return figure
 
 
-def _figure(row: Row) -> Figure:
+def _figure(grid: Grid) -> Figure:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    widths = [width / _PIXELS_PER_INCH for width, _ in row.sizes]
-    heights = [height / _PIXELS_PER_INCH for _, height in row.sizes]
-    beside = _BAR * len(row.colors) + _LEGEND * row.has_legend
+    widths = [width / _PIXELS_PER_INCH for width in grid.widths]
+    heights = [height / _PIXELS_PER_INCH for height in grid.heights]
+    beside = _BAR * len(grid.colors) + _LEGEND * grid.has_legend
     figure = _figure_class()(
-        figsize=(sum(widths) + _BESIDE * len(widths) + beside, max(heights) + _AROUND),
+        figsize=(
+            sum(widths) + _BESIDE * len(widths) + beside,
+            sum(heights) + _AROUND * len(heights),
+        ),
         dpi=150,
         layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08),
     )
-    figure.suptitle(_text(row.title), x=0.01, ha="left", fontsize=11)
-    panels = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0].tolist()
-    for axes, chart, (width, height) in zip(panels, row.charts, row.sizes, strict=True):
+    figure.suptitle(_text(grid.title), x=0.01, ha="left", fontsize=11)
+    cells = figure.add_gridspec(
+        len(heights), len(widths), width_ratios=widths, height_ratios=heights
+    )
+    panels = [figure.add_subplot(cells[place]) for place in grid.places]
+    for axes, chart, (width, height) in zip(panels, grid.charts, grid.sizes, strict=True):
         _set_axes(axes, chart, width, height)
         if isinstance(chart, Heatmap):
             _add_heatmap(axes, chart)
         else:
             for line in chart.lines:
                 _add_line(axes, line)
-    for colors in row.colors:
+        _set_log_ticks(axes.xaxis, chart.x)
+        _set_log_ticks(axes.yaxis, chart.y)
+    for colors in grid.colors:
         owners = [
-            axes for axes, chart in zip(panels, row.charts, strict=True) if chart.colors == colors
+            axes for axes, chart in zip(panels, grid.charts, strict=True) if chart.colors == colors
         ]
         _add_bar(figure, colors, owners)
-    if row.has_legend:
-        _add_legend(panels)
+    if grid.has_legend:
+        _add_legend(panels, beside=panels[grid.columns - 1])
     return figure
 
 
@@ -125,6 +134,19 @@ def _set_axis(drawn: XAxis | YAxis, axis: Axis, room: int, *, turns: bool) -> No
     # A label turned by half ends at its tick.
     ends: dict[str, Any] = {"ha": "right", "rotation_mode": "anchor"} if angle == 45 else {}
     drawn.set_ticks([place for place, _ in ticks], labels=labels, rotation=angle, **ends)
+
+
+def _set_log_ticks(drawn: XAxis | YAxis, axis: Axis) -> None:
+    """Ticks at 1, 2 and 5 of each decade, or at powers of ten where there are many: plotly's."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    if not axis.is_log:
+        return
+    low, high = sorted(drawn.get_view_interval())
+    leads = (1, 2, 5) if high / low < _MANY_DECADES else (1,)
+    drawn.set_major_locator(LogLocator(subs=leads))
+    drawn.set_minor_locator(NullLocator())
+    drawn.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _add_heatmap(axes: Axes, chart: Heatmap) -> None:
@@ -179,9 +201,9 @@ def _color_map(colors: Colors) -> tuple[Colormap, Normalize]:
     )
 
 
-def _add_legend(panels: Sequence[Axes]) -> None:
+def _add_legend(panels: Sequence[Axes], beside: Axes) -> None:
     named = {str(line.get_label()): line for axes in panels for line in axes.lines}
-    panels[-1].legend(
+    beside.legend(
         list(named.values()), list(named), loc="upper left", bbox_to_anchor=(1.01, 1),
         frameon=False, borderaxespad=0, handlelength=3,
     )  # fmt: skip

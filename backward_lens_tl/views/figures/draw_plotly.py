@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from backward_lens_tl.views.figures.charts import Axis, Colors, Heatmap, Line, Lines, Row, wrapped
+from backward_lens_tl.views.figures.charts import Axis, Colors, Grid, Heatmap, Line, Lines, wrapped
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -20,22 +21,23 @@ _INK, _FRAME, _GRID = "#1f2937", "#9ca3af", "#e5e7eb"
 _ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", "\n": "<br>"})
 
 
-def draw(row: Row) -> go.Figure:
-    """Draw a row of charts.
+def draw(grid: Grid) -> go.Figure:
+    """Draw charts.
 
     Args:
-        row: The description.
+        grid: The description.
 
     Returns:
         A plotly `Figure`, which nothing has shown.
     """
     import plotly.graph_objects as go
 
-    sizes = row.sizes
-    inner = sum(width for width, _ in sizes) + _GAP * (len(sizes) - 1)
-    height = max(height for _, height in sizes)
-    top = _TOP + _PANEL_TITLE * any(chart.title for chart in row.charts)
-    beside = _BAR * len(row.colors) + _LEGEND * row.has_legend or 30
+    above = _PANEL_TITLE * any(chart.title for chart in grid.charts)
+    # Where each column begins, from the left, and each row, from the top.
+    lefts, inner = _starts(grid.widths, _GAP)
+    tops, height = _starts(grid.heights, _BOTTOM + above)
+    top = _TOP + above
+    beside = _BAR * len(grid.colors) + _LEGEND * grid.has_legend or 30
     figure = go.Figure(
         layout={
             "template": "plotly_white",
@@ -43,7 +45,7 @@ def draw(row: Row) -> go.Figure:
             "height": top + height + _BOTTOM,
             "margin": {"l": _LEFT, "r": beside, "t": top, "b": _BOTTOM},
             "title": {
-                "text": _text(row.title),
+                "text": _text(grid.title),
                 "x": 0.01,
                 "y": 1,
                 "yref": "container",
@@ -55,30 +57,35 @@ def draw(row: Row) -> go.Figure:
             "legend": {"x": 1, "xanchor": "left", "y": 1, "bgcolor": "rgba(0,0,0,0)"},
         }
     )
-    left = 0
-    for index, (chart, (width, chart_height)) in enumerate(
-        zip(row.charts, sizes, strict=True), start=1
+    for index, (chart, (width, chart_height), (row, column)) in enumerate(
+        zip(grid.charts, grid.sizes, grid.places, strict=True), start=1
     ):
-        suffix = "" if index == 1 else str(index)
-        across, up = (left / inner, (left + width) / inner), (1 - chart_height / height, 1.0)
+        suffix, left = "" if index == 1 else str(index), lefts[column]
+        across = left / inner, (left + width) / inner
+        up = max(0.0, 1 - (tops[row] + chart_height) / height), 1 - tops[row] / height
         figure.update_layout({f"xaxis{suffix}": _axis(chart.x, width, across, f"y{suffix}")})
         figure.update_layout({f"yaxis{suffix}": _axis(chart.y, chart_height, up, f"x{suffix}")})
-        _add(figure, chart, row, suffix)
+        _add(figure, chart, grid, suffix)
         if chart.title:
             figure.add_annotation(
                 text=_text(wrapped(chart.title, width // 6)),
                 showarrow=False, font={"size": 12}, align="left",
-                x=across[0], y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom",
+                x=across[0], y=up[1], xref="paper", yref="paper", xanchor="left", yanchor="bottom",
             )  # fmt: skip
-        left += width + _GAP
-    for index, colors in enumerate(row.colors, start=1):
+    for index, colors in enumerate(grid.colors, start=1):
         figure.update_layout({_bar_name(index): _bar(colors, index)})
     return figure
 
 
-def _add(figure: go.Figure, chart: Heatmap | Lines, row: Row, suffix: str) -> None:
+def _starts(sizes: tuple[int, ...], gap: int) -> tuple[list[int], int]:
+    """Where things in a row begin, and the room that they take together."""
+    ends = list(accumulate(size + gap for size in sizes))
+    return [end - gap - size for end, size in zip(ends, sizes, strict=True)], ends[-1] - gap
+
+
+def _add(figure: go.Figure, chart: Heatmap | Lines, grid: Grid, suffix: str) -> None:
     axes = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
-    bar = _bar_name(row.colors.index(chart.colors) + 1) if chart.colors else None
+    bar = _bar_name(grid.colors.index(chart.colors) + 1) if chart.colors else None
     if isinstance(chart, Heatmap):
         figure.add_heatmap(**_heatmap(chart), coloraxis=bar, **axes)
         return

@@ -45,12 +45,14 @@ def shown_norms(table: pd.DataFrame) -> list[float]:
     return norms
 
 
-def norm_map(table: pd.DataFrame, colors: Colors, title: str = "") -> Heatmap:
+def norm_map(table: pd.DataFrame, colors: Colors, n_tokens: int, title: str = "") -> Heatmap:
     """Norms by layer and position.
 
     Args:
         table: The cells of one matrix and prompt.
         colors: From norms to colours.
+        n_tokens: Length of the prompt; where not all of its positions are in the table, tokens have
+            theirs behind them.
         title: What the chart shows.
 
     Returns:
@@ -66,7 +68,11 @@ def norm_map(table: pd.DataFrame, colors: Colors, title: str = "") -> Heatmap:
         )
         for layer, row in zip(layers, values, strict=True)
     )
-    columns = Axis("token", tuple(map(_label, tokens.values())))
+    if len(tokens) == n_tokens:
+        columns = Axis("token", tuple(map(_label, tokens.values())))
+    else:
+        labels = (f"{_label(token)} ({position})" for position, token in tokens.items())
+        columns = Axis("token (position)", tuple(labels))
     return Heatmap(values, hover, columns, Axis("layer", tuple(map(str, layers))), colors, title)
 
 
@@ -83,13 +89,13 @@ def target_lines(table: pd.DataFrame, *, is_log: bool) -> Lines:
     table = table.assign(place=1 + table["target_rank"].astype("float64"))
     places, tokens = _grid(table, "place"), _tokens(table)
     last = len(places.columns) - 1
-    colors, many = ordered_colors(range(last + 1), "token of the prompt"), last >= MOST_NAMES
+    colors, many = ordered_colors(list(tokens), "position in the prompt"), last >= MOST_NAMES
     lines = tuple(
         Line(
             f"{position}: {_label(tokens[position])}",
             _floats(places.index),
             _floats(places[position]),
-            colors.at(index),
+            colors.at(position),
             tuple(
                 f"{tokens[position]} at {position}, layer {layer}\nrank {place - 1:.0f}"
                 for layer, place in places[position].items()
@@ -112,14 +118,16 @@ def segment_lines(table: pd.DataFrame, column: str, symbol: str, *, is_log: bool
 
     Args:
         table: Cells with their segments, of one matrix.
-        column: What is averaged, over all tokens of a segment in all prompts.
+        column: What is averaged, over all tokens of a segment in all prompts; a position that was
+            asked for twice counts once.
         symbol: How the column's vectors are called.
         is_log: Whether the axis of means is logarithmic; then a mean of zero is left out.
 
     Returns:
         Lines in the order of a prompt.
     """
-    means = table.groupby(["segment", "layer"])[column].mean()
+    once = table.drop_duplicates(["prompt", "layer", "position"])
+    means = once.groupby(["segment", "layer"])[column].mean()
     means = means.where(means > 0) if is_log else means
     present = set(table["segment"])
     lines = tuple(

@@ -7,7 +7,7 @@ in `text`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -22,11 +22,13 @@ from backward_lens_tl.views.appearance import (
     running_text,
 )
 from backward_lens_tl.views.table.details import details
+from backward_lens_tl.views.table.grid import read_grid
 from backward_lens_tl.views.table.panel import panel
 from backward_lens_tl.views.table.text import isolated, isolated_run
 
 MAX_PROMPTS = 4
-"""Prompts of a batch that a notebook shows."""
+MAX_CELLS = 4000
+"""Prompts of a batch that a notebook shows, and cells of more than one prompt: some 3 MB."""
 
 _PROJECTIONS = {
     "logit_lens": "logit lens: the model's final norm and unembedding",
@@ -47,13 +49,13 @@ def render_table(result: BackwardLensResult) -> str:
     Returns:
         HTML for the body of any page.
     """
-    prompts = len(result.positions)
-    shown = "".join(_prompt_section(result, batch) for batch in range(min(prompts, MAX_PROMPTS)))
+    prompts, first = len(result.positions), _shown_prompts(result)
+    shown = "".join(_prompt_section(result, batch) for batch in range(first))
     more = ""
-    if prompts > MAX_PROMPTS:
+    if prompts > first:
         more = (
-            f"<p>{prompts - MAX_PROMPTS} more of {prompts} prompts are not shown; see one with "
-            f"<code>result.save_html(path, batch={MAX_PROMPTS})</code>.</p>"
+            f"<p>{prompts - first} more of {prompts} prompts are not shown; see one with "
+            f"<code>result.save_html(path, batch={first})</code>.</p>"
         )
     return (
         f'<div class="blt"><style>{_style()}</style>{_controls(result)}{shown}{_key()}{more}'
@@ -71,7 +73,7 @@ def render_page(result: BackwardLensResult, batch: int = 0) -> str:
     Returns:
         An HTML document that fetches nothing.
     """
-    title = escape(f"{running_text(_prompt(result, batch)).strip()} · Backward Lens")
+    title = escape(f"{running_text(result.gradients.prompt(batch)).strip()} · Backward Lens")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -93,7 +95,10 @@ def _style() -> str:
     shades = "".join(
         f"{selector}{step}{{background:light-dark({light.background},{dark.background});"
         f"color:light-dark({light.text},{dark.text})}}\n"
-        for selector in (".blt .n", ".blt .controls:has([value=linear]:checked) ~ * td.m")
+        for selector in (
+            ".blt .n",
+            ".blt .controls:has([name=scale][value=linear]:checked) ~ * td.m",
+        )
         for step, (light, dark) in pairs
     )
     return _asset("table.css") + shades
@@ -122,7 +127,7 @@ def _controls(result: BackwardLensResult) -> str:
         _choice("Tokens", "end", {"top": "top", "bottom": "bottom"}),
         _choice("Colour", "scale", {"log": "log", "linear": "linear"}),
     ]
-    return f'<form class="controls" method="dialog">{"".join(choices)}</form>'
+    return f'<form class="controls" method="dialog" autocomplete="off">{"".join(choices)}</form>'
 
 
 def _choice(title: str, name: str, labels: Mapping[str, str]) -> str:
@@ -137,14 +142,10 @@ def _choice(title: str, name: str, labels: Mapping[str, str]) -> str:
 # --- around the tables --------------------------------------------------------------------------
 
 
-def _prompt(result: BackwardLensResult, batch: int) -> str:
-    return "".join(result.gradients.str_tokens[batch])
-
-
 def _heading(result: BackwardLensResult, batch: int) -> str:
     target = result.target(batch)
     arrow = "" if target is None else f' <span class="to">→</span> <q>{isolated_run(target)}</q>'
-    return f"<q>{isolated_run(_prompt(result, batch))}</q>{arrow}"
+    return f"<q>{isolated_run(result.gradients.prompt(batch))}</q>{arrow}"
 
 
 def _facts(result: BackwardLensResult, batch: int) -> str:
@@ -166,6 +167,12 @@ def _lens_fact(result: BackwardLensResult, name: str) -> str:
     return f'<span data-lens="{escape(name)}"{hidden}>{meaning}</span>'
 
 
+def _shown_prompts(result: BackwardLensResult) -> int:
+    """How many prompts a notebook shows; always one."""
+    cells = len(result.matrices) * len(result.layers) * result.positions.shape[1]
+    return max(1, min(len(result.positions), MAX_PROMPTS, MAX_CELLS // cells))
+
+
 def _prompt_section(result: BackwardLensResult, batch: int) -> str:
     loss = number(float(result.gradients.loss[batch]))
     return (
@@ -175,11 +182,9 @@ def _prompt_section(result: BackwardLensResult, batch: int) -> str:
 
 
 def _panels(result: BackwardLensResult, batch: int) -> str:
-    panels: Iterable[str] = (panel(result, matrix, batch) for matrix in result.matrices)
-    return (
-        f'<div data-prompt="{batch}"><div class="panels">{"".join(panels)}</div>'
-        f"{details(result, batch)}</div>"
-    )
+    grid = read_grid(result, batch)
+    panels = "".join(panel(result, matrix, grid) for matrix in result.matrices)
+    return f'<div data-prompt="{batch}"><div class="panels">{panels}</div>{details(grid)}</div>'
 
 
 def _key() -> str:

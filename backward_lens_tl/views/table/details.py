@@ -8,12 +8,12 @@ from collections import Counter
 from typing import Any
 
 from backward_lens_tl.cells import Cell
-from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views.appearance import number, zero_reason
+from backward_lens_tl.views.table.grid import Grid
 from backward_lens_tl.views.table.text import LEAD_MARKUP, compact_markup
 
 
-def details(result: BackwardLensResult, batch: int) -> str:
+def details(grid: Grid) -> str:
     """All cells of one prompt under every lens.
 
     Each token's markup is there once, and cells hold its index. A cell is the reason why it adds
@@ -22,37 +22,33 @@ def details(result: BackwardLensResult, batch: int) -> str:
     lowest.
 
     Args:
-        result: What to show.
-        batch: Which prompt.
+        grid: The cells.
 
     Returns:
         A `<script>` element that holds data.
     """
-    read = [result.under(lens) for lens in result.projections]
-    cells = {
-        matrix: [
-            list(zip(*(each.cells(matrix, layer, batch) for each in read), strict=True))
-            for layer in reversed(result.layers)
-        ]
-        for matrix in result.matrices
-    }
     counts = Counter(
         entry.token
-        for rows in cells.values()
+        for matrices in grid.by_lens.values()
+        for rows in matrices.values()
         for row in rows
-        for lenses in row
-        for cell in lenses
+        for cell in row
         for entry in (*cell.top, *cell.bottom)
     )
     # The most frequent tokens have the shortest indices.
     index = {token: place for place, (token, _) in enumerate(counts.most_common())}
     data = {
-        "lenses": result.projections,
+        "lenses": list(grid.by_lens),
         "lead": LEAD_MARKUP,
         "tokens": [compact_markup(token) for token in index],
         "panels": {
-            matrix: [[_packed(lenses, index) for lenses in row] for row in rows]
-            for matrix, rows in cells.items()
+            matrix: [
+                [_packed(lenses, index) for lenses in zip(*layers, strict=True)]
+                for layers in zip(
+                    *(matrices[matrix] for matrices in grid.by_lens.values()), strict=True
+                )
+            ]
+            for matrix in grid.shown
         },
     }
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -20,26 +20,25 @@ from backward_lens_tl.views.appearance import (
     scale_ends,
     zero_reason,
 )
+from backward_lens_tl.views.table.grid import Grid
 from backward_lens_tl.views.table.text import LEAD_MARKUP, isolated
 
 _IN_TITLE = 3
 """Tokens at either end in the tooltip that a cell has until the script shows all."""
 
 
-def panel(result: BackwardLensResult, matrix: MatrixName, batch: int) -> str:
+def panel(result: BackwardLensResult, matrix: MatrixName, grid: Grid) -> str:
     """The table of one matrix and prompt, the last layer on top.
-
-    The forward pass runs upwards in it, and the gradient downwards.
 
     Args:
         result: What to show.
         matrix: Which matrix.
-        batch: Which prompt.
+        grid: The cells of one of its prompts.
 
     Returns:
         A `<figure>`.
     """
-    rows = [result.cells(matrix, layer, batch) for layer in reversed(result.layers)]
+    rows = grid.shown[matrix]
     scale = NormScale.spanning(cell.norm for row in rows for cell in row if not cell.is_zero)
     title = escape(matrix_title(matrix, result.direction, result.vjps_at))
     head = "".join(
@@ -53,7 +52,7 @@ def panel(result: BackwardLensResult, matrix: MatrixName, batch: int) -> str:
         f'<thead><tr><th scope="col"><small>layer</small></th>{head}</tr></thead>'
         f"<tbody>{''.join(_row(row, scale) for row in rows)}</tbody></table></div>"
         f"{_legend('log', scale_ends(scale))}{_legend('lin', linear_scale_ends(scale))}"
-        f"{_faint_notes(result, matrix, batch)}"
+        f"{_faint_notes(result, matrix, grid)}"
         '<div class="details" aria-live="polite"><p class="hint">A cell\'s tooltip has its norm, '
         "target rank and more tokens.</p></div></figure>"
     )
@@ -98,15 +97,14 @@ def _legend(kind: str, ends: tuple[str, str]) -> str:
     )
 
 
-def _faint_notes(result: BackwardLensResult, matrix: MatrixName, batch: int) -> str:
+def _faint_notes(result: BackwardLensResult, matrix: MatrixName, grid: Grid) -> str:
     """What to say of faint cells under each lens; that of the first is shown."""
     notes = []
-    for lens in result.projections:
-        read = result.under(lens)
-        cells = [cell for layer in read.layers for cell in read.cells(matrix, layer, batch)]
-        note = faint_note(cells, read.faint_norm)
+    for reading in result.readings:
+        rows = grid.by_lens[reading.projection][matrix]
+        note = faint_note([cell for row in rows for cell in row], reading.faint_norm)
         if note:
-            hidden = "" if lens == result.projection else " hidden"
-            name = escape(lens)
+            hidden = "" if reading.projection == result.projection else " hidden"
+            name = escape(reading.projection)
             notes.append(f'<p class="legend note" data-lens="{name}"{hidden}>{escape(note)}</p>')
     return "".join(notes)

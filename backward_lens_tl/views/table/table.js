@@ -2,11 +2,12 @@
 (() => {
   const setUp = (root) => {
     root.classList.add("scripted");
-    const lensOf = () => root.querySelector("[name=lens]:checked")?.value;
+    let lensRead = root.querySelector("[name=lens]")?.value; // there is a choice from two lenses on
+    const rewriters = [];
 
     for (const section of root.querySelectorAll("[data-prompt]")) {
       const data = JSON.parse(section.querySelector("script[type='application/json']").textContent);
-      const lens = () => Math.max(data.lenses.indexOf(lensOf()), 0);
+      const lens = () => Math.max(data.lenses.indexOf(lensRead), 0);
       const token = (index) => `<bdi>${data.tokens[index].replaceAll(" ", "<u> </u>")}</bdi>`;
 
       const found = (td) => {
@@ -38,6 +39,7 @@
         const hint = "Point at a cell for its details, or move through the cells by arrow keys.";
         let focused = null;
         const show = (td) => {
+          if (td) details.classList.add("used");
           details.innerHTML = td ? described(td) : `<p class="hint">${hint}</p>`;
         };
         const cellOf = (event) => event.target.closest("td");
@@ -74,7 +76,7 @@
         body.querySelector("td").tabIndex = 0;
         show(null);
 
-        root.addEventListener("change", () => {
+        rewriters.push(() => {
           for (const td of body.querySelectorAll("td:not(.zero)")) {
             const [rank, faint, ...entries] = found(td)[2 + lens()];
             const lead = rank === 0 ? data.lead : "";
@@ -87,10 +89,22 @@
         });
       }
     }
-    root.addEventListener("change", () => {
+    const follow = () => {
+      const lens = root.querySelector("[name=lens]:checked")?.value;
+      if (lens === lensRead) return;
+      lensRead = lens;
       for (const about of root.querySelectorAll("[data-lens]"))
-        about.hidden = about.dataset.lens !== lensOf();
-    });
+        about.hidden = about.dataset.lens !== lens;
+      for (const rewrite of rewriters) rewrite();
+    };
+    root.addEventListener("change", follow);
+    follow();
+    // To the last token, where the loss is.
+    for (const scroll of root.querySelectorAll(".scroll")) scroll.scrollLeft = scroll.scrollWidth;
   };
   for (const root of document.querySelectorAll(".blt:not(.scripted)")) setUp(root);
+  // Who comes back to a page may find the controls as they were left, without any event.
+  addEventListener("pageshow", () => {
+    for (const root of document.querySelectorAll(".blt")) root.dispatchEvent(new Event("change"));
+  });
 })();

@@ -6,24 +6,27 @@ document. None of them needs a network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
 import torch
 
 from backward_lens_tl.arguments import listed
+from backward_lens_tl.cells import Cell
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.result import BackwardLensResult, check_result
 from backward_lens_tl.views.appearance import faint_note, number, running_text
 from backward_lens_tl.views.widgets import embedding
 from backward_lens_tl.views.widgets.embedding import Widget, embedded, literal
 from backward_lens_tl.views.widgets.library import JavaScript
-from backward_lens_tl.views.widgets.ranking import rank_cells, rank_prompt, shown_at_either_end
-from backward_lens_tl.views.widgets.scales import (
-    number_below,
-    power_for_decimals,
-    round_number_above,
+from backward_lens_tl.views.widgets.ranking import (
+    INFINITE,
+    rank_cells,
+    rank_prompt,
+    shown_at_either_end,
 )
+from backward_lens_tl.views.widgets.scales import number_below, power_for_decimals
 
 # Okabe and Ito's blue and vermilion, apart for every kind of colour blindness.
 _POSITIVE, _NEGATIVE = "#0072b2", "#d55e00"
@@ -51,11 +54,12 @@ def norms(result: BackwardLensResult, matrix: str = "W_out", batch: int = 0) -> 
         The widget; one scale of colours for all layers.
 
     Raises:
-        InputError: If the matrix or the prompt is not in the result.
+        InputError: If there is no such result, or the matrix or the prompt is not in it.
         WidgetError: If the installed circuitsvis is not as known.
     """
     from circuitsvis.tokens import colored_tokens_multi
 
+    check_result(result)
     rows = [result.cells(matrix, layer, batch) for layer in result.layers]
     values = [[cell.norm for cell in row] for row in rows]
     power = power_for_decimals(norm for row in values for norm in row)
@@ -71,6 +75,7 @@ def norms(result: BackwardLensResult, matrix: str = "W_out", batch: int = 0) -> 
     caption = (
         f"<b>{matrix}</b>: norm of δ_i at each token{_of_prompt(result, batch)}, by layer. The "
         "fullest blue is the largest norm of all layers; point at a token for its numbers."
+        f"{_only(result, batch, rows[0])}"
     )
     bounds = [bound] * len(result.layers)
     return embedded(
@@ -84,7 +89,8 @@ def top_tokens(
     """The most and least promoted tokens of every matrix, layer and position.
 
     CircuitsVis colours scores from 0 to 1. Those of a matrix are divided by a round number that
-    brings them there, which the matrix's label names.
+    brings them there, which the matrix's label names. An infinite score is shown as 10 or -10, and
+    the caption says so.
 
     Args:
         result: What to show.
@@ -95,11 +101,13 @@ def top_tokens(
         The widget; the samples are the matrices, and the columns the analysed positions.
 
     Raises:
-        InputError: If a matrix or the prompt is not in the result, or no matrix is named.
+        InputError: If there is no such result, a matrix or the prompt is not in it, or no matrix is
+            named.
         WidgetError: If the installed circuitsvis is not as known.
     """
     from circuitsvis.topk_tokens import topk_tokens
 
+    check_result(result)
     names = list(result.matrices) if matrices is None else listed(matrices)
     if not names:
         raise InputError(f"matrices is {matrices!r}; pass some of {', '.join(result.matrices)}")
@@ -107,12 +115,12 @@ def top_tokens(
     every = [cell for rows in cells.values() for row in rows for cell in row]
     shown = next(iter(cells.values()))[0]
     k, width = shown_at_either_end(every), max(len(shown), _COLUMNS)
-    samples = {}
+    samples, has_infinite = {}, False
     for name, rows in cells.items():
         ranking = rank_cells(rows, k, width)
-        factor = round_number_above(float(ranking.scores.abs().max()))
-        label = name if factor == 1 else f"{name} (score ×{factor:g})"
-        samples[label] = ranking.words, ranking.scores / factor
+        label = name if ranking.factor == 1 else f"{name} (score ×{ranking.factor:g})"
+        samples[label] = ranking.words, ranking.scores
+        has_infinite |= ranking.has_infinite
     if len(samples) == 1:
         # With one sample alone, it shows the first column only.
         prompt = rank_prompt([cell.token for cell in shown], len(result.layers), k, width)
@@ -137,6 +145,8 @@ def top_tokens(
         "one of 0 or less; point at a token for its score.<br>"
         f"{'Positions' if complete else 'Columns'}: {legend}"
     )
+    if has_infinite:
+        caption += f"<br>A score of ∞ or −∞ is shown as {INFINITE:g} or −{INFINITE:g}."
     faint = faint_note(every, result.faint_norm, mark="")
     if faint:
         caption += f"<br>{escape(faint)}"
@@ -148,7 +158,8 @@ def quantities(result: BackwardLensResult, matrix: str = "W_out", batch: int = 0
 
     They are the norms of `delta_i` and `x_i`, the rank of the target, if there is one, and the top
     score. Where a position adds nothing it has no rank and no score: it has a negative number that
-    no other position has, in full red.
+    no other position has, in full red. A top score that is infinite is shown as a power of ten
+    beyond all others, which the quantity's name tells.
 
     Args:
         result: What to show.
@@ -159,11 +170,12 @@ def quantities(result: BackwardLensResult, matrix: str = "W_out", batch: int = 0
         The widget.
 
     Raises:
-        InputError: If the matrix or the prompt is not in the result.
+        InputError: If there is no such result, or the matrix or the prompt is not in it.
         WidgetError: If the installed circuitsvis is not as known.
     """
     from circuitsvis.activations import text_neuron_activations
 
+    check_result(result)
     rows = [result.cells(matrix, layer, batch) for layer in result.layers]
     cells = [cell for row in rows for cell in row]
     by_name = {
@@ -175,10 +187,8 @@ def quantities(result: BackwardLensResult, matrix: str = "W_out", batch: int = 0
         by_name[f"rank of {literal(target)} (0 leads, {_NO_RANK:g}: no rank)"] = [
             _NO_RANK if cell.target_rank is None else float(cell.target_rank) for cell in cells
         ]
-    no_score = number_below(cell.top[0].score for cell in cells if cell.top)
-    by_name[f"top score ({no_score:g}: no score)"] = [
-        cell.top[0].score if cell.top else no_score for cell in cells
-    ]
+    name, scores = _top_scores(cells)
+    by_name[name] = scores
     values = torch.tensor(list(by_name.values()), dtype=torch.float64)
     rendered = text_neuron_activations(
         [literal(cell.token) for cell in rows[0]],
@@ -190,7 +200,7 @@ def quantities(result: BackwardLensResult, matrix: str = "W_out", batch: int = 0
     caption = (
         f"<b>{matrix}</b>: one quantity of one layer at each token{_of_prompt(result, batch)} "
         f"({_reading(result)}). Blue is positive and red negative, full at the layer's largest; "
-        "point at a token for its number."
+        f"point at a token for its number.{_only(result, batch, rows[0])}"
     )
     return embedded(rendered, caption)
 
@@ -207,14 +217,16 @@ def reversed_attention(result: BackwardLensResult, layer: int, batch: int = 0) -
         The widget; one scale of colours for all heads, the same to both sides of 0.
 
     Raises:
-        InputError: If no attention matrix of the layer was asked for, or there is no such prompt.
+        InputError: If there is no such result, layer or prompt, or no attention matrix of the layer
+            was asked for.
         WidgetError: If the installed circuitsvis is not as known.
     """
     from circuitsvis.attention import attention_heads
 
+    check_result(result)
     described = _of_prompt(result, batch)
     maps = result.reversed_attention(layer)[batch]
-    index = layer if layer in result.layers else result.layers[layer]
+    index = result.layer_number(layer)
     tokens = result.gradients.str_tokens[batch]
     maps = maps[:, : len(tokens), : len(tokens)].detach().to("cpu", torch.float64)
     bound = float(maps.abs().max())
@@ -262,6 +274,25 @@ def javascript() -> JavaScript:
     return JavaScript()
 
 
+# --- numbers ------------------------------------------------------------------------------------
+
+
+def _top_scores(cells: Sequence[Cell]) -> tuple[str, list[float]]:
+    """The top score of each cell as a finite number, and what they are called."""
+    scores = [cell.top[0].score if cell.top else None for cell in cells]
+    there = [score for score in scores if score is not None]
+    no_score = number_below(there)
+    stand_ins = {math.inf: -number_below(-score for score in there), -math.inf: 10 * no_score}
+    said = [f"{no_score:g}: no score"]
+    said += [
+        f"{stand_in:g}: {'∞' if infinite > 0 else '−∞'}"
+        for infinite, stand_in in stand_ins.items()
+        if infinite in there
+    ]
+    shown = [no_score if score is None else stand_ins.get(score, score) for score in scores]
+    return f"top score ({', '.join(said)})", shown
+
+
 # --- texts --------------------------------------------------------------------------------------
 
 
@@ -273,6 +304,15 @@ def _of_prompt(result: BackwardLensResult, batch: int) -> str:
     target = result.target(batch)
     prompt = f" of prompt {batch}" if len(result.positions) > 1 else ""
     return prompt if target is None else f"{prompt}, target {_quoted(target)}"
+
+
+def _only(result: BackwardLensResult, batch: int, cells: Sequence[Cell]) -> str:
+    """Which positions are shown, where these are not all of the prompt's."""
+    length = len(result.gradients.str_tokens[batch])
+    if [cell.position for cell in cells] == list(range(length)):
+        return ""
+    shown = ", ".join(f"{cell.position} {_quoted(cell.token)}" for cell in cells)
+    return f"<br>Of the prompt's {length} positions these were analysed: {shown}"
 
 
 def _reading(result: BackwardLensResult) -> str:

@@ -125,8 +125,8 @@ def call_script(place: str, element: str, props: dict[str, Any]) -> str:
 
 
 def script_json(value: object) -> str:
-    """JSON that cannot end the script element that it stands in."""
-    return json.dumps(value).replace("<", r"\u003c")
+    """JSON that cannot end the script element that it stands in; it has no infinite numbers."""
+    return json.dumps(value, allow_nan=False).replace("<", r"\u003c")
 
 
 # --- notebooks ----------------------------------------------------------------------------------

@@ -46,10 +46,10 @@ def number_below(scores: Iterable[float]) -> float:
     """A number that no score is, to stand where there is none.
 
     Args:
-        scores: The scores.
+        scores: The scores; infinite ones do not count.
 
     Returns:
         A negative power of ten below all of them.
     """
-    least = min(scores, default=0.0)
+    least = min(filter(math.isfinite, scores), default=0.0)
     return -1.0 if least > -1 else -(10.0 ** (math.floor(math.log10(-least)) + 1))
