@@ -480,7 +480,7 @@ def test_cells_are_reached_by_keys(browser: Browser, tmp_path: Path, messi: Back
             figure, cells = figure_of(page, matrix), all_cells(messi, matrix)
             assert figure.locator("[tabindex='0']").count() == 1
             page.keyboard.press("Tab")  # one stop is all that it takes to the next table
-            for key, row, column in [("Shift", 0, 0), *path]:
+            for key, row, column in [("Shift", 0, columns - 1), ("Home", 0, 0), *path]:
                 page.keyboard.press(key)
                 at = row * columns + column
                 td = figure.locator("td").nth(at)

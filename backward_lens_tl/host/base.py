@@ -34,8 +34,9 @@ _ROUNDINGS = 32
 _PIECE = 64
 """Vectors that are multiplied at a time beside the scores of all others, to save memory."""
 
-_CLOSE = 0.5
-"""Nearer to a norm's bias than this part of the way, a vector does not tell its direction well."""
+_CLOSE = 0.1
+"""Nearer to a norm's bias than this part of the way, a vector does not tell its direction well:
+going on to the whole way multiplies rounding by its inverse."""
 
 _GLOBAL_HOOKS = (
     torch.nn.modules.module._global_forward_hooks,

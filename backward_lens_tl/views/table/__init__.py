@@ -92,8 +92,10 @@ def render_page(result: BackwardLensResult, batch: int = 0) -> str:
 @cache
 def _style() -> str:
     pairs = list(enumerate(zip(LIGHT_SHADES, DARK_SHADES, strict=True)))
+    # Browsers that do not know light-dark() take the light shades.
     shades = "".join(
-        f"{selector}{step}{{background:light-dark({light.background},{dark.background});"
+        f"{selector}{step}{{background:{light.background};color:{light.text};"
+        f"background:light-dark({light.background},{dark.background});"
         f"color:light-dark({light.text},{dark.text})}}\n"
         for selector in (
             ".blt .n",

@@ -73,7 +73,7 @@
           td.tabIndex = -1;
           td.removeAttribute("title");
         }
-        body.querySelector("td").tabIndex = 0;
+        body.rows[0].lastElementChild.tabIndex = 0; // the last layer and token, as in the window
         show(null);
 
         rewriters.push(() => {
