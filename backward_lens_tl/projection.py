@@ -89,10 +89,14 @@ class NormalizedLogitLens(LogitLens):
         return super().project(_directions(vectors), layer)
 
 
+_SHORTEST = 1e-15
+
+
 def _directions(vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
-    # First to a largest part of 1: squares of less than 1e-23 are zero in float32.
+    # The shortest are brought to a largest part of 1 first: in float32 their squares would be zero.
     largest = vectors.abs().amax(-1, keepdim=True)
-    even = vectors / largest.masked_fill(largest == 0, 1)
+    is_long = (largest > _SHORTEST) | (largest == 0)
+    even = vectors / largest.masked_fill(is_long, 1)
     norms: Tensor = even.norm(dim=-1, keepdim=True)
     return even / norms.masked_fill(norms == 0, 1)
 

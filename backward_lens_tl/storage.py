@@ -70,9 +70,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     check_path(path, ResultFileError)
     file = Path(path)
-    if file.is_dir():
+    if os.path.isdir(file):
         raise ResultFileError(f"{os.fspath(path)!r} cannot be written: it is a folder")
-    if not file.parent.is_dir():
+    if not os.path.isdir(file.parent):
         raise ResultFileError(
             f"{os.fspath(path)!r} cannot be written: there is no folder {os.fspath(file.parent)!r}"
         )
@@ -102,7 +102,7 @@ def read(path: str | Path, types: Sequence[type]) -> Any:
         ResultFileError: If the file is missing, damaged, not a saved result, or of a later format.
     """
     check_path(path, ResultFileError)
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise ResultFileError(f"{os.fspath(path)!r} cannot be read: it is a folder")
     try:
         with safe_open(path, framework="pt") as file:
