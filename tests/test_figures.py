@@ -232,8 +232,15 @@ def test_target_ranks(result: BackwardLensResult, model: Any, backend: Any, batc
         for layer, place in zip(result.layers, places, strict=True):
             update = -result.gradients["W_out", layer].vjps[batch, position]
             scores = model.unembed(model.ln_final(update[None, None]))[0, 0]
-            rank = int((scores > scores[target]).sum())
-            assert place == 1 + rank or (not update.any() and math.isnan(place))
+            if not update.any():
+                assert math.isnan(place)
+                continue
+            # One product of many vectors and many products of one round differently in float32.
+            close = 1e-5 * scores.abs().max()
+            fewest = int((scores > scores[target] + close).sum())
+            most = int((scores >= scores[target] - close).sum()) - 1
+            assert 1 + fewest <= place <= 1 + most
+            assert most - fewest < 20  # of some 4000: a wrong rank would not be among them
     assert next(reversed(found.values()))[1][-1] == 1  # the last token, in the last layer
 
 
