@@ -97,6 +97,21 @@ def is_index(value: object, size: int) -> bool:
     return is_integer(value) and -size <= index(value) < size
 
 
+def check_index(kind: str, value: int, size: int) -> None:
+    """Refuse an index that is not from 0 to one below a size.
+
+    Args:
+        kind: What is indexed, for the message.
+        value: The index.
+        size: How many there are.
+
+    Raises:
+        InputError: If there is none of that index.
+    """
+    if not is_index(value, size) or value < 0:
+        raise InputError(f"{kind} {shown(value)} does not exist; allowed are 0 to {size - 1}")
+
+
 def check_path(path: object, error: type[Exception]) -> None:
     """Refuse what is no path to a file.
 

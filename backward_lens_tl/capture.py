@@ -152,7 +152,7 @@ class CaptureWork:
             tokens=batch.tokens,
             mask=batch.mask,
             str_tokens=tuple(map(self.host.vocabulary.texts, ids)),
-            prompts=tuple(map(self.host.vocabulary.running_text, ids)),
+            prompts=tuple(map(self.host.vocabulary.decode, ids)),
             loss=recorded.loss,
             targets=recorded.targets,
             objective=self.objective_name,

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
-from backward_lens_tl.arguments import is_index, shown
+from backward_lens_tl.arguments import check_index
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.precision import at_least_float32
 from backward_lens_tl.sites import READING_MATRICES, MatrixName
@@ -163,7 +163,7 @@ class MatrixGradient:
         """
         if self.n_heads is None:
             raise InputError(f"{self.matrix} of layer {self.layer} is not divided into heads")
-        _check_index("head", index, self.n_heads)
+        check_index("head", index, self.n_heads)
         inputs, vjps = (
             factor[:, :, index] if factor.ndim == 4 else factor
             for factor in (self.inputs, self.vjps)
@@ -185,7 +185,7 @@ class MatrixGradient:
         """
         if self.experts is None or self.n_experts is None:
             raise InputError(f"{self.matrix} of layer {self.layer} has no experts")
-        _check_index("expert", index, self.n_experts)
+        check_index("expert", index, self.n_experts)
         routed = self.experts == index
         here = routed.any(-1)
         elsewhere = ~here[..., None]
@@ -278,7 +278,7 @@ class MatrixGradient:
             InputError: If there is no such hidden unit.
         """
         coefficients, vectors = self._combination(batch)
-        _check_index("neuron", index, coefficients.shape[1])
+        check_index("neuron", index, coefficients.shape[1])
         with self._own_precision():
             return einsum(coefficients[:, index], vectors, "pos, pos d_model -> d_model")
 
@@ -403,7 +403,7 @@ class MatrixGradient:
     def _real(
         self, batch: int
     ) -> tuple[Float[Tensor, "n *head d_in"], Float[Tensor, "n *head_ d_out"]]:
-        _check_index("prompt", batch, len(self.mask))
+        check_index("prompt", batch, len(self.mask))
         real = self.mask[batch]
         return at_least_float32(self.inputs[batch, real]), at_least_float32(self.vjps[batch, real])
 
@@ -428,8 +428,3 @@ def numerical_rank(singular_values: Float[Tensor, "rank_bound"], rtol: float) ->
 def _norms(factor: Float[Tensor, "batch pos *parts d"]) -> Float[Tensor, "batch pos"]:
     norms: Tensor = torch.linalg.vector_norm(at_least_float32(factor.flatten(2)), dim=-1)
     return norms
-
-
-def _check_index(kind: str, index: int, size: int) -> None:
-    if not is_index(index, size) or index < 0:
-        raise InputError(f"{kind} {shown(index)} does not exist; allowed are 0 to {size - 1}")

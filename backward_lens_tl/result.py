@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from backward_lens_tl.arguments import is_index, is_integer, shown
+from backward_lens_tl.arguments import check_index, is_index, is_integer, shown
 from backward_lens_tl.captured import Coverage, GradientCapture
 from backward_lens_tl.cells import Cell, TokenScore
 from backward_lens_tl.errors import InputError, ResultFileError
@@ -330,10 +330,9 @@ class BackwardLensResult:
         Raises:
             InputError: If it was not analysed.
         """
-        self.readout(matrix)
-        self._layer_index(layer)
+        cells = self.cells(matrix, layer, batch)
         position = self._analysed_position(pos, batch)
-        return next(cell for cell in self.cells(matrix, layer, batch) if cell.position == position)
+        return next(cell for cell in cells if cell.position == position)
 
     def cells(self, matrix: str, layer: int, batch: int = 0) -> list[Cell]:
         """The cells of one matrix and layer, in the order of the analysed positions."""
@@ -444,10 +443,7 @@ class BackwardLensResult:
         return layer % len(self.layers)
 
     def _check_prompt(self, batch: int) -> None:
-        if not is_index(batch, len(self.positions)) or batch < 0:
-            raise InputError(
-                f"prompt {shown(batch)} does not exist; allowed are 0 to {len(self.positions) - 1}"
-            )
+        check_index("prompt", batch, len(self.positions))
 
     def _analysed_position(self, pos: int, batch: int) -> int:
         self._check_prompt(batch)
@@ -538,8 +534,6 @@ class BackwardLensResult:
         """
         if matrix is not None:
             self.readout(matrix)
-        if batch is not None:
-            self._check_prompt(batch)
         return gradient_table(self.gradients, matrix, batch)
 
     def neuron_df(self, matrix: str, layer: int, batch: int = 0) -> pd.DataFrame:

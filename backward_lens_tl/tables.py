@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from backward_lens_tl.arguments import is_index, shown
+from backward_lens_tl.arguments import check_index
 from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.gradients import MatrixGradient, numerical_rank
@@ -47,10 +47,8 @@ def gradient_table(
             "it with capture_gradients(..., matrices=...)"
         )
     lengths, losses = capture.mask.sum(1).tolist(), capture.loss.tolist()
-    if batch is not None and (not is_index(batch, len(lengths)) or batch < 0):
-        raise InputError(
-            f"prompt {shown(batch)} does not exist; allowed are 0 to {len(lengths) - 1}"
-        )
+    if batch is not None:
+        check_index("prompt", batch, len(lengths))
     prompts = range(len(lengths)) if batch is None else [int(batch)]
     rows = [
         {

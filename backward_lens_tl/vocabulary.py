@@ -42,7 +42,7 @@ class Vocabulary:
         """Text of each token."""
         return tuple(self.text(token_id) for token_id in token_ids)
 
-    def running_text(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a prompt as a whole, without its special tokens.
 
         Args:

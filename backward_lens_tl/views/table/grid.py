@@ -45,12 +45,9 @@ def read_grid(result: BackwardLensResult, batch: int) -> Grid:
     return Grid(
         {
             lens: {
-                matrix: [
-                    result.under(lens).cells(matrix, layer, batch)
-                    for layer in reversed(result.layers)
-                ]
-                for matrix in result.matrices
+                matrix: [read.cells(matrix, layer, batch) for layer in reversed(read.layers)]
+                for matrix in read.matrices
             }
-            for lens in result.projections
+            for lens, read in ((lens, result.under(lens)) for lens in result.projections)
         }
     )
