@@ -6,6 +6,7 @@ An implementation of "Backward Lens: Projecting Language Model Gradients into th
 
 from importlib.metadata import version
 
+from backward_lens_tl import analysis
 from backward_lens_tl.capture import capture_gradients
 from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.errors import BackwardLensError
@@ -21,7 +22,10 @@ from backward_lens_tl.objectives import (
     target_nll,
 )
 from backward_lens_tl.projection import Projection
+from backward_lens_tl.records import Records, read_records
+from backward_lens_tl.reproduce import reproduce
 from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.sweep import Sweep, SweepConfig, sweep
 from backward_lens_tl.validation import ValidationReport, validate
 from backward_lens_tl.views import figures, widgets
 
@@ -35,7 +39,11 @@ __all__ = [
     "Memory",
     "Objective",
     "Projection",
+    "Records",
+    "Sweep",
+    "SweepConfig",
     "ValidationReport",
+    "analysis",
     "backward_lens",
     "capture_gradients",
     "figures",
@@ -43,7 +51,10 @@ __all__ = [
     "load_model",
     "logit_difference",
     "next_token_loss",
+    "read_records",
+    "reproduce",
     "sequence_nll",
+    "sweep",
     "target_nll",
     "validate",
     "widgets",

@@ -50,6 +50,7 @@ class Recorded:
         gradients: By matrix and layer, in model order.
         loss: Loss of each prompt.
         targets: The token that readouts are compared with, if the objective has one.
+        answers: The model's own most probable token after each prompt.
         hook_points: Activations and gradients at hook points, by name.
         attention: The backward pass through attention patterns, by layer.
     """
@@ -57,6 +58,7 @@ class Recorded:
     gradients: Mapping[tuple[str, int], MatrixGradient]
     loss: Float[Tensor, "batch"]
     targets: Int[Tensor, "batch"] | None
+    answers: Int[Tensor, "batch"]
     hook_points: Mapping[str, HookPointGradient]
     attention: Mapping[int, AttentionGradient]
 
@@ -109,6 +111,7 @@ def record(
         gradients=run.gradients(found, batch),
         loss=losses.detach(),
         targets=objective.targets(logits.detach(), batch),
+        answers=objective.answers(logits.detach(), batch),
         hook_points={point.site.name: point.gradient(found[point], batch) for point in run.points},
         attention={
             layer: pattern.gradient(found[pattern], batch, host.d_head)

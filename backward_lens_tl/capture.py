@@ -147,14 +147,18 @@ class CaptureWork:
         """
         recorded, batch = gathering.recorded, self._kept_batch
         ids = [row[real].tolist() for row, real in zip(batch.tokens, batch.mask, strict=True)]
+        texts, spans = zip(*map(self.host.vocabulary.spans, ids), strict=True)
         return GradientCapture(
             gradients=recorded.gradients,
             tokens=batch.tokens,
             mask=batch.mask,
             str_tokens=tuple(map(self.host.vocabulary.texts, ids)),
-            prompts=tuple(map(self.host.vocabulary.decode, ids)),
+            prompts=texts,
+            spans=spans,
             loss=recorded.loss,
             targets=recorded.targets,
+            answers=recorded.answers,
+            n_layers=self.host.n_layers,
             objective=self.objective_name,
             model_name=self.host.name,
             coverage=_coverage(self.host, self.sites),

@@ -15,6 +15,7 @@ from backward_lens_tl.arguments import is_integer
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.hook_gradients import AttentionGradient, HookPointGradient, attribution
+from backward_lens_tl.precision import at_least_float32
 from backward_lens_tl.sites import ATTENTION_MATRICES, MatrixName
 
 
@@ -57,6 +58,8 @@ class GradientCapture:
         str_tokens: Text of each real token of each prompt.
         loss: Loss of each prompt.
         targets: The token that readouts are compared with, if the objective has one.
+        answers: The model's own most probable token after each prompt, before any update.
+        n_layers: How many layers the model has.
         objective: How the objective was made.
         model_name: The model's name.
         coverage: Which parameters these gradients are of, and which they are not.
@@ -65,6 +68,8 @@ class GradientCapture:
             were asked for, by layer.
         prompts: Text of each prompt as a whole, continuation included, without special tokens.
             Characters that `str_tokens` have split over several tokens are whole here.
+        spans: Where in that text each real token stands: half-open spans of its characters, of no
+            width for special tokens.
     """
 
     gradients: Mapping[tuple[str, int], MatrixGradient]
@@ -73,12 +78,15 @@ class GradientCapture:
     str_tokens: tuple[tuple[str, ...], ...]
     loss: Float[Tensor, "batch"]
     targets: Int[Tensor, "batch"] | None
+    answers: Int[Tensor, "batch"]
+    n_layers: int
     objective: str
     model_name: str
     coverage: Coverage = Coverage()
     hook_points: Mapping[str, HookPointGradient] = field(default_factory=dict)
     attention: Mapping[int, AttentionGradient] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
+    spans: tuple[tuple[tuple[int, int], ...], ...] = ()
 
     def __getitem__(self, key: tuple[str, int]) -> MatrixGradient:
         if isinstance(key, tuple) and len(key) == 2 and is_integer(key[1]):
@@ -105,6 +113,20 @@ class GradientCapture:
     def layers(self) -> tuple[int, ...]:
         """The captured layers, ascending."""
         return tuple(dict.fromkeys(gradient.layer for gradient in self))
+
+    @property
+    def top_vjps(self) -> Float[Tensor, "batch d_model"] | None:
+        """The VJP of the top layer at each prompt's last token, from which all others come.
+
+        Without the final norm it is the sum of token embeddings of lemma 5.1. It is that of `W_out`
+        where its output is added to the residual stream; `None` if `W_out` of the model's last
+        layer was not captured.
+        """
+        top = self.gradients.get(("W_out", self.n_layers - 1))
+        if top is None:
+            return None
+        prompts = torch.arange(len(self.mask), device=self.mask.device)
+        return at_least_float32(top.resid_vjps[prompts, self.mask.sum(1) - 1])
 
     def prompt(self, batch: int) -> str:
         """Text of a prompt as a whole, or of its tokens side by side if that was not kept."""

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # tokens hold what no terminal's encoding may have
     try:
-        _show(args)
+        args.run(args)
     except (BackwardLensError, OSError) as error:
         print(f"{_PROG}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
@@ -55,10 +55,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(dest="command", required=True)
     _add_show(commands.add_parser("show", help="the layers x tokens table of one prompt"))
+    _add_sweep(commands.add_parser("sweep", help="the lens over a data set, as Parquet"))
+    _add_reproduce(commands.add_parser("reproduce", help="the paper's experiments, with a report"))
     return parser
 
 
+def _add_sweep(sweep: argparse.ArgumentParser) -> None:
+    from backward_lens_tl.sweep.command import add_arguments, run
+
+    add_arguments(sweep)
+    sweep.set_defaults(run=run)
+
+
+def _add_reproduce(reproduce: argparse.ArgumentParser) -> None:
+    from backward_lens_tl.reproduce.command import add_arguments, run
+
+    add_arguments(reproduce)
+    reproduce.set_defaults(run=run)
+
+
 def _add_show(show: argparse.ArgumentParser) -> None:
+    show.set_defaults(run=_show)
     show.add_argument("--prompt", required=True, help='text, such as "Lionel Messi plays for"')
     show.add_argument(
         "--target",

@@ -44,5 +44,9 @@ class WidgetError(BackwardLensError, RuntimeError):
     """The installed circuitsvis renders its widgets in a way that is not known here."""
 
 
+class SweepError(InputError):
+    """A sweep's folder or settings do not fit what is asked of it."""
+
+
 class ResultFileError(BackwardLensError, ValueError):
     """A file is not a saved result, or one that this version cannot read."""

@@ -90,6 +90,7 @@ class _Placing:
             },
             loss=self._put(None if whole is None else whole.loss, part.loss),
             targets=targets,
+            answers=self._put(None if whole is None else whole.answers, part.answers),
             # Where hook points are asked for there is one pass.
             hook_points={
                 name: replace(

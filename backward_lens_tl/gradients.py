@@ -277,10 +277,30 @@ class MatrixGradient:
         Raises:
             InputError: If there is no such hidden unit.
         """
+        check_index("neuron", index, self._combination(batch)[0].shape[1])
+        return self.neurons(int(index), int(index) + 1, batch)[0]
+
+    def neurons(self, start: int, stop: int, batch: int = 0) -> Float[Tensor, "n d_model"]:
+        """Neurons of the gradient side by side, for work on all of them block by block.
+
+        All at once would be the `d_in x d_out` matrix itself.
+
+        Args:
+            start: The first hidden unit, from 0.
+            stop: The hidden unit after the last one.
+            batch: Which prompt.
+
+        Returns:
+            `neuron(j)` in row `j - start`.
+
+        Raises:
+            InputError: If there are no such hidden units.
+        """
         coefficients, vectors = self._combination(batch)
-        check_index("neuron", index, coefficients.shape[1])
+        check_index("neuron", start, coefficients.shape[1])
+        check_index("neuron", stop - 1, coefficients.shape[1])
         with self._own_precision():
-            return einsum(coefficients[:, index], vectors, "pos, pos d_model -> d_model")
+            return einsum(coefficients[:, start:stop], vectors, "pos n, pos d_model -> n d_model")
 
     def neuron_norms(self, batch: int = 0) -> Float[Tensor, "d_hidden"]:
         """Length of each neuron of the gradient.
@@ -343,10 +363,7 @@ class MatrixGradient:
         return basis @ coefficients.double(), basis
 
     def singular_values(self, batch: int = 0) -> Float[Tensor, "rank_bound"]:
-        """Singular values of one prompt's gradient, largest first.
-
-        With the QR factorisations `X^T = Q_x R_x` and `Delta^T = Q_d R_d` they are those of the
-        core `R_x R_d^T`, which is at most `n x n`. Computed in float64.
+        """Singular values of one prompt's gradient, largest first, computed in float64.
 
         Args:
             batch: Which prompt.
@@ -355,11 +372,44 @@ class MatrixGradient:
             The `min(n, d_in, d_out)` values that can differ from zero. Heads lie side by side in
             the side that they divide.
         """
+        core_in, core_out = self._cores(batch)
+        values: Tensor = torch.linalg.svdvals(core_in @ core_out.T)
+        return values
+
+    def spectra(
+        self, batch: int = 0
+    ) -> tuple[
+        Float[Tensor, "rank_bound"], Float[Tensor, "input_bound"], Float[Tensor, "vjp_bound"]
+    ]:
+        """Singular values of one prompt's gradient, and of its inputs and VJPs by themselves.
+
+        Where the gradient's rank is below the number of positions that add something, those of the
+        factors say which side has linearly dependent vectors (lemma 4.1).
+
+        Args:
+            batch: Which prompt.
+
+        Returns:
+            As `singular_values`, and those of `X` and of `Delta`, each the largest first.
+        """
+        core_in, core_out = self._cores(batch)
+        gradient, inputs, vjps = map(
+            torch.linalg.svdvals, (core_in @ core_out.T, core_in, core_out)
+        )
+        return gradient, inputs, vjps
+
+    def _cores(
+        self, batch: int
+    ) -> tuple[Float[Tensor, "input_bound n"], Float[Tensor, "vjp_bound n"]]:
+        """`R_x` and `R_d` of the QR factorisations `X^T = Q_x R_x` and `Delta^T = Q_d R_d`.
+
+        At most `n x n` each, they have the factors' singular values, and `R_x R_d^T` the
+        gradient's.
+        """
         core_in, core_out = (
             torch.linalg.qr(factor.double().T, mode="r").R for factor in self._joined(batch)
         )
-        values: Tensor = torch.linalg.svdvals(core_in @ core_out.T)
-        return values
+        return core_in, core_out
 
     def rank(self, batch: int = 0, rtol: float | None = None) -> int:
         """Rank of one prompt's gradient.

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from backward_lens_tl.arguments import check_choice
+from backward_lens_tl.arguments import check_choice, listed
 from backward_lens_tl.backward import Recorded
 from backward_lens_tl.capture import CaptureWork, plan_capture
 from backward_lens_tl.captured import GradientCapture
@@ -37,6 +37,7 @@ from backward_lens_tl.vocabulary import TargetPosition, Vocabulary
 
 Direction = Literal["update", "gradient"]
 VjpsAt = Literal["matrix", "residual"]
+Measure = Literal["answer_rank", "entropy"]
 
 
 def backward_lens(
@@ -51,6 +52,7 @@ def backward_lens(
     projection: str | Projection | Sequence[str | Projection] = ("logit_lens", "normalized"),
     direction: Direction = "update",
     k: int = 10,
+    measures: Measure | Sequence[Measure] = (),
     prepend_bos: bool | None = None,
     target_position: TargetPosition | None = None,
     vjps_at: VjpsAt = "matrix",
@@ -80,6 +82,8 @@ def backward_lens(
             `W_out` and `W_O`; `"gradient"` projects the raw `delta_i`, as the paper does. Inputs
             `x_i` are projected as they are.
         k: Tokens to keep at either end.
+        measures: What else is taken of each readout, for `to_df`: `"answer_rank"`, the rank of the
+            model's own answer, `"entropy"`, or both. Each costs a pass over the scores.
         prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
         target_position: Which token of a text of several stands for it, `"first"` or `"last"`.
         vjps_at: Which VJPs of `W_out` and `W_O` are projected: `"matrix"`, those at its own output,
@@ -110,6 +114,8 @@ def backward_lens(
         raise InputError("an objective goes by name: backward_lens(model, prompts, objective=...)")
     check_k(k, host.d_vocab_out)
     projections = as_projections(projection, host)
+    for measure in listed(measures):
+        check_choice("measures", measure, get_args(Measure))
     work = plan_capture(
         host,
         prompts,
@@ -128,7 +134,15 @@ def backward_lens(
     places = select_positions(positions, batch.mask)
     grids = {name: ReadoutGrid(work.layers, places, work.kept_on) for name in projections}
     reader = _Reader(
-        projections, direction, vjps_at, k, host.d_vocab_out, work.memory.chunk, places, grids
+        projections=projections,
+        direction=direction,
+        vjps_at=vjps_at,
+        k=k,
+        measures=frozenset(listed(measures)),
+        d_vocab=host.d_vocab_out,
+        most_bytes=work.memory.chunk,
+        places=places,
+        grids=grids,
     )
     gathering = work.gathering()
     for part in work.passes:
@@ -175,6 +189,7 @@ class _Reader:
     direction: Direction
     vjps_at: VjpsAt
     k: int
+    measures: frozenset[str]
     d_vocab: int
     most_bytes: int | None
     places: Int[Tensor, "batch pos"]
@@ -189,14 +204,13 @@ class _Reader:
         """
         places = self.places[prompts]
         rows, columns = (places >= 0).nonzero(as_tuple=True)
-        positions, wanted = places[rows, columns], recorded.targets
-        targets = torch.full_like(rows, -1) if wanted is None else wanted[rows]
+        positions, ranked = places[rows, columns], self._ranked(recorded)[rows]
         spanning = {key: self._spanning(gradient) for key, gradient in recorded.gradients.items()}
         # Matrices that read the same have one tensor, which is read once.
         distinct = {id(vectors): key for key, vectors in spanning.items()}
         groups = (
             VectorGroup(
-                layer, self._oriented(matrix, spanning[matrix, layer][rows, positions]), targets
+                layer, self._oriented(matrix, spanning[matrix, layer][rows, positions]), ranked
             )
             for matrix, layer in distinct.values()
         )
@@ -205,6 +219,7 @@ class _Reader:
             list(self.projections.values()),
             self.k,
             self.d_vocab,
+            entropy="entropy" in self.measures,
             most_bytes=self.most_bytes,
         )
         cells = (rows.new_tensor(prompts)[rows], columns)
@@ -212,6 +227,13 @@ class _Reader:
             found = dict(zip(distinct, read, strict=True))
             for (matrix, layer), vectors in spanning.items():
                 grid.write(matrix, layer, cells, found[id(vectors)])
+
+    def _ranked(self, recorded: Recorded) -> Int[Tensor, "batch 2"]:
+        """The target and the model's own answer of each prompt, -1 where they are not ranked."""
+        nothing = torch.full_like(recorded.answers, -1)
+        targets = nothing if recorded.targets is None else recorded.targets
+        answers = recorded.answers if "answer_rank" in self.measures else nothing
+        return torch.stack([targets, answers], dim=1)
 
     def _spanning(self, gradient: MatrixGradient) -> Float[Tensor, "batch pos d_model"]:
         if self.vjps_at == "residual" and not gradient.reads_residual:
@@ -232,6 +254,7 @@ def _texts(
     """Text of every token that is shown."""
     readouts = (readout for reading in readings for readout in reading.readouts.values())
     ids = [ids.flatten() for readout in readouts for ids in (readout.top_ids, readout.bottom_ids)]
+    ids.append(capture.answers)
     if capture.targets is not None:
         ids.append(capture.targets)
     seen = torch.cat(ids).unique().tolist()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlparse
-from urllib.request import getproxies
 
 import huggingface_hub
 import torch
@@ -18,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backward_lens_tl.arguments import check_choice, check_text
 from backward_lens_tl.errors import InputError, ModelNotFoundError, UnsupportedModelError
+from backward_lens_tl.hub import hub_is_reachable
 
 Kind = Literal["hooked", "bridge"]
 
@@ -25,7 +23,7 @@ FACTS_MODEL = "facts"
 """Name of the model that ships inside the package."""
 
 
-def load_facts_model(kind: Kind | None = None) -> nn.Module:
+def load_facts_model(kind: Kind | None = None, device: str | None = None) -> nn.Module:
     """Load the small trained model that ships inside the package; it needs no network.
 
     A GPT-2 of 8 layers that knows some 1,800 facts about people, places, companies and works; its
@@ -34,18 +32,21 @@ def load_facts_model(kind: Kind | None = None) -> nn.Module:
     Args:
         kind: `"bridge"` for a `TransformerBridge`, `"hooked"` for a `HookedTransformer` with
             unprocessed weights; `None` is the class that the installed TransformerLens prefers.
+        device: Where it is put, such as `"cuda:1"`; `None` is the CPU.
 
     Returns:
-        The model, in eval mode, on the CPU, in float32.
+        The model, in eval mode, in float32.
     """
     with as_file(files("backward_lens_tl") / "facts_model") as folder:
-        loaded = _load_folder(folder, _checked_kind(kind))
+        loaded = _load_folder(folder, _checked_kind(kind), device, n_devices=1)
     loaded.cfg.model_name = FACTS_MODEL
     model: nn.Module = loaded.eval()
     return model
 
 
-def load_model(name: str, kind: Kind | None = None) -> nn.Module:
+def load_model(
+    name: str, kind: Kind | None = None, *, device: str | None = None, n_devices: int = 1
+) -> nn.Module:
     """Load a model by name, with unprocessed weights.
 
     Args:
@@ -53,6 +54,10 @@ def load_model(name: str, kind: Kind | None = None) -> nn.Module:
             `"gpt2"`.
         kind: `"bridge"`, `"hooked"`, or `None` for the class that the installed TransformerLens
             prefers.
+        device: Where it is put, such as `"cuda:1"`; `None` is the CPU for a folder, and for a name
+            on the hub what TransformerLens chooses.
+        n_devices: GPUs that TransformerLens spreads the layers of a large model over, from
+            `device` on.
 
     Returns:
         The model, in eval mode.
@@ -66,12 +71,16 @@ def load_model(name: str, kind: Kind | None = None) -> nn.Module:
     check_text("model name", name, ModelNotFoundError)
     kind = _checked_kind(kind)
     if name == FACTS_MODEL:
-        return load_facts_model(kind)
+        return load_facts_model(kind, device)
     try:
         is_folder = Path(name).is_dir()
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(f"{name!r} is no possible name: {error}") from error
-    model: nn.Module = _load_folder(Path(name), kind) if is_folder else _load_from_hub(name, kind)
+    model: nn.Module = (
+        _load_folder(Path(name), kind, device, n_devices)
+        if is_folder
+        else _load_from_hub(name, kind, device, n_devices)
+    )
     return model.eval()
 
 
@@ -93,7 +102,7 @@ def _checked_kind(kind: str | None) -> Kind:
     )
 
 
-def _load_folder(folder: Path, kind: Kind) -> Any:
+def _load_folder(folder: Path, kind: Kind, device: str | None, n_devices: int) -> Any:
     try:
         hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -108,10 +117,12 @@ def _load_folder(folder: Path, kind: Kind) -> Any:
     if kind == "bridge":
         from transformer_lens.model_bridge import TransformerBridge
 
+        # Layers are spread over devices as they are loaded.
+        loaded = {"hf_model": hf_model} if n_devices == 1 else {"n_devices": n_devices}
         return TransformerBridge.boot_transformers(
-            str(folder), hf_model=hf_model, tokenizer=tokenizer, device="cpu"
+            str(folder), tokenizer=tokenizer, device=device or "cpu", **loaded
         )
-    return _hooked_from_folder(folder, hf_model, tokenizer)
+    return _hooked_from_folder(folder, hf_model, tokenizer, device or "cpu", n_devices)
 
 
 def _check_rope(folder: Path, config: Any) -> None:
@@ -127,12 +138,16 @@ def _check_rope(folder: Path, config: Any) -> None:
         )
 
 
-def _hooked_from_folder(folder: Path, hf_model: Any, tokenizer: Any) -> Any:
+def _hooked_from_folder(
+    folder: Path, hf_model: Any, tokenizer: Any, device: str, n_devices: int
+) -> Any:
     """Do what `HookedTransformer.from_pretrained` does, which wants a hub name."""
     from transformer_lens import HookedTransformer, loading_from_pretrained
 
     try:
-        cfg = loading_from_pretrained.get_pretrained_model_config(str(folder), device="cpu")
+        cfg = loading_from_pretrained.get_pretrained_model_config(
+            str(folder), device=device, n_devices=n_devices
+        )
         weights = loading_from_pretrained.get_pretrained_state_dict(str(folder), cfg, hf_model)
     except (AttributeError, KeyError, NotImplementedError) as error:
         raise UnsupportedModelError(
@@ -150,8 +165,8 @@ def _hooked_from_folder(folder: Path, hf_model: Any, tokenizer: Any) -> Any:
     return model
 
 
-def _load_from_hub(name: str, kind: Kind) -> Any:
-    if not _in_cache(name) and not _hub_is_reachable():
+def _load_from_hub(name: str, kind: Kind, device: str | None, n_devices: int) -> Any:
+    if not _in_cache(name) and not hub_is_reachable():
         raise ModelNotFoundError(
             f"{name!r} is neither a local folder nor in the hub's cache, and the hub cannot be "
             f"reached; use {FACTS_MODEL!r}, the model that ships with this package"
@@ -160,10 +175,13 @@ def _load_from_hub(name: str, kind: Kind) -> Any:
         if kind == "bridge":
             from transformer_lens.model_bridge import TransformerBridge
 
-            return TransformerBridge.boot_transformers(name)
+            spread: dict[str, Any] = {} if n_devices == 1 else {"n_devices": n_devices}
+            return TransformerBridge.boot_transformers(name, device=device, **spread)
         from transformer_lens import HookedTransformer
 
-        return HookedTransformer.from_pretrained_no_processing(name)
+        return HookedTransformer.from_pretrained_no_processing(
+            name, device=device, n_devices=n_devices
+        )
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
             f"{name!r} cannot be loaded from the hub: {str(error).splitlines()[0]} "
@@ -179,17 +197,3 @@ def _in_cache(name: str) -> bool:
             f"{name!r} is neither a local folder nor a possible hub name; {FACTS_MODEL!r} is the "
             "model that ships with this package"
         ) from error
-
-
-def _hub_is_reachable() -> bool:
-    """Whether it is worth asking the hub, whose client retries for half a minute."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    endpoint = urlparse(huggingface_hub.constants.ENDPOINT)
-    if endpoint.scheme in getproxies():
-        return True
-    try:
-        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=5).close()
-    except OSError:
-        return False
-    return True

@@ -89,6 +89,21 @@ class BoundObjective(ABC):
         del logits, batch
         return None
 
+    def answers(
+        self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
+    ) -> Int[Tensor, "batch"]:
+        """The model's own most probable token after each prompt.
+
+        Args:
+            logits: The model's output, as in `losses`.
+            batch: The prompts, continuations included.
+
+        Returns:
+            Token ids.
+        """
+        last = batch.ends(logits, 1) if self.n_read(batch) is None else logits
+        return last[:, -1].argmax(-1)
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -342,7 +357,7 @@ class _OwnAnswerNLL(_TargetNLL):
     def targets(
         self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
     ) -> Int[Tensor, "batch"]:
-        return logits[:, -1].argmax(-1)
+        return self.answers(logits, batch)
 
 
 @dataclass(frozen=True)
@@ -366,30 +381,37 @@ class _LogitDifference(_LastPosition):
 class _SequenceNLL(BoundObjective):
     looks_at = "prompt"
 
-    answers: Sequence[Sequence[int]]
+    wanted: Sequence[Sequence[int]]
 
     def continuation(self, prompt: int) -> Sequence[int]:
-        return self.answers[prompt][:-1]
+        return self.wanted[prompt][:-1]
 
     def n_read(self, batch: PromptBatch) -> int:
-        return max(map(len, self._answers(batch)))
+        return max(map(len, self._wanted(batch)))
 
     def losses(
         self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
     ) -> Float[Tensor, "batch"]:
         losses = []
-        for row, answer in zip(logits, self._answers(batch), strict=True):
-            read = row[-len(answer) :].log_softmax(-1)
-            losses.append(-_pick(read, torch.tensor(answer, device=row.device)).sum())
+        for row, wanted in zip(logits, self._wanted(batch), strict=True):
+            read = row[-len(wanted) :].log_softmax(-1)
+            losses.append(-_pick(read, torch.tensor(wanted, device=row.device)).sum())
         return torch.stack(losses)
 
     def targets(
         self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
     ) -> Int[Tensor, "batch"]:
-        return _of_batch([answer[0] for answer in self.answers], batch)
+        return _of_batch([wanted[0] for wanted in self.wanted], batch)
 
-    def _answers(self, batch: PromptBatch) -> list[Sequence[int]]:
-        return [self.answers[prompt] for prompt in batch.prompts.tolist()]
+    def answers(
+        self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
+    ) -> Int[Tensor, "batch"]:
+        # What the model says right after the prompt, before the wanted answer.
+        rows = zip(logits, self._wanted(batch), strict=True)
+        return torch.stack([row[-len(wanted)].argmax() for row, wanted in rows])
+
+    def _wanted(self, batch: PromptBatch) -> list[Sequence[int]]:
+        return [self.wanted[prompt] for prompt in batch.prompts.tolist()]
 
 
 class _NextTokenLoss(BoundObjective):

@@ -20,6 +20,8 @@ from backward_lens_tl.projection import Projection, reads_layers_alike, scores_b
 
 _SCORE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+_PIECE = 32
+
 _CPU_CHUNK = 60 * 2**20
 _DEVICE_CHUNK = 256 * 2**20
 """Memory for the scores of one chunk of vectors. On a CPU the product is slower with fewer vectors,
@@ -36,6 +38,8 @@ class Readout:
         bottom_ids: The smallest scores' tokens, smallest first.
         bottom_scores: Their scores.
         target_rank: Number of tokens with a strictly larger score than the target; 0 is the top.
+        answer_rank: The same for the model's own answer; -1 where it was not asked for.
+        entropy: Of the softmax of the scores, in nats; NaN where it was not asked for.
     """
 
     top_ids: Int[Tensor, "*lead k"]
@@ -43,6 +47,8 @@ class Readout:
     bottom_ids: Int[Tensor, "*lead k"]
     bottom_scores: Float[Tensor, "*lead k"]
     target_rank: Int[Tensor, "*lead"]
+    answer_rank: Int[Tensor, "*lead"]
+    entropy: Float[Tensor, "*lead"]
 
 
 @dataclass(frozen=True)
@@ -136,18 +142,18 @@ class VectorGroup:
     Attributes:
         layer: The layer that they come from.
         vectors: Vectors of the residual stream's width.
-        targets: The token to rank for each vector, or -1 for none.
+        ranked: Tokens to rank for each vector, the target and the model's own answer; -1 for none.
     """
 
     layer: int
     vectors: Float[Tensor, "n d_model"]
-    targets: Int[Tensor, "n"]
+    ranked: Int[Tensor, "n 2"]
 
     def __len__(self) -> int:
         return len(self.vectors)
 
     def __getitem__(self, part: slice) -> VectorGroup:
-        return VectorGroup(self.layer, self.vectors[part], self.targets[part])
+        return VectorGroup(self.layer, self.vectors[part], self.ranked[part])
 
 
 @torch.no_grad()
@@ -157,6 +163,7 @@ def read_vectors(
     k: int,
     d_vocab: int,
     *,
+    entropy: bool = False,
     most_bytes: int | None = None,
 ) -> list[list[Readout]]:
     """Read vectors over the vocabulary, many layers in one product.
@@ -166,10 +173,11 @@ def read_vectors(
         projections: Each scores all vectors.
         k: How many tokens to keep at either end.
         d_vocab: Number of tokens.
+        entropy: Whether the entropy of each readout is taken.
         most_bytes: Memory that the scores of one product may take; a single vector's always may.
 
     Returns:
-        For each projection the readout of each group; the rank is -1 where there is no target.
+        For each projection the readout of each group; a rank is -1 where there is no token.
     """
     sizes: list[int] = []
 
@@ -179,7 +187,7 @@ def read_vectors(
             yield group
 
     chunks = _chunks(counted(), d_vocab, most_bytes, all(map(reads_layers_alike, projections)))
-    read = [_read_chunk(chunk, projections, k, d_vocab) for chunk in chunks]
+    read = [_read_chunk(chunk, projections, k, d_vocab, entropy) for chunk in chunks]
     return [_split(join_readouts(parts, torch.cat), sizes) for parts in zip(*read, strict=True)]
 
 
@@ -218,15 +226,19 @@ def _rows(vectors: Float[Tensor, "n d_model"], d_vocab: int, most_bytes: int | N
 
 
 def _read_chunk(
-    chunk: Sequence[VectorGroup], projections: Sequence[Projection], k: int, d_vocab: int
+    chunk: Sequence[VectorGroup],
+    projections: Sequence[Projection],
+    k: int,
+    d_vocab: int,
+    entropy: bool,
 ) -> list[Readout]:
     vectors = torch.cat([group.vectors for group in chunk])
-    targets = torch.cat([group.targets for group in chunk])
+    ranked = torch.cat([group.ranked for group in chunk])
     found: dict[int, Readout] = {}
     for index, scored in scores_by_each(projections, vectors, chunk[0].layer):
         scores = _checked(scored, len(vectors), d_vocab)
         # Comparing half precision is several times slower on a CPU, and changes nothing.
-        read = _read_scores(at_least_float32(scores), targets.to(scores.device), k)
+        read = _read_scores(at_least_float32(scores), ranked.to(scores.device), k, entropy)
         # The unembedding may lie on another device than the first layers.
         found[index] = join_readouts([read], lambda values: values[0].to(vectors.device))
         del scored, scores  # before the next are made, which may need as much memory
@@ -247,23 +259,37 @@ def check_k(k: int, d_vocab: int) -> None:
         raise InputError(f"k is {shown(k)}; allowed are 1 to {d_vocab}, the size of the vocabulary")
 
 
-def _read_scores(scores: Float[Tensor, "n d_vocab"], targets: Int[Tensor, "n"], k: int) -> Readout:
+def _read_scores(
+    scores: Float[Tensor, "n d_vocab"], ranked: Int[Tensor, "n 2"], k: int, entropy: bool
+) -> Readout:
     top, bottom = extremes(scores, k, largest=True), extremes(scores, k, largest=False)
     # Where there is a NaN it is on top.
     if bool(top.scores[:, 0].isnan().any()):
         raise InputError("the projection returned NaN among its scores; they must be real numbers")
-    has_target = targets >= 0
-    rank = torch.full_like(targets, -1)
-    if bool(has_target.any()):
-        bounds = scores.gather(1, targets.clamp_min(0)[:, None])
-        rank = count_beyond(scores, bounds, largest=True).masked_fill(~has_target, -1)
+    target_rank, answer_rank = (_ranks(scores, tokens) for tokens in ranked.unbind(1))
     return Readout(
         top_ids=top.ids,
         top_scores=top.scores,
         bottom_ids=bottom.ids,
         bottom_scores=bottom.scores,
-        target_rank=rank,
+        target_rank=target_rank,
+        answer_rank=answer_rank,
+        entropy=_entropy(scores) if entropy else scores.new_full((len(scores),), float("nan")),
     )
+
+
+def _ranks(scores: Float[Tensor, "n d_vocab"], tokens: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
+    """How many tokens have a larger score than the given one; -1 where none is given."""
+    given = tokens >= 0
+    if not bool(given.any()):
+        return torch.full_like(tokens, -1)
+    bounds = scores.gather(1, tokens.clamp_min(0)[:, None])
+    return count_beyond(scores, bounds, largest=True).masked_fill(~given, -1)
+
+
+def _entropy(scores: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n"]:
+    """`-sum_t p_t log p_t` of each softmax, a few vectors at a time to need little memory."""
+    return torch.cat([torch.special.entr(part.softmax(1)).sum(1) for part in scores.split(_PIECE)])
 
 
 def _checked(scores: object, n: int, d_vocab: int) -> Float[Tensor, "n d_vocab"]:

@@ -32,11 +32,11 @@ from backward_lens_tl.hook_gradients import (
 )
 from backward_lens_tl.precision import at_least_float32
 from backward_lens_tl.readout import Reading, Readout
-from backward_lens_tl.segments import batch_segments
+from backward_lens_tl.segments import Subject, batch_segments
 from backward_lens_tl.selection import position_index
 from backward_lens_tl.sites import MatrixName
 from backward_lens_tl.storage import read, replacing, write
-from backward_lens_tl.tables import gradient_table, neuron_table
+from backward_lens_tl.tables import PositionTable, gradient_table, neuron_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -223,11 +223,6 @@ class BackwardLensResult:
         zero = self._by_layer(matrix, [gradient.is_zero for gradient in self._of(matrix)])
         return zero | (self.positions < 0)
 
-    def _projected(self, gradient: MatrixGradient) -> Float[Tensor, "batch pos d_model"]:
-        """The vectors that were projected, up to their sign."""
-        at_residual = self.vjps_at == "residual" and not gradient.reads_residual
-        return gradient.resid_vjps if at_residual else gradient.spanning_set
-
     def _of(self, matrix: str) -> Iterator[MatrixGradient]:
         self.readout(matrix)
         return (self.gradients[matrix, layer] for layer in self.layers)
@@ -344,7 +339,7 @@ class BackwardLensResult:
         here = row, batch, column
         # Lists first: asking a tensor for one number after the other takes many times as long.
         zero = gradient.is_zero[batch, at].tolist()
-        projected = at_least_float32(self._projected(gradient)[batch, at])
+        projected = at_least_float32(self._position_table.projected(gradient)[batch, at])
         lengths = torch.linalg.vector_norm(projected, dim=-1).tolist()
         columns = zip(
             at.tolist(),
@@ -459,7 +454,7 @@ class BackwardLensResult:
 
     def to_df(
         self,
-        subject: str | Sequence[str] | None = None,
+        subject: Subject | Sequence[Subject | None] | None = None,
         *,
         matrix: str | None = None,
         batch: int | None = None,
@@ -467,7 +462,8 @@ class BackwardLensResult:
         """A tidy table, one row per prompt, matrix, layer and position.
 
         Args:
-            subject: What the prompts are about, one text for all or one per prompt, for a column
+            subject: What the prompts are about, one for all or one per prompt: a text, or the span
+                `(start, end)` of its characters in `gradients.prompts`. It gives a column
                 `segment` behind `token`: the part of the prompt, as the paper's figures 6, 7 and
                 16 to 21 divide it.
             matrix: The one matrix to have rows of; `None` for all.
@@ -475,48 +471,39 @@ class BackwardLensResult:
 
         Returns:
             Columns `prompt`, `matrix`, `layer`, `position`, `token`, `norm` (of `delta_i`),
-            `input_norm` (of `x_i`), `is_zero`, `is_faint`, `target`, `target_rank`, `top_tokens`,
+            `input_norm` (of `x_i`), `top_vjp_cosine` (of the raw spanning vector and the top
+            layer's VJP at the last token; missing without `W_out` of the last layer), `is_zero`,
+            `projection`, `is_faint`, `target`, `target_rank`, `answer` (the model's own),
+            `answer_rank` and `entropy` (missing unless `measures` asked for them), `top_tokens`,
             `top_scores`, `bottom_tokens`, `bottom_scores`. The last four hold lists, empty where a
-            position adds nothing; there, and without a target, the rank is missing. Of several
+            position adds nothing; there, and without a target, ranks are missing. Of several
             projections it has the first; `under(name)` has the others.
 
         Raises:
             InputError: If a prompt lacks its subject, or there is no such matrix or prompt.
         """
-        import pandas as pd
-
         segments = None
         if subject is not None:
-            segments = batch_segments(self.gradients.str_tokens, subject)
+            segments = batch_segments(self.gradients.prompts, self.gradients.spans, subject)
         if batch is not None:
             self._check_prompt(batch)
-        prompts = range(len(self.positions)) if batch is None else [int(batch)]
-        return pd.DataFrame(
-            [
-                {
-                    "prompt": prompt,
-                    "matrix": cell.matrix,
-                    "layer": layer,
-                    "position": cell.position,
-                    "token": cell.token,
-                    **({} if segments is None else {"segment": segments[prompt][cell.position]}),
-                    "norm": cell.norm,
-                    "input_norm": cell.input_norm,
-                    "is_zero": cell.is_zero,
-                    "is_faint": cell.is_faint,
-                    "target": self.target(prompt),
-                    "target_rank": cell.target_rank,
-                    "top_tokens": [entry.token for entry in cell.top],
-                    "top_scores": [entry.score for entry in cell.top],
-                    "bottom_tokens": [entry.token for entry in cell.bottom],
-                    "bottom_scores": [entry.score for entry in cell.bottom],
-                }
-                for prompt in prompts
-                for name in (self.matrices if matrix is None else [matrix])
-                for layer in self.layers
-                for cell in self.cells(name, layer, prompt)
-            ]
-        ).astype({"target_rank": "Int64"})
+        if matrix is not None:
+            self.readout(matrix)
+        return self._position_table.rows(
+            self.matrices if matrix is None else [matrix],
+            range(len(self.positions)) if batch is None else [int(batch)],
+            segments,
+        )
+
+    @property
+    def _position_table(self) -> PositionTable:
+        return PositionTable(
+            self.gradients,
+            self.readings[0],
+            self.positions,
+            self.token_texts,
+            reads_joins=self.vjps_at == "residual",
+        )
 
     def gradient_df(self, *, matrix: str | None = None, batch: int | None = None) -> pd.DataFrame:
         """Each gradient as a whole, one row per prompt, matrix and layer.
@@ -526,7 +513,8 @@ class BackwardLensResult:
             batch: The one prompt to have rows of; `None` for all.
 
         Returns:
-            Columns `prompt`, `matrix`, `layer`, `n_tokens`, `loss`, `rank`, `norm`,
+            Columns `prompt`, `matrix`, `layer`, `is_last_layer`, `n_tokens`, `n_writing`, `loss`,
+            `rank`, `largest_rank`, `input_rank`, `vjp_rank`, `norm`, `top_energy`, `rank_99`,
             `singular_values`; `tables.gradient_table` says more.
 
         Raises:
@@ -555,7 +543,9 @@ class BackwardLensResult:
         self._check_prompt(batch)
         return neuron_table(self.gradients, matrix, self.layer_number(layer), batch)
 
-    def to_csv(self, path: str | Path, subject: str | Sequence[str] | None = None) -> None:
+    def to_csv(
+        self, path: str | Path, subject: Subject | Sequence[Subject | None] | None = None
+    ) -> None:
         """Write `to_df` as CSV in UTF-8; its lists become JSON.
 
         Args:
@@ -568,7 +558,9 @@ class BackwardLensResult:
         """
         write_csv(self.to_df(subject), path)
 
-    def to_parquet(self, path: str | Path, subject: str | Sequence[str] | None = None) -> None:
+    def to_parquet(
+        self, path: str | Path, subject: Subject | Sequence[Subject | None] | None = None
+    ) -> None:
         """Write `to_df` as Parquet; its lists stay lists.
 
         Args:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
+from operator import index
 from typing import Literal, get_args
 
-from backward_lens_tl.arguments import listed
+from backward_lens_tl.arguments import is_integer, listed, plain, shown
 from backward_lens_tl.errors import InputError
 
 Segment = Literal[
@@ -26,41 +26,48 @@ Segment = Literal[
 SEGMENTS: tuple[Segment, ...] = get_args(Segment)
 """Names of the segments, in the order of a prompt."""
 
-_PARTIAL = "\ufffd"
-"""What a token decodes to that holds only some bytes of a character."""
+Span = tuple[int, int]
+"""Where something stands in a text: its first character, and the one behind its last."""
+
+Subject = str | Span
+"""What a prompt is about: a part of its text, as it is written or by where it stands."""
 
 
-def prompt_segments(tokens: Sequence[str], subject: str) -> tuple[Segment, ...]:
+def prompt_segments(text: str, spans: Sequence[Span], subject: Subject) -> tuple[Segment, ...]:
     """The segment of each token of a prompt.
 
     The prompt's last token is `"last token"`, also where it belongs to the subject: the loss is
     read there, which outweighs all else. The only token of a subject is its `"last subject token"`,
-    since there a model has read the whole name.
-
-    A subject that occurs as a word of its own is looked for before one inside a longer word
-    ("Rome" before "Romeo"), and of several the first is taken. It has to be written as in the
-    prompt, but for spaces around it and for spaces inside it that the tokens have lost. Of a
-    character that was split over tokens only the number of bytes can be compared.
+    since there a model has read the whole name. A token of which only some characters are the
+    subject's belongs to it.
 
     Args:
-        tokens: Text of each token, as in `GradientCapture.str_tokens`; a BOS token counts as
+        text: The prompt, as in `GradientCapture.prompts`.
+        spans: Where in it each token stands, as in `GradientCapture.spans`; a BOS token counts as
             before the subject.
-        subject: What the prompt is about, for example `"Lionel Messi"`.
+        subject: What the prompt is about; `subject_span` says which of several is taken.
 
     Returns:
         One of `SEGMENTS` per token.
 
     Raises:
-        InputError: If the subject is no text, has only spaces, or is not in the prompt.
+        InputError: If the subject is not in the prompt, or no token has a character of it.
     """
-    first, last = _subject_tokens(tokens, subject)
+    start, end = subject_span(text, subject)
+    # A span of no width has no character, also where it lies inside of the subject.
+    covered = [at for at, (left, right) in enumerate(spans) if max(left, start) < min(right, end)]
+    if not covered:
+        raise InputError(
+            f"subject {shown(subject)} has no token in the prompt {text!r}; pass another part of it"
+        )
+    first, last = covered[0], covered[-1]
     segments: list[Segment] = [
         "before subject"
-        if index < first
+        if at < first
         else "middle subject tokens"
-        if index < last
+        if at < last
         else "after subject"
-        for index in range(len(tokens))
+        for at in range(len(spans))
     ]
     segments[first] = "first subject token"
     segments[last] = "last subject token"
@@ -69,72 +76,98 @@ def prompt_segments(tokens: Sequence[str], subject: str) -> tuple[Segment, ...]:
 
 
 def batch_segments(
-    prompts: Sequence[Sequence[str]], subject: str | Sequence[str]
-) -> tuple[tuple[Segment, ...], ...]:
+    texts: Sequence[str],
+    spans: Sequence[Sequence[Span]],
+    subject: Subject | Sequence[Subject | None],
+) -> tuple[tuple[Segment | None, ...], ...]:
     """The segment of each token of several prompts.
 
     Args:
-        prompts: Text of each token of each prompt.
-        subject: One for all prompts, or one per prompt.
+        texts: The prompts.
+        spans: Where in its prompt each token stands.
+        subject: One for all prompts, or one per prompt, `None` for a prompt that has none.
 
     Returns:
-        One of `SEGMENTS` per token of each prompt.
+        One of `SEGMENTS` per token of each prompt; `None` for all tokens of one without a subject.
 
     Raises:
         InputError: If there are not as many subjects as prompts, or a prompt lacks its subject.
     """
-    subjects = [subject] * len(prompts) if isinstance(subject, str) else listed(subject)
-    if len(subjects) != len(prompts):
+    is_one = isinstance(subject, str) or _as_span(subject) is not None
+    subjects = [subject] * len(texts) if is_one else listed(subject)
+    if len(subjects) != len(texts):
         raise InputError(
-            f"there are {len(subjects)} subjects and {len(prompts)} prompts; pass one per prompt, "
-            "or one text for all"
+            f"there are {len(subjects)} subjects and {len(texts)} prompts; pass one per prompt, "
+            "or one for all"
         )
     return tuple(
-        prompt_segments(tokens, own) for tokens, own in zip(prompts, subjects, strict=True)
+        (None,) * len(own_spans) if own is None else prompt_segments(text, own_spans, own)
+        for text, own_spans, own in zip(texts, spans, subjects, strict=True)
     )
 
 
-def _subject_tokens(tokens: Sequence[str], subject: str) -> tuple[int, int]:
-    """Indices of the subject's first and last token."""
-    if not isinstance(subject, str) or not subject.strip():
-        raise InputError(f"subject is {subject!r}; pass a word or a name of the prompt")
-    text, ends = "".join(tokens), list(accumulate(map(len, tokens)))
-    edges = {0, *ends}
-    spans = list(_occurrences(text, subject.strip()))
-    if not spans:
+def subject_span(text: str, subject: Subject) -> Span:
+    """Where in a prompt its subject stands.
+
+    A subject that occurs as a word of its own is looked for before one inside a longer word
+    ("Rome" before "Romeo"), and of several the first is taken; a span says that another is meant.
+
+    Args:
+        text: The prompt.
+        subject: Text of the subject, for example `"Lionel Messi"`, written as in the prompt; or a
+            half-open span of the prompt's characters, such as `(4, 16)`. Spaces around it do not
+            count.
+
+    Returns:
+        The span of its characters, without spaces around it.
+
+    Raises:
+        InputError: If the subject is neither text nor span, has only spaces, or is not in the
+            prompt.
+    """
+    if not isinstance(subject, str):
+        return _checked_span(text, subject)
+    name = subject.strip()
+    if not name:
+        raise InputError(f"subject is {subject!r}; {_ALLOWED}")
+    # In a lookahead, so that occurrences may overlap.
+    starts = [match.start() for match in re.finditer(f"(?={re.escape(name)})", text)]
+    if not starts:
         raise InputError(
             f"subject {subject!r} is not in the prompt {text!r}; write it as it stands there"
         )
     # The smallest key is taken, the first one of those that are equal.
-    start, end = min(spans, key=lambda span: (_inside_word(text, *span), not {*span} <= edges))
-    covered = [
-        index
-        for index, (left, right) in enumerate(zip([0, *ends], ends, strict=False))
-        if left < end and start < right
-    ]
-    return covered[0], covered[-1]
+    start = min(starts, key=lambda at: _inside_word(text, at, at + len(name)))
+    return start, start + len(name)
 
 
-def _occurrences(text: str, subject: str) -> Iterator[tuple[int, int]]:
-    """Where the subject stands; where it stands nowhere as it is written, without its spaces."""
-    found = False
-    for space in (re.escape, lambda char: r"\s*"):
-        pattern = "".join(space(char) if char.isspace() else _readable(char) for char in subject)
-        # In a lookahead, so that occurrences may overlap.
-        for match in re.finditer(f"(?=({pattern}))", text):
-            found = True
-            yield match.span(1)
-        if found:
-            return
+_ALLOWED = "pass a word or a name of the prompt, or the span (start, end) of its characters"
 
 
-def _readable(char: str) -> str:
-    """A pattern for a character as it is, or split over tokens."""
-    # The bytes up to a token's end decode to one mark, and each of those that follow to another.
-    size = len(char.encode("utf-8", "replace"))
-    if size == 1:
-        return re.escape(char)
-    return f"(?:{char}|{_PARTIAL}{{2,{size}}})"
+def _checked_span(text: str, subject: object) -> Span:
+    span = _as_span(subject)
+    if span is None:
+        raise InputError(f"subject is {shown(subject)}; {_ALLOWED}")
+    start, end = span
+    if not 0 <= start < end <= len(text):
+        raise InputError(
+            f"subject is {shown(subject)}, which is no part of the prompt {text!r}; allowed are "
+            f"spans (start, end) with 0 <= start < end <= {len(text)}"
+        )
+    part = text[start:end]
+    if part.isspace():
+        raise InputError(
+            f"subject is {shown(subject)}, which has only spaces in the prompt {text!r}; {_ALLOWED}"
+        )
+    return start + len(part) - len(part.lstrip()), start + len(part.rstrip())
+
+
+def _as_span(subject: object) -> Span | None:
+    """A pair of integers, of any kind; nothing else is a span."""
+    pair = plain(subject)
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(is_integer, pair)):
+        return None
+    return index(pair[0]), index(pair[1])
 
 
 def _inside_word(text: str, start: int, end: int) -> bool:
@@ -148,6 +181,6 @@ def _joined(pair: str) -> bool:
 
 
 def _in_words(char: str) -> bool:
-    # Vowel signs are marks, and most characters that are split over tokens are letters.
+    # Vowel signs are marks.
     is_mark = unicodedata.category(char).startswith("M")
-    return char.isalnum() or is_mark or char in ("_", _PARTIAL)
+    return char.isalnum() or is_mark or char == "_"

@@ -92,9 +92,28 @@ class Stored:
         turned = tensor.T if self.layout == "out_in" else tensor
         if self.n_heads is None:
             return turned
-        divided = "d_in (head d_out)" if self.divided == "out" else "(head d_in) d_out"
-        heads: Tensor = rearrange(turned, f"{divided} -> head d_in d_out", head=self.n_heads)
+        pattern = f"{self._side_by_side} -> head d_in d_out"
+        heads: Tensor = rearrange(turned, pattern, head=self.n_heads)
         return heads
+
+    def as_stored(self, matrix: Float[Tensor, "*head d_in d_out"]) -> Float[Tensor, "*stored"]:
+        """Lay a tensor of TransformerLens's orientation out like the parameter.
+
+        Args:
+            matrix: As `in_out` gives it.
+
+        Returns:
+            What `in_out` makes the matrix of.
+        """
+        joined = matrix
+        if self.n_heads is not None:
+            joined = rearrange(matrix, f"head d_in d_out -> {self._side_by_side}")
+        return joined.T if self.layout == "out_in" else joined
+
+    @property
+    def _side_by_side(self) -> str:
+        """How heads lie in a matrix that has no axis for them."""
+        return "d_in (head d_out)" if self.divided == "out" else "(head d_in) d_out"
 
 
 @dataclass(frozen=True)

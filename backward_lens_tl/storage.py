@@ -6,7 +6,6 @@ rest as JSON, in which a tensor, a dataclass or a mapping is an object with one 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +22,9 @@ from torch import Tensor
 
 from backward_lens_tl.arguments import check_path
 from backward_lens_tl.errors import ResultFileError
+from backward_lens_tl.fingerprints import tensors_digest
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raised when older files can no longer be read."""
 
 _KEY, _DIGEST = "backward_lens_tl", "sha256"
@@ -52,7 +52,7 @@ def write(path: str | Path, value: object, about: Mapping[str, object]) -> None:
         for name, tensor in tensors.items()
     }
     with replacing(path) as partial:
-        save_file(owned, partial, metadata={_KEY: header, _DIGEST: _digest(header, owned)})
+        save_file(owned, partial, metadata={_KEY: header, _DIGEST: tensors_digest(owned, header)})
 
 
 @contextmanager
@@ -77,7 +77,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
             f"{os.fspath(path)!r} cannot be written: there is no folder {os.fspath(file.parent)!r}"
         )
     # With the file's own ending, from which pandas tells whether to compress.
-    partial = file.with_name(f"{uuid4().hex}.partial.{file.name}")
+    # Hidden, since whoever reads all files of a folder is not to read this one.
+    partial = file.with_name(f".{uuid4().hex}.partial.{file.name}")
     try:
         yield partial
         partial.replace(file)
@@ -131,7 +132,7 @@ def read(path: str | Path, types: Sequence[type]) -> Any:
             f"{FORMAT_VERSION}. Install the backward-lens-tl that wrote it, "
             f"{header.get('backward_lens_tl', 'of unknown version')}"
         )
-    if metadata.get(_DIGEST) != _digest(metadata[_KEY], tensors):
+    if metadata.get(_DIGEST) != tensors_digest(tensors, metadata[_KEY]):
         raise ResultFileError(f"{os.fspath(path)!r} is damaged: its contents have changed")
     try:
         return _unpacked(header["tree"], tensors, {kind.__name__: kind for kind in types})
@@ -139,15 +140,6 @@ def read(path: str | Path, types: Sequence[type]) -> Any:
         raise ResultFileError(
             f"{os.fspath(path)!r} is damaged: {type(error).__name__} {error}"
         ) from error
-
-
-def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
-    """A checksum of all that a file holds, so that damage shows."""
-    digest = hashlib.sha256(header.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _packed(value: Any, path: str, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:

@@ -12,6 +12,8 @@ from backward_lens_tl.errors import TargetError
 TargetPosition = Literal["first", "last"]
 
 _SENTENCEPIECE_SPACE = "▁"
+_PARTIAL = "\ufffd"
+"""What bytes decode to that are no character."""
 
 
 class Vocabulary:
@@ -29,14 +31,7 @@ class Vocabulary:
 
     def text(self, token_id: int) -> str:
         """Text of one token as it stands in running text, with its leading space if it has one."""
-        if self._tokenizer is None:
-            return f"<{token_id}>"
-        text: str = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
-        # SentencePiece decoders drop the space in front of a text, so a lone token loses its own.
-        piece = self._tokenizer.convert_ids_to_tokens(token_id) or ""
-        if piece.startswith(_SENTENCEPIECE_SPACE) and not text.startswith(" "):
-            text = " " + text
-        return text
+        return self._running_text([token_id])
 
     def texts(self, token_ids: Iterable[int]) -> tuple[str, ...]:
         """Text of each token."""
@@ -57,6 +52,70 @@ class Vocabulary:
             list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text or "".join(self.texts(token_ids))
+
+    def spans(self, token_ids: Sequence[int]) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """Text of a prompt as a whole, and where in it each token stands.
+
+        The spans are the tokenizer's own offsets. Where it has none, or where it would make other
+        tokens of the text (ids need not come from a text), they are those of the tokens' texts
+        side by side.
+
+        Args:
+            token_ids: The prompt.
+
+        Returns:
+            The text, as `decode` gives it but for ids of no text, and for each token a half-open
+            span of its characters. Tokens that share a character each have it in their span;
+            whether a token's leading space is in its span depends on the tokenizer. Special tokens
+            have spans of no width, and so has a space that SentencePiece puts in front of a text.
+        """
+        # Where nothing else is in a prompt, the special tokens are its text.
+        own = [i for i in token_ids if i not in self._special_ids] or token_ids
+        text, own_spans = self._by_offsets(own) or self._side_by_side(own)
+        hidden, rest = set(token_ids) - set(own), iter(own_spans)
+        spans = [(0, 0)]
+        for token_id in token_ids:
+            end = spans[-1][1]
+            spans.append((end, end) if token_id in hidden else next(rest))
+        return text, tuple(spans[1:])
+
+    def _by_offsets(self, token_ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]] | None:
+        """A text and its tokens' spans, if the tokenizer makes these tokens of it."""
+        if not getattr(self._tokenizer, "is_fast", False):
+            return None
+        text = self.decode(token_ids)
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if encoded["input_ids"] != list(token_ids):
+            return None
+        spans: list[tuple[int, int]] = [(start, end) for start, end in encoded["offset_mapping"]]
+        # The space in front of a text is not in it; its offsets are those of the first character.
+        if len(spans) > 1 and spans[0][0] == spans[1][0] and self.text(token_ids[0]).isspace():
+            spans[0] = (0, 0)
+        return text, spans
+
+    def _side_by_side(self, token_ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+        """The tokens' texts and their spans; those that only together are text share a span."""
+        text = ""
+        spans: list[tuple[int, int]] = []
+        group: list[int] = []
+        for index, token_id in enumerate(token_ids, start=1):
+            group.append(token_id)
+            piece = self._running_text(group, in_front=not spans)
+            if index == len(token_ids) or not piece.endswith(_PARTIAL):
+                spans += [(len(text), len(text) + len(piece))] * len(group)
+                text, group = text + piece, []
+        return text, spans
+
+    def _running_text(self, token_ids: Sequence[int], *, in_front: bool = False) -> str:
+        """Text of tokens as it stands in running text, or in front of it."""
+        if self._tokenizer is None:
+            return "".join(f"<{token_id}>" for token_id in token_ids)
+        text: str = self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+        # SentencePiece decoders drop the space in front of a text, so a lone token loses its own.
+        piece = self._tokenizer.convert_ids_to_tokens(token_ids[0]) or ""
+        if not in_front and piece.startswith(_SENTENCEPIECE_SPACE) and not text.startswith(" "):
+            text = " " + text
+        return text
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that continues a prompt: no BOS, its own leading space.
@@ -131,6 +190,15 @@ class Vocabulary:
                 f"{self.size - 1}"
             )
         return token_id
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        """The tokens that `decode` leaves out."""
+        if self._tokenizer is None:
+            return frozenset()
+        added = self._tokenizer.added_tokens_decoder
+        named = self._tokenizer.all_special_ids
+        return frozenset((*named, *(token_id for token_id in added if added[token_id].special)))
 
     @cached_property
     def _adds_space(self) -> bool:

@@ -61,11 +61,12 @@ def groups_of(captured: GradientCapture) -> list[VectorGroup]:
     if captured.targets is None:
         raise ValueError("the capture has no target to rank")
     targets = captured.targets[:, None].expand(captured.mask.shape).flatten()
+    ranked = torch.stack([targets, torch.full_like(targets, -1)], dim=1)
     return [
         VectorGroup(
             gradient.layer,
             (gradient.inputs if matrix == "W_in" else -gradient.vjps).flatten(0, 1),
-            targets,
+            ranked,
         )
         for matrix in captured.matrices
         for gradient in (captured[matrix, layer] for layer in captured.layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import math
 import struct
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import matplotlib.figure
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
@@ -24,6 +26,9 @@ from matplotlib import pyplot
 from playwright.sync_api import Browser
 
 import backward_lens_tl as blt
+from backward_lens_tl.analysis import by_segment
+from backward_lens_tl.analysis.neurons import neuron_overlap
+from backward_lens_tl.analysis.steps import step_changes
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.result import BackwardLensResult
@@ -74,12 +79,37 @@ def every_figure(result: BackwardLensResult, backend: Any) -> dict[str, Any]:
     return {
         "norms": figures.norms(result, backend=backend),
         "norms_by_segment": figures.norms_by_segment(result, subject, backend=backend),
+        "ranks_by_segment": figures.ranks_by_segment(result, subject, backend=backend),
         "target_ranks": figures.target_ranks(result, backend=backend),
         "gradient_ranks": figures.gradient_ranks(result, backend=backend),
         "singular_values": figures.singular_values(result, backend=backend),
         "neuron_similarity": figures.neuron_similarity(result, "W_out", 4, backend=backend),
+        "neuron_overlap": figures.neuron_overlap(overlaps(result), "W_out", 4, backend=backend),
+        "step_changes": figures.step_changes(STEPS, backend=backend),
         "compare": figures.compare(result, result, batch=(0, prompts - 1), backend=backend),
     }
+
+
+STEPS = pd.DataFrame(
+    {
+        "prompt": [0, 0, 1, 1],
+        "matrix": ["W_in", "W_out", "W_in", "W_out"],
+        "layer": [0, 0, 5, 5],
+        "learning_rate": 0.01,
+        "loss_change": [-0.5, -1e-4, 0.25, -3.0],
+        "predicted_loss_change": [-0.75, -2e-4, -0.5, -6.0],
+    }
+)
+"""One step raises the loss."""
+
+
+def overlaps(result: BackwardLensResult, layer: int = 4) -> pd.DataFrame:
+    """Neurons as `neuron_overlap` has them, with any overlaps."""
+    table = result.neuron_df("W_out", layer)
+    zero = table[table["position"] == 0].assign(position=None, token="zero vector", similarity=None)
+    table = pd.concat([table.astype({"position": "Int64"}), zero.astype({"position": "Int64"})])
+    table = table.sort_values("neuron", kind="stable", ignore_index=True)
+    return table.assign(overlap=np.arange(len(table)) % 101 / 100).astype({"similarity": "float64"})
 
 
 def heatmaps(figure: Any) -> list[np.ndarray]:
@@ -183,10 +213,10 @@ def test_compare_names_the_models_where_they_differ(result: BackwardLensResult) 
 def test_norms_by_segment(result: BackwardLensResult, backend: Any, of: Any) -> None:
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(result.layers)))
     counts: dict[str, int] = defaultdict(int)
-    for batch, (tokens, subject) in enumerate(
-        zip(result.gradients.str_tokens, SUBJECTS, strict=True)
+    for batch, (text, spans, subject) in enumerate(
+        zip(PROMPTS, result.gradients.spans, SUBJECTS, strict=True)
     ):
-        for position, segment in enumerate(prompt_segments(tokens, subject)):
+        for position, segment in enumerate(prompt_segments(text, spans, subject)):
             counts[segment] += 1
             for layer in result.layers:
                 gradient = result.gradients["W_out", layer]
@@ -282,16 +312,247 @@ def test_singular_values(result: BackwardLensResult, backend: Any) -> None:
         np.testing.assert_allclose(values, expected, atol=1e-6 * expected[0])
 
 
+# ------------------------------------------------------------------------- numbers of analyses
+
+
+@pytest.fixture(scope="module")
+def answered(model: Any) -> BackwardLensResult:
+    """Raw gradients, as the paper has them, and the ranks of the model's own answers."""
+    return blt.backward_lens(
+        model, PROMPTS, TARGETS, measures=("answer_rank",), direction="gradient", k=1
+    )
+
+
+def bands(figure: Any) -> list[np.ndarray]:
+    """The corners of each shaded area of a figure of either library, without an order."""
+    if hasattr(figure, "data"):
+        outlines = [
+            [(x, y) for x, y in zip(trace.x, trace.y, strict=True) if x is not None]
+            for trace in figure.data
+            if trace.fill == "toself"
+        ]
+    else:
+        outlines = [
+            [point for path in area.get_paths() for point in path.vertices.tolist()]
+            for axes in figure.axes
+            for area in axes.collections
+        ]
+    return [np.unique(np.array(outline), axis=0) for outline in outlines]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("of", ["target", "answer"])
+def test_ranks_by_segment(answered: BackwardLensResult, backend: Any, of: Any) -> None:
+    expected: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for row in answered.under("normalized").to_df(SUBJECTS, matrix="W_out").to_dict("records"):
+        if not row["is_zero"]:
+            expected[row["segment"]][row["layer"]].append(1 + row[f"{of}_rank"])
+    figure = figures.ranks_by_segment(
+        answered, SUBJECTS, of=of, projection="normalized", scale="linear", backend=backend
+    )
+    found = lines(figure)
+    assert list(found) == [segment for segment in SEGMENTS if segment in expected]
+    for band, (segment, (layers, places)) in zip(bands(figure), found.items(), strict=True):
+        assert layers.tolist() == list(answered.layers)
+        own = expected[segment]
+        assert np.isnan(places[-1]) == (segment != "last token")
+        quartiles = {layer: np.quantile(own[layer], [0.25, 0.5, 0.75]) for layer in own}
+        for layer in own:
+            assert places[layer] == quartiles[layer][1]
+        corners = {(layer, values[end]) for layer, values in quartiles.items() for end in (0, 2)}
+        assert set(map(tuple, band.tolist())) == corners
+    if backend == "plotly":
+        assert figure.layout.yaxis.autorange == "reversed"
+        text = figure.layout.title.text
+    else:
+        assert figure.axes[0].yaxis.get_inverted()
+        text = figure.get_suptitle()
+    assert text.startswith(
+        "W_out: rank of the target" if of == "target" else "W_out: rank of the m"
+    )
+    assert text.endswith("by segment, 3 prompts, normalized")
+
+
+def test_bands_have_gaps_and_no_entry_in_the_legend() -> None:
+    nan = math.nan
+    low, high = (1.0, 2.0, nan, 1.0), (3.0, 4.0, nan, 5.0)
+    line = Line("a", (0.0, 1.0, 2.0, 3.0), (2.0, 3.0, nan, 2.0), "#0072b2", band=(low, high))
+    grid = Grid((Lines((line,), Axis("x"), Axis("y")),), "t")
+    band, drawn = draw_plotly.draw(grid).data
+    assert band.x == (0, 1, 1, 0, None, 3, 3, None)
+    assert band.y == (1, 2, 4, 3, None, 1, 5, None)
+    assert (band.showlegend, band.hoverinfo, band.name) == (False, "skip", None)
+    assert band.legendgroup == drawn.legendgroup == "a"
+    assert band.fillcolor.startswith("rgba(0,114,178,0.")
+    (axes,) = draw_matplotlib.draw(grid).axes
+    (area,) = axes.collections
+    assert len(area.get_paths()) == 2
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tables_of_analyses_give_the_same_figures(
+    answered: BackwardLensResult, backend: Any
+) -> None:
+    cells = pd.concat([answered.under(name).to_df(SUBJECTS) for name in answered.projections])
+    norms = pd.concat([by_segment.norms_by_segment(cells, of) for of in ("vjp", "input")])
+    ranks = pd.concat([by_segment.ranks_by_segment(cells, of) for of in ("target", "answer")])
+    draw_norms, draw_ranks = figures.norms_by_segment, figures.ranks_by_segment
+    for matrix, of in (("W_in", "vjp"), ("W_out", "input")):
+        options: Any = {"matrix": matrix, "of": of, "backend": backend}
+        same(draw_norms(norms, **options), draw_norms(answered, SUBJECTS, **options))
+    for of, projection in (("target", None), ("answer", "normalized")):
+        options = {"of": of, "projection": projection, "backend": backend}
+        same(draw_ranks(ranks, **options), draw_ranks(answered, SUBJECTS, **options))
+    gradients = answered.gradient_df()
+    for matrices in (None, ["W_out", "W_in"], "W_in"):
+        same(
+            figures.gradient_ranks(gradients, matrices, backend=backend),
+            figures.gradient_ranks(answered, matrices, backend=backend),
+        )
+    # Of the first projection in the table; prompts are those that count.
+    some = by_segment.ranks_by_segment(cells, prompts=[0, 2])
+    assert draw_ranks(some).layout.title.text == (
+        "W_out: rank of the target by segment, 2 prompts, logit_lens"
+    )
+    one = by_segment.norms_by_segment(cells[cells["prompt"] == 1])
+    assert draw_norms(one).layout.title.text.endswith("by segment, 1 prompt")
+
+
+def same(one: Any, other: Any) -> None:
+    if hasattr(one, "data"):
+        assert one.to_json() == other.to_json()
+        return
+    assert one.get_suptitle() == other.get_suptitle()
+    assert len(one.axes) == len(other.axes)
+    for panel in range(len(one.axes)):
+        found, expected = lines(one, panel), lines(other, panel)
+        assert list(found) == list(expected)
+        for name in found:
+            np.testing.assert_array_equal(found[name], expected[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_neuron_overlap(model: Any, result: BackwardLensResult, backend: Any) -> None:
+    """The analysis's own table: neurons by norm, tokens, and below them the zero vector."""
+    table = neuron_overlap(model, result.gradients, "W_out", 4, k=20)
+    table = table.sample(frac=1, random_state=0)
+    figure = figures.neuron_overlap(table, "W_out", 4, backend=backend)
+    tokens = result.gradients.str_tokens[0]
+    overlap, cosine = heatmaps(figure)
+    assert overlap.shape == cosine.shape == (len(tokens) + 1, 512)
+    for row in table.sample(300, random_state=1).to_dict("records"):
+        is_zero = row["token"] == "zero vector" and pd.isna(row["position"])
+        place = (len(tokens) if is_zero else row["position"], row["norm_rank"])
+        np.testing.assert_equal(
+            [overlap[place], cosine[place]], [row["overlap"], row["similarity"]]
+        )
+    assert np.isnan(cosine[-1]).all()
+    if backend == "plotly":
+        layout = figure.layout
+        labels, title = layout.yaxis.ticktext, layout.title.text
+        assert [(axis.cmin, axis.cmax) for axis in (layout.coloraxis, layout.coloraxis2)] == [
+            (0, 1),
+            (-1, 1),
+        ]
+        assert [note.text for note in layout.annotations] == [
+            "Overlap of the top tokens",
+            "Cosine similarity",
+        ]
+        hover = figure.data[0].hovertext[-1][0]
+        assert hover.startswith("neuron ")
+        assert "<br>zero vector: " in hover
+        assert " at 0: " in figure.data[0].hovertext[0][0]
+    else:
+        labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        title = figure.get_suptitle()
+    shown = [html.unescape(label) for label in labels] if backend == "plotly" else labels
+    assert sorted(shown) == sorted([*(token.strip() for token in tokens), "zero vector"])
+    assert title == "W_out of layer 4: neurons of the gradient and what spans it"
+    assert figures.neuron_overlap(table).layout.title.text.startswith("neurons of the gradient")
+
+
+def test_stacked_charts_have_their_bars_beside_them(result: BackwardLensResult) -> None:
+    layout = figures.neuron_overlap(overlaps(result)).layout
+    upper, lower = layout.yaxis.domain, layout.yaxis2.domain
+    assert lower[1] < upper[0]
+    assert layout.xaxis.domain == layout.xaxis2.domain == (0, 1)
+    for (low, high), axis in ((upper, layout.coloraxis), (lower, layout.coloraxis2)):
+        bar = axis.colorbar
+        assert (bar.x, bar.yanchor) == (1, "middle")
+        assert (bar.y - bar.len / 2, bar.y + bar.len / 2) == pytest.approx((low, high))
+    figure = figures.neuron_overlap(overlaps(result), backend="matplotlib")
+    figure.canvas.draw()
+    upper, lower, *bars = (axes.get_position() for axes in figure.axes)
+    assert lower.y1 < upper.y0
+    assert (lower.x0, lower.x1) == pytest.approx((upper.x0, upper.x1))
+    for bar, chart in zip(bars, (upper, lower), strict=True):
+        assert (bar.y0, bar.y1) == pytest.approx((chart.y0, chart.y1), abs=0.01)
+        assert bar.x0 > chart.x1
+    heat = Heatmap(((1.0,),), (("",),), Axis("x"), Axis("y"), Colors(0.0, 1.0, SEQUENTIAL, "one"))
+    shared = draw_plotly.draw(Grid((heat, heat), "t", is_stacked=True)).layout
+    assert shared.coloraxis.colorbar.len == pytest.approx(1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_changes(backend: Any) -> None:
+    found = lines(figures.step_changes(STEPS, backend=backend))
+    assert list(found) == ["predicted = measured", "W_in", "W_out"]
+    bound, reading, writing = (list(zip(*points, strict=True)) for points in found.values())
+    assert bound == [(-6, -6), (0.25, 0.25)]
+    assert reading == [(-0.5, -0.75), (0.25, -0.5)]
+    assert writing == [(-1e-4, -2e-4), (-3, -6)]
+    found = lines(figures.step_changes(STEPS, scale="log", backend=backend))
+    bound, reading, writing = (list(zip(*points, strict=True)) for points in found.values())
+    assert bound == [(1e-4, 1e-4), (6, 6)]
+    assert reading == [(0.5, 0.75)]  # the other one raised the loss
+    assert writing == [(1e-4, 2e-4), (3, 6)]
+
+
+def test_step_changes_in_words(model: Any) -> None:
+    figure = figures.step_changes(STEPS)
+    assert figure.layout.title.text == "One step on one matrix: change of the loss, 2 prompts"
+    assert figure.layout.xaxis.title.text == "measured change of the loss, in nats"
+    assert figure.layout.yaxis.title.text == "predicted change of the loss, in nats"
+    assert figure.data[1].hovertext[1] == (
+        "W_in of layer 5, prompt 1, learning rate 0.01<br>measured 0.25, predicted -0.5"
+    )
+    measured = step_changes(
+        model, PROMPTS[2], TARGETS[2], matrices="W_out", layers=[3, 5], learning_rate=1e-3
+    )
+    points = lines(figures.step_changes(measured))["W_out"]
+    assert points[0].tolist() == measured["loss_change"].tolist()
+    assert points[1].tolist() == measured["predicted_loss_change"].tolist()
+    worse = STEPS.assign(loss_change=1.0)
+    for backend in BACKENDS:
+        assert not len(lines(figures.step_changes(worse, scale="log", backend=backend))["W_in"][0])
+
+
+def test_labels_of_many_decades_do_not_meet() -> None:
+    table = pd.concat([STEPS, STEPS.assign(loss_change=-1e-5)])
+    figure = figures.step_changes(table, scale="log", backend="matplotlib")
+    figure.canvas.draw()
+    axis = figure.axes[0].xaxis
+    low, high = axis.get_view_interval()
+    boxes = [
+        label.get_window_extent()
+        for tick, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+        if low <= tick <= high
+    ]
+    assert len(boxes) >= 4
+    assert all(left.x1 + 4 < right.x0 for left, right in pairwise(boxes))
+
+
 def test_only_what_is_shown_is_decomposed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     result = blt.backward_lens(model, PROMPTS, TARGETS, matrices="all")
     asked: list[tuple[str, int, int]] = []
-    own = MatrixGradient.singular_values
+    own = MatrixGradient.spectra
 
-    def counted(self: MatrixGradient, batch: int = 0) -> torch.Tensor:
+    def counted(self: MatrixGradient, batch: int = 0) -> tuple[torch.Tensor, ...]:
         asked.append((self.matrix, self.layer, batch))
         return own(self, batch)
 
-    monkeypatch.setattr(MatrixGradient, "singular_values", counted)
+    monkeypatch.setattr(MatrixGradient, "spectra", counted)
     figures.singular_values(result, "W_in", 2)
     assert sorted(asked) == [("W_in", layer, 2) for layer in result.layers]
     asked.clear()
@@ -512,6 +773,7 @@ def test_what_is_no_result_is_refused(result: BackwardLensResult, stranger: Any)
         lambda given: figures.compare(given, result),
         lambda given: figures.compare(result, given),
         lambda given: figures.norms_by_segment(given, "Rome"),
+        lambda given: figures.ranks_by_segment(given, "Rome"),
         figures.target_ranks,
         figures.gradient_ranks,
         figures.singular_values,
@@ -551,8 +813,50 @@ def test_errors(result: BackwardLensResult, model: Any) -> None:
     refused("subject 'Oslo' is not in the prompt", figures.norms_by_segment, result, "Oslo")
     refused("there are 2 subjects and 3 prompts", figures.norms_by_segment, result, ["a", "b"])
     refused("subject is None", figures.norms_by_segment, result, None)
+    refused("subject is None", figures.ranks_by_segment, result)
+    refused("of is 'x'; allowed are 'target'", figures.ranks_by_segment, result, SUBJECTS, of="x")
+    refused("'tuned' was not asked", figures.ranks_by_segment, result, SUBJECTS, projection="tuned")
+    refused(
+        "no answer_rank was measured: .*measures=", figures.ranks_by_segment, result, SUBJECTS,
+        of="answer",
+    )  # fmt: skip
     aimless = blt.backward_lens(model, "Rome is in", objective=blt.next_token_loss())
     refused("is not about one token, so there is no target", figures.target_ranks, aimless)
+    refused("no target_rank was measured", figures.ranks_by_segment, aimless, "Rome")
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_errors_of_tables(result: BackwardLensResult) -> None:
+    def refused(message: str, function: Any, *args: Any, **kwargs: Any) -> None:
+        with pytest.raises(InputError, match=message):
+            function(*args, **kwargs)
+
+    cells = result.to_df(SUBJECTS)
+    norms, ranks = by_segment.norms_by_segment(cells), by_segment.ranks_by_segment(cells)
+    for function, table in ((figures.norms_by_segment, norms), (figures.ranks_by_segment, ranks)):
+        name = f"what analysis.by_segment.{function.__name__} returned"
+        refused(rf"no column .*'of'.*; pass {name}", function, cells)
+        refused(f"the table has no rows; pass {name}", function, table.iloc[:0])
+        refused("'W_Q' is not in this table; it has W_in, W_out", function, table, None, "W_Q")
+        refused("subject is 'Rome', but the table has its segments", function, table, "Rome")
+        refused("scale is 'log2'", function, table, scale="log2")
+        refused("backend is 'bokeh'", function, table, backend="bokeh")
+    refused("of is 'input'; allowed are 'vjp'$", figures.norms_by_segment, norms, of="input")
+    refused("of is 'answer'; allowed are 'target'$", figures.ranks_by_segment, ranks, of="answer")
+    refused(
+        "projection is 'tuned'; allowed are 'logit_lens'$", figures.ranks_by_segment, ranks,
+        projection="tuned",
+    )  # fmt: skip
+    gradients = result.gradient_df()
+    refused("'W_Q' is not in this table", figures.gradient_ranks, gradients, ["W_in", "W_Q"])
+    refused("no matrix was asked for", figures.gradient_ranks, gradients, [])
+    refused("no column 'n_tokens'.* result.gradient_df", figures.gradient_ranks, cells)
+    refused("no column 'neuron', .*analysis.neurons.neuron_ov", figures.neuron_overlap, cells)
+    refused("no column 'overlap'", figures.neuron_overlap, result.neuron_df("W_in", 0))
+    refused("no column 'learning_rate', .*analysis.steps.step", figures.step_changes, cells)
+    refused("the table is a BackwardLensResult", figures.step_changes, result)
+    refused("scale is 'log2'", figures.step_changes, STEPS, scale="log2")
+    refused("backend is 'bokeh'", figures.neuron_overlap, overlaps(result), backend="bokeh")
 
 
 # ------------------------------------------------------------------------------------ descriptions

@@ -183,8 +183,8 @@ def test_what_is_imported_is_required_and_what_is_required_is_imported():
                 imported.add(str(node.module).partition(".")[0])
     third_party = imported - set(sys.stdlib_module_names) - {"backward_lens_tl"}
     required = {requirement.name.replace("-", "_") for requirement in runtime_requirements()}
-    # An extra, for figures of papers, and what it takes its numbers as.
-    assert third_party == required | {"matplotlib", "numpy"}
+    # Extras, for figures of papers and for Parquet, and what the first takes its numbers as.
+    assert third_party == required | {"matplotlib", "numpy", "pyarrow"}
 
 
 def test_importing_the_package_imports_no_library_of_pictures():

@@ -3,32 +3,45 @@
 from __future__ import annotations
 
 import re
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from sampling import examples
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
-import backward_lens_tl
+import backward_lens_tl as blt
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.segments import SEGMENTS, batch_segments, prompt_segments
+from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.segments import SEGMENTS, batch_segments, prompt_segments, subject_span
 from backward_lens_tl.vocabulary import Vocabulary
 
-FACTS_FOLDER = Path(backward_lens_tl.__file__).parent / "facts_model"
+FACTS_FOLDER = Path(blt.__file__).parent / "facts_model"
 BEFORE, FIRST, MIDDLE, LAST, AFTER, END = SEGMENTS
+Spans = tuple[tuple[int, int], ...]
+
+
+def laid(*pieces: str) -> tuple[str, Spans]:
+    """A text of which each token has a piece of its own."""
+    return "".join(pieces), tuple(pairwise(accumulate(map(len, pieces), initial=0)))
+
+
+# ----------------------------------------------------------------------------- from spans to words
 
 
 def test_the_six_segments() -> None:
-    tokens = ("<|endoftext|>", "The", " city", " of", " New", " York", " City", " is", " in")
+    text, spans = laid("", "The", " city", " of", " New", " York", " City", " is", " in")
     expected = (BEFORE, BEFORE, BEFORE, BEFORE, FIRST, MIDDLE, LAST, AFTER, END)
-    assert prompt_segments(tokens, "New York City") == expected
+    assert prompt_segments(text, spans, "New York City") == expected
 
 
 @pytest.mark.parametrize(
-    ("tokens", "subject", "expected"),
+    ("pieces", "subject", "expected"),
     [
         (("Rome", " is"), "Rome", (LAST, END)),  # its only token is the last one
         (("The", " Rome", " is", " in"), "Rome", (BEFORE, LAST, AFTER, END)),
@@ -39,43 +52,131 @@ def test_the_six_segments() -> None:
         (("R", "omeo", " in", " R", "ome", " is"), "Rome", (BEFORE,) * 3 + (FIRST, LAST, END)),
         (("Romeo", " saw", " him"), "Rome", (LAST, AFTER, END)),  # no better one
         (("रामायण", " and", " राम", " is"), "राम", (BEFORE, BEFORE, LAST, END)),  # a vowel sign
+        (("Rome", "_2", " Rome", " is"), "Rome", (BEFORE, BEFORE, LAST, END)),
         (("Rome", " and", " Rome", " is"), "Rome", (LAST, AFTER, AFTER, END)),  # the first
-        (("<s>", "Lionel", "Messi", "is"), "Lionel Messi", (BEFORE, FIRST, LAST, END)),
-        (("<s>", " ", "R", "om", "e", " is"), "Rome", (BEFORE, BEFORE, FIRST, MIDDLE, LAST, END)),
-        (("Be", "yonc", "\ufffd", "\ufffd", " is"), "Beyoncé", (FIRST, MIDDLE, MIDDLE, LAST, END)),
-        (("a", " \ufffd", "\ufffd", "Co", " is"), "🙂Co", (BEFORE, FIRST, MIDDLE, LAST, END)),
+        (("New", " York", " New", " York", " is"), "New York", (FIRST, LAST, AFTER, AFTER, END)),
+        (("New", " York", " New", " York", " is"), "York New", (BEFORE, FIRST, LAST, AFTER, END)),
+        (("xa", " b", " a", " b", " a", " is"), "a b a",  # the better one overlaps with another
+         (BEFORE, BEFORE, FIRST, MIDDLE, LAST, END)),
+        (("", " ", "R", "om", "e", " is"), "Rome", (BEFORE, BEFORE, FIRST, MIDDLE, LAST, END)),
         (("The Mes", "si plays", " for"), "Messi", (FIRST, LAST, END)),  # edges inside of tokens
         (("A", "", "B", " is"), "AB", (FIRST, MIDDLE, LAST, END)),  # a token without text
-        (("C", "++", " is"), "C++", (FIRST, LAST, END)),  # nothing is a pattern
-        (("theRome", "oRome", "Rome", "is"), "Rome", (BEFORE, BEFORE, LAST, END)),  # spaces lost
+        (("", "A", "", " is"), "A", (BEFORE, LAST, AFTER, END)),
+        (("C", "++", " is"), "C++", (FIRST, LAST, END)),
+        (("Abc", " A", ".c", " is"), "A.c", (BEFORE, FIRST, LAST, END)),  # nothing is a pattern
+        (("A", "\n", "B", " is"), "A\nB", (FIRST, MIDDLE, LAST, END)),
     ],
 )  # fmt: skip
-def test_edges(tokens: tuple[str, ...], subject: str, expected: tuple[str, ...]) -> None:
-    assert prompt_segments(tokens, subject) == expected
-    assert prompt_segments(tokens, f" {subject} ") == expected
+def test_edges(pieces: tuple[str, ...], subject: str, expected: tuple[str, ...]) -> None:
+    text, spans = laid(*pieces)
+    assert prompt_segments(text, spans, subject) == expected
+    assert prompt_segments(text, spans, f" {subject}\n") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "spans", "subject", "expected"),
+    [
+        # "é" as two tokens, and an emoji of which a token has the space in front, too.
+        ("Zoé is", ((0, 2), (2, 3), (2, 3), (3, 6)), "Zoé", (FIRST, MIDDLE, LAST, END)),
+        ("a 🙂Co is", ((0, 1), (1, 3), (2, 3), (3, 5), (5, 8)), "🙂Co",
+         (BEFORE, FIRST, MIDDLE, LAST, END)),
+        # Spaces that are in no token's span, as GPT-2's tokenizer has it.
+        ("I saw Rome today", ((0, 1), (2, 5), (6, 10), (11, 16)), "Rome",
+         (BEFORE, BEFORE, LAST, END)),
+        ("New  York is", ((0, 3), (4, 4), (5, 9), (10, 12)), "New  York",
+         (FIRST, MIDDLE, LAST, END)),
+        # Of no width, and inside of the subject.
+        ("Rome is", ((2, 2), (0, 4), (2, 2), (4, 7)), "Rome", (BEFORE, LAST, AFTER, END)),
+    ],
+)  # fmt: skip
+def test_spans_need_not_be_side_by_side(
+    text: str, spans: Spans, subject: str, expected: tuple[str, ...]
+) -> None:
+    assert prompt_segments(text, spans, subject) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "subject", "expected"),
+    [
+        ("Romeo left Rome", "Rome", (11, 15)),
+        ("Romeo", "Rome", (0, 4)),
+        ("a Rome, Rome", " Rome ", (2, 6)),
+        ("a Rome, Rome", (8, 12), (8, 12)),
+        ("a Rome, Rome", [7, 12], (8, 12)),  # without its space
+        ("a Rome \n", (1, 8), (2, 6)),
+        ("a Rome", np.array([2, 4]), (2, 4)),
+        ("a Rome", torch.tensor([2, 4]), (2, 4)),
+        ("a Rome", (np.int64(0), 6), (0, 6)),
+        ("no", (0, 2), (0, 2)),
+        ("Å Å", "A\u030a", (2, 4)),  # as it is written, not as it looks
+    ],
+)
+@pytest.mark.usefixtures("as_for_a_user")
+def test_where_a_subject_stands(text: str, subject: Any, expected: tuple[int, int]) -> None:
+    text = text.replace(" Å", " A\u030a")
+    found = subject_span(text, subject)
+    assert found == expected
+    assert all(type(place) is int for place in found)
+
+
+def test_a_span_says_which_of_several() -> None:
+    text, spans = laid("Rome", " and", " Rome", " is")
+    assert prompt_segments(text, spans, (9, 13)) == (BEFORE, BEFORE, LAST, END)
+    assert prompt_segments(text, spans, (8, 13)) == (BEFORE, BEFORE, LAST, END)
+    # "is" is in the name as well, and a span need not be a word.
+    text, spans = laid("Par", "is", " is", " in")
+    assert prompt_segments(text, spans, "is") == (BEFORE, BEFORE, LAST, END)
+    assert prompt_segments(text, spans, (3, 5)) == (BEFORE, LAST, AFTER, END)
+    assert prompt_segments(text, spans, (1, 7)) == (FIRST, MIDDLE, LAST, END)
 
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_errors_name_subject_and_prompt() -> None:
-    with pytest.raises(InputError, match=r"subject 'Paris' is not in the prompt 'Rome is'; write"):
-        prompt_segments(("Rome", " is"), "Paris")
-    for subject in ("", "  ", None, 7):
-        with pytest.raises(InputError, match=f"subject is {subject!r}; pass a word"):
-            prompt_segments(("Rome", " is"), subject)
+    text, spans = laid("Rome", "  is")
+    with pytest.raises(InputError, match=r"subject 'Paris' is not in the prompt 'Rome  is'; write"):
+        prompt_segments(text, spans, "Paris")
+    neither = ("", "  ", None, 7, (), (1,), (1, 2, 3), (0, 1.5), (True, 4), ("Rome", "is"), {0, 4})
+    for subject in neither:
+        wanted = f"subject is {subject!r}; pass a word or a name of the prompt, or the span (start"
+        with pytest.raises(InputError, match=re.escape(wanted)):
+            prompt_segments(text, spans, subject)
+    for subject in ((2, 2), (3, 2), (-1, 3), (-4, -2), (0, 9), (8, 9), [5, 10**9], (0, 10**5000)):
+        wanted = (
+            "which is no part of the prompt 'Rome  is'; allowed are spans (start, end) with "
+            "0 <= start < end <= 8"
+        )
+        with pytest.raises(InputError, match=re.escape(wanted)):
+            prompt_segments(text, spans, subject)
+    with pytest.raises(InputError, match=r"subject is \(4, 6\), which has only spaces in the pro"):
+        prompt_segments(text, spans, (4, 6))
+    with pytest.raises(InputError, match=r"subject \(0, 4\) has no token in the prompt 'Rome  is'"):
+        prompt_segments(text, ((0, 0), (4, 8)), (0, 4))
 
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_subjects_of_a_batch() -> None:
-    prompts = (("Rome", " is", " in"), ("In", " Rome", " we", " are"))
-    assert batch_segments(prompts, "Rome") == tuple(prompt_segments(p, "Rome") for p in prompts)
-    assert batch_segments(prompts, ["is", "In"]) == ((BEFORE, LAST, END), (LAST, AFTER, AFTER, END))
+    prompts = (laid("Rome", " is", " in"), laid("In", " Rome", " we", " are"))
+    texts, spans = zip(*prompts, strict=True)
+    in_all = tuple(prompt_segments(*prompt, "Rome") for prompt in prompts)
+    assert batch_segments(texts, spans, "Rome") == in_all
+    assert batch_segments(texts, spans, ["Rome", (3, 7)]) == in_all
+    assert batch_segments(texts, spans, [[0, 4], "Rome"]) == in_all
+    assert batch_segments(texts, spans, np.array([[0, 4], [3, 7]])) == in_all
+    assert batch_segments(texts, spans, ["is", "In"]) == (
+        (BEFORE, LAST, END),
+        (LAST, AFTER, AFTER, END),
+    )
+    for one in ((0, 2), [0, 2]):  # one span for all, not two subjects
+        assert batch_segments(texts, spans, one) == ((LAST, AFTER, END), (LAST, AFTER, AFTER, END))
     with pytest.raises(InputError, match="there are 3 subjects and 2 prompts; pass one per prompt"):
-        batch_segments(prompts, ["a", "b", "c"])
+        batch_segments(texts, spans, ["a", "b", "c"])
+    with pytest.raises(InputError, match="there are 1 subjects and 2 prompts; pass one per prompt"):
+        batch_segments(texts, spans, [(0, 2)])
     with pytest.raises(InputError, match="'Oslo' is not in the prompt 'In Rome we are'"):
-        batch_segments(prompts, ["Rome", "Oslo"])
+        batch_segments(texts, spans, ["Rome", "Oslo"])
 
 
-# ------------------------------------------------------------------- against a tokenizer's offsets
+# ---------------------------------------------------------------- spans against decoded beginnings
 
 
 @pytest.fixture(scope="module", params=["facts", "gpt2", "stories"])
@@ -91,29 +192,93 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
     return AutoTokenizer.from_pretrained(FACTS_FOLDER)
 
 
-def tokenized(tokenizer: Any, text: str) -> tuple[list[str], list[tuple[int, int]]]:
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    texts = Vocabulary(tokenizer, len(tokenizer)).texts(encoded["input_ids"])
-    nowhere = (0, 0)
-    # SentencePiece says of the space that it puts in front of a text that it is the first letter.
-    offsets = [
-        nowhere if part.isspace() else offset
-        for part, offset in zip(texts, encoded["offset_mapping"], strict=True)
+class Slow:
+    """A tokenizer written in Python: it knows no offsets."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        if "return_offsets_mapping" in options:
+            raise NotImplementedError("not available when using Python tokenizers")
+        return self._tokenizer(text, **options)
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def placed(tokenizer: Any, ids: list[int]) -> tuple[str, Spans]:
+    return Vocabulary(tokenizer, 50257).spans(ids)
+
+
+def by_prefixes(tokenizer: Any, ids: list[int]) -> Spans:
+    """Where each token stands, by what it adds to the text of those in front of it."""
+    decoded = [
+        tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+        for count in range(1, len(ids) + 1)
     ]
-    return [tokenizer.bos_token, *texts], [nowhere, *offsets]
+    spans, whole = [], 0
+    for text in decoded:
+        # Marks at the end are a character that is not complete yet. Llama's decoder marks all
+        # bytes of a run that ends in one, also those that were characters before.
+        right = max(n for n in range(len(text) + 1) if decoded[-1].startswith(text[:n]))
+        start, whole = whole, max(whole, right)
+        spans.append((start, whole + text.endswith("\ufffd")))
+    return tuple(spans)
 
 
-def by_offsets(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[str, ...]:
-    """The segments, by which characters of the text the tokenizer says each token is of."""
-    covered = [i for i, (left, right) in enumerate(offsets) if left < end and right > start]
-    expected = [BEFORE if i < covered[0] else AFTER for i in range(len(offsets))]
+def visible(text: str, span: tuple[int, int]) -> list[int]:
+    return [place for place in range(*span) if not text[place].isspace()]
+
+
+def assert_spans_are_those_of_prefixes(tokenizer: Any, ids: list[int]) -> None:
+    text, spans = placed(tokenizer, ids)
+    expected = by_prefixes(tokenizer, ids)
+    assert text == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    assert len(spans) == len(ids)
+    for (start, end), own in zip(spans, expected, strict=True):
+        # GPT-2's tokenizer leaves spaces out; nobody may add some.
+        assert visible(text, (start, end)) == visible(text, own)
+        assert own[0] <= start <= end <= own[1] or start == end
+    if getattr(tokenizer, "is_fast", False) and tokenizer.decode(ids[:1]) == "":
+        assert spans[0] == (0, 0)
+
+
+# Neither marks of broken characters, nor what is not Unicode.
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), min_size=1)
+NAMES = ("Lionel Messi", "Rome", "São Paulo", "Beyoncé", "Zoë", "Hà Nội", "A", "St. Ives", "C++")
+SUBJECTS = (*NAMES, "🙂", "東京", "Пётр", "New York")
+FILLERS = ("The", "Romeo and", "Beyonc", "in", "é", "…", "Zo", "São", "(", "2,", "\n", "Messi")
+
+
+@examples(300)
+@given(text=TEXTS)
+def test_spans_of_any_text(tokenizer: Any, text: str) -> None:
+    ids = ids_of(tokenizer, text)
+    assert_spans_are_those_of_prefixes(tokenizer, ids)
+    assert placed(tokenizer, ids)[0] == text.replace("▁", " ") or "▁" in text
+
+
+@examples(100)
+@given(text=TEXTS)
+def test_spans_without_offsets_of_any_text(tokenizer: Any, text: str) -> None:
+    assert_spans_are_those_of_prefixes(Slow(tokenizer), ids_of(tokenizer, text))
+
+
+def by_spans(spans: Spans, start: int, end: int) -> tuple[str, ...]:
+    """The segments, by which characters of the text each token has."""
+    covered = [i for i, own in enumerate(spans) if set(range(*own)) & set(range(start, end))]
+    expected = [BEFORE if i < covered[0] else AFTER for i in range(len(spans))]
     expected[covered[0] : covered[-1]] = [MIDDLE] * (covered[-1] - covered[0])
     expected[covered[0]], expected[covered[-1]] = FIRST, LAST
     return (*expected[:-1], END)
-
-
-SUBJECTS = ("Lionel Messi", "Rome", "São Paulo", "Beyoncé", "Zoë", "Hà Nội", "A", "St. Ives", "C++")
-FILLERS = ("The", "Romeo and", "Beyonc", "in", "é", "…", "Zo", "São", "(", "2,", "\n", "Messi")
 
 
 @examples(200)
@@ -121,21 +286,188 @@ FILLERS = ("The", "Romeo and", "Beyonc", "in", "é", "…", "Zo", "São", "(", "
     subject=st.sampled_from(SUBJECTS),
     before=st.lists(st.sampled_from(FILLERS), max_size=4),
     after=st.lists(st.sampled_from((*FILLERS, "Rome", "Zoë")), min_size=1, max_size=4),
+    front=st.sampled_from(("", "", " ", "\n")),
+    with_bos=st.booleans(),
+    is_slow=st.booleans(),
 )
-def test_segments_are_those_of_the_offsets(
-    tokenizer: Any, subject: str, before: list[str], after: list[str]
+def test_segments_are_those_of_decoded_beginnings(
+    tokenizer: Any,
+    subject: str,
+    before: list[str],
+    after: list[str],
+    front: str,
+    with_bos: bool,
+    is_slow: bool,
 ) -> None:
-    text = " ".join((*before, subject, *after))
+    text = front + " ".join((*before, subject, *after))
     word = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", text)
-    tokens, offsets = tokenized(tokenizer, text)
-    assert prompt_segments(tokens, subject) == by_offsets(offsets, *word.span())
+    ids = ids_of(tokenizer, text)
+    expected = by_spans(by_prefixes(tokenizer, ids), *word.span())
+    if with_bos:
+        ids, expected = [tokenizer.bos_token_id, *ids], (BEFORE, *expected)
+    found = placed(Slow(tokenizer) if is_slow else tokenizer, ids)
+    assert found[0] == text
+    assert prompt_segments(*found, subject) == expected
+    assert prompt_segments(*found, word.span()) == expected
 
 
-@pytest.mark.parametrize("subject", ["東京", "Пётр", "🙂", "नमस्ते", "مصر"])
+@pytest.mark.parametrize("subject", ["東京", "Пётр", "🙂", "👩‍🚀", "नमस्ते", "مصر", "Beyoncé"])
 def test_subjects_in_other_scripts(tokenizer: Any, subject: str) -> None:
     text = f"We saw {subject} in the news"
-    tokens, offsets = tokenized(tokenizer, text)
+    ids = ids_of(tokenizer, text)
     start = text.index(subject)
-    expected = by_offsets(offsets, start, start + len(subject))
-    assert prompt_segments(tokens, subject) == expected
+    expected = by_spans(by_prefixes(tokenizer, ids), start, start + len(subject))
+    assert prompt_segments(*placed(tokenizer, ids), subject) == expected
     assert {BEFORE, LAST, AFTER, END} <= set(expected)
+
+
+@pytest.mark.parametrize("text", ["\n\nRome is", "  Rome is", " "])
+def test_spaces_of_the_text_are_in_it(text: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(FACTS_FOLDER)
+    found, spans = placed(tokenizer, ids_of(tokenizer, text))
+    assert (found, "".join(text[slice(*span)] for span in spans)) == (text, text)
+
+
+def test_a_character_of_several_tokens_is_all_theirs() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(FACTS_FOLDER)
+    ids = ids_of(tokenizer, "Beyoncé sings")
+    text, spans = placed(tokenizer, ids)
+    assert [text[slice(*span)] for span in spans][:7] == ["B", "e", "y", "on", "c", "é", "é"]
+    assert prompt_segments(text, spans, "Beyoncé").index(LAST) == 6
+    assert prompt_segments(text, spans, (6, 7))[4:8] == (BEFORE, FIRST, LAST, AFTER)
+
+
+@pytest.mark.parametrize(
+    ("text", "subject", "start"),
+    [
+        ("Romeo of Rome is in", "Rome", 9),
+        ("New York New York is", "New York", 0),
+        ("New York New York is", (9, 17), 9),
+        ("This is his island", "is", 5),
+        ("This is his island", (2, 4), 2),
+        (" Rome and Rome", "Rome", 1),
+        ("\nRome\nRome ", "Rome", 1),
+    ],
+)
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_what_occurs_several_times(
+    tokenizer: Any, text: str, subject: Any, start: int, is_slow: bool
+) -> None:
+    ids = ids_of(tokenizer, text)
+    length = len(subject) if isinstance(subject, str) else subject[1] - subject[0]
+    expected = by_spans(by_prefixes(tokenizer, ids), start, start + length)
+    found = placed(Slow(tokenizer) if is_slow else tokenizer, ids)
+    assert prompt_segments(*found, subject) == expected
+
+
+# ------------------------------------------------------------------------ where offsets do not help
+
+
+def test_the_space_that_sentencepiece_puts_in_front(stories_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(stories_folder)
+    for own in (tokenizer, Slow(tokenizer)):
+        for text, widths in (("Rome", [0, 1, 2, 1]), (" Rome", [0, 1, 1, 2, 1])):
+            ids = ids_of(tokenizer, text)
+            assert [tokenizer.decode(ids[:1]), len(ids)] == ["", len(widths)]
+            found, spans = placed(own, [tokenizer.bos_token_id, *ids])
+            assert found == text
+            assert spans[:2] == ((0, 0), (0, 0))
+            assert [end - start for start, end in spans[1:]] == widths
+
+
+def test_ids_that_no_text_gives(tokenizer: Any) -> None:
+    bos = tokenizer.bos_token_id
+    letters = [token for letter in "Rome" for token in ids_of(tokenizer, f"0{letter}")[-1:]]
+    ids = [*ids_of(tokenizer, "In"), *letters, *ids_of(tokenizer, "東")[-1:]]
+    text, spans = placed(tokenizer, [bos, *ids, bos])
+    assert ids_of(tokenizer, text) != ids
+    assert text.startswith("InRome")
+    assert spans[0] == (0, 0)
+    assert spans[-1] == (len(text), len(text))
+    assert [text[slice(*span)] for span in spans][-6:-2] == ["R", "o", "m", "e"]
+    assert text[slice(*spans[-2])] == "\ufffd"  # bytes of no character
+    found = prompt_segments(text, spans, "Rome")
+    assert found == (*[BEFORE] * (len(ids) - 4), FIRST, MIDDLE, MIDDLE, LAST, AFTER, END)
+
+
+def test_characters_are_whole_where_ids_come_from_no_text() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(FACTS_FOLDER)
+    ids = [*ids_of(tokenizer, "Rome in "), *ids_of(tokenizer, "Rome: é🙂 is")]
+    text, spans = placed(tokenizer, ids)
+    assert ids_of(tokenizer, text) != ids
+    assert text == "Rome in Rome: é🙂 is"
+    texts = [text[slice(*span)] for span in spans]
+    assert texts[-7:] == ["é", "é", "🙂", "🙂", "🙂", "🙂", " is"]
+
+
+def test_a_prompt_of_special_tokens(tokenizer: Any) -> None:
+    bos, end = tokenizer.bos_token_id, len(tokenizer.bos_token)
+    text, spans = placed(tokenizer, [bos, bos])
+    assert text == tokenizer.bos_token * 2
+    assert spans == ((0, end), (end, 2 * end))
+
+
+def test_special_tokens_stand_where_they_are() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(FACTS_FOLDER)
+    # One that has no role of its own, such as Llama 3's <|start_header_id|>.
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True)])
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert turn not in tokenizer.all_special_ids
+    ids = [0, *ids_of(tokenizer, "The city"), turn, 0, *ids_of(tokenizer, " of Rome"), 0]
+    text, spans = placed(tokenizer, ids)
+    assert text == "The city of Rome"
+    assert spans == ((0, 0), (0, 3), (3, 8), (8, 8), (8, 8), (8, 11), (11, 16), (16, 16))
+    expected = (*(BEFORE,) * 2, FIRST, MIDDLE, MIDDLE, LAST, AFTER, END)
+    assert prompt_segments(text, spans, "city of") == expected
+
+
+def test_without_a_tokenizer() -> None:
+    text, spans = Vocabulary(None, 100).spans([5, 12, 5])
+    assert text == "<5><12><5>"
+    assert spans == ((0, 3), (3, 7), (7, 10))
+    assert prompt_segments(text, spans, "<12>") == (BEFORE, LAST, END)
+
+
+# ------------------------------------------------------------------------------------- in a result
+
+
+PROMPTS = ["Romeo in Rome and Rome is", "Beyoncé met Rome in"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return blt.load_facts_model()
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_capture_has_the_places_of_its_tokens(model: Any, bos: bool) -> None:
+    loss = blt.sequence_nll(" Paris and")
+    capture = blt.capture_gradients(model, PROMPTS, loss, layers=0, prepend_bos=bos)
+    assert capture.prompts == tuple(f"{prompt} Paris" for prompt in PROMPTS)
+    for text, spans, tokens, mask in zip(
+        capture.prompts, capture.spans, capture.str_tokens, capture.mask, strict=True
+    ):
+        assert len(spans) == len(tokens) == int(mask.sum())
+        assert (spans[0] == (0, 0)) == bos
+        assert "".join(text[slice(*span)] for span in dict.fromkeys(spans)) == text
+        for span, token in zip(spans[bos:], tokens[bos:], strict=True):
+            assert text[slice(*span)] == token or "\ufffd" in token
+
+
+def test_a_table_and_a_file_have_the_places(model: Any, tmp_path: Path) -> None:
+    result = blt.backward_lens(model, PROMPTS, " Paris", matrices="W_out", layers=[1])
+    place = PROMPTS[0].rindex("Rome")
+    table = result.to_df(subject=[(place, place + 4), "Beyoncé"])
+    rows = [table[table["prompt"] == prompt] for prompt in (0, 1)]
+    of_subject = [own[own["segment"].str.contains("subject token")] for own in rows]
+    assert list(of_subject[0]["token"]) == [" Rome"]
+    assert of_subject[0]["position"].item() == result.gradients.str_tokens[0].index(" and") + 1
+    assert "".join(of_subject[1]["token"]).startswith("Beyonc")
+    assert list(of_subject[1]["segment"])[0::6] == [FIRST, LAST]
+    result.save(tmp_path / "result")
+    loaded = BackwardLensResult.load(tmp_path / "result")
+    assert loaded.gradients.prompts == result.gradients.prompts
+    assert loaded.gradients.spans == result.gradients.spans
+    assert loaded.to_df(subject=(0, 5)).equals(result.to_df(subject=(0, 5)))
+    with pytest.raises(InputError, match=r"allowed are spans .* <= 19"):
+        result.to_df(subject=(place, place + 4))

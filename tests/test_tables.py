@@ -157,10 +157,13 @@ def test_parts_with_factors_of_their_own_are_refused(method: str) -> None:
 
 def test_gradients_of_a_batch(capture: GradientCapture, table: pd.DataFrame) -> None:
     assert list(table.columns) == [
-        "prompt", "matrix", "layer", "n_tokens", "loss", "rank", "norm", "singular_values",
+        "prompt", "matrix", "layer", "is_last_layer", "n_tokens", "n_writing", "loss", "rank",
+        "largest_rank", "input_rank", "vjp_rank", "norm", "top_energy", "rank_99",
+        "singular_values",
     ]  # fmt: skip
     assert len(table) == len(PROMPTS) * len(capture)
     assert [str(table[name].dtype) for name in ("rank", "norm")] == ["Int64", "float64"]
+    assert table["is_last_layer"].tolist() == (table["layer"] == 7).tolist()
     last = capture.layers[-1]
     for row in table.itertuples():
         tokens = capture.str_tokens[row.prompt]
@@ -184,6 +187,37 @@ def test_norms_and_singular_values_are_those_of_the_dense_gradient(
         np.testing.assert_allclose(row.singular_values, expected, atol=1e-5 * expected[0])
 
 
+def test_what_bounds_the_rank(capture: GradientCapture, table: pd.DataFrame) -> None:
+    for row in table[table["matrix"].isin(["W_in", "W_out"])].itertuples():
+        gradient = capture[row.matrix, row.layer]
+        n, zero = row.n_tokens, gradient.is_zero[row.prompt]
+        assert row.n_writing == row.largest_rank == sum(not each for each in zero[:n].tolist())
+        for found, factor in ((row.input_rank, gradient.inputs), (row.vjp_rank, gradient.vjps)):
+            factor = factor[row.prompt, :n].double().numpy()
+            # The tolerance of `rank`: n roundings of float32.
+            tolerance = n * 2.0**-23 * np.linalg.norm(factor, ord=2)
+            assert found == np.linalg.matrix_rank(factor, tol=tolerance)
+        energy = np.square(row.singular_values)
+        assert row.top_energy == pytest.approx(energy[0] / sum(energy), rel=1e-12)
+        assert sum(energy[: row.rank_99]) >= 0.99 * sum(energy) > sum(energy[: row.rank_99 - 1])
+
+
+def test_more_positions_than_dimensions() -> None:
+    gradient = made("W_in", D_HIDDEN + D_MODEL)
+    row = gradient_table(hand_made(gradient)).iloc[0]
+    assert row["n_tokens"] == row["n_writing"] == D_HIDDEN + D_MODEL
+    assert row["largest_rank"] == row["rank"] == min(D_HIDDEN, D_MODEL)
+
+
+def test_a_gradient_of_zero() -> None:
+    gradient = made("W_in", 3)
+    gradient = replace(gradient, vjps=torch.zeros_like(gradient.vjps))
+    row = gradient_table(hand_made(gradient)).iloc[0]
+    found = row[["n_writing", "rank", "largest_rank", "vjp_rank", "norm", "rank_99"]]
+    assert found.tolist() == [0] * 6
+    assert np.isnan(row["top_energy"])
+
+
 def hand_made(gradient: MatrixGradient) -> GradientCapture:
     batch = len(gradient.mask)
     return GradientCapture(
@@ -193,6 +227,8 @@ def hand_made(gradient: MatrixGradient) -> GradientCapture:
         str_tokens=tuple(tuple("abcdefgh"[: int(n)]) for n in gradient.mask.sum(1)),
         loss=torch.arange(float(batch)),
         targets=None,
+        answers=torch.zeros(batch, dtype=torch.long),
+        n_layers=1 + gradient.layer,
         objective="made by hand",
         model_name="none",
     )
@@ -201,14 +237,16 @@ def hand_made(gradient: MatrixGradient) -> GradientCapture:
 def test_one_matrix_and_one_prompt(
     capture: GradientCapture, table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of the whole table, each of one decomposition."""
+    """Rows of the whole table, each of one pair of factorisations."""
     calls: list[torch.Size] = []
-    own = torch.linalg.svdvals
-    monkeypatch.setattr(torch.linalg, "svdvals", lambda a: calls.append(a.shape) or own(a))
+    own = torch.linalg.qr
+    monkeypatch.setattr(
+        torch.linalg, "qr", lambda a, **mode: calls.append(a.shape) or own(a, **mode)
+    )
     for matrix, batch in (("W_V", 1), ("W_V", None), (None, 1)):
         calls.clear()
         some = gradient_table(capture, matrix, batch)
-        assert len(calls) == len(some)
+        assert len(calls) == 2 * len(some)
         chosen = (matrix is None) | (table["matrix"] == matrix)
         chosen &= (batch is None) | (table["prompt"] == batch)
         pd.testing.assert_frame_equal(some, table[chosen].reset_index(drop=True))

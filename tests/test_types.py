@@ -48,6 +48,8 @@ WRONG: dict[str, Callable[[], Any]] = {
         bottom_ids=torch.zeros(2, 3, dtype=torch.long),
         bottom_scores=torch.zeros(2, 3),
         target_rank=torch.zeros(2, dtype=torch.long),
+        answer_rank=torch.zeros(2, dtype=torch.long),
+        entropy=torch.zeros(2),
     ),
 }
 

@@ -70,6 +70,8 @@ def make_result(
         str_tokens=(tuple(vocab[index % len(vocab)] for index in range(pos)),) * batch,
         loss=torch.full((batch,), 1.25),
         targets=torch.full((batch,), target),
+        answers=torch.zeros(batch, dtype=torch.long),
+        n_layers=layers,
         objective="target_nll(' Paris')",
         model_name="a <model>",
     )
@@ -81,7 +83,9 @@ def make_result(
             scores[: 2 + len(readings), :, -1, target] += 10
             top, bottom = scores.topk(k), scores.topk(k, largest=False)
             rank = (scores > scores[..., target, None]).sum(-1)
-            readouts[matrix] = Readout(top.indices, top.values, bottom.indices, bottom.values, rank)
+            readouts[matrix] = Readout(
+                top.indices, top.values, bottom.indices, bottom.values, rank, rank, top.values[..., 0]
+            )
         readings.append(Reading(lens, readouts))
     return BackwardLensResult(
         gradients=capture,

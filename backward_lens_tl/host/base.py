@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from backward_lens_tl.errors import InputError, ModelStateError, UnsupportedModelError
+from backward_lens_tl.fingerprints import tensors_digest
 from backward_lens_tl.sites import (
     ATTENTION_MATRICES,
     HookPointSite,
@@ -409,6 +410,10 @@ class Host(ABC):
     @abstractmethod
     def processed_matrices(self) -> frozenset[MatrixName]:
         """Matrices that TransformerLens's weight processing changed, as far as the model shows."""
+
+    def fingerprint(self) -> str:
+        """A checksum of the parameters; it takes some seconds for a large model."""
+        return tensors_digest(self.parameters())
 
     def holders(self, weight: Tensor) -> tuple[str, ...]:
         """Names under which modules hold a parameter, more than one if it is shared."""

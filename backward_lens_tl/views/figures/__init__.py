@@ -1,7 +1,8 @@
-"""The paper's figures, of one result or two.
+"""The paper's figures, of a result or of a table that an analysis made of thousands of prompts.
 
-Each function takes its numbers from a table of the result and returns a figure that nothing has
-shown: plotly's by default, matplotlib's with `backend="matplotlib"`.
+Each function takes its numbers from a table of the result or of `backward_lens_tl.analysis` and
+returns a figure that nothing has shown: plotly's by default, matplotlib's with
+`backend="matplotlib"`.
 """
 
 from __future__ import annotations
@@ -9,19 +10,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from backward_lens_tl.arguments import check_choice, listed
+from backward_lens_tl.analysis import by_segment
+from backward_lens_tl.analysis.ranks import check_table
+from backward_lens_tl.arguments import check_choice, listed, shown
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.result import BackwardLensResult, check_result
+from backward_lens_tl.segments import Subject
 from backward_lens_tl.views.appearance import running_text
 from backward_lens_tl.views.figures import draw_matplotlib, draw_plotly
 from backward_lens_tl.views.figures.charts import Colors, Grid, Heatmap, Lines
 from backward_lens_tl.views.figures.plots import (
     norm_map,
+    overlap_map,
     rank_charts,
-    segment_lines,
+    segment_norms,
+    segment_ranks,
     shown_norms,
     similarity_map,
     spectrum_lines,
+    step_points,
     target_lines,
 )
 
@@ -32,6 +39,24 @@ Backend = Literal["plotly", "matplotlib"]
 Scale = Literal["log", "linear"]
 
 _NORM = "norm of δ_i"
+_GRADIENT_COLUMNS = ("prompt", "matrix", "layer", "n_tokens", "rank")
+_NEURON_COLUMNS = (
+    "neuron",
+    "neuron_norm",
+    "norm_rank",
+    "position",
+    "token",
+    "similarity",
+    "overlap",
+)
+_STEP_COLUMNS = (
+    "prompt",
+    "matrix",
+    "layer",
+    "learning_rate",
+    "loss_change",
+    "predicted_loss_change",
+)
 
 
 def norms(
@@ -111,8 +136,8 @@ def compare(
 
 
 def norms_by_segment(
-    result: BackwardLensResult,
-    subject: str | Sequence[str],
+    source: BackwardLensResult | pd.DataFrame,
+    subject: Subject | Sequence[Subject] | None = None,
     matrix: str = "W_out",
     of: Literal["vjp", "input"] = "vjp",
     *,
@@ -122,8 +147,9 @@ def norms_by_segment(
     """Which part of a prompt writes into which layer (paper, figures 6, 16 and 17).
 
     Args:
-        result: What to show; all of its prompts count.
-        subject: What the prompts are about: one text for all, or one per prompt.
+        source: A result, of which all prompts count, or the table that
+            `analysis.by_segment.norms_by_segment` made of any number of prompts.
+        subject: What a result's prompts are about: one text or span for all, or one per prompt.
         matrix: Name of the matrix.
         of: `"vjp"` for `||delta_i||_2`, or `"input"` for `||x_i||_2`.
         scale: `"linear"`, or `"log"`, where zeros are left out.
@@ -134,19 +160,69 @@ def norms_by_segment(
         prompts. Zeros, as all but one in the last layer, are counted.
 
     Raises:
-        InputError: If there is no such result, matrix, scale or backend, or a prompt lacks its
+        InputError: If there is no such source, matrix, scale or backend, or a prompt lacks its
             subject.
     """
-    _check(result, backend, scale)
+    _check_drawing(backend, scale)
     check_choice("of", of, ("vjp", "input"))
-    result.readout(matrix)
-    if subject is None:
-        raise InputError("subject is None; pass a text, or one per prompt")
-    column, symbol = ("norm", "δ_i") if of == "vjp" else ("input_norm", "x_i")
-    table = result.to_df(subject, matrix=matrix)
-    chart = segment_lines(table, column, symbol, is_log=scale == "log")
-    title = f"{matrix}: mean norm of {symbol} by segment, {_prompts(result)}"
+    _check_source(source, "analysis.by_segment.norms_by_segment")
+    if isinstance(source, BackwardLensResult):
+        table = by_segment.norms_by_segment(_positions(source, subject, matrix), of)
+    else:
+        table = _chosen(source, subject, matrix, of, "norms_by_segment", ("mean", "count"))
+    symbol = "δ_i" if of == "vjp" else "x_i"
+    chart = segment_norms(table, symbol, is_log=scale == "log")
+    title = f"{matrix}: mean norm of {symbol} by segment, {_prompts(int(table['prompts'].max()))}"
     return _drawn(backend, title, chart)
+
+
+def ranks_by_segment(
+    source: BackwardLensResult | pd.DataFrame,
+    subject: Subject | Sequence[Subject] | None = None,
+    matrix: str = "W_out",
+    of: Literal["target", "answer"] = "target",
+    projection: str | None = None,
+    *,
+    scale: Scale = "log",
+    backend: Backend = "plotly",
+) -> Any:
+    """Where a token stands in the vocabulary, by segment and layer (figures 7 and 18 to 21).
+
+    Args:
+        source: A result, of which all prompts count, or the table that
+            `analysis.by_segment.ranks_by_segment` made of any number of prompts. With
+            `direction="gradient"`, as in the paper, VJPs have the target at the far end of the
+            vocabulary, which `scale="linear"` shows better.
+        subject: What a result's prompts are about: one text or span for all, or one per prompt.
+        matrix: Name of the matrix.
+        of: `"target"`, or `"answer"` for the model's own, which
+            `backward_lens(..., measures=("answer_rank",))` ranks.
+        projection: Name of the projection; the first one by default.
+        scale: `"log"` or `"linear"`.
+        backend: `"plotly"` or `"matplotlib"`.
+
+    Returns:
+        A line per segment at 1 + the median rank, with a band from the lower quartile to the upper;
+        a gap where all cells add nothing. The top of the vocabulary is at the top.
+
+    Raises:
+        InputError: If there is no such source, matrix, projection, scale or backend, a prompt lacks
+            its subject, or there is no rank of the token.
+    """
+    _check_drawing(backend, scale)
+    check_choice("of", of, ("target", "answer"))
+    _check_source(source, "analysis.by_segment.ranks_by_segment")
+    if isinstance(source, BackwardLensResult):
+        asked = source if projection is None else source.under(projection)
+        table = by_segment.ranks_by_segment(_positions(asked, subject, matrix), of)
+    else:
+        columns = ("projection", "median", "lower_quartile", "upper_quartile", "count")
+        table = _chosen(source, subject, matrix, of, "ranks_by_segment", columns)
+    table, name = _under(table, projection)
+    token = "the target" if of == "target" else "the model's answer"
+    chart = segment_ranks(table, token, is_log=scale == "log")
+    prompts = _prompts(int(table["prompts"].max()))
+    return _drawn(backend, f"{matrix}: rank of {token} by segment, {prompts}, {name}", chart)
 
 
 def target_ranks(
@@ -182,7 +258,7 @@ def target_ranks(
 
 
 def gradient_ranks(
-    result: BackwardLensResult,
+    source: BackwardLensResult | pd.DataFrame,
     matrices: str | Sequence[str] | None = None,
     *,
     backend: Backend = "plotly",
@@ -190,11 +266,12 @@ def gradient_ranks(
     """The rank of each gradient against the length of its prompt (paper, figure 4).
 
     Lemma 4.1 bounds it by the line `rank = n`; the last layer has rank 1 if the loss is on the last
-    token.
+    token. `analysis.ranks.rank_exceptions` says why a point is elsewhere.
 
     Args:
-        result: What to show; all of its prompts count.
-        matrices: One or more names; by default all in the result.
+        source: A result, of which all prompts count, or a table of gradients, as of
+            `BackwardLensResult.gradient_df` or a sweep, of any number of prompts.
+        matrices: One or more names; by default all that there are.
         backend: `"plotly"` or `"matplotlib"`.
 
     Returns:
@@ -203,18 +280,25 @@ def gradient_ranks(
         factors of their own has none.
 
     Raises:
-        InputError: If there is no such result, matrix or backend.
+        InputError: If there is no such source, matrix or backend.
     """
     import pandas as pd
 
-    _check(result, backend)
-    names = list(result.matrices) if matrices is None else listed(matrices)
-    if not names:
-        raise InputError("no matrix was asked for; leave `matrices` out for all of them")
-    for name in names:
-        result.readout(name)
-    table = pd.concat([result.gradient_df(matrix=name) for name in dict.fromkeys(names)])
-    title = f"Rank of each layer's gradient, {_prompts(result)}"
+    _check_drawing(backend)
+    _check_source(source, "result.gradient_df")
+    if isinstance(source, BackwardLensResult):
+        names = _matrices(matrices, source.matrices)
+        for name in names:
+            source.readout(name)
+        table = pd.concat([source.gradient_df(matrix=name) for name in dict.fromkeys(names)])
+    else:
+        check_table(source, _GRADIENT_COLUMNS, "what result.gradient_df() returns")
+        there = source["matrix"].unique().tolist()
+        names = _matrices(matrices, there)
+        for name in names:
+            _check_there(name, there)
+        table = source[source["matrix"].isin(names)]
+    title = f"Rank of each layer's gradient, {_prompts(table['prompt'].nunique())}"
     return _drawn(backend, title, *rank_charts(table, names))
 
 
@@ -286,13 +370,142 @@ def neuron_similarity(
     return _drawn(backend, title, chart)
 
 
+def neuron_overlap(
+    table: pd.DataFrame,
+    matrix: str | None = None,
+    layer: int | None = None,
+    *,
+    backend: Backend = "plotly",
+) -> Any:
+    """What a gradient's neurons share with the vectors that span it (paper, figures 8 to 10).
+
+    Args:
+        table: What `analysis.neurons.neuron_overlap` returned.
+        matrix: Name of the matrix that it is of, for the title.
+        layer: The layer that it is of, for the title.
+        backend: `"plotly"` or `"matplotlib"`.
+
+    Returns:
+        Two heatmaps, one above the other, with a column per neuron, the longest first, and a row
+        per token of the prompt and for the zero vector: which part of their top tokens the two have
+        in common, and their cosine, blank where one of them is zero.
+
+    Raises:
+        InputError: If it is no such table, or there is no such backend.
+    """
+    _check_drawing(backend)
+    check_table(table, _NEURON_COLUMNS, "what analysis.neurons.neuron_overlap returned")
+    charts = (
+        overlap_map(table, "Overlap of the top tokens"),
+        similarity_map(table, "Cosine similarity"),
+    )
+    names = [] if matrix is None else [str(matrix)]
+    names += [] if layer is None else [f"layer {layer}"]
+    owner = f"{' of '.join(names)}: " if names else ""
+    title = f"{owner}neurons of the gradient and what spans it"
+    return _drawn(backend, title, *charts, is_stacked=True)
+
+
+def step_changes(
+    table: pd.DataFrame, *, scale: Scale = "linear", backend: Backend = "plotly"
+) -> Any:
+    """What a step of gradient descent changes of the loss, predicted and measured.
+
+    Args:
+        table: What `analysis.steps.step_changes` returned, of any number of prompts.
+        scale: `"linear"`, or `"log"` for decreases, where a step that raises the loss, or should,
+            is left out.
+        backend: `"plotly"` or `"matplotlib"`.
+
+    Returns:
+        A point per prompt, matrix, layer and learning rate, in a colour per matrix, and the line on
+        which the two changes are equal. For small steps the prediction is right to first order.
+
+    Raises:
+        InputError: If it is no such table, or there is no such scale or backend.
+    """
+    _check_drawing(backend, scale)
+    check_table(table, _STEP_COLUMNS, "what analysis.steps.step_changes returned")
+    prompts = _prompts(table["prompt"].nunique())
+    title = f"One step on one matrix: change of the loss, {prompts}"
+    return _drawn(backend, title, step_points(table, is_log=scale == "log"))
+
+
 # --- parts ---------------------------------------------------------------------------------------
 
 
 def _check(result: object, backend: object, scale: object = "log") -> None:
     check_result(result)
+    _check_drawing(backend, scale)
+
+
+def _check_drawing(backend: object, scale: object = "log") -> None:
     check_choice("backend", backend, ("plotly", "matplotlib"))
     check_choice("scale", scale, ("log", "linear"))
+
+
+def _check_source(source: object, origin: str) -> None:
+    import pandas as pd
+
+    if not isinstance(source, BackwardLensResult | pd.DataFrame):
+        raise InputError(
+            f"the source is a {type(source).__name__}; pass what backward_lens returned, or a "
+            f"table of {origin}"
+        )
+
+
+def _positions(
+    result: BackwardLensResult, subject: Subject | Sequence[Subject] | None, matrix: str
+) -> pd.DataFrame:
+    """The cells of one matrix, with their segments."""
+    result.readout(matrix)
+    if subject is None:
+        raise InputError("subject is None; pass a text, or one per prompt")
+    return result.to_df(subject, matrix=matrix)
+
+
+def _chosen(
+    table: pd.DataFrame,
+    subject: object,
+    matrix: str,
+    of: str,
+    analysis: str,
+    columns: Sequence[str],
+) -> pd.DataFrame:
+    """The rows of an analysis that are about one matrix and one kind of vector or token."""
+    if subject is not None:
+        raise InputError(
+            f"subject is {shown(subject)}, but the table has its segments; leave subject out"
+        )
+    needed = ("matrix", "of", "layer", "segment", "prompts", *columns)
+    check_table(table, needed, f"what analysis.by_segment.{analysis} returned")
+    _check_there(matrix, table["matrix"].unique().tolist())
+    own = table[table["matrix"] == matrix]
+    check_choice("of", of, own["of"].unique().tolist())
+    return own[own["of"] == of]
+
+
+def _under(table: pd.DataFrame, projection: str | None) -> tuple[pd.DataFrame, str]:
+    """The rows of one projection, the first by default, and its name."""
+    there = table["projection"].unique().tolist()
+    name = there[0] if projection is None else projection
+    check_choice("projection", name, there)
+    return table[table["projection"] == name], name
+
+
+def _matrices(asked: object, there: Sequence[str]) -> list[str]:
+    names = list(there) if asked is None else listed(asked)
+    if not names:
+        raise InputError("no matrix was asked for; leave `matrices` out for all of them")
+    return names
+
+
+def _check_there(matrix: object, there: Sequence[str]) -> None:
+    if matrix not in there:
+        raise InputError(
+            f"{shown(matrix)} is not in this table; it has {', '.join(there)}: name one of these "
+            "as the matrix"
+        )
 
 
 def _norm_map(
@@ -328,12 +541,11 @@ def _towards(result: BackwardLensResult, batch: int) -> str:
     return "" if target is None else f" → “{running_text(target).strip()}”"
 
 
-def _prompts(result: BackwardLensResult) -> str:
-    count = len(result.gradients.str_tokens)
-    return "1 prompt" if count == 1 else f"{count} prompts"
+def _prompts(count: int) -> str:
+    return f"{count} prompt{'' if count == 1 else 's'}"
 
 
-def _drawn(backend: str, title: str, *charts: Heatmap | Lines) -> Any:
+def _drawn(backend: str, title: str, *charts: Heatmap | Lines, is_stacked: bool = False) -> Any:
     # Only the one that draws imports its library.
     drawing = draw_plotly if backend == "plotly" else draw_matplotlib
-    return drawing.draw(Grid(charts, title))
+    return drawing.draw(Grid(charts, title, is_stacked))

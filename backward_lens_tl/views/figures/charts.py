@@ -30,6 +30,9 @@ MARKERS = ("circle", "square", "diamond", "triangle", "cross", "x")
 MOST_NAMES = 12
 """More lines than this have a colour bar in place of a legend."""
 
+BAND_OPACITY = 0.13
+"""Of a band around a line: several may lie on each other, and lines stay legible."""
+
 MOST_COLUMNS = 3
 """More charts than this do not stand in one row."""
 
@@ -172,6 +175,8 @@ class Line:
         dash: One of `DASHES`; none leaves points without a line.
         marker: One of `MARKERS`; none leaves a line without points.
         width: Of the line, in points.
+        band: Lower and upper edge of a shaded band around the line, where there is one; NaN leaves
+            a gap.
     """
 
     name: str
@@ -182,6 +187,7 @@ class Line:
     dash: str | None = "solid"
     marker: str | None = "circle"
     width: float = 1.6
+    band: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -212,15 +218,22 @@ class Grid:
     Attributes:
         charts: From left to right, and from the upper row to the lower.
         title: What they show together.
+        is_stacked: Whether they stand one above the other instead, each with its own bar.
     """
 
     charts: tuple[Heatmap | Lines, ...]
     title: str
+    is_stacked: bool = False
 
     @property
     def colors(self) -> tuple[Colors, ...]:
         """The different colour scales."""
         return tuple(dict.fromkeys(chart.colors for chart in self.charts if chart.colors))
+
+    @property
+    def bar_columns(self) -> int:
+        """How many bars of colours stand side by side."""
+        return min(1, len(self.colors)) if self.is_stacked else len(self.colors)
 
     @property
     def has_legend(self) -> bool:
@@ -230,6 +243,8 @@ class Grid:
     @property
     def columns(self) -> int:
         """How many charts stand in a row."""
+        if self.is_stacked:
+            return 1
         rows = math.ceil(len(self.charts) / MOST_COLUMNS)
         return math.ceil(len(self.charts) / rows)
 

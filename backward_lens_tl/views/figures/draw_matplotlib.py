@@ -11,7 +11,16 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.views.figures.charts import Axis, Colors, Grid, Heatmap, Line, Lines, wrapped
+from backward_lens_tl.views.figures.charts import (
+    BAND_OPACITY,
+    Axis,
+    Colors,
+    Grid,
+    Heatmap,
+    Line,
+    Lines,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +31,7 @@ if TYPE_CHECKING:
 _PIXELS_PER_INCH = 100
 _BESIDE, _BAR, _LEGEND, _AROUND = 0.9, 0.9, 1.9, 1.1
 _ROOM_PER_LABEL = 17
-_MANY_DECADES = 1e7
+_MANY_DECADES, _MANY_DECADES_ACROSS = 1e7, 1e3  # labels are wider than they are high
 _DASHES = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":"}
 _MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^", "cross": "P", "x": "X"}
 _INK, _FRAME, _GRID = "#1f2937", "#9ca3af", "#e5e7eb"
@@ -59,7 +68,7 @@ def _figure(grid: Grid) -> Figure:
 
     widths = [width / _PIXELS_PER_INCH for width in grid.widths]
     heights = [height / _PIXELS_PER_INCH for height in grid.heights]
-    beside = _BAR * len(grid.colors) + _LEGEND * grid.has_legend
+    beside = _BAR * grid.bar_columns + _LEGEND * grid.has_legend
     figure = _figure_class()(
         figsize=(
             sum(widths) + _BESIDE * len(widths) + beside,
@@ -80,8 +89,8 @@ def _figure(grid: Grid) -> Figure:
         else:
             for line in chart.lines:
                 _add_line(axes, line)
-        _set_log_ticks(axes.xaxis, chart.x)
-        _set_log_ticks(axes.yaxis, chart.y)
+        _set_log_ticks(axes.xaxis, chart.x, _MANY_DECADES_ACROSS)
+        _set_log_ticks(axes.yaxis, chart.y, _MANY_DECADES)
     for colors in grid.colors:
         owners = [
             axes for axes, chart in zip(panels, grid.charts, strict=True) if chart.colors == colors
@@ -136,14 +145,14 @@ def _set_axis(drawn: XAxis | YAxis, axis: Axis, room: int, *, turns: bool) -> No
     drawn.set_ticks([place for place, _ in ticks], labels=labels, rotation=angle, **ends)
 
 
-def _set_log_ticks(drawn: XAxis | YAxis, axis: Axis) -> None:
+def _set_log_ticks(drawn: XAxis | YAxis, axis: Axis, many: float) -> None:
     """Ticks at 1, 2 and 5 of each decade, or at powers of ten where there are many: plotly's."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     if not axis.is_log:
         return
     low, high = sorted(drawn.get_view_interval())
-    leads = (1, 2, 5) if high / low < _MANY_DECADES else (1,)
+    leads = (1, 2, 5) if high / low < many else (1,)
     drawn.set_major_locator(LogLocator(subs=leads))
     drawn.set_minor_locator(NullLocator())
     drawn.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -167,6 +176,8 @@ def _add_heatmap(axes: Axes, chart: Heatmap) -> None:
 
 
 def _add_line(axes: Axes, line: Line) -> None:
+    if line.band:
+        axes.fill_between(line.x, *line.band, color=line.color, alpha=BAND_OPACITY, linewidth=0)
     axes.plot(
         line.x,
         line.y,

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
-from backward_lens_tl.views.figures.charts import Axis, Colors, Grid, Heatmap, Line, Lines, wrapped
+from backward_lens_tl.views.figures.charts import (
+    BAND_OPACITY,
+    Axis,
+    Colors,
+    Grid,
+    Heatmap,
+    Line,
+    Lines,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -37,7 +46,7 @@ def draw(grid: Grid) -> go.Figure:
     lefts, inner = _starts(grid.widths, _GAP)
     tops, height = _starts(grid.heights, _BOTTOM + above)
     top = _TOP + above
-    beside = _BAR * len(grid.colors) + _LEGEND * grid.has_legend or 30
+    beside = _BAR * grid.bar_columns + _LEGEND * grid.has_legend or 30
     figure = go.Figure(
         layout={
             "template": "plotly_white",
@@ -74,7 +83,22 @@ def draw(grid: Grid) -> go.Figure:
             )  # fmt: skip
     for index, colors in enumerate(grid.colors, start=1):
         figure.update_layout({_bar_name(index): _bar(colors, index)})
+    if grid.is_stacked:
+        _set_bars_beside(figure, grid)
     return figure
+
+
+def _set_bars_beside(figure: go.Figure, grid: Grid) -> None:
+    """Charts one above the other have their bars beside them; one that several share is long."""
+    for index, colors in enumerate(grid.colors, start=1):
+        ups = [
+            figure.layout[f"yaxis{place if place > 1 else ''}"].domain
+            for place, chart in enumerate(grid.charts, start=1)
+            if chart.colors == colors
+        ]
+        low, high = min(low for low, _ in ups), max(high for _, high in ups)
+        place = {"x": 1, "y": (low + high) / 2, "len": high - low, "yanchor": "middle", "ypad": 0}
+        figure.update_layout({_bar_name(index): {"colorbar": place}})
 
 
 def _starts(sizes: tuple[int, ...], gap: int) -> tuple[list[int], int]:
@@ -92,6 +116,8 @@ def _add(figure: go.Figure, chart: Heatmap | Lines, grid: Grid, suffix: str) -> 
     named = {trace.name for trace in figure.data}
     for line in chart.lines:
         known = _text(line.name) in named
+        if line.band:
+            figure.add_scatter(**_band(line), **axes)
         figure.add_scatter(**_line(line), showlegend=bar is None and not known, **axes)
     if bar:  # a colour bar belongs to a trace, and lines have none
         figure.add_scatter(
@@ -125,6 +151,41 @@ def _line(line: Line) -> dict[str, Any]:
         "marker": {"color": line.color, "symbol": symbol, "size": 6},
         "hovertext": [_text(text) for text in line.hover],
         "hoverinfo": "text" if line.hover else "skip",
+    }
+
+
+def _band(line: Line) -> dict[str, Any]:
+    """A closed outline for each run of points without a gap: up along one edge, back along another.
+
+    Args:
+        line: A line with a band.
+
+    Returns:
+        The arguments of a trace that its line's entry in the legend hides and shows.
+    """
+    points = list(zip(line.x, *(line.band or ()), strict=True))
+    runs = [
+        list(run)
+        for has_gap, run in groupby(points, lambda point: any(map(math.isnan, point)))
+        if not has_gap
+    ]
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for run in runs:
+        back = run[::-1]
+        x += [place for place, _, _ in run + back] + [None]
+        y += [low for _, low, _ in run] + [high for _, _, high in back] + [None]
+    red, green, blue = bytes.fromhex(line.color[1:])
+    return {
+        "x": x,
+        "y": y,
+        "mode": "lines",
+        "fill": "toself",
+        "fillcolor": f"rgba({red},{green},{blue},{BAND_OPACITY})",
+        "line": {"width": 0},
+        "legendgroup": _text(line.name),
+        "showlegend": False,
+        "hoverinfo": "skip",
     }
 
 

@@ -1,9 +1,9 @@
-"""From a result's table to the description of one chart."""
+"""From a table of a result or of an analysis to the description of one chart."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from backward_lens_tl.views.appearance import number, running_text
 from backward_lens_tl.views.figures.charts import (
@@ -11,6 +11,7 @@ from backward_lens_tl.views.figures.charts import (
     DIVERGING,
     MARKERS,
     MOST_NAMES,
+    SEQUENTIAL,
     Axis,
     Colors,
     Heatmap,
@@ -113,40 +114,115 @@ def target_lines(table: pd.DataFrame, *, is_log: bool) -> Lines:
 # --- cells of several prompts --------------------------------------------------------------------
 
 
-def segment_lines(table: pd.DataFrame, column: str, symbol: str, *, is_log: bool) -> Lines:
-    """The mean of a column by layer, a line per segment.
+def segment_norms(table: pd.DataFrame, symbol: str, *, is_log: bool) -> Lines:
+    """The mean norm by layer, a line per segment.
 
     Args:
-        table: Cells with their segments, of one matrix.
-        column: What is averaged, over all tokens of a segment in all prompts; a position that was
-            asked for twice counts once.
-        symbol: How the column's vectors are called.
+        table: What `analysis.by_segment.norms_by_segment` returns, of one matrix.
+        symbol: How the vectors are called.
         is_log: Whether the axis of means is logarithmic; then a mean of zero is left out.
 
     Returns:
         Lines in the order of a prompt.
     """
-    once = table.drop_duplicates(["prompt", "layer", "position"])
-    means = once.groupby(["segment", "layer"])[column].mean()
-    means = means.where(means > 0) if is_log else means
-    present = set(table["segment"])
-    lines = tuple(
-        Line(
-            segment,
-            _floats(means[segment].index),
-            _floats(means[segment]),
-            color,
-            tuple(
-                f"{segment}, layer {layer}\nmean norm {number(mean)}"
-                for layer, mean in means[segment].items()
-            ),
-            dash,
-            marker,
-        )
-        for segment, (color, dash, marker) in _SEGMENT_STYLES.items()
-        if segment in present
+    shown = table.assign(place=table["mean"].where(table["mean"] > 0) if is_log else table["mean"])
+    lines = _segment_lines(
+        shown,
+        lambda row: f"mean norm {number(row['mean'])} of {_counted(row['count'], 'token')}",
     )
     return Lines(lines, _layer_axis(table), Axis(f"mean norm of {symbol}", is_log=is_log))
+
+
+def segment_ranks(table: pd.DataFrame, token: str, *, is_log: bool) -> Lines:
+    """The median rank by layer, a line per segment, with a band from quartile to quartile.
+
+    Args:
+        table: What `analysis.by_segment.ranks_by_segment` returns, of one matrix and projection.
+        token: Which token is ranked, in words.
+        is_log: Whether the axis of ranks is logarithmic.
+
+    Returns:
+        Lines at 1 + rank, in the order of a prompt; a gap where no cell has a rank.
+    """
+    names = {"place": "median", "low": "lower_quartile", "high": "upper_quartile"}
+    shown = table.assign(**{name: 1 + table[column] for name, column in names.items()})
+    lines = _segment_lines(
+        shown,
+        lambda row: (
+            f"median rank {row['median']:g}, quartiles {row['lower_quartile']:g} and "
+            f"{row['upper_quartile']:g}, of {_counted(row['count'], 'token')}"
+        ),
+    )
+    title = f"1 + rank of {token} (1: top token)"
+    return Lines(lines, _layer_axis(table), Axis(title, is_log=is_log, is_reversed=True))
+
+
+def _segment_lines(
+    table: pd.DataFrame, said: Callable[[Mapping[Any, Any]], str]
+) -> tuple[Line, ...]:
+    """A line per segment through the column `place`, with a band from `low` to `high` if there."""
+    lines = []
+    for segment, (color, dash, marker) in _SEGMENT_STYLES.items():
+        part = table[table["segment"] == segment].sort_values("layer")
+        if part.empty:
+            continue
+        places = _floats(part["layer"]), _floats(part["place"])
+        hover = tuple(
+            f"{segment}, layer {row['layer']}\n{said(row)}" for row in part.to_dict("records")
+        )
+        band = (_floats(part["low"]), _floats(part["high"])) if "low" in part else None
+        lines.append(Line(segment, *places, color, hover, dash, marker, band=band))
+    return tuple(lines)
+
+
+# --- one step of gradient descent ----------------------------------------------------------------
+
+
+def step_points(table: pd.DataFrame, *, is_log: bool) -> Lines:
+    """The change of the loss as predicted against that measured, in a colour per matrix.
+
+    Args:
+        table: What `analysis.steps.step_changes` returns.
+        is_log: Whether decreases are shown on logarithmic axes, and increases left out.
+
+    Returns:
+        A point per step, and the line on which both are equal.
+    """
+    sign, what = (-1, "decrease") if is_log else (1, "change")
+    shown = table.assign(
+        measured=sign * table["loss_change"], predicted=sign * table["predicted_loss_change"]
+    )
+    if is_log:
+        shown = shown[(shown["measured"] > 0) & (shown["predicted"] > 0)]
+    both = [*shown["measured"].dropna(), *shown["predicted"].dropna()]
+    ends = _floats((min(both), max(both))) if both else ()
+    lines = [Line("predicted = measured", ends, ends, "#6b7280", dash="dash", marker=None)]
+    for index, matrix in enumerate(table["matrix"].unique()):
+        part = shown[shown["matrix"] == matrix]
+        lines.append(
+            Line(
+                str(matrix),
+                _floats(part["measured"]),
+                _floats(part["predicted"]),
+                _turn(CATEGORICAL, index),
+                tuple(map(_step_in_words, part.to_dict("records"))),
+                dash=None,
+                marker=_turn(MARKERS, index),
+            )
+        )
+    x, y = (
+        Axis(f"{name} {what} of the loss, in nats", is_log=is_log)
+        for name in ("measured", "predicted")
+    )
+    return Lines(tuple(lines), x, y)
+
+
+def _step_in_words(row: Mapping[Any, Any]) -> str:
+    return (
+        f"{row['matrix']} of layer {row['layer']}, prompt {row['prompt']}, "
+        f"learning rate {number(row['learning_rate'])}\n"
+        f"measured {number(row['loss_change'])}, predicted {number(row['predicted_loss_change'])}"
+    )
 
 
 # --- gradients as a whole ------------------------------------------------------------------------
@@ -253,33 +329,58 @@ def spectrum_lines(table: pd.DataFrame) -> Lines:
     return Lines(tuple(lines), places, values_axis, colors if many else None)
 
 
-def similarity_map(table: pd.DataFrame) -> Heatmap:
-    """Neurons of a gradient, sorted by norm, against the prompt's positions.
+def similarity_map(table: pd.DataFrame, title: str = "") -> Heatmap:
+    """Cosines of a gradient's neurons, sorted by norm, and what spans them.
 
     Args:
         table: The table of neurons.
+        title: What the chart shows.
 
     Returns:
-        A column per neuron, the longest first, and a row per position, the first on top.
+        A column per neuron, the longest first, and a row per position, the first on top; a row for
+        the zero vector, where the table has it, below them.
     """
+    colors = Colors(-1.0, 1.0, DIVERGING, "cosine similarity")
+    return _neuron_map(table, "similarity", colors, title)
+
+
+def overlap_map(table: pd.DataFrame, title: str = "") -> Heatmap:
+    """Which part of their top tokens a gradient's neurons share with what spans them.
+
+    Args:
+        table: What `analysis.neurons.neuron_overlap` returns.
+        title: What the chart shows.
+
+    Returns:
+        A chart with rows and columns as those of `similarity_map`.
+    """
+    return _neuron_map(table, "overlap", Colors(0.0, 1.0, SEQUENTIAL, "shared top tokens"), title)
+
+
+def _neuron_map(table: pd.DataFrame, column: str, colors: Colors, title: str) -> Heatmap:
+    # The zero vector, which has no position, comes last.
+    last = table["position"].max() + 1
+    table = table.assign(position=table["position"].fillna(last).astype("int64"))
     tokens = _tokens(table)
-    similarity = table.pivot(index="position", columns="norm_rank", values="similarity")
+    grid = table.pivot(index="position", columns="norm_rank", values=column)
     neurons = table.drop_duplicates("norm_rank").sort_values("norm_rank")
     said = [
         f"neuron {neuron}, norm {number(norm)}"
         for neuron, norm in zip(neurons["neuron"], neurons["neuron_norm"], strict=True)
     ]
-    values = _rows(similarity)
+    values = _rows(grid)
     hover = tuple(
         tuple(
-            f"{neuron}\n{tokens[position]} at {position}: {value:.3f}"
+            f"{neuron}\n{tokens[position]}{'' if position == last else f' at {position}'}: "
+            f"{value:.3f}"
             for neuron, value in zip(said, row, strict=True)
         )
         for position, row in zip(tokens, values, strict=True)
     )
     rows = Axis("token", tuple(map(_label, tokens.values())), is_reversed=True)
-    columns = Axis("neurons of the gradient, the longest first")
-    return Heatmap(values, hover, columns, rows, Colors(-1.0, 1.0, DIVERGING, "cosine similarity"))
+    return Heatmap(
+        values, hover, Axis("neurons of the gradient, the longest first"), rows, colors, title
+    )
 
 
 # --- parts ---------------------------------------------------------------------------------------
@@ -313,6 +414,10 @@ def _floats(values: Iterable[int | float]) -> tuple[float, ...]:
 
 def _layer_axis(table: pd.DataFrame) -> Axis:
     return counting("layer", table["layer"].tolist())
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def _turn(choices: Sequence[str], index: int) -> str:

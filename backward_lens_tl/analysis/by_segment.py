@@ -1,0 +1,193 @@
+"""Norms and ranks by segment of a prompt and by layer (paper, figures 6, 7 and 16 to 21)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from backward_lens_tl.analysis.ranks import check_table, grouped, with_types_of
+from backward_lens_tl.arguments import check_choice, is_integer, listed, shown
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.segments import SEGMENTS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SOURCE = "a table of positions, as of result.to_df(subject) or a sweep's positions()"
+_CELL = ["prompt", "matrix", "layer", "position"]
+_NORMS = {"vjp": "norm", "input": "input_norm"}
+_RANKS = {"target": "target_rank", "answer": "answer_rank"}
+_UNRANKED = {
+    "target": "the objective is not about one token; pass target=... beside it",
+    "answer": 'ask for it with backward_lens(..., measures=("answer_rank",))',
+}
+
+
+def norms_by_segment(positions: pd.DataFrame, of: Literal["vjp", "input"] = "vjp") -> pd.DataFrame:
+    """How long vectors are, by segment and layer (paper, figures 6, 16 and 17).
+
+    The mean is over tokens: a segment of several tokens counts once for each, and a prompt with a
+    long subject counts more than one with a short one. Vectors that are zero, as all VJPs but one
+    in the last layer, are counted, as in the paper. Each cell counts once, under however many
+    projections the table has it.
+
+    Args:
+        positions: A table of positions with a column `segment`, as of
+            `BackwardLensResult.to_df(subject)` or a sweep, of any number of prompts.
+        of: `"vjp"` for `||delta_i||_2`, or `"input"` for `||x_i||_2`.
+
+    Returns:
+        One row per `matrix`, `layer` and `segment`, in the order of the table's matrices, of layers
+        and of `SEGMENTS`, with `of`, the `mean` norm, its standard deviation `std` (that of a
+        sample; missing for one token), `count` (how many tokens) and `prompts` (how many the
+        matrix has in all segments together). Tokens without a segment, because their prompt has no
+        subject, are left out.
+
+    Raises:
+        InputError: If it is no such table, has no rows, or no token has a segment.
+    """
+    check_choice("of", of, tuple(_NORMS))
+    cells = _segmented(positions, _CELL, [_NORMS[of]]).astype({_NORMS[of]: "float64"})
+    groups = grouped(cells, ("matrix", "layer", "segment"))[_NORMS[of]]
+    found = groups.agg(["mean", "std", "count"]).reset_index()
+    found.insert(1, "of", of)
+    return with_types_of(positions, _with_prompts(found, cells, ["matrix"]))
+
+
+def ranks_by_segment(
+    positions: pd.DataFrame,
+    of: Literal["target", "answer"] = "target",
+    *,
+    prompts: int | Sequence[int] | None = None,
+) -> pd.DataFrame:
+    """Where a token stands in the vocabulary, by segment and layer (figures 7 and 18 to 21).
+
+    Cells that add nothing have no rank and do not count: a zero vector reads as the final norm's
+    bias, which ranks the token somewhere for no reason of the prompt's. The paper counts them,
+    which is why the curves of its figure 7 meet in the last layer (appendix A). Averages are over
+    tokens, as in `norms_by_segment`.
+
+    Args:
+        positions: A table of positions with a column `segment`, as of
+            `BackwardLensResult.to_df(subject)` or a sweep, of any number of prompts. The paper's
+            have `direction="gradient"`.
+        of: `"target"`, or `"answer"` for the token that the model itself answered, which the table
+            has with `measures=("answer_rank",)`.
+        prompts: Numbers of the prompts that count, such as those that the model answers correctly
+            (figures 20 and 21); `None` for all.
+
+    Returns:
+        One row per `matrix`, `projection`, `layer` and `segment`, in the order of the table's
+        matrices and projections, of layers and of `SEGMENTS`, with `of`, the `mean` rank (0 is the
+        most probable token), `median`, `lower_quartile`, `upper_quartile`, `count` (how many
+        tokens) and `prompts` (how many the matrix has in all segments together). Where all cells
+        add nothing, as in the last layer but for the last token, `count` is 0 and the rank missing.
+
+    Raises:
+        InputError: If it is no such table, has no rows, no token has a segment, there is no such
+            prompt, or no rank of the token.
+    """
+    check_choice("of", of, tuple(_RANKS))
+    column = _RANKS[of]
+    cells = _segmented(positions, [*_CELL, "projection"], ["is_zero", column])
+    cells = cells[cells["prompt"].isin(_numbers(prompts, cells["prompt"]))].copy()
+    adds = ~cells["is_zero"].astype(bool)
+    cells[column] = cells[column].astype("float64").where(adds)
+    if adds.any() and cells[column].isna().all():
+        raise InputError(f"no {column} was measured: {_UNRANKED[of]}")
+    groups = grouped(cells, ("matrix", "projection", "layer", "segment"))[column]
+    found = groups.agg(
+        mean="mean", median="median", lower_quartile=_lower, upper_quartile=_upper, count="count"
+    ).reset_index()
+    found.insert(2, "of", of)
+    return with_types_of(positions, _with_prompts(found, cells, ["matrix", "projection"]))
+
+
+def norm_correlation(positions: pd.DataFrame) -> pd.DataFrame:
+    """Whether long inputs have long VJPs, layer by layer (paper, figure 17).
+
+    The paper says of its figures that "there is no correlation between the norm of `x_i` and
+    `delta_i`". Cells that add nothing are left out: all that are zero would be tied in one place.
+    With them, the last layer would only tell the last token from all others.
+
+    Args:
+        positions: A table of positions, as of `BackwardLensResult.to_df` or a sweep, of any number
+            of prompts; it needs no segments.
+
+    Returns:
+        One row per `matrix` and `layer`, in the order of the table's matrices and of layers, with
+        `spearman` (the correlation of the two norms' ranks among all tokens of all prompts, from -1
+        to 1; missing where there are fewer than two tokens or all norms of one kind are equal) and
+        `count` (how many tokens).
+
+    Raises:
+        InputError: If it is no such table, or has no rows.
+    """
+    import pandas as pd
+
+    norms = list(_NORMS.values())
+    cells = _once(positions, _CELL, [*norms, "is_zero"])
+    # Those that add nothing stay as missing, so that each matrix and layer has its row.
+    cells[norms] = cells[norms].mask(cells["is_zero"].astype(bool))
+    rows = []
+    for (matrix, layer), part in grouped(cells, ("matrix", "layer")):
+        ranks = part[norms].rank()
+        varies = bool((ranks.nunique() > 1).all())
+        spearman = ranks["norm"].corr(ranks["input_norm"]) if varies else float("nan")
+        count = int(ranks["norm"].count())
+        rows.append({"matrix": matrix, "layer": layer, "spearman": spearman, "count": count})
+    return with_types_of(positions, pd.DataFrame(rows))
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def _once(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+    """Some columns of a table, with one row per cell; a position may be asked for twice."""
+    check_table(table, [*keys, *columns], _SOURCE)
+    return table[[*keys, *columns]].drop_duplicates(list(keys), ignore_index=True)
+
+
+def _segmented(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+    """One row per cell that has a segment, with the segments in the order of a prompt."""
+    import pandas as pd
+
+    cells = _once(table, keys, ["segment", *columns])
+    cells = cells[cells["segment"].notna()]
+    if cells.empty:
+        raise InputError(f"no token has a segment; pass {_SOURCE}, with each prompt's subject")
+    unknown = [name for name in cells["segment"].unique() if name not in SEGMENTS]
+    if unknown:
+        raise InputError(f"segment {unknown[0]!r} is unknown; allowed are {', '.join(SEGMENTS)}")
+    return cells.assign(segment=pd.Categorical(cells["segment"], SEGMENTS, ordered=True))
+
+
+def _with_prompts(found: pd.DataFrame, cells: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Groups with the number of prompts that their matrix, or matrix and projection, has."""
+    counts = grouped(cells, keys)["prompt"].nunique().rename("prompts")
+    return found.join(counts, on=list(keys)).astype({"prompts": "int64"})
+
+
+def _numbers(prompts: object, present: pd.Series[int]) -> list[int]:
+    """The prompts that count, all of them in the table."""
+    there = sorted(set(present.tolist()))
+    if prompts is None:
+        return there
+    numbers = listed(prompts)
+    if not numbers:
+        raise InputError("no prompt was asked for; leave `prompts` out for all of them")
+    for number in numbers:
+        if not is_integer(number) or number not in there:
+            raise InputError(
+                f"prompt {shown(number)} is not among those that have segments; allowed are "
+                f"{len(there)} numbers from {there[0]} to {there[-1]}"
+            )
+    return numbers
+
+
+def _lower(ranks: pd.Series[float]) -> float:
+    return float(ranks.quantile(0.25))
+
+
+def _upper(ranks: pd.Series[float]) -> float:
+    return float(ranks.quantile(0.75))

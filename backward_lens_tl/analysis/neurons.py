@@ -1,0 +1,313 @@
+"""Single neurons of a gradient beside the vectors that span it (paper, appendix B).
+
+The paper reads a gradient through its spanning set, a few vectors, and not through its thousands of
+neurons. These tables show on one gradient that nothing is lost: every neuron says what one or two
+of the spanning vectors say. Signs are those of the raw gradient, as in the paper.
+
+Neurons are made and read block by block. Together they are the `d_in x d_out` matrix, and their
+scores over the vocabulary are larger still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from backward_lens_tl.arguments import check_index, is_integer, shown
+from backward_lens_tl.captured import GradientCapture
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.gradients import MatrixGradient
+from backward_lens_tl.host import Host, host_of
+from backward_lens_tl.precision import at_least_float32
+from backward_lens_tl.projection import Projection, as_projection
+from backward_lens_tl.readout import Readout, VectorGroup, check_k, read_vectors
+from backward_lens_tl.result import BackwardLensResult
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_BLOCK = 512
+"""Neurons that are made at a time: 3 MB of them for GPT-2 xl, whose matrix has 41 MB."""
+
+_ZERO_VECTOR = "zero vector"
+"""What the paper's tables call the reading of no vector at all, which is the final norm's bias."""
+
+
+def neuron_words(
+    model: nn.Module,
+    gradients: GradientCapture | BackwardLensResult,
+    matrix: str,
+    layer: int,
+    batch: int = 0,
+    *,
+    per_group: int = 3,
+    k: int = 3,
+    projection: str | Projection = "logit_lens",
+) -> pd.DataFrame:
+    """What neurons of one gradient say, grouped by their length (paper, tables 2 and 4).
+
+    Only neurons that are not zero are grouped: one that is zero says what the zero vector says.
+    Where there are too few for three groups, the largest come first and then the smallest; no
+    neuron is in two groups.
+
+    Args:
+        model: The model that the gradients are of.
+        gradients: The gradients, or a result of `backward_lens`.
+        matrix: Name of the matrix.
+        layer: The layer, from 0.
+        batch: Which prompt.
+        per_group: Neurons in each group.
+        k: Tokens to show at either end.
+        projection: As in `backward_lens`, but one alone.
+
+    Returns:
+        Columns `group` (`"largest"`, `"middle"`, those about the median, `"smallest"`, or `"zero
+        vector"`), `neuron`, `norm`, `norm_rank` (0 for the longest; equal ones in the order of
+        their index), `top_tokens` and `bottom_tokens` (lists of texts, best and smallest first).
+        Longer neurons come first. The last row is the zero vector's, without `neuron` and
+        `norm_rank`.
+
+    Raises:
+        InputError: If an argument is not usable, the gradients are of another model, or heads or
+            experts have factors of their own.
+    """
+    import pandas as pd
+
+    reader = _Reader(model, gradients, matrix, layer, projection, k)
+    if not is_integer(per_group) or int(per_group) < 1:
+        raise InputError(f"per_group is {shown(per_group)}; pass a number of neurons, 1 or more")
+    norms = reader.gradient.neuron_norms(batch).cpu()
+    groups = _by_length(norms, int(per_group))
+    neurons = [neuron for _, _, neuron in groups]
+    vectors = [reader.gradient.neuron(neuron, batch) for neuron in neurons]
+    read = reader.read(torch.stack([*vectors, reader.nothing]))
+    return pd.DataFrame(
+        {
+            "group": [*(group for group, _, _ in groups), _ZERO_VECTOR],
+            "neuron": pd.array([*neurons, None], dtype="Int64"),
+            "norm": [*norms[neurons].tolist(), 0.0],
+            "norm_rank": pd.array([*(rank for _, rank, _ in groups), None], dtype="Int64"),
+            **reader.words(read),
+        }
+    )
+
+
+def spanning_words(
+    model: nn.Module,
+    gradients: GradientCapture | BackwardLensResult,
+    matrix: str,
+    layer: int,
+    batch: int = 0,
+    *,
+    k: int = 3,
+    projection: str | Projection = "logit_lens",
+) -> pd.DataFrame:
+    """What the vectors say that span one gradient (paper, tables 3 and 5).
+
+    Args:
+        model: The model that the gradients are of.
+        gradients: The gradients, or a result of `backward_lens`.
+        matrix: Name of the matrix.
+        layer: The layer, from 0.
+        batch: Which prompt.
+        k: Tokens to show at either end.
+        projection: As in `backward_lens`, but one alone.
+
+    Returns:
+        Columns `position`, `token`, `norm` (of the spanning vector itself: of `x_i` where the
+        matrix reads the residual stream, else of `delta_i`), `top_tokens` and `bottom_tokens`
+        (lists of texts, best and smallest first), one row per position. A vector of norm 0 says
+        what the zero vector says, as in the paper.
+
+    Raises:
+        InputError: If an argument is not usable, the gradients are of another model, or heads or
+            experts differ at the residual stream.
+    """
+    import pandas as pd
+
+    reader = _Reader(model, gradients, matrix, layer, projection, k)
+    vectors = reader.spanning(batch)
+    return pd.DataFrame(
+        {
+            "position": range(len(vectors)),
+            "token": list(reader.capture.str_tokens[batch]),
+            "norm": torch.linalg.vector_norm(vectors.double(), dim=-1).tolist(),
+            **reader.words(reader.read(vectors)),
+        }
+    )
+
+
+def neuron_overlap(
+    model: nn.Module,
+    gradients: GradientCapture | BackwardLensResult,
+    matrix: str,
+    layer: int,
+    batch: int = 0,
+    *,
+    k: int = 100,
+    projection: str | Projection = "logit_lens",
+) -> pd.DataFrame:
+    """How much each neuron of one gradient says what a spanning vector says (figures 8 to 10).
+
+    Args:
+        model: The model that the gradients are of.
+        gradients: The gradients, or a result of `backward_lens`.
+        matrix: Name of the matrix.
+        layer: The layer, from 0.
+        batch: Which prompt.
+        k: Top tokens of either that are compared.
+        projection: As in `backward_lens`, but one alone.
+
+    Returns:
+        Columns `neuron`, `neuron_norm`, `norm_rank` (0 for the longest neuron; equal ones in the
+        order of their index), `position`, `token`, `similarity` (the cosine of the neuron and the
+        position's spanning vector, NaN where one of them is zero) and `overlap` (the part of the
+        `k` top tokens that both share, 0 to 1). For each neuron there is a row per position, and
+        after them one for the zero vector, whose `position` is missing and whose `token` is `"zero
+        vector"`.
+
+    Raises:
+        InputError: If an argument is not usable, the gradients are of another model, or heads or
+            experts have factors of their own.
+    """
+    import pandas as pd
+
+    reader = _Reader(model, gradients, matrix, layer, projection, k)
+    gradient = reader.gradient
+    similarity = gradient.neuron_similarity(batch).cpu()
+    norms = gradient.neuron_norms(batch).cpu()
+    # The order by rank, sorted, is the rank by neuron.
+    ranks = norms.argsort(descending=True, stable=True).argsort()
+    compared = reader.read(torch.cat([reader.spanning(batch), reader.nothing[None]])).top_ids
+    tops = torch.cat([reader.read(block).top_ids for block in _blocks(gradient, batch)])
+    overlap = _shared_parts(tops, compared, reader.host.d_vocab_out).cpu()
+    neurons, columns = overlap.shape
+    places = [*range(columns - 1), None]
+    no_angle = similarity.new_full((neurons, 1), float("nan"))
+    return pd.DataFrame(
+        {
+            "neuron": torch.arange(neurons).repeat_interleave(columns).numpy(),
+            "neuron_norm": norms.repeat_interleave(columns).numpy(),
+            "norm_rank": ranks.repeat_interleave(columns).numpy(),
+            "position": pd.array(places * neurons, dtype="Int64"),
+            "token": [*reader.capture.str_tokens[batch], _ZERO_VECTOR] * neurons,
+            "similarity": torch.cat([similarity, no_angle], dim=1).flatten().numpy(),
+            "overlap": overlap.flatten().numpy(),
+        }
+    )
+
+
+class _Reader:
+    """One gradient, and how vectors beside it are read.
+
+    Args:
+        model: The model.
+        gradients: The gradients, or a result that has them.
+        matrix: Name of the matrix.
+        layer: The layer.
+        projection: How vectors are scored.
+        k: Tokens to keep at either end.
+
+    Raises:
+        InputError: If one of them is not usable, or the gradients are of another model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gradients: GradientCapture | BackwardLensResult,
+        matrix: str,
+        layer: int,
+        projection: str | Projection,
+        k: int,
+    ) -> None:
+        self.host = host_of(model)
+        self.capture = _capture_of(gradients)
+        self.gradient = self.capture[matrix, layer]
+        self._projection, self._k = as_projection(projection, self.host), k
+        check_k(k, self.host.d_vocab_out)
+        _check_width(self.gradient, self.host)
+
+    @property
+    def nothing(self) -> Float[Tensor, "d_model"]:
+        """The zero vector, beside the gradient's factors."""
+        vjps = self.gradient.vjps
+        dtype = torch.float64 if vjps.dtype == torch.float64 else torch.float32
+        return torch.zeros(self.host.d_model, dtype=dtype, device=vjps.device)
+
+    def spanning(self, batch: int) -> Float[Tensor, "n d_model"]:
+        """The vectors that span one prompt's gradient, without padding."""
+        check_index("prompt", batch, len(self.gradient.mask))
+        return at_least_float32(self.gradient.spanning_set[batch, self.gradient.mask[batch]])
+
+    def read(self, vectors: Float[Tensor, "n d_model"]) -> Readout:
+        """Score every token for every vector, and keep the best and the smallest."""
+        unranked = torch.full((len(vectors), 2), -1, device=vectors.device)
+        group = VectorGroup(self.gradient.layer, vectors, unranked)
+        return read_vectors([group], [self._projection], self._k, self.host.d_vocab_out)[0][0]
+
+    def words(self, read: Readout) -> dict[str, list[list[str]]]:
+        """The columns of texts."""
+        vocabulary = self.host.vocabulary
+        return {
+            "top_tokens": [list(vocabulary.texts(ids)) for ids in read.top_ids.tolist()],
+            "bottom_tokens": [list(vocabulary.texts(ids)) for ids in read.bottom_ids.tolist()],
+        }
+
+
+def _capture_of(gradients: object) -> GradientCapture:
+    if isinstance(gradients, BackwardLensResult):
+        return gradients.gradients
+    if isinstance(gradients, GradientCapture):
+        return gradients
+    raise InputError(
+        f"gradients is a {type(gradients).__name__}; pass what capture_gradients or backward_lens "
+        "returned"
+    )
+
+
+def _check_width(gradient: MatrixGradient, host: Host) -> None:
+    factor = gradient.inputs if gradient.reads_residual else gradient.vjps
+    if factor.shape[-1] != host.d_model:
+        raise InputError(
+            f"the gradients are of a model of width {factor.shape[-1]}, and this one, "
+            f"{host.name!r}, is {host.d_model} wide; pass the model that they were captured on"
+        )
+
+
+def _by_length(norms: Float[Tensor, "d_hidden"], per_group: int) -> list[tuple[str, int, int]]:
+    """Group, rank and index of some neurons that are not zero, longer ones first."""
+    order: list[int] = norms.argsort(descending=True, stable=True).tolist()
+    ranks = range(int((norms > 0).sum()))
+    largest, rest = ranks[:per_group], ranks[per_group:]
+    first_smallest = max(0, len(rest) - per_group)
+    between, smallest = rest[:first_smallest], rest[first_smallest:]
+    # As many are cut off at either end, so the median of these is that of all.
+    first_middle = max(0, len(between) - per_group) // 2
+    middle = between[first_middle : first_middle + per_group]
+    groups = {"largest": largest, "middle": middle, "smallest": smallest}
+    return [(group, rank, order[rank]) for group, chosen in groups.items() for rank in chosen]
+
+
+def _blocks(gradient: MatrixGradient, batch: int) -> Iterator[Float[Tensor, "block d_model"]]:
+    """All neurons, a few at a time."""
+    hidden = gradient.vjps if gradient.reads_residual else gradient.inputs
+    n_neurons = hidden.shape[2:].numel()
+    for start in range(0, n_neurons, _BLOCK):
+        yield gradient.neurons(start, min(start + _BLOCK, n_neurons), batch)
+
+
+def _shared_parts(
+    tops: Int[Tensor, "d_hidden k"], compared: Int[Tensor, "columns k"], d_vocab: int
+) -> Float[Tensor, "d_hidden columns"]:
+    """The part of each row's tokens that each of the others has among its own."""
+    parts = []
+    for ids in compared:
+        is_held = torch.zeros(d_vocab, dtype=torch.bool, device=tops.device)
+        is_held[ids] = True
+        parts.append(is_held[tops].double().mean(1))
+    return torch.stack(parts, dim=1)

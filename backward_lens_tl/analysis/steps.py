@@ -1,0 +1,379 @@
+"""Imprint and shift: what one step of gradient descent does, predicted and measured (lemma 5.2).
+
+A step `W <- W - eta dL/dW` on one matrix alone, run again on the same prompt, meets the inputs that
+it met before, because they do not depend on `W`. So the matrix's own output at position `p` changes
+by exactly
+
+    -eta * sum_i (x_p . x_i) delta_i
+
+(paper, lemma 5.2, equations 13 and 14, figures 1 and 3): what a position reads is compared with
+what was *imprinted* in each position, and the output is *shifted* against each position's VJP. The
+loss changes by `-eta ||dL/dW||_F^2` to first order only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from backward_lens_tl.arguments import plain, shown
+from backward_lens_tl.capture import CaptureWork, plan_capture
+from backward_lens_tl.errors import InputError, UnsupportedModelError
+from backward_lens_tl.gradients import MatrixGradient
+from backward_lens_tl.host import Host, host_of
+from backward_lens_tl.objectives import Targets, target_nll
+from backward_lens_tl.passes import Pass
+from backward_lens_tl.precision import at_least_float32
+from backward_lens_tl.projection import LogitLens
+from backward_lens_tl.prompts import PromptBatch, Prompts
+from backward_lens_tl.readout import VectorGroup, read_vectors
+from backward_lens_tl.sites import WRITING_MATRICES, MatrixSite
+from backward_lens_tl.updates import single_weight, stepped
+from backward_lens_tl.vocabulary import TargetPosition
+from backward_lens_tl.watching import Copies, Values, hooked
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_USUAL_GAIN = 0.01
+"""Part of the loss that a step takes off, to first order, if nobody says."""
+
+
+@torch.no_grad()
+def step_changes(
+    model: nn.Module,
+    prompts: Prompts,
+    target: Targets | None,
+    *,
+    learning_rate: float | None = None,
+    matrices: str | Sequence[str] = ("W_in", "W_out"),
+    layers: int | Sequence[int] | None = None,
+    prepend_bos: bool | None = None,
+    target_position: TargetPosition | None = None,
+) -> pd.DataFrame:
+    """Take a step of gradient descent on each matrix alone, and measure what it changes.
+
+    Every step is on one matrix, for one prompt, and undone before the next, to the last bit. Each
+    takes a forward pass over its prompt, and each prompt one backward pass. One weight gradient
+    after the other, `[d_in, d_out]`, is in memory. Prompts go through the model one by one, with
+    the hooks that a caller has on it.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`; as before when this returns or raises.
+        prompts: A text, several of any lengths, or token ids `[batch, pos]`.
+        target: What the model should say next, as in `backward_lens`; the loss is its negative
+            log-likelihood.
+        learning_rate: `eta`. `None` takes for each gradient the one at which the loss falls by 1 %
+            to first order, `0.01 L / ||dL/dW||_F^2`, and 0 where the gradient is zero.
+        matrices: As in `backward_lens`.
+        layers: Layers, negative ones from the end; `None` for all.
+        prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
+        target_position: Which token of a text of several stands for it, `"first"` or `"last"`.
+
+    Returns:
+        One row per prompt, matrix and layer, in the order of a forward pass:
+
+        - `prompt`, `matrix`, `layer`, `learning_rate`;
+        - `output_change`: Frobenius norm, over positions, of the measured change of the matrix's
+          own output;
+        - `output_error`: `||measured - predicted||_F / ||predicted||_F` of that change; only
+          rounding keeps it from 0;
+        - `rounding`: what rounding alone makes of `output_error`, in its order of magnitude: the
+          `eps` of the model's dtype times `||output||_F / ||predicted||_F`. A larger learning rate
+          makes it smaller;
+        - `self_imprint`: cosine, at the last position `n`, of the predicted change and its own part
+          in it, `-eta ||x_n||^2 delta_n`: near 1 the output is shifted against its own VJP, which
+          is what the lemma says of one position;
+        - `loss`: before the step, in nats; `loss_change`: what the step changed of it, measured;
+          `predicted_loss_change`: `-eta ||dL/dW||_F^2`, to first order;
+        - `shift_rank`: the target's rank by the Logit Lens in the measured change of the output at
+          the last position, 0 for the token that is promoted most; missing for matrices that read
+          the residual stream. Of a short change, as a small learning rate makes it, the final
+          norm's bias shows most.
+
+        `output_error`, `rounding`, `self_imprint` and `shift_rank` are missing where the change is
+        zero.
+
+    Raises:
+        InputError: If an argument is not usable.
+        UnsupportedModelError: If a matrix is a mixture of experts, or no weight that can be
+            changed.
+
+    Example:
+        >>> import backward_lens_tl as blt
+        >>> from backward_lens_tl.analysis.steps import step_changes
+        >>> model = blt.load_facts_model()
+        >>> steps = step_changes(model, "Lionel Messi plays for", " Paris", layers=[5, 6])
+        >>> bool((steps["output_error"] < 1e-3).all())
+        True
+    """
+    import pandas as pd
+
+    rate = _checked_rate(learning_rate)
+    work = plan_capture(
+        host_of(model),
+        prompts,
+        target_nll(target, target_position),
+        matrices=matrices,
+        layers=layers,
+        prepend_bos=prepend_bos,
+        hook_points=None,
+        memory=None,
+    )
+    sites = [single_weight(site) for site in work.sites]
+    for site in sites:
+        _check_changeable(work.host, site)
+    # Prompt by prompt, so that a matrix meets its inputs before and after in one shape of product.
+    by_prompt = (_rows(work, sites, prompt, rate) for prompt in range(len(work.batch.mask)))
+    table = pd.DataFrame([row for rows in by_prompt for row in rows])
+    return table.astype({"shift_rank": "Int64"})
+
+
+def _checked_rate(learning_rate: object) -> float | None:
+    if learning_rate is None:
+        return None
+    rate = plain(learning_rate)
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        raise InputError(
+            f"learning_rate is {shown(learning_rate)}; pass a positive number, or None for the one "
+            f"at which the loss falls by {_USUAL_GAIN:.0%}"
+        )
+    return float(rate)
+
+
+def _check_changeable(host: Host, site: MatrixSite) -> None:
+    """Refuse a weight that is computed anew whenever it is used, which no change would outlast."""
+    (again,) = host.sites(site.layer, (site.matrix,))
+    if again.weights[0] is not site.weight.parameter:
+        raise UnsupportedModelError(
+            f"{site.matrix} of layer {site.layer} is computed from other parameters, as by a "
+            "parametrization, so no step can be taken on it; remove the parametrization"
+        )
+    if site.heads_per_weight > 1:
+        raise UnsupportedModelError(
+            f"{site.matrix} of layer {site.layer} has one weight for {site.heads_per_weight} heads "
+            "of its output; switch off ungroup_grouped_query_attention"
+        )
+
+
+# --- one prompt --------------------------------------------------------------------------------
+
+
+def _rows(
+    work: CaptureWork, sites: Sequence[MatrixSite], prompt: int, rate: float | None
+) -> list[dict[str, Any]]:
+    """A step on each matrix for one prompt."""
+    recorded = work.record(Pass((prompt,), work.layers))
+    batch = work.batch.part(torch.tensor([prompt], device=work.batch.mask.device))
+    # One for before and after, also where it is the model's own answer.
+    target = -1 if recorded.targets is None else int(recorded.targets[0])
+    before = _run(work.host, batch, target, sites)
+    steps = []
+    for site, output in zip(sites, before.outputs, strict=True):
+        prediction = _Prediction.of(recorded.gradients[site.matrix, site.layer])
+        eta = _usual_rate(before.loss, prediction.squared_norm) if rate is None else rate
+        with stepped(site, -eta * prediction.gradient.dense()):
+            after = _run(work.host, batch, target, [site])
+        steps.append(
+            _Step(site, prediction, eta, output, after.outputs[0], before.loss, after.loss)
+        )
+    ranks = _shift_ranks(work.host, steps, target)
+    return [
+        {"prompt": prompt, **step.row(), "shift_rank": rank}
+        for step, rank in zip(steps, ranks, strict=True)
+    ]
+
+
+def _usual_rate(loss: float, squared_norm: float) -> float:
+    return _USUAL_GAIN * loss / squared_norm if squared_norm else 0.0
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a forward pass over one prompt gave.
+
+    Attributes:
+        outputs: The output of each matrix, as the model computed it.
+        loss: The loss.
+    """
+
+    outputs: list[Float[Tensor, "pos d_out"]]
+    loss: float
+
+
+def _run(host: Host, batch: PromptBatch, target: int, sites: Sequence[MatrixSite]) -> _Run:
+    """Run the model once over one prompt.
+
+    Args:
+        host: The model.
+        batch: The prompt.
+        target: The loss's target.
+        sites: The matrices whose outputs are kept.
+
+    Returns:
+        Outputs and loss.
+    """
+    # Copies: the model, or a caller's hook, may write into an output later.
+    copies = Copies(shared=False)
+    seen = [Values(f"{site.matrix} of layer {site.layer}", copies) for site in sites]
+    with ExitStack() as hooks, host.own_precision():
+        for site, values in zip(sites, seen, strict=True):
+            # Before the caller's hooks, as where VJPs are taken.
+            hooks.enter_context(hooked(site.output, values.keep, before_others=True))
+        logits = _last_logits(host, batch)
+    outputs = [
+        _joined_output(values.only, site, len(batch.mask[0]))
+        for site, values in zip(sites, seen, strict=True)
+    ]
+    return _Run(outputs, -float(logits.double().log_softmax(-1)[target]))
+
+
+def _last_logits(host: Host, batch: PromptBatch) -> Float[Tensor, "d_vocab"]:
+    """The logits after the prompt, and no others where nobody looks on at the unembedding."""
+    if host.are_in_blocks(host.hooked_modules):
+        logits = host.logits_of(batch.tokens, partial(batch.ends, n=1))
+    else:
+        logits = batch.ends(host.logits(batch.tokens), 1)
+    return at_least_float32(logits[0, -1])
+
+
+def _joined_output(
+    output: Float[Tensor, "*rows d"], site: MatrixSite, n: int
+) -> Float[Tensor, "pos d_out"]:
+    """An output with heads side by side, or their sum where they write to the residual stream."""
+    if site.matrix in WRITING_MATRICES:
+        return output.reshape(n, site.output_heads or 1, -1).sum(1)
+    return output.reshape(n, -1)
+
+
+# --- predicted and measured --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """What a step of learning rate 1 changes, from the factors of the gradient, in float64.
+
+    Attributes:
+        gradient: The gradient of one prompt.
+        change: Of the matrix's own output, to all orders.
+        own: The part of it that comes from each position's own factors.
+        squared_norm: `||dL/dW||_F^2`, by which the loss falls, to first order.
+    """
+
+    gradient: MatrixGradient
+    change: Float[Tensor, "pos d_out"]
+    own: Float[Tensor, "pos d_out"]
+    squared_norm: float
+
+    @classmethod
+    def of(cls, gradient: MatrixGradient) -> _Prediction:
+        """Predict, head by head where there are heads.
+
+        Args:
+            gradient: The gradient of one prompt.
+
+        Returns:
+            The prediction.
+        """
+        heads = gradient.n_heads
+        parts = [gradient] if heads is None else [gradient.head(index) for index in range(heads)]
+        changes, own, squared_norms = zip(*map(_of_weight, parts), strict=True)
+        if gradient.reads_residual:  # every head has an output of its own
+            whole, own_part = torch.cat(changes, dim=1), torch.cat(own, dim=1)
+        else:
+            whole, own_part = torch.stack(changes).sum(0), torch.stack(own).sum(0)
+        return cls(gradient, whole, own_part, sum(squared_norms))
+
+
+def _of_weight(
+    gradient: MatrixGradient,
+) -> tuple[Float[Tensor, "pos d_out"], Float[Tensor, "pos d_out"], float]:
+    """`-sum_i (x_p . x_i) delta_i`, its term `i = p`, and `||sum_i x_i^T delta_i||_F^2`."""
+    inputs, vjps = gradient.inputs[0].double(), gradient.vjps[0].double()
+    likeness = inputs @ inputs.T
+    squared_norm = float((likeness * (vjps @ vjps.T)).sum())
+    # A sum of squares, which rounding alone may bring below zero.
+    return -likeness @ vjps, -likeness.diagonal()[:, None] * vjps, max(squared_norm, 0.0)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step, before and after.
+
+    Attributes:
+        site: The matrix.
+        prediction: What a step of learning rate 1 changes.
+        rate: The learning rate.
+        before: The matrix's output before the step.
+        after: And after it.
+        loss: The loss before the step.
+        loss_after: And after it.
+    """
+
+    site: MatrixSite
+    prediction: _Prediction
+    rate: float
+    before: Float[Tensor, "pos d_out"]
+    after: Float[Tensor, "pos d_out"]
+    loss: float
+    loss_after: float
+
+    @property
+    def measured(self) -> Float[Tensor, "pos d_out"]:
+        """The change of the output, beside the factors."""
+        change = self.after.double() - self.before.double()
+        return change.to(self.prediction.change.device)
+
+    def row(self) -> dict[str, Any]:
+        """What `step_changes` says of it, but for ranks."""
+        measured, predicted = self.measured, self.rate * self.prediction.change
+        length = float(predicted.norm())
+        eps = torch.finfo(self.before.dtype).eps
+        return {
+            "matrix": self.site.matrix,
+            "layer": self.site.layer,
+            "learning_rate": self.rate,
+            "output_change": float(measured.norm()),
+            "output_error": _part(float((measured - predicted).norm()), length),
+            "rounding": _part(eps * float(self.before.double().norm()), length),
+            "self_imprint": _cosine(self.prediction.change[-1], self.prediction.own[-1]),
+            "loss": self.loss,
+            "loss_change": self.loss_after - self.loss,
+            "predicted_loss_change": -self.rate * self.prediction.squared_norm,
+        }
+
+
+def _part(value: float, whole: float) -> float:
+    return value / whole if whole else math.nan
+
+
+def _cosine(one: Float[Tensor, "d"], other: Float[Tensor, "d"]) -> float:
+    cosine = _part(float(one @ other), float(one.norm() * other.norm()))
+    return max(-1.0, min(1.0, cosine)) if math.isfinite(cosine) else cosine
+
+
+def _shift_ranks(host: Host, steps: Sequence[_Step], target: int) -> list[int | None]:
+    """The target's rank in each change at the last position, where it is one of the stream's."""
+    written = [
+        index
+        for index, step in enumerate(steps)
+        if step.site.matrix in WRITING_MATRICES and bool(step.measured[-1].any())
+    ]
+    ranks: list[int | None] = [None] * len(steps)
+    if written:
+        vectors = torch.stack([steps[index].measured[-1] for index in written])
+        ranked = torch.tensor([[target, -1]] * len(written), device=vectors.device)
+        # The Logit Lens reads all layers alike.
+        group = VectorGroup(0, vectors, ranked)
+        read = read_vectors([group], [LogitLens(host)], 1, host.d_vocab_out)[0][0]
+        for index, rank in zip(written, read.target_rank.tolist(), strict=True):
+            ranks[index] = rank
+    return ranks

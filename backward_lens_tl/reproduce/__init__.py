@@ -1,0 +1,108 @@
+"""The paper's experiments on any model, each with its figure, its table and a report.
+
+model + data ── evidence ──▶ experiments ──▶ findings ── folder, page ──▶ report.html
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from backward_lens_tl.arguments import check_path
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.loading import FACTS_MODEL, load_model
+from backward_lens_tl.records import Records, read_records
+from backward_lens_tl.reproduce.evidence import Evidence
+from backward_lens_tl.reproduce.experiments import EXPERIMENTS, select_experiments
+from backward_lens_tl.reproduce.finding import Check, Finding
+from backward_lens_tl.reproduce.folder import read_findings, write_finding
+from backward_lens_tl.reproduce.page import render_report
+from backward_lens_tl.storage import replacing
+
+__all__ = ["COUNTERFACT", "EXPERIMENTS", "Check", "Finding", "reproduce"]
+
+COUNTERFACT = "NeelNanda/counterfact-tracing"
+"""CounterFact on the Hugging Face hub, which the paper's prompts come from."""
+
+
+def reproduce(
+    names: str | Sequence[str],
+    model: nn.Module | str = FACTS_MODEL,
+    out: str | Path = "reproduced",
+    *,
+    data: Any = None,
+    prompts: int = 100,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Finding]:
+    """Run experiments of the paper, and write their tables, their figures and a report.
+
+    The report, `report.html`, has all experiments that are in the folder, also those of earlier
+    calls. Experiments share one sweep over the prompts, which lies in the folder as well and is
+    gone on with if it was stopped.
+
+    Args:
+        names: Figures and tables, such as `"fig4"` or `["fig6", "table2"]`, or `"all"`.
+        model: A `HookedTransformer` or `TransformerBridge`, or a name as `load_model` takes it.
+        out: The folder; it is made if it is not there.
+        data: What `read_records` reads. By default the facts model's own records for `"facts"`, and
+            CounterFact from the hub for other models.
+        prompts: How many prompts are taken from the data.
+        seed: Of their choice.
+        progress: Whether bars show how far it is.
+
+    Returns:
+        What each experiment found, by its name.
+
+    Raises:
+        InputError: If there is no such experiment, or none of the prompts can be analysed.
+        SweepError: If the folder holds the sweep of something else.
+
+    Example:
+        >>> import tempfile
+        >>> found = reproduce("fig4", out=tempfile.mkdtemp(), prompts=5, progress=False)
+        >>> found["fig4"].verdict
+        'holds'
+    """
+    experiments = select_experiments(names)
+    check_path(out, InputError)
+    loaded = load_model(model) if isinstance(model, str) else model
+    if data is None:
+        data = FACTS_MODEL if model == FACTS_MODEL else COUNTERFACT
+    records = data if isinstance(data, Records) else read_records(data)
+    folder = Path(out)
+    evidence = Evidence(loaded, records, folder, prompts=prompts, seed=seed, progress=progress)
+    _check_prompts(evidence)
+    found = {}
+    for experiment in tqdm(experiments, unit="experiment", disable=not progress):
+        began = time.perf_counter()
+        finding = experiment.measure(evidence)
+        seconds = time.perf_counter() - began
+        write_finding(folder, experiment, finding, _about(evidence, seconds))
+        found[experiment.name] = finding
+    with replacing(folder / "report.html") as partial:
+        partial.write_text(render_report(read_findings(folder)), encoding="utf-8")
+    return found
+
+
+def _check_prompts(evidence: Evidence) -> None:
+    if len(evidence.prompts) == 0:
+        problem = evidence.sweep.rejects()["problem"].iloc[0]
+        raise InputError(f"none of the prompts can be analysed; the first: {problem}")
+
+
+def _about(evidence: Evidence, seconds: float) -> dict[str, Any]:
+    return {
+        "model": evidence.model_name,
+        "n_layers": evidence.n_layers,
+        "d_vocab": evidence.d_vocab,
+        "data": evidence.records.name,
+        "prompts": len(evidence.prompts),
+        "rejected": len(evidence.sweep.rejects()),
+        "seconds": seconds,
+    }

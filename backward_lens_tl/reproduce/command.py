@@ -1,0 +1,67 @@
+"""The arguments of `backward-lens reproduce`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from backward_lens_tl.loading import load_model
+from backward_lens_tl.records import read_records
+from backward_lens_tl.reproduce import COUNTERFACT, reproduce
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `reproduce`.
+
+    Args:
+        parser: What they are added to.
+    """
+    parser.add_argument(
+        "names", nargs="+", metavar="NAME", help="fig1, fig3 ... fig23, table2 ... table5, or all"
+    )
+    parser.add_argument(
+        "--model",
+        default="facts",
+        help="'facts' (the default), a local folder, or a name on the hub, such as gpt2-xl",
+    )
+    parser.add_argument(
+        "--data",
+        help="as in `backward-lens sweep` (default: the facts model's own records for it, and "
+        f"{COUNTERFACT} for other models)",
+    )
+    parser.add_argument("--split", default="train", help="of a dataset (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of their choice (default: 0)")
+    parser.add_argument(
+        "--out", default="reproduced", metavar="FOLDER", help="default: ./%(default)s"
+    )
+    parser.add_argument(
+        "--kind",
+        choices=("bridge", "hooked"),
+        help="TransformerLens's model class (default: the one that it prefers)",
+    )
+    parser.add_argument("--device", help="such as cuda (default: as load_model chooses)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the experiments that were asked for, and print what they found.
+
+    Args:
+        args: What `add_arguments` parsed.
+    """
+    is_facts = args.model == "facts"
+    data = args.data or ("facts" if is_facts else COUNTERFACT)
+    found = reproduce(
+        args.names,
+        load_model(args.model, args.kind, device=args.device),
+        args.out,
+        data=read_records(data, split=args.split),
+        prompts=args.prompts,
+        seed=args.seed,
+        progress=not args.quiet,
+    )
+    for name, finding in found.items():
+        sys.stdout.write(f"{name}: {finding.verdict}. {finding.checks[0].found}\n")
+    sys.stdout.write(f"report: {Path(args.out) / 'report.html'}\n")

@@ -1,0 +1,189 @@
+"""What the experiments share: one sweep over the prompts, and a few prompts in full."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from backward_lens_tl.errors import TargetError, UnsupportedModelError
+from backward_lens_tl.host import host_of
+from backward_lens_tl.lens import backward_lens
+from backward_lens_tl.records import Records
+from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.sweep import Sweep, SweepConfig, sweep
+from backward_lens_tl.vocabulary import TargetPosition
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EXAMPLE = ("Lionel Messi plays for", " Paris")
+"""The paper's prompt and the answer that it is taught."""
+
+_LENSES = ("logit_lens", "normalized")
+
+
+class Evidence:
+    """The measurements that experiments are read off, each made when it is first asked for.
+
+    Args:
+        model: The model.
+        records: The data that the prompts are taken from.
+        folder: Where sweeps are written.
+        prompts: How many prompts.
+        seed: Of their choice.
+        progress: Whether sweeps show a bar.
+
+    Attributes:
+        model: As given.
+        records: As given.
+        prompts_asked: How many prompts were asked for.
+        seed: As given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        records: Records,
+        folder: Path,
+        *,
+        prompts: int,
+        seed: int,
+        progress: bool,
+    ) -> None:
+        self.model, self.records = model, records
+        self.prompts_asked, self.seed = prompts, seed
+        self._folder, self._progress = folder, progress
+        self._host = host_of(model)
+
+    # --- the model -----------------------------------------------------------------------------
+
+    @property
+    def model_name(self) -> str:
+        """The model's name."""
+        return self._host.name
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers it has."""
+        return self._host.n_layers
+
+    @property
+    def d_vocab(self) -> int:
+        """How many tokens it chooses among."""
+        return self._host.d_vocab_out
+
+    def layers(self, begin: float, end: float) -> tuple[int, ...]:
+        """The layers of a part of the model, at least one.
+
+        Args:
+            begin: Where the part begins, 0 for the first layer.
+            end: Where it ends, 1 for the last layer.
+
+        Returns:
+            The layers whose middle is in the part.
+        """
+        inside = [
+            layer for layer in range(self.n_layers) if begin <= (layer + 0.5) / self.n_layers < end
+        ]
+        return tuple(inside) or (min(int(begin * self.n_layers), self.n_layers - 1),)
+
+    # --- many prompts ----------------------------------------------------------------------------
+
+    @cached_property
+    def sweep(self) -> Sweep:
+        """The raw gradients of the MLPs' matrices, under both lenses, as the paper reads them."""
+        return self._sweep("mlp", _LENSES, "sweep", gradient_columns=None)
+
+    @cached_property
+    def attention_sweep(self) -> Sweep | None:
+        """The norms at attention's matrices; `None` if the model's cannot be analysed."""
+        try:
+            return self._sweep("attn", _LENSES[:1], "sweep-attention", gradient_columns=())
+        except UnsupportedModelError:
+            return None
+
+    def _sweep(
+        self,
+        matrices: str,
+        lenses: tuple[str, ...],
+        name: str,
+        gradient_columns: tuple[str, ...] | None,
+    ) -> Sweep:
+        config = SweepConfig.from_json(
+            {
+                "matrices": matrices,
+                "projection": lenses,
+                "direction": "gradient",
+                "gradient_columns": gradient_columns,
+                # Datasets have answers of several tokens, whose first one is taught, as in the
+                # paper's own editing.
+                "target_position": "first",
+                "prompts": self.prompts_asked,
+                "seed": self.seed,
+            }
+        )
+        out = self._folder / name
+        return sweep(self.model, self.records, out, config, progress=self._progress)
+
+    @cached_property
+    def positions(self) -> pd.DataFrame:
+        """The sweep's table of positions."""
+        return self.sweep.positions()
+
+    @cached_property
+    def gradients(self) -> pd.DataFrame:
+        """The sweep's table of gradients."""
+        return self.sweep.gradients()
+
+    @cached_property
+    def prompts(self) -> pd.DataFrame:
+        """The prompts that were analysed."""
+        return self.sweep.prompts()
+
+    @cached_property
+    def correct_prompts(self) -> list[int]:
+        """Rows of the prompts that the model answers with the data's own answer."""
+        correct = self.prompts["is_correct"].fillna(False).astype(bool)
+        rows: list[int] = self.prompts.loc[correct, "prompt"].tolist()
+        return rows
+
+    # --- single prompts --------------------------------------------------------------------------
+
+    @cached_property
+    def example(self) -> BackwardLensResult:
+        """The gradients of the paper's own prompt."""
+        return self.result(*EXAMPLE)
+
+    @cached_property
+    def example_layer(self) -> int:
+        """The layer whose neurons are shown, as far up as layer 14 in the 24 of GPT2-medium."""
+        return round(14 / 24 * self.n_layers)
+
+    def result(self, prompt: str, target: str | int) -> BackwardLensResult:
+        """The gradients of one prompt, read as what an update adds, under both lenses.
+
+        Args:
+            prompt: The prompt.
+            target: What it is taught.
+
+        Returns:
+            The result.
+        """
+        try:
+            return self._result(prompt, target, None)
+        except TargetError:
+            return self._result(prompt, target, "first")
+
+    def _result(
+        self, prompt: str, target: str | int, position: TargetPosition | None
+    ) -> BackwardLensResult:
+        return backward_lens(
+            self.model,
+            prompt,
+            target,
+            projection=_LENSES,
+            target_position=position,
+        )

@@ -1,0 +1,131 @@
+"""Tables 2 to 5 and figures 8 to 10: single neurons of a gradient, and the vectors that span it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from backward_lens_tl.analysis.neurons import neuron_overlap, neuron_words, spanning_words
+from backward_lens_tl.reproduce.evidence import Evidence
+from backward_lens_tl.reproduce.finding import Check, Finding
+from backward_lens_tl.views import figures
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_ALIKE = 0.9
+_PART = 0.01
+_TOP = 100
+
+
+def shift_neurons(evidence: Evidence) -> Finding:
+    """Neurons of `W_out`'s gradient in groups by norm (table 2)."""
+    return _words(evidence, "W_out")
+
+
+def shift_vectors(evidence: Evidence) -> Finding:
+    """The VJPs that span `W_out`'s gradient (table 3)."""
+    return _vectors(evidence, "W_out")
+
+
+def imprint_neurons(evidence: Evidence) -> Finding:
+    """Neurons of `W_in`'s gradient in groups by norm (table 4)."""
+    return _words(evidence, "W_in")
+
+
+def imprint_vectors(evidence: Evidence) -> Finding:
+    """The inputs that span `W_in`'s gradient (table 5)."""
+    return _vectors(evidence, "W_in")
+
+
+def shift_similarity(evidence: Evidence) -> Finding:
+    """Neurons of `W_out`'s gradient beside its VJPs (figures 8 and 9)."""
+    return _similarity(evidence, "W_out")
+
+
+def imprint_similarity(evidence: Evidence) -> Finding:
+    """Neurons of `W_in`'s gradient beside its inputs (figure 10)."""
+    return _similarity(evidence, "W_in")
+
+
+def _words(evidence: Evidence, matrix: str) -> Finding:
+    layer = evidence.example_layer
+    table = neuron_words(evidence.model, evidence.example, matrix, layer)
+    return Finding(
+        _overlap_checks(_overlap(evidence, matrix)),
+        {f"neurons of {matrix}, layer {layer}": table},
+        notes=(_note(evidence),),
+    )
+
+
+def _vectors(evidence: Evidence, matrix: str) -> Finding:
+    layer = evidence.example_layer
+    table = spanning_words(evidence.model, evidence.example, matrix, layer)
+    checks = _overlap_checks(_overlap(evidence, matrix))
+    return Finding(
+        checks[:1],
+        {f"spanning set of {matrix}, layer {layer}": table},
+        notes=(_note(evidence),),
+    )
+
+
+def _similarity(evidence: Evidence, matrix: str) -> Finding:
+    layer = evidence.example_layer
+    table = _overlap(evidence, matrix)
+    return Finding(
+        _overlap_checks(table),
+        {f"similarity of {matrix}, layer {layer}": table},
+        {
+            f"neurons of {matrix}, layer {layer}": partial(
+                figures.neuron_overlap, table, matrix, layer
+            )
+        },
+        notes=(_note(evidence),),
+    )
+
+
+def _overlap(evidence: Evidence, matrix: str) -> pd.DataFrame:
+    return neuron_overlap(
+        evidence.model,
+        evidence.example,
+        matrix,
+        evidence.example_layer,
+        k=min(_TOP, evidence.d_vocab),
+    )
+
+
+def _overlap_checks(table: pd.DataFrame) -> tuple[Check, ...]:
+    spanning, zero = table[table["position"].notna()], table[table["position"].isna()]
+    n_neurons = table["neuron"].nunique()
+    group = max(1, round(_PART * n_neurons))
+    longest = spanning[spanning["norm_rank"] < group]
+    best = longest["similarity"].abs().groupby(longest["neuron"]).max()
+    likest = longest.loc[longest["similarity"].abs().groupby(longest["neuron"]).idxmax()]
+    token = likest["token"].mode().iloc[0]
+    shortest = table["norm_rank"] >= n_neurons - group
+    to_zero = zero.loc[shortest, "overlap"].mean()
+    to_span = spanning.loc[shortest, "overlap"].groupby(spanning["position"]).mean().max()
+    return (
+        Check(
+            f"the longest neurons are copies of one or two vectors of the spanning set: the "
+            f"longest 1 % have a cosine above {_ALIKE} with one of them, up to the sign",
+            bool((best > _ALIKE).all()),
+            f"the {len(best)} longest have at least {best.min():.3f}, most often with that of "
+            f"{token!r}",
+        ),
+        Check(
+            "the shortest neurons read like the zero vector: the shortest 1 % share more of their "
+            "top tokens with it than with any vector of the spanning set",
+            bool(to_zero > to_span),
+            f"they share {100 * to_zero:.0f} % with the zero vector, and at most "
+            f"{100 * to_span:.0f} % with a vector of the spanning set",
+        ),
+    )
+
+
+def _note(evidence: Evidence) -> str:
+    prompt = evidence.example.gradients.prompt(0)
+    return (
+        f"Of {prompt!r}, taught {evidence.example.target()!r}, in layer {evidence.example_layer} "
+        f"of {evidence.n_layers}; the paper shows layer 14 of the 24 of GPT2-medium."
+    )

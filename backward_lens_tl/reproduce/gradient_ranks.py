@@ -1,0 +1,47 @@
+"""Figure 4: the rank of each layer's gradient."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from backward_lens_tl.analysis.ranks import gradient_ranks, rank_exceptions
+from backward_lens_tl.reproduce.evidence import Evidence
+from backward_lens_tl.reproduce.finding import Check, Finding, part
+from backward_lens_tl.views import figures
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_ALMOST = 0.95
+
+
+def rank_law(evidence: Evidence) -> Finding:
+    """Rank against length of the prompt (figure 4)."""
+    table, off = evidence.gradients, rank_exceptions(evidence.gradients)
+    return Finding(
+        (
+            _check(table, off, "every layer but the last has the prompt's length as its rank", 0),
+            _check(table, off, "the last layer has rank 1", 1),
+        ),
+        {"ranks": gradient_ranks(table), "exceptions": off},
+        {"rank against length": partial(figures.gradient_ranks, table)},
+        notes=(
+            "A singular value counts if it is larger than n times the eps of float32 of the "
+            "largest one.",
+        ),
+    )
+
+
+def _check(table: pd.DataFrame, off: pd.DataFrame, claim: str, is_last: int) -> Check:
+    own = table[table["is_last_layer"].astype(bool) == bool(is_last)]
+    last = table.loc[table["is_last_layer"].astype(bool), "layer"]
+    others = off[off["layer"].isin(last) == bool(is_last)]
+    right = len(own) - len(others)
+    causes = others["cause"].value_counts()
+    return Check(
+        f"{claim}, but for a rare drop",
+        right >= _ALMOST * len(own),
+        f"{part(right, len(own))} gradients",
+        "; ".join(f"{count} times {cause}" for cause, count in causes.items()),
+    )

@@ -1,0 +1,67 @@
+"""Lemma 5.2 and figures 1 and 3: what one step changes, predicted and measured."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from backward_lens_tl.analysis.steps import step_changes
+from backward_lens_tl.reproduce.evidence import Evidence
+from backward_lens_tl.reproduce.finding import Check, Finding, part
+from backward_lens_tl.views import figures
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_MOST_PROMPTS = 20
+_ROUNDINGS = 10
+_CLOSE = 0.1
+_FAR_END = 0.01
+
+
+def imprint_and_shift(evidence: Evidence) -> Finding:
+    """One step of gradient descent on each matrix alone (lemma 5.2, figures 1 and 3)."""
+    prompts = evidence.prompts.head(_MOST_PROMPTS)
+    table = step_changes(evidence.model, prompts["text"].tolist(), prompts["target_id"].tolist())
+    return Finding(
+        (_outputs(table), _losses(table), _shift(table, evidence)),
+        {"steps": table},
+        {"change of the loss": partial(figures.step_changes, table)},
+        notes=(
+            f"Of {len(prompts)} prompts; each step is of a size that should lower the loss by 1 %.",
+        ),
+    )
+
+
+def _outputs(table: pd.DataFrame) -> Check:
+    exact = int((table["output_error"] <= _ROUNDINGS * table["rounding"]).sum())
+    return Check(
+        "the step changes the layer's output by -eta sum_i (x . x_i) delta_i, up to ten times the "
+        "rounding of the model's numbers",
+        exact == len(table),
+        f"for {part(exact, len(table))} steps; the largest relative error is "
+        f"{table['output_error'].max():.1e}",
+    )
+
+
+def _losses(table: pd.DataFrame) -> Check:
+    error = (table["loss_change"] / table["predicted_loss_change"] - 1).abs()
+    close = int((error < _CLOSE).sum())
+    return Check(
+        "to first order the loss falls by eta times the squared norm of the gradient: within a "
+        "tenth of it for nine steps of ten",
+        close >= 0.9 * len(table),
+        f"for {part(close, len(table))} steps; the loss falls in "
+        f"{part(int((table['loss_change'] < 0).sum()), len(table))}",
+    )
+
+
+def _shift(table: pd.DataFrame, evidence: Evidence) -> Check:
+    shifts = table[table["shift_rank"].notna()]
+    led = int((shifts["shift_rank"] <= _FAR_END * (evidence.d_vocab - 1)).sum())
+    return Check(
+        "W_out's output shifts towards the target: the measured change at the last token has it "
+        "among its most probable 1 %, in more than half of the layers",
+        led > len(shifts) / 2,
+        f"for {part(led, len(shifts))} steps",
+    )

@@ -1,0 +1,136 @@
+"""Which rows of the data are analysed, and in which parts they are written.
+
+The plan follows from the data, the model and the settings alone, so that every process has the
+same one and a sweep that goes on has the one that it began with.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from backward_lens_tl.errors import InputError, TargetError
+from backward_lens_tl.host import Host
+from backward_lens_tl.prompts import tokenize_prompts
+from backward_lens_tl.records import BadRecord, Record, Records
+from backward_lens_tl.segments import prompt_segments, subject_span
+from backward_lens_tl.sweep.config import SweepConfig
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt that is analysed.
+
+    Attributes:
+        record: Its row of the data.
+        n_tokens: Its length.
+        target: Id of the target token.
+        subject: Where in the prompt's text its subject stands, if it has one.
+        answer: Id of the first token of the original answer, if there is one.
+    """
+
+    record: Record
+    n_tokens: int
+    target: int
+    subject: tuple[int, int] | None
+    answer: int | None
+
+    @property
+    def index(self) -> int:
+        """Its row of the data."""
+        return self.record.index
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row that is not analysed.
+
+    Attributes:
+        index: Its place in the data.
+        id: The data's own name for it.
+        reason: In a word, as the schema lists them.
+        problem: In a sentence.
+    """
+
+    index: int
+    id: str
+    reason: str
+    problem: str
+
+    n_tokens = 0
+
+
+Part = tuple[Item | Reject, ...]
+
+
+def plan_parts(host: Host, records: Records, config: SweepConfig) -> tuple[Part, ...]:
+    """Divide the data into parts of prompts of similar length.
+
+    Args:
+        host: The model.
+        records: The data.
+        config: The settings.
+
+    Returns:
+        The parts; every chosen row of the data is in one of them. Those that cannot be analysed
+        come first, and then the shortest prompts.
+    """
+    chosen = [_planned(host, row, config) for row in _sample(records.rows, config)]
+    chosen.sort(key=lambda entry: (entry.n_tokens, entry.index))
+    size = config.part_size
+    return tuple(tuple(chosen[start : start + size]) for start in range(0, len(chosen), size))
+
+
+def _sample(
+    rows: Sequence[Record | BadRecord], config: SweepConfig
+) -> Sequence[Record | BadRecord]:
+    if config.prompts is None or config.prompts >= len(rows):
+        return rows
+    return random.Random(config.seed).sample(rows, config.prompts)
+
+
+def _planned(host: Host, row: Record | BadRecord, config: SweepConfig) -> Item | Reject:
+    if isinstance(row, BadRecord):
+        return Reject(row.index, row.id, "row", row.problem)
+
+    def reject(reason: str, problem: object) -> Reject:
+        return Reject(row.index, row.id, reason, str(problem))
+
+    try:
+        [ids] = tokenize_prompts(host, row.prompt, config.prepend_bos)
+    except InputError as error:
+        return reject("prompt", error)
+    if len(ids) > host.n_ctx:
+        return reject(
+            "length", f"{len(ids)} tokens; the model's context holds {host.n_ctx}: shorten it"
+        )
+    try:
+        target = host.vocabulary.token_id(row.target, config.target_position)
+    except TargetError as error:
+        return reject("target", error)
+    try:
+        subject = _subject(host, ids, row)
+    except InputError as error:
+        return reject("subject", error)
+    return Item(row, len(ids), target, subject, _first_token(host, row.answer))
+
+
+def _subject(host: Host, ids: Sequence[int], record: Record) -> tuple[int, int] | None:
+    """Where in the prompt's text its subject stands; an error if it has no token there."""
+    if record.subject is None:
+        return None
+    text, spans = host.vocabulary.spans(ids)
+    # A template says which of several occurrences it is, if tokens give its text back.
+    is_placed = record.subject_start is not None and text == record.prompt
+    start = record.subject_start or 0
+    wanted = (start, start + len(record.subject)) if is_placed else record.subject
+    prompt_segments(text, spans, wanted)
+    return subject_span(text, wanted)
+
+
+def _first_token(host: Host, answer: str | None) -> int | None:
+    try:
+        return None if answer is None else host.vocabulary.token_id(answer, "first")
+    except TargetError:
+        return None

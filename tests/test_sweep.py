@@ -1,0 +1,1051 @@
+"""A sweep's tables, against a slow computation of each prompt, and its folder, stopped or not."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+import shlex
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import pytest
+import torch
+from models import HAS_BRIDGE, Case, build, nll, small_tokenizer
+from torch import Tensor, nn
+
+import backward_lens_tl as blt
+from backward_lens_tl import cli
+from backward_lens_tl.errors import BackwardLensError, InputError, SweepError, UnsupportedModelError
+from backward_lens_tl.records import Record, Records
+from backward_lens_tl.sweep import Sweep, SweepConfig, __main__, measuring
+from backward_lens_tl.sweep.columns import TABLES
+
+PACKAGE = sys.modules["backward_lens_tl.sweep"]  # whose name, as an attribute, is the function's
+
+ROWS = [
+    {"prompt": "The capital of France is", "target": " Paris", "subject": "France", "id": "f"},
+    {"prompt": "Rome is in Italy and Paris is", "target": " the", "subject": "Paris", "id": "r"},
+    {"prompt": "Messi plays", "target": " in", "subject": "Messi", "answer": " the", "id": "m"},
+    {"prompt": "A river runs through", "target": " Rome", "id": "a"},
+    {"prompt": "The dog of the king runs to", "target": 40, "answer": " Paris is", "id": "d"},
+]
+"""Prompts of several lengths, with and without a subject and an original answer."""
+
+BAD = [
+    ("row", {"prompt": "Rome is in"}),
+    ("target", {"prompt": "Rome is in", "target": " Italy"}),
+    ("row", "no mapping"),
+    ("subject", {"prompt": "Rome is in", "target": " the", "subject": "Paris"}),
+    ("length", {"prompt": "the " * 80, "target": " the"}),
+    ("target", {"prompt": "Rome is in", "target": 97}),
+    ("row", {"prompt": 7, "target": " the"}),
+    ("row", {"prompt": "", "target": " the"}),
+    ("row", None),
+    ("row", {"prompt": "Rome \ud800", "target": " the"}),
+    ("row", {"prompt": "Rome is", "target": " the", "subject": "is", "subject_start": 0}),
+]
+"""Rows that cannot be analysed, and why."""
+
+KEYS = ["prompt", "matrix", "layer", "position", "projection"]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> nn.Module:
+    """A random model in float64, of the kind that is installed."""
+    return build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2").model
+
+
+@pytest.fixture
+def swept(tiny: nn.Module, tmp_path: Path) -> Callable[..., Sweep]:
+    """Sweeps of small data into folders of their own."""
+
+    def run(
+        rows: Any = ROWS, folder: str | None = None, model: nn.Module | None = None, **settings: Any
+    ) -> Sweep:
+        out = tmp_path / (folder or f"sweep-{len(list(tmp_path.iterdir()))}")
+        return blt.sweep(model or tiny, rows, out, SweepConfig(**settings), progress=False)
+
+    return run
+
+
+def mixed() -> tuple[list[Any], dict[int, str]]:
+    """Good rows among bad ones, and why those are bad, by row."""
+    rows: list[Any] = []
+    reasons: dict[int, str] = {}
+    for place in range(max(len(ROWS), len(BAD))):
+        if place < len(BAD):
+            reason, row = BAD[place]
+            reasons[len(rows)] = reason
+            rows.append(row)
+        rows += ROWS[place : place + 1]
+    return rows, reasons
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """What every table's files hold, hidden ones as well."""
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for table in TABLES
+        for file in sorted((folder / table).iterdir())
+    }
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, n_parts: int) -> None:
+    """Let a sweep finish some parts, and then have it interrupted."""
+    real, done = measuring.measure_part, iter(range(n_parts))
+
+    def measure(*args: Any) -> Any:
+        if next(done, None) is None:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(PACKAGE, "measure_part", measure)
+
+
+def fail_on(
+    monkeypatch: pytest.MonkeyPatch, failing: Callable[[Sequence[str]], BaseException | None]
+) -> list[list[str]]:
+    """Have the lens fail on some prompts; gives the prompts of each call."""
+    real, calls = measuring.backward_lens, []
+
+    def lens(model: nn.Module, prompts: list[str], *args: Any, **kwargs: Any) -> Any:
+        calls.append(prompts)
+        error = failing(prompts)
+        if error is not None:
+            raise error
+        return real(model, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(measuring, "backward_lens", lens)
+    return calls
+
+
+# -------------------------------------------------------------------------- every row, exactly once
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.parametrize("part_size", [1, 3, 64])
+def test_every_row_is_analysed_or_rejected_with_its_reason(swept, part_size: int):
+    rows, reasons = mixed()
+    found = swept(rows, part_size=part_size, layers=0, matrices="W_out")
+    prompts, rejects = found.prompts(), found.rejects()
+    assert found.is_complete
+    assert sorted([*prompts["prompt"], *rejects["prompt"]]) == list(range(len(rows)))
+    assert dict(zip(rejects["prompt"], rejects["reason"], strict=True)) == reasons
+    assert rejects["problem"].str.len().min() > 10
+    good = [place for place in range(len(rows)) if place not in reasons]
+    assert prompts["prompt"].tolist() == good
+    assert prompts["id"].tolist() == [row["id"] for row in ROWS]
+    for table in (found.gradients(), found.positions()):
+        assert table["prompt"].drop_duplicates().tolist() == good
+        assert not table.duplicated([key for key in KEYS if key in table]).any()
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_reasons_that_only_records_have(swept):
+    def record(index: int, **values: Any) -> Record:
+        usual = Record(index, str(index), "Rome is in", " the", None, None, None)
+        return replace(usual, **values)
+
+    rows = (record(0, prompt=""), record(1), record(2, subject="is", subject_start=5))
+    found = swept(Records("own", rows, "0"), layers=0)
+    assert found.rejects()[["prompt", "reason"]].to_numpy().tolist() == [[0, "prompt"]]
+    assert found.prompts()["prompt"].tolist() == [1, 2]
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_data_without_one_usable_row_are_swept(swept):
+    found = swept([row for _, row in BAD], part_size=4)
+    assert found.is_complete
+    assert len(found.rejects()) == len(BAD)
+    assert len(found.prompts()) == len(found.positions()) == len(found.gradients()) == 0
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_a_sample_of_the_rows(swept):
+    rows = [{**row, "id": f"{n}"} for n in range(6) for row in mixed()[0] if isinstance(row, dict)]
+
+    def chosen(**settings: Any) -> list[int]:
+        found = swept(rows, layers=0, matrices="W_out", **settings)
+        both = [*found.prompts()["prompt"], *found.rejects()["prompt"]]
+        assert len(both) == len(set(both))
+        assert set(both) <= set(range(len(rows)))
+        return sorted(both)
+
+    first = chosen(prompts=20, seed=1)
+    assert len(first) == 20
+    assert first != list(range(20))
+    assert chosen(prompts=20, seed=1, part_size=3) == first
+    assert chosen(prompts=20, seed=2) != first
+    assert len(chosen(prompts=1000)) == len(rows)
+
+
+# ------------------------------------------------------------------------- prompts that fail to run
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.parametrize("error", [InputError("too odd"), torch.OutOfMemoryError("too large")])
+def test_a_prompt_that_fails_is_rejected_alone(swept, monkeypatch, error: Exception):
+    whole = swept(layers=0)
+    bad = ROWS[1]["prompt"]
+    fail_on(monkeypatch, lambda prompts: error if bad in prompts else None)
+    found = swept(layers=0)
+    [reject] = found.rejects().to_dict("records")
+    assert reject == {"prompt": 1, "id": "r", "reason": "numbers", "problem": str(error)}
+    for name in ("prompts", "gradients", "positions"):
+        expected, left = getattr(whole, name)(), getattr(found, name)()
+        expected = expected[expected["prompt"] != 1].reset_index(drop=True)
+        # Alone or together is a matter of rounding.
+        assert_close(left, expected)
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_only_prompts_of_the_part_that_fails_run_alone(swept, monkeypatch):
+    bad = "Messi plays"
+    calls = fail_on(monkeypatch, lambda prompts: InputError("odd") if bad in prompts else None)
+    found = swept(layers=0, part_size=2)
+    assert [len(call) for call in calls] == [2, 1, 1, 2, 1]
+    assert found.rejects()["prompt"].tolist() == [2]
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_memory_of_the_failed_pass_is_free_before_prompts_run_alone(swept, monkeypatch):
+    real, held, alive = measuring.backward_lens, [], []
+
+    def lens(model: nn.Module, prompts: list[str], *args: Any, **kwargs: Any) -> Any:
+        if len(prompts) > 1:
+            large = torch.zeros(10)
+            held.append(weakref.ref(large))
+            raise torch.OutOfMemoryError("too large")
+        alive.append(held[0]() is not None)
+        return real(model, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(measuring, "backward_lens", lens)
+    assert len(swept(layers=0).prompts()) == len(ROWS)
+    assert alive == [False] * len(ROWS)
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.parametrize("first", [None, InputError("odd")])
+def test_a_model_that_cannot_be_analysed_stops_the_sweep(swept, monkeypatch, first):
+    error = UnsupportedModelError("an odd model")
+    fail_on(monkeypatch, lambda prompts: first or error if len(prompts) > 1 else error)
+    with pytest.raises(UnsupportedModelError, match="an odd model"):
+        swept(folder="out")
+    monkeypatch.undo()
+    assert swept(folder="out").is_complete
+
+
+# ---------------------------------------------------------------------- values, by slow computation
+
+
+def slow_factors(
+    case: Case, ids: Tensor, target: int
+) -> tuple[dict[tuple[str, int], tuple[Tensor, Tensor]], Tensor]:
+    """`x_i` and autograd's own `delta_i` of the reference model, and its last logits."""
+    inputs: dict[Any, Tensor] = {}
+    outputs: dict[Any, Tensor] = {}
+    handles = []
+
+    def before(key: Any) -> Any:
+        return lambda module, args: inputs.__setitem__(key, args[0].detach()[0])
+
+    def behind(held: dict[Any, Tensor], key: Any) -> Any:
+        return lambda module, args, output: held.__setitem__(key, output)
+
+    for (matrix, layer), module in case.outputs.items():
+        handles.append(module.register_forward_hook(behind(outputs, (matrix, layer))))
+        mlp = case.outputs["W_out", layer]
+        is_hooked = hasattr(mlp, "hook_post")
+        if is_hooked and matrix == "W_out":
+            hook = behind(inputs, (matrix, layer))
+            handles.append(mlp.hook_post.register_forward_hook(hook))
+        else:
+            owner = mlp if is_hooked else module
+            handles.append(owner.register_forward_pre_hook(before((matrix, layer))))
+    with torch.enable_grad():
+        logits = case.logits(ids)
+        loss = nll(target)(logits, ids).sum()
+        keys = [key for key in case.weights if key in outputs]
+        gradients = torch.autograd.grad(loss, [outputs[key] for key in keys])
+    for handle in handles:
+        handle.remove()
+    factors = {
+        key: (inputs[key].detach().reshape(-1, inputs[key].shape[-1]), delta[0])
+        for key, delta in zip(keys, gradients, strict=True)
+    }
+    return factors, logits[0, -1].detach()
+
+
+def assert_rank(found: object, scores: Tensor, token: int) -> None:
+    """A rank, but for tokens that the rounding of float32 could put on either side."""
+    margin = 1e-5 * float(scores.abs().max())
+    above = int((scores > scores[token] + margin).sum())
+    level = int((scores > scores[token] - margin).sum()) - 1
+    assert above <= int(found) <= level
+
+
+def assert_ends(tokens: Any, values: Any, scores: Tensor, texts: list[str]) -> None:
+    """The first tokens of an order; where two scores are level, either may come first."""
+    best = scores.sort(descending=True, stable=True)
+    k = len(values)
+    torch.testing.assert_close(
+        torch.tensor(np.array(values)), best.values[:k].float(), rtol=1e-5, atol=1e-5
+    )
+    gaps = (best.values[:k] - best.values[1 : k + 1]) > 1e-4
+    for place in range(k):
+        if gaps[place] and (place == 0 or gaps[place - 1]):
+            assert tokens[place] == texts[int(best.indices[place])]
+
+
+def slow_segments(case: Case, row: dict[str, Any], ids: list[int]) -> list[str | None]:
+    """By the tokenizer's own offsets, in the words of the paper."""
+    if "subject" not in row:
+        return [None] * len(ids)
+    text, encoding = row["prompt"], small_tokenizer()(row["prompt"], return_offsets_mapping=True)
+    shift = len(ids) - len(encoding["input_ids"])
+    start = text.index(row["subject"])
+    end = start + len(row["subject"])
+    inside = [
+        shift + at
+        for at, (left, right) in enumerate(encoding["offset_mapping"])
+        if left < end and right > start
+    ]
+    names: list[str | None] = ["before subject"] * inside[0]
+    names += ["middle subject tokens"] * len(inside)
+    names += ["after subject"] * (len(ids) - len(names))
+    names[inside[0]] = "first subject token"
+    names[inside[-1]] = "last subject token"
+    names[-1] = "last token"
+    return names
+
+
+def check_values(case: Case, found: Sweep, direction: str) -> None:
+    """Every column of every row, one prompt at a time, through the reference model alone."""
+    tokenizer = small_tokenizer()
+    prompts, gradients, positions = found.prompts(), found.gradients(), found.positions()
+    assert len(prompts) == len(ROWS)
+    top = case.n_layers - 1
+    close = {"rel": 1e-5, "abs": 1e-7}  # columns of float32; HF's RMS norms round to it, too
+    for prompt, row in enumerate(ROWS):
+        ids = tokenizer.encode(row["prompt"], add_special_tokens=False)
+        ids = [tokenizer.bos_token_id, *ids]
+        target = row["target"]
+        target = target if isinstance(target, int) else tokenizer.encode(target)[-1]
+        factors, logits = slow_factors(case, torch.tensor([ids]), target)
+        texts = [tokenizer.decode([token]) for token in range(case.d_vocab)]
+        answer = int(logits.argmax())
+        loss = float(-torch.log_softmax(logits.double(), -1)[target])
+        true = row.get("answer")
+        is_first = None if true is None else answer == tokenizer.encode(true)[0]
+        assert prompts.iloc[prompt].replace({np.nan: None}).to_dict() == {
+            "prompt": prompt,
+            "id": row["id"],
+            "text": row["prompt"],
+            "subject": row.get("subject"),
+            "target": texts[target],
+            "target_id": target,
+            "answer": texts[answer],
+            "answer_id": answer,
+            "true_answer": true,
+            "is_correct": is_first,
+            "n_tokens": len(ids),
+            "loss": pytest.approx(loss, **close),
+        }
+        segments = slow_segments(case, row, ids)
+        top_vjp = factors["W_out", top][1][-1]
+        own = gradients[gradients["prompt"] == prompt].set_index(["matrix", "layer"])
+        assert sorted(own.index) == sorted(factors)
+        cells = positions[positions["prompt"] == prompt].set_index(KEYS[1:])
+        assert len(cells) == len(factors) * len(ids) * 2
+        for (matrix, layer), (x, delta) in factors.items():
+            lengths = delta.norm(dim=-1)
+            writes = lengths > 1e-12 * lengths.max()
+            values = torch.linalg.svdvals(x.T @ delta)
+            shares = values.square() / values.square().sum()
+            line = own.loc[(matrix, layer)]
+            assert line["is_last_layer"] == (layer == top)
+            assert line["n_tokens"] == len(ids)
+            assert line["n_writing"] == int(writes.sum())
+            assert line["loss"] == pytest.approx(loss, **close)
+            assert line["rank"] == int((values > 1e-9 * values[0]).sum())
+            assert line["largest_rank"] == min(int(writes.sum()), x.shape[1], delta.shape[1])
+            assert line["input_rank"] == int(torch.linalg.matrix_rank(x, rtol=1e-9))
+            assert line["vjp_rank"] == int(torch.linalg.matrix_rank(delta, rtol=1e-9))
+            assert line["norm"] == pytest.approx(float((x.T @ delta).norm()), **close)
+            assert line["top_energy"] == pytest.approx(float(shares[0]), **close)
+            assert line["rank_99"] == 1 + int((shares.cumsum(0) < 0.99).sum())
+            listed = np.array(line["singular_values"])
+            expected = values.numpy()
+            assert np.allclose(listed, expected[: len(listed)], rtol=1e-5, atol=1e-7)
+            assert expected[len(listed) :].max(initial=0) < 1e-9 * expected[0]
+            raw = delta if matrix == "W_out" else x
+            sign = -1 if matrix == "W_out" and direction == "update" else 1
+            for lens in ("logit_lens", "normalized"):
+                vectors = raw / raw.norm(dim=-1, keepdim=True) if lens == "normalized" else raw
+                for place in range(len(ids)):
+                    cell = cells.loc[(matrix, layer, place, lens)]
+                    assert cell["token"] == texts[ids[place]]
+                    held = cell["segment"]
+                    assert (None if pd.isna(held) else held) == segments[place]
+                    assert cell["norm"] == pytest.approx(float(lengths[place]), **close)
+                    assert cell["input_norm"] == pytest.approx(float(x[place].norm()), **close)
+                    assert cell["is_zero"] == (not writes[place])
+                    if float(raw[place].norm()) > 0:
+                        cosine = torch.cosine_similarity(raw[place], top_vjp, dim=0)
+                        assert cell["top_vjp_cosine"] == pytest.approx(float(cosine), abs=1e-5)
+                    if not writes[place]:
+                        assert pd.isna(cell["target_rank"])
+                        assert pd.isna(cell["answer_rank"])
+                        assert pd.isna(cell["entropy"])
+                        assert all(len(cell[f"{end}_tokens"]) == 0 for end in ("top", "bottom"))
+                        continue
+                    scores = case.lens(sign * vectors[place][None])[0].double()
+                    logs = torch.log_softmax(scores, -1)
+                    entropy = float(-(logs.exp() * logs).sum())
+                    assert cell["entropy"] == pytest.approx(entropy, rel=1e-4, abs=1e-5)
+                    assert_rank(cell["target_rank"], scores, target)
+                    assert_rank(cell["answer_rank"], scores, answer)
+                    assert_ends(cell["top_tokens"], cell["top_scores"], scores, texts)
+                    lowest = -np.array(cell["bottom_scores"])
+                    assert_ends(cell["bottom_tokens"], lowest, -scores, texts)
+                    assert len(cell["top_tokens"]) == len(cell["bottom_tokens"]) == found.config.k
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.parametrize("direction", ["update", "gradient"])
+def test_every_column_against_the_reference_model(gpt2: Case, tmp_path: Path, direction: Any):
+    config = SweepConfig(
+        projection=("logit_lens", "normalized"),
+        direction=direction,
+        k=3,
+        part_size=3,
+        prepend_bos=True,
+        gradient_columns=[column.name for column in TABLES["gradients"]],
+    )
+    check_values(gpt2, blt.sweep(gpt2.model, ROWS, tmp_path, config, progress=False), direction)
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_every_column_of_a_gated_model(llama: Case, tmp_path: Path):
+    config = SweepConfig(
+        matrices="mlp",
+        projection=("normalized", "logit_lens"),
+        k=3,
+        prepend_bos=True,
+        gradient_columns=[column.name for column in TABLES["gradients"]],
+    )
+    check_values(llama, blt.sweep(llama.model, ROWS, tmp_path, config, progress=False), "update")
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_faint_vectors_are_those_shorter_than_the_final_norms_eps(swept):
+    cells = swept(projection=("logit_lens", "normalized")).positions()
+    is_lens = cells["projection"] == "logit_lens"
+    spanning = cells["norm"].where(cells["matrix"] == "W_out", cells["input_norm"])
+    shortest = (1e-5 * 24) ** 0.5  # a variance of GPT-2's eps over 24 dimensions
+    expected = is_lens & ~cells["is_zero"] & (spanning < shortest)
+    assert cells["is_faint"].tolist() == expected.tolist()
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_without_w_out_of_the_last_layer_no_cosine(swept):
+    assert swept(layers=(0, 1)).positions()["top_vjp_cosine"].isna().all()
+    assert swept(matrices="W_in").positions()["top_vjp_cosine"].isna().all()
+    assert swept(matrices="W_out", layers=-1).positions()["top_vjp_cosine"].notna().any()
+
+
+def test_the_columns_that_runtime_types_check(swept):
+    """Once with the tests' own type checks on."""
+    found = swept(layers=(0, -1), part_size=2, gradient_columns=["rank", "singular_values"])
+    assert len(found.prompts()) == len(ROWS)
+
+
+# -------------------------------------------------------------------- parts and order do not matter
+
+
+def assert_close(left: pd.DataFrame, right: pd.DataFrame) -> None:
+    """Equal tables, but for the rounding of float32."""
+    assert list(left) == list(right)
+    assert len(left) == len(right)
+    for name in left:
+        one, other = left[name], right[name]
+        if pd.api.types.is_float_dtype(one.dtype):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6, err_msg=name)
+        elif name.endswith(("_scores", "singular_values")):
+            for mine, theirs in zip(one, other, strict=True):
+                np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6, err_msg=name)
+        else:
+            plain = [
+                [list(v) if isinstance(v, np.ndarray) else None if pd.isna(v) else v for v in each]
+                for each in (one, other)
+            ]
+            assert plain[0] == plain[1], name
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_no_number_depends_on_parts_or_the_order_of_rows(swept):
+    whole = swept()
+    backwards = swept(ROWS[::-1], part_size=2)
+    for name in ("prompts", "gradients", "positions"):
+        table = getattr(whole, name)()
+        assert_close(getattr(swept(part_size=1), name)(), table)
+        turned = getattr(backwards, name)()
+        turned["prompt"] = len(ROWS) - 1 - turned["prompt"]
+        turned = turned.sort_values("prompt", kind="stable", ignore_index=True)
+        if name == "prompts":
+            assert turned["id"].tolist() == table["id"].tolist()
+        assert_close(turned, table)
+
+
+# ---------------------------------------------------------------------------------- columns, schema
+
+SCHEMA = {
+    "positions": """prompt int64, matrix string, layer int32, position int32, token string,
+        segment string, projection string, norm float, input_norm float, top_vjp_cosine float,
+        is_zero bool, is_faint bool, target_rank int32, answer_rank int32, entropy float,
+        top_tokens list<element: string>, top_scores list<element: float>,
+        bottom_tokens list<element: string>, bottom_scores list<element: float>""",
+    "gradients": """prompt int64, matrix string, layer int32, is_last_layer bool, n_tokens int32,
+        n_writing int32, loss double, rank int32, largest_rank int32, input_rank int32,
+        vjp_rank int32, norm double, top_energy double, rank_99 int32,
+        singular_values list<element: double>""",
+    "rejects": "prompt int64, id string, reason string, problem string",
+    "prompts": """prompt int64, id string, text string, subject string, target string,
+        target_id int64, answer string, answer_id int64, true_answer string, is_correct bool,
+        n_tokens int32, loss double""",
+}
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_the_schema_is_the_same_in_every_part_empty_or_not(swept):
+    rows, _ = mixed()
+    names = [column.name for column in TABLES["gradients"]]
+    found = swept(rows, part_size=4, layers=0, gradient_columns=names)
+    for table, expected in SCHEMA.items():
+        counts = []
+        for file in sorted((found.folder / table).iterdir()):
+            schema = pq.read_schema(file)
+            # The name of a list's element is the library's.
+            told = re.sub(r"<\w+: ", "<element: ", ", ".join(f"{f.name} {f.type}" for f in schema))
+            assert told == " ".join(expected.split())
+            counts.append(pq.read_metadata(file).num_rows)
+        assert len(counts) == found.n_parts > 2
+        assert table == "rejects" or 0 in counts, "the test is to have a part without rows"
+        assert max(counts) > 0
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_singular_values_are_there_only_when_asked_for(swept):
+    assert "singular_values" not in swept(layers=0).gradients()
+    found = swept(layers=0, gradient_columns=["singular_values"])
+    assert list(found.gradients()) == ["prompt", "matrix", "layer", "singular_values"]
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_each_column_alone_is_that_of_the_whole_table(swept):
+    settings = {"layers": (0, -1), "matrices": "W_out"}
+    whole = swept(**settings)
+    for table in ("positions", "gradients"):
+        everything = getattr(whole, table)()
+        keys = [column.name for column in TABLES[table] if column.is_key]
+        for column in TABLES[table]:
+            if column.is_key or not column.is_default:
+                continue
+            found = swept(
+                **settings,
+                **{"position_columns": (), "gradient_columns": ()}
+                | {f"{table.removesuffix('s')}_columns": column.name},
+            )
+            own = getattr(found, table)()
+            assert list(own) == [*keys, column.name]
+            assert_close(own, everything[[*keys, column.name]])
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_tables_that_are_left_out(swept):
+    found = swept(layers=0, position_columns=(), gradient_columns=[])
+    assert found.is_complete
+    assert len(found.prompts()) == len(ROWS)
+    for name in ("positions", "gradients"):
+        assert not list((found.folder / name).iterdir())
+        with pytest.raises(SweepError, match=f"no table of {name}: its settings leave"):
+            getattr(found, name)()
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_reading_chosen_columns(swept):
+    found = swept(layers=0)
+    assert list(found.positions(["entropy", "norm"])) == [
+        *("prompt", "matrix", "layer", "position", "token", "segment", "projection"),
+        *("norm", "entropy"),
+    ]
+    assert list(found.gradients([])) == ["prompt", "matrix", "layer"]
+    with pytest.raises(SweepError, match=r"no column 'nope'; it has prompt, matrix, .*entropy"):
+        found.positions(["nope"])
+    with pytest.raises(SweepError, match="no column 'singular_values'; it has"):
+        found.gradients(["singular_values"])
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_dtypes_do_not_depend_on_parts_without_rows(swept):
+    rows, _ = mixed()
+    one, many = swept(rows, layers=0), swept(rows, layers=0, part_size=2)
+    for name in ("prompts", "rejects", "gradients", "positions"):
+        tables = getattr(one, name)(), getattr(many, name)()
+        assert dict(tables[0].dtypes.astype(str)) == dict(tables[1].dtypes.astype(str)), name
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_other_readers_of_the_folder_see_the_same_rows(swept):
+    found = swept(mixed()[0], part_size=3, layers=0)
+    for table in TABLES:
+        folder = found.folder / table
+        (folder / ".0f.partial.part-000000.parquet").write_bytes(b"half a file")
+        n_rows = len(getattr(found, table)())
+        assert len(pd.read_parquet(folder)) == n_rows
+        assert pads.dataset(folder).count_rows() == n_rows
+    entropies = pads.dataset(found.folder / "positions").to_table(
+        columns=["entropy"], filter=pads.field("position") == 0
+    )
+    assert entropies.num_rows == (found.positions()["position"] == 0).sum()
+
+
+def test_the_documentation_has_the_schema():
+    page = (Path(__file__).parents[1] / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    parts = re.findall(r"^### `(\w+)`(.*?)(?=^##|\Z)", page, flags=re.M | re.S)
+    assert [name for name, _ in parts] == list(TABLES)[::-1]
+    for name, text in parts:
+        lines = re.findall(r"^\| `(\w+)` \| `([\w<>]+)` \| (.+) \|$", text, flags=re.M)
+        expected = [
+            (
+                column.name,
+                column.dtype,
+                column.meaning + ("" if column.is_default else " (only when asked for)"),
+            )
+            for column in TABLES[name]
+        ]
+        assert lines == expected
+
+
+# ------------------------------------------------------------------------------ stopped and gone on
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.parametrize("n_parts", [0, 2])
+def test_a_stopped_sweep_goes_on_and_ends_the_same(swept, monkeypatch, n_parts: int):
+    settings = {"layers": 0, "part_size": 3}
+    rows, reasons = mixed()
+    whole = swept(rows, **settings)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_after(patched, n_parts)
+        swept(rows, folder="out", **settings)
+    half = Sweep.load(whole.folder.parent / "out")
+    assert half.finished == tuple(range(n_parts))
+    assert not half.is_complete
+    assert f"{n_parts} of {whole.n_parts} parts" in repr(half)
+    assert len(half.prompts()) + len(half.rejects()) == 3 * n_parts
+    assert len(half.positions()) == len(half.positions(["norm"]))
+    before = {file: file.stat().st_mtime_ns for file in half.folder.rglob("*.parquet")}
+    assert len(before) == 4 * n_parts
+    done = swept(rows, folder="out", **settings)
+    assert done.is_complete
+    assert digests(done.folder) == digests(whole.folder)
+    assert all(file.stat().st_mtime_ns == at for file, at in before.items())
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_a_complete_sweep_is_not_computed_again(swept, monkeypatch):
+    first = swept(folder="out", layers=0)
+    calls = fail_on(monkeypatch, lambda prompts: InputError("called"))
+    before = digests(first.folder)
+    assert len(swept(folder="out", layers=0).prompts()) == len(ROWS)
+    assert not calls
+    assert digests(first.folder) == before
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_only_the_same_sweep_goes_on(swept, tiny: nn.Module):
+    swept(folder="out", layers=0)
+    other = build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2", seed=1).model
+    changed = [*ROWS[:-1], {**ROWS[-1], "target": 41}]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"layers": 1}, r"another config: layers was \[0\], is \[1\]"),
+        ({"layers": 0, "k": 4}, "another config: k was 5, is 4"),
+        ({"layers": 0, "part_size": 2}, "another config: part_size was 64, is 2"),
+        ({"layers": 0, "model": other}, "another model: sha256 was"),
+        ({"layers": 0, "rows": changed}, "another data: sha256 was"),
+        ({"layers": 0, "rows": ROWS[:-1]}, "another data: rows was 5, is 4"),
+        ({"layers": 0, "rows": ROWS[::-1]}, "another data: sha256 was"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(SweepError, match=message) as caught:
+            swept(folder="out", **arguments)
+        assert "choose another folder" in str(caught.value)
+    assert swept(folder="out", layers=(0,)).is_complete  # the same, written another way
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.parametrize("name", ["torch", "backward-lens-tl"])
+def test_another_version_does_not_go_on(swept, name: str):
+    found = swept(folder="out", layers=0)
+    file = found.folder / "run.json"
+    run = json.loads(file.read_text())
+    run["versions"][name] = "0.0.0"
+    file.write_text(json.dumps(run))
+    with pytest.raises(SweepError, match=f"another versions: {name} was '0.0.0', is "):
+        swept(folder="out", layers=0)
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_a_part_without_its_last_table_is_written_again(swept):
+    """As a kill between two tables of a part leaves it."""
+    found = swept(folder="out", layers=0, part_size=2)
+    before = digests(found.folder)
+    (found.folder / "prompts" / "part-000001.parquet").unlink()
+    (found.folder / "rejects" / "part-000001.parquet").unlink()
+    (found.folder / "gradients" / "part-000001.parquet").write_bytes(b"half")
+    left = found.folder / "gradients" / ".0f.partial.part-000001.parquet"
+    left.write_bytes(b"half")
+    assert Sweep.load(found.folder).finished == (0, 2)
+    again = swept(folder="out", layers=0, part_size=2)
+    assert digests(again.folder) == before
+    assert not left.exists()
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_folders_that_are_none_of_a_sweep(swept, tiny: nn.Module, tmp_path: Path):
+    with pytest.raises(SweepError, match="is not the folder of a sweep"):
+        Sweep.load(tmp_path / "nowhere")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "run.json").write_text("{")
+    with pytest.raises(SweepError, match="is not the folder of a sweep"):
+        Sweep.load(broken)
+    with pytest.raises(SweepError, match="is not the folder of a sweep"):
+        swept(folder="broken")
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(SweepError, match="cannot be made"):
+        swept(folder="file")
+    assert file.read_text() == "mine"
+    with pytest.raises(SweepError, match="path is None"):
+        blt.sweep(tiny, ROWS, None)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------ run.json, log
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_run_json_says_what_the_sweep_is_of(swept, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["my script", "--fast"])
+    found = swept(seed=7, prompts=4, layers=(0, -1))
+    run = json.loads((found.folder / "run.json").read_text())
+    assert run == found.run
+    assert run["config"]["seed"] == 7
+    assert run["config"]["layers"] == [0, -1]
+    assert shlex.split(run["command"]) == ["my script", "--fast"]
+    assert run["model"]["n_layers"] == 3
+    assert run["data"]["rows"] == len(ROWS)
+    assert all(re.fullmatch("[0-9a-f]{64}", run[name]["sha256"]) for name in ("model", "data"))
+    assert run["versions"]["torch"] == torch.__version__
+    assert {"backward-lens-tl", "transformer-lens", "pyarrow"} <= set(run["versions"])
+    assert found.config == SweepConfig(seed=7, prompts=4, layers=(0, -1))
+    assert SweepConfig.load(found.folder / "run.json") == found.config
+    log = (found.folder / "log-0.txt").read_text()
+    assert "part 0: 4 prompts and 0 rejects" in log
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_fingerprints_change_with_one_bit_of_either(swept):
+    first, same = swept(layers=0), swept([dict(row) for row in ROWS], layers=0)
+    assert first.run["data"] == same.run["data"]
+    changed = swept([{**ROWS[0], "id": "F"}, *ROWS[1:]], layers=0)
+    assert first.run["data"]["sha256"] != changed.run["data"]["sha256"]
+    case = build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2")
+    with torch.no_grad():
+        case.own["W_in", 0].tensor[0, 0] += 1e-15
+    other = swept(layers=0, model=case.model)
+    assert first.run["model"]["sha256"] != other.run["model"]["sha256"]
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"projection": "nope"}, "projection is 'nope'; allowed are 'logit_lens', 'normalized'"),
+        ({"projection": ()}, r"projection is \(\); pass one or both of"),
+        ({"projection": ("normalized", "normalized")}, "pass one or both of"),
+        ({"direction": "up"}, "direction is 'up'; allowed are 'update', 'gradient'"),
+        ({"vjps_at": "mlp"}, "vjps_at is 'mlp'; allowed are 'matrix', 'residual'"),
+        ({"prepend_bos": "yes"}, "prepend_bos is 'yes'; allowed are True, False, None"),
+        ({"target_position": "middle"}, "target_position is 'middle'; allowed are 'first', 'last'"),
+        ({"position_columns": "nope"}, "the table of positions has no column 'nope'; it has prom"),
+        ({"gradient_columns": ("rank", 3)}, "the table of gradients has no column 3; it has prom"),
+        ({"k": 0}, "k is 0; pass an integer from 1 on"),
+        ({"k": None}, "k is None; pass an integer"),
+        ({"k": True}, "k is True; pass an integer"),
+        ({"prompts": 0}, "prompts is 0; pass an integer from 1 on"),
+        ({"prompts": 1.5}, "prompts is 1.5; pass an integer"),
+        ({"part_size": 0}, "part_size is 0; pass an integer"),
+        ({"part_size": "8"}, "part_size is '8'; pass an integer"),
+        ({"budget": -1}, "budget is -1; pass an integer from 1 on"),
+        ({"seed": "now"}, "seed is 'now'; pass an integer, such as 0"),
+    ],
+)
+def test_settings_that_are_refused(settings: dict[str, Any], message: str):
+    with pytest.raises(SweepError, match=message):
+        SweepConfig(**settings)
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"matrices": "W_up"}, "unknown matrix 'W_up'; allowed are"),
+        ({"matrices": ()}, "no matrix was asked for"),
+        ({"layers": 3}, "layer 3 does not exist; allowed are -3 to 2"),
+        ({"k": 98}, "k is 98; allowed are 1 to 97, the size of the vocabulary"),
+        ({"budget": 1000}, "the budget is 1,000 bytes"),
+    ],
+)
+def test_settings_that_the_model_refuses(swept, settings, message: str):
+    """At once, and not as a reject of every prompt."""
+    with pytest.raises(InputError, match=message):
+        swept(folder="out", **settings)
+    assert swept(folder="out").is_complete, "nothing may be written before settings are checked"
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_settings_that_compare_equal(swept):
+    assert SweepConfig(matrices="mlp", layers=[0, 1]) == SweepConfig(("mlp",), (0, 1))
+    assert SweepConfig(layers=torch.tensor([0, 1])) == SweepConfig(layers=range(2))
+    given = SweepConfig(k=np.int64(4), layers=(np.int64(1),), seed=np.int32(2))
+    assert given == SweepConfig.from_json(json.loads(json.dumps(given.to_json())))
+    assert swept(k=np.int64(4)).config.k == 4
+    with pytest.raises(SweepError, match="config is a dict; pass a SweepConfig"):
+        blt.sweep(None, ROWS, "nowhere", {"k": 3})  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"colour": 3}', r"there is no setting 'colour'; allowed are matrices, layers, .*budget"),
+        ('{"config": {"colour": 3}}', "there is no setting 'colour'"),
+        ('{"config": 3}', "has 3 under 'config'"),
+        ("[1]", "holds no JSON object"),
+        ("{", "cannot be read"),
+        ('{"k": 0}', "k is 0"),
+    ],
+)
+def test_files_of_settings_that_are_refused(tmp_path: Path, text: str, message: str):
+    file = tmp_path / "settings.json"
+    file.write_text(text)
+    with pytest.raises(SweepError, match=message):
+        SweepConfig.load(file)
+    with pytest.raises(SweepError, match="cannot be read"):
+        SweepConfig.load(tmp_path / "none.json")
+
+
+# ----------------------------------------------------------------------------------------- the data
+
+FACTS = [
+    ("Rome is in", " Paris", "Rome", " the"),
+    ("A river runs through Rome", " in", "river", " Paris"),
+]
+
+
+def as_counterfact(row: tuple[str, str, str, str]) -> dict[str, Any]:
+    prompt, target, subject, answer = row
+    rewrite = {
+        "prompt": prompt.replace(subject, "{}"),
+        "subject": subject,
+        "target_new": {"str": target.strip()},
+        "target_true": {"str": answer.strip()},
+    }
+    return {"case_id": prompt, "requested_rewrite": rewrite}
+
+
+def as_flat(row: tuple[str, str, str, str]) -> dict[str, Any]:
+    prompt, target, subject, answer = row
+    own = {"target_new": target.strip(), "subject": subject, "ground_truth": answer.strip()}
+    return {"case_id": prompt, "prompt": prompt, **own}
+
+
+def as_plain(row: tuple[str, str, str, str]) -> dict[str, Any]:
+    prompt, target, subject, answer = row
+    return {"id": prompt, "prompt": prompt, "target": target, "subject": subject, "answer": answer}
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_every_format_of_the_data_gives_the_same_tables(swept, tmp_path: Path):
+    plain = [as_plain(row) for row in FACTS]
+    original, flat, lines, cells = (
+        tmp_path / name for name in ("cf.json", "flat.json", "rows.jsonl", "rows.csv")
+    )
+    original.write_text(json.dumps([as_counterfact(row) for row in FACTS]))
+    flat.write_text(json.dumps([as_flat(row) for row in FACTS]))
+    lines.write_text("".join(f"{json.dumps(row)}\n" for row in plain))
+    with cells.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(plain[0]))
+        writer.writeheader()
+        writer.writerows(plain)
+    hub = datasets.Dataset.from_list(plain)
+    first = swept(plain, layers=0)
+    assert first.prompts()["true_answer"].tolist() == [" the", " Paris"]
+    for data in (original, flat, lines, cells, hub, pd.DataFrame(plain), iter(plain)):
+        found = swept(data, layers=0)
+        assert digests(found.folder) == digests(first.folder)
+        assert found.run["data"]["sha256"]
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_a_broken_line_of_a_file_is_one_reject(swept, tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    good = [json.dumps(row) for row in ROWS]
+    file.write_text("\n".join([good[0], '{"prompt": "Rom', "[]", *good[1:]]))
+    found = swept(file, layers=0, part_size=2)
+    assert found.rejects()[["prompt", "reason"]].to_numpy().tolist() == [[1, "row"], [2, "row"]]
+    assert "line 2 is broken JSON" in found.rejects()["problem"][0]
+    assert found.prompts()["prompt"].tolist() == [0, 3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_targets_of_several_tokens_when_one_is_chosen(swept):
+    rows = [{"prompt": "Rome is in", "target": " Italy", "subject": "Rome"}]
+    encoded = small_tokenizer().encode(" Italy")
+    assert len(encoded) > 1
+    assert swept(rows).rejects()["reason"].tolist() == ["target"]
+    for position, token in (("first", encoded[0]), ("last", encoded[-1])):
+        found = swept(rows, target_position=position)
+        assert found.prompts()["target_id"].tolist() == [token]
+
+
+# ------------------------------------------------------------------------------------ command lines
+
+
+def called(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capfd, module: bool = False
+) -> tuple[int, str, str]:
+    """Status, stdout and stderr of the command, or of the module."""
+    capfd.readouterr()
+    monkeypatch.setattr(sys, "argv", ["sweep", *argv])
+    status = __main__.main() if module else cli.main(["sweep", *argv])
+    out, err = capfd.readouterr()
+    return status, out, err
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_the_command_prints_a_summary_and_nothing_else(tmp_path: Path, monkeypatch, capfd):
+    data = tmp_path / "data.jsonl"
+    rows = [
+        {"question": "Porsche was set up in", "new": " Spain", "about": "Porsche"},
+        {"question": "Porsche was set up in", "new": " Spain", "about": "Audi"},
+        {"question": "Porsche was set up in", "new": " somewhere in the middle of nowhere"},
+        {"question": "Porsche was set up in", "new": " somewhere near the middle of it"},
+        {"new": " Spain"},
+    ]
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    argv = f"--data {data} --layers 0 -1 --matrices W_out --k 2 --quiet".split()
+    argv += ["--field", "prompt=question", "target=new", "subject=about"]
+    status, out, _ = called([*argv, "--out", str(tmp_path / "a")], monkeypatch, capfd)
+    assert status == 0
+    first, *reasons = out.splitlines()
+    assert first == f"1 prompts analysed, 4 rejected: {tmp_path / 'a'}"
+    assert reasons[0].startswith("  2 rejected for their target, such as row 2: target ' somewhere")
+    assert Counter(line.split(",")[0] for line in reasons[1:]) == Counter(
+        ["  1 rejected for their subject", "  1 rejected for their row"]
+    )
+    found = Sweep.load(tmp_path / "a")
+    assert found.config == SweepConfig(layers=(0, -1), matrices="W_out", k=2)
+    assert found.prompts()["subject"].tolist() == ["Porsche"]
+    status, again, _ = called([*argv, "--out", str(tmp_path / "b")], monkeypatch, capfd, True)
+    assert (status, again.splitlines()[1:]) == (0, reasons)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_settings_of_another_sweep_give_its_tables(tmp_path: Path, monkeypatch, capfd):
+    argv = "--prompts 3 --seed 4 --layers -1 --projection normalized --direction gradient --k 2"
+    argv += " --part-size 2 --no-prepend-bos --position-columns norm top_tokens --gradient-columns"
+    argv += " --vjps-at residual --target-position last --budget 100000000"
+    first, second, third = (tmp_path / name for name in "abc")
+    assert called([*argv.split(), "--out", str(first)], monkeypatch, capfd)[0] == 0
+    found = Sweep.load(first)
+    assert found.config == SweepConfig(
+        prompts=3,
+        seed=4,
+        layers=-1,
+        projection="normalized",
+        direction="gradient",
+        k=2,
+        part_size=2,
+        prepend_bos=False,
+        position_columns=("norm", "top_tokens"),
+        gradient_columns=(),
+        vjps_at="residual",
+        target_position="last",
+        budget=100_000_000,
+    )
+    settings = ["--config", str(first / "run.json"), "--quiet"]
+    assert called([*settings, "--out", str(second)], monkeypatch, capfd)[0] == 0
+    assert digests(first) == digests(second)
+    own = tmp_path / "settings.json"
+    own.write_text(json.dumps(found.config.to_json()))
+    argv = ["--config", str(own), "--quiet", "--out", str(third), "--k", "1"]
+    assert called(argv, monkeypatch, capfd)[0] == 0
+    assert Sweep.load(third).config == replace(found.config, k=1)
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.parametrize("module", [False, True])
+def test_errors_are_one_line_and_status_2(tmp_path: Path, monkeypatch, capfd, module: bool):
+    out = ["--out", str(tmp_path / "out"), "--quiet"]
+    odd = tmp_path / "odd.json"
+    odd.write_text('{"colour": 1}')
+    for argv, message in [
+        (["--config", str(odd)], "no setting 'colour'; allowed are matrices"),
+        (["--config", str(tmp_path / "none")], "cannot be read"),
+        (["--data", str(tmp_path / "none.csv")], "there is no file"),
+        (["--field", "prompt"], "--field prompt names no column; write prompt=question"),
+        (["--field", "colour=red"], "fields names 'colour'"),
+        (["--k", "0"], "k is 0"),
+        (["--layers", "99", "--prompts", "2"], "layer 99 does not exist"),
+        (["--position-columns", "nope"], "no column 'nope'"),
+    ]:
+        status, printed, err = called([*argv, *out], monkeypatch, capfd, module)
+        assert (status, printed) == (2, "")
+        # transformers shows a bar of its own as it loads a model
+        last = re.split(r"[\r\n]+", err.strip())[-1]
+        assert re.match(r"(backward-lens: )?error: ", last)
+        assert message in last
+
+
+def test_a_bar_shows_how_far_it_is(tiny: nn.Module, tmp_path: Path, capfd):
+    config = SweepConfig(layers=0, part_size=2)
+    blt.sweep(tiny, ROWS, tmp_path / "a", config, progress=False)
+    assert "prompt" not in capfd.readouterr().err
+    (tmp_path / "a" / "prompts" / "part-000002.parquet").unlink()
+    blt.sweep(tiny, ROWS, tmp_path / "a", config)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "4/5" in err  # it begins with what is there
+    assert "5/5" in err
+
+
+def test_without_pyarrow_it_says_what_to_install(tiny: nn.Module, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(PACKAGE, "find_spec", lambda name: None)
+    with pytest.raises(BackwardLensError, match=r"backward-lens-tl\[parquet\]"):
+        blt.sweep(tiny, ROWS, tmp_path)

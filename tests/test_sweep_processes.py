@@ -1,0 +1,257 @@
+"""Sweeps in processes of their own: killed at any moment, and several at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from backward_lens_tl.sweep import Sweep
+from backward_lens_tl.sweep.columns import TABLES
+
+ARGUMENTS = "--data facts --prompts 7 --part-size 2 --layers -1 --matrices W_out --k 2 --quiet"
+N_PARTS = 4
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """What every table's files hold, hidden ones as well."""
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for table in TABLES
+        for file in sorted((folder / table).iterdir())
+    }
+
+
+def environment() -> dict[str, str]:
+    # Sums depend on the number of threads in their last bits, and launchers set it for theirs.
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **own}
+
+
+def ran(command: list[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(), timeout=timeout, check=False
+    )
+
+
+def script(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+# A process forks before each sweep, so that the libraries are imported once.
+DRIVER = '''
+import os, shlex, signal, sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+torch.set_num_threads(1)
+from backward_lens_tl import load_facts_model
+from backward_lens_tl.records import read_records
+from backward_lens_tl.sweep import SweepConfig, command, folder, sweep
+
+out = Path(sys.argv[1])
+records, model = read_records("facts"), load_facts_model()
+settings = SweepConfig(prompts=7, part_size=2, layers=-1, matrices="W_out", k=2)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def forked(action):
+    """The status of an action in a child of this process."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed(name, moment, when):
+    """A sweep that is killed as it writes its n-th file: before, or once it is in place."""
+    real, left = folder.replacing, iter(range(moment))
+
+    @contextmanager
+    def replacing(path):
+        is_last = next(left, None) is None
+        with real(path) as partial:
+            yield partial
+            if is_last and when == "written":
+                die()
+        if is_last:
+            die()
+
+    folder.replacing = replacing
+    sweep(model, records, out / name, settings, progress=False)
+
+
+def whole(name):
+    sweep(model, records, out / name, settings, progress=False)
+
+
+def ranked(rank, port):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )
+    whole("two")
+
+
+# Every moment of a sweep of four parts: run.json, and four tables of each part.
+n_files = 1 + 4 * 4
+for moment in range(n_files):
+    for when in ("written", "placed"):
+        name = f"{moment}-{when}"
+        assert forked(lambda: killed(name, moment, when)) == -signal.SIGKILL, name
+        if moment % 3 == 0 and (out / name / "run.json").exists():
+            # a second kill, two files on
+            forked(lambda: killed(name, 1, when))
+        status = forked(lambda: whole(name))
+        assert status == 0, name
+assert forked(lambda: whole("whole")) == 0
+
+import socket
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+first = os.fork()
+if first == 0:
+    os._exit(forked(lambda: ranked(0, port)))
+second = forked(lambda: ranked(1, port))
+assert second == os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 0
+'''
+
+
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of sweeps that were killed at every moment, and of two processes."""
+    folder = tmp_path_factory.mktemp("driven")
+    done = ran([sys.executable, "-c", DRIVER, str(folder)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def commanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sweep of `ARGUMENTS` by one process."""
+    out = tmp_path_factory.mktemp("one") / "out"
+    done = ran([sys.executable, "-m", "backward_lens_tl.sweep", *ARGUMENTS.split(), "--out", out])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"7 prompts analysed, 0 rejected: {out}\n"
+    return out
+
+
+def test_killed_at_every_moment_it_ends_the_same(driven: Path):
+    expected = digests(driven / "whole")
+    assert len(expected) == 4 * N_PARTS
+    names = [f"{moment}-{when}" for moment in range(17) for when in ("written", "placed")]
+    for name in names:
+        assert digests(driven / name) == expected, name
+        assert Sweep.load(driven / name).is_complete
+
+
+def test_two_processes_give_what_one_gives(driven: Path):
+    assert digests(driven / "two") == digests(driven / "whole")
+    logs = [(driven / "two" / f"log-{rank}.txt").read_text() for rank in range(2)]
+    for rank, log in enumerate(logs):
+        assert f"process {rank} of 2: 2 of its 2 parts are left" in log
+        written = [int(line.split()[4][:-1]) for line in log.splitlines() if " INFO part " in line]
+        assert written == [rank, rank + 2]
+
+
+def test_the_processes_that_torchrun_starts(driven: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    launch = [script("torchrun"), "--nproc_per_node", "2", "-m", "backward_lens_tl.sweep"]
+    done = ran([*launch, *ARGUMENTS.split(), "--out", str(out)])
+    assert done.returncode == 0, done.stderr
+    # One process speaks for both.
+    assert done.stdout == f"7 prompts analysed, 0 rejected: {out}\n"
+    assert digests(out) == digests(driven / "whole")
+    assert sorted(file.name for file in out.glob("log-*")) == ["log-0.txt", "log-1.txt"]
+
+
+@pytest.mark.slow
+def test_the_processes_that_accelerate_starts(commanded: Path, tmp_path: Path):
+    launch = [script("accelerate"), "launch", "--num_processes", "2"]
+    for name, options in (("many", ["--multi_gpu"]), ("cpu", ["--cpu"])):
+        out = tmp_path / name
+        own = [*launch, *options, "-m", "backward_lens_tl.sweep", *ARGUMENTS.split()]
+        done = ran([*own, "--out", str(out)])
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == f"7 prompts analysed, 0 rejected: {out}"
+        assert digests(out) == digests(commanded)
+    assert (tmp_path / "many" / "log-1.txt").read_text().count(" INFO part ") == 2
+
+
+@pytest.mark.slow
+def test_processes_that_are_refused_end(commanded: Path):
+    """And do not wait for one another for ever."""
+    launch = [script("torchrun"), "--nproc_per_node", "2", "-m", "backward_lens_tl.sweep"]
+    done = ran([*launch, *ARGUMENTS.split(), "--k", "3", "--out", str(commanded)], timeout=120)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert "holds a sweep with another config: k was 2, is 3" in done.stderr
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_what_two_began(commanded: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    launch = [script("torchrun"), "--nproc_per_node", "2", "-m", "backward_lens_tl.sweep"]
+    both = [*launch, *ARGUMENTS.split(), "--out", str(out)]
+    assert ran(both).returncode == 0
+    for part in (1, 2):
+        (out / "prompts" / f"part-{part:06d}.parquet").unlink()
+    alone = [sys.executable, "-m", "backward_lens_tl.sweep", *ARGUMENTS.split()]
+    assert ran([*alone, "--out", str(out)]).returncode == 0
+    assert digests(out) == digests(commanded)
+
+
+@pytest.mark.slow
+def test_all_of_counterfact_killed_twice(shared: Path, stories_folder: Path, tmp_path: Path):
+    """1,919 real records through a real model; `-s` shows the throughput."""
+    data = shared / "data" / "counterfact" / "counterfact_flat_1919.json"
+    command = [sys.executable, "-m", "backward_lens_tl.sweep", "--model", str(stories_folder)]
+    command += ["--data", str(data), "--target-position", "first", "--quiet", "--out"]
+
+    def finished(folder: Path) -> int:
+        return len(list((folder / "prompts").glob("part-*.parquet")))
+
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    began = time.perf_counter()
+    assert ran([*command, str(whole)], timeout=900).returncode == 0
+    seconds = time.perf_counter() - began
+    for wanted in (7, 19):
+        with subprocess.Popen(
+            [*command, str(stopped)],
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            while finished(stopped) < wanted and process.poll() is None:
+                time.sleep(0.05)
+            assert process.poll() is None
+            process.send_signal(signal.SIGKILL)
+        assert not Sweep.load(stopped).is_complete
+    done = ran([*command, str(stopped)], timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert digests(stopped) == digests(whole)
+    found = Sweep.load(stopped)
+    rows = sorted([*found.prompts()["prompt"], *found.rejects()["prompt"]])
+    assert rows == list(range(len(json.loads(data.read_text(encoding="utf-8"))))) == [*range(1919)]
+    runs = [line for line in (whole / "log-0.txt").read_text().splitlines() if " in " in line]
+    computing = sum(float(line.split()[-2]) for line in runs)
+    print(f"\n{done.stdout.strip()}")
+    print(f"1,919 prompts: {seconds:.0f} s, {1919 / computing:.0f} prompts per s once loaded")
