@@ -403,8 +403,12 @@ class MatrixGradient:
     ) -> tuple[Float[Tensor, "input_bound n"], Float[Tensor, "vjp_bound n"]]:
         """`R_x` and `R_d` of the QR factorisations `X^T = Q_x R_x` and `Delta^T = Q_d R_d`.
 
-        At most `n x n` each, they have the factors' singular values, and `R_x R_d^T` the
-        gradient's.
+        Args:
+            batch: Which prompt.
+
+        Returns:
+            Both, at most `n x n` each. They have the factors' singular values, and `R_x R_d^T` the
+            gradient's.
         """
         core_in, core_out = (
             torch.linalg.qr(factor.double().T, mode="r").R for factor in self._joined(batch)

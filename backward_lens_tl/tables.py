@@ -242,7 +242,7 @@ def _spectrum(gradient: MatrixGradient, prompt: int) -> dict[str, Any]:
     writing = int((~gradient.is_zero[prompt]).sum())
     found = (
         numerical_rank(values, rounding),
-        min(writing, *gradient.factored(prompt).shape[-2:]),
+        min(writing, *map(len, of_factors)),
         input_rank,
         vjp_rank,
         float(torch.linalg.vector_norm(values)),

@@ -834,7 +834,7 @@ def test_errors_of_tables(result: BackwardLensResult) -> None:
     cells = result.to_df(SUBJECTS)
     norms, ranks = by_segment.norms_by_segment(cells), by_segment.ranks_by_segment(cells)
     for function, table in ((figures.norms_by_segment, norms), (figures.ranks_by_segment, ranks)):
-        name = f"what analysis.by_segment.{function.__name__} returned"
+        name = f"what analysis.{function.__name__} returned"
         refused(rf"no column .*'of'.*; pass {name}", function, cells)
         refused(f"the table has no rows; pass {name}", function, table.iloc[:0])
         refused("'W_Q' is not in this table; it has W_in, W_out", function, table, None, "W_Q")
@@ -851,9 +851,9 @@ def test_errors_of_tables(result: BackwardLensResult) -> None:
     refused("'W_Q' is not in this table", figures.gradient_ranks, gradients, ["W_in", "W_Q"])
     refused("no matrix was asked for", figures.gradient_ranks, gradients, [])
     refused("no column 'n_tokens'.* result.gradient_df", figures.gradient_ranks, cells)
-    refused("no column 'neuron', .*analysis.neurons.neuron_ov", figures.neuron_overlap, cells)
+    refused("no column 'neuron', .*analysis.neuron_ov", figures.neuron_overlap, cells)
     refused("no column 'overlap'", figures.neuron_overlap, result.neuron_df("W_in", 0))
-    refused("no column 'learning_rate', .*analysis.steps.step", figures.step_changes, cells)
+    refused("no column 'learning_rate', .*analysis.step", figures.step_changes, cells)
     refused("the table is a BackwardLensResult", figures.step_changes, result)
     refused("scale is 'log2'", figures.step_changes, STEPS, scale="log2")
     refused("backend is 'bokeh'", figures.neuron_overlap, overlaps(result), backend="bokeh")

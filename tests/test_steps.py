@@ -514,8 +514,9 @@ def test_nothing_changes_on_a_frozen_model_without_grad() -> None:
     pd.testing.assert_frame_equal(frozen, step_changes(case.model, "Rome is", " Paris"))
 
 
-def test_a_callers_autocast_does_not_round() -> None:
-    case = model_case("bridge-gpt2")
+@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2"])
+def test_a_callers_autocast_does_not_round(name: str) -> None:
+    case = build(name, torch.float32)  # autocast leaves float64 alone
     expected = step_changes(case.model, "Rome is", " Paris")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = step_changes(case.model, "Rome is", " Paris")

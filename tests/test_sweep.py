@@ -646,11 +646,12 @@ def test_the_documentation_has_the_schema():
 @pytest.mark.parametrize("n_parts", [0, 2])
 def test_a_stopped_sweep_goes_on_and_ends_the_same(swept, monkeypatch, n_parts: int):
     settings = {"layers": 0, "part_size": 3}
-    rows, reasons = mixed()
+    rows, _ = mixed()
     whole = swept(rows, **settings)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         stop_after(patched, n_parts)
-        swept(rows, folder="out", **settings)
+        with pytest.raises(KeyboardInterrupt):
+            swept(rows, folder="out", **settings)
     half = Sweep.load(whole.folder.parent / "out")
     assert half.finished == tuple(range(n_parts))
     assert not half.is_complete
@@ -909,6 +910,21 @@ def test_every_format_of_the_data_gives_the_same_tables(swept, tmp_path: Path):
         found = swept(data, layers=0)
         assert digests(found.folder) == digests(first.folder)
         assert found.run["data"]["sha256"]
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_a_template_says_which_of_several_occurrences_is_the_subject(swept):
+    rewrite = {"subject": "Rome", "target_new": {"str": "the"}, "target_true": {"str": "Paris"}}
+    original = {"case_id": 1, "requested_rewrite": {"prompt": "Rome is in {} of", **rewrite}}
+    plain = {"prompt": "Rome is in Rome of", "target": " the", "subject": "Rome"}
+    for row in (original, {**plain, "subject_start": 11}):
+        cells = swept([row], layers=0, matrices="W_out").positions()
+        [subject] = cells["token"][cells["segment"] == "last subject token"].index
+        assert cells["token"][subject] == " Rome"
+        assert cells["token"][subject - 1] == " in"
+    cells = swept([plain], layers=0, matrices="W_out").positions()
+    [subject] = cells["token"][cells["segment"] == "last subject token"].index
+    assert cells["token"][subject + 1] != " of"  # else the first one
 
 
 @pytest.mark.usefixtures("as_for_a_user")

@@ -84,7 +84,13 @@ def make_result(
             top, bottom = scores.topk(k), scores.topk(k, largest=False)
             rank = (scores > scores[..., target, None]).sum(-1)
             readouts[matrix] = Readout(
-                top.indices, top.values, bottom.indices, bottom.values, rank, rank, top.values[..., 0]
+                top.indices,
+                top.values,
+                bottom.indices,
+                bottom.values,
+                rank,
+                rank,
+                top.values[..., 0],
             )
         readings.append(Reading(lens, readouts))
     return BackwardLensResult(

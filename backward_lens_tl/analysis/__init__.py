@@ -1,1 +1,27 @@
-"""The paper's analyses: each from a table of cells or gradients to a small tidy table."""
+"""The paper's analyses: each from a sweep, a result or their tables to a small tidy table.
+
+`gradient_ranks` and `rank_exceptions` are figure 4; `norms_by_segment` and `norm_correlation`
+figures 6, 16 and 17; `ranks_by_segment` figures 7 and 18 to 21; `neuron_words`, `spanning_words`
+and `neuron_overlap` appendix B; `step_changes` lemma 5.2.
+"""
+
+from backward_lens_tl.analysis.by_segment import (
+    norm_correlation,
+    norms_by_segment,
+    ranks_by_segment,
+)
+from backward_lens_tl.analysis.neurons import neuron_overlap, neuron_words, spanning_words
+from backward_lens_tl.analysis.ranks import gradient_ranks, rank_exceptions
+from backward_lens_tl.analysis.steps import step_changes
+
+__all__ = [
+    "gradient_ranks",
+    "neuron_overlap",
+    "neuron_words",
+    "norm_correlation",
+    "norms_by_segment",
+    "rank_exceptions",
+    "ranks_by_segment",
+    "spanning_words",
+    "step_changes",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from backward_lens_tl.analysis.ranks import check_table, grouped, with_types_of
+from backward_lens_tl.analysis.tables import SOURCES, grouped, table_of, with_types_of
 from backward_lens_tl.arguments import check_choice, is_integer, listed, shown
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.segments import SEGMENTS
@@ -13,7 +13,8 @@ from backward_lens_tl.segments import SEGMENTS
 if TYPE_CHECKING:
     import pandas as pd
 
-_SOURCE = "a table of positions, as of result.to_df(subject) or a sweep's positions()"
+    from backward_lens_tl.analysis.tables import Source
+
 _CELL = ["prompt", "matrix", "layer", "position"]
 _NORMS = {"vjp": "norm", "input": "input_norm"}
 _RANKS = {"target": "target_rank", "answer": "answer_rank"}
@@ -23,7 +24,7 @@ _UNRANKED = {
 }
 
 
-def norms_by_segment(positions: pd.DataFrame, of: Literal["vjp", "input"] = "vjp") -> pd.DataFrame:
+def norms_by_segment(positions: Source, of: Literal["vjp", "input"] = "vjp") -> pd.DataFrame:
     """How long vectors are, by segment and layer (paper, figures 6, 16 and 17).
 
     The mean is over tokens: a segment of several tokens counts once for each, and a prompt with a
@@ -32,8 +33,8 @@ def norms_by_segment(positions: pd.DataFrame, of: Literal["vjp", "input"] = "vjp
     projections the table has it.
 
     Args:
-        positions: A table of positions with a column `segment`, as of
-            `BackwardLensResult.to_df(subject)` or a sweep, of any number of prompts.
+        positions: A sweep, or the table that `Sweep.positions` or
+            `BackwardLensResult.to_df(subject)` returns, of any number of prompts.
         of: `"vjp"` for `||delta_i||_2`, or `"input"` for `||x_i||_2`.
 
     Returns:
@@ -47,15 +48,16 @@ def norms_by_segment(positions: pd.DataFrame, of: Literal["vjp", "input"] = "vjp
         InputError: If it is no such table, has no rows, or no token has a segment.
     """
     check_choice("of", of, tuple(_NORMS))
-    cells = _segmented(positions, _CELL, [_NORMS[of]]).astype({_NORMS[of]: "float64"})
+    table = table_of(positions, "positions", [*_CELL, "segment", _NORMS[of]])
+    cells = _segmented(table, _CELL, [_NORMS[of]]).astype({_NORMS[of]: "float64"})
     groups = grouped(cells, ("matrix", "layer", "segment"))[_NORMS[of]]
     found = groups.agg(["mean", "std", "count"]).reset_index()
     found.insert(1, "of", of)
-    return with_types_of(positions, _with_prompts(found, cells, ["matrix"]))
+    return with_types_of(table, _with_prompts(found, cells, ["matrix"]))
 
 
 def ranks_by_segment(
-    positions: pd.DataFrame,
+    positions: Source,
     of: Literal["target", "answer"] = "target",
     *,
     prompts: int | Sequence[int] | None = None,
@@ -68,9 +70,9 @@ def ranks_by_segment(
     tokens, as in `norms_by_segment`.
 
     Args:
-        positions: A table of positions with a column `segment`, as of
-            `BackwardLensResult.to_df(subject)` or a sweep, of any number of prompts. The paper's
-            have `direction="gradient"`.
+        positions: A sweep, or the table that `Sweep.positions` or
+            `BackwardLensResult.to_df(subject)` returns, of any number of prompts. The paper's have
+            `direction="gradient"`.
         of: `"target"`, or `"answer"` for the token that the model itself answered, which the table
             has with `measures=("answer_rank",)`.
         prompts: Numbers of the prompts that count, such as those that the model answers correctly
@@ -88,8 +90,9 @@ def ranks_by_segment(
             prompt, or no rank of the token.
     """
     check_choice("of", of, tuple(_RANKS))
-    column = _RANKS[of]
-    cells = _segmented(positions, [*_CELL, "projection"], ["is_zero", column])
+    keys, column = [*_CELL, "projection"], _RANKS[of]
+    table = table_of(positions, "positions", [*keys, "segment", "is_zero", column])
+    cells = _segmented(table, keys, ["is_zero", column])
     cells = cells[cells["prompt"].isin(_numbers(prompts, cells["prompt"]))].copy()
     adds = ~cells["is_zero"].astype(bool)
     cells[column] = cells[column].astype("float64").where(adds)
@@ -100,10 +103,10 @@ def ranks_by_segment(
         mean="mean", median="median", lower_quartile=_lower, upper_quartile=_upper, count="count"
     ).reset_index()
     found.insert(2, "of", of)
-    return with_types_of(positions, _with_prompts(found, cells, ["matrix", "projection"]))
+    return with_types_of(table, _with_prompts(found, cells, ["matrix", "projection"]))
 
 
-def norm_correlation(positions: pd.DataFrame) -> pd.DataFrame:
+def norm_correlation(positions: Source) -> pd.DataFrame:
     """Whether long inputs have long VJPs, layer by layer (paper, figure 17).
 
     The paper says of its figures that "there is no correlation between the norm of `x_i` and
@@ -111,8 +114,8 @@ def norm_correlation(positions: pd.DataFrame) -> pd.DataFrame:
     With them, the last layer would only tell the last token from all others.
 
     Args:
-        positions: A table of positions, as of `BackwardLensResult.to_df` or a sweep, of any number
-            of prompts; it needs no segments.
+        positions: A sweep, a result, or the table that `Sweep.positions` or
+            `BackwardLensResult.to_df` returns, of any number of prompts; it needs no segments.
 
     Returns:
         One row per `matrix` and `layer`, in the order of the table's matrices and of layers, with
@@ -126,7 +129,8 @@ def norm_correlation(positions: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     norms = list(_NORMS.values())
-    cells = _once(positions, _CELL, [*norms, "is_zero"])
+    table = table_of(positions, "positions", [*_CELL, *norms, "is_zero"])
+    cells = _once(table, _CELL, [*norms, "is_zero"])
     # Those that add nothing stay as missing, so that each matrix and layer has its row.
     cells[norms] = cells[norms].mask(cells["is_zero"].astype(bool))
     rows = []
@@ -136,7 +140,7 @@ def norm_correlation(positions: pd.DataFrame) -> pd.DataFrame:
         spearman = ranks["norm"].corr(ranks["input_norm"]) if varies else float("nan")
         count = int(ranks["norm"].count())
         rows.append({"matrix": matrix, "layer": layer, "spearman": spearman, "count": count})
-    return with_types_of(positions, pd.DataFrame(rows))
+    return with_types_of(table, pd.DataFrame(rows))
 
 
 # --- parts ---------------------------------------------------------------------------------------
@@ -144,7 +148,6 @@ def norm_correlation(positions: pd.DataFrame) -> pd.DataFrame:
 
 def _once(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
     """Some columns of a table, with one row per cell; a position may be asked for twice."""
-    check_table(table, [*keys, *columns], _SOURCE)
     return table[[*keys, *columns]].drop_duplicates(list(keys), ignore_index=True)
 
 
@@ -155,7 +158,9 @@ def _segmented(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str])
     cells = _once(table, keys, ["segment", *columns])
     cells = cells[cells["segment"].notna()]
     if cells.empty:
-        raise InputError(f"no token has a segment; pass {_SOURCE}, with each prompt's subject")
+        raise InputError(
+            f"no token has a segment; pass {SOURCES['positions']}, with each prompt's subject"
+        )
     unknown = [name for name in cells["segment"].unique() if name not in SEGMENTS]
     if unknown:
         raise InputError(f"segment {unknown[0]!r} is unknown; allowed are {', '.join(SEGMENTS)}")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import starmap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from backward_lens_tl.errors import InputError
+from backward_lens_tl.analysis.tables import grouped, table_of, with_types_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_SOURCE = "a table of gradients, as of result.gradient_df() or a sweep's gradients()"
+    from backward_lens_tl.analysis.tables import Source
+
 _COLUMNS = (
     "prompt",
     "matrix",
@@ -36,7 +36,7 @@ _CAUSE_COLUMNS = (
 """What `_cause` is told, in its order."""
 
 
-def gradient_ranks(gradients: pd.DataFrame) -> pd.DataFrame:
+def gradient_ranks(gradients: Source) -> pd.DataFrame:
     """Which ranks the gradients of prompts of each length have (paper, figure 4).
 
     The paper's law is about MLPs and a loss on the last token. A gradient has the rank `n`, the
@@ -49,8 +49,8 @@ def gradient_ranks(gradients: pd.DataFrame) -> pd.DataFrame:
     all follow one query per head, which bounds the rank by the number of heads.
 
     Args:
-        gradients: A table of gradients, as of `BackwardLensResult.gradient_df` or a sweep, of any
-            number of prompts.
+        gradients: A sweep, a result, or the table that `Sweep.gradients` or
+            `BackwardLensResult.gradient_df` returns, of any number of prompts.
 
     Returns:
         One row per `matrix`, `layer` and `n_tokens`, in the order of the table's matrices, of
@@ -62,7 +62,8 @@ def gradient_ranks(gradients: pd.DataFrame) -> pd.DataFrame:
     Raises:
         InputError: If it is no such table, or has no rows.
     """
-    table = _measured(gradients)
+    source = table_of(gradients, "gradients", _COLUMNS)
+    table = _measured(source)
     table["is_off"] = table["rank"] != table["law"]
     groups = grouped(table, ("matrix", "layer", "n_tokens", "law"))
     found = groups.agg(
@@ -73,10 +74,10 @@ def gradient_ranks(gradients: pd.DataFrame) -> pd.DataFrame:
         exceptions=("is_off", "sum"),
     ).reset_index()
     order = ["prompts", "lowest", "median", "highest", "law", "exceptions"]
-    return with_types_of(gradients, found)[["matrix", "layer", "n_tokens", *order]]
+    return with_types_of(source, found)[["matrix", "layer", "n_tokens", *order]]
 
 
-def rank_exceptions(gradients: pd.DataFrame) -> pd.DataFrame:
+def rank_exceptions(gradients: Source) -> pd.DataFrame:
     """The gradients that are off the law of their rank, and why.
 
     The paper saw "a drop of one or two" in the rank, "once in a few dozen examples", and took it
@@ -104,7 +105,7 @@ def rank_exceptions(gradients: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    table = _measured(gradients)
+    table = _measured(table_of(gradients, "gradients", _COLUMNS))
     table = table[table["rank"] != table["law"]].reset_index(drop=True)
     facts = zip(*(table[column].tolist() for column in _CAUSE_COLUMNS), strict=True)
     table["cause"] = pd.Series(list(starmap(_cause, facts)), dtype=object)
@@ -113,12 +114,11 @@ def rank_exceptions(gradients: pd.DataFrame) -> pd.DataFrame:
 
 def _measured(gradients: pd.DataFrame) -> pd.DataFrame:
     """The gradients that have a rank, with their law, and ranks as plain integers."""
-    check_table(gradients, _COLUMNS, _SOURCE)
     table = gradients.loc[gradients["rank"].notna(), list(_COLUMNS)].reset_index(drop=True)
     numbers = ("n_tokens", "n_writing", "rank", "largest_rank", "input_rank", "vjp_rank")
     table = table.astype(dict.fromkeys(numbers, "int64"))
     # A gradient of zero has no position that writes, and says nothing of where the loss is.
-    is_one = table["is_last_layer"].astype(bool) & (table["n_writing"] <= 0)
+    is_one = table["is_last_layer"].astype(bool) & (table["n_writing"] <= 1)
     table["law"] = table["n_tokens"].mask(is_one, 1)
     return table
 
@@ -136,9 +136,9 @@ def _cause(
     if not n_writing:
         return "no position adds anything"
     causes = []
-    if silent := max(n_tokens - n_writing, 0):
+    if silent := max(law - n_writing, 0):
         causes.append(f"{silent} position{' adds' if silent == 1 else 's add'} nothing")
-    if largest_rank < n_tokens:
+    if largest_rank < n_writing:
         causes.append(f"more tokens than the {largest_rank} dimensions of the matrix")
     if rank < largest_rank:
         causes += _dependence(n_tokens, rank, largest_rank, input_rank, vjp_rank)
@@ -150,70 +150,13 @@ def _dependence(
 ) -> list[str]:
     """Why a rank is below the largest that it could have."""
     causes = []
-    if input_rank <= largest_rank:
+    if input_rank < largest_rank:
         causes.append("inputs x_i are linearly dependent")
     if vjp_rank < largest_rank:
         causes.append("VJPs delta_i are linearly dependent")
     # Sylvester's bound is of all positions, as the factors' ranks are; one that adds nothing lowers
     # a factor's rank, so that the bound stays true.
-    if rank < min(input_rank, vjp_rank):
+    if rank < input_rank + vjp_rank - n_tokens:
         causes.append("small singular values are lost in rounding")
     # The factors' ranks are of all positions: dependence among those that write may not be seen.
     return causes or ["positions that add something are linearly dependent, or lost in rounding"]
-
-
-# --- tables --------------------------------------------------------------------------------------
-
-
-def check_table(table: object, columns: Sequence[str], source: str) -> None:
-    """Refuse what is no table with some columns and at least one row.
-
-    Args:
-        table: What was passed.
-        columns: The columns that it needs.
-        source: Where such a table comes from, for the message.
-
-    Raises:
-        InputError: If it is something else, lacks a column or is empty.
-    """
-    import pandas as pd
-
-    if not isinstance(table, pd.DataFrame):
-        raise InputError(f"the table is a {type(table).__name__}; pass {source}")
-    lacking = [column for column in columns if column not in table.columns]
-    if lacking:
-        raise InputError(f"the table has no column {', '.join(map(repr, lacking))}; pass {source}")
-    if table.empty:
-        raise InputError(f"the table has no rows; pass {source}, of at least one prompt")
-
-
-def grouped(table: pd.DataFrame, keys: Sequence[str]) -> Any:
-    """Rows with the same keys, in the order of a table's matrices and projections.
-
-    Args:
-        table: The table. Its matrices and projections become categories in order of appearance;
-            `with_types_of` undoes that.
-        keys: What the rows of one group have in common, outermost first.
-
-    Returns:
-        pandas' groups, without those that have no rows.
-    """
-    import pandas as pd
-
-    texts = [key for key in keys if key in ("matrix", "projection")]
-    categories = {key: pd.Categorical(table[key], table[key].unique(), True) for key in texts}
-    return table.assign(**categories).groupby(list(keys), observed=True, sort=True)
-
-
-def with_types_of(source: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
-    """A table of groups whose texts have the types of the table that was grouped.
-
-    Args:
-        source: The table that was grouped.
-        found: The table of its groups.
-
-    Returns:
-        `found` without categories, unless `source` has them.
-    """
-    texts = [key for key in ("matrix", "projection", "segment") if key in found.columns]
-    return found.astype({key: source[key].dtype for key in texts})

@@ -201,11 +201,11 @@ class _Run:
     """What a forward pass over one prompt gave.
 
     Attributes:
-        outputs: The output of each matrix, as the model computed it.
+        outputs: The output of each matrix, as the model computed it, each of its own width.
         loss: The loss.
     """
 
-    outputs: list[Float[Tensor, "pos d_out"]]
+    outputs: list[Float[Tensor, "pos _"]]
     loss: float
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from backward_lens_tl.loading import load_model
 from backward_lens_tl.records import read_records
 from backward_lens_tl.reproduce import COUNTERFACT, reproduce
+from backward_lens_tl.reproduce.experiments import select_experiments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
     Args:
         args: What `add_arguments` parsed.
     """
+    select_experiments(args.names)  # before a large model is loaded
     is_facts = args.model == "facts"
     data = args.data or ("facts" if is_facts else COUNTERFACT)
     found = reproduce(

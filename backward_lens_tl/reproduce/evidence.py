@@ -83,12 +83,12 @@ class Evidence:
             end: Where it ends, 1 for the last layer.
 
         Returns:
-            The layers whose middle is in the part.
+            The layers whose middle is in the part, or else the one that the part's middle is in.
         """
         inside = [
             layer for layer in range(self.n_layers) if begin <= (layer + 0.5) / self.n_layers < end
         ]
-        return tuple(inside) or (min(int(begin * self.n_layers), self.n_layers - 1),)
+        return tuple(inside) or (int((begin + end) / 2 * self.n_layers),)
 
     # --- many prompts ----------------------------------------------------------------------------
 
@@ -159,8 +159,11 @@ class Evidence:
 
     @cached_property
     def example_layer(self) -> int:
-        """The layer whose neurons are shown, as far up as layer 14 in the 24 of GPT2-medium."""
-        return round(14 / 24 * self.n_layers)
+        """The layer whose neurons are shown, as far up as layer 14 in the 24 of GPT2-medium.
+
+        It is not the last one, whose gradient is one VJP, unless there is no other.
+        """
+        return min(round(14 / 24 * self.n_layers), max(0, self.n_layers - 2))
 
     def result(self, prompt: str, target: str | int) -> BackwardLensResult:
         """The gradients of one prompt, read as what an update adds, under both lenses.

@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import chain, count
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from backward_lens_tl.exports import write_csv
 from backward_lens_tl.reproduce.experiments import EXPERIMENTS, Experiment
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _PREVIEW_ROWS = 12
 _SCRIPT = "plotly.min.js"
 _FINDING = "finding.json"
+
+_T = TypeVar("_T")
 
 _HEAD, _PANEL, _ROW, _HIGHEST = 230, 230, 26, 1200
 """Pixels of a layers x tokens table's page, about."""
@@ -52,9 +55,18 @@ def write_finding(
         "checks": [asdict(check) for check in finding.checks],
         "notes": finding.notes,
         "about": about,
-        "results": [_write_result(own, name, result) for name, result in finding.results.items()],
-        "figures": [_write_figure(own, name, draw) for name, draw in finding.figures.items()],
-        "tables": [_write_table(own, name, table) for name, table in finding.tables.items()],
+        "results": [
+            _write_result(own / stem, name, result)
+            for stem, (name, result) in _with_stems(finding.results)
+        ],
+        "figures": [
+            _write_figure(own / stem, name, draw)
+            for stem, (name, draw) in _with_stems(finding.figures)
+        ],
+        "tables": [
+            _write_table(own / stem, name, table)
+            for stem, (name, table) in _with_stems(finding.tables)
+        ],
     }
     with replacing(own / _FINDING) as partial:
         partial.write_text(json.dumps(written, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -82,36 +94,36 @@ def _write_script(folder: Path) -> None:
             partial.write_text(get_plotlyjs(), encoding="utf-8")
 
 
-def _write_result(folder: Path, name: str, result: BackwardLensResult) -> dict[str, Any]:
-    file = folder / f"{_file_name(name)}.html"
+def _write_result(path: Path, name: str, result: BackwardLensResult) -> dict[str, Any]:
+    file = path.with_name(f"{path.name}.html")
     result.save_html(file)
     # Two panels stand side by side where there is room.
     height = _HEAD + ceil(len(result.matrices) / 2) * (_PANEL + _ROW * len(result.layers))
-    return {"name": name, "file": f"{folder.name}/{file.name}", "height": min(height, _HIGHEST)}
+    return {"name": name, "file": _address(file), "height": min(height, _HIGHEST)}
 
 
-def _write_figure(folder: Path, name: str, draw: Draw) -> dict[str, Any]:
-    figure, file = draw(backend="plotly"), folder / f"{_file_name(name)}.html"
+def _write_figure(path: Path, name: str, draw: Draw) -> dict[str, Any]:
+    figure, file = draw(backend="plotly"), path.with_name(f"{path.name}.html")
     with replacing(file) as partial:
         figure.write_html(partial, include_plotlyjs=f"../{_SCRIPT}")
     written = {
         "name": name,
-        "file": f"{folder.name}/{file.name}",
+        "file": _address(file),
         "height": figure.layout.height or 450,
     }
     if find_spec("matplotlib") is not None:
         with replacing(file.with_suffix(".svg")) as partial:
             draw(backend="matplotlib").savefig(partial)
-        written["svg"] = f"{folder.name}/{file.stem}.svg"
+        written["svg"] = _address(file.with_suffix(".svg"))
     return written
 
 
-def _write_table(folder: Path, name: str, table: pd.DataFrame) -> dict[str, Any]:
-    file = folder / f"{_file_name(name)}.csv"
+def _write_table(path: Path, name: str, table: pd.DataFrame) -> dict[str, Any]:
+    file = path.with_name(f"{path.name}.csv")
     write_csv(table, file)
     return {
         "name": name,
-        "file": f"{folder.name}/{file.name}",
+        "file": _address(file),
         "n_rows": len(table),
         "columns": list(table.columns),
         "rows": [list(map(_shown, row)) for row in _first_rows(table)],
@@ -128,6 +140,22 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _with_stems(named: Mapping[str, _T]) -> Iterator[tuple[str, tuple[str, _T]]]:
+    """Each with a name for its files, which no two of them share."""
+    taken: set[str] = set()
+    for item in named.items():
+        stem = _file_name(item[0])
+        numbers = (f"{stem}-{number}" for number in count(2))
+        own = next(each for each in chain([stem], numbers) if each not in taken)
+        taken.add(own)
+        yield own, item
+
+
 def _file_name(name: str) -> str:
     """A name that any file system takes, cut where a prompt is long."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "unnamed"
+
+
+def _address(file: Path) -> str:
+    """Where a file is, from the report."""
+    return f"{file.parent.name}/{file.name}"

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _ALIKE = 0.9
 _PART = 0.01
 _TOP = 100
+_TIMES_MORE = 5
+"""Of a small vocabulary at most a fifth is compared: all of it is the same for every vector."""
 
 
 def shift_neurons(evidence: Evidence) -> Finding:
@@ -52,7 +54,7 @@ def _words(evidence: Evidence, matrix: str) -> Finding:
     layer = evidence.example_layer
     table = neuron_words(evidence.model, evidence.example, matrix, layer)
     return Finding(
-        _overlap_checks(_overlap(evidence, matrix)),
+        _overlap_checks(_overlap(evidence, matrix), matrix),
         {f"neurons of {matrix}, layer {layer}": table},
         notes=(_note(evidence),),
     )
@@ -61,7 +63,7 @@ def _words(evidence: Evidence, matrix: str) -> Finding:
 def _vectors(evidence: Evidence, matrix: str) -> Finding:
     layer = evidence.example_layer
     table = spanning_words(evidence.model, evidence.example, matrix, layer)
-    checks = _overlap_checks(_overlap(evidence, matrix))
+    checks = _overlap_checks(_overlap(evidence, matrix), matrix)
     return Finding(
         checks[:1],
         {f"spanning set of {matrix}, layer {layer}": table},
@@ -73,7 +75,7 @@ def _similarity(evidence: Evidence, matrix: str) -> Finding:
     layer = evidence.example_layer
     table = _overlap(evidence, matrix)
     return Finding(
-        _overlap_checks(table),
+        _overlap_checks(table, matrix),
         {f"similarity of {matrix}, layer {layer}": table},
         {
             f"neurons of {matrix}, layer {layer}": partial(
@@ -90,28 +92,32 @@ def _overlap(evidence: Evidence, matrix: str) -> pd.DataFrame:
         evidence.example,
         matrix,
         evidence.example_layer,
-        k=min(_TOP, evidence.d_vocab),
+        k=max(1, min(_TOP, evidence.d_vocab // _TIMES_MORE)),
     )
 
 
-def _overlap_checks(table: pd.DataFrame) -> tuple[Check, ...]:
+def _overlap_checks(table: pd.DataFrame, matrix: str) -> tuple[Check, ...]:
     spanning, zero = table[table["position"].notna()], table[table["position"].isna()]
     n_neurons = table["neuron"].nunique()
     group = max(1, round(_PART * n_neurons))
     longest = spanning[spanning["norm_rank"] < group]
-    best = longest["similarity"].abs().groupby(longest["neuron"]).max()
     likest = longest.loc[longest["similarity"].abs().groupby(longest["neuron"]).idxmax()]
+    if matrix == "W_out":  # the paper names the vector
+        whose = "the last token's VJP"
+        best = longest.loc[longest["position"] == longest["position"].max(), "similarity"].abs()
+    else:
+        whose, best = "one of the inputs", likest["similarity"].abs()
     token = likest["token"].mode().iloc[0]
     shortest = table["norm_rank"] >= n_neurons - group
     to_zero = zero.loc[shortest, "overlap"].mean()
     to_span = spanning.loc[shortest, "overlap"].groupby(spanning["position"]).mean().max()
     return (
         Check(
-            f"the longest neurons are copies of one or two vectors of the spanning set: the "
-            f"longest 1 % have a cosine above {_ALIKE} with one of them, up to the sign",
+            f"the longest neurons are copies of {whose}: the longest 1 % have a cosine above "
+            f"{_ALIKE} with it, up to the sign",
             bool((best > _ALIKE).all()),
-            f"the {len(best)} longest have at least {best.min():.3f}, most often with that of "
-            f"{token!r}",
+            f"the {len(best)} longest have at least {best.min():.3f}; most often that of "
+            f"{token!r} is the most alike",
         ),
         Check(
             "the shortest neurons read like the zero vector: the shortest 1 % share more of their "

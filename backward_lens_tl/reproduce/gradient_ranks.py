@@ -34,7 +34,7 @@ def rank_law(evidence: Evidence) -> Finding:
 
 
 def _check(table: pd.DataFrame, off: pd.DataFrame, claim: str, is_last: int) -> Check:
-    own = table[table["is_last_layer"].astype(bool) == bool(is_last)]
+    own = table[table["rank"].notna() & (table["is_last_layer"].astype(bool) == bool(is_last))]
     last = table.loc[table["is_last_layer"].astype(bool), "layer"]
     others = off[off["layer"].isin(last) == bool(is_last)]
     right = len(own) - len(others)

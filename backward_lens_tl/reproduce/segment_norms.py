@@ -44,16 +44,23 @@ def norms_of_inputs(evidence: Evidence) -> Finding:
     """Norms of the inputs `x_i` by segment and layer (figure 17)."""
     cells = evidence.positions
     table, correlation = norms_by_segment(cells, "input"), norm_correlation(cells)
-    found = correlation["spearman"].tolist()
-    weak = sum(abs(coefficient) < _UNCORRELATED for coefficient in found)
+    # A layer in which one token writes has none.
+    known = correlation[correlation["spearman"].notna()]
+    found: list[float] = known["spearman"].tolist()
+    strong = known[known["spearman"].abs() >= _UNCORRELATED]
+    weak = len(found) - len(strong)
     return Finding(
         (
             Check(
                 "the norms of x_i and delta_i are not correlated: in most layers Spearman's "
                 f"coefficient is below {_UNCORRELATED} in size",
                 weak > len(found) / 2,
-                f"it is in {part(weak, len(found))} layers and matrices, and lies between "
-                f"{min(found):.2f} and {max(found):.2f}",
+                f"it is in {part(weak, len(found))} layers and matrices"
+                + (f", and lies between {min(found):.2f} and {max(found):.2f}" if found else ""),
+                ", ".join(
+                    f"{row.spearman:.2f} in layer {row.layer} of {row.matrix}"
+                    for row in strong.itertuples()
+                ),
             ),
         ),
         {"input norms by segment": table, "correlation": correlation},
@@ -98,7 +105,7 @@ def _others_are_small(table: pd.DataFrame, matrix: str) -> Check:
 
 
 def _subject_leads_early(table: pd.DataFrame, evidence: Evidence) -> Check:
-    early = evidence.layers(0, 0.25)
+    early = evidence.layers(0.0, 0.25)
     means = {
         name: _mean(by_layer(table, "mean", matrix="W_out", segment=name), early)
         for name in table["segment"].unique()

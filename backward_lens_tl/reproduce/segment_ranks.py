@@ -25,7 +25,7 @@ def target_by_segment(evidence: Evidence) -> Finding:
     """The target's rank for `W_out`'s VJPs, by segment (figure 7)."""
     table = ranks_by_segment(_matrix(evidence, "W_out"))
     raw = table[(table["projection"] == "logit_lens") & (table["segment"] != "last token")]
-    others = raw["median"].tolist()
+    others = raw["median"].dropna().tolist()
     far = sum(rank > (evidence.d_vocab - 1) / 2 for rank in others)
     return Finding(
         (
@@ -48,8 +48,8 @@ def target_by_segment(evidence: Evidence) -> Finding:
 
 def target_at_last_token(evidence: Evidence) -> Finding:
     """The target's rank for the last token's VJP alone (figure 18)."""
-    cells = _matrix(evidence, "W_out")
-    table = ranks_by_segment(cells[cells["segment"] == "last token"])
+    table = ranks_by_segment(_matrix(evidence, "W_out"))
+    table = table[table["segment"] == "last token"]
     first, *rest = _at_last_token(table).values()
     return Finding(
         (
@@ -70,7 +70,7 @@ def answer_by_segment(evidence: Evidence) -> Finding:
     """The rank of the model's own answer for `W_out`'s VJPs (figure 19)."""
     table = ranks_by_segment(_matrix(evidence, "W_out"), of="answer")
     last = _at_last_token(table)
-    late = [last[layer] for layer in evidence.layers(0.75, 1)]
+    late = [last[layer] for layer in evidence.layers(0.75, 1.0)]
     bound = _NEAR_TOP * (evidence.d_vocab - 1)
     return Finding(
         (
@@ -94,11 +94,14 @@ def answer_by_segment(evidence: Evidence) -> Finding:
 
 def answer_in_inputs(evidence: Evidence) -> Finding:
     """The rank of the model's own answer for `W_in`'s inputs (figure 20)."""
-    cells, correct = _matrix(evidence, "W_in"), evidence.correct_prompts
+    cells = _matrix(evidence, "W_in")
     table = ranks_by_segment(cells, of="answer")
+    every = set(cells.loc[cells["segment"].notna(), "prompt"].tolist())
+    correct = [prompt for prompt in evidence.correct_prompts if prompt in every]
     tables, drawn = {"all prompts": table}, _rank_figures(table, "W_in", "answer")
     checks = [_builds_up(_at_last_token(table))]
-    if correct:
+    # Where all answers are correct there is nothing to compare.
+    if 0 < len(correct) < len(every):
         own = ranks_by_segment(cells, of="answer", prompts=correct)
         tables["prompts answered correctly"] = own
         drawn |= {
@@ -106,8 +109,12 @@ def answer_in_inputs(evidence: Evidence) -> Finding:
             for name, draw in _rank_figures(own, "W_in", "answer").items()
         }
         checks.append(_shows_more(_at_last_token(own), _at_last_token(table), len(correct)))
-    answered = part(len(correct), len(evidence.prompts))
-    note = f"{answered} prompts are answered correctly, as far as the answer's first token shows."
+    answered = part(len(correct), len(every))
+    note = (
+        f"{answered} prompts are answered correctly, as far as the answer's first token shows."
+        if evidence.prompts["is_correct"].notna().any()
+        else "The data have no original answers that prompts could be answered with."
+    )
     return Finding(tuple(checks), tables, drawn, notes=(note,))
 
 

@@ -63,12 +63,14 @@ def _target_is_written(results: dict[str, BackwardLensResult]) -> Check:
 def _last_token_writes(results: dict[str, BackwardLensResult]) -> Check:
     counted = strongest = 0
     for result in results.values():
-        top_quarter = result.norms("W_out")[-max(1, len(result.layers) // 4) :, 0]
+        # In the very last layer no other token can write.
+        top_quarter = result.norms("W_out")[-max(2, len(result.layers) // 4) : -1, 0]
         counted += len(top_quarter)
         strongest += int((top_quarter.argmax(-1) == top_quarter.shape[-1] - 1).sum())
     return Check(
-        "in the last quarter of the layers the last token writes the most",
-        strongest == counted,
+        "in the last quarter of the layers the last token writes the most (the very last layer, "
+        "where no other can, is left out)",
+        0 < counted == strongest,
         f"it has the largest VJP in {part(strongest, counted)} of these layers",
     )
 
@@ -87,5 +89,10 @@ def _magnified(evidence: Evidence) -> tuple[Check, ...]:
             "least probable 1 % of the vocabulary",
             normalized - raw >= _FAR_END * of,
             f"{part(normalized, of)} of the VJPs when normalized, {part(raw, of)} as they are",
+        ),
+        Check(
+            "when normalized, more than half of W_out's VJPs have the target there",
+            normalized > of / 2,
+            f"{part(normalized, of)} of them",
         ),
     )

@@ -20,7 +20,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -37,11 +36,12 @@ from backward_lens_tl.sweep.config import SweepConfig
 from backward_lens_tl.sweep.folder import FORMAT_VERSION, Sweep, open_folder
 from backward_lens_tl.sweep.measuring import measure_part
 from backward_lens_tl.sweep.plan import Item, Part, plan_parts
+from backward_lens_tl.sweep.processes import own_device, this_process
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-__all__ = ["Sweep", "SweepConfig", "sweep", "this_process"]
+__all__ = ["Sweep", "SweepConfig", "sweep"]
 
 _DISTRIBUTIONS = ("backward-lens-tl", "transformer-lens", "torch", "transformers", "pyarrow")
 _TRY = "SweepConfig(layers=[0, -1], k=3)"
@@ -91,9 +91,7 @@ def sweep(
     config, state, folder = config or SweepConfig(), this_process(), Path(out)
     records = data if isinstance(data, Records) else read_records(data)
     if isinstance(model, str):
-        # TransformerLens decides whether to trust Apple's GPUs.
-        own = None if state.device.type in ("cpu", "mps") else str(state.device)
-        model = load_model(model, device=own)
+        model = load_model(model, device=own_device(state))
     host = host_of(model)
     parts = plan_parts(host, records, config)
     _check(host, parts, config)
@@ -105,20 +103,6 @@ def sweep(
         _write_parts(model, parts, found, state, progress)
     state.wait_for_everyone()
     return found
-
-
-def this_process() -> PartialState:
-    """This process and those that it was launched with.
-
-    Returns:
-        Accelerate's view of them.
-    """
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    # Left to itself it finds several processes only where each has an accelerator.
-    alone = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=alone)
 
 
 def _check_pyarrow() -> None:

@@ -9,9 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from backward_lens_tl.errors import SweepError
+from backward_lens_tl.loading import load_model
 from backward_lens_tl.records import read_records
-from backward_lens_tl.sweep import Sweep, sweep, this_process
+from backward_lens_tl.sweep import Sweep, sweep
 from backward_lens_tl.sweep.config import SweepConfig
+from backward_lens_tl.sweep.processes import own_device, this_process
 
 _LENSES = ("logit_lens", "normalized")
 
@@ -45,6 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=COLUMN",
         help="columns of other names, such as prompt=question target=new",
+    )
+    parser.add_argument(
+        "--kind",
+        choices=("bridge", "hooked"),
+        help="TransformerLens's model class (default: the one that it prefers)",
+    )
+    parser.add_argument(
+        "--device", help="such as cuda:1 (default: this process's own accelerator, if it has one)"
+    )
+    parser.add_argument(
+        "--n-devices",
+        type=int,
+        default=1,
+        help="GPUs that TransformerLens spreads the layers of a large model over",
     )
     parser.add_argument("--split", default="train", help="of a dataset (default: %(default)s)")
     parser.add_argument(
@@ -88,8 +104,11 @@ def run(args: argparse.Namespace) -> None:
         name: getattr(args, name) for name in base.to_json() if getattr(args, name) is not None
     }
     records = read_records(args.data, fields=_fields(args.field), split=args.split)
-    found = sweep(args.model, records, args.out, replace(base, **given), progress=not args.quiet)
-    if this_process().is_main_process:
+    state = this_process()
+    device = args.device or own_device(state)
+    model = load_model(args.model, args.kind, device=device, n_devices=args.n_devices)
+    found = sweep(model, records, args.out, replace(base, **given), progress=not args.quiet)
+    if state.is_main_process:
         sys.stdout.write(f"{_summary(found)}\n")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from backward_lens_tl.analysis import by_segment
-from backward_lens_tl.analysis.ranks import check_table
+from backward_lens_tl.analysis.tables import checked_table
 from backward_lens_tl.arguments import check_choice, listed, shown
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.result import BackwardLensResult, check_result
@@ -148,7 +148,7 @@ def norms_by_segment(
 
     Args:
         source: A result, of which all prompts count, or the table that
-            `analysis.by_segment.norms_by_segment` made of any number of prompts.
+            `analysis.norms_by_segment` made of any number of prompts.
         subject: What a result's prompts are about: one text or span for all, or one per prompt.
         matrix: Name of the matrix.
         of: `"vjp"` for `||delta_i||_2`, or `"input"` for `||x_i||_2`.
@@ -165,7 +165,7 @@ def norms_by_segment(
     """
     _check_drawing(backend, scale)
     check_choice("of", of, ("vjp", "input"))
-    _check_source(source, "analysis.by_segment.norms_by_segment")
+    _check_source(source, "analysis.norms_by_segment")
     if isinstance(source, BackwardLensResult):
         table = by_segment.norms_by_segment(_positions(source, subject, matrix), of)
     else:
@@ -190,7 +190,7 @@ def ranks_by_segment(
 
     Args:
         source: A result, of which all prompts count, or the table that
-            `analysis.by_segment.ranks_by_segment` made of any number of prompts. With
+            `analysis.ranks_by_segment` made of any number of prompts. With
             `direction="gradient"`, as in the paper, VJPs have the target at the far end of the
             vocabulary, which `scale="linear"` shows better.
         subject: What a result's prompts are about: one text or span for all, or one per prompt.
@@ -211,7 +211,7 @@ def ranks_by_segment(
     """
     _check_drawing(backend, scale)
     check_choice("of", of, ("target", "answer"))
-    _check_source(source, "analysis.by_segment.ranks_by_segment")
+    _check_source(source, "analysis.ranks_by_segment")
     if isinstance(source, BackwardLensResult):
         asked = source if projection is None else source.under(projection)
         table = by_segment.ranks_by_segment(_positions(asked, subject, matrix), of)
@@ -266,7 +266,7 @@ def gradient_ranks(
     """The rank of each gradient against the length of its prompt (paper, figure 4).
 
     Lemma 4.1 bounds it by the line `rank = n`; the last layer has rank 1 if the loss is on the last
-    token. `analysis.ranks.rank_exceptions` says why a point is elsewhere.
+    token. `analysis.rank_exceptions` says why a point is elsewhere.
 
     Args:
         source: A result, of which all prompts count, or a table of gradients, as of
@@ -292,7 +292,7 @@ def gradient_ranks(
             source.readout(name)
         table = pd.concat([source.gradient_df(matrix=name) for name in dict.fromkeys(names)])
     else:
-        check_table(source, _GRADIENT_COLUMNS, "what result.gradient_df() returns")
+        checked_table(source, _GRADIENT_COLUMNS, "what result.gradient_df() returns")
         there = source["matrix"].unique().tolist()
         names = _matrices(matrices, there)
         for name in names:
@@ -380,7 +380,7 @@ def neuron_overlap(
     """What a gradient's neurons share with the vectors that span it (paper, figures 8 to 10).
 
     Args:
-        table: What `analysis.neurons.neuron_overlap` returned.
+        table: What `analysis.neuron_overlap` returned.
         matrix: Name of the matrix that it is of, for the title.
         layer: The layer that it is of, for the title.
         backend: `"plotly"` or `"matplotlib"`.
@@ -394,7 +394,7 @@ def neuron_overlap(
         InputError: If it is no such table, or there is no such backend.
     """
     _check_drawing(backend)
-    check_table(table, _NEURON_COLUMNS, "what analysis.neurons.neuron_overlap returned")
+    checked_table(table, _NEURON_COLUMNS, "what analysis.neuron_overlap returned")
     charts = (
         overlap_map(table, "Overlap of the top tokens"),
         similarity_map(table, "Cosine similarity"),
@@ -412,7 +412,7 @@ def step_changes(
     """What a step of gradient descent changes of the loss, predicted and measured.
 
     Args:
-        table: What `analysis.steps.step_changes` returned, of any number of prompts.
+        table: What `analysis.step_changes` returned, of any number of prompts.
         scale: `"linear"`, or `"log"` for decreases, where a step that raises the loss, or should,
             is left out.
         backend: `"plotly"` or `"matplotlib"`.
@@ -425,7 +425,7 @@ def step_changes(
         InputError: If it is no such table, or there is no such scale or backend.
     """
     _check_drawing(backend, scale)
-    check_table(table, _STEP_COLUMNS, "what analysis.steps.step_changes returned")
+    checked_table(table, _STEP_COLUMNS, "what analysis.step_changes returned")
     prompts = _prompts(table["prompt"].nunique())
     title = f"One step on one matrix: change of the loss, {prompts}"
     return _drawn(backend, title, step_points(table, is_log=scale == "log"))
@@ -478,7 +478,7 @@ def _chosen(
             f"subject is {shown(subject)}, but the table has its segments; leave subject out"
         )
     needed = ("matrix", "of", "layer", "segment", "prompts", *columns)
-    check_table(table, needed, f"what analysis.by_segment.{analysis} returned")
+    checked_table(table, needed, f"what analysis.{analysis} returned")
     _check_there(matrix, table["matrix"].unique().tolist())
     own = table[table["matrix"] == matrix]
     check_choice("of", of, own["of"].unique().tolist())

@@ -1,0 +1,1407 @@
+"""The paper's experiments: verdicts on evidence with known answers, and the folder they fill."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from browser import opened
+from models import build
+from playwright.sync_api import Browser, Page
+
+import backward_lens_tl as blt
+from backward_lens_tl import cli
+from backward_lens_tl.errors import InputError, SweepError
+from backward_lens_tl.reproduce import (
+    EXPERIMENTS,
+    Check,
+    Finding,
+    folder,
+    gradient_neurons,
+    gradient_ranks,
+    imprint_and_shift,
+    page,
+    reproduce,
+    segment_norms,
+    segment_ranks,
+    words,
+)
+from backward_lens_tl.reproduce.evidence import Evidence
+from backward_lens_tl.reproduce.experiments import select_experiments
+from backward_lens_tl.reproduce.finding import by_layer, part
+from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.segments import SEGMENTS
+
+LENSES = ("logit_lens", "normalized")
+LAST = "last token"
+OTHERS = [name for name in SEGMENTS if name != LAST]
+
+# --- evidence made by hand ----------------------------------------------------------------------
+
+
+class Fake(Evidence):
+    """Evidence with the given attributes, and nothing behind it."""
+
+    model, model_name, n_layers, d_vocab, attention_sweep = None, "fake", 8, 1001, None
+
+    def __init__(self, **given: Any) -> None:
+        self.__dict__.update({"prompts": prompts_table([None]), "correct_prompts": []} | given)
+
+
+class Written(BackwardLensResult):
+    """A result with the given VJPs' norms and ranks of the target, layer by layer."""
+
+    layers = matrices = projections = ()
+
+    def __init__(self, norms: Sequence[Sequence[float]], ranks: Sequence[int], **by_lens: Any):
+        norms_of = pd.DataFrame(norms).to_numpy()[:, None]
+        self.__dict__.update(layers=tuple(range(len(norms))), ranks=ranks, by_lens=by_lens)
+        self.__dict__.update(given=norms_of)
+
+    def under(self, projection: str) -> Written:
+        return self.by_lens.get(projection, self)
+
+    def norms(self, matrix: str) -> Any:
+        assert matrix == "W_out"
+        import torch
+
+        return torch.tensor(self.given)
+
+    def cell(self, matrix: str, layer: int, pos: int, batch: int = 0) -> Any:
+        assert (matrix, pos, batch) == ("W_out", -1, 0)
+        return SimpleNamespace(target_leads=self.ranks[layer] == 0)
+
+    def to_df(self, *_: Any, **__: Any) -> pd.DataFrame:
+        return pd.DataFrame({"layer": self.layers, "target_rank": self.ranks})
+
+
+def prompts_table(correct: Sequence[bool | None]) -> pd.DataFrame:
+    rows = {"prompt": range(len(correct)), "is_correct": pd.Series(correct, dtype=object)}
+    return pd.DataFrame(rows)
+
+
+Value = Callable[[str, int, str, int, str], float]
+"""Of matrix, layer, segment, prompt and lens."""
+
+
+def cells(
+    n_layers: int = 8,
+    *,
+    matrices: Sequence[str] = ("W_in", "W_out"),
+    prompts: int = 3,
+    lenses: Sequence[str] = LENSES,
+    segments: Sequence[str | None] = SEGMENTS,
+    norm: Value = lambda *_: 1.0,
+    input_norm: Value = lambda *_: 1.0,
+    target: Value = lambda *_: 500,
+    answer: Value = lambda *_: 500,
+    zeros: bool = True,
+) -> pd.DataFrame:
+    """A table of positions with one token per segment; the last layer as in appendix A."""
+    rows = []
+    for matrix in matrices:
+        for layer in range(n_layers):
+            for prompt in range(prompts):
+                for at, segment in enumerate(segments):
+                    for lens in lenses:
+                        where = (matrix, layer, segment or "none", prompt, lens)
+                        is_zero = zeros and layer == n_layers - 1 and at < len(segments) - 1
+                        rows.append(
+                            {
+                                "prompt": prompt,
+                                "matrix": matrix,
+                                "layer": layer,
+                                "position": at,
+                                "token": f" {at}",
+                                "segment": segment,
+                                "projection": lens,
+                                "norm": 0.0 if is_zero else norm(*where),
+                                "input_norm": input_norm(*where),
+                                "is_zero": is_zero,
+                                "target_rank": target(*where),
+                                "answer_rank": answer(*where),
+                            }
+                        )
+    return pd.DataFrame(rows)
+
+
+def holds(finding: Finding) -> list[bool]:
+    return [check.holds for check in finding.checks]
+
+
+# --- words for what was found ---------------------------------------------------------------------
+
+
+YES, NO, ALMOST = Check("c", True, "f"), Check("c", False, "f"), Check("c", True, "f", "but")
+
+
+@pytest.mark.parametrize(
+    ("checks", "verdict"),
+    [
+        ((YES,), "holds"),
+        ((YES, YES), "holds"),
+        ((ALMOST,), "holds with exceptions"),
+        ((YES, ALMOST), "holds with exceptions"),
+        ((YES, NO), "holds with exceptions"),
+        ((NO,), "does not hold here"),
+        ((NO, YES, YES), "does not hold here"),
+    ],
+)
+def test_the_first_check_decides(checks: tuple[Check, ...], verdict: str):
+    assert Finding(checks).verdict == verdict
+
+
+def test_numbers_in_words():
+    assert part(7, 8) == "7 of 8 (88 %)"
+    assert part(0, 0) == "none of 0"
+    table = pd.DataFrame({"layer": [2, 0, 0], "of": ["a", "a", "b"], "x": [1.0, 2.0, 3.0]})
+    assert list(by_layer(table, "x", of="a").items()) == [(0, 2.0), (2, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "first", "second", "last"),
+    [
+        (1, (0,), (0,), (0,)),
+        (2, (0,), (0,), (1,)),
+        # No layer's middle is in the second quarter, which is mostly in layer 1, from 1/3 to 2/3.
+        (3, (0,), (1,), (2,)),
+        (4, (0,), (1,), (3,)),
+        (5, (0,), (1,), (4,)),
+        (6, (0,), (1, 2), (5,)),
+        (8, (0, 1), (2, 3), (6, 7)),
+        (12, (0, 1, 2), (3, 4, 5), (9, 10, 11)),
+        (48, tuple(range(12)), tuple(range(12, 24)), tuple(range(36, 48))),
+    ],
+)
+def test_quarters_of_the_layers(n_layers: int, first: Any, second: Any, last: Any):
+    evidence = Fake(n_layers=n_layers)
+    assert evidence.layers(0.0, 0.25) == first
+    assert evidence.layers(0.25, 0.5) == second
+    assert evidence.layers(0.75, 1.0) == last
+
+
+@pytest.mark.parametrize("n_layers", range(1, 49))
+def test_the_layer_whose_neurons_are_shown(n_layers: int):
+    """As far up as the paper's, and not the last one, whose gradient is a single VJP."""
+    layer = Fake(n_layers=n_layers).example_layer
+    assert 0 <= layer <= max(0, n_layers - 2)
+    if n_layers > 3:
+        assert abs(layer / n_layers - 14 / 24) <= 0.5 / n_layers + 1e-9
+    assert Fake(n_layers=24).example_layer == 14
+
+
+# --- figures 1 and 3 ------------------------------------------------------------------------------
+
+
+def steps(**changed: Sequence[Any]) -> pd.DataFrame:
+    """Twenty steps, of which the lemma is true; the last ten are of `W_out`."""
+    table = pd.DataFrame(
+        {
+            "output_error": [1e-5] * 20,
+            "rounding": [1e-5] * 20,
+            "loss_change": [-0.01] * 20,
+            "predicted_loss_change": [-0.01] * 20,
+            "shift_rank": [None] * 10 + [3] * 10,
+        }
+    )
+    return table.assign(**changed).astype({"shift_rank": "Int64"})
+
+
+def found_of_steps(monkeypatch: pytest.MonkeyPatch, table: pd.DataFrame) -> Finding:
+    asked = []
+
+    def step_changes(model: Any, texts: Any, targets: Any) -> pd.DataFrame:
+        asked.append((texts, targets))
+        return table
+
+    monkeypatch.setattr(imprint_and_shift, "step_changes", step_changes)
+    prompts = pd.DataFrame({"text": [f"t{n}" for n in range(30)], "target_id": range(30)})
+    finding = imprint_and_shift.imprint_and_shift(Fake(prompts=prompts))
+    assert asked == [([f"t{n}" for n in range(20)], list(range(20)))]
+    return finding
+
+
+def test_steps_as_in_the_lemma(monkeypatch: pytest.MonkeyPatch):
+    finding = found_of_steps(monkeypatch, steps())
+    assert holds(finding) == [True, True, True]
+    assert [check.found for check in finding.checks] == [
+        "for 20 of 20 (100 %) steps; the largest relative error is 1.0e-05",
+        "for 20 of 20 (100 %) steps; the loss falls in 20 of 20 (100 %)",
+        "for 10 of 10 (100 %) steps",
+    ]
+    assert finding.notes[0].startswith("Of 20 prompts")
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected", "at", "found"),
+    [
+        # One step that is off is enough against an identity.
+        ({"output_error": [2e-4] + [1e-5] * 19}, [False, True, True], 0, "19 of 20 (95 %) steps"),
+        ({"output_error": [9e-5] * 20}, [True, True, True], 0, "20 of 20"),
+        ({"loss_change": [-0.012] * 2 + [-0.01] * 18}, [True, True, True], 1, "18 of 20 (90 %)"),
+        ({"loss_change": [-0.012] * 3 + [-0.01] * 17}, [True, False, True], 1, "17 of 20 (85 %)"),
+        ({"loss_change": [0.01] * 20}, [True, False, True], 1, "the loss falls in 0 of 20 (0 %)"),
+        # The most probable 1 % of 1001 tokens are ranks 0 to 10.
+        ({"shift_rank": [None] * 10 + [10] * 6 + [11] * 4}, [True] * 3, 2, "6 of 10 (60 %)"),
+        ({"shift_rank": [None] * 10 + [10] * 5 + [11] * 5}, [True, True, False], 2, "5 of 10"),
+        # The other end of the vocabulary is the wrong direction.
+        ({"shift_rank": [None] * 10 + [1000] * 10}, [True, True, False], 2, "0 of 10"),
+    ],
+)
+def test_steps_that_are_off(
+    monkeypatch: pytest.MonkeyPatch, changed: Any, expected: list[bool], at: int, found: str
+):
+    finding = found_of_steps(monkeypatch, steps(**changed))
+    assert holds(finding) == expected
+    assert found in finding.checks[at].found
+
+
+# --- figure 4 -------------------------------------------------------------------------------------
+
+
+def ranks(
+    off: Mapping[int, Mapping[str, Any]] = {}, *, prompts: int = 10, n_layers: int = 8
+) -> pd.DataFrame:
+    """The paper's law for prompts of five tokens, but for some rows."""
+    rows = []
+    for prompt in range(prompts):
+        for layer in range(n_layers):
+            for matrix in ("W_in", "W_out"):
+                is_last = layer == n_layers - 1
+                rank = 1 if is_last else 5
+                rows.append(
+                    {"prompt": prompt, "matrix": matrix, "layer": layer, "is_last_layer": is_last}
+                    | {"n_tokens": 5, "n_writing": rank, "rank": rank, "largest_rank": rank}
+                    | {"input_rank": 5, "vjp_rank": rank}
+                )
+    table = pd.DataFrame(rows)
+    for row, values in off.items():
+        for column, value in values.items():
+            table[column] = table[column].astype("Float64" if value is None else "Int64")
+            table.loc[row, column] = value
+    return table
+
+
+def test_the_rank_law():
+    finding = gradient_ranks.rank_law(Fake(gradients=ranks()))
+    assert finding.verdict == "holds"
+    assert [check.found for check in finding.checks] == [
+        "140 of 140 (100 %) gradients",
+        "20 of 20 (100 %) gradients",
+    ]
+    assert len(finding.tables["exceptions"]) == 0
+    assert len(finding.tables["ranks"]) == 16
+
+
+def test_a_rare_drop_of_the_rank_is_an_exception_with_its_cause():
+    dropped = {"rank": 4, "input_rank": 4}
+    finding = gradient_ranks.rank_law(Fake(gradients=ranks({0: dropped})))
+    assert finding.verdict == "holds with exceptions"
+    first, last = finding.checks
+    assert (first.found, last.exceptions) == ("139 of 140 (99 %) gradients", "")
+    assert first.exceptions == "1 times inputs x_i are linearly dependent"
+    assert finding.tables["exceptions"]["rank"].tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    ("rows", "value", "expected"),
+    [
+        # Rows 14 and 15 of each prompt's 16 are those of the last layer.
+        ([row for row in range(10) if row % 16 < 14][:7], 4, [True, True]),
+        ([row for row in range(10) if row % 16 < 14][:8], 4, [False, True]),
+        ([14], 2, [True, True]),
+        ([14, 15], 5, [True, False]),
+        (range(160), 5, [True, False]),
+        (range(160), 1, [False, True]),
+    ],
+)
+def test_ranks_off_the_law(rows: Sequence[int], value: int, expected: list[bool]):
+    """95 % of 140 are 133, and of 20 are 19."""
+    table = ranks({row: {"rank": value} for row in rows})
+    finding = gradient_ranks.rank_law(Fake(gradients=table))
+    assert holds(finding) == expected
+    assert any(check.exceptions for check in finding.checks)
+
+
+def test_gradients_without_a_rank_follow_no_law():
+    """As of experts with factors of their own; they are neither right nor wrong."""
+    table = ranks({row: {"rank": None} for row in range(140)})
+    right = gradient_ranks.rank_law(Fake(gradients=table))
+    assert right.checks[0].found == "16 of 16 (100 %) gradients"
+    table.loc[table["rank"] == 5, "rank"] = 3
+    wrong = gradient_ranks.rank_law(Fake(gradients=table))
+    assert wrong.checks[0].found == "0 of 16 (0 %) gradients"
+    assert wrong.verdict == "does not hold here"
+
+
+def test_the_rank_law_of_one_layer():
+    finding = gradient_ranks.rank_law(Fake(gradients=ranks(n_layers=1), n_layers=1))
+    assert [check.found for check in finding.checks] == [
+        "none of 0 gradients",
+        "20 of 20 (100 %) gradients",
+    ]
+
+
+# --- figures 5, 11 to 15, 22 and 23: words --------------------------------------------------------
+
+
+def written(
+    n_layers: int = 8,
+    leads: Sequence[int] = range(8),
+    strong: Sequence[int] = range(8),
+    **lenses: Any,
+) -> Written:
+    """Some layers whose last token has the target first, and some in which it writes the most."""
+    norms = [[0.5, 2.0, 1.0 if layer not in strong else 3.0] for layer in range(n_layers)]
+    return Written(norms, [int(layer not in leads) for layer in range(n_layers)], **lenses)
+
+
+@pytest.mark.parametrize(
+    ("result", "expected", "found"),
+    [
+        (written(), [True, True], ["in 8 of 8 (100 %) layers", "1 of 1 (100 %) of these layers"]),
+        (written(leads=range(5)), [True, True], ["in 5 of 8 (62 %) layers"]),
+        (written(leads=range(4)), [False, True], ["in 4 of 8 (50 %) layers"]),
+        (written(leads=()), [False, True], ["in 0 of 8 (0 %) layers"]),
+        # The last layer is no evidence: no other token can write there.
+        (written(strong=[7]), [True, False], ["8 of 8", "0 of 1 (0 %) of these layers"]),
+        (written(strong=[6]), [True, True], ["8 of 8", "1 of 1"]),
+        (written(strong=range(6)), [True, False], ["8 of 8", "0 of 1"]),
+        # Of twelve layers the last quarter is 9 to 11.
+        (written(12, range(12), [9, 10]), [True, True], ["12 of 12", "2 of 2"]),
+        (written(12, range(12), [10, 11]), [True, False], ["12 of 12", "1 of 2 (50 %)"]),
+        (written(12, range(12), [8, 9, 11]), [True, False], ["12 of 12", "1 of 2"]),
+        (written(2, range(2), [0]), [True, True], ["2 of 2", "1 of 1"]),
+        (written(2, range(2), [1]), [True, False], ["2 of 2", "0 of 1"]),
+        (written(1, range(1), [0]), [True, False], ["1 of 1", "none of 0"]),
+    ],
+)
+def test_what_a_prompt_writes(result: Written, expected: list[bool], found: list[str]):
+    finding = words.example_table(Fake(example=result))
+    assert holds(finding) == expected
+    for check, said in zip(finding.checks, found, strict=False):
+        assert said in check.found
+    assert list(finding.results) == list(finding.tables) == ["Lionel Messi plays for →  Paris"]
+
+
+def test_other_prompts_are_counted_together(monkeypatch: pytest.MonkeyPatch):
+    shown = {"a": written(), "b": written(leads=range(2), strong=()), "c": written(leads=())}
+    asked = []
+
+    class Evidence(Fake):
+        def result(self, prompt: str, target: Any) -> Any:
+            asked.append((prompt, target))
+            return shown[prompt]
+
+    prompts = pd.DataFrame(
+        {"text": list("abccccc"), "target": list("uvwwwww"), "target_id": [1, 2, 3, 3, 3, 3, 3]}
+    )
+    finding = words.more_tables(Evidence(prompts=prompts.head(3)))
+    assert asked == [("a", 1), ("b", 2), ("c", 3)]
+    assert [check.found for check in finding.checks] == [
+        "in 10 of 24 (42 %) layers",
+        "it has the largest VJP in 2 of 3 (67 %) of these layers",
+    ]
+    assert holds(finding) == [False, False]
+    asked.clear()
+    words.more_tables(Evidence(prompts=prompts))
+    assert len(asked) == 5
+
+
+def normalized_table(raw: int, normalized: int, of: int = 100) -> Finding:
+    """Of `of` VJPs that are not zero, some have the target among the last 1 % of 1001 tokens."""
+    counts = {"logit_lens": raw, "normalized": normalized}
+
+    def target(matrix: str, layer: int, segment: str, prompt: int, lens: str) -> float:
+        # The zero vectors and the other matrix would turn every count around.
+        if matrix == "W_in" or layer == 1:
+            return 1000 if lens == "normalized" else 0
+        return 990 if prompt < counts[lens] else 989
+
+    table = cells(2, prompts=of, segments=[LAST, LAST], target=target)
+    table = table[(table["layer"] == 1) | (table["position"] == 0)]
+    table.loc[table["layer"] == 1, "is_zero"] = True
+    other = written(leads=range(3))
+    return words.normalized_table(
+        Fake(positions=table, n_layers=2, example=written(normalized=other))
+    )
+
+
+@pytest.mark.parametrize(
+    ("raw", "normalized", "expected"),
+    [
+        (50, 51, [True, True]),
+        (51, 51, [False, True]),
+        (52, 51, [False, True]),
+        (20, 50, [True, False]),
+        (20, 21, [True, False]),
+        (100, 100, [False, True]),
+    ],
+)
+def test_normalizing_magnifies_the_target(raw: int, normalized: int, expected: list[bool]):
+    finding = normalized_table(raw, normalized)
+    assert holds(finding)[:2] == expected
+    assert finding.checks[0].found == (
+        f"{normalized} of 100 ({normalized} %) of the VJPs when normalized, {raw} of 100 ({raw} %) "
+        "as they are"
+    )
+    # The table is of the normalized lens, not of the other.
+    assert finding.checks[2].found == "in 3 of 8 (38 %) layers"
+
+
+# --- figures 6, 16 and 17: norms ------------------------------------------------------------------
+
+
+def usual_norm(matrix: str, layer: int, segment: str, prompt: int, lens: str) -> float:
+    """As the paper has it: the subject in layers 0 and 1 of 8, the last token in layers 2 and 3."""
+    if segment == LAST:
+        return 10.0 if layer == 3 else 5.0
+    if segment == "last subject token":
+        return 4.0 if layer < 2 else 0.1
+    return 0.2
+
+
+def but(changed: Mapping[Any, float], matrix: str = "W_out") -> Value:
+    """The usual norms but for some segments and layers of one matrix."""
+
+    def norm(name: str, layer: int, segment: str, prompt: int, lens: str) -> float:
+        usual = usual_norm(name, layer, segment, prompt, lens)
+        if name != matrix:
+            return usual
+        return changed.get((segment, layer), changed.get(segment, usual))
+
+    return norm
+
+
+def test_norms_as_in_the_paper():
+    finding = segment_norms.norms_of_shifts(Fake(positions=cells(norm=usual_norm)))
+    assert finding.verdict == "holds"
+    small, subject, last = finding.checks
+    # Zeros of the last layer count: 7 * 0.2 / 8 = 0.175, of 10.
+    assert small.found == "before subject 0.02, after subject 0.02"
+    assert subject.found.startswith("mean norms: last subject token 4, ")
+    assert last.found == "most in layer 3 of 8, a norm of 10; in the second quarter up to 10"
+    assert set(finding.tables["norms by segment"]["matrix"]) == {"W_out"}
+    assert list(finding.figures) == ["norm of delta_i, W_out"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        # Seven of eight layers with 2.9 make a mean of 2.54, and 10 is the last token's peak.
+        ({"after subject": 2.9}, [False, True, True]),
+        ({"before subject": 2.9}, [False, True, True]),
+        ({"after subject": 2.8}, [True, True, True]),
+        ({"middle subject tokens": 2.9}, [True, True, True]),
+        ({"last subject token": 0.1}, [True, False, True]),
+        # Others may write more there, unless they are the last token.
+        ({("before subject", 0): 9.0}, [True, False, True]),
+        ({("after subject", 1): 9.0}, [True, False, True]),
+        # The subject's other tokens count as well.
+        ({"last subject token": 0.1, ("first subject token", 0): 3.0}, [True, True, True]),
+        # Layers 2 and 3 are not the first quarter.
+        ({"last subject token": 0.1, ("last subject token", 2): 50.0}, [True, False, True]),
+        ({(LAST, 2): 11.0}, [True, True, True]),
+        ({(LAST, 4): 11.0}, [True, True, False]),
+        ({(LAST, 1): 11.0}, [True, True, False]),
+        ({(LAST, 7): 11.0}, [True, True, False]),
+    ],
+)
+def test_norms_that_are_off(changed: Any, expected: list[bool]):
+    table = cells(norm=but(changed))
+    assert holds(segment_norms.norms_of_shifts(Fake(positions=table))) == expected
+    # Another matrix decides nothing.
+    elsewhere = cells(norm=but(changed, "W_in"))
+    assert holds(segment_norms.norms_of_shifts(Fake(positions=elsewhere))) == [True] * 3
+
+
+def test_norms_of_every_matrix():
+    attention = cells(matrices=["W_Q", "W_V"], norm=but({"before subject": 4.0}, "W_V"))
+    evidence = Fake(
+        positions=cells(norm=usual_norm),
+        attention_sweep=SimpleNamespace(positions=lambda: attention),
+    )
+    finding = segment_norms.norms_of_all(evidence)
+    names = [check.claim.partition(":")[0] for check in finding.checks if ": tokens" in check.claim]
+    by_name = dict(zip(names, [finding.checks[0], *finding.checks[3:]], strict=True))
+    assert {name: check.holds for name, check in by_name.items()} == {
+        "W_out": True,
+        "W_Q": True,
+        "W_V": False,
+        "W_in": True,
+    }
+    assert by_name["W_V"].found == "before subject 0.35, after subject 0.02"
+    assert finding.verdict == "holds with exceptions"
+    assert len(finding.figures) == 4
+    alone = segment_norms.norms_of_all(Fake(positions=cells(norm=but({LAST: 0.1}))))
+    assert alone.notes == ("The attention of this model cannot be analysed.",)
+    assert alone.verdict == "does not hold here"
+
+
+def correlated(strong: Sequence[tuple[str, int]], sign: int = 1) -> pd.DataFrame:
+    """Six tokens of five prompts per layer, whose norms go together in some layers only."""
+
+    def norm(matrix: str, layer: int, segment: str, prompt: int, lens: str) -> float:
+        return 1.0 + SEGMENTS.index(segment) + 6 * prompt
+
+    def input_norm(matrix: str, layer: int, segment: str, prompt: int, lens: str) -> float:
+        own = norm(matrix, layer, segment, prompt, lens)
+        # Up and down again, which no rank correlation sees.
+        return 100 + sign * own if (matrix, layer) in strong else abs(own - 15.5)
+
+    return cells(4, prompts=5, norm=norm, input_norm=input_norm, zeros=False)
+
+
+def test_norms_without_correlation():
+    finding = segment_norms.norms_of_inputs(Fake(positions=correlated([])))
+    assert finding.verdict == "holds"
+    assert finding.checks[0].found.startswith(
+        "it is in 8 of 8 (100 %) layers and matrices, and lies"
+    )
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_correlated_norms(sign: int):
+    """Also where long inputs have short VJPs. A minority of layers makes exceptions."""
+    all_layers = [(matrix, layer) for matrix in ("W_in", "W_out") for layer in range(4)]
+    few = segment_norms.norms_of_inputs(Fake(positions=correlated(all_layers[:3], sign)))
+    assert few.verdict == "holds with exceptions"
+    assert few.checks[0].exceptions == ", ".join(
+        f"{sign:.2f} in layer {layer} of W_in" for layer in range(3)
+    )
+    many = segment_norms.norms_of_inputs(Fake(positions=correlated(all_layers[:4], sign)))
+    assert "4 of 8 (50 %)" in many.checks[0].found
+    assert many.verdict == "does not hold here"
+
+
+def test_layers_without_a_correlation_are_left_out():
+    table = cells(4, prompts=1, norm=lambda *at: 1 + SEGMENTS.index(at[2]))
+    finding = segment_norms.norms_of_inputs(Fake(positions=table))  # all inputs are as long
+    assert finding.checks[0].found == "it is in none of 0 layers and matrices"
+    assert finding.verdict == "does not hold here"
+
+
+# --- figures 7 and 18 to 21: ranks ----------------------------------------------------------------
+
+
+def ranked(by: Callable[[int, str], float], matrix: str = "W_out", lens: str = LENSES[0]) -> Value:
+    """Ranks of one matrix under one lens; all others would turn every answer around."""
+    far = by(0, LAST) > 500
+    return lambda name, layer, segment, prompt, own: (
+        by(layer, segment) if (name, own) == (matrix, lens) else 0 if far else 1000
+    )
+
+
+def target_by_segment(by: Callable[[int, str], float], **more: Any) -> Finding:
+    return segment_ranks.target_by_segment(Fake(positions=cells(target=ranked(by), **more)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "rank", "expected"),
+    [
+        (range(8), 1000, True),
+        (range(8), 990, True),  # the last 1 % of ranks 0 to 1000
+        (range(8), 989, False),
+        (range(6), 990, True),
+        (range(5), 990, False),
+        (range(8), 0, False),
+        (range(8), 10, False),
+    ],
+)
+def test_the_target_is_at_the_far_end(layers: Sequence[int], rank: float, expected: bool):
+    def by(layer: int, segment: str) -> float:
+        return rank if segment != LAST or layer in layers else 900
+
+    n_far = len(layers) if rank >= 990 else 0
+    finding = target_by_segment(by)
+    assert finding.checks[0].holds == expected
+    assert finding.checks[0].found.startswith(f"in {part(n_far, 8)} layers; median ranks ")
+    alone = segment_ranks.target_at_last_token(Fake(positions=cells(target=ranked(by))))
+    assert alone.checks[0] == finding.checks[0]
+    assert set(alone.tables["target rank at the last token"]["segment"]) == {LAST}
+
+
+def test_the_median_prompt_decides():
+    """One of three prompts may be anywhere; two may not."""
+    for off, expected in ((1, True), (2, False)):
+        table = cells(target=lambda *at, off=off: 0 if at[3] < off else 1000)
+        assert segment_ranks.target_by_segment(Fake(positions=table)).checks[0].holds == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "rank", "expected", "found"),
+    [
+        # Five segments of seven layers: all of the last layer's are zero vectors.
+        (range(7), 501, True, "35 of 35 (100 %)"),
+        (range(7), 500, False, "0 of 35 (0 %)"),
+        (range(4), 501, True, "20 of 35 (57 %)"),
+        (range(3), 501, False, "15 of 35 (43 %)"),
+        ([7], 501, False, "0 of 35 (0 %)"),
+    ],
+)
+def test_other_tokens_behave_alike(layers: Sequence[int], rank: float, expected: bool, found: str):
+    def by(layer: int, segment: str) -> float:
+        return 1000 if segment == LAST else rank if layer in layers else 0
+
+    finding = target_by_segment(by)
+    assert [check.holds for check in finding.checks] == [True, expected]
+    assert finding.checks[1].found == f"it is for {found} segments and layers"
+
+
+def test_the_first_layer_is_less_far_away():
+    def found(first: float, rest: float) -> Check:
+        table = cells(target=ranked(lambda layer, _: rest if layer else first))
+        return segment_ranks.target_at_last_token(Fake(positions=table)).checks[1]
+
+    assert found(900, 1000).holds
+    assert not found(1000, 1000).holds
+    assert not found(1000, 995).holds
+    assert found(900, 1000).found == "median rank 900 in layer 0, 1000 in the others"
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [
+        (lambda layer, _: 99, [True, True]),
+        (lambda layer, _: 100, [False, True]),  # a tenth of 1000
+        (lambda layer, _: 0, [True, False]),
+        (lambda layer, _: 99 if layer >= 6 else 900, [True, True]),
+        (lambda layer, _: 99 if layer == 7 else 900, [False, True]),
+        (lambda layer, _: 99 if layer < 6 else 900, [False, True]),
+        # Only the last layers count.
+        (lambda layer, _: 0 if layer >= 6 else 900, [True, False]),
+        (lambda layer, segment: 5 if segment == LAST else 900, [True, True]),
+        (lambda layer, segment: 900 if segment == LAST else 5, [False, True]),
+    ],
+)
+def test_the_answer_is_taken_away(by: Any, expected: list[bool]):
+    value = ranked(by)
+    finding = segment_ranks.answer_by_segment(
+        Fake(positions=cells(answer=value, target=lambda *_: 0))
+    )
+    assert holds(finding) == expected
+    late = ", ".join(f"{by(layer, LAST):.0f}" for layer in (6, 7))
+    assert finding.checks[0].found == f"median ranks {late} of 1001"
+
+
+def answer_in_inputs(
+    curve: Sequence[float],
+    right: Sequence[float] = (),
+    correct: Sequence[Any] = (None,) * 4,
+    **more: Any,
+) -> Finding:
+    """Ranks by layer of the four prompts, and of those that are answered correctly."""
+    rows = [prompt for prompt, is_correct in enumerate(correct) if is_correct]
+
+    def answer(matrix: str, layer: int, segment: str, prompt: int, lens: str) -> float:
+        if (matrix, lens) != ("W_in", "logit_lens") or segment != LAST:
+            return 1000 - curve[layer]
+        return right[layer] if prompt in rows else curve[layer]
+
+    table = cells(len(curve), prompts=4, answer=answer, zeros=False, **more)
+    return segment_ranks.answer_in_inputs(
+        Fake(
+            positions=table,
+            prompts=prompts_table(correct),
+            correct_prompts=rows,
+            n_layers=len(curve),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("curve", "expected", "found"),
+    [
+        ([80, 70, 60, 50, 40, 30, 20, 10], True, "coefficient -1.00"),
+        ([10, 20, 30, 40, 50, 60, 70, 80], False, "coefficient 1.00"),
+        # Spearman's coefficient is 1 - 6 sum d^2 / (n (n^2 - 1)), d against the order of layers.
+        ([80, 70, 60, 50, 40, 30, 10, 20], True, "coefficient -0.98"),
+        ([60, 70, 80, 30, 40, 50, 10, 20], True, "coefficient -0.79"),
+        ([10, 80, 70, 60, 50, 40, 30, 20], False, "coefficient -0.33"),
+        ([5] * 8, False, "coefficient nan"),
+        ([5], False, "coefficient nan"),
+        ([5, 4], True, "coefficient -1.00"),
+    ],
+)
+def test_the_answer_builds_up(curve: Sequence[float], expected: bool, found: str):
+    finding = answer_in_inputs(curve)
+    assert holds(finding) == [expected]
+    assert finding.checks[0].found.startswith(found)
+    assert finding.notes == (
+        "The data have no original answers that prompts could be answered with.",
+    )
+
+
+def test_correct_answers_show_more():
+    curve = [80, 70, 60, 50, 40, 30, 20, 10]
+    better = answer_in_inputs(curve, [rank - 10 for rank in curve], [True, False, False, None])
+    assert holds(better) == [True, True]
+    assert better.checks[1].found == (
+        "mean over the layers 35.0 of the 1 prompts answered correctly, 45.0 of all"
+    )
+    assert better.notes[0].startswith("1 of 4 (25 %) prompts are answered correctly")
+    worse = answer_in_inputs(curve, [rank + 10 for rank in curve], [True, False, False, False])
+    assert holds(worse) == [True, False]
+    assert set(worse.tables) == {"all prompts", "prompts answered correctly"}
+    # Nothing to compare.
+    every = answer_in_inputs(curve, curve, [True] * 4)
+    none = answer_in_inputs(curve, curve, [False] * 4)
+    assert holds(every) == holds(none) == [True]
+    assert [each.notes[0].partition(" prompts")[0] for each in (every, none)] == [
+        "4 of 4 (100 %)",
+        "0 of 4 (0 %)",
+    ]
+
+
+def test_a_correct_prompt_without_a_subject_is_no_error():
+    """Its tokens are in no segment."""
+    table = cells(4, prompts=3, zeros=False, answer=lambda *at: 10 - at[1])
+    table.loc[table["prompt"] == 1, "segment"] = None
+    finding = segment_ranks.answer_in_inputs(
+        Fake(positions=table, prompts=prompts_table([True, True, False]), correct_prompts=[0, 1])
+    )
+    assert finding.notes[0].startswith("1 of 2 (50 %)")
+
+
+def test_the_target_is_behind_the_answer():
+    def found(target: Callable[[int], float]) -> Finding:
+        table = cells(
+            target=lambda matrix, layer, *_: target(layer) if matrix == "W_in" else 0,
+            answer=lambda matrix, layer, *_: 10 if matrix == "W_in" else 1000,
+        )
+        return segment_ranks.target_in_inputs(Fake(positions=table))
+
+    behind = found(lambda layer: 11)
+    assert behind.verdict == "holds"
+    assert behind.checks[0].found.startswith(
+        "in 8 of 8 (100 %) layers; median ranks of the target 11,"
+    )
+    assert found(lambda layer: 10).verdict == "does not hold here"
+    once = found(lambda layer: 9 if layer == 2 else 50)
+    assert (once.verdict, once.checks[0].found[:16]) == ("does not hold here", "in 7 of 8 (88 %)")
+
+
+# --- figures 8 to 10 and tables 2 to 5: neurons ---------------------------------------------------
+
+
+def neurons(
+    like: Mapping[int, float],
+    longest: int = 2,
+    n_neurons: int = 200,
+    others: float = 0.2,
+    short: tuple[float, Mapping[int, float]] = (0.9, {}),
+) -> pd.DataFrame:
+    """Neurons, longest first, and three spanning vectors.
+
+    `like` are the longest ones' cosines with some of these, and `short` the overlaps of the
+    shortest with the zero vector and with some of these.
+    """
+    rows = []
+    for neuron in range(n_neurons):
+        is_long, is_short = neuron < longest, neuron >= n_neurons - 2
+        for position in (0, 1, 2, None):
+            if position is None:
+                cosine, overlap = float("nan"), short[0] if is_short else 0.0
+            else:
+                cosine = like.get(position, others) if is_long else others
+                overlap = short[1].get(position, 0.0) if is_short else 1.0
+            rows.append((neuron, neuron, position, f"t{position}", cosine, overlap))
+    columns = ["neuron", "norm_rank", "position", "token", "similarity", "overlap"]
+    table = pd.DataFrame(rows, columns=columns).astype({"position": "Int64"})
+    # The order of the table is that of indices, not of norms.
+    return table.assign(neuron=(table["neuron"] * 7) % n_neurons).sort_values(
+        "neuron", kind="stable", ignore_index=True
+    )
+
+
+@pytest.fixture
+def similarity(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Finding]]:
+    """What figures and tables of one matrix find in a table of neurons."""
+
+    def found(table: pd.DataFrame, matrix: str, d_vocab: int = 1001) -> list[Finding]:
+        asked = []
+
+        def overlap(model: Any, gradients: Any, name: str, layer: int, *, k: int) -> pd.DataFrame:
+            asked.append((name, layer, k))
+            return table
+
+        monkeypatch.setattr(gradient_neurons, "neuron_overlap", overlap)
+        for name in ("neuron_words", "spanning_words"):
+            monkeypatch.setattr(gradient_neurons, name, lambda *_: pd.DataFrame({"a": [1]}))
+        example = SimpleNamespace(
+            gradients=SimpleNamespace(prompt=lambda _: "a prompt"), target=lambda: " Paris"
+        )
+        evidence = Fake(example=example, d_vocab=d_vocab)
+        measures = {
+            "W_out": ("shift_similarity", "shift_neurons", "shift_vectors"),
+            "W_in": ("imprint_similarity", "imprint_neurons", "imprint_vectors"),
+        }[matrix]
+        findings = [getattr(gradient_neurons, name)(evidence) for name in measures]
+        assert asked == [(matrix, 5, max(1, min(100, d_vocab // 5)))] * 3
+        assert findings[0].checks == findings[1].checks
+        assert findings[2].checks == findings[0].checks[:1]
+        note = "Of 'a prompt', taught ' Paris', in layer 5 of 8; the paper shows layer 14 of"
+        assert all(each.notes[0].startswith(note) for each in findings)
+        return findings
+
+    return found
+
+
+@pytest.mark.parametrize(
+    ("table", "of_inputs", "of_vjps"),
+    [
+        (neurons({2: 0.95}), [True, True], [True, True]),
+        (neurons({2: -0.95}), [True, True], [True, True]),
+        (neurons({2: 0.9}), [False, True], [False, True]),
+        # Of VJPs, the paper says which one.
+        (neurons({0: 0.95, 2: 0.5}), [True, True], [False, True]),
+        # One of the two longest of 200 is not enough, and the third does not count.
+        (neurons({2: 0.95}, longest=1), [False, True], [False, True]),
+        (neurons({2: 0.95}, longest=3), [True, True], [True, True]),
+        (neurons({2: 0.95}, short=(0.4, {1: 0.5})), [True, False], [True, False]),
+        (neurons({2: 0.95}, short=(0.5, {1: 0.5})), [True, False], [True, False]),
+        (neurons({2: 0.95}, short=(0.4, {1: 0.3, 0: 0.3})), [True, True], [True, True]),
+    ],
+)
+def test_neurons_and_what_spans_them(
+    similarity: Callable[..., list[Finding]],
+    table: pd.DataFrame,
+    of_inputs: list[bool],
+    of_vjps: list[bool],
+):
+    assert holds(similarity(table, "W_in")[0]) == of_inputs
+    assert holds(similarity(table, "W_out")[0]) == of_vjps
+
+
+def test_numbers_of_neurons(similarity: Callable[..., list[Finding]]):
+    finding, *_ = similarity(neurons({2: -0.95}, short=(0.9, {0: 0.25})), "W_out")
+    assert [check.found for check in finding.checks] == [
+        "the 2 longest have at least 0.950; most often that of 't2' is the most alike",
+        "they share 90 % with the zero vector, and at most 25 % with a vector of the spanning set",
+    ]
+
+
+@pytest.mark.parametrize("d_vocab", [3, 50, 97, 499, 500, 50257])
+def test_small_vocabularies_are_not_compared_with_themselves(
+    similarity: Callable[..., list[Finding]], d_vocab: int
+):
+    similarity(neurons({2: 0.95}), "W_in", d_vocab)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def test_names_of_figures_and_tables():
+    names = [cover for experiment in EXPERIMENTS for cover in experiment.covers]
+    figures = [f"fig{n}" for n in (1, *range(3, 24))]
+    assert sorted(names) == sorted([*figures, *(f"table{n}" for n in range(2, 6))])
+    for experiment in EXPERIMENTS:
+        assert experiment.name in experiment.covers
+        for cover in experiment.covers:
+            assert select_experiments(cover) == (experiment,)
+    assert select_experiments("all") == EXPERIMENTS == select_experiments(["fig4", "all"])
+    folders = {"fig9": "fig8", "fig12": "fig11", "fig15": "fig11", "fig23": "fig22", "fig1": "fig3"}
+    for alias, name in folders.items():
+        assert [each.name for each in select_experiments(alias)] == [name]
+    asked = ["table2", "fig9", "fig8", "fig4"]
+    assert [each.name for each in select_experiments(asked)] == ["fig4", "fig8", "table2"]
+
+
+def test_unknown_names(tmp_path: Path):
+    with pytest.raises(
+        InputError, match=r"no experiment 'fig2'; there are fig1, fig3, .*table5, all"
+    ):
+        reproduce("fig2", out=tmp_path / "x")
+    with pytest.raises(InputError, match="no experiment was asked for; there are fig1"):
+        reproduce([], out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+# --- the facts model, measured again --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return blt.load_facts_model()
+
+
+@pytest.fixture(scope="module")
+def facts(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Figure 4 first, and later others in the same folder."""
+    out = tmp_path_factory.mktemp("facts")
+    reproduce("fig4", model, out, data="facts", prompts=10, progress=False)
+    names = ["fig6", "fig7", "fig19", "fig20", "fig9"]
+    reproduce(names, model, out, data="facts", prompts=10, progress=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def slow_cells(model: Any, facts: Path) -> list[dict[str, Any]]:
+    """The same prompts one by one, cell by cell."""
+    prompts = pd.read_parquet(facts / "sweep" / "prompts")
+    assert len(prompts) == 10
+    return [cell for row in prompts.itertuples() for cell in cells_of(model, row)]
+
+
+def cells_of(model: Any, row: Any) -> Iterator[dict[str, Any]]:
+    found = blt.backward_lens(
+        model,
+        row.text,
+        int(row.target_id),
+        direction="gradient",
+        projection=LENSES,
+        k=1,
+    )
+    # The same question about the model's own answer.
+    answered = blt.backward_lens(
+        model,
+        row.text,
+        int(row.answer_id),
+        direction="gradient",
+        projection=LENSES,
+        k=1,
+    )
+    del answered  # its VJPs are of another loss; ranks of the answer are read below
+    segments = segments_of(found.gradients.str_tokens[0], row.text, row.subject)
+    lens = {"logit_lens": LogitLens(model, False), "normalized": LogitLens(model, True)}
+    for name in LENSES:
+        result = found.under(name)
+        for matrix in ("W_in", "W_out"):
+            for layer in range(8):
+                gradient = result.gradients[matrix, layer]
+                for at, segment in enumerate(segments):
+                    cell = result.cell(matrix, layer, at)
+                    vector = gradient.spanning_set[0, at]
+                    yield {
+                        "prompt": row.prompt,
+                        "matrix": matrix,
+                        "layer": layer,
+                        "segment": segment,
+                        "projection": name,
+                        "norm": cell.norm,
+                        "target": None if cell.is_zero else cell.target_rank,
+                        "answer": None
+                        if cell.is_zero
+                        else lens[name].rank(vector, int(row.answer_id)),
+                    }
+
+
+class LogitLens:
+    """Scores of a vector by the model's own modules."""
+
+    def __init__(self, model: Any, normalize: bool) -> None:
+        self.model, self.normalize = model, normalize
+
+    def rank(self, vector: Any, token: int) -> int:
+        import torch
+
+        if self.normalize:
+            vector = vector / vector.norm()
+        with torch.no_grad():
+            scores = self.model.unembed(self.model.ln_final(vector[None, None]))[0, 0]
+        return int((scores > scores[token]).sum())
+
+
+def segments_of(tokens: Sequence[str], text: str, subject: str) -> list[str]:
+    """By adding up the tokens' lengths."""
+    assert "".join(tokens) == text
+    start = text.index(subject)
+    end, at, own = start + len(subject), 0, []
+    for index, token in enumerate(tokens):
+        left, at = at, at + len(token)
+        if left < end and at > start:
+            own.append(index)
+    names = [
+        "before subject" if index < own[0] else "after subject" for index in range(len(tokens))
+    ]
+    for index in own:
+        names[index] = "middle subject tokens"
+    names[own[0]] = "first subject token"
+    names[own[-1]] = "last subject token"
+    names[-1] = "last token"
+    return names
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def slow_groups(
+    slow_cells: list[dict[str, Any]], matrix: str, of: str, by_lens: bool
+) -> dict[tuple[str, ...], list[float]]:
+    groups: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for cell in slow_cells:
+        if cell["matrix"] == matrix and (by_lens or cell["projection"] == "logit_lens"):
+            lens = (cell["projection"],) if by_lens else ()
+            values = groups[(*lens, str(cell["layer"]), cell["segment"])]
+            if cell[of] is not None:
+                values.append(cell[of])
+    return groups
+
+
+def test_norms_against_a_slow_loop(facts: Path, slow_cells: list[dict[str, Any]]):
+    rows = read_csv(facts / "fig6" / "norms-by-segment.csv")
+    groups = slow_groups(slow_cells, "W_out", "norm", by_lens=False)
+    assert len(rows) == len(groups) == 48
+    for row in rows:
+        values = groups[row["layer"], row["segment"]]
+        # Prompts share a pass in the sweep, and float32 rounds their sums differently.
+        assert float(row["mean"]) == pytest.approx(statistics.fmean(values), rel=1e-3, abs=1e-9)
+        assert int(row["count"]) == len(values)
+        assert row["prompts"] == "10"
+
+
+@pytest.mark.parametrize(
+    ("file", "matrix", "of"),
+    [
+        ("fig7/target-rank-by-segment.csv", "W_out", "target"),
+        ("fig19/answer-rank-by-segment.csv", "W_out", "answer"),
+        ("fig20/all-prompts.csv", "W_in", "answer"),
+    ],
+)
+def test_ranks_against_a_slow_loop(
+    facts: Path, slow_cells: list[dict[str, Any]], file: str, matrix: str, of: str
+):
+    rows = read_csv(facts / file)
+    groups = slow_groups(slow_cells, matrix, of, by_lens=True)
+    assert len(rows) == len(groups) == 96
+    for row in rows:
+        values = groups[row["projection"], row["layer"], row["segment"]]
+        assert int(row["count"]) == len(values)
+        assert (row["matrix"], row["of"]) == (matrix, of)
+        if not values:
+            assert (row["layer"], row["median"]) == ("7", "")
+            continue
+        # Scores that differ by rounding alone may swap.
+        assert float(row["median"]) == pytest.approx(statistics.median(values), abs=1.0, rel=2e-3)
+        assert float(row["mean"]) == pytest.approx(statistics.fmean(values), abs=1.0, rel=2e-3)
+
+
+def test_checks_follow_from_the_tables(facts: Path):
+    """The decisive numbers, once more from the files."""
+    findings = {each["name"]: each for each in folder.read_findings(facts)}
+    rows = read_csv(facts / "fig7" / "target-rank-by-segment.csv")
+    last = [
+        float(row["median"])
+        for row in rows
+        if (row["projection"], row["segment"]) == ("logit_lens", LAST)
+    ]
+    far = sum(rank >= 0.99 * 3071 for rank in last)
+    check = findings["fig7"]["checks"][0]
+    assert check["found"].startswith(f"in {far} of 8 ")
+    assert check["holds"] == (far >= 6)
+    answers = [
+        float(row["median"])
+        for row in read_csv(facts / "fig20" / "all-prompts.csv")
+        if (row["projection"], row["segment"]) == ("logit_lens", LAST)
+    ]
+    assert findings["fig20"]["checks"][0]["found"].endswith(
+        "median ranks " + ", ".join(f"{rank:.0f}" for rank in answers)
+    )
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def test_files_of_the_folder(facts: Path):
+    findings = folder.read_findings(facts)
+    assert [each["name"] for each in findings] == ["fig4", "fig6", "fig7", "fig8", "fig19", "fig20"]
+    assert findings[3]["covers"] == ["fig8", "fig9"]
+    for finding in findings:
+        assert {"title", "statement", "verdict", "checks", "notes", "about"} <= set(finding)
+        shown = [*finding["results"], *finding["figures"]]
+        assert shown
+        for each in (*shown, *finding["tables"]):
+            assert (facts / each["file"]).stat().st_size > 0
+        for figure in finding["figures"]:
+            assert ElementTree.parse(facts / figure["svg"]).getroot().tag.endswith("}svg")
+            assert '"../plotly.min.js"' in (facts / figure["file"]).read_text(encoding="utf-8")
+        for table in finding["tables"]:
+            rows = read_csv(facts / table["file"])
+            assert len(rows) == table["n_rows"]
+            assert len(table["rows"]) == min(12, len(rows))
+            if rows:
+                assert list(rows[0]) == table["columns"]
+    assert findings[0]["about"]["prompts"] == 10
+    assert findings[0]["about"]["model"] == "facts"
+
+
+def test_a_folder_grows_and_its_sweep_is_used_again(model: Any, facts: Path):
+    parts = sorted((facts / "sweep").rglob("*.parquet"))
+    assert parts
+    times = [file.stat().st_mtime_ns for file in parts]
+    found = reproduce("fig17", model, facts, data="facts", prompts=10, progress=False)
+    assert list(found) == ["fig17"]
+    assert [file.stat().st_mtime_ns for file in parts] == times
+    text = (facts / "report.html").read_text(encoding="utf-8")
+    names = re.findall(r'<section id="(\w+)">', text)
+    assert names == ["fig4", "fig6", "fig7", "fig8", "fig17", "fig19", "fig20"]
+    for name in ("fig4", "fig6", "fig17"):
+        statement = next(each.statement for each in EXPERIMENTS if each.name == name)
+        assert statement in text.replace("&#x27;", "'")
+    shutil.rmtree(facts / "fig17")
+
+
+def test_another_model_or_data_is_refused(model: Any, facts: Path):
+    before = (facts / "report.html").read_bytes()
+    rows = [{"prompt": "Rome is in", "target": " Paris", "subject": "Rome"}]
+    with pytest.raises(SweepError, match="holds a sweep with another data: "):
+        reproduce("fig6", model, facts, data=rows, prompts=10, progress=False)
+    with pytest.raises(SweepError, match="holds a sweep with another config: "):
+        reproduce("fig6", model, facts, data="facts", prompts=9, progress=False)
+    other = build("bridge-gpt2" if hasattr(model, "original_model") else "hooked-gpt2").model
+    with pytest.raises(
+        SweepError, match=r"holds a sweep with another (config|model|data|n_parts): "
+    ):
+        reproduce("fig6", other, facts, data="facts", prompts=10, progress=False)
+    assert (facts / "report.html").read_bytes() == before
+
+
+def test_prompts_that_look_alike_have_files_of_their_own(tmp_path: Path):
+    """Long ones, and those of other scripts, whose names are cut."""
+    names = ["x" * 80, "x" * 81, "東京", "パリ", "a-2", "a", "A", "?"]
+    finding = Finding((YES,), {name: pd.DataFrame({"n": [name]}) for name in names})
+    folder.write_finding(tmp_path, EXPERIMENTS[0], finding, {})
+    tables = json.loads((tmp_path / "fig3" / "finding.json").read_text())["tables"]
+    assert [read_csv(tmp_path / each["file"]) for each in tables] == [
+        [{"n": name}] for name in names
+    ]
+
+
+# --- prompts of all kinds -------------------------------------------------------------------------
+
+NASTY = "Lionel Messi plays <script>alert(\"x\")</script> & 'y'\n🙂 for"
+ROWS = [
+    {"prompt": "Lionel Messi plays for", "target": " Paris", "subject": "Lionel Messi"},
+    {"prompt": NASTY, "target": " Rome", "subject": "Lionel Messi", "answer": " Paris"},
+    {"prompt": "for Lionel Messi", "target": " Paris", "subject": "Lionel Messi"},
+    {"prompt": "plays for", "target": " Paris"},
+    {"prompt": "Messi", "target": " Paris", "subject": "Messi"},
+]
+"""With a subject at the end or without one, and of a single token or so."""
+
+
+@pytest.fixture(scope="module")
+def everything(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All experiments on few prompts of all kinds."""
+    out = tmp_path_factory.mktemp("everything")
+    found = reproduce("all", model, out, data=ROWS, progress=False)
+    assert list(found) == [experiment.name for experiment in EXPERIMENTS]
+    return out
+
+
+def test_data_without_subjects(model: Any, tmp_path: Path):
+    rows = [{"prompt": "Lionel Messi plays for", "target": " Paris"}]
+    found = reproduce(["fig3", "fig4", "fig5", "fig22"], model, tmp_path, data=rows, progress=False)
+    assert len(found) == 4
+    for name in ("fig6", "fig7", "fig16", "fig17", "fig18", "fig19", "fig20", "fig21"):
+        with pytest.raises(InputError, match=r"no token has a segment.*subject"):
+            reproduce(name, model, tmp_path, data=rows, progress=False)
+
+
+def test_data_of_which_nothing_can_be_analysed(model: Any, tmp_path: Path):
+    rows = [{"prompt": "Rome is in", "target": " Paris", "subject": "Messi"}]
+    with pytest.raises(
+        InputError, match=r"none of the prompts can be analysed; the first: .*'Messi'"
+    ):
+        reproduce("fig4", model, tmp_path, data=rows, progress=False)
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["bridge", "hooked"])
+@pytest.mark.usefixtures("as_for_a_user")
+def test_models_of_few_layers_and_tokens(kind: str, n_layers: int, tmp_path: Path):
+    """A vocabulary of 97 tokens, and random weights."""
+    tiny = build(f"{kind}-gpt2", n_layers=n_layers).model
+    rows = [
+        {"prompt": "Messi plays for", "target": " Paris", "subject": "Messi", "answer": " the"},
+        {"prompt": "Rome is in Italy and Paris is", "target": " the", "subject": "Paris"},
+    ]
+    found = reproduce("all", tiny, tmp_path, data=rows, progress=False)
+    assert len(found) == len(EXPERIMENTS)
+    assert found["fig4"].verdict == "holds"
+
+
+# --- the report in a browser ----------------------------------------------------------------------
+
+
+def grave(shown: Page) -> list[tuple[str, list[str]]]:
+    """What axe-core calls serious or critical, and where."""
+    return [
+        (found["id"], [node["html"] for node in found["nodes"]])
+        for found in Axe().run(shown).response["violations"]
+        if found["impact"] in ("serious", "critical")
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_in_a_browser(browser: Browser, everything: Path, scheme: str):
+    with opened(browser, everything / "report.html", scheme=scheme) as window:
+        shown = window.page
+        shown.locator("details").evaluate_all("all => all.forEach(each => each.open = true)")
+        frames = shown.locator("iframe")
+        n_frames = frames.count()
+        assert n_frames > 20
+        for index in range(n_frames):  # they load when they are scrolled to
+            frames.nth(index).scroll_into_view_if_needed()
+            inner = frames.nth(index).content_frame
+            inner.locator(".js-plotly-plot .main-svg, table").first.wait_for(timeout=15_000)
+        assert len(shown.frames) == 1 + n_frames
+        assert shown.evaluate("document.title") == "Backward Lens on facts"
+        assert shown.locator("section").count() == len(EXPERIMENTS)
+        assert grave(shown) == []
+        for width in (1280, 400):
+            shown.set_viewport_size({"width": width, "height": 800})
+            wide = shown.evaluate("document.documentElement.scrollWidth")
+            assert wide <= width
+        assert grave(shown) == []
+        # Files of the folder, and nothing of any network.
+        assert all(address.startswith("file://") for address in window.requests)
+        assert window.complaints == []
+        background = shown.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
+
+
+def test_prompts_are_text_in_the_report(browser: Browser, everything: Path):
+    with opened(browser, everything / "report.html") as window:
+        assert window.page.locator("script").count() == 0
+        captions = window.page.locator("figcaption").all_text_contents()
+        assert any(
+            "<script>alert(\"x\")</script> & 'y'" in each and "🙂" in each for each in captions
+        )
+        links = window.page.locator("a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in {experiment.name for experiment in EXPERIMENTS}
+        else:
+            assert (everything / link).is_file()
+
+
+def test_words_of_the_report():
+    """What verdicts and checks read like, escaped, with a mark that can be heard."""
+    about = {"model": "<m>", "n_layers": 8, "d_vocab": 50257, "data": "d&d", "prompts": 9}
+    about |= {"rejected": 2, "seconds": 3.4}
+    finding = {
+        "name": "fig4",
+        "title": "<T>",
+        "statement": "a < b",
+        "verdict": "does not hold here",
+    }
+    finding |= {"about": about, "notes": ["<note>"], "results": [], "figures": [], "tables": []}
+    checks = [
+        {"claim": "<c>", "holds": False, "found": "<f>", "exceptions": ""},
+        {"claim": "d", "holds": True, "found": "g", "exceptions": "<e>"},
+    ]
+    text = page.render_report([finding | {"checks": checks}])
+    for piece in (
+        "<title>Backward Lens on &lt;m&gt;</title>",
+        "&lt;m&gt; (8 layers, 50,257 tokens), 9 prompts of d&amp;d, 2 rejected, 3 s",
+        '<span class="verdict fails">does not hold here</span>',
+        'aria-label="does not hold">✗</span> &lt;c&gt;. <b>Found:</b> &lt;f&gt;.</li>',
+        'aria-label="holds">✓</span> d. <b>Found:</b> g. Exceptions: &lt;e&gt;.</li>',
+        "<b>The paper:</b> a &lt; b",
+        '<p class="note">&lt;note&gt;</p>',
+    ):
+        assert piece in text
+    assert "<m>" not in text.replace("&lt;m&gt;", "")
+    assert "</main>" in page.render_report([])
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "found"
+    argv = ["reproduce", "fig4", "fig23", "--prompts", "4", "--out", str(out), "--quiet"]
+    assert cli.main(argv) == 0
+    said, err = capsys.readouterr()
+    lines = said.splitlines()
+    assert lines[0] == "fig4: holds. 56 of 56 (100 %) gradients"
+    assert re.fullmatch(r"fig22: (holds|holds with exceptions|does not hold here)\. .+", lines[1])
+    assert lines[2:] == [f"report: {out / 'report.html'}"]
+    assert "experiment" not in err
+    assert "prompt" not in err
+    # Without it there are bars.
+    assert cli.main(argv[:-1]) == 0
+    assert "experiment" in capsys.readouterr().err
+
+
+def test_errors_of_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+):
+    def error(*argv: str) -> str:
+        assert cli.main(["reproduce", *argv, "--quiet", "--out", str(tmp_path / "x")]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        return err.splitlines()[-1]
+
+    missing = str(tmp_path / "missing.json")
+    assert re.search(r"^backward-lens: error: .*missing\.json", error("fig4", "--data", missing))
+    assert "error: " in error("fig4", "--model", str(tmp_path / "no-model"))
+    assert not (tmp_path / "x").exists()
+    # A wrong name costs no model.
+    monkeypatch.setattr("backward_lens_tl.reproduce.command.load_model", None)
+    assert "there is no experiment 'fig99'; there are fig1, fig3" in error("fig4", "fig99")
+
+
+# --- everything -----------------------------------------------------------------------------------
+
+
+def check_everything(out: Path, *options: str) -> dict[str, Any]:
+    began = time.perf_counter()
+    assert cli.main(["reproduce", "all", *options, "--out", str(out), "--quiet"]) == 0
+    seconds = time.perf_counter() - began
+    sys.stdout.write(f"{' '.join(options)}: {seconds:.0f} s\n")  # shown by -s
+    assert seconds < 600
+    findings = {each["name"]: each for each in folder.read_findings(out)}
+    assert len(findings) == len(EXPERIMENTS)
+    exceptions = read_csv(out / "fig4" / "exceptions.csv")
+    law = findings["fig4"]
+    if law["verdict"] != "holds":
+        assert law["verdict"] == "holds with exceptions"
+        assert exceptions
+        assert all(check["holds"] and check["exceptions"] for check in law["checks"])
+    assert all(row["cause"] for row in exceptions)
+    return {name: each["verdict"] for name, each in findings.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("as_for_a_user")
+def test_everything_on_the_facts_model(tmp_path: Path):
+    verdicts = check_everything(tmp_path, "--model", "facts", "--prompts", "100")
+    assert verdicts["fig4"] == verdicts["fig3"] == "holds"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("as_for_a_user")
+def test_everything_on_a_local_folder(tmp_path: Path, shared: Path, stories_folder: Path):
+    data = shared / "data" / "counterfact" / "counterfact_flat_1919.json"
+    verdicts = check_everything(tmp_path, "--model", str(stories_folder), "--data", str(data))
+    assert verdicts["fig4"] == "holds"
+    assert "does not hold here" in verdicts.values()  # it is a small model, and the report says so
+
+
+# --- the documentation ----------------------------------------------------------------------------
+
+
+def test_the_documentation_has_every_experiment():
+    """Names and titles of the page's table are those of the code."""
+    text = (Path(__file__).parents[1] / "docs" / "reproducing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `((?:fig|table)[^|]*)` \| ([^|]*) \|", text, flags=re.M)
+    expected = [("`, `".join(experiment.covers), experiment.title) for experiment in EXPERIMENTS]
+    assert rows == expected
