@@ -1,7 +1,4 @@
-"""The command `backward-lens`.
-
-Importing this module is cheap: torch and TransformerLens are imported when a model is needed.
-"""
+"""The command `backward-lens`."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -236,28 +233,14 @@ def _leads(cells: Sequence[Cell]) -> int:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the libraries' progress bars, warnings and prints off the command's output."""
+    from backward_lens_tl.loading import without_progress_bars
+
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            with _without_progress_bars():
+            with without_progress_bars():
                 yield
     finally:
         logging.disable(disabled)
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging as transformers_logging
-
-    # Named with their types, which transformers leaves out.
-    disable: Callable[[], None] = transformers_logging.disable_progress_bar
-    enable: Callable[[], None] = transformers_logging.enable_progress_bar
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            enable()

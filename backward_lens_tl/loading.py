@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from importlib.util import find_spec
@@ -12,6 +14,7 @@ import huggingface_hub
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from backward_lens_tl.arguments import check_choice, check_text
 from backward_lens_tl.errors import InputError, ModelNotFoundError, UnsupportedModelError
@@ -82,6 +85,21 @@ def load_model(
         else _load_from_hub(name, kind, device, n_devices)
     )
     return model.eval()
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers from showing how far a model is loaded."""
+    # Named with their types, which transformers leaves out.
+    disable: Callable[[], None] = transformers_logging.disable_progress_bar
+    enable: Callable[[], None] = transformers_logging.enable_progress_bar
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            enable()
 
 
 def _checked_kind(kind: str | None) -> Kind:

@@ -30,6 +30,7 @@ from backward_lens_tl.reproduce import (
     EXPERIMENTS,
     Check,
     Finding,
+    command,
     folder,
     gradient_neurons,
     gradient_ranks,
@@ -181,7 +182,7 @@ def test_numbers_in_words():
         (3, (0,), (1,), (2,)),
         (4, (0,), (1,), (3,)),
         (5, (0,), (1,), (4,)),
-        (6, (0,), (1, 2), (5,)),
+        (6, (0,), (1, 2), (4, 5)),  # of a middle at 1/4, 1/2 or 3/4 the later quarter
         (8, (0, 1), (2, 3), (6, 7)),
         (12, (0, 1, 2), (3, 4, 5), (9, 10, 11)),
         (48, tuple(range(12)), tuple(range(12, 24)), tuple(range(36, 48))),
@@ -730,7 +731,7 @@ def answer_in_inputs(
         ([10, 20, 30, 40, 50, 60, 70, 80], False, "coefficient 1.00"),
         # Spearman's coefficient is 1 - 6 sum d^2 / (n (n^2 - 1)), d against the order of layers.
         ([80, 70, 60, 50, 40, 30, 10, 20], True, "coefficient -0.98"),
-        ([60, 70, 80, 30, 40, 50, 10, 20], True, "coefficient -0.79"),
+        ([60, 70, 80, 30, 40, 50, 10, 20], False, "coefficient -0.79"),
         ([10, 80, 70, 60, 50, 40, 30, 20], False, "coefficient -0.33"),
         ([5] * 8, False, "coefficient nan"),
         ([5], False, "coefficient nan"),
@@ -966,16 +967,6 @@ def cells_of(model: Any, row: Any) -> Iterator[dict[str, Any]]:
         projection=LENSES,
         k=1,
     )
-    # The same question about the model's own answer.
-    answered = blt.backward_lens(
-        model,
-        row.text,
-        int(row.answer_id),
-        direction="gradient",
-        projection=LENSES,
-        k=1,
-    )
-    del answered  # its VJPs are of another loss; ranks of the answer are read below
     segments = segments_of(found.gradients.str_tokens[0], row.text, row.subject)
     lens = {"logit_lens": LogitLens(model, False), "normalized": LogitLens(model, True)}
     for name in LENSES:
@@ -1018,6 +1009,7 @@ class LogitLens:
 
 def segments_of(tokens: Sequence[str], text: str, subject: str) -> list[str]:
     """By adding up the tokens' lengths."""
+    tokens = ["", *tokens[1:]]  # the BOS token is not in the text
     assert "".join(tokens) == text
     start = text.index(subject)
     end, at, own = start + len(subject), 0, []
@@ -1232,9 +1224,13 @@ def test_models_of_few_layers_and_tokens(kind: str, n_layers: int, tmp_path: Pat
         {"prompt": "Messi plays for", "target": " Paris", "subject": "Messi", "answer": " the"},
         {"prompt": "Rome is in Italy and Paris is", "target": " the", "subject": "Paris"},
     ]
-    found = reproduce("all", tiny, tmp_path, data=rows, progress=False)
-    assert len(found) == len(EXPERIMENTS)
+    evidence = Evidence(tiny, blt.read_records(rows), tmp_path, prompts=2, seed=0, progress=False)
+    found = {experiment.name: experiment.measure(evidence) for experiment in EXPERIMENTS}
     assert found["fig4"].verdict == "holds"
+    for finding in found.values():
+        assert all(check.found for check in finding.checks)
+        for draw in finding.figures.values():
+            draw(backend="plotly")
 
 
 # --- the report in a browser ----------------------------------------------------------------------
@@ -1264,15 +1260,15 @@ def test_the_report_in_a_browser(browser: Browser, everything: Path, scheme: str
         assert len(shown.frames) == 1 + n_frames
         assert shown.evaluate("document.title") == "Backward Lens on facts"
         assert shown.locator("section").count() == len(EXPERIMENTS)
-        assert grave(shown) == []
-        for width in (1280, 400):
+        for width in (400, 1280):
             shown.set_viewport_size({"width": width, "height": 800})
-            wide = shown.evaluate("document.documentElement.scrollWidth")
-            assert wide <= width
-        assert grave(shown) == []
+            assert shown.evaluate("document.documentElement.scrollWidth") <= width
         # Files of the folder, and nothing of any network.
+        assert window.requests
         assert all(address.startswith("file://") for address in window.requests)
+        # axe-core posts messages to frames, which Chromium refuses between files.
         assert window.complaints == []
+        assert grave(shown) == []
         background = shown.evaluate("getComputedStyle(document.body).backgroundColor")
         assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
 
@@ -1355,7 +1351,7 @@ def test_errors_of_the_command(
     assert "error: " in error("fig4", "--model", str(tmp_path / "no-model"))
     assert not (tmp_path / "x").exists()
     # A wrong name costs no model.
-    monkeypatch.setattr("backward_lens_tl.reproduce.command.load_model", None)
+    monkeypatch.setattr(command, "load_model", None)
     assert "there is no experiment 'fig99'; there are fig1, fig3" in error("fig4", "fig99")
 
 

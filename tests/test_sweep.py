@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -29,8 +30,9 @@ import backward_lens_tl as blt
 from backward_lens_tl import cli
 from backward_lens_tl.errors import BackwardLensError, InputError, SweepError, UnsupportedModelError
 from backward_lens_tl.records import Record, Records
-from backward_lens_tl.sweep import Sweep, SweepConfig, __main__, measuring
+from backward_lens_tl.sweep import Sweep, SweepConfig, __main__, command, measuring
 from backward_lens_tl.sweep.columns import TABLES
+from backward_lens_tl.sweep.processes import own_device
 
 PACKAGE = sys.modules["backward_lens_tl.sweep"]  # whose name, as an attribute, is the function's
 
@@ -605,6 +607,8 @@ def test_dtypes_do_not_depend_on_parts_without_rows(swept):
     for name in ("prompts", "rejects", "gradients", "positions"):
         tables = getattr(one, name)(), getattr(many, name)()
         assert dict(tables[0].dtypes.astype(str)) == dict(tables[1].dtypes.astype(str)), name
+    assert str(one.prompts()["is_correct"].dtype) == "boolean"
+    assert str(one.positions()["target_rank"].dtype) == "Int64"
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -695,6 +699,15 @@ def test_only_the_same_sweep_goes_on(swept, tiny: nn.Module):
             swept(folder="out", **arguments)
         assert "choose another folder" in str(caught.value)
     assert swept(folder="out", layers=(0,)).is_complete  # the same, written another way
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_a_sweep_of_data_that_have_moved_goes_on(swept, tmp_path: Path):
+    for name in ("here.jsonl", "there.jsonl"):
+        (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    first = swept(tmp_path / "here.jsonl", folder="out", layers=0)
+    again = swept(tmp_path / "there.jsonl", folder="out", layers=0)
+    assert again.run["data"]["name"] == first.run["data"]["name"]  # as it was begun
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -990,6 +1003,31 @@ def test_the_command_prints_a_summary_and_nothing_else(tmp_path: Path, monkeypat
     status, again, _ = called([*argv, "--out", str(tmp_path / "b")], monkeypatch, capfd, True)
     assert (status, again.splitlines()[1:]) == (0, reasons)
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_the_model_is_loaded_as_it_is_asked_for(tmp_path: Path, monkeypatch, capfd):
+    asked: list[tuple[Any, ...]] = []
+    own = command.load_model
+
+    def load(name: str, kind: str | None, *, device: str | None, n_devices: int) -> nn.Module:
+        asked.append((name, kind, device, n_devices))
+        return own(name)
+
+    monkeypatch.setattr(command, "load_model", load)
+    argv = ["--prompts", "1", "--layers", "0", "--quiet", "--out", str(tmp_path / "a")]
+    status, _, err = called(argv, monkeypatch, capfd)
+    assert (status, asked) == (0, [("facts", None, None, 1)])
+    assert "Loading" not in err
+    argv += ["--kind", "bridge", "--device", "cuda:1", "--n-devices", "2"]
+    assert called(argv, monkeypatch, capfd)[0] == 0
+    assert asked[1] == ("facts", "bridge", "cuda:1", 2)
+
+
+def test_each_process_has_a_device_of_its_own() -> None:
+    devices = {"cpu": None, "mps": None, "cuda:1": "cuda:1", "xpu:0": "xpu:0"}
+    for device, expected in devices.items():
+        assert own_device(SimpleNamespace(device=torch.device(device))) == expected
 
 
 @pytest.mark.usefixtures("as_for_a_user")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
-from backward_lens_tl.loading import load_model
+from backward_lens_tl.loading import load_model, without_progress_bars
 from backward_lens_tl.records import read_records
 from backward_lens_tl.reproduce import COUNTERFACT, reproduce
 from backward_lens_tl.reproduce.experiments import select_experiments
@@ -55,9 +56,11 @@ def run(args: argparse.Namespace) -> None:
     select_experiments(args.names)  # before a large model is loaded
     is_facts = args.model == "facts"
     data = args.data or ("facts" if is_facts else COUNTERFACT)
+    with without_progress_bars() if args.quiet else nullcontext():
+        model = load_model(args.model, args.kind, device=args.device)
     found = reproduce(
         args.names,
-        load_model(args.model, args.kind, device=args.device),
+        model,
         args.out,
         data=read_records(data, split=args.split),
         prompts=args.prompts,

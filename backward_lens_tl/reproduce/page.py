@@ -117,10 +117,11 @@ def _table(table: Mapping[str, Any]) -> str:
         "<tr>" + "".join(f"<td>{escape(running_text(cell))}</td>" for cell in row) + "</tr>"
         for row in table["rows"]
     )
-    count = len(table["rows"])
+    name, count = escape(running_text(table["name"])), len(table["rows"])
     of = f"the first {count} of " if count < table["n_rows"] else ""
     return (
-        f"<details><summary>{escape(running_text(table['name']))}: {of}{table['n_rows']} rows · "
-        f'<a href="{escape(table["file"])}">CSV</a></summary>\n<div class="scroll"><table><thead>'
+        f"<details><summary>{name}: {of}{table['n_rows']} rows</summary>\n"
+        f'<p><a href="{escape(table["file"])}">CSV</a></p>\n'
+        f'<div class="scroll" role="region" aria-label="{name}" tabindex="0"><table><thead>'
         f"<tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div></details>"
     )

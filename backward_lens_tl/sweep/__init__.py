@@ -191,12 +191,14 @@ def _logged_to(file: Path) -> Iterator[None]:
     """Write this package's messages to a file as well."""
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    level = _log.level
+    before = _log.level, _log.propagate
     _log.addHandler(handler)
     _log.setLevel(logging.INFO)
+    _log.propagate = False  # TransformerLens 2 prints what reaches the root
     try:
         yield
     finally:
-        _log.setLevel(level)
+        _log.setLevel(before[0])
+        _log.propagate = before[1]
         _log.removeHandler(handler)
         handler.close()

@@ -20,6 +20,7 @@ class Column:
         meaning: What it holds.
         is_key: Whether rows are told apart by it; such a column is never left out.
         is_default: Whether it is there unless columns are chosen.
+        may_miss: Whether a number or truth value may be missing.
     """
 
     name: str
@@ -27,10 +28,19 @@ class Column:
     meaning: str
     is_key: bool = False
     is_default: bool = True
+    may_miss: bool = False
+
+    @property
+    def pandas_dtype(self) -> str | None:
+        """What pandas holds it in if values may be missing; else it is pandas' own choice."""
+        return _NULLABLE[self.dtype] if self.may_miss else None
 
 
-def _key(name: str, dtype: str, meaning: str) -> Column:
-    return Column(name, dtype, meaning, is_key=True)
+_NULLABLE = {"int32": "Int64", "bool": "boolean"}
+
+
+def _key(name: str, dtype: str, meaning: str, *, may_miss: bool = False) -> Column:
+    return Column(name, dtype, meaning, is_key=True, may_miss=may_miss)
 
 
 _PROMPT = _key("prompt", "int64", "row of the data, from 0")
@@ -45,7 +55,12 @@ PROMPTS = (
     _key("answer", "string", "the model's own most probable token"),
     _key("answer_id", "int64", "its id"),
     _key("true_answer", "string", "the data's original answer, if there is one"),
-    _key("is_correct", "bool", "whether the model's token is the first one of the original answer"),
+    _key(
+        "is_correct",
+        "bool",
+        "whether the model's token is the first one of the original answer",
+        may_miss=True,
+    ),
     _key("n_tokens", "int32", "tokens of the prompt"),
     _key("loss", "float64", "of the target, in nats"),
 )
@@ -67,13 +82,15 @@ GRADIENTS = (
     Column("n_tokens", "int32", "tokens of the prompt"),
     Column("n_writing", "int32", "positions that add something to the gradient"),
     Column("loss", "float64", "of the target, in nats"),
-    Column("rank", "int32", "rank of the gradient"),
-    Column("largest_rank", "int32", "min(n_writing, d_in, d_out), lemma 4.1"),
-    Column("input_rank", "int32", "rank of the x_i by themselves"),
-    Column("vjp_rank", "int32", "rank of the delta_i by themselves"),
+    Column("rank", "int32", "rank of the gradient", may_miss=True),
+    Column("largest_rank", "int32", "min(n_writing, d_in, d_out), lemma 4.1", may_miss=True),
+    Column("input_rank", "int32", "rank of the x_i by themselves", may_miss=True),
+    Column("vjp_rank", "int32", "rank of the delta_i by themselves", may_miss=True),
     Column("norm", "float64", "Frobenius norm of the gradient"),
     Column("top_energy", "float64", "the largest singular value's part of the sum of squares"),
-    Column("rank_99", "int32", "singular values that hold 99 % of the sum of squares"),
+    Column(
+        "rank_99", "int32", "singular values that hold 99 % of the sum of squares", may_miss=True
+    ),
     Column("singular_values", "list<float64>", "all that may differ from zero", is_default=False),
 )
 """One row per prompt, matrix and layer."""
@@ -96,8 +113,13 @@ POSITIONS = (
     ),
     Column("is_zero", "bool", "whether the position adds nothing, so that words mean nothing"),
     Column("is_faint", "bool", "whether the final norm's eps outweighs the vector"),
-    Column("target_rank", "int32", "tokens with a larger score than the target"),
-    Column("answer_rank", "int32", "tokens with a larger score than the model's own answer"),
+    Column("target_rank", "int32", "tokens with a larger score than the target", may_miss=True),
+    Column(
+        "answer_rank",
+        "int32",
+        "tokens with a larger score than the model's own answer",
+        may_miss=True,
+    ),
     Column("entropy", "float32", "of the softmax of the scores, in nats"),
     Column("top_tokens", "list<string>", "texts of the largest scores, best first"),
     Column("top_scores", "list<float32>", "these scores"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 from backward_lens_tl.errors import SweepError
-from backward_lens_tl.loading import load_model
+from backward_lens_tl.loading import load_model, without_progress_bars
 from backward_lens_tl.records import read_records
 from backward_lens_tl.sweep import Sweep, sweep
 from backward_lens_tl.sweep.config import SweepConfig
@@ -106,7 +107,8 @@ def run(args: argparse.Namespace) -> None:
     records = read_records(args.data, fields=_fields(args.field), split=args.split)
     state = this_process()
     device = args.device or own_device(state)
-    model = load_model(args.model, args.kind, device=device, n_devices=args.n_devices)
+    with without_progress_bars() if args.quiet else nullcontext():
+        model = load_model(args.model, args.kind, device=device, n_devices=args.n_devices)
     found = sweep(model, records, args.out, replace(base, **given), progress=not args.quiet)
     if state.is_main_process:
         sys.stdout.write(f"{_summary(found)}\n")

@@ -128,7 +128,7 @@ class Sweep:
         return self._table("positions", columns)
 
     def _table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        import pandas as pd
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         there = self.config.columns(name)
@@ -144,14 +144,16 @@ class Sweep:
                     f"{', '.join(there)}"
                 )
         wanted = [each for each in there if columns is None or each in (*keys, *columns)]
-        parts = [
-            pq.read_table(self._file(name, part), columns=wanted).to_pandas()
-            for part in self.finished
-        ]
-        if not parts:
-            parts = [arrow_schema(name, tuple(wanted)).empty_table().to_pandas()]
-        joined: pd.DataFrame = pd.concat(parts)
-        return joined.sort_values("prompt", kind="stable", ignore_index=True)
+        files = (self._file(name, part) for part in self.finished)
+        parts = [pq.read_table(file, columns=wanted) for file in files]
+        empty = arrow_schema(name, tuple(wanted)).empty_table()
+        joined: pd.DataFrame = pa.concat_tables([empty, *parts]).to_pandas()
+        dtypes = {
+            column.name: column.pandas_dtype
+            for column in TABLES[name]
+            if column.pandas_dtype and column.name in wanted
+        }
+        return joined.astype(dtypes).sort_values("prompt", kind="stable", ignore_index=True)
 
     # --- parts ---------------------------------------------------------------------------------
 
@@ -179,7 +181,7 @@ class Sweep:
                 tables[name][list(columns)],
                 schema=arrow_schema(name, columns),
                 preserve_index=False,
-            )
+            ).replace_schema_metadata()  # pandas' own types, which differ from part to part
             with replacing(file) as partial:
                 pq.write_table(table, partial)
 
@@ -226,12 +228,19 @@ def _check_same(sweep: Sweep, run: Mapping[str, Any]) -> None:
     # Through JSON, which makes lists of tuples.
     now = json.loads(json.dumps(run))
     for name in _MUST_MATCH:
-        if sweep.run.get(name) != now[name]:
+        if _nameless(sweep.run.get(name)) != _nameless(now[name]):
             raise SweepError(
                 f"{os.fspath(sweep.folder)!r} holds a sweep with another {name}: "
                 f"{_difference(sweep.run.get(name), now[name])}. Go on with what it was begun "
                 "with, or choose another folder"
             )
+
+
+def _nameless(entry: Any) -> Any:
+    """What an entry says beside where its model or data lie, which may have moved."""
+    if not isinstance(entry, dict):
+        return entry
+    return {key: value for key, value in entry.items() if key != "name"}
 
 
 def _difference(before: Any, now: Any) -> str:
