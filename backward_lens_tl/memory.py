@@ -18,7 +18,8 @@ class Memory:
     """Limits on the memory of one call.
 
     Words, scores, target ranks and losses do not depend on it: they are computed before factors are
-    rounded or moved. Norms and ranks of gradients are those of the factors as they are kept.
+    rounded or moved. Norms, cosines and ranks of gradients are those of the factors as they are
+    kept.
 
     Attributes:
         budget: Bytes that the call may take beyond the model. Prompts, and if one alone is too

@@ -294,10 +294,11 @@ LENSES = ("logit_lens", "normalized")
 
 def test_both_lenses_together_read_what_each_reads_alone(case: Case) -> None:
     tokens = case.tokens(5, 4)
-    together = backward_lens(case.model, tokens, TARGET, k=K)
+    measures = ("answer_rank", "entropy")
+    together = backward_lens(case.model, tokens, TARGET, k=K, measures=measures)
     assert together.projections == LENSES
     for lens in LENSES:
-        alone = backward_lens(case.model, tokens, TARGET, k=K, projection=lens)
+        alone = backward_lens(case.model, tokens, TARGET, k=K, projection=lens, measures=measures)
         assert alone.projections == (lens,)
         same = together.under(lens)
         assert (same.projection, same.faint_norm) == (lens, alone.faint_norm)
@@ -314,8 +315,9 @@ def assert_same_reading(found: Readout, wanted: Readout, real: Tensor) -> None:
     # Float64, and logits of at most some tens.
     torch.testing.assert_close(found.top_scores, wanted.top_scores, rtol=0, atol=1e-11)
     torch.testing.assert_close(found.bottom_scores, wanted.bottom_scores, rtol=0, atol=1e-11)
+    torch.testing.assert_close(found.entropy, wanted.entropy, rtol=0, atol=1e-11, equal_nan=True)
     # At zero vectors all is the norm's bias, where there is one, and else all scores tie.
-    for name in ("top_ids", "bottom_ids", "target_rank"):
+    for name in ("top_ids", "bottom_ids", "target_rank", "answer_rank"):
         assert torch.equal(getattr(found, name)[real], getattr(wanted, name)[real])
 
 

@@ -425,6 +425,9 @@ def test_what_is_read_does_not_depend_on_the_division(name: str, passes: list[Te
         for column in ("top_scores", "bottom_scores"):
             for here, there in zip(found.pop(column), expected.pop(column), strict=True):
                 assert here == pytest.approx(there, rel=1e-4, abs=1e-6)
+        cosines = expected.pop("top_vjp_cosine").tolist()
+        own = found.pop("top_vjp_cosine").tolist()
+        assert own == pytest.approx(cosines, rel=1e-4, abs=1e-6, nan_ok=True)
         # Norms are compared above; of those near the limit, rounding decides which are faint.
         pd.testing.assert_frame_equal(
             found.drop(columns=["norm", "is_faint"]), expected.drop(columns=["norm", "is_faint"])

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 
+from backward_lens_tl import hub
 from backward_lens_tl import records as records_module
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.records import BadRecord, Record, Records, read_records
@@ -523,7 +524,7 @@ def test_an_unreachable_hub_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     # Not told to be offline, but without network: its client would retry for half a minute.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(records_module, "getproxies", dict)
+    monkeypatch.setattr(hub, "getproxies", dict)
     start = time.perf_counter()
     with pytest.raises(InputError, match=said):
         read_records("no-such/name")
@@ -533,7 +534,7 @@ def test_an_unreachable_hub_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_address_behind_a_proxy_is_worth_asking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(records_module, "getproxies", lambda: {"http": "proxy"})
+    monkeypatch.setattr(hub, "getproxies", lambda: {"http": "proxy"})
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {"train": ROWS}[split])
     with pytest.raises(
         InputError, match=r"its split 'test' cannot be loaded: 'test'; load it with"

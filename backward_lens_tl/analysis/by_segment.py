@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from backward_lens_tl.analysis.tables import SOURCES, grouped, table_of, with_types_of
@@ -60,7 +60,7 @@ def ranks_by_segment(
     positions: Source,
     of: Literal["target", "answer"] = "target",
     *,
-    prompts: int | Sequence[int] | None = None,
+    prompts: int | Iterable[int] | None = None,
 ) -> pd.DataFrame:
     """Where a token stands in the vocabulary, by segment and layer (figures 7 and 18 to 21).
 
