@@ -81,6 +81,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     partial = file.with_name(f".{uuid4().hex}.partial.{file.name}")
     try:
         yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())  # or the name could outlive the content in a power cut
         partial.replace(file)
     except (OSError, ValueError, SafetensorError) as error:
         raise ResultFileError(f"{os.fspath(path)!r} cannot be written: {error}") from error

@@ -30,7 +30,7 @@ import backward_lens_tl as blt
 from backward_lens_tl import cli
 from backward_lens_tl.errors import BackwardLensError, InputError, SweepError, UnsupportedModelError
 from backward_lens_tl.records import Record, Records
-from backward_lens_tl.sweep import Sweep, SweepConfig, __main__, command, measuring
+from backward_lens_tl.sweep import Sweep, SweepConfig, __main__, command, measuring, plan
 from backward_lens_tl.sweep.columns import TABLES
 from backward_lens_tl.sweep.processes import own_device
 
@@ -197,7 +197,15 @@ def test_a_sample_of_the_rows(swept):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-@pytest.mark.parametrize("error", [InputError("too odd"), torch.OutOfMemoryError("too large")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        InputError("too odd"),
+        torch.OutOfMemoryError("too large"),
+        MemoryError("too large"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
 def test_a_prompt_that_fails_is_rejected_alone(swept, monkeypatch, error: Exception):
     whole = swept(layers=0)
     bad = ROWS[1]["prompt"]
@@ -210,6 +218,23 @@ def test_a_prompt_that_fails_is_rejected_alone(swept, monkeypatch, error: Except
         expected = expected[expected["prompt"] != 1].reset_index(drop=True)
         # Alone or together is a matter of rounding.
         assert_close(left, expected)
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_a_bug_is_no_matter_of_the_prompts(swept, monkeypatch):
+    fail_on(monkeypatch, lambda prompts: RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        swept(layers=0)
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_a_prompt_too_long_for_the_budget_is_rejected_alone(swept):
+    rows = [*ROWS, {"prompt": "the " * 60, "target": " the"}]
+    found = swept(rows, layers=0, budget=1_200_000, part_size=2)
+    [reject] = found.rejects().to_dict("records")
+    assert (reject["prompt"], reject["reason"]) == (5, "numbers")
+    assert "the budget is" in reject["problem"]
+    assert len(found.prompts()) == len(ROWS)
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -699,6 +724,37 @@ def test_only_the_same_sweep_goes_on(swept, tiny: nn.Module):
             swept(folder="out", **arguments)
         assert "choose another folder" in str(caught.value)
     assert swept(folder="out", layers=(0,)).is_complete  # the same, written another way
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_other_tokens_of_the_same_texts_do_not_go_on(swept, tiny: nn.Module, monkeypatch):
+    """As when the model's own default of a BOS token has changed, or its tokenizer."""
+    swept(folder="out", layers=0)
+    tokenized = plan.tokenize_prompts
+
+    def with_bos(host: Any, prompts: Any, prepend_bos: Any) -> list[list[int]]:
+        return [[0, *ids] for ids in tokenized(host, prompts, prepend_bos)]
+
+    monkeypatch.setattr(plan, "tokenize_prompts", with_bos)
+    with pytest.raises(SweepError, match="another tokens: sha256 was"):
+        swept(folder="out", layers=0)
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_parts_without_their_run_are_not_taken_for_another_s(swept):
+    found = swept(folder="out", layers=0)
+    (found.folder / "run.json").unlink()
+    with pytest.raises(SweepError, match=r"has parts of a sweep and no run\.json"):
+        swept(folder="out", layers=1)
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_a_damaged_part_is_named(swept):
+    found = swept(layers=0, part_size=2)
+    (found.folder / "positions" / "part-000001.parquet").write_bytes(b"")
+    with pytest.raises(SweepError, match=r"a part of '.*positions' is damaged: .*Delete the"):
+        found.positions()
+    assert len(found.prompts()) == len(ROWS)
 
 
 @pytest.mark.usefixtures("as_for_a_user")

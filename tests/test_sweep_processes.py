@@ -170,7 +170,7 @@ def test_two_processes_give_what_one_gives(driven: Path):
     logs = [(driven / "two" / f"log-{rank}.txt").read_text() for rank in range(2)]
     for rank, log in enumerate(logs):
         own = list(range(rank, N_PARTS, 2))
-        assert f"process {rank} of 2: {len(own)} of its {len(own)} parts are left" in log
+        assert f"process {rank} of 2: {len(own)} of the {N_PARTS} parts that are left" in log
         written = [int(line.split()[4][:-1]) for line in log.splitlines() if " INFO part " in line]
         assert written == own
 

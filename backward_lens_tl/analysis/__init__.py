@@ -1,5 +1,7 @@
 """The paper's analyses: each from a sweep, a result or their tables to a small tidy table.
 
+Those by segment take of a result the table `to_df(subject)`, since it needs to be told its subject.
+
 `gradient_ranks` and `rank_exceptions` are figure 4; `norms_by_segment` and `norm_correlation`
 figures 6, 16 and 17; `ranks_by_segment` figures 7 and 18 to 21; `neuron_words`, `spanning_words`
 and `neuron_overlap` appendix B; `step_changes` lemma 5.2.

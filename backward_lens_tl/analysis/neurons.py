@@ -72,8 +72,8 @@ def neuron_words(
         `norm_rank`.
 
     Raises:
-        InputError: If an argument is not usable, the gradients are of another model, or heads or
-            experts have factors of their own.
+        InputError: If an argument is not usable, the gradients are of a model of another width, or
+            heads or experts have factors of their own.
     """
     import pandas as pd
 
@@ -124,8 +124,8 @@ def spanning_words(
         what the zero vector says, as in the paper.
 
     Raises:
-        InputError: If an argument is not usable, the gradients are of another model, or heads or
-            experts differ at the residual stream.
+        InputError: If an argument is not usable, the gradients are of a model of another width, or
+            heads or experts differ at the residual stream.
     """
     import pandas as pd
 
@@ -171,8 +171,8 @@ def neuron_overlap(
         vector"`.
 
     Raises:
-        InputError: If an argument is not usable, the gradients are of another model, or heads or
-            experts have factors of their own.
+        InputError: If an argument is not usable, the gradients are of a model of another width, or
+            heads or experts have factors of their own.
     """
     import pandas as pd
 

@@ -14,9 +14,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from backward_lens_tl.arguments import check_path
-from backward_lens_tl.errors import InputError
+from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.loading import FACTS_MODEL, load_model
-from backward_lens_tl.records import Records, read_records
+from backward_lens_tl.records import FACTS_RECORDS, Records, read_records
 from backward_lens_tl.reproduce.evidence import Evidence
 from backward_lens_tl.reproduce.experiments import EXPERIMENTS, select_experiments
 from backward_lens_tl.reproduce.finding import Check, Finding
@@ -25,6 +25,8 @@ from backward_lens_tl.reproduce.page import render_report
 from backward_lens_tl.storage import replacing
 
 __all__ = ["COUNTERFACT", "EXPERIMENTS", "Check", "Finding", "reproduce"]
+
+_BOS = {False: "without BOS", True: "with BOS", None: "BOS as the model has it"}
 
 COUNTERFACT = "NeelNanda/counterfact-tracing"
 """CounterFact on the Hugging Face hub, which the paper's prompts come from."""
@@ -38,6 +40,7 @@ def reproduce(
     data: Any = None,
     prompts: int = 100,
     seed: int = 0,
+    prepend_bos: bool | None = False,
     progress: bool = True,
 ) -> dict[str, Finding]:
     """Run experiments of the paper, and write their tables, their figures and a report.
@@ -54,13 +57,18 @@ def reproduce(
             CounterFact from the hub for other models.
         prompts: How many prompts are taken from the data.
         seed: Of their choice.
+        prepend_bos: Whether prompts get a BOS token; the paper's had none. `None` is the model's
+            own default.
         progress: Whether bars show how far it is.
 
     Returns:
-        What each experiment found, by its name.
+        What each experiment found, by its name. Of several, one that the data or the model do not
+        allow says so in its notes.
 
     Raises:
-        InputError: If there is no such experiment, or none of the prompts can be analysed.
+        InputError: If there is no such experiment, none of the prompts can be analysed, or the only
+            experiment cannot be measured with these data.
+        UnsupportedModelError: If the only experiment cannot be measured on this model.
         SweepError: If the folder holds the sweep of something else.
 
     Example:
@@ -72,22 +80,47 @@ def reproduce(
     experiments = select_experiments(names)
     check_path(out, InputError)
     loaded = load_model(model) if isinstance(model, str) else model
-    if data is None:
-        data = FACTS_MODEL if model == FACTS_MODEL else COUNTERFACT
-    records = data if isinstance(data, Records) else read_records(data)
+    chosen = default_data(model) if data is None else data
+    records = chosen if isinstance(chosen, Records) else read_records(chosen)
     folder = Path(out)
-    evidence = Evidence(loaded, records, folder, prompts=prompts, seed=seed, progress=progress)
+    evidence = Evidence(
+        loaded,
+        records,
+        folder,
+        prompts=prompts,
+        seed=seed,
+        prepend_bos=prepend_bos,
+        progress=progress,
+    )
     _check_prompts(evidence)
     found = {}
     for experiment in tqdm(experiments, unit="experiment", disable=not progress):
         began = time.perf_counter()
-        finding = experiment.measure(evidence)
+        try:
+            finding = experiment.measure(evidence)
+        except (InputError, UnsupportedModelError) as error:
+            # One that these data or this model do not allow keeps no other from being measured.
+            if len(experiments) == 1:
+                raise
+            finding = Finding((), notes=(f"It could not be measured: {error}.",))
         seconds = time.perf_counter() - began
         write_finding(folder, experiment, finding, _about(evidence, seconds))
+        with replacing(folder / "report.html") as partial:
+            partial.write_text(render_report(read_findings(folder)), encoding="utf-8")
         found[experiment.name] = finding
-    with replacing(folder / "report.html") as partial:
-        partial.write_text(render_report(read_findings(folder)), encoding="utf-8")
     return found
+
+
+def default_data(model: nn.Module | str) -> str:
+    """What prompts are taken from if nobody says.
+
+    Args:
+        model: The model, or its name.
+
+    Returns:
+        `"facts"` for the facts model by its name, CounterFact's name on the hub for others.
+    """
+    return FACTS_RECORDS if isinstance(model, str) and model == FACTS_MODEL else COUNTERFACT
 
 
 def _check_prompts(evidence: Evidence) -> None:
@@ -104,5 +137,7 @@ def _about(evidence: Evidence, seconds: float) -> dict[str, Any]:
         "data": evidence.records.name,
         "prompts": len(evidence.prompts),
         "rejected": len(evidence.sweep.rejects()),
+        "cut": evidence.n_cut_targets,
+        "bos": _BOS[evidence.prepend_bos],
         "seconds": seconds,
     }

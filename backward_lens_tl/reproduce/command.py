@@ -9,7 +9,7 @@ from pathlib import Path
 
 from backward_lens_tl.loading import load_model, without_progress_bars
 from backward_lens_tl.records import read_records
-from backward_lens_tl.reproduce import COUNTERFACT, reproduce
+from backward_lens_tl.reproduce import COUNTERFACT, default_data, reproduce
 from backward_lens_tl.reproduce.experiments import select_experiments
 
 
@@ -36,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of their choice (default: 0)")
     parser.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="whether prompts get a BOS token (default: none, as in the paper)",
+    )
+    parser.add_argument(
         "--out", default="reproduced", metavar="FOLDER", help="default: ./%(default)s"
     )
     parser.add_argument(
@@ -54,8 +60,7 @@ def run(args: argparse.Namespace) -> None:
         args: What `add_arguments` parsed.
     """
     select_experiments(args.names)  # before a large model is loaded
-    is_facts = args.model == "facts"
-    data = args.data or ("facts" if is_facts else COUNTERFACT)
+    data = args.data or default_data(args.model)
     with without_progress_bars() if args.quiet else nullcontext():
         model = load_model(args.model, args.kind, device=args.device)
     found = reproduce(
@@ -65,8 +70,15 @@ def run(args: argparse.Namespace) -> None:
         data=read_records(data, split=args.split),
         prompts=args.prompts,
         seed=args.seed,
+        prepend_bos=args.bos,
         progress=not args.quiet,
     )
     for name, finding in found.items():
-        sys.stdout.write(f"{name}: {finding.verdict}. {finding.checks[0].found}\n")
+        sys.stdout.write(f"{name}: {finding.verdict}\n")
+        for check in finding.checks:
+            mark = "+" if check.holds else "-"
+            exceptions = f" (but {check.exceptions})" if check.exceptions else ""
+            sys.stdout.write(f"  {mark} {check.claim}: {check.found}{exceptions}\n")
+        for note in () if finding.checks else finding.notes:
+            sys.stdout.write(f"  {note}\n")
     sys.stdout.write(f"report: {Path(args.out) / 'report.html'}\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.records import Records
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.sweep import Sweep, SweepConfig, sweep
+from backward_lens_tl.sweep.config import Lens
 from backward_lens_tl.vocabulary import TargetPosition
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 EXAMPLE = ("Lionel Messi plays for", " Paris")
 """The paper's prompt and the answer that it is taught."""
 
-_LENSES = ("logit_lens", "normalized")
+_LENSES: tuple[Lens, ...] = get_args(Lens)
+_NORMS = ("norm", "input_norm", "is_zero")
 
 
 class Evidence:
@@ -34,6 +36,7 @@ class Evidence:
         folder: Where sweeps are written.
         prompts: How many prompts.
         seed: Of their choice.
+        prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
         progress: Whether sweeps show a bar.
 
     Attributes:
@@ -41,6 +44,7 @@ class Evidence:
         records: As given.
         prompts_asked: How many prompts were asked for.
         seed: As given.
+        prepend_bos: As given.
     """
 
     def __init__(
@@ -51,10 +55,11 @@ class Evidence:
         *,
         prompts: int,
         seed: int,
+        prepend_bos: bool | None,
         progress: bool,
     ) -> None:
         self.model, self.records = model, records
-        self.prompts_asked, self.seed = prompts, seed
+        self.prompts_asked, self.seed, self.prepend_bos = prompts, seed, prepend_bos
         self._folder, self._progress = folder, progress
         self._host = host_of(model)
 
@@ -95,35 +100,32 @@ class Evidence:
     @cached_property
     def sweep(self) -> Sweep:
         """The raw gradients of the MLPs' matrices, under both lenses, as the paper reads them."""
-        return self._sweep("mlp", _LENSES, "sweep", gradient_columns=None)
+        return self._sweep(
+            "sweep",
+            matrices="mlp",
+            projection=_LENSES,
+            position_columns=(*_NORMS, "target_rank", "answer_rank"),
+        )
 
     @cached_property
     def attention_sweep(self) -> Sweep | None:
         """The norms at attention's matrices; `None` if the model's cannot be analysed."""
+        columns = {"position_columns": _NORMS, "gradient_columns": (), "k": 1}
         try:
-            return self._sweep("attn", _LENSES[:1], "sweep-attention", gradient_columns=())
+            return self._sweep("sweep-attention", matrices="attn", **columns)
         except UnsupportedModelError:
             return None
 
-    def _sweep(
-        self,
-        matrices: str,
-        lenses: tuple[str, ...],
-        name: str,
-        gradient_columns: tuple[str, ...] | None,
-    ) -> Sweep:
-        config = SweepConfig.from_json(
-            {
-                "matrices": matrices,
-                "projection": lenses,
-                "direction": "gradient",
-                "gradient_columns": gradient_columns,
-                # Datasets have answers of several tokens, whose first one is taught, as in the
-                # paper's own editing.
-                "target_position": "first",
-                "prompts": self.prompts_asked,
-                "seed": self.seed,
-            }
+    def _sweep(self, name: str, **settings: Any) -> Sweep:
+        config = SweepConfig(
+            direction="gradient",
+            prepend_bos=self.prepend_bos,
+            # Datasets have answers of several tokens, whose first one is taught, as in the paper's
+            # own editing.
+            target_position="first",
+            prompts=self.prompts_asked,
+            seed=self.seed,
+            **settings,
         )
         out = self._folder / name
         return sweep(self.model, self.records, out, config, progress=self._progress)
@@ -142,6 +144,14 @@ class Evidence:
     def prompts(self) -> pd.DataFrame:
         """The prompts that were analysed."""
         return self.sweep.prompts()
+
+    @property
+    def n_cut_targets(self) -> int:
+        """Of how many prompts only the first token of the target is taught."""
+        rows = self.records.rows
+        taught = zip(self.prompts["prompt"], self.prompts["target"], strict=True)
+        wanted = ((getattr(rows[row], "target", None), target) for row, target in taught)
+        return sum(isinstance(text, str) and text != target for text, target in wanted)
 
     @cached_property
     def correct_prompts(self) -> list[int]:
@@ -188,5 +198,6 @@ class Evidence:
             prompt,
             target,
             projection=_LENSES,
+            prepend_bos=self.prepend_bos,
             target_position=position,
         )

@@ -74,8 +74,8 @@ EXPERIMENTS = (
         "fig7",
         ("fig7",),
         "Rank of the target by segment (figure 7)",
-        "The last token's VJPs rank the target among the least probable tokens; those of the other "
-        "tokens do so less clearly, and less in the first and last layers.",
+        "The last token's VJPs consistently rank the target among the least probable tokens; those "
+        "of the other tokens behave alike, and generally rank it as improbable.",
         segment_ranks.target_by_segment,
     ),
     Experiment(
@@ -97,15 +97,15 @@ EXPERIMENTS = (
         "fig11",
         ("fig11", "fig12", "fig13", "fig14", "fig15"),
         "The gradients of other prompts in words (figures 11 to 15)",
-        "Other prompts and models show the same gradual change towards the target.",
+        "Other prompts and models show the same as figure 5.",
         words.more_tables,
     ),
     Experiment(
         "fig16",
         ("fig16",),
         "Who writes into which matrix (figure 16)",
-        "Every kind of matrix is written by the same tokens in the same layers, and the majority "
-        "of layers and tokens hardly write at all.",
+        "FF1 and FF2 are both written mainly by the last subject token around the first quarter of "
+        "the layers, and by the last token around the middle.",
         segment_norms.norms_of_all,
     ),
     Experiment(

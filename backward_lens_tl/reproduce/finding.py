@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from backward_lens_tl.result import BackwardLensResult
 
-Verdict = Literal["holds", "holds with exceptions", "does not hold here"]
+Verdict = Literal["holds", "holds with exceptions", "does not hold here", "not measured"]
 Draw = Callable[..., Any]
 """Makes a figure, given `backend="plotly"` or `"matplotlib"`."""
 
@@ -38,7 +38,8 @@ class Finding:
     """What an experiment found.
 
     Attributes:
-        checks: The claims; the first is the one that the figure or table stands for.
+        checks: The claims; the first is the one that the figure or table stands for. None if it
+            could not be measured.
         tables: Small tables, by name.
         figures: What draws each figure, by name.
         results: Layers x tokens tables that are shown, by name.
@@ -54,6 +55,8 @@ class Finding:
     @property
     def verdict(self) -> Verdict:
         """Whether the paper's statement holds: not at all unless its first claim does."""
+        if not self.checks:
+            return "not measured"
         if not self.checks[0].holds:
             return "does not hold here"
         if all(check.holds and not check.exceptions for check in self.checks):

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 from backward_lens_tl.analysis.neurons import neuron_overlap, neuron_words, spanning_words
 from backward_lens_tl.reproduce.evidence import Evidence
-from backward_lens_tl.reproduce.finding import Check, Finding
+from backward_lens_tl.reproduce.finding import Check, Finding, part
 from backward_lens_tl.views import figures
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _ALIKE = 0.9
+_LIKE = 0.7
+_MOST = 0.9
 _PART = 0.01
 _TOP = 100
 _TIMES_MORE = 5
@@ -54,20 +56,49 @@ def _words(evidence: Evidence, matrix: str) -> Finding:
     layer = evidence.example_layer
     table = neuron_words(evidence.model, evidence.example, matrix, layer)
     return Finding(
-        _overlap_checks(_overlap(evidence, matrix), matrix),
+        (_largest_agree(table), *_overlap_checks(_overlap(evidence, matrix), matrix)),
         {f"neurons of {matrix}, layer {layer}": table},
         notes=(_note(evidence),),
+    )
+
+
+def _largest_agree(table: pd.DataFrame) -> Check:
+    """A neuron may have the tokens of its group at either end, since its sign varies."""
+    largest = table[table["group"] == "largest"]
+    said = [
+        {*top, *bottom}
+        for top, bottom in zip(largest["top_tokens"], largest["bottom_tokens"], strict=True)
+    ]
+    shared = sorted(set.intersection(*said)) if said else []
+    return Check(
+        "the largest neurons share their tokens, at one end or the other: at least one token is "
+        "among the first three at an end of all of them",
+        bool(shared),
+        f"they share {', '.join(map(repr, shared)) or 'none'}",
     )
 
 
 def _vectors(evidence: Evidence, matrix: str) -> Finding:
     layer = evidence.example_layer
     table = spanning_words(evidence.model, evidence.example, matrix, layer)
-    checks = _overlap_checks(_overlap(evidence, matrix), matrix)
     return Finding(
-        checks[:1],
+        (_few_say_it_all(_overlap(evidence, matrix)),),
         {f"spanning set of {matrix}, layer {layer}": table},
         notes=(_note(evidence),),
+    )
+
+
+def _few_say_it_all(table: pd.DataFrame) -> Check:
+    spanning = table[table["position"].notna()]
+    best = spanning["similarity"].abs().groupby(spanning["neuron"]).max()
+    energy = spanning.groupby("neuron")["neuron_norm"].first() ** 2
+    held = float(energy[best >= _LIKE].sum() / energy.sum())
+    return Check(
+        f"the spanning set says what the neurons say: nine tenths of the gradient, by squared "
+        f"norm, are in neurons that have a cosine of at least {_LIKE} with one of its vectors, up "
+        "to the sign",
+        held >= _MOST,
+        f"{100 * held:.1f} % of it, in {part(int((best >= _LIKE).sum()), len(best))} neurons",
     )
 
 

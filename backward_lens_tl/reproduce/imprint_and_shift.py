@@ -13,18 +13,27 @@ from backward_lens_tl.views import figures
 if TYPE_CHECKING:
     import pandas as pd
 
-_MOST_PROMPTS = 20
+_FEWEST_PROMPTS, _MOST_PROMPTS = 2, 20
+_MOST_STEPS = 400
 _ROUNDINGS = 10
 _CLOSE = 0.1
 _FAR_END = 0.01
+_MOSTLY = 0.5
 
 
 def imprint_and_shift(evidence: Evidence) -> Finding:
     """One step of gradient descent on each matrix alone (lemma 5.2, figures 1 and 3)."""
-    prompts = evidence.prompts.head(_MOST_PROMPTS)
-    table = step_changes(evidence.model, prompts["text"].tolist(), prompts["target_id"].tolist())
+    # Each step of each prompt is a forward pass.
+    affordable = _MOST_STEPS // (2 * evidence.n_layers)
+    prompts = evidence.prompts.head(max(_FEWEST_PROMPTS, min(_MOST_PROMPTS, affordable)))
+    table = step_changes(
+        evidence.model,
+        prompts["text"].tolist(),
+        prompts["target_id"].tolist(),
+        prepend_bos=evidence.prepend_bos,
+    )
     return Finding(
-        (_outputs(table), _losses(table), _shift(table, evidence)),
+        (_outputs(table), _losses(table), _shift(table, evidence), _imprint(table)),
         {"steps": table},
         {"change of the loss": partial(figures.step_changes, table)},
         notes=(
@@ -61,7 +70,18 @@ def _shift(table: pd.DataFrame, evidence: Evidence) -> Check:
     led = int((shifts["shift_rank"] <= _FAR_END * (evidence.d_vocab - 1)).sum())
     return Check(
         "W_out's output shifts towards the target: the measured change at the last token has it "
-        "among its most probable 1 %, in more than half of the layers",
+        "among its most probable 1 %, in more than half of the steps",
         led > len(shifts) / 2,
         f"for {part(led, len(shifts))} steps",
+    )
+
+
+def _imprint(table: pd.DataFrame) -> Check:
+    own = table.loc[table["matrix"] == "W_in", "self_imprint"]
+    mostly = int((own > _MOSTLY).sum())
+    return Check(
+        "W_in imprints the input that it just saw: at the last token, in more than half of the "
+        f"steps, its output changes along its own term ||x||^2 delta (a cosine above {_MOSTLY})",
+        mostly > len(own) / 2,
+        f"for {part(mostly, len(own))} steps; the median cosine is {own.median():.2f}",
     )

@@ -13,6 +13,7 @@ _CLASSES = {
     "holds": "holds",
     "holds with exceptions": "partly",
     "does not hold here": "fails",
+    "not measured": "unknown",
 }
 _FRAME = 30
 """Pixels of a frame beyond what is in it."""
@@ -68,9 +69,11 @@ def _overview(findings: Iterable[Mapping[str, Any]]) -> str:
 
 def _measured_on(about: Mapping[str, Any]) -> str:
     rejected = f", {about['rejected']} rejected" if about["rejected"] else ""
+    cut = f", of {about['cut']} only the target's first token" if about["cut"] else ""
     return (
         f"{about['model']} ({about['n_layers']} layers, {about['d_vocab']:,} tokens), "
-        f"{about['prompts']} prompts of {about['data']}{rejected}, {about['seconds']:.0f} s"
+        f"{about['prompts']} prompts of {about['data']} {about['bos']}{rejected}{cut}, "
+        f"{about['seconds']:.0f} s"
     )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from backward_lens_tl.analysis.by_segment import norm_correlation, norms_by_segment
 from backward_lens_tl.reproduce.evidence import Evidence
-from backward_lens_tl.reproduce.finding import Check, Finding, by_layer, part
+from backward_lens_tl.reproduce.finding import Check, Draw, Finding, by_layer, part
 from backward_lens_tl.views import figures
 
 if TYPE_CHECKING:
@@ -24,20 +23,41 @@ _OTHERS = ("before subject", "after subject")
 def norms_of_shifts(evidence: Evidence) -> Finding:
     """Norms of `W_out`'s VJPs by segment and layer (figure 6)."""
     cells = evidence.positions
-    return _norms(evidence, norms_by_segment(cells[cells["matrix"] == "W_out"]))
+    table = norms_by_segment(cells[cells["matrix"] == "W_out"])
+    checks = (
+        _subject_leads_early(table, evidence),
+        _last_token_peaks(table, evidence),
+        _others_are_small(table),
+    )
+    return Finding(checks, *_shown(table))
 
 
 def norms_of_all(evidence: Evidence) -> Finding:
-    """The same for every kind of matrix (figure 16)."""
+    """The same for every kind of matrix; the paper speaks of the MLPs' (figure 16)."""
     import pandas as pd
 
-    attention = evidence.attention_sweep
+    attention, table = evidence.attention_sweep, norms_by_segment(evidence.positions)
+    mlp: list[str] = table["matrix"].unique().tolist()
+    checks = [
+        check(table, matrix, evidence)
+        for matrix in mlp
+        for check in (_last_subject_token_leads, _last_token_peaks_midway)
+    ]
     if attention is None:
-        notes: tuple[str, ...] = ("The attention of this model cannot be analysed.",)
-        return _norms(evidence, norms_by_segment(evidence.positions), notes)
-    # Each by itself, which takes less memory than all cells together.
-    both = (norms_by_segment(cells) for cells in (attention.positions(), evidence.positions))
-    return _norms(evidence, pd.concat(both))
+        note = "The attention of this model cannot be analysed."
+    else:
+        # Each by itself, which takes less memory than all cells together.
+        own = norms_by_segment(attention)
+        leaders = (
+            f"{matrix} {_early_leaders(own, matrix, evidence)[0]}"
+            for matrix in own["matrix"].unique()
+        )
+        note = (
+            "Of attention, which the paper shows and does not speak of, most in the first quarter "
+            f"of the layers is written, but for the last token, by: {', '.join(leaders)}."
+        )
+        table = pd.concat([own, table], ignore_index=True)
+    return Finding(tuple(checks), *_shown(table), notes=(note,))
 
 
 def norms_of_inputs(evidence: Evidence) -> Finding:
@@ -73,55 +93,73 @@ def norms_of_inputs(evidence: Evidence) -> Finding:
     )
 
 
-def _norms(evidence: Evidence, table: pd.DataFrame, notes: tuple[str, ...] = ()) -> Finding:
-    matrices: list[str] = table["matrix"].unique().tolist()
-    others = [name for name in matrices if name != "W_out"]
-    return Finding(
-        (
-            _others_are_small(table, "W_out"),
-            _subject_leads_early(table, evidence),
-            _last_token_peaks(table, evidence),
-            *(_others_are_small(table, name) for name in others),
-        ),
-        {"norms by segment": table},
-        {
-            f"norm of delta_i, {matrix}": partial(figures.norms_by_segment, table, matrix=matrix)
-            for matrix in matrices
-        },
-        notes=notes,
+def _shown(table: pd.DataFrame) -> tuple[dict[str, pd.DataFrame], dict[str, Draw]]:
+    """The table of norms, and a figure for each matrix."""
+    return {"norms by segment": table}, {
+        f"norm of delta_i, {matrix}": partial(figures.norms_by_segment, table, matrix=matrix)
+        for matrix in table["matrix"].unique()
+    }
+
+
+def _last_subject_token_leads(table: pd.DataFrame, matrix: str, evidence: Evidence) -> Check:
+    leader = _early_leaders(table, matrix, evidence)[0]
+    return Check(
+        f"{matrix}: in the first quarter of the layers the subject's last token writes more than "
+        "any other but the prompt's last one",
+        leader == "last subject token",
+        f"most is written by: {leader}",
     )
 
 
-def _others_are_small(table: pd.DataFrame, matrix: str) -> Check:
-    peak = max(by_layer(table, "mean", matrix=matrix, segment="last token").values())
-    means = {name: by_layer(table, "mean", matrix=matrix, segment=name) for name in _OTHERS}
+def _last_token_peaks_midway(table: pd.DataFrame, matrix: str, evidence: Evidence) -> Check:
+    last = by_layer(table, "mean", matrix=matrix, segment="last token")
+    peak = max(last, key=last.__getitem__)
+    return Check(
+        f"{matrix}: the last token writes most around the middle of the layers, between a quarter "
+        "and three quarters",
+        peak in evidence.layers(0.25, 0.75),
+        f"most in layer {peak} of {evidence.n_layers}",
+    )
+
+
+def _others_are_small(table: pd.DataFrame) -> Check:
+    peak = max(by_layer(table, "mean", segment="last token").values())
+    means = {name: by_layer(table, "mean", segment=name) for name in _OTHERS}
     parts = {name: fmean(own.values()) / peak for name, own in means.items() if own}
     return Check(
-        f"{matrix}: tokens outside of the subject, but for the last one, write little: over the "
-        f"layers less than {_SMALL} of what the last token writes at its strongest",
-        all(mean < _SMALL for mean in parts.values()),
+        "tokens outside of the subject, but for the last one, write little: over the layers "
+        f"less than {_SMALL} of what the last token writes at its strongest",
+        bool(parts) and all(mean < _SMALL for mean in parts.values()),
         ", ".join(f"{name} {mean:.2f}" for name, mean in parts.items()) or "there are none",
     )
 
 
 def _subject_leads_early(table: pd.DataFrame, evidence: Evidence) -> Check:
-    early = evidence.layers(0.0, 0.25)
-    means = {
-        name: _mean(by_layer(table, "mean", matrix="W_out", segment=name), early)
-        for name in table["segment"].unique()
-        if name != "last token"
-    }
-    ordered = sorted(means, key=means.__getitem__, reverse=True)
+    means = _early_means(table, "W_out", evidence)
+    ordered = _early_leaders(table, "W_out", evidence)
     return Check(
         "in the first quarter of the layers a token of the subject writes more than any other but "
         "the last one",
-        bool(ordered) and ordered[0] in _SUBJECT,
-        "mean norms: " + ", ".join(f"{name} {means[name]:.3g}" for name in ordered),
+        ordered[0] in _SUBJECT,
+        "mean norms: " + ", ".join(f"{name} {means.get(name, 0):.3g}" for name in ordered),
     )
 
 
+def _early_leaders(table: pd.DataFrame, matrix: str, evidence: Evidence) -> list[str]:
+    """Segments but the last token, those that write most in the first layers first."""
+    means = _early_means(table, matrix, evidence)
+    return sorted(means, key=means.__getitem__, reverse=True) or ["none"]
+
+
+def _early_means(table: pd.DataFrame, matrix: str, evidence: Evidence) -> dict[str, float]:
+    layers = evidence.layers(0.0, 0.25)
+    own = table[(table["matrix"] == matrix) & (table["segment"] != "last token")]
+    by_segment = {name: by_layer(own, "mean", segment=name) for name in own["segment"].unique()}
+    return {name: fmean(means[layer] for layer in layers) for name, means in by_segment.items()}
+
+
 def _last_token_peaks(table: pd.DataFrame, evidence: Evidence) -> Check:
-    last = by_layer(table, "mean", matrix="W_out", segment="last token")
+    last = by_layer(table, "mean", segment="last token")
     peak, second_quarter = max(last, key=last.__getitem__), evidence.layers(0.25, 0.5)
     return Check(
         "the last token writes most in the second quarter of the layers",
@@ -129,7 +167,3 @@ def _last_token_peaks(table: pd.DataFrame, evidence: Evidence) -> Check:
         f"most in layer {peak} of {evidence.n_layers}, a norm of {last[peak]:.3g}; in the second "
         f"quarter up to {max(last[layer] for layer in second_quarter):.3g}",
     )
-
-
-def _mean(numbers: dict[int, float], layers: Sequence[int]) -> float:
-    return fmean(numbers[layer] for layer in layers)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _FAR_END = 0.01
+_IMPROBABLE = 0.75
 _NEAR_TOP = 0.1
 _MOST_LAYERS = 0.75
 _GRADUAL = -0.8
@@ -26,13 +27,13 @@ def target_by_segment(evidence: Evidence) -> Finding:
     table = ranks_by_segment(_matrix(evidence, "W_out"))
     raw = table[(table["projection"] == "logit_lens") & (table["segment"] != "last token")]
     others = raw["median"].dropna().tolist()
-    far = sum(rank > (evidence.d_vocab - 1) / 2 for rank in others)
+    far = sum(rank >= _IMPROBABLE * (evidence.d_vocab - 1) for rank in others)
     return Finding(
         (
             _last_token_is_at_the_far_end(table, evidence),
             Check(
                 "the other tokens' VJPs behave alike: in most layers their median rank of the "
-                "target is in the less probable half",
+                "target is in the least probable quarter",
                 far > len(others) / 2,
                 f"it is for {part(far, len(others))} segments and layers",
             ),
@@ -68,9 +69,11 @@ def target_at_last_token(evidence: Evidence) -> Finding:
 
 def answer_by_segment(evidence: Evidence) -> Finding:
     """The rank of the model's own answer for `W_out`'s VJPs (figure 19)."""
-    table = ranks_by_segment(_matrix(evidence, "W_out"), of="answer")
-    last = _at_last_token(table)
-    late = [last[layer] for layer in evidence.layers(0.75, 1.0)]
+    cells, layers = _matrix(evidence, "W_out"), evidence.layers(0.75, 1.0)
+    table = ranks_by_segment(cells, of="answer")
+    answer, target = _at_last_token(table), _at_last_token(ranks_by_segment(cells))
+    late = [answer[layer] for layer in layers]
+    added = [evidence.d_vocab - 1 - target[layer] for layer in layers]
     bound = _NEAR_TOP * (evidence.d_vocab - 1)
     return Finding(
         (
@@ -81,10 +84,11 @@ def answer_by_segment(evidence: Evidence) -> Finding:
                 f"median ranks {_in_words(late)} of {evidence.d_vocab}",
             ),
             Check(
-                "it is not the very first there: it is taken away more smoothly than the target is "
-                "added",
-                any(rank > 0 for rank in late),
-                f"median ranks {_in_words(last.values())} from the first to the last layer",
+                "it is taken away more smoothly than the target is added: in these layers it is "
+                "farther from the top than the target from the far end",
+                all(own > other for own, other in zip(late, added, strict=True)),
+                f"median ranks from the top {_in_words(late)}; the target's from the far end "
+                f"{_in_words(added)}",
             ),
         ),
         {"answer rank by segment": table},
@@ -131,7 +135,7 @@ def target_in_inputs(evidence: Evidence) -> Finding:
             Check(
                 "an input only has the forward pass's own view of the target: in all layers the "
                 "model's own answer is ranked better than the target",
-                behind == len(target),
+                0 < behind == len(target),
                 f"in {part(behind, len(target))} layers; median ranks of the target "
                 f"{_in_words(target.values())}, of the answer {_in_words(answer.values())}",
             ),
@@ -159,7 +163,7 @@ def _last_token_is_at_the_far_end(table: pd.DataFrame, evidence: Evidence) -> Ch
     return Check(
         "in three quarters of the layers the last token's VJP has the target among the least "
         "probable 1 % of the vocabulary (median of the prompts)",
-        far >= _MOST_LAYERS * len(last),
+        0 < _MOST_LAYERS * len(last) <= far,
         f"in {part(far, len(last))} layers; median ranks {_in_words(last)} of {evidence.d_vocab}",
     )
 

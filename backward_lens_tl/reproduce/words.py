@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from backward_lens_tl.reproduce.evidence import EXAMPLE, Evidence
+from backward_lens_tl.reproduce.evidence import Evidence
 from backward_lens_tl.reproduce.finding import Check, Finding, part
 from backward_lens_tl.result import BackwardLensResult
 
@@ -14,28 +15,27 @@ _FAR_END = 0.01
 
 def example_table(evidence: Evidence) -> Finding:
     """The layers x tokens table of the paper's own prompt (figure 5)."""
-    return _tables({" → ".join(EXAMPLE): evidence.example}, "logit_lens")
+    return _tables([evidence.example], "logit_lens")
 
 
 def normalized_table(evidence: Evidence) -> Finding:
     """The same under the Normalized Logit Lens (figures 22 and 23)."""
-    found = _tables({" → ".join(EXAMPLE): evidence.example}, "normalized")
-    return replace(found, checks=(*_magnified(evidence), *found.checks))
+    found = _tables([evidence.example], "normalized")
+    return replace(found, checks=(*_normalized(evidence), *found.checks))
 
 
 def more_tables(evidence: Evidence) -> Finding:
     """The tables of other prompts (figures 11 to 15)."""
     shown = evidence.prompts.head(_MORE_PROMPTS)
-    columns = (shown[name].tolist() for name in ("text", "target", "target_id"))
-    results = {
-        f"{text} → {target}": evidence.result(text, target_id)
-        for text, target, target_id in zip(*columns, strict=True)
+    rows = zip(shown["text"].tolist(), shown["target_id"].tolist(), strict=True)
+    return _tables([evidence.result(text, target) for text, target in rows], "logit_lens")
+
+
+def _tables(results: Sequence[BackwardLensResult], lens: str) -> Finding:
+    shown = {
+        f"{result.gradients.prompt(0)} → {result.target()}": result.under(lens)
+        for result in results
     }
-    return _tables(results, "logit_lens")
-
-
-def _tables(results: dict[str, BackwardLensResult], lens: str) -> Finding:
-    shown = {name: result.under(lens) for name, result in results.items()}
     return Finding(
         (_target_is_written(shown), _last_token_writes(shown)),
         {name: result.to_df() for name, result in shown.items()},
@@ -75,7 +75,7 @@ def _last_token_writes(results: dict[str, BackwardLensResult]) -> Check:
     )
 
 
-def _magnified(evidence: Evidence) -> tuple[Check, ...]:
+def _normalized(evidence: Evidence) -> tuple[Check, ...]:
     cells = evidence.positions
     cells = cells[(cells["matrix"] == "W_out") & ~cells["is_zero"]]
     least = (1 - _FAR_END) * (evidence.d_vocab - 1)
@@ -85,14 +85,14 @@ def _magnified(evidence: Evidence) -> tuple[Check, ...]:
     )
     return (
         Check(
-            "normalizing magnifies the target: at least 1 % more of W_out's VJPs have it among the "
-            "least probable 1 % of the vocabulary",
-            normalized - raw >= _FAR_END * of,
-            f"{part(normalized, of)} of the VJPs when normalized, {part(raw, of)} as they are",
-        ),
-        Check(
-            "when normalized, more than half of W_out's VJPs have the target there",
+            "when normalized, more than half of W_out's VJPs have the target among the least "
+            "probable 1 % of the vocabulary",
             normalized > of / 2,
             f"{part(normalized, of)} of them",
+        ),
+        Check(
+            "normalizing magnifies the target: at least 1 % more of the VJPs have it there",
+            normalized - raw >= _FAR_END * of,
+            f"{part(normalized, of)} of the VJPs when normalized, {part(raw, of)} as they are",
         ),
     )

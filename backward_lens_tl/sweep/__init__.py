@@ -35,7 +35,7 @@ from backward_lens_tl.records import Records, read_records
 from backward_lens_tl.sweep.config import SweepConfig
 from backward_lens_tl.sweep.folder import FORMAT_VERSION, Sweep, open_folder
 from backward_lens_tl.sweep.measuring import measure_part
-from backward_lens_tl.sweep.plan import Item, Part, plan_parts
+from backward_lens_tl.sweep.plan import Item, Part, plan_digest, plan_parts
 from backward_lens_tl.sweep.processes import own_device, this_process
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def sweep(
     host = host_of(model)
     parts = plan_parts(host, records, config)
     _check(host, parts, config)
-    about = _about(host, records, config, len(parts))
+    about = _about(host, records, config, parts)
     # The first process begins the folder; the others find it begun.
     with state.main_process_first():
         found = open_folder(folder, about)
@@ -115,13 +115,13 @@ def _check(host: Host, parts: tuple[Part, ...], config: SweepConfig) -> None:
     check_k(config.k, host.d_vocab_out)
     if not parts:
         raise SweepError("the data have no rows; pass at least one prompt with its target")
-    longest = parts[-1][-1]
-    if not isinstance(longest, Item):
+    shortest = next((entry for part in parts for entry in part if isinstance(entry, Item)), None)
+    if shortest is None:
         return  # all rows are rejected
     plan_capture(
         host,
-        longest.record.prompt,
-        target_nll(longest.target),
+        shortest.record.prompt,
+        target_nll(shortest.target),
         matrices=config.matrices,
         layers=config.layers,
         prepend_bos=config.prepend_bos,
@@ -130,7 +130,9 @@ def _check(host: Host, parts: tuple[Part, ...], config: SweepConfig) -> None:
     )
 
 
-def _about(host: Host, records: Records, config: SweepConfig, n_parts: int) -> dict[str, Any]:
+def _about(
+    host: Host, records: Records, config: SweepConfig, parts: tuple[Part, ...]
+) -> dict[str, Any]:
     """What `run.json` says."""
     return {
         "format": FORMAT_VERSION,
@@ -145,9 +147,10 @@ def _about(host: Host, records: Records, config: SweepConfig, n_parts: int) -> d
             "sha256": host.fingerprint(),
         },
         "data": {"name": records.name, "rows": len(records), "sha256": records.fingerprint},
+        "tokens": {"sha256": plan_digest(parts)},
         "versions": {name: version(name) for name in _DISTRIBUTIONS},
         "python": platform.python_version(),
-        "n_parts": n_parts,
+        "n_parts": len(parts),
     }
 
 
@@ -155,24 +158,26 @@ def _write_parts(
     model: nn.Module, parts: tuple[Part, ...], found: Sweep, state: PartialState, progress: bool
 ) -> None:
     """Measure and write this process's share of what is not written yet."""
-    own = range(state.process_index, len(parts), state.num_processes)
-    waiting = [part for part in own if not found.has_part(part)]
-    n_rows, n_done = (sum(len(parts[part]) for part in some) for some in (own, own))
-    n_done -= sum(len(parts[part]) for part in waiting)
+    missing = [part for part in range(len(parts)) if not found.has_part(part)]
+    state.wait_for_everyone()  # before anybody writes, so that all have the same list
+    own = missing[state.process_index :: state.num_processes]
     _log.info(
-        "process %d of %d: %d of its %d parts are left",
+        "process %d of %d: %d of the %d parts that are left",
         state.process_index,
         state.num_processes,
-        len(waiting),
         len(own),
+        len(missing),
+    )
+    n_own, n_missing, n_all = (
+        sum(len(parts[part]) for part in some) for some in (own, missing, range(len(parts)))
     )
     with tqdm(
-        total=n_rows,
-        initial=n_done,
+        total=n_all - n_missing + n_own,
+        initial=n_all - n_missing,
         unit="prompt",
         disable=not (progress and state.is_main_process),
     ) as bar:
-        for part in waiting:
+        for part in own:
             began = time.perf_counter()
             tables = measure_part(model, parts[part], found.config)
             found.write_part(part, tables)

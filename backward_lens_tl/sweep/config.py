@@ -32,7 +32,7 @@ class SweepConfig:
         vjps_at: `"matrix"` or `"residual"`.
         k: Tokens kept at either end.
         position_columns: Columns of the table of positions beside its keys, in any order; `None`
-            for all, none to leave the table out. `sweep.columns` has their names and meanings.
+            for all, none to leave the table out. docs/sweeps.md has their names and meanings.
         gradient_columns: Likewise of the table of gradients; `None` for all but the list of
             singular values.
         prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _RUN = "run.json"
+_PART = "part-{}.parquet"
 _LAST_WRITTEN = tuple(TABLES)[-1]
-_MUST_MATCH = ("format", "config", "model", "data", "versions", "n_parts")
+_MUST_MATCH = ("format", "config", "model", "data", "tokens", "versions", "n_parts")
 
 FORMAT_VERSION = 1
 """Raised when a folder that was begun before cannot be gone on with."""
@@ -144,8 +145,14 @@ class Sweep:
                     f"{', '.join(there)}"
                 )
         wanted = [each for each in there if columns is None or each in (*keys, *columns)]
-        files = (self._file(name, part) for part in self.finished)
-        parts = [pq.read_table(file, columns=wanted) for file in files]
+        files = [self._file(name, part) for part in self.finished]
+        try:
+            parts = [pq.read_table(file, columns=wanted) for file in files]
+        except (OSError, pa.ArrowException) as error:
+            raise SweepError(
+                f"a part of {os.fspath(self.folder / name)!r} is damaged: {error}. Delete the "
+                f"part's files in {', '.join(TABLES)}, and run the sweep again: it goes on"
+            ) from error
         empty = arrow_schema(name, tuple(wanted)).empty_table()
         joined: pd.DataFrame = pa.concat_tables([empty, *parts]).to_pandas()
         dtypes = {
@@ -186,7 +193,7 @@ class Sweep:
                 pq.write_table(table, partial)
 
     def _file(self, table: str, part: int) -> Path:
-        return self.folder / table / f"part-{part:06d}.parquet"
+        return self.folder / table / _PART.format(f"{part:06d}")
 
     def __repr__(self) -> str:
         done, of = len(self.finished), self.n_parts
@@ -214,6 +221,11 @@ def open_folder(folder: Path, run: Mapping[str, Any]) -> Sweep:
         sweep = Sweep.load(folder)
         _check_same(sweep, run)
         return sweep
+    if any(folder.glob(f"*/{_PART.format('*')}")):
+        raise SweepError(
+            f"{os.fspath(folder)!r} has parts of a sweep and no {_RUN} that says which; choose "
+            "another folder"
+        )
     try:
         for table in TABLES:
             (folder / table).mkdir(parents=True, exist_ok=True)

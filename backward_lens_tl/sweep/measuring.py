@@ -62,8 +62,16 @@ def _tried(model: nn.Module, items: Sequence[Item], config: SweepConfig) -> Tabl
         return _measured(model, items, config)
     except UnsupportedModelError:
         raise
-    except (BackwardLensError, torch.OutOfMemoryError) as error:
+    except (BackwardLensError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, BackwardLensError) and not _is_lack_of_memory(error):
+            raise
         return str(error)
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    # On a CPU torch raises a plain RuntimeError.
+    lacks = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return lacks or "allocate memory" in str(error)
 
 
 def _measured(model: nn.Module, items: Sequence[Item], config: SweepConfig) -> Tables:

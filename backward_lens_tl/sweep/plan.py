@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from itertools import chain
 
 from backward_lens_tl.errors import InputError, TargetError
 from backward_lens_tl.host import Host
@@ -24,14 +26,14 @@ class Item:
 
     Attributes:
         record: Its row of the data.
-        n_tokens: Its length.
+        tokens: Ids of its tokens.
         target: Id of the target token.
         subject: Where in the prompt's text its subject stands, if it has one.
         answer: Id of the first token of the original answer, if there is one.
     """
 
     record: Record
-    n_tokens: int
+    tokens: tuple[int, ...]
     target: int
     subject: tuple[int, int] | None
     answer: int | None
@@ -40,6 +42,11 @@ class Item:
     def index(self) -> int:
         """Its row of the data."""
         return self.record.index
+
+    @property
+    def n_tokens(self) -> int:
+        """Its length."""
+        return len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,26 @@ def plan_parts(host: Host, records: Records, config: SweepConfig) -> tuple[Part,
     return tuple(tuple(chosen[start : start + size]) for start in range(0, len(chosen), size))
 
 
+def plan_digest(parts: Sequence[Part]) -> str:
+    """A checksum of what is analysed, in tokens: of the tokenizer and whether it adds a BOS, too.
+
+    Args:
+        parts: The plan.
+
+    Returns:
+        SHA-256, in hexadecimal.
+    """
+    digest = sha256()
+    for entry in chain.from_iterable(parts):
+        said = (
+            (entry.tokens, entry.target, entry.subject, entry.answer)
+            if isinstance(entry, Item)
+            else entry.reason
+        )
+        digest.update(f"{entry.index} {said}\n".encode())
+    return digest.hexdigest()
+
+
 def _sample(
     rows: Sequence[Record | BadRecord], config: SweepConfig
 ) -> Sequence[Record | BadRecord]:
@@ -113,7 +140,7 @@ def _planned(host: Host, row: Record | BadRecord, config: SweepConfig) -> Item |
         subject = _subject(host, ids, row)
     except InputError as error:
         return reject("subject", error)
-    return Item(row, len(ids), target, subject, _first_token(host, row.answer))
+    return Item(row, tuple(ids), target, subject, _first_token(host, row.answer))
 
 
 def _subject(host: Host, ids: Sequence[int], record: Record) -> tuple[int, int] | None:

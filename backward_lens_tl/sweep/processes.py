@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+_LONGEST_WAIT = timedelta(days=30)
 
 
 def this_process() -> PartialState:
@@ -21,7 +24,8 @@ def this_process() -> PartialState:
 
     # Left to itself it finds several processes only where each has an accelerator.
     alone = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=alone)
+    # Processes wait for each other at the end, and a share of the parts may take days.
+    return PartialState(cpu=alone, timeout=_LONGEST_WAIT)
 
 
 def own_device(state: PartialState) -> str | None:
