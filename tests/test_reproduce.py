@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -25,12 +26,14 @@ from playwright.sync_api import Browser, Page
 
 import backward_lens_tl as blt
 from backward_lens_tl import cli
-from backward_lens_tl.errors import InputError, SweepError
+from backward_lens_tl.errors import InputError, SweepError, UnsupportedModelError
 from backward_lens_tl.reproduce import (
+    COUNTERFACT,
     EXPERIMENTS,
     Check,
     Finding,
     command,
+    default_data,
     folder,
     gradient_neurons,
     gradient_ranks,
@@ -58,6 +61,7 @@ class Fake(Evidence):
     """Evidence with the given attributes, and nothing behind it."""
 
     model, model_name, n_layers, d_vocab, attention_sweep = None, "fake", 8, 1001, None
+    prepend_bos = False
 
     def __init__(self, **given: Any) -> None:
         self.__dict__.update({"prompts": prompts_table([None]), "correct_prompts": []} | given)
@@ -71,7 +75,15 @@ class Written(BackwardLensResult):
     def __init__(self, norms: Sequence[Sequence[float]], ranks: Sequence[int], **by_lens: Any):
         norms_of = pd.DataFrame(norms).to_numpy()[:, None]
         self.__dict__.update(layers=tuple(range(len(norms))), ranks=ranks, by_lens=by_lens)
-        self.__dict__.update(given=norms_of)
+        self.__dict__.update(given=norms_of, prompt="a prompt")
+        self.__dict__.update(gradients=SimpleNamespace(prompt=lambda batch: self.prompt))
+
+    def called(self, prompt: str) -> Written:
+        self.__dict__["prompt"] = prompt
+        return self
+
+    def target(self, *_: Any) -> str:
+        return " taught"
 
     def under(self, projection: str) -> Written:
         return self.by_lens.get(projection, self)
@@ -160,6 +172,7 @@ YES, NO, ALMOST = Check("c", True, "f"), Check("c", False, "f"), Check("c", True
         ((YES, NO), "holds with exceptions"),
         ((NO,), "does not hold here"),
         ((NO, YES, YES), "does not hold here"),
+        ((), "not measured"),
     ],
 )
 def test_the_first_check_decides(checks: tuple[Check, ...], verdict: str):
@@ -212,8 +225,10 @@ def steps(**changed: Sequence[Any]) -> pd.DataFrame:
     """Twenty steps, of which the lemma is true; the last ten are of `W_out`."""
     table = pd.DataFrame(
         {
+            "matrix": ["W_in"] * 10 + ["W_out"] * 10,
             "output_error": [1e-5] * 20,
             "rounding": [1e-5] * 20,
+            "self_imprint": [0.9] * 10 + [0.0] * 10,
             "loss_change": [-0.01] * 20,
             "predicted_loss_change": [-0.01] * 20,
             "shift_rank": [None] * 10 + [3] * 10,
@@ -222,45 +237,86 @@ def steps(**changed: Sequence[Any]) -> pd.DataFrame:
     return table.assign(**changed).astype({"shift_rank": "Int64"})
 
 
-def found_of_steps(monkeypatch: pytest.MonkeyPatch, table: pd.DataFrame) -> Finding:
+def found_of_steps(
+    monkeypatch: pytest.MonkeyPatch, table: pd.DataFrame, n_prompts: int = 20, **more: Any
+) -> Finding:
     asked = []
 
-    def step_changes(model: Any, texts: Any, targets: Any) -> pd.DataFrame:
-        asked.append((texts, targets))
+    def step_changes(model: Any, texts: Any, targets: Any, *, prepend_bos: Any) -> pd.DataFrame:
+        asked.append((texts, targets, prepend_bos))
         return table
 
     monkeypatch.setattr(imprint_and_shift, "step_changes", step_changes)
     prompts = pd.DataFrame({"text": [f"t{n}" for n in range(30)], "target_id": range(30)})
-    finding = imprint_and_shift.imprint_and_shift(Fake(prompts=prompts))
-    assert asked == [([f"t{n}" for n in range(20)], list(range(20)))]
+    finding = imprint_and_shift.imprint_and_shift(Fake(prompts=prompts, **more))
+    texts = [f"t{n}" for n in range(n_prompts)]
+    assert asked == [(texts, list(range(n_prompts)), more.get("prepend_bos", False))]
     return finding
 
 
 def test_steps_as_in_the_lemma(monkeypatch: pytest.MonkeyPatch):
     finding = found_of_steps(monkeypatch, steps())
-    assert holds(finding) == [True, True, True]
+    assert holds(finding) == [True] * 4
     assert [check.found for check in finding.checks] == [
         "for 20 of 20 (100 %) steps; the largest relative error is 1.0e-05",
         "for 20 of 20 (100 %) steps; the loss falls in 20 of 20 (100 %)",
         "for 10 of 10 (100 %) steps",
+        "for 10 of 10 (100 %) steps; the median cosine is 0.90",
     ]
     assert finding.notes[0].startswith("Of 20 prompts")
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "n_prompts"), [(1, 20), (10, 20), (11, 18), (48, 4), (100, 2), (300, 2)]
+)
+def test_large_models_take_a_step_for_fewer_prompts(
+    monkeypatch: pytest.MonkeyPatch, n_layers: int, n_prompts: int
+):
+    """At most 400 steps, one per matrix and layer of a prompt, but two prompts anyway."""
+    found_of_steps(monkeypatch, steps(), n_prompts, n_layers=n_layers)
+    found_of_steps(monkeypatch, steps(), n_prompts, n_layers=n_layers, prepend_bos=True)
 
 
 @pytest.mark.parametrize(
     ("changed", "expected", "at", "found"),
     [
         # One step that is off is enough against an identity.
-        ({"output_error": [2e-4] + [1e-5] * 19}, [False, True, True], 0, "19 of 20 (95 %) steps"),
-        ({"output_error": [9e-5] * 20}, [True, True, True], 0, "20 of 20"),
-        ({"loss_change": [-0.012] * 2 + [-0.01] * 18}, [True, True, True], 1, "18 of 20 (90 %)"),
-        ({"loss_change": [-0.012] * 3 + [-0.01] * 17}, [True, False, True], 1, "17 of 20 (85 %)"),
-        ({"loss_change": [0.01] * 20}, [True, False, True], 1, "the loss falls in 0 of 20 (0 %)"),
+        (
+            {"output_error": [2e-4] + [1e-5] * 19},
+            [False, True, True, True],
+            0,
+            "19 of 20 (95 %) steps",
+        ),
+        ({"output_error": [9e-5] * 20}, [True] * 4, 0, "20 of 20"),
+        ({"loss_change": [-0.012] * 2 + [-0.01] * 18}, [True] * 4, 1, "18 of 20 (90 %)"),
+        (
+            {"loss_change": [-0.012] * 3 + [-0.01] * 17},
+            [True, False, True, True],
+            1,
+            "17 of 20 (85 %)",
+        ),
+        (
+            {"loss_change": [0.01] * 20},
+            [True, False, True, True],
+            1,
+            "the loss falls in 0 of 20 (0 %)",
+        ),
         # The most probable 1 % of 1001 tokens are ranks 0 to 10.
-        ({"shift_rank": [None] * 10 + [10] * 6 + [11] * 4}, [True] * 3, 2, "6 of 10 (60 %)"),
-        ({"shift_rank": [None] * 10 + [10] * 5 + [11] * 5}, [True, True, False], 2, "5 of 10"),
+        ({"shift_rank": [None] * 10 + [10] * 6 + [11] * 4}, [True] * 4, 2, "6 of 10 (60 %)"),
+        (
+            {"shift_rank": [None] * 10 + [10] * 5 + [11] * 5},
+            [True, True, False, True],
+            2,
+            "5 of 10",
+        ),
         # The other end of the vocabulary is the wrong direction.
-        ({"shift_rank": [None] * 10 + [1000] * 10}, [True, True, False], 2, "0 of 10"),
+        ({"shift_rank": [None] * 10 + [1000] * 10}, [True, True, False, True], 2, "0 of 10"),
+        # The imprint is in W_in's own ten steps.
+        ({"self_imprint": [0.51] * 6 + [0.5] * 14}, [True] * 4, 3, "6 of 10 (60 %)"),
+        ({"self_imprint": [0.51] * 5 + [0.5] * 15}, [True, True, True, False], 3, "5 of 10"),
+        ({"self_imprint": [0.5] * 10 + [0.9] * 10}, [True, True, True, False], 3, "0 of 10"),
+        ({"self_imprint": [-0.9] * 20}, [True, True, True, False], 3, "0 of 10"),
+        ({"self_imprint": [None] * 20}, [True, True, True, False], 3, "0 of 10"),
     ],
 )
 def test_steps_that_are_off(
@@ -303,6 +359,7 @@ def test_the_rank_law():
     assert [check.found for check in finding.checks] == [
         "140 of 140 (100 %) gradients",
         "20 of 20 (100 %) gradients",
+        "gradients off the law: 0, by at most 0",
     ]
     assert len(finding.tables["exceptions"]) == 0
     assert len(finding.tables["ranks"]) == 16
@@ -312,7 +369,8 @@ def test_a_rare_drop_of_the_rank_is_an_exception_with_its_cause():
     dropped = {"rank": 4, "input_rank": 4}
     finding = gradient_ranks.rank_law(Fake(gradients=ranks({0: dropped})))
     assert finding.verdict == "holds with exceptions"
-    first, last = finding.checks
+    first, last, drops = finding.checks
+    assert (drops.holds, drops.found) == (True, "gradients off the law: 1, by at most 1")
     assert (first.found, last.exceptions) == ("139 of 140 (99 %) gradients", "")
     assert first.exceptions == "1 times inputs x_i are linearly dependent"
     assert finding.tables["exceptions"]["rank"].tolist() == [4]
@@ -322,12 +380,16 @@ def test_a_rare_drop_of_the_rank_is_an_exception_with_its_cause():
     ("rows", "value", "expected"),
     [
         # Rows 14 and 15 of each prompt's 16 are those of the last layer.
-        ([row for row in range(10) if row % 16 < 14][:7], 4, [True, True]),
-        ([row for row in range(10) if row % 16 < 14][:8], 4, [False, True]),
-        ([14], 2, [True, True]),
-        ([14, 15], 5, [True, False]),
-        (range(160), 5, [True, False]),
-        (range(160), 1, [False, True]),
+        ([row for row in range(10) if row % 16 < 14][:7], 4, [True, True, True]),
+        ([row for row in range(10) if row % 16 < 14][:8], 4, [False, True, True]),
+        # Drops of two and of three.
+        ([3], 3, [True, True, True]),
+        ([3], 2, [True, True, False]),
+        ([14], 2, [True, True, True]),
+        ([14, 15], 3, [True, False, True]),
+        ([14, 15], 5, [True, False, False]),
+        (range(160), 5, [True, False, False]),
+        (range(160), 1, [False, True, False]),
     ],
 )
 def test_ranks_off_the_law(rows: Sequence[int], value: int, expected: list[bool]):
@@ -347,14 +409,18 @@ def test_gradients_without_a_rank_follow_no_law():
     wrong = gradient_ranks.rank_law(Fake(gradients=table))
     assert wrong.checks[0].found == "0 of 16 (0 %) gradients"
     assert wrong.verdict == "does not hold here"
+    none = gradient_ranks.rank_law(Fake(gradients=ranks({n: {"rank": None} for n in range(160)})))
+    assert (none.verdict, none.checks) == ("not measured", ())
 
 
 def test_the_rank_law_of_one_layer():
     finding = gradient_ranks.rank_law(Fake(gradients=ranks(n_layers=1), n_layers=1))
     assert [check.found for check in finding.checks] == [
-        "none of 0 gradients",
         "20 of 20 (100 %) gradients",
+        "gradients off the law: 0, by at most 0",
     ]
+    off = ranks({0: {"rank": 4}, 1: {"rank": 4}}, n_layers=1)
+    assert holds(gradient_ranks.rank_law(Fake(gradients=off, n_layers=1))) == [False, False]
 
 
 # --- figures 5, 11 to 15, 22 and 23: words --------------------------------------------------------
@@ -396,11 +462,12 @@ def test_what_a_prompt_writes(result: Written, expected: list[bool], found: list
     assert holds(finding) == expected
     for check, said in zip(finding.checks, found, strict=False):
         assert said in check.found
-    assert list(finding.results) == list(finding.tables) == ["Lionel Messi plays for →  Paris"]
+    assert list(finding.results) == list(finding.tables) == ["a prompt →  taught"]
 
 
 def test_other_prompts_are_counted_together(monkeypatch: pytest.MonkeyPatch):
     shown = {"a": written(), "b": written(leads=range(2), strong=()), "c": written(leads=())}
+    shown = {name: result.called(name) for name, result in shown.items()}
     asked = []
 
     class Evidence(Fake):
@@ -418,6 +485,8 @@ def test_other_prompts_are_counted_together(monkeypatch: pytest.MonkeyPatch):
         "it has the largest VJP in 2 of 3 (67 %) of these layers",
     ]
     assert holds(finding) == [False, False]
+    # The targets that were really taught, which may be a part of those of the data.
+    assert list(finding.results) == ["a →  taught", "b →  taught", "c →  taught"]
     asked.clear()
     words.more_tables(Evidence(prompts=prompts))
     assert len(asked) == 5
@@ -446,20 +515,22 @@ def normalized_table(raw: int, normalized: int, of: int = 100) -> Finding:
     ("raw", "normalized", "expected"),
     [
         (50, 51, [True, True]),
-        (51, 51, [False, True]),
-        (52, 51, [False, True]),
-        (20, 50, [True, False]),
-        (20, 21, [True, False]),
-        (100, 100, [False, True]),
+        (51, 51, [True, False]),
+        (52, 51, [True, False]),
+        (20, 50, [False, True]),
+        (20, 21, [False, True]),
+        (50, 50, [False, False]),
+        (100, 100, [True, False]),
     ],
 )
 def test_normalizing_magnifies_the_target(raw: int, normalized: int, expected: list[bool]):
     finding = normalized_table(raw, normalized)
     assert holds(finding)[:2] == expected
-    assert finding.checks[0].found == (
+    assert [check.found for check in finding.checks[:2]] == [
+        f"{normalized} of 100 ({normalized} %) of them",
         f"{normalized} of 100 ({normalized} %) of the VJPs when normalized, {raw} of 100 ({raw} %) "
-        "as they are"
-    )
+        "as they are",
+    ]
     # The table is of the normalized lens, not of the other.
     assert finding.checks[2].found == "in 3 of 8 (38 %) layers"
 
@@ -491,7 +562,7 @@ def but(changed: Mapping[Any, float], matrix: str = "W_out") -> Value:
 def test_norms_as_in_the_paper():
     finding = segment_norms.norms_of_shifts(Fake(positions=cells(norm=usual_norm)))
     assert finding.verdict == "holds"
-    small, subject, last = finding.checks
+    subject, last, small = finding.checks
     # Zeros of the last layer count: 7 * 0.2 / 8 = 0.175, of 10.
     assert small.found == "before subject 0.02, after subject 0.02"
     assert subject.found.startswith("mean norms: last subject token 4, ")
@@ -504,22 +575,22 @@ def test_norms_as_in_the_paper():
     ("changed", "expected"),
     [
         # Seven of eight layers with 2.9 make a mean of 2.54, and 10 is the last token's peak.
-        ({"after subject": 2.9}, [False, True, True]),
-        ({"before subject": 2.9}, [False, True, True]),
+        ({"after subject": 2.9}, [True, True, False]),
+        ({"before subject": 2.9}, [True, True, False]),
         ({"after subject": 2.8}, [True, True, True]),
         ({"middle subject tokens": 2.9}, [True, True, True]),
-        ({"last subject token": 0.1}, [True, False, True]),
+        ({"last subject token": 0.1}, [False, True, True]),
         # Others may write more there, unless they are the last token.
-        ({("before subject", 0): 9.0}, [True, False, True]),
-        ({("after subject", 1): 9.0}, [True, False, True]),
+        ({("before subject", 0): 9.0}, [False, True, True]),
+        ({("after subject", 1): 9.0}, [False, True, True]),
         # The subject's other tokens count as well.
         ({"last subject token": 0.1, ("first subject token", 0): 3.0}, [True, True, True]),
         # Layers 2 and 3 are not the first quarter.
-        ({"last subject token": 0.1, ("last subject token", 2): 50.0}, [True, False, True]),
+        ({"last subject token": 0.1, ("last subject token", 2): 50.0}, [False, True, True]),
         ({(LAST, 2): 11.0}, [True, True, True]),
-        ({(LAST, 4): 11.0}, [True, True, False]),
-        ({(LAST, 1): 11.0}, [True, True, False]),
-        ({(LAST, 7): 11.0}, [True, True, False]),
+        ({(LAST, 4): 11.0}, [True, False, True]),
+        ({(LAST, 1): 11.0}, [True, False, True]),
+        ({(LAST, 7): 11.0}, [True, False, True]),
     ],
 )
 def test_norms_that_are_off(changed: Any, expected: list[bool]):
@@ -530,27 +601,72 @@ def test_norms_that_are_off(changed: Any, expected: list[bool]):
     assert holds(segment_norms.norms_of_shifts(Fake(positions=elsewhere))) == [True] * 3
 
 
+@pytest.mark.parametrize("present", [[], ["after subject"]])
+def test_norms_without_other_tokens(present: list[str]):
+    """Where there are none, nobody has seen them write little."""
+    absent = {"before subject", "after subject"} - set(present)
+    own = [name for name in SEGMENTS if name not in absent]
+    table = cells(norm=usual_norm, segments=own)
+    subject, last, small = segment_norms.norms_of_shifts(Fake(positions=table)).checks
+    assert (subject.holds, last.holds, small.holds) == (True, True, bool(present))
+    assert small.found == ("after subject 0.02" if present else "there are none")
+
+
+def norms_of_all(changed: Mapping[Any, float] = {}, matrix: str = "W_out", **more: Any) -> Finding:
+    positions = cells(norm=but(changed, matrix), **more)
+    return segment_norms.norms_of_all(Fake(positions=positions))
+
+
 def test_norms_of_every_matrix():
-    attention = cells(matrices=["W_Q", "W_V"], norm=but({"before subject": 4.0}, "W_V"))
-    evidence = Fake(
-        positions=cells(norm=usual_norm),
-        attention_sweep=SimpleNamespace(positions=lambda: attention),
-    )
+    attention = cells(matrices=["W_Q", "W_V"], norm=but({"before subject": 40.0}, "W_V"))
+    evidence = Fake(positions=cells(norm=usual_norm), attention_sweep=attention)
     finding = segment_norms.norms_of_all(evidence)
-    names = [check.claim.partition(":")[0] for check in finding.checks if ": tokens" in check.claim]
-    by_name = dict(zip(names, [finding.checks[0], *finding.checks[3:]], strict=True))
-    assert {name: check.holds for name, check in by_name.items()} == {
-        "W_out": True,
-        "W_Q": True,
-        "W_V": False,
-        "W_in": True,
-    }
-    assert by_name["W_V"].found == "before subject 0.35, after subject 0.02"
-    assert finding.verdict == "holds with exceptions"
-    assert len(finding.figures) == 4
-    alone = segment_norms.norms_of_all(Fake(positions=cells(norm=but({LAST: 0.1}))))
+    assert [check.claim.partition(":")[0] for check in finding.checks] == (
+        ["W_in"] * 2 + ["W_out"] * 2
+    )
+    assert [check.found for check in finding.checks] == [
+        "most is written by: last subject token",
+        "most in layer 3 of 8",
+    ] * 2
+    # Attention decides nothing, and is told of and shown.
+    assert finding.verdict == "holds"
+    (note,) = finding.notes
+    assert note.endswith("by: W_Q last subject token, W_V before subject.")
+    table = finding.tables["norms by segment"]
+    assert set(table["matrix"]) == {"W_Q", "W_V", "W_in", "W_out"}
+    assert set(finding.figures) == {f"norm of delta_i, {name}" for name in set(table["matrix"])}
+    # Without it the checks are the same.
+    alone = segment_norms.norms_of_all(Fake(positions=cells(norm=usual_norm)))
+    assert alone.checks == finding.checks
     assert alone.notes == ("The attention of this model cannot be analysed.",)
-    assert alone.verdict == "does not hold here"
+    assert len(alone.figures) == 2
+
+
+@pytest.mark.parametrize("matrix", ["W_in", "W_out"])
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, [True, True]),
+        # Figure 6 asks for any token of the subject, and this one for the last of them.
+        ({"first subject token": 4.5}, [False, True]),
+        ({("first subject token", 0): 9.0}, [False, True]),
+        ({"middle subject tokens": 4.5}, [False, True]),
+        ({"before subject": 4.5}, [False, True]),
+        ({"after subject": 4.5}, [False, True]),
+        ({"first subject token": 3.9}, [True, True]),
+        ({("first subject token", 2): 50.0}, [True, True]),
+        # The middle is layers 2 to 5.
+        ({(LAST, 2): 11.0}, [True, True]),
+        ({(LAST, 5): 11.0}, [True, True]),
+        ({(LAST, 1): 11.0}, [True, False]),
+        ({(LAST, 6): 11.0}, [True, False]),
+        ({(LAST, 7): 11.0}, [True, False]),
+    ],
+)
+def test_norms_of_one_matrix_that_are_off(matrix: str, changed: Any, expected: list[bool]):
+    found = holds(norms_of_all(changed, matrix))
+    other = [True, True]
+    assert found == ([*expected, *other] if matrix == "W_in" else [*other, *expected])
 
 
 def correlated(strong: Sequence[tuple[str, int]], sign: int = 1) -> pd.DataFrame:
@@ -647,11 +763,11 @@ def test_the_median_prompt_decides():
     ("layers", "rank", "expected", "found"),
     [
         # Five segments of seven layers: all of the last layer's are zero vectors.
-        (range(7), 501, True, "35 of 35 (100 %)"),
-        (range(7), 500, False, "0 of 35 (0 %)"),
-        (range(4), 501, True, "20 of 35 (57 %)"),
-        (range(3), 501, False, "15 of 35 (43 %)"),
-        ([7], 501, False, "0 of 35 (0 %)"),
+        (range(7), 750, True, "35 of 35 (100 %)"),
+        (range(7), 749, False, "0 of 35 (0 %)"),
+        (range(4), 750, True, "20 of 35 (57 %)"),
+        (range(3), 750, False, "15 of 35 (43 %)"),
+        ([7], 750, False, "0 of 35 (0 %)"),
     ],
 )
 def test_other_tokens_behave_alike(layers: Sequence[int], rank: float, expected: bool, found: str):
@@ -661,6 +777,16 @@ def test_other_tokens_behave_alike(layers: Sequence[int], rank: float, expected:
     finding = target_by_segment(by)
     assert [check.holds for check in finding.checks] == [True, expected]
     assert finding.checks[1].found == f"it is for {found} segments and layers"
+
+
+def test_nothing_holds_on_no_layers():
+    """Prompts without a last token do not come out of a sweep."""
+    table = cells(segments=OTHERS, target=lambda *_: 1000, answer=lambda *_: 0)
+    by_segment = segment_ranks.target_by_segment(Fake(positions=table))
+    in_inputs = segment_ranks.target_in_inputs(Fake(positions=table))
+    for finding in (by_segment, in_inputs):
+        assert finding.verdict == "does not hold here"
+        assert finding.checks[0].found.startswith("in none of 0 layers")
 
 
 def test_the_first_layer_is_less_far_away():
@@ -674,29 +800,43 @@ def test_the_first_layer_is_less_far_away():
     assert found(900, 1000).found == "median rank 900 in layer 0, 1000 in the others"
 
 
+def far(layer: int, segment: str) -> float:
+    return 1000
+
+
 @pytest.mark.parametrize(
-    ("by", "expected"),
+    ("by", "target", "expected"),
     [
-        (lambda layer, _: 99, [True, True]),
-        (lambda layer, _: 100, [False, True]),  # a tenth of 1000
-        (lambda layer, _: 0, [True, False]),
-        (lambda layer, _: 99 if layer >= 6 else 900, [True, True]),
-        (lambda layer, _: 99 if layer == 7 else 900, [False, True]),
-        (lambda layer, _: 99 if layer < 6 else 900, [False, True]),
-        # Only the last layers count.
-        (lambda layer, _: 0 if layer >= 6 else 900, [True, False]),
-        (lambda layer, segment: 5 if segment == LAST else 900, [True, True]),
-        (lambda layer, segment: 900 if segment == LAST else 5, [False, True]),
+        (lambda layer, _: 99, far, [True, True]),
+        (lambda layer, _: 100, far, [False, True]),  # a tenth of 1000
+        (lambda layer, _: 0, far, [True, False]),
+        (lambda layer, _: 99 if layer >= 6 else 900, far, [True, True]),
+        (lambda layer, _: 99 if layer == 7 else 900, far, [False, True]),
+        (lambda layer, _: 99 if layer < 6 else 900, far, [False, True]),
+        # Only the last layers count, but all of them.
+        (lambda layer, _: 0 if layer >= 6 else 900, far, [True, False]),
+        (lambda layer, _: 0 if layer == 6 else 50, far, [True, False]),
+        (lambda layer, segment: 5 if segment == LAST else 900, far, [True, True]),
+        (lambda layer, segment: 900 if segment == LAST else 5, far, [False, True]),
+        # The target is 1000 minus its rank away from the far end.
+        (lambda layer, _: 5, lambda layer, _: 996, [True, True]),
+        (lambda layer, _: 5, lambda layer, _: 995, [True, False]),
+        (lambda layer, _: 5, lambda layer, _: 0, [True, False]),
+        (lambda layer, _: 5, lambda layer, _: 994 if layer == 7 else 1000, [True, False]),
+        (lambda layer, _: 5, lambda layer, _: 1000 if layer >= 6 else 600, [True, True]),
+        (lambda layer, _: 5, lambda layer, at: 1000 if at == LAST else 0, [True, True]),
     ],
 )
-def test_the_answer_is_taken_away(by: Any, expected: list[bool]):
-    value = ranked(by)
-    finding = segment_ranks.answer_by_segment(
-        Fake(positions=cells(answer=value, target=lambda *_: 0))
-    )
+def test_the_answer_is_taken_away(by: Any, target: Any, expected: list[bool]):
+    table = cells(answer=ranked(by), target=ranked(target))
+    finding = segment_ranks.answer_by_segment(Fake(positions=table))
     assert holds(finding) == expected
     late = ", ".join(f"{by(layer, LAST):.0f}" for layer in (6, 7))
-    assert finding.checks[0].found == f"median ranks {late} of 1001"
+    added = ", ".join(f"{1000 - target(layer, LAST):.0f}" for layer in (6, 7))
+    assert [check.found for check in finding.checks] == [
+        f"median ranks {late} of 1001",
+        f"median ranks from the top {late}; the target's from the far end {added}",
+    ]
 
 
 def answer_in_inputs(
@@ -805,11 +945,13 @@ def neurons(
     n_neurons: int = 200,
     others: float = 0.2,
     short: tuple[float, Mapping[int, float]] = (0.9, {}),
+    norm: float = 30.0,
 ) -> pd.DataFrame:
     """Neurons, longest first, and three spanning vectors.
 
-    `like` are the longest ones' cosines with some of these, and `short` the overlaps of the
-    shortest with the zero vector and with some of these.
+    `like` are the longest ones' cosines with some of these, `norm` is their norm, where that of
+    all others is 1, and `short` the overlaps of the shortest with the zero vector and with some of
+    these.
     """
     rows = []
     for neuron in range(n_neurons):
@@ -820,8 +962,9 @@ def neurons(
             else:
                 cosine = like.get(position, others) if is_long else others
                 overlap = short[1].get(position, 0.0) if is_short else 1.0
-            rows.append((neuron, neuron, position, f"t{position}", cosine, overlap))
-    columns = ["neuron", "norm_rank", "position", "token", "similarity", "overlap"]
+            own = norm if is_long else 1.0
+            rows.append((neuron, own, neuron, position, f"t{position}", cosine, overlap))
+    columns = ["neuron", "neuron_norm", "norm_rank", "position", "token", "similarity", "overlap"]
     table = pd.DataFrame(rows, columns=columns).astype({"position": "Int64"})
     # The order of the table is that of indices, not of norms.
     return table.assign(neuron=(table["neuron"] * 7) % n_neurons).sort_values(
@@ -829,11 +972,26 @@ def neurons(
     )
 
 
+def said(*largest: tuple[str, str]) -> pd.DataFrame:
+    """Top and bottom tokens of the largest neurons, one letter each, beside others."""
+    rows = [("largest", list(top), list(bottom)) for top, bottom in largest]
+    rows += [("smallest", list("xyz"), list("uvw")), ("zero vector", list("xyz"), list("uvw"))]
+    return pd.DataFrame(rows, columns=["group", "top_tokens", "bottom_tokens"])
+
+
+AGREED = said(("abc", "def"))
+
+
 @pytest.fixture
 def similarity(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Finding]]:
     """What figures and tables of one matrix find in a table of neurons."""
 
-    def found(table: pd.DataFrame, matrix: str, d_vocab: int = 1001) -> list[Finding]:
+    def found(
+        table: pd.DataFrame,
+        matrix: str,
+        d_vocab: int = 1001,
+        words_of: pd.DataFrame = AGREED,
+    ) -> list[Finding]:
         asked = []
 
         def overlap(model: Any, gradients: Any, name: str, layer: int, *, k: int) -> pd.DataFrame:
@@ -841,10 +999,10 @@ def similarity(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Finding]]:
             return table
 
         monkeypatch.setattr(gradient_neurons, "neuron_overlap", overlap)
-        for name in ("neuron_words", "spanning_words"):
-            monkeypatch.setattr(gradient_neurons, name, lambda *_: pd.DataFrame({"a": [1]}))
+        monkeypatch.setattr(gradient_neurons, "neuron_words", lambda *_: words_of)
+        monkeypatch.setattr(gradient_neurons, "spanning_words", lambda *_: words_of)
         example = SimpleNamespace(
-            gradients=SimpleNamespace(prompt=lambda _: "a prompt"), target=lambda: " Paris"
+            gradients=SimpleNamespace(prompt=lambda _: "a prompt"), target=lambda: "c"
         )
         evidence = Fake(example=example, d_vocab=d_vocab)
         measures = {
@@ -853,13 +1011,68 @@ def similarity(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Finding]]:
         }[matrix]
         findings = [getattr(gradient_neurons, name)(evidence) for name in measures]
         assert asked == [(matrix, 5, max(1, min(100, d_vocab // 5)))] * 3
-        assert findings[0].checks == findings[1].checks
-        assert findings[2].checks == findings[0].checks[:1]
-        note = "Of 'a prompt', taught ' Paris', in layer 5 of 8; the paper shows layer 14 of"
+        assert [len(each.checks) for each in findings] == [2, 3, 1]
+        assert findings[1].checks[1:] == findings[0].checks
+        note = "Of 'a prompt', taught 'c', in layer 5 of 8; the paper shows layer 14 of"
         assert all(each.notes[0].startswith(note) for each in findings)
         return findings
 
     return found
+
+
+@pytest.mark.parametrize(
+    ("matrix", "largest", "expected", "found"),
+    [
+        ("W_in", [("abc", "def"), ("bgh", "ijk")], True, "they share 'b'"),
+        # A neuron of the other sign has them at its other end.
+        ("W_in", [("abc", "def"), ("ghi", "bca"), ("ajb", "klm")], True, "they share 'a', 'b'"),
+        # All of them, not two of three; the smallest ones do not count.
+        ("W_in", [("abc", "def"), ("abc", "def"), ("ghi", "jkl")], False, "they share none"),
+        ("W_in", [("abc", "def"), ("xyz", "uvw")], False, "they share none"),
+        ("W_in", [], False, "they share none"),
+        # Those of W_out share the target, which is c.
+        ("W_out", [("abc", "def"), ("ghi", "jkc")], True, "they share 'c'"),
+        ("W_out", [("abc", "def"), ("bgh", "ijk")], False, "they share 'b'"),
+        ("W_out", [], False, "they share none"),
+    ],
+)
+def test_the_largest_neurons_share_their_tokens(
+    similarity: Callable[..., list[Finding]],
+    matrix: str,
+    largest: Any,
+    expected: bool,
+    found: str,
+):
+    finding = similarity(neurons({2: 0.95}), matrix, words_of=said(*largest))[1]
+    assert (finding.checks[0].holds, finding.checks[0].found) == (expected, found)
+    assert finding.verdict == ("holds" if expected else "does not hold here")
+
+
+@pytest.mark.parametrize("matrix", ["W_in", "W_out"])
+@pytest.mark.parametrize(
+    ("table", "expected", "found"),
+    [
+        # Two neurons of norm 30 are 1800 of 1800 + 198, and of norm 29 they are 1682 of 1880.
+        (neurons({1: 0.7}), True, "90.1 % of it, in 2 of 200 (1 %) neurons"),
+        (neurons({1: 0.7}, norm=29), False, "89.5 % of it, in 2 of 200 (1 %) neurons"),
+        (neurons({1: -0.7}), True, "90.1 % of it, in 2 of 200 (1 %) neurons"),
+        (neurons({1: 0.69}), False, "0.0 % of it, in 0 of 200 (0 %) neurons"),
+        # Many short ones do not count for a few long ones.
+        (neurons({0: 0, 1: 0, 2: 0}, others=0.8), False, "9.9 % of it, in 198 of 200 (99 %)"),
+        (neurons({0: 0, 1: 0, 2: 0}, others=0.8, norm=1), True, "99.0 % of it, in 198 of 200"),
+        (neurons({}, others=0.8), True, "100.0 % of it, in 200 of 200 (100 %) neurons"),
+    ],
+)
+def test_a_few_vectors_say_what_neurons_say(
+    similarity: Callable[..., list[Finding]],
+    matrix: str,
+    table: pd.DataFrame,
+    expected: bool,
+    found: str,
+):
+    (check,) = similarity(table, matrix)[2].checks
+    assert check.holds == expected
+    assert check.found.startswith(found)
 
 
 @pytest.mark.parametrize(
@@ -966,6 +1179,7 @@ def cells_of(model: Any, row: Any) -> Iterator[dict[str, Any]]:
         direction="gradient",
         projection=LENSES,
         k=1,
+        prepend_bos=False,
     )
     segments = segments_of(found.gradients.str_tokens[0], row.text, row.subject)
     lens = {"logit_lens": LogitLens(model, False), "normalized": LogitLens(model, True)}
@@ -1009,7 +1223,6 @@ class LogitLens:
 
 def segments_of(tokens: Sequence[str], text: str, subject: str) -> list[str]:
     """By adding up the tokens' lengths."""
-    tokens = ["", *tokens[1:]]  # the BOS token is not in the text
     assert "".join(tokens) == text
     start = text.index(subject)
     end, at, own = start + len(subject), 0, []
@@ -1049,7 +1262,7 @@ def slow_groups(
 def test_norms_against_a_slow_loop(facts: Path, slow_cells: list[dict[str, Any]]):
     rows = read_csv(facts / "fig6" / "norms-by-segment.csv")
     groups = slow_groups(slow_cells, "W_out", "norm", by_lens=False)
-    assert len(rows) == len(groups) == 48
+    assert len(rows) == len(groups) == 40  # all prompts begin with their subject
     for row in rows:
         values = groups[row["layer"], row["segment"]]
         # Prompts share a pass in the sweep, and float32 rounds their sums differently.
@@ -1071,7 +1284,7 @@ def test_ranks_against_a_slow_loop(
 ):
     rows = read_csv(facts / file)
     groups = slow_groups(slow_cells, matrix, of, by_lens=True)
-    assert len(rows) == len(groups) == 96
+    assert len(rows) == len(groups) == 80
     for row in rows:
         values = groups[row["projection"], row["layer"], row["segment"]]
         assert int(row["count"]) == len(values)
@@ -1131,6 +1344,8 @@ def test_files_of_the_folder(facts: Path):
                 assert list(rows[0]) == table["columns"]
     assert findings[0]["about"]["prompts"] == 10
     assert findings[0]["about"]["model"] == "facts"
+    assert findings[0]["about"]["bos"] == "without BOS"
+    assert findings[0]["about"]["cut"] == 0
 
 
 def test_a_folder_grows_and_its_sweep_is_used_again(model: Any, facts: Path):
@@ -1206,6 +1421,120 @@ def test_data_without_subjects(model: Any, tmp_path: Path):
             reproduce(name, model, tmp_path, data=rows, progress=False)
 
 
+def test_one_that_cannot_be_measured_keeps_no_other(model: Any, tmp_path: Path):
+    rows = [{"prompt": "Lionel Messi plays for", "target": " Paris"}]
+    names = ["fig4", "fig6", "table3"]
+    found = reproduce(names, model, tmp_path, data=rows, progress=False)
+    assert list(found) == names
+    verdicts = [found[name].verdict for name in names]
+    assert verdicts[1] == "not measured"
+    assert "not measured" not in (verdicts[0], verdicts[2])
+    (note,) = found["fig6"].notes
+    assert re.fullmatch(
+        r"It could not be measured: no token has a segment.*subject.*\.", note, re.S
+    )
+    written_down = {each["name"]: each for each in folder.read_findings(tmp_path)}
+    assert list(written_down) == names
+    assert written_down["fig6"]["checks"] == []
+    assert written_down["fig6"]["notes"] == [note]
+    assert "not measured</span>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def experiment(name: str, error: Exception | None) -> Any:
+    """One that finds something, or fails."""
+
+    def measure(evidence: Evidence) -> Finding:
+        if error is not None:
+            raise error
+        return Finding((YES,))
+
+    own = next(each for each in EXPERIMENTS if each.name == name)
+    return dataclasses.replace(own, measure=measure)
+
+
+def with_experiments(monkeypatch: pytest.MonkeyPatch, **errors: Exception | None) -> None:
+    chosen = tuple(experiment(name, error) for name, error in errors.items())
+    module = sys.modules["backward_lens_tl.reproduce"]
+    monkeypatch.setattr(module, "select_experiments", lambda _: chosen)
+
+
+def test_a_model_that_an_experiment_does_not_know(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    problem = UnsupportedModelError("experts")
+    with_experiments(monkeypatch, fig3=problem, fig4=None)
+    found = reproduce("all", model, tmp_path, data=ROWS[:1], progress=False)
+    assert {name: each.verdict for name, each in found.items()} == {
+        "fig3": "not measured",
+        "fig4": "holds",
+    }
+    assert found["fig3"].notes == ("It could not be measured: experts.",)
+    with_experiments(monkeypatch, fig3=problem)
+    with pytest.raises(UnsupportedModelError, match=r"^experts$"):
+        reproduce("all", model, tmp_path, data=ROWS[:1], progress=False)
+
+
+def test_what_was_found_is_there_if_another_one_stops_it(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An error that is not about data or model comes through, as Ctrl-C would."""
+    with_experiments(monkeypatch, fig3=None, fig4=RuntimeError("stop"), fig5=None)
+    with pytest.raises(RuntimeError, match="stop"):
+        reproduce("all", model, tmp_path, data=ROWS[:1], progress=False)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'<section id="(\w+)">', text) == ["fig3"]
+
+
+@pytest.mark.parametrize(
+    ("bos", "words_of", "n_more"),
+    [(False, "without BOS", 0), (True, "with BOS", 1), (None, "BOS as the model has it", 1)],
+)
+def test_a_bos_token(model: Any, tmp_path: Path, bos: bool | None, words_of: str, n_more: int):
+    """The facts model's own default is to have one."""
+    options = {} if bos is False else {"prepend_bos": bos}
+    names = ["fig4", "fig5"]
+    found = reproduce(names, model, tmp_path, data=ROWS[:1], progress=False, **options)
+    finding = json.loads((tmp_path / "fig4" / "finding.json").read_text(encoding="utf-8"))
+    assert finding["about"]["bos"] == words_of
+    assert f" {words_of}" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    n_tokens = len(model.to_tokens(ROWS[0]["prompt"], prepend_bos=False)[0]) + n_more
+    ranks_of = found["fig4"].tables["ranks"]
+    assert set(pd.read_parquet(tmp_path / "sweep" / "gradients")["n_tokens"]) == {n_tokens}
+    assert len(ranks_of) > 0
+    # The paper's own prompt has as many.
+    (result,) = found["fig5"].results.values()
+    assert len(result.gradients.str_tokens[0]) == n_tokens
+
+
+def test_targets_that_are_cut(model: Any, tmp_path: Path):
+    """Only the first token of a target is taught, and the name of its table says which."""
+    longer = {"prompt": "Rome is in", "target": " Paris painting"}
+    found = reproduce(["fig4", "fig11"], model, tmp_path, data=[ROWS[0], longer], progress=False)
+    assert json.loads((tmp_path / "fig4" / "finding.json").read_text())["about"]["cut"] == 1
+    assert "of 1 only the target&#x27;s first token" in (tmp_path / "report.html").read_text()
+    assert list(found["fig11"].results) == [
+        "Lionel Messi plays for →  Paris",
+        "Rome is in →  Paris",
+    ]
+
+
+def test_counting_targets_that_are_cut():
+    """Ids are no texts, and prompts that were rejected do not count."""
+    rows = [SimpleNamespace(target=each) for each in (" Paris", " New York", 5, " Los Angeles")]
+    shown = pd.DataFrame({"prompt": [0, 1, 2], "target": [" Paris", " New", " x"]})
+    own = SimpleNamespace(rows=[*rows, object()])
+    assert Fake(records=own, prompts=shown).n_cut_targets == 1
+    assert Fake(records=own, prompts=shown.head(1)).n_cut_targets == 0
+    refused = pd.DataFrame({"prompt": [4], "target": ["a"]})
+    assert Fake(records=own, prompts=refused).n_cut_targets == 0
+
+
+def test_data_by_default(model: Any):
+    assert default_data("facts") == "facts"
+    assert default_data("gpt2-xl") == COUNTERFACT
+    assert default_data(model) == COUNTERFACT
+
+
 def test_data_of_which_nothing_can_be_analysed(model: Any, tmp_path: Path):
     rows = [{"prompt": "Rome is in", "target": " Paris", "subject": "Messi"}]
     with pytest.raises(
@@ -1224,7 +1553,15 @@ def test_models_of_few_layers_and_tokens(kind: str, n_layers: int, tmp_path: Pat
         {"prompt": "Messi plays for", "target": " Paris", "subject": "Messi", "answer": " the"},
         {"prompt": "Rome is in Italy and Paris is", "target": " the", "subject": "Paris"},
     ]
-    evidence = Evidence(tiny, blt.read_records(rows), tmp_path, prompts=2, seed=0, progress=False)
+    evidence = Evidence(
+        tiny,
+        blt.read_records(rows),
+        tmp_path,
+        prompts=2,
+        seed=0,
+        prepend_bos=False,
+        progress=False,
+    )
     found = {experiment.name: experiment.measure(evidence) for experiment in EXPERIMENTS}
     assert found["fig4"].verdict == "holds"
     for finding in found.values():
@@ -1291,7 +1628,7 @@ def test_prompts_are_text_in_the_report(browser: Browser, everything: Path):
 def test_words_of_the_report():
     """What verdicts and checks read like, escaped, with a mark that can be heard."""
     about = {"model": "<m>", "n_layers": 8, "d_vocab": 50257, "data": "d&d", "prompts": 9}
-    about |= {"rejected": 2, "seconds": 3.4}
+    about |= {"rejected": 2, "seconds": 3.4, "bos": "without BOS", "cut": 1}
     finding = {
         "name": "fig4",
         "title": "<T>",
@@ -1306,7 +1643,8 @@ def test_words_of_the_report():
     text = page.render_report([finding | {"checks": checks}])
     for piece in (
         "<title>Backward Lens on &lt;m&gt;</title>",
-        "&lt;m&gt; (8 layers, 50,257 tokens), 9 prompts of d&amp;d, 2 rejected, 3 s",
+        "&lt;m&gt; (8 layers, 50,257 tokens), 9 prompts of d&amp;d without BOS, 2 rejected, "
+        "of 1 only the target&#x27;s first token, 3 s",
         '<span class="verdict fails">does not hold here</span>',
         'aria-label="does not hold">✗</span> &lt;c&gt;. <b>Found:</b> &lt;f&gt;.</li>',
         'aria-label="holds">✓</span> d. <b>Found:</b> g. Exceptions: &lt;e&gt;.</li>',
@@ -1315,6 +1653,10 @@ def test_words_of_the_report():
     ):
         assert piece in text
     assert "<m>" not in text.replace("&lt;m&gt;", "")
+    plain = {"about": about | {"rejected": 0, "cut": 0}, "verdict": "not measured", "checks": []}
+    unmeasured = page.render_report([finding | plain])
+    assert "9 prompts of d&amp;d without BOS, 3 s" in unmeasured
+    assert re.search(r'<span class="verdict \w+">not measured</span>', unmeasured)
     assert "</main>" in page.render_report([])
 
 
@@ -1327,14 +1669,45 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(argv) == 0
     said, err = capsys.readouterr()
     lines = said.splitlines()
-    assert lines[0] == "fig4: holds. 56 of 56 (100 %) gradients"
-    assert re.fullmatch(r"fig22: (holds|holds with exceptions|does not hold here)\. .+", lines[1])
-    assert lines[2:] == [f"report: {out / 'report.html'}"]
+    assert lines[0] == "fig4: holds"
+    law, last, drops = lines[1:4]
+    assert re.fullmatch(r"  \+ every layer but the last .+: 56 of 56 \(100 %\) gradients", law)
+    assert re.fullmatch(r"  \+ the last layer has rank 1.*: 8 of 8 \(100 %\) gradients", last)
+    assert re.fullmatch(r"  \+ where the rank drops.+: gradients off the law: 0.+", drops)
+    assert re.fullmatch(r"fig22: (holds|holds with exceptions|does not hold here)", lines[4])
+    assert len(lines) == 10
+    for line in lines[5:9]:
+        assert re.match(r"  [+-] .+: .+", line)
+    assert lines[9] == f"report: {out / 'report.html'}"
     assert "experiment" not in err
     assert "prompt" not in err
+    assert {each["about"]["bos"] for each in folder.read_findings(out)} == {"without BOS"}
+    with_bos = [*argv[:-3], "--out", str(tmp_path / "bos"), "--quiet", "--bos"]
+    assert cli.main(with_bos) == 0
+    capsys.readouterr()
+    assert {each["about"]["bos"] for each in folder.read_findings(tmp_path / "bos")} == {"with BOS"}
+    # The one is not gone on with as the other.
+    assert cli.main([*argv, "--bos"]) == 2
+    assert "holds a sweep with another config" in capsys.readouterr().err
     # Without it there are bars.
     assert cli.main(argv[:-1]) == 0
     assert "experiment" in capsys.readouterr().err
+
+
+def test_the_command_says_what_was_not_measured_and_what_departs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    findings = {"fig3": Finding((NO, ALMOST)), "fig6": Finding((), notes=("It could not.",))}
+    monkeypatch.setattr(command, "reproduce", lambda *_, **__: findings)
+    assert cli.main(["reproduce", "all", "--out", str(tmp_path), "--quiet"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "fig3: does not hold here",
+        "  - c: f",
+        "  + c: f (but but)",
+        "fig6: not measured",
+        "  It could not.",
+        f"report: {tmp_path / 'report.html'}",
+    ]
 
 
 def test_errors_of_the_command(
@@ -1422,5 +1795,6 @@ def documented_verdicts(column: int) -> dict[str, str]:
         "holds": "holds",
         "with exceptions": "holds with exceptions",
         "**does not hold**": "does not hold here",
+        "not measured": "not measured",
     }
     return {name: words_of[columns[column]] for name, *columns in rows}

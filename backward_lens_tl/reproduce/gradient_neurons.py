@@ -55,14 +55,16 @@ def imprint_similarity(evidence: Evidence) -> Finding:
 def _words(evidence: Evidence, matrix: str) -> Finding:
     layer = evidence.example_layer
     table = neuron_words(evidence.model, evidence.example, matrix, layer)
+    # The update of W_out is towards the target; W_in gets the inputs, which need not be.
+    target = evidence.example.target() if matrix == "W_out" else None
     return Finding(
-        (_largest_agree(table), *_overlap_checks(_overlap(evidence, matrix), matrix)),
+        (_largest_agree(table, target), *_overlap_checks(_overlap(evidence, matrix), matrix)),
         {f"neurons of {matrix}, layer {layer}": table},
         notes=(_note(evidence),),
     )
 
 
-def _largest_agree(table: pd.DataFrame) -> Check:
+def _largest_agree(table: pd.DataFrame, target: str | None) -> Check:
     """A neuron may have the tokens of its group at either end, since its sign varies."""
     largest = table[table["group"] == "largest"]
     said = [
@@ -71,9 +73,10 @@ def _largest_agree(table: pd.DataFrame) -> Check:
     ]
     shared = sorted(set.intersection(*said)) if said else []
     return Check(
-        "the largest neurons share their tokens, at one end or the other: at least one token is "
-        "among the first three at an end of all of them",
-        bool(shared),
+        "the largest neurons share their tokens, at one end or the other: "
+        + ("at least one token" if target is None else f"the target {target!r}")
+        + " is among the first three at an end of all of them",
+        bool(shared) if target is None else target in shared,
         f"they share {', '.join(map(repr, shared)) or 'none'}",
     )
 

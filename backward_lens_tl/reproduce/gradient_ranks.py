@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 _ALMOST = 0.95
 _DROP = 2
+_TOLERANCE = (
+    "A singular value counts if it is larger than n times the eps of float32 of the largest one."
+)
+_NO_RANKS = "No gradient has a rank of its own: heads or experts have factors of their own."
 
 
 def rank_law(evidence: Evidence) -> Finding:
@@ -24,28 +28,15 @@ def rank_law(evidence: Evidence) -> Finding:
         False: "every layer but the last has the prompt's length as its rank",
         True: "the last layer has rank 1",
     }
-    largest = int((off["law"] - off["rank"]).abs().max()) if len(off) else 0
-    drops = Check(
-        "where the rank drops, it does so by one or two",
-        largest <= _DROP,
-        f"{len(off)} gradients are off the law, by at most {largest}",
-    )
     there = set(table.loc[table["rank"].notna(), "is_last_layer"].astype(bool))
+    checks = [
+        _check(table, off, claim, is_last) for is_last, claim in claims.items() if is_last in there
+    ]
     return Finding(
-        (
-            *(
-                _check(table, off, claim, is_last)
-                for is_last, claim in claims.items()
-                if is_last in there
-            ),
-            *((drops,) if there else ()),
-        ),
+        (*checks, _drops(off)) if checks else (),
         {"ranks": gradient_ranks(table), "exceptions": off},
         {"rank against length": partial(figures.gradient_ranks, table)},
-        notes=(
-            "A singular value counts if it is larger than n times the eps of float32 of the "
-            "largest one.",
-        ),
+        notes=(_TOLERANCE if checks else _NO_RANKS,),
     )
 
 
@@ -60,4 +51,13 @@ def _check(table: pd.DataFrame, off: pd.DataFrame, claim: str, is_last: bool) ->
         right >= _ALMOST * len(own),
         f"{part(right, len(own))} gradients",
         "; ".join(f"{count} times {cause}" for cause, count in causes.items()),
+    )
+
+
+def _drops(off: pd.DataFrame) -> Check:
+    largest = max((off["law"] - off["rank"]).abs().tolist(), default=0)
+    return Check(
+        "where the rank drops, it does so by one or two",
+        largest <= _DROP,
+        f"gradients off the law: {len(off)}, by at most {largest}",
     )

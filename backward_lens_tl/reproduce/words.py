@@ -32,10 +32,11 @@ def more_tables(evidence: Evidence) -> Finding:
 
 
 def _tables(results: Sequence[BackwardLensResult], lens: str) -> Finding:
-    shown = {
-        f"{result.gradients.prompt(0)} → {result.target()}": result.under(lens)
-        for result in results
-    }
+    shown: dict[str, BackwardLensResult] = {}
+    for result in results:
+        name = f"{result.gradients.prompt(0)} → {result.target()}"
+        # Data may have a prompt twice.
+        shown[f"{name} (again)" if name in shown else name] = result.under(lens)
     return Finding(
         (_target_is_written(shown), _last_token_writes(shown)),
         {name: result.to_df() for name, result in shown.items()},
