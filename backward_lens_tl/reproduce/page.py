@@ -82,14 +82,15 @@ def _badge(verdict: str) -> str:
 
 
 def _section(finding: Mapping[str, Any]) -> str:
+    shown = [*finding["results"], *finding["figures"]]
     parts = (
         f'<section id="{finding["name"]}">\n<h2>{escape(finding["title"])} '
         f"{_badge(finding['verdict'])}</h2>",
         f"<p><b>The paper:</b> {escape(finding['statement'])}</p>",
         "<ul>" + "".join(map(_check, finding["checks"])) + "</ul>",
         *(f'<p class="note">{escape(note)}</p>' for note in finding["notes"]),
-        *map(_frame, (*finding["results"], *finding["figures"])),
-        *map(_table, finding["tables"]),
+        *map(_frame, shown),
+        *(_table(table, is_open=not shown) for table in finding["tables"]),
         "</section>",
     )
     return "\n".join(parts)
@@ -114,7 +115,7 @@ def _frame(shown: Mapping[str, Any]) -> str:
     )
 
 
-def _table(table: Mapping[str, Any]) -> str:
+def _table(table: Mapping[str, Any], *, is_open: bool) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in table["columns"])
     body = "\n".join(
         "<tr>" + "".join(f"<td>{escape(running_text(cell))}</td>" for cell in row) + "</tr>"
@@ -123,7 +124,8 @@ def _table(table: Mapping[str, Any]) -> str:
     name, count = escape(running_text(table["name"])), len(table["rows"])
     of = f"the first {count} of " if count < table["n_rows"] else ""
     return (
-        f"<details><summary>{name}: {of}{table['n_rows']} rows</summary>\n"
+        f"<details{' open' if is_open else ''}>"
+        f"<summary>{name}: {of}{table['n_rows']} rows</summary>\n"
         f'<p><a href="{escape(table["file"])}">CSV</a></p>\n'
         f'<div class="scroll" role="region" aria-label="{name}" tabindex="0"><table><thead>'
         f"<tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div></details>"
