@@ -24,6 +24,7 @@ EXAMPLE = ("Lionel Messi plays for", " Paris")
 """The paper's prompt and the answer that it is taught."""
 
 _LENSES: tuple[Lens, ...] = get_args(Lens)
+_END = 0.01
 _NORMS = ("norm", "input_norm", "is_zero")
 
 
@@ -79,6 +80,16 @@ class Evidence:
     def d_vocab(self) -> int:
         """How many tokens it chooses among."""
         return self._host.d_vocab_out
+
+    @property
+    def near_end(self) -> float:
+        """Rank up to which a token is among the most probable 1 % of the vocabulary."""
+        return _END * (self.d_vocab - 1)
+
+    @property
+    def far_end(self) -> float:
+        """Rank from which a token is among the least probable 1 % of the vocabulary."""
+        return (1 - _END) * (self.d_vocab - 1)
 
     def layers(self, begin: float, end: float) -> tuple[int, ...]:
         """The layers of a part of the model, at least one.

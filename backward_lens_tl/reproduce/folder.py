@@ -137,6 +137,10 @@ def _first_rows(table: pd.DataFrame) -> Iterator[tuple[Any, ...]]:
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
+    if isinstance(value, str):
+        return value
+    if str(value) in ("<NA>", "nan", "None"):  # pandas' several ways to say that there is none
+        return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -17,7 +17,6 @@ _FEWEST_PROMPTS, _MOST_PROMPTS = 2, 20
 _MOST_STEPS = 400
 _ROUNDINGS = 10
 _CLOSE = 0.1
-_FAR_END = 0.01
 _MOSTLY = 0.5
 
 
@@ -67,7 +66,7 @@ def _losses(table: pd.DataFrame) -> Check:
 
 def _shift(table: pd.DataFrame, evidence: Evidence) -> Check:
     shifts = table[table["shift_rank"].notna()]
-    led = int((shifts["shift_rank"] <= _FAR_END * (evidence.d_vocab - 1)).sum())
+    led = int((shifts["shift_rank"] <= evidence.near_end).sum())
     return Check(
         "W_out's output shifts towards the target: the measured change at the last token has it "
         "among its most probable 1 %, in more than half of the steps",

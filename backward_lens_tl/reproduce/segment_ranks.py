@@ -15,7 +15,6 @@ from backward_lens_tl.views import figures
 if TYPE_CHECKING:
     import pandas as pd
 
-_FAR_END = 0.01
 _IMPROBABLE = 0.75
 _NEAR_TOP = 0.1
 _MOST_LAYERS = 0.75
@@ -159,7 +158,7 @@ def _at_last_token(table: pd.DataFrame) -> dict[int, float]:
 
 def _last_token_is_at_the_far_end(table: pd.DataFrame, evidence: Evidence) -> Check:
     last = _at_last_token(table).values()
-    far = sum(rank >= (1 - _FAR_END) * (evidence.d_vocab - 1) for rank in last)
+    far = sum(rank >= evidence.far_end for rank in last)
     return Check(
         "in three quarters of the layers the last token's VJP has the target among the least "
         "probable 1 % of the vocabulary (median of the prompts)",

@@ -10,7 +10,7 @@ from backward_lens_tl.reproduce.finding import Check, Finding, part
 from backward_lens_tl.result import BackwardLensResult
 
 _MORE_PROMPTS = 5
-_FAR_END = 0.01
+_MAGNIFIED = 0.01
 
 
 def example_table(evidence: Evidence) -> Finding:
@@ -79,9 +79,8 @@ def _last_token_writes(results: dict[str, BackwardLensResult]) -> Check:
 def _normalized(evidence: Evidence) -> tuple[Check, ...]:
     cells = evidence.positions
     cells = cells[(cells["matrix"] == "W_out") & ~cells["is_zero"]]
-    least = (1 - _FAR_END) * (evidence.d_vocab - 1)
     (raw, of), (normalized, _) = (
-        (int((own["target_rank"] >= least).sum()), len(own))
+        (int((own["target_rank"] >= evidence.far_end).sum()), len(own))
         for own in (cells[cells["projection"] == lens] for lens in ("logit_lens", "normalized"))
     )
     return (
@@ -93,7 +92,7 @@ def _normalized(evidence: Evidence) -> tuple[Check, ...]:
         ),
         Check(
             "normalizing magnifies the target: at least 1 % more of the VJPs have it there",
-            normalized - raw >= _FAR_END * of,
+            normalized - raw >= _MAGNIFIED * of,
             f"{part(normalized, of)} of the VJPs when normalized, {part(raw, of)} as they are",
         ),
     )
