@@ -83,7 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gradient-columns", nargs="*", metavar="NAME", help="none leaves the table out"
     )
     settings.add_argument(
-        "--prepend-bos", action=argparse.BooleanOptionalAction, help="default: as the model does"
+        "--bos",
+        "--prepend-bos",
+        dest="prepend_bos",
+        action=argparse.BooleanOptionalAction,
+        help="whether prompts get a BOS token (default: as the model does)",
     )
     settings.add_argument(
         "--target-position",
