@@ -100,7 +100,7 @@ def record(
         requiring_grad(run.tracked_weights, among=frozen),
         recording(run.recorders),
     ):
-        logits = _logits(host, batch, objective.n_read(batch), points)
+        logits = read_logits(host, batch, objective.n_read(batch), points)
         losses = objective.losses(logits, batch)
         _check_finite(losses, batch)
         _check_uses(logits, run.matrices)
@@ -120,10 +120,20 @@ def record(
     )
 
 
-def _logits(
-    host: Host, batch: PromptBatch, n_read: int | None, points: Sequence[HookPointSite]
+def read_logits(
+    host: Host, batch: PromptBatch, n_read: int | None, points: Sequence[HookPointSite] = ()
 ) -> Float[Tensor, "batch read d_vocab"]:
-    """The logits at the last positions of each prompt, or at all, and no others if possible."""
+    """The logits at the last positions of each prompt, or at all, and no others if possible.
+
+    Args:
+        host: The model.
+        batch: The prompts.
+        n_read: At how many positions at each prompt's end; `None` for all positions.
+        points: Hook points that are looked at meanwhile.
+
+    Returns:
+        The logits, in float32 at least, on the device of the tokens.
+    """
     if n_read is None:
         logits = host.logits(batch.tokens)
     elif host.are_in_blocks([*host.hooked_modules, *(point.tap.module for point in points)]):

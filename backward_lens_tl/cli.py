@@ -1,4 +1,7 @@
-"""The command `backward-lens`."""
+"""The command `backward-lens`.
+
+Importing this module is cheap: torch and TransformerLens are imported when it is called.
+"""
 
 from __future__ import annotations
 
@@ -46,29 +49,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from backward_lens_tl.reproduce import command as reproduce_command
+    from backward_lens_tl.sweep import command as sweep_command
+
     parser = argparse.ArgumentParser(
         prog=_PROG, description="Which tokens a language model's gradients write into its weights."
     )
     parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(dest="command", required=True)
     _add_show(commands.add_parser("show", help="the layers x tokens table of one prompt"))
-    _add_sweep(commands.add_parser("sweep", help="the lens over a data set, as Parquet"))
-    _add_reproduce(commands.add_parser("reproduce", help="the paper's experiments, with a report"))
+    for name, command, what in (
+        ("sweep", sweep_command, "the lens over a data set, as Parquet"),
+        ("reproduce", reproduce_command, "the paper's experiments, with a report"),
+    ):
+        own = commands.add_parser(name, help=what)
+        command.add_arguments(own)
+        own.set_defaults(run=command.run)
     return parser
-
-
-def _add_sweep(sweep: argparse.ArgumentParser) -> None:
-    from backward_lens_tl.sweep.command import add_arguments, run
-
-    add_arguments(sweep)
-    sweep.set_defaults(run=run)
-
-
-def _add_reproduce(reproduce: argparse.ArgumentParser) -> None:
-    from backward_lens_tl.reproduce.command import add_arguments, run
-
-    add_arguments(reproduce)
-    reproduce.set_defaults(run=run)
 
 
 def _add_show(show: argparse.ArgumentParser) -> None:

@@ -216,13 +216,14 @@ def gradient_table(
             "layer": gradient.layer,
             "is_last_layer": gradient.layer == capture.n_layers - 1,
             "n_tokens": lengths[prompt],
-            "n_writing": int((~gradient.is_zero[prompt]).sum()),
+            "n_writing": n_writing,
             "loss": losses[prompt],
-            **_spectrum(gradient, prompt),
+            **_spectrum(gradient, prompt, n_writing),
         }
         for prompt in prompts
         for gradient in capture
         if matrix in (None, gradient.matrix)
+        for n_writing in [int((~gradient.is_zero[prompt]).sum())]
     ]
     counts = ("rank", "largest_rank", "input_rank", "vjp_rank", "rank_99")
     numbers = ("norm", "top_energy")
@@ -231,7 +232,7 @@ def gradient_table(
     )
 
 
-def _spectrum(gradient: MatrixGradient, prompt: int) -> dict[str, Any]:
+def _spectrum(gradient: MatrixGradient, prompt: int, n_writing: int) -> dict[str, Any]:
     if not gradient.has_joint_factors:
         return {**dict.fromkeys(_SPECTRUM), "singular_values": []}
     values, *of_factors = gradient.spectra(prompt)
@@ -239,10 +240,9 @@ def _spectrum(gradient: MatrixGradient, prompt: int) -> dict[str, Any]:
     input_rank, vjp_rank = (numerical_rank(own, rounding) for own in of_factors)
     energy = values.square()
     held = energy.cumsum(0) / energy.sum()  # NaN, and none of it below, where there is no gradient
-    writing = int((~gradient.is_zero[prompt]).sum())
     found = (
         numerical_rank(values, rounding),
-        min(writing, *map(len, of_factors)),
+        min(n_writing, *map(len, of_factors)),
         input_rank,
         vjp_rank,
         float(torch.linalg.vector_norm(values)),
@@ -250,6 +250,12 @@ def _spectrum(gradient: MatrixGradient, prompt: int) -> dict[str, Any]:
         int((held < _MOST_ENERGY).sum()) + int(bool(energy.any())),
     )
     return {**dict(zip(_SPECTRUM, found, strict=True)), "singular_values": values.tolist()}
+
+
+def norm_ranks(norms: Float[Tensor, "d_hidden"]) -> Int[Tensor, "d_hidden"]:
+    """The rank of each neuron by its norm: 0 for the longest; equal ones in the order of index."""
+    # The order by rank, sorted, is the rank by neuron.
+    return norms.argsort(descending=True, stable=True).argsort()
 
 
 def neuron_table(capture: GradientCapture, matrix: str, layer: int, batch: int = 0) -> pd.DataFrame:
@@ -276,8 +282,7 @@ def neuron_table(capture: GradientCapture, matrix: str, layer: int, batch: int =
     gradient = capture[matrix, layer]
     similarity = gradient.neuron_similarity(batch).cpu()
     norms = gradient.neuron_norms(batch).cpu()
-    # The order by rank, sorted, is the rank by neuron.
-    ranks = norms.argsort(descending=True, stable=True).argsort()
+    ranks = norm_ranks(norms)
     neurons, positions = similarity.shape
     return pd.DataFrame(
         {

@@ -26,6 +26,7 @@ from backward_lens_tl.precision import at_least_float32
 from backward_lens_tl.projection import Projection, as_projection
 from backward_lens_tl.readout import Readout, VectorGroup, check_k, read_vectors
 from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.tables import norm_ranks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -180,8 +181,7 @@ def neuron_overlap(
     gradient = reader.gradient
     similarity = gradient.neuron_similarity(batch).cpu()
     norms = gradient.neuron_norms(batch).cpu()
-    # The order by rank, sorted, is the rank by neuron.
-    ranks = norms.argsort(descending=True, stable=True).argsort()
+    ranks = norm_ranks(norms)
     compared = reader.read(torch.cat([reader.spanning(batch), reader.nothing[None]])).top_ids
     tops = torch.cat([reader.read(block).top_ids for block in _blocks(gradient, batch)])
     overlap = _shared_parts(tops, compared, reader.host.d_vocab_out).cpu()
@@ -235,9 +235,7 @@ class _Reader:
     @property
     def nothing(self) -> Float[Tensor, "d_model"]:
         """The zero vector, beside the gradient's factors."""
-        vjps = self.gradient.vjps
-        dtype = torch.float64 if vjps.dtype == torch.float64 else torch.float32
-        return torch.zeros(self.host.d_model, dtype=dtype, device=vjps.device)
+        return at_least_float32(self.gradient.vjps.new_zeros(self.host.d_model))
 
     def spanning(self, batch: int) -> Float[Tensor, "n d_model"]:
         """The vectors that span one prompt's gradient, without padding."""

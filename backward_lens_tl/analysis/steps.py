@@ -17,7 +17,6 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,13 +24,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from backward_lens_tl.arguments import plain, shown
+from backward_lens_tl.backward import read_logits
 from backward_lens_tl.capture import CaptureWork, plan_capture
 from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.host import Host, host_of
 from backward_lens_tl.objectives import Targets, target_nll
 from backward_lens_tl.passes import Pass
-from backward_lens_tl.precision import at_least_float32
 from backward_lens_tl.projection import LogitLens
 from backward_lens_tl.prompts import PromptBatch, Prompts
 from backward_lens_tl.readout import VectorGroup, read_vectors
@@ -228,21 +227,12 @@ def _run(host: Host, batch: PromptBatch, target: int, sites: Sequence[MatrixSite
         for site, values in zip(sites, seen, strict=True):
             # Before the caller's hooks, as where VJPs are taken.
             hooks.enter_context(hooked(site.output, values.keep, before_others=True))
-        logits = _last_logits(host, batch)
+        logits = read_logits(host, batch, n_read=1)[0, -1]
     outputs = [
         _joined_output(values.only, site, len(batch.mask[0]))
         for site, values in zip(sites, seen, strict=True)
     ]
     return _Run(outputs, -float(logits.double().log_softmax(-1)[target]))
-
-
-def _last_logits(host: Host, batch: PromptBatch) -> Float[Tensor, "d_vocab"]:
-    """The logits after the prompt, and no others where nobody looks on at the unembedding."""
-    if host.are_in_blocks(host.hooked_modules):
-        logits = host.logits_of(batch.tokens, partial(batch.ends, n=1))
-    else:
-        logits = batch.ends(host.logits(batch.tokens), 1)
-    return at_least_float32(logits[0, -1])
 
 
 def _joined_output(

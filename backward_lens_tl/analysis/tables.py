@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.sweep import Sweep
-from backward_lens_tl.sweep.columns import TABLES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,8 +39,7 @@ def table_of(
     """
     table: Any = source
     if isinstance(source, Sweep):
-        keys = [column.name for column in TABLES[name] if column.is_key]
-        table = getattr(source, name)([column for column in columns if column not in keys])
+        table = getattr(source, name)(columns)
     elif isinstance(source, BackwardLensResult):
         table = source.to_df() if name == "positions" else source.gradient_df()
     return checked_table(table, columns, SOURCES[name])

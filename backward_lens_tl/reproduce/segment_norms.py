@@ -49,8 +49,7 @@ def norms_of_all(evidence: Evidence) -> Finding:
         # Each by itself, which takes less memory than all cells together.
         own = norms_by_segment(attention)
         leaders = (
-            f"{matrix} {_early_leaders(own, matrix, evidence)[0]}"
-            for matrix in own["matrix"].unique()
+            f"{matrix} {_early_leader(own, matrix, evidence)}" for matrix in own["matrix"].unique()
         )
         note = (
             "Of attention, which the paper shows and does not speak of, most in the first quarter "
@@ -102,7 +101,7 @@ def _shown(table: pd.DataFrame) -> tuple[dict[str, pd.DataFrame], dict[str, Draw
 
 
 def _last_subject_token_leads(table: pd.DataFrame, matrix: str, evidence: Evidence) -> Check:
-    leader = _early_leaders(table, matrix, evidence)[0]
+    leader = _early_leader(table, matrix, evidence)
     return Check(
         f"{matrix}: in the first quarter of the layers the subject's last token writes more than "
         "any other but the prompt's last one",
@@ -136,7 +135,7 @@ def _others_are_small(table: pd.DataFrame) -> Check:
 
 def _subject_leads_early(table: pd.DataFrame, evidence: Evidence) -> Check:
     means = _early_means(table, "W_out", evidence)
-    ordered = _early_leaders(table, "W_out", evidence)
+    ordered = _by_strength(means)
     return Check(
         "in the first quarter of the layers a token of the subject writes more than any other but "
         "the last one",
@@ -145,13 +144,17 @@ def _subject_leads_early(table: pd.DataFrame, evidence: Evidence) -> Check:
     )
 
 
-def _early_leaders(table: pd.DataFrame, matrix: str, evidence: Evidence) -> list[str]:
-    """Segments but the last token, those that write most in the first layers first."""
-    means = _early_means(table, matrix, evidence)
+def _early_leader(table: pd.DataFrame, matrix: str, evidence: Evidence) -> str:
+    return _by_strength(_early_means(table, matrix, evidence))[0]
+
+
+def _by_strength(means: dict[str, float]) -> list[str]:
+    """Segments, those that write most first."""
     return sorted(means, key=means.__getitem__, reverse=True) or ["none"]
 
 
 def _early_means(table: pd.DataFrame, matrix: str, evidence: Evidence) -> dict[str, float]:
+    """What each segment but the last token writes in the first quarter of the layers."""
     layers = evidence.layers(0.0, 0.25)
     own = table[(table["matrix"] == matrix) & (table["segment"] != "last token")]
     by_segment = {name: by_layer(own, "mean", segment=name) for name in own["segment"].unique()}

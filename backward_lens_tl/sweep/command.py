@@ -7,16 +7,14 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from backward_lens_tl.errors import SweepError
 from backward_lens_tl.loading import load_model, without_progress_bars
 from backward_lens_tl.records import read_records
 from backward_lens_tl.sweep import Sweep, sweep
-from backward_lens_tl.sweep.config import SweepConfig
+from backward_lens_tl.sweep.config import Lens, SweepConfig
 from backward_lens_tl.sweep.processes import own_device, this_process
-
-_LENSES = ("logit_lens", "normalized")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings.add_argument("--seed", type=int, help="of that choice (default: 0)")
     settings.add_argument("--matrices", nargs="+", metavar="NAME", help="default: W_in W_out")
     settings.add_argument("--layers", nargs="+", type=int, metavar="N", help="default: all")
-    settings.add_argument("--projection", nargs="+", choices=_LENSES, help="default: logit_lens")
+    settings.add_argument(
+        "--projection", nargs="+", choices=get_args(Lens), help="default: logit_lens"
+    )
     settings.add_argument("--direction", choices=("update", "gradient"), help="default: update")
     settings.add_argument("--vjps-at", choices=("matrix", "residual"), help="default: matrix")
     settings.add_argument("--k", type=int, help="tokens kept at either end (default: 5)")
