@@ -6,10 +6,11 @@ An implementation of "Backward Lens: Projecting Language Model Gradients into th
 
 from importlib.metadata import version
 
-from backward_lens_tl import analysis
+from backward_lens_tl import analysis, editing
 from backward_lens_tl.capture import capture_gradients
 from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.errors import BackwardLensError
+from backward_lens_tl.evaluation import Evaluation, EvaluationConfig, evaluate
 from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.loading import load_facts_model, load_model
@@ -34,6 +35,8 @@ __version__ = version("backward-lens-tl")
 __all__ = [
     "BackwardLensError",
     "BackwardLensResult",
+    "Evaluation",
+    "EvaluationConfig",
     "GradientCapture",
     "MatrixGradient",
     "Memory",
@@ -46,6 +49,8 @@ __all__ = [
     "analysis",
     "backward_lens",
     "capture_gradients",
+    "editing",
+    "evaluate",
     "figures",
     "load_facts_model",
     "load_model",

@@ -215,7 +215,7 @@ def plan_capture(
     limits, objective = memory or Memory(), as_objective(objective)
     names, chosen = select_matrices(matrices, host), select_layers(layers, host)
     sites = [site for layer in chosen for site in host.sites(layer, names)]
-    _check_sharing(host, sites)
+    check_sharing(host, sites)
     points = select_hook_points(hook_points, host)
     bound, batch = bind_to_prompts(objective, host, prompts, prepend_bos)
     lengths = batch.lengths.tolist()
@@ -242,8 +242,16 @@ def plan_capture(
     )
 
 
-def _check_sharing(host: Host, sites: Sequence[Site]) -> None:
-    """Refuse a weight that several modules hold, whose gradient is the sum over all of them."""
+def check_sharing(host: Host, sites: Sequence[Site]) -> None:
+    """Refuse a weight that several modules hold, whose gradient is the sum over all of them.
+
+    Args:
+        host: The model.
+        sites: The matrices.
+
+    Raises:
+        UnsupportedModelError: If there is one.
+    """
     for site in sites:
         for weight in site.weights:
             holders = host.holders(weight)

@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from backward_lens_tl.evaluation import command as evaluation_command
     from backward_lens_tl.reproduce import command as reproduce_command
     from backward_lens_tl.sweep import command as sweep_command
 
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_show(commands.add_parser("show", help="the layers x tokens table of one prompt"))
     for name, command, what in (
         ("sweep", sweep_command, "the lens over a data set, as Parquet"),
+        ("evaluate", evaluation_command, "methods of editing on CounterFact, as Parquet"),
         ("reproduce", reproduce_command, "the paper's experiments, with a report"),
     ):
         own = commands.add_parser(name, help=what)

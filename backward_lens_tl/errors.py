@@ -48,5 +48,13 @@ class SweepError(InputError):
     """A sweep's folder or settings do not fit what is asked of it."""
 
 
+class EditError(InputError):
+    """An edit does not fit the model, the request or the statistics that it is computed from."""
+
+
+class EvaluationError(InputError):
+    """An evaluation's folder or settings do not fit what is asked of it."""
+
+
 class ResultFileError(BackwardLensError, ValueError):
     """A file is not a saved result, or one that this version cannot read."""

@@ -88,3 +88,17 @@ class Memory:
         if self.factor_device is None:
             return model_device
         return torch.empty(0, device=self.factor_device).device  # "cuda" by its number
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was too little memory.
+
+    Args:
+        error: The error.
+
+    Returns:
+        Whether it does.
+    """
+    # On a CPU torch raises a plain RuntimeError.
+    lacks = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return lacks or "allocate memory" in str(error)

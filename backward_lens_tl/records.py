@@ -12,7 +12,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.resources import files
 from operator import index as as_index
@@ -22,7 +22,7 @@ from typing import Any
 import huggingface_hub
 import pandas as pd
 
-from backward_lens_tl.arguments import check_text, is_integer, plain, shown
+from backward_lens_tl.arguments import check_text, is_integer, listed, plain, shown
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.hub import hub_is_reachable
 
@@ -32,6 +32,12 @@ FACTS_RECORDS = "facts"
 FIELDS = ("prompt", "target", "subject", "subject_start", "answer", "id")
 """Columns of a plain row, which `fields` renames; the first two are needed."""
 
+_EVALUATED = (
+    "paraphrase_prompts",
+    "neighborhood_prompts",
+    "attribute_prompts",
+    "generation_prompts",
+)
 _ROW_CHARACTERS = 200
 _TOKEN_IDS = 2**63
 """torch has no larger ones."""
@@ -49,6 +55,12 @@ class Record:
         subject: What the prompt is about, if the data say so.
         subject_start: Where the subject begins in the prompt, in characters, if the data say so.
         answer: The original answer, as it would continue the prompt, if the data have one.
+        paraphrase_prompts: The same said otherwise; an edit should reach them.
+        neighborhood_prompts: The same of other subjects that share the answer; an edit should leave
+            them alone.
+        neighborhood_answer: The answer of those, where it is not this record's own.
+        attribute_prompts: The same of subjects whose answer is the target.
+        generation_prompts: What the model is to go on writing from about the subject.
     """
 
     index: int
@@ -58,6 +70,11 @@ class Record:
     subject: str | None
     subject_start: int | None
     answer: str | None
+    paraphrase_prompts: tuple[str, ...] = ()
+    neighborhood_prompts: tuple[str, ...] = ()
+    neighborhood_answer: str | None = None
+    attribute_prompts: tuple[str, ...] = ()
+    generation_prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,12 +135,16 @@ def read_records(
     - CounterFact as ROME published it: `requested_rewrite`, a template with its subject. Target
       and answer get the space in front that they lack there.
     - CounterFact flattened: `prompt`, `target_new`, and perhaps `subject` and `ground_truth`; they
-      get the space, too.
+      get the space, too. `rephrase_prompt`, `locality_prompt` and `locality_ground_truth` are a
+      paraphrase, and a neighbor with its own answer.
     - The hub's `NeelNanda/counterfact-tracing`: `prompt`, `target_false`, and perhaps `subject`,
       `target_true` and `relation`. The false answer is the target.
     - Anything else is plain: `prompt`, `target`, and perhaps `subject`, `subject_start`, `answer`
       and `id`. Texts are taken exactly as written, so a target that continues a sentence needs its
       leading space. An integer as target is a token id; CSV has only texts.
+
+    CounterFact as published and plain rows may have lists of prompts that evaluations ask:
+    `paraphrase_prompts`, `neighborhood_prompts`, `attribute_prompts` and `generation_prompts`.
 
     Empty cells, `None` and NaN count as missing; whole floats, which pandas makes of integers
     beside missing cells, as integers. A record's id is the row's `case_id`, else its `id`.
@@ -192,9 +213,17 @@ def _fingerprint(rows: Iterable[Record | BadRecord]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         # JSON keeps texts and integers apart; a bad row's problem may carry a library's words.
-        held = (row.index, row.id, row.row) if isinstance(row, BadRecord) else astuple(row)
+        held = (row.index, row.id, row.row) if isinstance(row, BadRecord) else _held(row)
         digest.update(json.dumps([type(row).__name__, *held]).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _held(record: Record) -> list[object]:
+    """A record's values; of those that only evaluations ask, the ones that are there."""
+    values = asdict(record)
+    asked = {name: values.pop(name) for name in (*_EVALUATED, "neighborhood_answer")}
+    there = {name: value for name, value in asked.items() if value}
+    return [*values.values(), *([there] if there else [])]
 
 
 # ----------------------------------------------------------------------------- where rows come from
@@ -402,7 +431,7 @@ def _rows_from_hub(name: str, split: str) -> list[object]:
         ) from error
     import datasets
 
-    is_cached = isinstance(has_card, str) or _is_prepared(name, datasets.config.HF_DATASETS_CACHE)
+    is_cached = isinstance(has_card, str) or is_prepared(name, datasets.config.HF_DATASETS_CACHE)
     if not is_cached and not hub_is_reachable():
         raise InputError(
             f"{name!r} is neither a file or folder that exists nor a data set in the hub's cache, "
@@ -420,7 +449,7 @@ def _rows_from_hub(name: str, split: str) -> list[object]:
     return _rows_of_dataset(data, split, name)
 
 
-def _is_prepared(name: str, cache: str | Path) -> bool:
+def is_prepared(name: str, cache: str | Path) -> bool:
     """Whether `datasets` has loaded a data set before; its cache writes names in snake case."""
     wanted = name.replace("/", "").replace("_", "").lower()
     try:
@@ -501,6 +530,10 @@ def _read_plain(
         subject=subject,
         subject_start=_subject_start(row, own["subject_start"], prompt, subject),
         answer=_text(row, own["answer"]),
+        paraphrase_prompts=_prompts(row, "paraphrase_prompts"),
+        neighborhood_prompts=_prompts(row, "neighborhood_prompts"),
+        attribute_prompts=_prompts(row, "attribute_prompts"),
+        generation_prompts=_prompts(row, "generation_prompts"),
     )
 
 
@@ -557,12 +590,32 @@ def _read_counterfact(place: int, name: str, row: Mapping[str, object]) -> Recor
         # The template knows which of several places is meant; the prompt no longer does.
         subject_start=template.index("{}"),
         answer=_continuing(_needed_text(true, "str", f"{whole}.target_true")),
+        paraphrase_prompts=_prompts(row, "paraphrase_prompts"),
+        neighborhood_prompts=_prompts(row, "neighborhood_prompts"),
+        attribute_prompts=_prompts(row, "attribute_prompts"),
+        generation_prompts=_prompts(row, "generation_prompts"),
     )
+
+
+def _prompts(row: Mapping[str, object], column: str) -> tuple[str, ...]:
+    """Prompts that an evaluation asks beside a row's own; none where the cell is missing."""
+    value = _cell(row, column)
+    if value is None:
+        return ()
+    prompts = listed(value)
+    # Not the keys of an object.
+    if isinstance(value, Mapping) or not all(isinstance(each, str) and each for each in prompts):
+        raise InputError(
+            f"{column!r} is {_cut(shown(value))}; a list of texts is needed, none of them empty"
+        )
+    for prompt in prompts:
+        check_text(repr(column), prompt)
+    return tuple(prompts)
 
 
 def _read_flattened(place: int, name: str, row: Mapping[str, object]) -> Record:
     """CounterFact with one column for each thing, as editors of models pass it around."""
-    answer = _text(row, "ground_truth")
+    answer, neighbor = _text(row, "ground_truth"), _text(row, "locality_ground_truth")
     return Record(
         index=place,
         id=name,
@@ -571,6 +624,9 @@ def _read_flattened(place: int, name: str, row: Mapping[str, object]) -> Record:
         subject=_text(row, "subject"),
         subject_start=None,
         answer=None if answer is None else _continuing(answer),
+        paraphrase_prompts=_prompts(row, "rephrase_prompt"),
+        neighborhood_prompts=_prompts(row, "locality_prompt"),
+        neighborhood_answer=None if neighbor is None else _continuing(neighbor),
     )
 
 

@@ -6,7 +6,6 @@ and neither the model nor the tokenizer.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -21,7 +20,7 @@ from transformer_lens import ActivationCache
 from backward_lens_tl.arguments import check_index, is_index, is_integer, shown
 from backward_lens_tl.captured import Coverage, GradientCapture
 from backward_lens_tl.cells import Cell, TokenScore
-from backward_lens_tl.errors import InputError, ResultFileError
+from backward_lens_tl.errors import InputError
 from backward_lens_tl.exports import write_csv, write_parquet
 from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.hook_gradients import (
@@ -35,7 +34,7 @@ from backward_lens_tl.readout import Reading, Readout
 from backward_lens_tl.segments import Subject, batch_segments
 from backward_lens_tl.selection import position_index
 from backward_lens_tl.sites import MatrixName
-from backward_lens_tl.storage import read, replacing, write
+from backward_lens_tl.storage import read_one, replacing, write
 from backward_lens_tl.tables import PositionTable, gradient_table, neuron_table
 
 if TYPE_CHECKING:
@@ -637,7 +636,4 @@ class BackwardLensResult:
         Raises:
             ResultFileError: If the file is missing, damaged, or not a saved result.
         """
-        result = read(path, (*_SAVED_TYPES, cls))
-        if not isinstance(result, cls):
-            raise ResultFileError(f"{os.fspath(path)!r} holds no {cls.__name__}")
-        return result
+        return read_one(path, cls, _SAVED_TYPES)

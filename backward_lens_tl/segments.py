@@ -53,13 +53,7 @@ def prompt_segments(text: str, spans: Sequence[Span], subject: Subject) -> tuple
     Raises:
         InputError: If the subject is not in the prompt, or no token has a character of it.
     """
-    start, end = subject_span(text, subject)
-    # A span of no width has no character, also where it lies inside of the subject.
-    covered = [at for at, (left, right) in enumerate(spans) if max(left, start) < min(right, end)]
-    if not covered:
-        raise InputError(
-            f"subject {shown(subject)} has no token in the prompt {text!r}; pass another part of it"
-        )
+    covered = covered_tokens(text, spans, subject)
     first, last = covered[0], covered[-1]
     segments: list[Segment] = [
         "before subject"
@@ -73,6 +67,30 @@ def prompt_segments(text: str, spans: Sequence[Span], subject: Subject) -> tuple
     segments[last] = "last subject token"
     segments[-1] = "last token"
     return tuple(segments)
+
+
+def covered_tokens(text: str, spans: Sequence[Span], subject: Subject) -> list[int]:
+    """Which tokens of a prompt are its subject's.
+
+    Args:
+        text: The prompt.
+        spans: Where in it each token stands.
+        subject: What the prompt is about.
+
+    Returns:
+        Indices of the tokens that have a character of the subject, at least one, in order.
+
+    Raises:
+        InputError: If the subject is not in the prompt, or no token has a character of it.
+    """
+    start, end = subject_span(text, subject)
+    # A span of no width has no character, also where it lies inside of the subject.
+    covered = [at for at, (left, right) in enumerate(spans) if max(left, start) < min(right, end)]
+    if not covered:
+        raise InputError(
+            f"subject {shown(subject)} has no token in the prompt {text!r}; pass another part of it"
+        )
+    return covered
 
 
 def batch_segments(

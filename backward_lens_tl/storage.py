@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
@@ -23,6 +23,8 @@ from torch import Tensor
 from backward_lens_tl.arguments import check_path
 from backward_lens_tl.errors import ResultFileError
 from backward_lens_tl.fingerprints import tensors_digest
+
+_T = TypeVar("_T")
 
 FORMAT_VERSION = 4
 """Raised when older files can no longer be read."""
@@ -142,6 +144,26 @@ def read(path: str | Path, types: Sequence[type]) -> Any:
         raise ResultFileError(
             f"{os.fspath(path)!r} is damaged: {type(error).__name__} {error}"
         ) from error
+
+
+def read_one(path: str | Path, kind: type[_T], types: Sequence[type]) -> _T:
+    """Read back one dataclass that `write` wrote.
+
+    Args:
+        path: The file.
+        kind: The dataclass.
+        types: Other dataclasses that may be in it.
+
+    Returns:
+        The dataclass, its tensors on the CPU.
+
+    Raises:
+        ResultFileError: As for `read`, or if the file holds something else.
+    """
+    value = read(path, (*types, kind))
+    if not isinstance(value, kind):
+        raise ResultFileError(f"{os.fspath(path)!r} holds no {kind.__name__}")
+    return value
 
 
 def _packed(value: Any, path: str, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:

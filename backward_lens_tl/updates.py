@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from jaxtyping import Float
 from torch import Tensor
 
 from backward_lens_tl.errors import InputError, UnsupportedModelError
+from backward_lens_tl.host import Host
 from backward_lens_tl.sites import MatrixSite, Site
+
+Change = tuple[Tensor, Float[Tensor, "..."]]
+"""A parameter, and what is added to it, laid out like it."""
 
 
 def single_weight(site: Site) -> MatrixSite:
@@ -31,6 +35,36 @@ def single_weight(site: Site) -> MatrixSite:
         "its own and the tokens that are routed to it; a step is taken on matrices that are one "
         "weight, such as those of attention (matrices='attn')"
     )
+
+
+def changeable(host: Host, site: Site) -> MatrixSite:
+    """A matrix whose weight can be changed, so that the model computes with what it is changed to.
+
+    Args:
+        host: The model.
+        site: Where a matrix is.
+
+    Returns:
+        The same.
+
+    Raises:
+        UnsupportedModelError: If it is a mixture of experts, is computed anew whenever it is used,
+            which no change would outlast, or one weight serves several heads of its output.
+    """
+    single = single_weight(site)
+    (again,) = host.sites(single.layer, (single.matrix,))
+    if again.weights[0] is not single.weight.parameter:
+        raise UnsupportedModelError(
+            f"{single.matrix} of layer {single.layer} is computed from other parameters, as by a "
+            "parametrization, so no step can be taken on it; remove the parametrization"
+        )
+    if single.heads_per_weight > 1:
+        raise UnsupportedModelError(
+            f"{single.matrix} of layer {single.layer} has one weight for "
+            f"{single.heads_per_weight} heads of its output; switch off "
+            "ungroup_grouped_query_attention"
+        )
+    return single
 
 
 @contextmanager
@@ -67,16 +101,58 @@ def stepped(
         )
     for site, change in zip(wanted, added, strict=True):
         _check_change(site, change)
-    # The data of a parameter has a version counter of its own.
-    weights = [site.weight.parameter.data for site in wanted]
-    before = [weight.clone() for weight in weights]
+    with changed(
+        (site.weight.parameter, site.weight.as_stored(change))
+        for site, change in zip(wanted, added, strict=True)
+    ):
+        yield
+
+
+@contextmanager
+def changed(changes: Iterable[Change]) -> Iterator[None]:
+    """Add to parameters, and put them back afterwards, whatever happens.
+
+    Args:
+        changes: What is added to each, one after the other: of several to one parameter the later
+            sees the earlier.
+
+    Yields:
+        Nothing; the parameters are so inside the context.
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
     try:
-        for site, weight, change in zip(wanted, weights, added, strict=True):
-            weight.add_(site.weight.as_stored(change.detach()).to(weight.device))
+        for change in changes:
+            kept.append(add_in_place(change))
         yield
     finally:
-        for weight, kept in zip(weights, before, strict=True):
-            weight.copy_(kept)
+        for parameter, before in reversed(kept):
+            put_back(parameter, before)
+
+
+def add_in_place(change: Change) -> tuple[Tensor, Tensor]:
+    """Add to a parameter, so that autograd takes no note of it.
+
+    Args:
+        change: The parameter and what is added.
+
+    Returns:
+        The parameter, and a copy of what it was.
+    """
+    parameter, added = change
+    weight = parameter.data  # which has a version counter of its own
+    before = weight.clone()
+    weight.add_(added.detach().to(weight.device))
+    return parameter, before
+
+
+def put_back(parameter: Tensor, before: Tensor) -> None:
+    """Give a parameter the values that it had, so that autograd takes no note of it.
+
+    Args:
+        parameter: The parameter.
+        before: Its values.
+    """
+    parameter.data.copy_(before)
 
 
 def _check_change(site: MatrixSite, change: Tensor) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,22 @@ ORIGINAL = {
     },
     "paraphrase_prompts": [],
 }
+ASKED = {
+    "paraphrase_prompts": ["Paris has a twin:", "Twins. Paris and"],
+    "neighborhood_prompts": ["Lyon is the twin city of"],
+    "attribute_prompts": ["Vienna is the twin city of"],
+    "generation_prompts": ["Paris is close to", "Paris is close to"],
+}
+"""Prompts that only evaluations ask."""
 FLAT = {
     "case_id": 10,
     "prompt": "BBC One, by",
     "target_new": "Sega",
     "subject": "BBC One",
     "ground_truth": "BBC",
+    "rephrase_prompt": "BBC One is owned by",
     "locality_prompt": "BBC Radio, by",
+    "locality_ground_truth": "the BBC",
 }
 TRACING = {
     "relation": "The mother tongue of {} is",
@@ -274,9 +284,44 @@ def test_counterfact_keeps_a_space_that_is_there() -> None:
 
 
 def test_counterfact_flattened() -> None:
-    assert only(FLAT) == Record(0, "10", "BBC One, by", " Sega", "BBC One", None, " BBC")
+    assert only(FLAT) == Record(
+        0, "10", "BBC One, by", " Sega", "BBC One", None, " BBC",
+        paraphrase_prompts=("BBC One is owned by",),
+        neighborhood_prompts=("BBC Radio, by",),
+        neighborhood_answer=" the BBC",
+    )  # fmt: skip
     bare = {"prompt": "BBC One, by", "target_new": " Sega"}
     assert only(bare) == Record(0, "0", "BBC One, by", " Sega", None, None, None)
+
+
+@pytest.mark.parametrize("row", [ORIGINAL, PLAIN])
+def test_prompts_that_evaluations_ask(row: dict[str, Any]) -> None:
+    bare, asked = only(row), only({**row, **ASKED})
+    assert all(getattr(bare, name) == () for name in ASKED)
+    assert asked == replace(bare, **{name: tuple(prompts) for name, prompts in ASKED.items()})
+    # One is as good as a list of one, and an array as a list.
+    assert only({**row, "paraphrase_prompts": "Is"}).paraphrase_prompts == ("Is",)
+    table = pd.DataFrame([{**row, **{name: np.array(ASKED[name]) for name in ASKED}}])
+    assert read_records(table).rows[0] == asked
+    for name in ASKED:
+        assert getattr(only({**row, name: None}), name) == ()
+        for wrong in (5, ["a", ""], ["a", None], ["a", ["b"]], {"a": 1}):
+            bad = read_records([{**row, name: wrong}]).rows[0]
+            assert isinstance(bad, BadRecord)
+            assert f"{name!r} is" in bad.problem
+            assert "a list of texts is needed" in bad.problem
+        bad = read_records([{**row, name: ["\ud800"]}]).rows[0]
+        assert isinstance(bad, BadRecord)
+        assert "is not Unicode text" in bad.problem
+
+
+def test_the_fingerprint_covers_what_evaluations_ask() -> None:
+    rows = [PLAIN, *({**PLAIN, name: ["a"]} for name in ASKED), {**PLAIN, "attribute_prompts": []}]
+    found = [read_records([row]).fingerprint for row in rows]
+    assert found[-1] == found[0]  # none is none
+    assert len(set(found)) == 1 + len(ASKED)
+    answers = [{**FLAT, "locality_ground_truth": answer} for answer in (None, "BBC", "the BBC")]
+    assert len({read_records([row]).fingerprint for row in answers}) == 3
 
 
 def test_counterfact_for_tracing() -> None:
@@ -705,9 +750,13 @@ def test_the_records_that_ship_here() -> None:
     found = read_records("facts")
     assert isinstance(found, Records)
     assert (found.name, len(found)) == ("facts", 600)
-    assert found.rows[0] == Record(
-        0, "0", "Porsche was set up in", " Spain", "Porsche", 0, " Germany"
-    )
+    first = found.rows[0]
+    assert isinstance(first, Record)
+    assert (first.prompt, first.target, first.subject, first.subject_start, first.answer) == (
+        "Porsche was set up in", " Spain", "Porsche", 0, " Germany"
+    )  # fmt: skip
+    assert first.paraphrase_prompts[0] == "Porsche is a firm of"
+    assert [len(getattr(first, name)) for name in ASKED] == [2, 10, 2, 5]
     for place, record in enumerate(found):
         assert isinstance(record, Record), record
         assert record.index == place
@@ -726,7 +775,6 @@ def test_counterfact_itself(shared: Path) -> None:
     found = read_records(file)
     rows = json.loads(file.read_bytes())
     assert len(found) == len(rows) == 1919
-    assert found.rows[0] == Record(0, "10", "BBC One, by", " Sega", "BBC One", None, " BBC")
     assert [row.index for row in found] == [*range(1919)]
     for record, row in zip(found, rows, strict=True):
         assert isinstance(record, Record)
@@ -735,4 +783,7 @@ def test_counterfact_itself(shared: Path) -> None:
         assert [record.id, record.prompt, record.target, record.answer] == [
             str(row["case_id"]), row["prompt"], " " + row["target_new"], " " + row["ground_truth"]
         ]  # fmt: skip
+        assert record.paraphrase_prompts == (row["rephrase_prompt"],)
+        assert record.neighborhood_prompts == (row["locality_prompt"],)
+        assert record.neighborhood_answer == " " + row["locality_ground_truth"]
     assert len({record.id for record in found}) == 1919

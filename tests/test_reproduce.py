@@ -1407,7 +1407,7 @@ ROWS = [
 def everything(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All experiments on few prompts of all kinds."""
     out = tmp_path_factory.mktemp("everything")
-    found = reproduce("all", model, out, data=ROWS, progress=False)
+    found = reproduce("gradients", model, out, data=ROWS, progress=False)
     assert list(found) == [experiment.name for experiment in EXPERIMENTS]
     return out
 
@@ -1463,7 +1463,7 @@ def test_a_model_that_an_experiment_does_not_know(
 ):
     problem = UnsupportedModelError("experts")
     with_experiments(monkeypatch, fig3=problem, fig4=None)
-    found = reproduce("all", model, tmp_path, data=ROWS[:1], progress=False)
+    found = reproduce("gradients", model, tmp_path, data=ROWS[:1], progress=False)
     assert {name: each.verdict for name, each in found.items()} == {
         "fig3": "not measured",
         "fig4": "holds",
@@ -1471,7 +1471,7 @@ def test_a_model_that_an_experiment_does_not_know(
     assert found["fig3"].notes == ("It could not be measured: experts.",)
     with_experiments(monkeypatch, fig3=problem)
     with pytest.raises(UnsupportedModelError, match=r"^experts$"):
-        reproduce("all", model, tmp_path, data=ROWS[:1], progress=False)
+        reproduce("gradients", model, tmp_path, data=ROWS[:1], progress=False)
 
 
 def test_what_was_found_is_there_if_another_one_stops_it(
@@ -1480,7 +1480,7 @@ def test_what_was_found_is_there_if_another_one_stops_it(
     """An error that is not about data or model comes through, as Ctrl-C would."""
     with_experiments(monkeypatch, fig3=None, fig4=RuntimeError("stop"), fig5=None)
     with pytest.raises(RuntimeError, match="stop"):
-        reproduce("all", model, tmp_path, data=ROWS[:1], progress=False)
+        reproduce("gradients", model, tmp_path, data=ROWS[:1], progress=False)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert re.findall(r'<section id="(\w+)">', text) == ["fig3"]
 
@@ -1699,7 +1699,7 @@ def test_the_command_says_what_was_not_measured_and_what_departs(
 ):
     findings = {"fig3": Finding((NO, ALMOST)), "fig6": Finding((), notes=("It could not.",))}
     monkeypatch.setattr(command, "reproduce", lambda *_, **__: findings)
-    assert cli.main(["reproduce", "all", "--out", str(tmp_path), "--quiet"]) == 0
+    assert cli.main(["reproduce", "gradients", "--out", str(tmp_path), "--quiet"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "fig3: does not hold here",
         "  - c: f",
@@ -1733,7 +1733,7 @@ def test_errors_of_the_command(
 
 def check_everything(out: Path, column: int, *options: str) -> dict[str, Any]:
     began = time.perf_counter()
-    assert cli.main(["reproduce", "all", *options, "--out", str(out), "--quiet"]) == 0
+    assert cli.main(["reproduce", "gradients", *options, "--out", str(out), "--quiet"]) == 0
     seconds = time.perf_counter() - began
     sys.stdout.write(f"{' '.join(options)}: {seconds:.0f} s\n")  # shown by -s
     assert seconds < 600

@@ -27,12 +27,12 @@ from models import HAS_BRIDGE, Case, build, nll, small_tokenizer
 from torch import Tensor, nn
 
 import backward_lens_tl as blt
-from backward_lens_tl import cli
+from backward_lens_tl import cli, parts
 from backward_lens_tl.errors import BackwardLensError, InputError, SweepError, UnsupportedModelError
+from backward_lens_tl.processes import own_device
 from backward_lens_tl.records import Record, Records
 from backward_lens_tl.sweep import Sweep, SweepConfig, __main__, command, measuring, plan
 from backward_lens_tl.sweep.columns import TABLES
-from backward_lens_tl.sweep.processes import own_device
 
 PACKAGE = sys.modules["backward_lens_tl.sweep"]  # whose name, as an attribute, is the function's
 
@@ -1156,6 +1156,6 @@ def test_a_bar_shows_how_far_it_is(tiny: nn.Module, tmp_path: Path, capfd):
 
 
 def test_without_pyarrow_it_says_what_to_install(tiny: nn.Module, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(PACKAGE, "find_spec", lambda name: None)
+    monkeypatch.setattr(parts, "find_spec", lambda name: None)
     with pytest.raises(BackwardLensError, match=r"backward-lens-tl\[parquet\]"):
         blt.sweep(tiny, ROWS, tmp_path)

@@ -54,9 +54,9 @@ from pathlib import Path
 import accelerate, accelerate.utils, pandas, pyarrow.parquet, tqdm.auto
 import torch
 torch.set_num_threads(1)
-from backward_lens_tl import load_facts_model
+from backward_lens_tl import load_facts_model, parts
 from backward_lens_tl.records import read_records
-from backward_lens_tl.sweep import SweepConfig, command, folder, sweep
+from backward_lens_tl.sweep import SweepConfig, command, sweep
 
 out = Path(sys.argv[1])
 records, model = read_records("facts"), load_facts_model()
@@ -83,7 +83,7 @@ def forked(action):
 
 def killed(name, moment, when):
     """A sweep that is killed as it writes its n-th file: before, or once it is in place."""
-    real, left = folder.replacing, iter(range(moment))
+    real, left = parts.replacing, iter(range(moment))
 
     @contextmanager
     def replacing(path):
@@ -95,7 +95,7 @@ def killed(name, moment, when):
         if is_last:
             die()
 
-    folder.replacing = replacing
+    parts.replacing = replacing
     sweep(model, records, out / name, settings, progress=False)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from backward_lens_tl.arguments import plain, shown
 from backward_lens_tl.backward import read_logits
 from backward_lens_tl.capture import CaptureWork, plan_capture
-from backward_lens_tl.errors import InputError, UnsupportedModelError
+from backward_lens_tl.errors import InputError
 from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.host import Host, host_of
 from backward_lens_tl.objectives import Targets, target_nll
@@ -35,7 +35,7 @@ from backward_lens_tl.projection import LogitLens
 from backward_lens_tl.prompts import PromptBatch, Prompts
 from backward_lens_tl.readout import VectorGroup, read_vectors
 from backward_lens_tl.sites import WRITING_MATRICES, MatrixSite
-from backward_lens_tl.updates import single_weight, stepped
+from backward_lens_tl.updates import changeable, stepped
 from backward_lens_tl.vocabulary import TargetPosition
 from backward_lens_tl.watching import Copies, Values, hooked
 
@@ -127,9 +127,7 @@ def step_changes(
         hook_points=None,
         memory=None,
     )
-    sites = [single_weight(site) for site in work.sites]
-    for site in sites:
-        _check_changeable(work.host, site)
+    sites = [changeable(work.host, site) for site in work.sites]
     # Prompt by prompt, so that a matrix meets its inputs before and after in one shape of product.
     by_prompt = (_rows(work, sites, prompt, rate) for prompt in range(len(work.batch.mask)))
     table = pd.DataFrame([row for rows in by_prompt for row in rows])
@@ -146,21 +144,6 @@ def _checked_rate(learning_rate: object) -> float | None:
             f"at which the loss falls by {_USUAL_GAIN:.0%}"
         )
     return float(rate)
-
-
-def _check_changeable(host: Host, site: MatrixSite) -> None:
-    """Refuse a weight that is computed anew whenever it is used, which no change would outlast."""
-    (again,) = host.sites(site.layer, (site.matrix,))
-    if again.weights[0] is not site.weight.parameter:
-        raise UnsupportedModelError(
-            f"{site.matrix} of layer {site.layer} is computed from other parameters, as by a "
-            "parametrization, so no step can be taken on it; remove the parametrization"
-        )
-    if site.heads_per_weight > 1:
-        raise UnsupportedModelError(
-            f"{site.matrix} of layer {site.layer} has one weight for {site.heads_per_weight} heads "
-            "of its output; switch off ungroup_grouped_query_attention"
-        )
 
 
 # --- one prompt --------------------------------------------------------------------------------

@@ -39,6 +39,12 @@ _CLOSE = 0.1
 """Nearer to a norm's bias than this part of the way, a vector does not tell its direction well:
 going on to the whole way multiplies rounding by its inverse."""
 
+_SAMPLE = 4096
+"""Tokens by which it is told whether embedding and unembedding are one matrix."""
+
+_TIED = 0.9
+"""Mean correlation above which they are; independent matrices have next to none."""
+
 _GLOBAL_HOOKS = (
     torch.nn.modules.module._global_forward_hooks,
     torch.nn.modules.module._global_forward_pre_hooks,
@@ -158,7 +164,7 @@ class Host(ABC):
 
     # --- the forward pass --------------------------------------------------------------------
 
-    def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch read d_vocab"]:
+    def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "rows read d_vocab"]:
         """Run the model, with whatever hooks there are on it.
 
         Args:
@@ -180,7 +186,7 @@ class Host(ABC):
     @abstractmethod
     def logits_of(
         self, tokens: Int[Tensor, "batch pos"], select: Callable[[Tensor], Tensor]
-    ) -> Float[Tensor, "batch read d_vocab"]:
+    ) -> Float[Tensor, "rows read d_vocab"]:
         """Run the model, and multiply by `W_U` only where it is needed.
 
         Hooks at the unembedding itself do not see all positions, or do not run.
@@ -262,6 +268,31 @@ class Host(ABC):
         logits, bias = _product(normed, self.model.W_U), self.model.b_U
         # Most models have no bias here, and adding zeros is a pass over all logits.
         return logits + bias if bool(bias.any()) else logits
+
+    def embedding_vector(self, token_id: int) -> Float[Tensor, "d_model"]:
+        """A token's row of the embedding matrix, without a scale that belongs to no weight."""
+        row: Tensor = self.model.W_E[token_id].detach().clone()
+        return row
+
+    def unembedding_vector(self, token_id: int) -> Float[Tensor, "d_model"]:
+        """A token's column of the unembedding matrix."""
+        column: Tensor = self.model.W_U[:, token_id].detach().clone()
+        return column
+
+    @cached_property
+    def is_tied(self) -> bool:
+        """Whether embedding and unembedding are one matrix, or were before weights were processed.
+
+        Processing scales each dimension of a tied unembedding, and centers it, so that over the
+        vocabulary every dimension is still correlated with the embedding's, up to the sign.
+        """
+        embed, unembed = self.model.W_E.detach(), self.model.W_U.detach().T
+        n = min(len(embed), len(unembed), _SAMPLE)
+        some = [each[:n].to(self.device, torch.float32) for each in (embed, unembed)]
+        pairs = [each - each.mean(0) for each in some]
+        norms = pairs[0].norm(dim=0) * pairs[1].norm(dim=0)
+        cosines = (pairs[0] * pairs[1]).sum(0) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        return bool(cosines.abs().mean() > _TIED)
 
     @property
     def faint_norm(self) -> float:

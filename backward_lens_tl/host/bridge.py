@@ -51,7 +51,7 @@ class TransformerBridgeHost(Host):
 
     def logits_of(
         self, tokens: Int[Tensor, "batch pos"], select: Callable[[Tensor], Tensor]
-    ) -> Float[Tensor, "batch read d_vocab"]:
+    ) -> Float[Tensor, "rows read d_vocab"]:
         """Run the model, and multiply by `W_U` only where it is needed."""
         selected: list[bool] = []
 

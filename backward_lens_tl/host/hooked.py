@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ class HookedTransformerHost(Host):
 
     def logits_of(
         self, tokens: Int[Tensor, "batch pos"], select: Callable[[Tensor], Tensor]
-    ) -> Float[Tensor, "batch read d_vocab"]:
+    ) -> Float[Tensor, "rows read d_vocab"]:
         """Run the model, and multiply by `W_U` only where it is needed."""
         if not self._unembeds_as_usual:
             return select(self.logits(tokens))
@@ -78,6 +79,13 @@ class HookedTransformerHost(Host):
     def _output_transform(self, logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:
         cap = getattr(self.model.cfg, "output_logits_soft_cap", -1.0)
         return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
+
+    def embedding_vector(self, token_id: int) -> Float[Tensor, "d_model"]:
+        """A token's row of the embedding matrix, without a scale that belongs to no weight."""
+        row = super().embedding_vector(token_id)
+        # Gemma multiplies what it embeds by this; TransformerLens multiplies the matrix instead.
+        is_gemma = str(getattr(self.model.cfg, "original_architecture", "")).startswith("Gemma")
+        return row / math.sqrt(self.d_model) if is_gemma else row
 
     # --- the matrices ------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.loading import FACTS_MODEL, load_model
 from backward_lens_tl.records import FACTS_RECORDS, Records, read_records
 from backward_lens_tl.reproduce.evidence import Evidence
-from backward_lens_tl.reproduce.experiments import EXPERIMENTS, select_experiments
+from backward_lens_tl.reproduce.experiments import EXPERIMENTS, Experiment, select_experiments
 from backward_lens_tl.reproduce.finding import Check, Finding
 from backward_lens_tl.reproduce.folder import read_findings, write_finding
 from backward_lens_tl.reproduce.page import render_report
@@ -30,6 +30,9 @@ _BOS = {False: "without BOS", True: "with BOS", None: "BOS as the model has it"}
 
 COUNTERFACT = "NeelNanda/counterfact-tracing"
 """CounterFact on the Hugging Face hub, which the paper's prompts come from."""
+
+COUNTERFACT_RECORDS = "azhx/counterfact"
+"""The same with the prompts that edits are tested on."""
 
 
 def reproduce(
@@ -50,11 +53,12 @@ def reproduce(
     gone on with if it was stopped.
 
     Args:
-        names: Figures and tables, such as `"fig4"` or `["fig6", "table2"]`, or `"all"`.
+        names: Figures and tables, such as `"fig4"` or `["fig6", "table2"]`; `"gradients"`,
+            `"editing"` (which takes minutes), or `"all"`.
         model: A `HookedTransformer` or `TransformerBridge`, or a name as `load_model` takes it.
         out: The folder; it is made if it is not there.
         data: What `read_records` reads. By default the facts model's own records for `"facts"`, and
-            CounterFact from the hub for other models.
+            CounterFact from the hub for other models. Editing takes the first rows, the others any.
         prompts: How many prompts are taken from the data.
         seed: Of their choice.
         prepend_bos: Whether prompts get a BOS token; the paper's had none. `None` is the model's
@@ -80,7 +84,7 @@ def reproduce(
     experiments = select_experiments(names)
     check_path(out, InputError)
     loaded = load_model(model) if isinstance(model, str) else model
-    chosen = default_data(model) if data is None else data
+    chosen = default_data(model, experiments) if data is None else data
     records = chosen if isinstance(chosen, Records) else read_records(chosen)
     folder = Path(out)
     evidence = Evidence(
@@ -92,7 +96,8 @@ def reproduce(
         prepend_bos=prepend_bos,
         progress=progress,
     )
-    _check_prompts(evidence)
+    if any(experiment.group == "gradients" for experiment in experiments):
+        _check_prompts(evidence)
     found = {}
     for experiment in tqdm(experiments, unit="experiment", disable=not progress):
         began = time.perf_counter()
@@ -104,23 +109,27 @@ def reproduce(
                 raise
             finding = Finding((), notes=(f"It could not be measured: {error}.",))
         seconds = time.perf_counter() - began
-        write_finding(folder, experiment, finding, _about(evidence, seconds))
+        write_finding(folder, experiment, finding, _about(experiment, evidence, seconds))
         with replacing(folder / "report.html") as partial:
             partial.write_text(render_report(read_findings(folder)), encoding="utf-8")
         found[experiment.name] = finding
     return found
 
 
-def default_data(model: nn.Module | str) -> str:
+def default_data(model: nn.Module | str, experiments: Sequence[Experiment]) -> str:
     """What prompts are taken from if nobody says.
 
     Args:
         model: The model, or its name.
+        experiments: What is measured.
 
     Returns:
         `"facts"` for the facts model by its name, CounterFact's name on the hub for others.
     """
-    return FACTS_RECORDS if isinstance(model, str) and model == FACTS_MODEL else COUNTERFACT
+    if isinstance(model, str) and model == FACTS_MODEL:
+        return FACTS_RECORDS
+    is_editing = any(experiment.group == "editing" for experiment in experiments)
+    return COUNTERFACT_RECORDS if is_editing else COUNTERFACT
 
 
 def _check_prompts(evidence: Evidence) -> None:
@@ -129,15 +138,17 @@ def _check_prompts(evidence: Evidence) -> None:
         raise InputError(f"none of the prompts can be analysed; the first: {problem}")
 
 
-def _about(evidence: Evidence, seconds: float) -> dict[str, Any]:
+def _about(experiment: Experiment, evidence: Evidence, seconds: float) -> dict[str, Any]:
+    # Editing takes the first rows of the data and reads no gradients of the others.
+    is_editing = experiment.group == "editing"
     return {
         "model": evidence.model_name,
         "n_layers": evidence.n_layers,
         "d_vocab": evidence.d_vocab,
         "data": evidence.records.name,
-        "prompts": len(evidence.prompts),
-        "rejected": len(evidence.sweep.rejects()),
-        "cut": evidence.n_cut_targets,
+        "prompts": len(evidence.requests) if is_editing else len(evidence.prompts),
+        "rejected": 0 if is_editing else len(evidence.sweep.rejects()),
+        "cut": 0 if is_editing else evidence.n_cut_targets,
         "bos": _BOS[evidence.prepend_bos],
         "seconds": seconds,
     }

@@ -20,7 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: What they are added to.
     """
     parser.add_argument(
-        "names", nargs="+", metavar="NAME", help="fig1, fig3 ... fig23, table2 ... table5, or all"
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help="fig1, fig3 ... fig24, table1 ... table7, gradients, editing, or all",
     )
     parser.add_argument(
         "--model",
@@ -59,8 +62,8 @@ def run(args: argparse.Namespace) -> None:
     Args:
         args: What `add_arguments` parsed.
     """
-    select_experiments(args.names)  # before a large model is loaded
-    data = args.data or default_data(args.model)
+    experiments = select_experiments(args.names)  # before a large model is loaded
+    data = args.data or default_data(args.model, experiments)
     with without_progress_bars() if args.quiet else nullcontext():
         model = load_model(args.model, args.kind, device=args.device)
     found = reproduce(

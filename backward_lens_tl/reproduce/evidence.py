@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
+from backward_lens_tl.editing.method import EditMethod
+from backward_lens_tl.editing.presets import preset_methods
+from backward_lens_tl.editing.requests import EditRequest
 from backward_lens_tl.errors import TargetError, UnsupportedModelError
+from backward_lens_tl.evaluation import Evaluation, EvaluationConfig, evaluate
+from backward_lens_tl.evaluation.perplexity import perplexity, read_texts
+from backward_lens_tl.evaluation.plan import unused_records
 from backward_lens_tl.host import host_of
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.records import Records
+from backward_lens_tl.records import Record, Records
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.sweep import Sweep, SweepConfig, sweep
 from backward_lens_tl.sweep.config import Lens
@@ -46,6 +53,7 @@ class Evidence:
         prompts_asked: How many prompts were asked for.
         seed: As given.
         prepend_bos: As given.
+        progress: As given.
     """
 
     def __init__(
@@ -61,7 +69,7 @@ class Evidence:
     ) -> None:
         self.model, self.records = model, records
         self.prompts_asked, self.seed, self.prepend_bos = prompts, seed, prepend_bos
-        self._folder, self._progress = folder, progress
+        self._folder, self.progress = folder, progress
         self._host = host_of(model)
 
     # --- the model -----------------------------------------------------------------------------
@@ -139,7 +147,7 @@ class Evidence:
             **settings,
         )
         out = self._folder / name
-        return sweep(self.model, self.records, out, config, progress=self._progress)
+        return sweep(self.model, self.records, out, config, progress=self.progress)
 
     @cached_property
     def positions(self) -> pd.DataFrame:
@@ -170,6 +178,71 @@ class Evidence:
         correct = self.prompts["is_correct"].fillna(False).astype(bool)
         rows: list[int] = self.prompts.loc[correct, "prompt"].tolist()
         return rows
+
+    # --- edits -----------------------------------------------------------------------------------
+
+    @cached_property
+    def requests(self) -> list[EditRequest]:
+        """What the first rows of the data teach."""
+        rows = self.records.rows[: self.prompts_asked]
+        return [EditRequest.of(row) for row in rows if isinstance(row, Record)]
+
+    def evaluation_config(self, **settings: Any) -> EvaluationConfig:
+        """Settings of an evaluation of the first rows.
+
+        Args:
+            **settings: Those that are not the same for all.
+
+        Returns:
+            The settings.
+        """
+        shared = {"prepend_bos": self.prepend_bos, "seed": self.seed}
+        return EvaluationConfig(**{"records": self.prompts_asked, **shared, **settings})
+
+    def evaluation(
+        self, name: str, methods: Mapping[str, EditMethod], **settings: Any
+    ) -> Evaluation:
+        """Evaluate methods on the first rows of the data.
+
+        Args:
+            name: Of the folder.
+            methods: The methods by name.
+            **settings: Of the evaluation, beside those that are the same for all.
+
+        Returns:
+            What was measured.
+        """
+        config = self.evaluation_config(**settings)
+        out = self._folder / "edits" / name
+        out.mkdir(parents=True, exist_ok=True)
+        return evaluate(self.model, methods, self.records, out, config, progress=self.progress)
+
+    def presets(self, names: str | Sequence[str] = "all") -> dict[str, EditMethod]:
+        """Methods with settings for the model.
+
+        Args:
+            names: Their names.
+
+        Returns:
+            The methods by name; what they learn, they learn from the rows that are left.
+        """
+        folder = self._folder / "edits"
+        folder.mkdir(parents=True, exist_ok=True)
+        return preset_methods(
+            self.model,
+            names,
+            folder=folder,
+            training=unused_records(self.records, self.evaluation_config()),
+            prepend_bos=self.prepend_bos,
+            progress=self.progress,
+        )
+
+    @cached_property
+    def perplexity(self) -> float:
+        """That of the unedited model, as evaluations measure it."""
+        config = self.evaluation_config()
+        texts = read_texts(self._host, config).tokens(self._host, config)
+        return perplexity(self._host, texts, config.denominator).mean_of_texts
 
     # --- single prompts --------------------------------------------------------------------------
 

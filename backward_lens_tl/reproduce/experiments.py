@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.reproduce import (
+    editing_methods,
     gradient_neurons,
     gradient_ranks,
     imprint_and_shift,
+    least_learning_rates,
+    optimizer_steps,
     segment_norms,
     segment_ranks,
+    several_facts,
+    whitening,
     words,
 )
 from backward_lens_tl.reproduce.evidence import Evidence
 from backward_lens_tl.reproduce.finding import Finding
+
+Group = Literal["gradients", "editing"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,8 @@ class Experiment:
         title: What it is about.
         statement: What the paper says, in our words.
         measure: What measures it.
+        group: `"gradients"` for those that read gradients of many prompts, which share one sweep,
+            and `"editing"` for those that edit.
     """
 
     name: str
@@ -35,6 +45,7 @@ class Experiment:
     title: str
     statement: str
     measure: Callable[[Evidence], Finding]
+    group: Group = "gradients"
 
 
 EXPERIMENTS = (
@@ -182,15 +193,61 @@ EXPERIMENTS = (
         "A handful of inputs says what thousands of neurons say.",
         gradient_neurons.imprint_vectors,
     ),
+    Experiment(
+        "table1",
+        ("table1", "table6", "table7"),
+        "Editing facts (tables 1, 6 and 7)",
+        "A shift found in one forward pass edits facts as reliably as fine-tuning and ROME and "
+        "hardly touches fluency; more of it leaks into the neighborhood than with ROME and MEMIT, "
+        "and its paraphrases lie between.",
+        editing_methods.editing_methods,
+        "editing",
+    ),
+    Experiment(
+        "fig24",
+        ("fig24",),
+        "Least learning rate of an edit (figure 24)",
+        "The rate that the forward pass shift needs varies less than that of SGD, and in the early "
+        "layers it does less harm to perplexity than SGD and Adam; in the late ones as much.",
+        least_learning_rates.least_learning_rates,
+        "editing",
+    ),
+    Experiment(
+        "several_facts",
+        ("several_facts",),
+        "Several facts at once (beyond the paper)",
+        "The paper shifts one fact at a time and leaves open what becomes of several.",
+        several_facts.several_facts,
+        "editing",
+    ),
+    Experiment(
+        "whitening",
+        ("whitening",),
+        "The whitened shift (beyond the paper)",
+        "The paper's shift listens to the input as it is, so it also writes wherever another "
+        "prompt makes the layer read something alike.",
+        whitening.whitening,
+        "editing",
+    ),
+    Experiment(
+        "optimizers",
+        ("optimizers",),
+        "Steps of optimizers (beyond the paper)",
+        "The paper reads plain gradients, and leaves open what Adam and its like make of their low "
+        "rank and of their words.",
+        optimizer_steps.optimizer_steps,
+        "editing",
+    ),
 )
-"""In the order of the paper."""
+"""In the order of the paper, and behind them what goes beyond it."""
 
 
 def select_experiments(names: str | Sequence[str]) -> tuple[Experiment, ...]:
     """The experiments of some figures and tables.
 
     Args:
-        names: Such as `"fig4"`, several, or `"all"`.
+        names: Such as `"fig4"`, several, one of the groups `"gradients"` and `"editing"`, or
+            `"all"`.
 
     Returns:
         Each experiment once, in the order of the paper.
@@ -199,14 +256,15 @@ def select_experiments(names: str | Sequence[str]) -> tuple[Experiment, ...]:
         InputError: If there is no such figure or table, or none is asked for.
     """
     asked = [names] if isinstance(names, str) else list(names)
-    known = [cover for experiment in EXPERIMENTS for cover in experiment.covers]
+    covers = [cover for experiment in EXPERIMENTS for cover in experiment.covers]
+    known = [*covers, *get_args(Group), "all"]
     for name in asked:
-        if name not in (*known, "all"):
-            raise InputError(f"there is no experiment {name!r}; there are {', '.join(known)}, all")
+        if name not in known:
+            raise InputError(f"there is no experiment {name!r}; there are {', '.join(known)}")
     if not asked:
-        raise InputError(f"no experiment was asked for; there are {', '.join(known)}, all")
+        raise InputError(f"no experiment was asked for; there are {', '.join(known)}")
     return tuple(
         experiment
         for experiment in EXPERIMENTS
-        if "all" in asked or set(experiment.covers) & set(asked)
+        if {"all", experiment.group, *experiment.covers} & set(asked)
     )

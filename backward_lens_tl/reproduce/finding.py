@@ -81,6 +81,22 @@ def by_layer(table: pd.DataFrame, column: str, **where: str) -> dict[int, float]
     return dict(sorted(numbers))
 
 
+def pick(table: pd.DataFrame, column: str, value: str) -> Mapping[Any, Any]:
+    """The one row of a small table that holds something.
+
+    Args:
+        table: The table.
+        column: Where to look.
+        value: What the row holds there.
+
+    Returns:
+        The row.
+    """
+    rows = table[table[column] == value].to_dict("records")
+    [row] = rows
+    return row
+
+
 def part(count: int, of: int) -> str:
     """A count as a part of a whole, in words.
 

@@ -3,45 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column.
-
-    Attributes:
-        name: Its name.
-        dtype: Its type, as Arrow calls it.
-        meaning: What it holds.
-        is_key: Whether rows are told apart by it; such a column is never left out.
-        is_default: Whether it is there unless columns are chosen.
-        may_miss: Whether a number or truth value may be missing.
-    """
-
-    name: str
-    dtype: str
-    meaning: str
-    is_key: bool = False
-    is_default: bool = True
-    may_miss: bool = False
-
-    @property
-    def pandas_dtype(self) -> str | None:
-        """What pandas holds it in if values may be missing; else it is pandas' own choice."""
-        return _NULLABLE[self.dtype] if self.may_miss else None
-
-
-_NULLABLE = {"int32": "Int64", "bool": "boolean"}
-
-
-def _key(name: str, dtype: str, meaning: str, *, may_miss: bool = False) -> Column:
-    return Column(name, dtype, meaning, is_key=True, may_miss=may_miss)
-
+from backward_lens_tl.parts import Column
+from backward_lens_tl.parts import key_column as _key
 
 _PROMPT = _key("prompt", "int64", "row of the data, from 0")
 
@@ -135,28 +99,3 @@ TABLES: Mapping[str, tuple[Column, ...]] = {
     "prompts": PROMPTS,
 }
 """In the order in which a part writes them: one whose prompts are written is complete."""
-
-
-def arrow_schema(table: str, names: tuple[str, ...]) -> pa.Schema:
-    """The schema of a table's file.
-
-    Args:
-        table: Name of the table.
-        names: Its columns.
-
-    Returns:
-        Names and types, in the order of the names.
-    """
-    import pyarrow as pa
-
-    types = {column.name: column.dtype for column in TABLES[table]}
-    return pa.schema([(name, _arrow_type(types[name])) for name in names])
-
-
-def _arrow_type(dtype: str) -> pa.DataType:
-    import pyarrow as pa
-
-    if dtype.startswith("list<"):
-        return pa.list_(_arrow_type(dtype.removeprefix("list<").removesuffix(">")))
-    # Arrow calls 64 bits of floating point a double in its factory, and double in its aliases.
-    return pa.type_for_alias(dtype)

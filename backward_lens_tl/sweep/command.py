@@ -11,10 +11,10 @@ from typing import Any, get_args
 
 from backward_lens_tl.errors import SweepError
 from backward_lens_tl.loading import load_model, without_progress_bars
+from backward_lens_tl.processes import own_device, this_process
 from backward_lens_tl.records import read_records
 from backward_lens_tl.sweep import Sweep, sweep
 from backward_lens_tl.sweep.config import Lens, SweepConfig
-from backward_lens_tl.sweep.processes import own_device, this_process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

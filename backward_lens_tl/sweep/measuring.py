@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from backward_lens_tl.errors import BackwardLensError, UnsupportedModelError
 from backward_lens_tl.lens import Measure, backward_lens
-from backward_lens_tl.memory import Memory
+from backward_lens_tl.memory import Memory, is_lack_of_memory
+from backward_lens_tl.parts import Reject, Tables, reject_rows
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.sweep.config import SweepConfig
-from backward_lens_tl.sweep.plan import Item, Part, Reject
+from backward_lens_tl.sweep.plan import Item, Part
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Tables = Mapping[str, "pd.DataFrame"]
 
 _MEASURES: tuple[Measure, ...] = ("answer_rank", "entropy")
 
@@ -53,7 +51,7 @@ def measure_part(model: nn.Module, part: Part, config: SweepConfig) -> Tables:
                 found.append(alone)
     elif together is not None:
         found.append(together)
-    return {**_joined(found, config), "rejects": _reject_rows(rejects)}
+    return {**_joined(found, config), "rejects": reject_rows("prompt", rejects)}
 
 
 def _tried(model: nn.Module, items: Sequence[Item], config: SweepConfig) -> Tables | str:
@@ -63,15 +61,9 @@ def _tried(model: nn.Module, items: Sequence[Item], config: SweepConfig) -> Tabl
     except UnsupportedModelError:
         raise
     except (BackwardLensError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, BackwardLensError) and not _is_lack_of_memory(error):
+        if not isinstance(error, BackwardLensError) and not is_lack_of_memory(error):
             raise
         return str(error)
-
-
-def _is_lack_of_memory(error: Exception) -> bool:
-    # On a CPU torch raises a plain RuntimeError.
-    lacks = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return lacks or "allocate memory" in str(error)
 
 
 def _measured(model: nn.Module, items: Sequence[Item], config: SweepConfig) -> Tables:
@@ -135,13 +127,6 @@ def _prompt_rows(result: BackwardLensResult, items: Sequence[Item]) -> pd.DataFr
         )
     ]
     return pd.DataFrame(rows)
-
-
-def _reject_rows(rejects: Sequence[Reject]) -> pd.DataFrame:
-    import pandas as pd
-
-    rows = [(each.index, each.id, each.reason, each.problem) for each in rejects]
-    return pd.DataFrame(rows, columns=["prompt", "id", "reason", "problem"])
 
 
 def _joined(found: Sequence[Tables], config: SweepConfig) -> dict[str, pd.DataFrame]:

@@ -14,6 +14,7 @@ from itertools import chain
 
 from backward_lens_tl.errors import InputError, TargetError
 from backward_lens_tl.host import Host
+from backward_lens_tl.parts import Reject
 from backward_lens_tl.prompts import tokenize_prompts
 from backward_lens_tl.records import BadRecord, Record, Records
 from backward_lens_tl.segments import prompt_segments, subject_span
@@ -49,25 +50,6 @@ class Item:
         return len(self.tokens)
 
 
-@dataclass(frozen=True)
-class Reject:
-    """A row that is not analysed.
-
-    Attributes:
-        index: Its place in the data.
-        id: The data's own name for it.
-        reason: In a word, as the schema lists them.
-        problem: In a sentence.
-    """
-
-    index: int
-    id: str
-    reason: str
-    problem: str
-
-    n_tokens = 0
-
-
 Part = tuple[Item | Reject, ...]
 
 
@@ -84,7 +66,7 @@ def plan_parts(host: Host, records: Records, config: SweepConfig) -> tuple[Part,
         come first, and then the shortest prompts.
     """
     chosen = [_planned(host, row, config) for row in _sample(records.rows, config)]
-    chosen.sort(key=lambda entry: (entry.n_tokens, entry.index))
+    chosen.sort(key=lambda entry: (_length(entry), entry.index))
     size = config.part_size
     return tuple(tuple(chosen[start : start + size]) for start in range(0, len(chosen), size))
 
@@ -107,6 +89,10 @@ def plan_digest(parts: Sequence[Part]) -> str:
         )
         digest.update(f"{entry.index} {said}\n".encode())
     return digest.hexdigest()
+
+
+def _length(entry: Item | Reject) -> int:
+    return entry.n_tokens if isinstance(entry, Item) else 0
 
 
 def _sample(

@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from backward_lens_tl.analysis import by_segment
 from backward_lens_tl.analysis.tables import checked_table
 from backward_lens_tl.arguments import check_choice, listed, shown
-from backward_lens_tl.errors import InputError
+from backward_lens_tl.errors import EvaluationError, InputError
+from backward_lens_tl.evaluation import Evaluation
 from backward_lens_tl.result import BackwardLensResult, check_result
 from backward_lens_tl.segments import Subject
 from backward_lens_tl.views.appearance import running_text
 from backward_lens_tl.views.figures import draw_matplotlib, draw_plotly
 from backward_lens_tl.views.figures.charts import Colors, Grid, Heatmap, Lines
+from backward_lens_tl.views.figures.curves import CURVE_METRICS, metric_charts, rate_charts
 from backward_lens_tl.views.figures.plots import (
     norm_map,
     overlap_map,
     rank_charts,
+    score_points,
     segment_norms,
     segment_ranks,
     shown_norms,
@@ -49,6 +52,8 @@ _NEURON_COLUMNS = (
     "similarity",
     "overlap",
 )
+_KINDS = ("efficacy", "paraphrase", "neighborhood")
+_RATE_COLUMNS = ("step", "layer", "n", "missing", "rate", "rate_low", "rate_high", "perplexity")
 _STEP_COLUMNS = (
     "prompt",
     "matrix",
@@ -429,6 +434,92 @@ def step_changes(
     prompts = _prompts(table["prompt"].nunique())
     title = f"One step on one matrix: change of the loss, {prompts}"
     return _drawn(backend, title, step_points(table, is_log=scale == "log"))
+
+
+def edit_scores(evaluation: Evaluation, *, backend: Backend = "plotly") -> Any:
+    """What methods of editing reach, and what they spare, in both definitions.
+
+    Args:
+        evaluation: What `evaluate` returned.
+        backend: `"plotly"` or `"matplotlib"`.
+
+    Returns:
+        Two charts with three points per method, and their 95 % bootstrap intervals: on the left how
+        often the wanted answer is the most probable one (the paper), on the right how often it is
+        more probable than the other (ROME). The wanted answer of a neighbor is its own.
+
+    Raises:
+        EvaluationError: If it is no evaluation, or nothing of it is written yet.
+        InputError: If there is no such backend.
+    """
+    _check_drawing(backend)
+    if not isinstance(evaluation, Evaluation):
+        raise EvaluationError(
+            f"the evaluation is a {type(evaluation).__name__}; pass what evaluate returned"
+        )
+    summary = evaluation.summary()
+    if summary.empty:
+        raise EvaluationError("the evaluation has no records yet; run it first")
+    charts = (
+        score_points(
+            summary,
+            {f"{kind}{suffix}": kind for kind in _KINDS},
+            "prompts, in %",
+            title,
+        )
+        for suffix, title in (
+            ("", "The wanted answer leads (paper)"),
+            ("_success", "The wanted answer is the likelier one (ROME)"),
+        )
+    )
+    records = int(summary["records"].max())
+    title = f"Edits of {records} record{'' if records == 1 else 's'}"
+    return _drawn(backend, title, *charts)
+
+
+def least_rates(table: pd.DataFrame, *, backend: Backend = "plotly") -> Any:
+    """The least learning rate of a successful edit by layer, and the perplexity after it (fig 24).
+
+    Args:
+        table: What `evaluation.least_rates_by_layer` returned.
+        backend: `"plotly"` or `"matplotlib"`.
+
+    Returns:
+        Medians of the rates with a band between the quartiles, and mean perplexities, a line per
+        step.
+
+    Raises:
+        InputError: If it is no such table, or there is no such backend.
+    """
+    _check_drawing(backend)
+    checked_table(table, _RATE_COLUMNS, "what evaluation.least_rates_by_layer returned")
+    title = f"Least learning rate of an edit in one step, {_prompts(int(table['n'].max()))}"
+    return _drawn(backend, title, *rate_charts(table))
+
+
+def edit_curves(
+    table: pd.DataFrame, along: str, *, title: str = "", backend: Backend = "plotly"
+) -> Any:
+    """Efficacy, paraphrase and neighborhood of several methods along a number.
+
+    Args:
+        table: One row per `method` and value of `along`, with `efficacy`, `paraphrase` and
+            `neighborhood` in percent, as `Evaluation.summary` has them.
+        along: The column of the number, such as `"layer"` or `"edits_at_once"`.
+        title: The figure's.
+        backend: `"plotly"` or `"matplotlib"`.
+
+    Returns:
+        A chart per metric, a line per method.
+
+    Raises:
+        InputError: If it is no such table, or there is no such backend.
+    """
+    _check_drawing(backend)
+    columns = ("method", along, *CURVE_METRICS)
+    checked_table(table, columns, "summaries of evaluations, one below the other")
+    name = along.replace("_", " ")
+    return _drawn(backend, title or f"Edits by {name}", *metric_charts(table, along, name))
 
 
 # --- parts ---------------------------------------------------------------------------------------

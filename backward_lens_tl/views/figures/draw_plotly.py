@@ -119,6 +119,7 @@ def _add(figure: go.Figure, chart: Heatmap | Lines, grid: Grid, suffix: str) -> 
         if line.band:
             figure.add_scatter(**_band(line), **axes)
         figure.add_scatter(**_line(line), showlegend=bar is None and not known, **axes)
+        named.add(_text(line.name))
     if bar:  # a colour bar belongs to a trace, and lines have none
         figure.add_scatter(
             x=[None], y=[None], marker={"color": [0], "coloraxis": bar},

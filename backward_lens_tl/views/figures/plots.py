@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _LONGEST_LABEL = 16
+_BESIDE = 0.18
+"""From a point to the next one above the same label."""
 _SEGMENT_STYLES: dict[str, tuple[str, str, str]] = {
     "before subject": ("#56b4e9", "dot", "circle"),
     "first subject token": ("#009e73", "dash", "square"),
@@ -109,6 +112,46 @@ def target_lines(table: pd.DataFrame, *, is_log: bool) -> Lines:
     )
     ranks = Axis("1 + rank of the target (1: top token)", is_log=is_log, is_reversed=True)
     return Lines(lines, _layer_axis(table), ranks, colors if many else None)
+
+
+# --- edits ---------------------------------------------------------------------------------------
+
+
+def score_points(summary: pd.DataFrame, metrics: Mapping[str, str], axis: str, title: str) -> Lines:
+    """Means of metrics, a point per method, with their intervals.
+
+    Args:
+        summary: What `Evaluation.summary` returned.
+        metrics: Names of the metrics, with what they are called.
+        axis: What is counted, in per cent.
+        title: What the chart shows.
+
+    Returns:
+        Points side by side above each method, and a line from one end of the interval to the other.
+    """
+    methods = [str(name) for name in summary["method"]]
+    lines = []
+    for index, (metric, name) in enumerate(metrics.items()):
+        places = [at + _BESIDE * (index - (len(metrics) - 1) / 2) for at in range(len(methods))]
+        means = _floats(summary[metric])
+        low, high = (_floats(summary[f"{metric}_{end}"]) for end in ("low", "high"))
+        hover = tuple(
+            f"{method}: {name}\n{mean:.1f} ({least:.1f} to {most:.1f})"
+            for method, mean, least, most in zip(methods, means, low, high, strict=True)
+        )
+        color, marker = _turn(CATEGORICAL, index), _turn(MARKERS, index)
+        lines.append(Line(name, tuple(places), means, color, hover, dash=None, marker=marker))
+        ends = [(least, most, math.nan) for least, most in zip(low, high, strict=True)]
+        lines.append(
+            Line(
+                name,
+                tuple(place for place in places for _ in range(3)),
+                tuple(height for end in ends for height in end),
+                color,
+                marker=None,
+            )
+        )
+    return Lines(tuple(lines), Axis("", tuple(methods)), Axis(axis), title=title)
 
 
 # --- cells of several prompts --------------------------------------------------------------------

@@ -1,0 +1,319 @@
+"""An edit as a LoRA adapter of the Hugging Face model, in PEFT's format.
+
+PEFT adds `scale * x @ A^T @ B^T + b` to what a linear layer gives: with `A = left^T`, `B = right^T`
+and scale 1 it is the edit. What takes work is to find the layer, and where in it a matrix lies:
+
+    W_Q   W_K   W_V     in TransformerLens, heads side by side
+     │     │     │
+    [q │ k │ v]         one layer of GPT-2, or [q k v of head 0 │ q k v of head 1 │ ...] of NeoX
+
+Weights are compared, not names, so this knows no architecture.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from backward_lens_tl.arguments import check_path
+from backward_lens_tl.errors import EditError, ResultFileError
+from backward_lens_tl.host.linear import stored_layout
+from backward_lens_tl.loading import without_progress_bars
+from backward_lens_tl.precision import at_least_float32
+from backward_lens_tl.storage import replacing
+
+_PREFIX = "base_model.model."
+"""What PEFT puts before a layer's name."""
+
+_ROUNDINGS = 8
+"""What the mean of a row makes of its rounding, in `eps` of the largest weight."""
+
+_FEW = 16
+"""Rows that are compared first: columns that differ nearly always do so there."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A matrix of a TransformerLens model, and what an edit adds to it.
+
+    Attributes:
+        name: Whose matrix it is, for messages.
+        weight: The matrix, heads side by side.
+        left: What the edit listens to.
+        right: What it writes.
+        bias: What it adds to the bias, if anything.
+        n_parts: Into how many parts of as many columns each the layer may have divided it: heads.
+        writes: Whether it writes to the residual stream, whose mean may have been taken off.
+    """
+
+    name: str
+    weight: Float[Tensor, "d_in d_out"]
+    left: Float[Tensor, "d_in rank"]
+    right: Float[Tensor, "rank d_out"]
+    bias: Float[Tensor, "d_out"] | None
+    n_parts: int
+    writes: bool
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A linear layer of the Hugging Face model.
+
+    Attributes:
+        name: Its full name.
+        weight: Its weight as `[d_in, d_out]`.
+        is_conv1d: Whether it is stored so, as Hugging Face's `Conv1D`.
+    """
+
+    name: str
+    weight: Float[Tensor, "d_in d_out"]
+    is_conv1d: bool
+
+    def centered(self) -> _Layer:
+        """The layer with the mean of every row taken off."""
+        wide = at_least_float32(self.weight)
+        return _Layer(self.name, wide - wide.mean(1, keepdim=True), self.is_conv1d)
+
+
+_Place = tuple[_Layer, Int[Tensor, "d_out"]]
+"""A layer, and which of its columns a matrix's columns are."""
+
+
+def write_adapter(
+    folder: str | Path, base: Any, adapted: Sequence[Adapted], *, may_be_centered: bool
+) -> None:
+    """Write an adapter; `WeightDelta.to_lora` explains it.
+
+    Args:
+        folder: Where it is written.
+        base: A `PreTrainedModel`, a folder or a name on the hub.
+        adapted: The matrices, and what is added to each.
+        may_be_centered: Whether the model computes the same where the mean over the residual
+            stream is taken off what is written to it.
+
+    Raises:
+        EditError: If there is nothing to write, a matrix is in no layer or in several, or PEFT is
+            missing.
+        ResultFileError: If the folder cannot be written.
+    """
+    peft = _peft()
+    if not adapted:
+        raise EditError("the edit changes nothing, and PEFT has no adapters without layers")
+    check_path(folder, ResultFileError)
+    layers, name = _layers(base)
+    by_layer: dict[str, list[tuple[Adapted, _Place]]] = {}
+    for each in adapted:
+        place = _place(each, layers, name, may_be_centered=may_be_centered and each.writes)
+        by_layer.setdefault(place[0].name, []).append((each, place))
+    has_bias = any(each.bias is not None for each in adapted)
+    tensors: dict[str, Tensor] = {}
+    for layer, parts in by_layer.items():
+        tensors |= _tensors(f"{_PREFIX}{layer}.lora_", parts, has_bias=has_bias)
+    ranks = {layer: len(tensors[f"{_PREFIX}{layer}.lora_A.weight"]) for layer in by_layer}
+    conv1d = all(place[0].is_conv1d for parts in by_layer.values() for _, place in parts)
+    _write(Path(folder), _config(peft, name, ranks, conv1d, has_bias), tensors)
+
+
+def _peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise EditError('to_lora needs peft: pip install "backward-lens-tl[lora]"') from error
+    found: ModuleType = peft
+    return found
+
+
+# --- the Hugging Face model --------------------------------------------------------------------
+
+
+def _layers(base: Any) -> tuple[list[_Layer], str]:
+    """The linear layers of the model that an adapter is for, and the model's name."""
+    if isinstance(base, nn.Module):
+        return list(_linear_layers(base)), str(getattr(base, "name_or_path", ""))
+    check_path(base, EditError)
+    try:
+        with without_progress_bars():
+            loaded: nn.Module = AutoModelForCausalLM.from_pretrained(base)
+    # A damaged file can make the libraries that read it raise anything.
+    except Exception as error:
+        raise EditError(
+            f"transformers cannot load the base {os.fspath(base)!r}: {str(error).splitlines()[0]}"
+        ) from error
+    return list(_linear_layers(loaded)), os.fspath(base)
+
+
+def _linear_layers(base: nn.Module) -> Iterator[_Layer]:
+    for name, module in base.named_modules():
+        if "_original_component" in name or hasattr(module, "original_component"):
+            raise EditError(
+                "the base is a Hugging Face model that a TransformerBridge has wrapped, so its "
+                "layers have other names than PEFT will meet; pass one that is loaded anew, or "
+                "its folder or name"
+            )
+        weight = getattr(module, "weight", None)
+        is_conv1d = type(module).__name__ == "Conv1D"
+        if not (is_conv1d or isinstance(module, nn.Linear)) or not isinstance(weight, Tensor):
+            continue
+        if weight.is_floating_point() and weight.ndim == 2:  # neither is so where it is quantised
+            is_turned = stored_layout(module, name, 0) == "out_in"
+            stored = weight.detach()
+            yield _Layer(name, stored.T if is_turned else stored, is_conv1d)
+
+
+# --- where a matrix lies -----------------------------------------------------------------------
+
+
+def _place(
+    adapted: Adapted, layers: Sequence[_Layer], base: str, *, may_be_centered: bool
+) -> _Place:
+    """The one layer that holds a matrix, and where in it."""
+    found = list(_places(adapted, layers))
+    if not found and may_be_centered:
+        fitting = (layer for layer in layers if layer.weight.shape == adapted.weight.shape)
+        found = list(_places(adapted, [layer.centered() for layer in fitting]))
+    if not found:
+        raise EditError(
+            f"no linear layer of the base {base!r} has the weights of {adapted.name}. Either it is "
+            "another model, the TransformerLens model is edited just now, or TransformerLens has "
+            "processed its weights (fold_ln): load it without processing, as load_model does, and "
+            "compute the edit on that"
+        )
+    if len(found) > 1:
+        names = ", ".join(layer.name for layer, _ in found)
+        raise EditError(
+            f"the weights of {adapted.name} are in several places of the base {base!r} ({names}), "
+            "which cannot be told apart"
+        )
+    return found[0]
+
+
+def _places(adapted: Adapted, layers: Sequence[_Layer]) -> Iterator[_Place]:
+    """Where a matrix lies as a whole, or else in parts: head by head, or column by column."""
+    width = adapted.weight.shape[1]
+    divisions = dict.fromkeys((1, adapted.n_parts, width))
+    for n_parts in divisions:
+        found = [
+            (layer, columns)
+            for layer in layers
+            for columns in _columns(adapted.weight, layer.weight, n_parts)
+        ]
+        if found:
+            yield from found
+            return
+
+
+def _columns(
+    weight: Float[Tensor, "d_in d_out"], layer: Float[Tensor, "layer_in layer_out"], n_parts: int
+) -> Iterator[Int[Tensor, "d_out"]]:
+    """Which columns of a layer are those of a matrix, if they are; twice if it is there twice."""
+    if weight.shape[0] != layer.shape[0] or weight.shape[1] > layer.shape[1]:
+        return
+    width = weight.shape[1] // n_parts
+    starts: list[list[int]] = []
+    for part in weight.split(width, dim=1):
+        starts.append(_starts(part, layer))
+        if not starts[-1]:
+            return
+    # Of parts that are alike, such as heads of zeros, it could not be told which is which.
+    ways = zip(*starts, strict=True) if n_parts == 1 else [tuple(own[0] for own in starts)]
+    is_clear = n_parts == 1 or all(len(own) == 1 for own in starts)
+    for way in ways:
+        columns = torch.cat([torch.arange(start, start + width) for start in way])
+        if is_clear and len(columns.unique()) == len(columns):
+            yield columns
+
+
+def _starts(part: Float[Tensor, "d_in width"], layer: Float[Tensor, "d_in layer_out"]) -> list[int]:
+    """At which columns of a layer a part of a matrix begins."""
+    rows = torch.linspace(0, len(part) - 1, min(_FEW, len(part)), device=part.device).long()
+    # The column that tells most: one of zeros is found in many places.
+    at = int(at_least_float32(part).norm(dim=0).argmax())
+    last = layer.shape[1] - part.shape[1]
+    few = layer[rows.to(layer.device)][:, at : at + last + 1]
+    likely = _are_alike(part[rows, at : at + 1], few).all(0).nonzero()[:, 0].tolist()
+    width = part.shape[1]
+    return [
+        start for start in likely if bool(_are_alike(part, layer[:, start : start + width]).all())
+    ]
+
+
+def _are_alike(one: Float[Tensor, "d_in #width"], other: Float[Tensor, "d_in width"]) -> Tensor:
+    """Where two weights are the same but for rounding to the coarser of both dtypes."""
+    eps = max(torch.finfo(each.dtype).eps for each in (one, other))
+    a, b = one.to(device=other.device, dtype=torch.float64), other.double()
+    fine = min(eps, torch.finfo(torch.float32).eps)
+    largest = b.abs().max() if b.numel() else 0.0
+    close: Tensor = (a - b).abs() <= eps * b.abs() + _ROUNDINGS * fine * largest
+    return close
+
+
+# --- the adapter -------------------------------------------------------------------------------
+
+
+def _tensors(
+    name: str, parts: Sequence[tuple[Adapted, _Place]], *, has_bias: bool
+) -> dict[str, Tensor]:
+    """The adapter of one layer: the factors of all matrices that lie in it."""
+    layer = parts[0][1][0].weight
+    left = torch.cat([at_least_float32(each.left).cpu() for each, _ in parts], dim=1)
+    right = left.new_zeros(left.shape[1], layer.shape[1])
+    bias = left.new_zeros(layer.shape[1])
+    row = 0
+    for each, (_, columns) in parts:
+        rank = len(each.right)
+        right[row : row + rank, columns] = each.right.cpu().to(right.dtype)
+        row += rank
+        if each.bias is not None:
+            bias[columns] += each.bias.cpu().to(bias.dtype)
+    if not left.shape[1]:  # PEFT has no adapters of rank 0
+        left, right = left.new_zeros(len(left), 1), right.new_zeros(1, right.shape[1])
+    tensors = {f"{name}A.weight": left.T, f"{name}B.weight": right.T}
+    return tensors | ({f"{name}B.bias": bias} if has_bias else {})
+
+
+def _config(peft: Any, base: str, ranks: Mapping[str, int], is_conv1d: bool, has_bias: bool) -> Any:
+    """PEFT's own description of the adapter."""
+    if has_bias and "lora_bias" not in {field.name for field in fields(peft.LoraConfig)}:
+        raise EditError(
+            f"the edit changes biases, which LoRA in peft {peft.__version__} cannot; upgrade to "
+            "peft 0.14 or newer"
+        )
+    # PEFT takes names as regular expressions here. An `alpha` equal to the rank makes the scale 1.
+    by_name = {name.replace(".", r"\."): rank for name, rank in ranks.items()}
+    largest = max(ranks.values())
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base or None,
+        inference_mode=True,
+        target_modules=list(ranks),
+        r=largest,
+        lora_alpha=largest,
+        rank_pattern=by_name,
+        alpha_pattern=dict(by_name),
+        lora_dropout=0.0,
+        fan_in_fan_out=is_conv1d,
+        **({"lora_bias": True} if has_bias else {}),
+    )
+
+
+def _write(folder: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(os.fspath(folder))
+    except OSError as error:
+        raise ResultFileError(f"{os.fspath(folder)!r} cannot be written: {error}") from error
+    owned = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    with replacing(folder / SAFETENSORS_WEIGHTS_NAME) as partial:
+        save_file(owned, partial, metadata={"format": "pt"})

@@ -1,0 +1,57 @@
+"""One step of gradient descent on the pairs that span a gradient, each brought to one scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from backward_lens_tl.editing.delta import MatrixDelta
+from backward_lens_tl.editing.method import EditMethod
+from backward_lens_tl.editing.requests import TokenizedRequest
+from backward_lens_tl.editing.spanning import joined_pairs
+from backward_lens_tl.editing.standardization import PairStatistics
+from backward_lens_tl.editing.values import check_number
+from backward_lens_tl.host import Host
+
+
+@dataclass(frozen=True)
+class NormalizedGradient(EditMethod):
+    """An edit `dW = -lr sum_i outer(x_i', delta_i')` of standardised pairs, without training.
+
+    This is MEND before it has learned anything: its network is the identity at the start.
+
+    Attributes:
+        statistics: Mean and standard deviation of the pairs at the matrices to edit, of all
+            positions (`pair_statistics`).
+        lr: The size of the step.
+        matrices: Only those of these names; `None` for all that there are statistics of.
+        layers: Only those of these layers, negative ones from the end; `None` likewise.
+        prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
+    """
+
+    statistics: PairStatistics
+    lr: float = 1e-3
+    matrices: tuple[str, ...] | None = None
+    layers: tuple[int, ...] | None = None
+    prepend_bos: bool | None = None
+
+    def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> list[MatrixDelta]:
+        """What is added to each matrix: an outer product per position of each request.
+
+        Args:
+            host: The model.
+            requests: What it is to be taught.
+
+        Returns:
+            The changes, as factors.
+        """
+        check_number("lr", self.lr, zero=False)
+        self.statistics.check_positions("all")
+        sites = self.statistics.sites(host, self.matrices, self.layers)
+        deltas = []
+        for site, pairs in zip(sites, joined_pairs(host, requests, sites), strict=True):
+            place = (site.matrix, site.layer)
+            together = self.statistics.standardized(place, *pairs)
+            inputs, vjps = self.statistics.split(place, together)
+            deltas.append(MatrixDelta(*place, left=inputs.T, right=-self.lr * vjps))
+        return deltas

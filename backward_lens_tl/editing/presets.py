@@ -1,0 +1,295 @@
+"""Every method with settings for a model: tuned, published, or by depth; and what methods need.
+
+Settings of the facts model were chosen on rows of its records that the benchmark does not use
+(`FACTS_TUNING`); `make tune` does it again and docs/editing.md shows what was tried. Those of
+GPT-2 xl are the published ones. Other models have layers as far up as GPT-2 xl's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from backward_lens_tl.editing.fine_tuning import FineTuning
+from backward_lens_tl.editing.hypernetwork import MENDEditor
+from backward_lens_tl.editing.memit import MEMIT
+from backward_lens_tl.editing.mend import MEND
+from backward_lens_tl.editing.mend_training import train_mend
+from backward_lens_tl.editing.method import EditMethod
+from backward_lens_tl.editing.moments import SecondMoments, facts_moments, second_moments
+from backward_lens_tl.editing.normalized_gradient import NormalizedGradient
+from backward_lens_tl.editing.requests import EditRequest
+from backward_lens_tl.editing.rome import ROME
+from backward_lens_tl.editing.shift import ForwardPassShift
+from backward_lens_tl.editing.standardization import PairStatistics, pair_statistics
+from backward_lens_tl.editing.ultraedit import UltraEdit
+from backward_lens_tl.errors import EditError
+from backward_lens_tl.host import host_of
+from backward_lens_tl.hub import hub_is_reachable
+from backward_lens_tl.loading import FACTS_MODEL
+from backward_lens_tl.records import Record
+
+FACTS_TEST = range(200)
+"""Rows of the facts model's records that nothing was tuned or trained on."""
+
+FACTS_TUNING = range(200, 250)
+"""Rows on which the facts model's settings were chosen."""
+
+_GPT2_XL_LAYERS = 48
+_WIKITEXT = "Salesforce/wikitext"
+_STATISTICS_TOKENS = 100_000
+_STATISTICS_REQUESTS = 300
+_TRAINING_RECORDS = 1000
+
+Settings = Mapping[str, Any]
+
+METHODS: Mapping[str, type[EditMethod]] = {
+    "ft_first": FineTuning,
+    "ft_late": FineTuning,
+    "ft_constrained": FineTuning,
+    "mend": MEND,
+    "normalized_gradient": NormalizedGradient,
+    "ultraedit": UltraEdit,
+    "rome": ROME,
+    "memit": MEMIT,
+    "shift": ForwardPassShift,
+    "shift_iterated": ForwardPassShift,
+    "shift_whitened": ForwardPassShift,
+}
+"""The presets, in the order of tables: the paper's rivals, their relatives, the shift's forms."""
+
+_FACTS: Mapping[str, Settings] = {
+    "ft_first": {"layers": 0, "lr": 5e-4},
+    "ft_late": {"layers": 6, "lr": 2e-3},
+    "ft_constrained": {"layers": 0, "lr": 5e-4, "norm_constraint": 5e-3},
+    "mend": {},
+    "normalized_gradient": {"lr": 1e-3},
+    "ultraedit": {"lr": 1e-3},
+    "rome": {"layer": 1},
+    "memit": {"layers": (0, 1)},
+    "shift": {"layer": 7, "size": 0.3},
+    "shift_iterated": {"layer": 5, "size": 4.0, "form": "scale_free", "iterations": 15},
+    "shift_whitened": {"layer": 5, "size": 4.0, "form": "whitened", "iterations": 15},
+}
+
+_GPT2_XL: Mapping[str, Settings] = {
+    "ft_first": {"layers": 0, "objective": "prompt_last"},
+    "ft_late": {"layers": 35, "objective": "prompt_last"},
+    "ft_constrained": {"layers": 0, "norm_constraint": 5e-4, "objective": "prompt_last"},
+    "mend": {},
+    "normalized_gradient": {"lr": 1e-3},
+    "ultraedit": {},
+    "rome": {"layer": 17, "key_mode": "rome"},
+    "memit": {"layers": (13, 14, 15, 16, 17), "regularization": 20000.0},
+    "shift": {"layer": 35, "size": 0.24, "skip_if_answered": True},
+    "shift_iterated": {"layer": 35, "size": 4.0, "form": "scale_free", "iterations": 15},
+    "shift_whitened": {"layer": 35, "size": 4.0, "form": "whitened", "iterations": 15},
+}
+
+
+def preset_methods(
+    model: nn.Module,
+    names: str | Sequence[str] = "all",
+    *,
+    folder: str | Path,
+    training: Iterable[Record] = (),
+    prepend_bos: bool | None = False,
+    progress: bool = True,
+) -> dict[str, EditMethod]:
+    """Methods with settings for a model, and with the statistics and networks that they need.
+
+    Those are made when a method first needs them, kept in the folder, and read from there the next
+    time. The facts model's second moments ship with it; for other models they are collected from
+    WikiText-103 on the Hugging Face hub.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`.
+        names: Of `METHODS`, or `"all"`.
+        folder: For `second_moments.safetensors`, `pairs.safetensors`, `pairs-answer.safetensors`
+            and `mend.safetensors`; it has to be there.
+        training: Records for MEND's training, and for the statistics of gradients; not those that
+            the methods are tested on.
+        prepend_bos: Whether prompts get a BOS token; the paper's had none.
+        progress: Whether bars show how far it is.
+
+    Returns:
+        The methods by name, in the order of `METHODS`.
+
+    Raises:
+        EditError: If there is no such preset, or what a method needs cannot be had.
+    """
+    asked = [names] if isinstance(names, str) else list(names)
+    for name in asked:
+        if name not in (*METHODS, "all"):
+            raise EditError(f"there is no method {name!r}; there are {', '.join(METHODS)}, all")
+    host = host_of(model)
+    needs = _Needs(model, Path(folder), tuple(training), prepend_bos, progress)
+    settings = preset_settings(host.name, host.n_layers)
+    return {
+        name: _with_needs(METHODS[name], settings[name], needs)
+        for name in METHODS
+        if name in asked or "all" in asked
+    }
+
+
+def preset_settings(model: str, n_layers: int) -> Mapping[str, Settings]:
+    """The settings of each preset, without statistics and networks.
+
+    Args:
+        model: The model's name.
+        n_layers: How many layers it has.
+
+    Returns:
+        Arguments of the method's class, by the preset's name.
+    """
+    if model == FACTS_MODEL:
+        return _FACTS
+    if model == "gpt2-xl":
+        return _GPT2_XL
+    return {name: _by_depth(own, n_layers) for name, own in _GPT2_XL.items()}
+
+
+def _by_depth(settings: Settings, n_layers: int) -> Settings:
+    """GPT-2 xl's settings with layers as far up in another model."""
+
+    def scaled(layer: int) -> int:
+        return min(n_layers - 1, round(layer * n_layers / _GPT2_XL_LAYERS))
+
+    own = {**settings}
+    for name in ("layer", "layers"):
+        if isinstance(own.get(name), int):
+            own[name] = scaled(own[name])
+        elif name in own:
+            own[name] = tuple(dict.fromkeys(map(scaled, own[name])))
+    if own.pop("regularization", None) is not None:
+        own["regularization"] = None  # which scales with the width
+    if own.get("form", "paper") == "paper" and "size" in own:
+        # The paper's eta is one of GPT-2 xl alone.
+        own |= {"form": "scale_free", "size": 30.0}
+    return own
+
+
+class _Needs:
+    """What methods are made from, each when it is first asked for.
+
+    Args:
+        model: The model.
+        folder: Where it is kept.
+        training: Records that may be trained on.
+        prepend_bos: Whether texts and prompts get a BOS token.
+        progress: Whether bars show how far it is.
+
+    Attributes:
+        prepend_bos: As given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: Path,
+        training: tuple[Record, ...],
+        prepend_bos: bool | None,
+        progress: bool,
+    ) -> None:
+        self._model, self._folder, self._progress = model, folder, progress
+        self.prepend_bos = prepend_bos
+        self._training = training[:_TRAINING_RECORDS]
+
+    @cached_property
+    def moments(self) -> SecondMoments:
+        """Second moments of what `W_out` reads."""
+        if host_of(self._model).name == FACTS_MODEL:
+            return facts_moments()
+        file = self._folder / "second_moments.safetensors"
+        if file.exists():
+            return SecondMoments.load(file)
+        return second_moments(
+            self._model,
+            _wikitext(),
+            max_tokens=_STATISTICS_TOKENS,
+            prepend_bos=self.prepend_bos,
+            out=file,
+            progress=self._progress,
+        )
+
+    @cached_property
+    def pairs(self) -> PairStatistics:
+        """Mean and deviation of the pairs at all positions."""
+        return self._pairs("all", "pairs.safetensors")
+
+    @cached_property
+    def answer_pairs(self) -> PairStatistics:
+        """Mean and deviation of the pairs where the target's tokens are to be said."""
+        return self._pairs("answer", "pairs-answer.safetensors")
+
+    def _pairs(self, positions: Any, name: str) -> PairStatistics:
+        file = self._folder / name
+        if file.exists():
+            return PairStatistics.load(file)
+        requests = list(map(EditRequest.of, islice(self._needed_training, _STATISTICS_REQUESTS)))
+        found = pair_statistics(
+            self._model,
+            requests,
+            positions=positions,
+            prepend_bos=self.prepend_bos,
+            progress=self._progress,
+        )
+        found.save(file)
+        return found
+
+    @cached_property
+    def editor(self) -> MENDEditor:
+        """MEND's trained networks."""
+        return train_mend(
+            self._model,
+            self._needed_training,
+            prepend_bos=self.prepend_bos,
+            out=self._folder / "mend.safetensors",
+            progress=self._progress,
+        )
+
+    @property
+    def _needed_training(self) -> tuple[Record, ...]:
+        if not self._training:
+            raise EditError(
+                "MEND and the other editors of gradients need records to learn from, apart from "
+                "those that are evaluated, and there are none left; evaluate fewer records, or "
+                "pass methods that need none, such as 'shift'"
+            )
+        return self._training
+
+
+_OF_CLASS: Mapping[type[EditMethod], Callable[[_Needs], Settings]] = {
+    MEND: lambda needs: {"editor": needs.editor},
+    NormalizedGradient: lambda needs: {"statistics": needs.pairs},
+    UltraEdit: lambda needs: {"statistics": needs.answer_pairs},
+    ROME: lambda needs: {"moments": needs.moments},
+    MEMIT: lambda needs: {"moments": needs.moments},
+}
+
+
+def _with_needs(kind: type[EditMethod], settings: Settings, needs: _Needs) -> EditMethod:
+    more = _OF_CLASS[kind](needs) if kind in _OF_CLASS else {}
+    if settings.get("form") == "whitened":
+        more = {"moments": needs.moments}
+    make: Callable[..., EditMethod] = kind
+    return make(**settings, **more, prepend_bos=needs.prepend_bos)
+
+
+def _wikitext() -> Iterator[str]:
+    """Articles of WikiText-103, streamed."""
+    if not hub_is_reachable():
+        raise EditError(
+            f"second moments are collected from {_WIKITEXT!r} on the Hugging Face hub, which "
+            "cannot be reached; collect them from other texts with second_moments(model, texts), "
+            "and pass methods that have them"
+        )
+    import datasets
+
+    data = datasets.load_dataset(_WIKITEXT, "wikitext-103-raw-v1", split="train", streaming=True)
+    yield from (row["text"] for row in data if row["text"].strip())

@@ -1,0 +1,99 @@
+"""The tables of an evaluation, column by column. Their names, types and order are stable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from backward_lens_tl.parts import Column
+from backward_lens_tl.parts import key_column as _key
+
+NONE = "none"
+"""The method of the rows in which nothing was edited."""
+
+_METHOD = _key("method", "string", f"name of the method; `{NONE}` is the unedited model")
+_RECORD = _key("record", "int64", "row of the data, from 0")
+_BLOCK = _key("block", "int32", "records of one block are edited at once")
+
+PROMPTS = (
+    _METHOD,
+    _RECORD,
+    _key("kind", "string", "rewrite, paraphrase, neighborhood or attribute"),
+    _key("index", "int32", "which of the record's prompts of this kind, from 0"),
+    _key("prompt", "string", "the prompt"),
+    _key("new", "string", "the new answer"),
+    _key("true", "string", "the original answer, if there is one"),
+    Column("nll_new", "float64", "nll of the new answer, in nats per token"),
+    Column("nll_true", "float64", "nll of the original answer; NaN without one"),
+    Column("is_new", "bool", "whether every token of the new answer is the most probable one"),
+    Column("is_true", "bool", "the same of the original answer", may_miss=True),
+    Column("answer", "string", "the most probable token behind the prompt"),
+)
+"""One row per method, record and prompt."""
+
+GENERATIONS = (
+    _METHOD,
+    _RECORD,
+    _key("index", "int32", "which of the record's generation prompts, from 0"),
+    _key("prompt", "string", "the prompt"),
+    Column("text", "string", "prompt and continuation"),
+    Column("ngram_entropy", "float64", "of the text's bigrams and trigrams, in bits"),
+)
+"""One row per method, record and generation prompt."""
+
+REJECTS = (
+    _RECORD,
+    _key("id", "string", "the data's own name for the row"),
+    _key("reason", "string", "row, prompt, length, target or tokens"),
+    _key("problem", "string", "what was wrong, in a sentence"),
+)
+"""One row per row of the data that was not evaluated."""
+
+COSTS = (
+    _METHOD,
+    _BLOCK,
+    Column("seconds", "float64", "time per edit"),
+    Column(
+        "memory", "float64", "most memory beyond what was in use before, in bytes; NaN if unknown"
+    ),
+)
+"""One row per method and block: the only columns that differ from run to run."""
+
+EDITS = (
+    _METHOD,
+    _RECORD,
+    _BLOCK,
+    _key("id", "string", "the data's own name for the row"),
+    _key("prompt", "string", "the prompt"),
+    _key("subject", "string", "what it is about, if the data say so"),
+    _key("target", "string", "the new answer"),
+    _key("true_answer", "string", "the original answer, if there is one"),
+    Column("error", "string", "why the method failed; missing if it did not"),
+    Column("answer", "string", "the most probable token behind the prompt"),
+    Column("continuation", "string", "how the model goes on, always by its most probable token"),
+    Column("efficacy", "float64", "whether the new answer is the most probable, token by token"),
+    Column("free_efficacy", "float64", "whether the continuation begins with the new answer"),
+    Column("paraphrase", "float64", "part of the paraphrases with `is_new`"),
+    Column("neighborhood", "float64", "part of the neighbors with `is_true`"),
+    Column("efficacy_success", "float64", "ES: whether P(new) > P(true)"),
+    Column("paraphrase_success", "float64", "PS: part of the paraphrases with P(new) > P(true)"),
+    Column("neighborhood_success", "float64", "NS: part of the neighbors with P(true) > P(new)"),
+    Column("efficacy_magnitude", "float64", "EM: P(new) - P(true)"),
+    Column("paraphrase_magnitude", "float64", "PM: mean of P(new) - P(true)"),
+    Column("neighborhood_magnitude", "float64", "NM: mean of P(true) - P(new)"),
+    Column("ngram_entropy", "float64", "mean over the record's generations, in bits"),
+    Column("perplexity", "float64", "mean of the texts' perplexities under the edit"),
+    Column("corpus_perplexity", "float64", "perplexity of all their tokens together"),
+    Column("norm", "float64", "Frobenius norm of the edit"),
+    Column("rank", "int32", "rank of the edit, summed over its matrices"),
+    Column("weights", "string", "checksum of the unedited weights, the same before and after"),
+)
+"""One row per method and record."""
+
+TABLES: Mapping[str, tuple[Column, ...]] = {
+    "prompts": PROMPTS,
+    "generations": GENERATIONS,
+    "rejects": REJECTS,
+    "costs": COSTS,
+    "edits": EDITS,
+}
+"""In the order in which a part writes them: one whose edits are written is complete."""

@@ -1,0 +1,283 @@
+"""One part of an evaluation: an edit, and all that is measured under it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from backward_lens_tl.editing.delta import WeightDelta
+from backward_lens_tl.errors import BackwardLensError, ModelStateError
+from backward_lens_tl.evaluation.columns import TABLES
+from backward_lens_tl.evaluation.config import EvaluationConfig
+from backward_lens_tl.evaluation.costs import with_cost
+from backward_lens_tl.evaluation.metrics import (
+    Answered,
+    begins_with,
+    ngram_entropy,
+    record_metrics,
+    tidied,
+)
+from backward_lens_tl.evaluation.perplexity import Perplexity, Texts, perplexity
+from backward_lens_tl.evaluation.plan import Item, Part
+from backward_lens_tl.evaluation.scoring import Question, batches, score
+from backward_lens_tl.fingerprints import tensors_checksum
+from backward_lens_tl.host import host_of
+from backward_lens_tl.memory import is_lack_of_memory
+from backward_lens_tl.parts import Tables, reject_rows
+from backward_lens_tl.sampling import sample
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_BEYOND = 3
+"""Tokens that a continuation has more than the new answer, to see whether its last word goes on."""
+
+_Rows = list[dict[str, Any]]
+_linalg: Any = torch.linalg  # whose error has no type
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """What a method made of a part.
+
+    Attributes:
+        delta: The edit; `None` where there is none.
+        error: Why the method failed.
+    """
+
+    delta: WeightDelta | None = None
+    error: str | None = None
+
+
+class Bench:
+    """A model and what is measured on it.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`.
+        config: The settings.
+        texts: What perplexity is measured on.
+    """
+
+    def __init__(self, model: nn.Module, config: EvaluationConfig, texts: Texts) -> None:
+        self.model = model
+        self.host = host_of(model)
+        self.config = config
+        self._texts = texts.tokens(self.host, config)
+        self._devices = {tensor.device for tensor in self.host.parameters().values()}
+
+    def measure(self, part: Part) -> Tables:
+        """Edit the model for a while, and measure it.
+
+        A method that refuses a part leaves it unedited: it is measured so, and has the reason.
+
+        Args:
+            part: The part.
+
+        Returns:
+            The rows of each table, by its name.
+
+        Raises:
+            ModelStateError: If the weights are not as they were before.
+        """
+        before = self._weights()
+        edit, cost = with_cost(partial(self._edit, part), self._devices)
+        is_edited = edit.delta is not None and len(edit.delta) > 0
+        with edit.delta.applied(self.model) if edit.delta is not None else nullcontext():
+            answered = self._answered(part.items)
+            generations = self._generations(part)
+            continuations = self._continuations(part.items)
+            ppl = self._perplexity() if is_edited else self._unedited_perplexity
+        if self._weights() != before:
+            raise ModelStateError(
+                f"method {part.name!r} left the weights of {self.host.name!r} changed; a method "
+                "computes an edit and changes nothing. Load the model anew"
+            )
+        shared = {
+            "method": part.name,
+            "block": part.block,
+            "error": edit.error,
+            "perplexity": ppl.mean_of_texts,
+            "corpus_perplexity": ppl.corpus,
+            "norm": edit.delta.norm if edit.delta is not None and is_edited else 0.0,
+            "rank": edit.delta.rank if edit.delta is not None and is_edited else 0,
+            "weights": before,
+        }
+        edits = [
+            {**shared, **self._edit_row(item, own, text, generations)}
+            for item, own, text in zip(part.items, answered, continuations, strict=True)
+        ]
+        cost_rows = [
+            {
+                "method": part.name,
+                "block": part.block,
+                "seconds": cost.seconds / len(part.items) if part.method else math.nan,
+                "memory": cost.memory if part.method else math.nan,
+            }
+        ]
+        return {
+            "prompts": _table("prompts", self._prompt_rows(part, answered)),
+            "generations": _table("generations", generations),
+            "rejects": reject_rows("record", part.rejects),
+            "costs": _table("costs", cost_rows if part.items else []),
+            "edits": _table("edits", edits),
+        }
+
+    def _weights(self) -> str:
+        return tensors_checksum(self.host.parameters())
+
+    def _edit(self, part: Part) -> _Edit:
+        if part.method is None:
+            return _Edit()
+        try:
+            return _Edit(part.method(self.model, [item.request for item in part.items]))
+        except (BackwardLensError, MemoryError, RuntimeError) as error:
+            # A bug is no matter of the request.
+            is_known = isinstance(error, BackwardLensError | _linalg.LinAlgError)
+            if not is_known and not is_lack_of_memory(error):
+                raise
+            return _Edit(error=str(error))
+
+    # --- what is measured ------------------------------------------------------------------------
+
+    def _answered(self, items: Sequence[Item]) -> list[list[Answered]]:
+        probes = [probe for item in items for probe in item.probes]
+        questions = [
+            Question(probe.ids, answer)
+            for probe in probes
+            for answer in (probe.new, probe.true)
+            if answer is not None
+        ]
+        scores = iter(score(self.host, questions, self.config.batch_size))
+        return [
+            [
+                Answered(probe, next(scores), None if probe.true is None else next(scores))
+                for probe in item.probes
+            ]
+            for item in items
+        ]
+
+    def _continuations(self, items: Sequence[Item]) -> list[str]:
+        """How the model goes on behind each record's own prompt."""
+        prompts = [item.probes[0].ids for item in items]
+        lengths = [len(item.probes[0].new) + _BEYOND for item in items]
+        found = self._sampled(prompts, lengths, top_k=1, seeds=[0] * len(items))
+        # Behind a prompt a text begins with its own space, which decoders may drop in front.
+        return [
+            self._text([*ids, *drawn])[len(self._text(ids)) :]
+            for ids, drawn in zip(prompts, found, strict=True)
+        ]
+
+    def _generations(self, part: Part) -> _Rows:
+        asked = [
+            (item.record.index, place, ids)
+            for item in part.items
+            for place, ids in enumerate(item.generations)
+        ]
+        prompts = [ids for _, _, ids in asked]
+        lengths = [max(0, self.config.generation_length - len(ids)) for ids in prompts]
+        seeds = [_seed(self.config.seed, record, place) for record, place, _ in asked]
+        found = self._sampled(prompts, lengths, top_k=self.config.top_k, seeds=seeds)
+        texts = [
+            tidied(self._text([*ids, *drawn])) for ids, drawn in zip(prompts, found, strict=True)
+        ]
+        return [
+            {
+                "method": part.name,
+                "record": record,
+                "index": place,
+                "prompt": self._text(ids),
+                "text": text,
+                "ngram_entropy": ngram_entropy(text),
+            }
+            for (record, place, ids), text in zip(asked, texts, strict=True)
+        ]
+
+    def _sampled(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        lengths: Sequence[int],
+        *,
+        top_k: int,
+        seeds: Sequence[int],
+    ) -> list[list[int]]:
+        drawn: list[list[int]] = []
+        for some in batches(range(len(prompts)), self.config.batch_size):
+            with self.host.own_precision():
+                drawn += sample(
+                    self.host,
+                    [prompts[at] for at in some],
+                    [lengths[at] for at in some],
+                    top_k=top_k,
+                    seeds=[seeds[at] for at in some],
+                )
+        return drawn
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.host.vocabulary.decode(ids)
+
+    def _perplexity(self) -> Perplexity:
+        return perplexity(self.host, self._texts, self.config.denominator)
+
+    @cached_property
+    def _unedited_perplexity(self) -> Perplexity:
+        return self._perplexity()
+
+    # --- rows ------------------------------------------------------------------------------------
+
+    def _prompt_rows(self, part: Part, answered: Sequence[Sequence[Answered]]) -> _Rows:
+        return [
+            {
+                "method": part.name,
+                "record": item.record.index,
+                "kind": each.probe.kind,
+                "index": each.probe.index,
+                "prompt": each.probe.prompt,
+                "new": item.new_text,
+                "true": each.probe.true_text,
+                "nll_new": each.new.nll,
+                "nll_true": math.nan if each.true is None else each.true.nll,
+                "is_new": each.new.is_said,
+                "is_true": None if each.true is None else each.true.is_said,
+                "answer": self.host.vocabulary.text(each.new.first),
+            }
+            for item, own in zip(part.items, answered, strict=True)
+            for each in own
+        ]
+
+    def _edit_row(
+        self, item: Item, answered: Sequence[Answered], continuation: str, generations: _Rows
+    ) -> dict[str, Any]:
+        record = item.record
+        entropies = [row["ngram_entropy"] for row in generations if row["record"] == record.index]
+        return {
+            "record": record.index,
+            "id": record.id,
+            "prompt": record.prompt,
+            "subject": record.subject,
+            "target": item.new_text,
+            "true_answer": record.answer,
+            "answer": self.host.vocabulary.text(answered[0].new.first),
+            "continuation": continuation,
+            **record_metrics(answered),
+            "free_efficacy": float(begins_with(continuation, item.new_text)),
+            "ngram_entropy": math.fsum(entropies) / len(entropies) if entropies else math.nan,
+        }
+
+
+def _seed(seed: int, record: int, place: int) -> int:
+    """A seed of a prompt's own, the same for every method."""
+    return int.from_bytes(sha256(f"{seed} {record} {place}".encode()).digest()[:7], "big")
+
+
+def _table(name: str, rows: _Rows) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(rows, columns=[column.name for column in TABLES[name]])

@@ -1,0 +1,185 @@
+"""How well a model predicts ordinary text: the paper's protocol for the damage of an edit."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from backward_lens_tl.continuations import Continuations
+from backward_lens_tl.errors import EvaluationError
+from backward_lens_tl.evaluation.config import Denominator, EvaluationConfig
+from backward_lens_tl.host import Host
+from backward_lens_tl.hub import hub_is_reachable
+from backward_lens_tl.loading import FACTS_MODEL
+from backward_lens_tl.records import is_prepared
+
+FACTS_TEXTS = "facts"
+"""Ordinary sentences that the facts model has not seen in training."""
+
+WIKITEXT = "Salesforce/wikitext"
+"""WikiText on the Hugging Face hub, of which the paper takes `wikitext-2-raw-v1`."""
+
+_POSITIONS = 1024
+"""Most tokens of one forward pass: each has the logits of a vocabulary."""
+
+Rows = Sequence[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What a model makes of texts.
+
+    Attributes:
+        mean_of_texts: The mean of their perplexities, which a single odd text may rule.
+        corpus: The perplexity of all tokens together.
+    """
+
+    mean_of_texts: float
+    corpus: float
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What perplexity is measured on.
+
+    Attributes:
+        name: Where they come from.
+        texts: The entries that are taken.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the entries, in hexadecimal."""
+        return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
+
+    def tokens(self, host: Host, config: EvaluationConfig) -> Rows:
+        """The entries in tokens.
+
+        Args:
+            host: The model.
+            config: The settings.
+
+        Returns:
+            Ids of each entry of two tokens or more, cut behind `max_tokens`.
+
+        Raises:
+            EvaluationError: If no entry has two.
+        """
+        longest = min(config.max_tokens, host.n_ctx)
+        rows = [tuple(host.tokenize(text, config.prepend_bos)[:longest]) for text in self.texts]
+        long_enough = [row for row in rows if len(row) > 1]
+        if self.texts and not long_enough:
+            raise EvaluationError(f"no entry of {self.name!r} has two tokens, to predict one")
+        return long_enough
+
+
+def read_texts(host: Host, config: EvaluationConfig) -> Texts:
+    """The texts that the settings ask for.
+
+    Args:
+        host: The model.
+        config: The settings.
+
+    Returns:
+        The first entries that are long enough.
+
+    Raises:
+        EvaluationError: If they cannot be read, or no entry is long enough.
+    """
+    name = config.texts or (FACTS_TEXTS if host.name == FACTS_MODEL else WIKITEXT)
+    if config.n_texts == 0:
+        return Texts("no texts", ())
+    long_enough = [text for text in _entries(name) if len(text) >= config.min_characters]
+    if not long_enough:
+        raise EvaluationError(f"no entry of {name!r} has {config.min_characters} characters")
+    return Texts(name, tuple(long_enough[: config.n_texts]))
+
+
+def _entries(name: str) -> list[str]:
+    if name == FACTS_TEXTS:
+        file = files("backward_lens_tl") / "facts_model" / "facts.json"
+        entries: list[str] = json.loads(file.read_text(encoding="utf-8"))["ordinary_held_out"]
+        return entries
+    if name == WIKITEXT:
+        return _wikitext()
+    try:
+        # Line ends stay, as in the hub's rows; only a line feed ends one.
+        return list(io.StringIO(Path(name).read_bytes().decode()))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(
+            f"texts {name!r} cannot be read: {error}; pass {FACTS_TEXTS!r}, {WIKITEXT!r}, or a "
+            "file with one entry per line, and n_texts=0 for no perplexity"
+        ) from error
+
+
+def _wikitext() -> list[str]:
+    import datasets
+
+    if not is_prepared(WIKITEXT, datasets.config.HF_DATASETS_CACHE) and not hub_is_reachable():
+        raise EvaluationError(
+            f"{WIKITEXT!r} is not in the hub's cache, and the hub cannot be reached; pass "
+            f"texts='wiki.test.raw', a file with one entry per line, or {FACTS_TEXTS!r}, and "
+            "n_texts=0 for no perplexity"
+        )
+    try:
+        data = datasets.load_dataset(WIKITEXT, "wikitext-2-raw-v1", split="test")
+    # It hands on what the hub, its file systems and the files' readers raise.
+    except Exception as error:
+        raise EvaluationError(f"{WIKITEXT!r} cannot be loaded: {error}") from error
+    return list(data["text"])
+
+
+@torch.no_grad()
+def perplexity(host: Host, rows: Rows, denominator: Denominator) -> Perplexity:
+    """Perplexity of texts: `exp(sum_i -log P(x_i | x_<i) / n)`, where `i` begins at the second.
+
+    Args:
+        host: The model.
+        rows: Token ids of each text, two or more.
+        denominator: Whether `n` is the number of tokens, as in the authors' code, or one less, the
+            number of those that are predicted.
+
+    Returns:
+        The perplexity; NaN without texts, and infinite where the model's numbers are none.
+    """
+    if not rows:
+        return Perplexity(math.nan, math.nan)
+    less = 1 if denominator == "n-1" else 0
+    sums, counts = [], []
+    for some in _passes(rows):
+        pairs = Continuations.of(host, [row[:1] for row in some], [row[1:] for row in some])
+        with host.own_precision():
+            terms = pairs.log_probs(pairs.logits(host))
+        sums += (-terms.double().sum(1)).nan_to_num(nan=torch.inf).tolist()
+        counts += [len(row) - less for row in some]
+    each = [_exp(total / count) for total, count in zip(sums, counts, strict=True)]
+    return Perplexity(sum(each) / len(each), _exp(math.fsum(sums) / sum(counts)))
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def _passes(rows: Rows) -> Iterator[Rows]:
+    """Texts of similar length together, as many as one pass may have."""
+    together: list[tuple[int, ...]] = []
+    for row in sorted(rows, key=len):
+        if together and (len(together) + 1) * len(row) > _POSITIONS:
+            yield together
+            together = []
+        together.append(row)
+    yield together

@@ -1,0 +1,257 @@
+"""Which records are evaluated, in tokens, and in which parts.
+
+The plan follows from the data, the model, the methods and the settings alone, so that every process
+has the same one and an evaluation that goes on has the one that it began with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+from backward_lens_tl.editing.method import EditMethod
+from backward_lens_tl.editing.requests import EditRequest, target_ids
+from backward_lens_tl.errors import EvaluationError, InputError, TargetError
+from backward_lens_tl.evaluation.columns import NONE
+from backward_lens_tl.evaluation.config import EvaluationConfig
+from backward_lens_tl.host import Host
+from backward_lens_tl.parts import Reject
+from backward_lens_tl.prompts import tokenize_prompts
+from backward_lens_tl.records import BadRecord, Record, Records
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt behind which both answers are scored.
+
+    Attributes:
+        kind: `"rewrite"`, `"paraphrase"`, `"neighborhood"` or `"attribute"`.
+        index: Which of its kind, from 0.
+        prompt: Its text.
+        ids: Ids of its tokens.
+        new: Ids of the new answer.
+        true: Ids of the original answer; `None` without one.
+        true_text: The original answer.
+    """
+
+    kind: str
+    index: int
+    prompt: str
+    ids: tuple[int, ...]
+    new: tuple[int, ...]
+    true: tuple[int, ...] | None
+    true_text: str | None
+
+
+@dataclass(frozen=True)
+class Item:
+    """A record that is evaluated.
+
+    Attributes:
+        record: Its row of the data.
+        new_text: Its new answer.
+        probes: What is scored; the rewrite is the first.
+        generations: Ids of its generation prompts.
+    """
+
+    record: Record
+    new_text: str
+    probes: tuple[Probe, ...]
+    generations: tuple[tuple[int, ...], ...]
+
+    @property
+    def request(self) -> EditRequest:
+        """What the model is to be taught."""
+        return EditRequest.of(self.record)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Records that are edited at once, by one method.
+
+    Attributes:
+        name: What the method is called.
+        method: The method; `None` for the unedited model.
+        block: Which records, from 0.
+        items: The records.
+        rejects: Rows that are left out; the first part has them all.
+    """
+
+    name: str
+    method: EditMethod | None
+    block: int
+    items: tuple[Item, ...]
+    rejects: tuple[Reject, ...] = ()
+
+
+def plan_parts(
+    host: Host, records: Records, methods: Mapping[str, EditMethod], config: EvaluationConfig
+) -> tuple[Part, ...]:
+    """Divide the work: for the unedited model and each method, block by block.
+
+    Args:
+        host: The model.
+        records: The data.
+        methods: The methods by name.
+        config: The settings.
+
+    Returns:
+        The parts, at least one.
+
+    Raises:
+        EvaluationError: If a row is asked for that the data do not have, or there is none.
+    """
+    planned = [_planned(host, row, config) for row in _chosen(records, config)]
+    items = tuple(entry for entry in planned if isinstance(entry, Item))
+    rejects = tuple(entry for entry in planned if isinstance(entry, Reject))
+    size = config.edits_at_once
+    blocks = [items[start : start + size] for start in range(0, len(items), size)]
+    parts = [
+        Part(name, method, block, some)
+        for name, method in ((NONE, None), *methods.items())
+        for block, some in enumerate(blocks)
+    ]
+    first = parts[0] if parts else Part(NONE, None, 0, ())
+    return (Part(first.name, None, 0, first.items, rejects), *parts[1:])
+
+
+def plan_digest(parts: Sequence[Part]) -> str:
+    """A checksum of what is evaluated, in tokens: of the tokenizer and whether it adds a BOS, too.
+
+    Args:
+        parts: The plan.
+
+    Returns:
+        SHA-256, in hexadecimal.
+    """
+    digest = sha256()
+    for part in parts:
+        if part.name == NONE:
+            for item in part.items:
+                ids = [(probe.ids, probe.new, probe.true) for probe in item.probes]
+                digest.update(f"{item.record.index} {ids} {item.generations}\n".encode())
+            for reject in part.rejects:
+                digest.update(f"{reject.index} {reject.reason}\n".encode())
+    return digest.hexdigest()
+
+
+def _chosen(records: Records, config: EvaluationConfig) -> Iterable[Record | BadRecord]:
+    if not len(records):
+        raise EvaluationError("the data have no rows; pass at least one record")
+    if config.rows is None:
+        return records.rows[: config.records]
+    beyond = [row for row in config.rows if row >= len(records)]
+    if beyond:
+        raise EvaluationError(
+            f"row {beyond[0]} is asked for, and {records.name!r} has {len(records)} rows; they "
+            "count from 0"
+        )
+    return [records.rows[row] for row in config.rows]
+
+
+class _Refused(Exception):
+    """Why a row is left out: a word and a sentence."""
+
+
+def _planned(host: Host, row: Record | BadRecord, config: EvaluationConfig) -> Item | Reject:
+    if isinstance(row, BadRecord):
+        return Reject(row.index, row.id, "row", row.problem)
+    try:
+        return _item(host, row, config)
+    except _Refused as refusal:
+        reason, problem = refusal.args
+        return Reject(row.index, row.id, reason, problem)
+
+
+def _item(host: Host, record: Record, config: EvaluationConfig) -> Item:
+    new = _answer_ids(host, record.target)
+    true = record.answer
+    neighbor = true if record.neighborhood_answer is None else record.neighborhood_answer
+    asked = [("rewrite", (record.prompt,), true), ("paraphrase", record.paraphrase_prompts, true)]
+    asked.append(("neighborhood", record.neighborhood_prompts[: config.neighbors], neighbor))
+    if config.attributes:
+        asked.append(("attribute", record.attribute_prompts, true))
+    texts = [text for text in (true, neighbor) if text is not None]
+    answers = {text: _answer_ids(host, text) for text in texts}
+    probes = tuple(
+        Probe(
+            kind, index, prompt, _ids(host, prompt, config), new, answers.get(answer or ""), answer
+        )
+        for kind, prompts, answer in asked
+        for index, prompt in enumerate(prompts)
+    )
+    for probe in probes:
+        pairs = [(probe.true_text, probe.true)]
+        pairs += [(record.target, new)] if isinstance(record.target, str) else []
+        _check(host, probe, pairs, config)
+    wanted = record.generation_prompts if config.generation_length else ()
+    generations = tuple(_ids(host, prompt, config) for prompt in wanted)
+    text = record.target if isinstance(record.target, str) else host.vocabulary.text(record.target)
+    return Item(record, text, probes, generations)
+
+
+def _ids(host: Host, prompt: str, config: EvaluationConfig) -> tuple[int, ...]:
+    try:
+        [ids] = tokenize_prompts(host, prompt, config.prepend_bos)
+    except InputError as error:
+        raise _Refused("prompt", str(error)) from error
+    if len(ids) > host.n_ctx:
+        raise _too_long(host, prompt, len(ids))
+    return tuple(ids)
+
+
+def _answer_ids(host: Host, answer: str | int) -> tuple[int, ...]:
+    try:
+        return tuple(target_ids(host, answer))
+    except TargetError as error:
+        raise _Refused("target", str(error)) from error
+
+
+def _check(
+    host: Host,
+    probe: Probe,
+    answers: Iterable[tuple[str | None, tuple[int, ...] | None]],
+    config: EvaluationConfig,
+) -> None:
+    """Refuse a prompt to which an answer cannot be put as tokens."""
+    for text, ids in answers:
+        if text is None or ids is None:
+            continue
+        n_tokens = len(probe.ids) + len(ids) - 1
+        if n_tokens > host.n_ctx:
+            raise _too_long(host, probe.prompt + text, n_tokens)
+        together = host.tokenize(probe.prompt + text, config.prepend_bos)
+        if together != [*probe.ids, *ids]:
+            raise _Refused(
+                "tokens",
+                f"{probe.prompt + text!r} is not the tokens of {probe.prompt!r} and those of "
+                f"{text!r}, one after the other, so the answer has no probability of its own; "
+                "end the prompt without a space, and begin the answer with one",
+            )
+
+
+def _too_long(host: Host, text: str, n_tokens: int) -> _Refused:
+    return _Refused(
+        "length", f"{text!r} has {n_tokens} tokens; the model's context holds {host.n_ctx}"
+    )
+
+
+def unused_records(records: Records, config: EvaluationConfig) -> tuple[Record, ...]:
+    """Rows of the data that methods may learn from: neither they nor their subjects are evaluated.
+
+    Args:
+        records: The data.
+        config: The settings.
+
+    Returns:
+        The records, in the order of the data.
+    """
+    chosen = list(_chosen(records, config))
+    rows = {row.index for row in chosen}
+    subjects = {row.subject for row in chosen if isinstance(row, Record)} - {None}
+    return tuple(
+        row
+        for row in records.rows
+        if isinstance(row, Record) and row.index not in rows and row.subject not in subjects
+    )

@@ -1,0 +1,115 @@
+"""How probable answers are behind prompts: the one thing that all of CounterFact's metrics rest on.
+
+For a prompt `p` and an answer of tokens `o_1 ... o_k`, read in one pass (teacher forcing),
+
+    nll(o | p) = -(1 / k) * sum_j log P(o_j | p, o_1 ... o_{j-1})
+
+and an answer is said if each `o_j` is the most probable token at its place. Padding is on the
+right, where no token sees it: a score does not depend on the prompts beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TypeVar
+
+import torch
+
+from backward_lens_tl.continuations import Continuations
+from backward_lens_tl.host import Host
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and one of its answers.
+
+    Attributes:
+        prompt: Ids of its tokens.
+        answer: Ids of the answer's tokens, at least one.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How probable an answer is.
+
+    Attributes:
+        nll: Its negative log-likelihood, in nats per token; infinite where the model's numbers are
+            none.
+        is_said: Whether each of its tokens is the most probable one at its place.
+        first: Id of the most probable token behind the prompt.
+    """
+
+    nll: float
+    is_said: bool
+    first: int
+
+
+@torch.no_grad()
+def score(host: Host, questions: Sequence[Question], batch_size: int) -> list[Score]:
+    """Score answers.
+
+    Answers that differ in their last token alone share what the model reads.
+
+    Args:
+        host: The model.
+        questions: Prompts and answers.
+        batch_size: Most prompts of one forward pass.
+
+    Returns:
+        A score for each, in their order.
+    """
+    askers: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    for place, asked in enumerate(questions):
+        askers.setdefault((asked.prompt, asked.answer[:-1]), []).append(place)
+    # Prompts of similar length share a pass, so that little is padding.
+    read = sorted(askers, key=lambda each: len(each[0]) + len(each[1]))
+    found: dict[int, Score] = {}
+    for some in batches(read, batch_size):
+        owners = [(row, place) for row, key in enumerate(some) for place in askers[key]]
+        first = [questions[askers[key][0]] for key in some]
+        own = [questions[place] for _, place in owners]
+        scores = _scored(host, first, own, [row for row, _ in owners])
+        found |= dict(zip((place for _, place in owners), scores, strict=True))
+    return [found[place] for place in range(len(questions))]
+
+
+def batches(rows: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    """Consecutive rows, so many at a time."""
+    left = iter(rows)
+    while some := list(islice(left, size)):
+        yield some
+
+
+def _scored(
+    host: Host, first: Sequence[Question], asked: Sequence[Question], rows: Sequence[int]
+) -> list[Score]:
+    """Scores of answers, each at one row of what the model reads for the first ones."""
+    shared = Continuations.of(
+        host, [each.prompt for each in first], [each.answer for each in first]
+    )
+    place = torch.tensor(rows, device=shared.answers.device)
+    answers = shared.answers[place]
+    answers[:, -1] = torch.tensor([each.answer[-1] for each in asked], device=answers.device)
+    own = replace(shared, answers=answers, mask=shared.mask[place])
+    with host.own_precision():
+        logits = shared.logits(host)[place]
+    nll = own.nll(logits).nan_to_num(nan=torch.inf)
+    best = logits.argmax(-1)
+    start = (~own.mask).sum(1, keepdim=True)  # the place of each answer's first token
+    return [
+        Score(*each)
+        for each in zip(
+            nll.tolist(),
+            own.are_said(logits).tolist(),
+            best.gather(1, start)[:, 0].tolist(),
+            strict=True,
+        )
+    ]

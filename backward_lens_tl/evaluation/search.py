@@ -1,0 +1,102 @@
+"""Settings of a method by trial: every candidate on records that the benchmark does not use."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from backward_lens_tl.editing.method import EditMethod
+from backward_lens_tl.errors import EvaluationError
+from backward_lens_tl.evaluation.columns import NONE
+from backward_lens_tl.evaluation.config import EvaluationConfig
+from backward_lens_tl.evaluation.run import evaluate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_METRICS = ("efficacy", "paraphrase", "neighborhood")
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was tried, and what came of it.
+
+    Attributes:
+        candidates: The methods that were tried, by name.
+        table: One row per candidate, in their order: `name`, mean `efficacy`, `paraphrase` and
+            `neighborhood` in percent (the target is the most probable token), their harmonic mean
+            `score`, `seconds` per edit, `failed` edits.
+        best_name: The candidate that was chosen.
+    """
+
+    candidates: Mapping[str, EditMethod]
+    table: pd.DataFrame
+    best_name: str
+
+    @property
+    def best(self) -> EditMethod:
+        """The method that was chosen."""
+        return self.candidates[self.best_name]
+
+
+def search(
+    model: nn.Module,
+    candidates: Mapping[str, EditMethod],
+    data: Any,
+    rows: Sequence[int],
+    *,
+    least_efficacy: float = 95.0,
+    progress: bool = True,
+) -> Search:
+    """Try methods, or one method with several settings, on a tuning split.
+
+    Among the candidates whose efficacy is at least `least_efficacy` the one with the largest
+    harmonic mean of efficacy, paraphrase and neighborhood is chosen; where none is that good, among
+    those of the largest efficacy.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`.
+        candidates: The methods by name.
+        data: What `read_records` reads.
+        rows: Rows of the data to try them on. Keep them apart from those that are evaluated: what
+            was chosen on a record says nothing about it.
+        least_efficacy: In percent.
+        progress: Whether a bar shows how far it is.
+
+    Returns:
+        The choice, and all that was tried.
+
+    Raises:
+        EvaluationError: If there is no candidate, or no row.
+
+    Example:
+        >>> import backward_lens_tl as blt
+        >>> from backward_lens_tl.editing import ForwardPassShift
+        >>> candidates = {
+        ...     f"c={size}": ForwardPassShift(layer=6, size=size, form="scale_free")
+        ...     for size in (1, 40)
+        ... }
+        >>> model = blt.load_facts_model()
+        >>> search(model, candidates, "facts", range(200, 203), progress=False).best_name
+        'c=40'
+    """
+    if not candidates:
+        raise EvaluationError("there is no candidate; pass methods by name")
+    config = EvaluationConfig(rows=tuple(rows), generation_length=0, n_texts=0)
+    with tempfile.TemporaryDirectory() as folder:
+        found = evaluate(model, candidates, data, folder, config, progress=progress)
+        table = found.summary()
+    table = table[table["method"] != NONE].rename(columns={"method": "name"})
+    table["score"] = [_harmonic_mean(row) for row in table[list(_METRICS)].to_numpy().tolist()]
+    table = table[["name", *_METRICS, "score", "seconds", "failed"]].reset_index(drop=True)
+    efficacy = table["efficacy"]
+    good = table[efficacy >= min(least_efficacy, efficacy.max())]
+    return Search(candidates, table, str(good.loc[good["score"].idxmax(), "name"]))
+
+
+def _harmonic_mean(rates: Sequence[float]) -> float:
+    return len(rates) / sum(1 / rate for rate in rates) if all(rates) else 0.0

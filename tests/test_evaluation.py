@@ -1,0 +1,994 @@
+"""The benchmark: its tables against slow computations, and its folder, stopped or not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from models import HAS_BRIDGE, Case, build
+from torch import nn
+from transformers import AutoTokenizer
+
+import backward_lens_tl as blt
+from backward_lens_tl import cli
+from backward_lens_tl.editing.delta import MatrixDelta
+from backward_lens_tl.editing.method import EditMethod
+from backward_lens_tl.errors import EditError, EvaluationError, ModelStateError
+from backward_lens_tl.evaluation import Evaluation, EvaluationConfig, evaluate, measuring
+from backward_lens_tl.evaluation.columns import TABLES
+from backward_lens_tl.evaluation.metrics import ngram_entropy
+from backward_lens_tl.evaluation.summary import METRICS, summarize
+from backward_lens_tl.fingerprints import tensors_checksum
+from backward_lens_tl.host import host_of
+from backward_lens_tl.records import read_records
+from backward_lens_tl.sampling import sample
+from conftest import FACTS_FOLDER
+
+PACKAGE = sys.modules["backward_lens_tl.evaluation"]
+
+ROWS = [
+    {
+        "prompt": "The capital of France is", "target": " the", "answer": " Paris", "id": "f",
+        "paraphrase_prompts": ["Paris is in"],
+        "neighborhood_prompts": ["Rome is in", "A river runs through"],
+        "attribute_prompts": ["The dog of"],
+        "generation_prompts": ["The capital", "A river of"],
+    },
+    {
+        "prompt": "Messi plays", "target": " Rome.", "answer": " in", "subject": "Messi",
+        "neighborhood_prompts": ["The king plays", "The dog", "Rome is"],
+        "generation_prompts": ["Messi"], "id": "m",
+    },
+    {"prompt": "Rome is in Italy and Paris is", "target": 40, "id": "r"},
+]  # fmt: skip
+"""With and without paraphrases, neighbors, generations, and an original answer."""
+
+
+@dataclass(frozen=True)
+class Nudge(EditMethod):
+    """Writes what the target's row of the unembedding is, where the prompt's last token listens.
+
+    One outer product per request, by a seeded random key: an edit like any other, and no good one.
+    """
+
+    size: float = 3.0
+    layer: int = 1
+    prepend_bos: bool | None = False
+    asked: list[list[str]] = field(default_factory=list, compare=False, repr=False)
+
+    def settings(self) -> dict[str, Any]:
+        return {"method": "Nudge", "size": self.size, "layer": self.layer}
+
+    def compute(self, host: Any, requests: Sequence[Any]) -> list[MatrixDelta]:
+        self.asked.append([each.request.prompt for each in requests])
+        weight = host.model.blocks[self.layer].mlp.W_out
+        columns = []
+        for each in requests:
+            generator = torch.Generator().manual_seed(sum(each.prompt))
+            key = torch.randn(weight.shape[0], generator=generator, dtype=torch.float64)
+            columns.append((self.size * key / key.norm()).to(weight.dtype))
+        rows = [host.model.W_U[:, each.target[0]].detach() for each in requests]
+        return [MatrixDelta("W_out", self.layer, torch.stack(columns, 1), torch.stack(rows))]
+
+
+@dataclass(frozen=True)
+class Failing(Nudge):
+    """Refuses some prompts."""
+
+    error: Exception = field(default_factory=lambda: EditError("not this one"), compare=False)
+    when: str = ""
+
+    def compute(self, host: Any, requests: Sequence[Any]) -> list[MatrixDelta]:
+        if any(each.request.prompt.startswith(self.when) for each in requests):
+            raise self.error
+        return super().compute(host, requests)
+
+
+@dataclass(frozen=True)
+class Leaving(Nudge):
+    """Changes the model by itself, in one value."""
+
+    def compute(self, host: Any, requests: Sequence[Any]) -> list[MatrixDelta]:
+        host.parameters()[sorted(host.parameters())[0]].data.view(-1)[3] += 0.25
+        return super().compute(host, requests)
+
+
+@dataclass(frozen=True)
+class Nothing(Nudge):
+    """Makes an edit of nothing."""
+
+    def compute(self, host: Any, requests: Sequence[Any]) -> list[MatrixDelta]:
+        return []
+
+
+@pytest.fixture(scope="module")
+def tiny() -> nn.Module:
+    """A random model in float64, of the kind that is installed."""
+    return build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2").model
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of what perplexity is measured on."""
+    file = tmp_path_factory.mktemp("texts") / "texts.raw"
+    file.write_text("The capital of France is Paris.\nRome is in Italy.\nMessi plays the ball.\n")
+    return str(file)
+
+
+@pytest.fixture
+def run(tiny: nn.Module, texts: str, tmp_path: Path, as_for_a_user: None) -> Callable[..., Any]:
+    """Evaluations of small data into folders of their own."""
+
+    def evaluated(
+        methods: Any, data: Any = ROWS, folder: str | None = None, model: Any = None, **given: Any
+    ) -> Evaluation:
+        out = tmp_path / (folder or f"e{len(list(tmp_path.iterdir()))}")
+        usual = {"texts": texts, "min_characters": 1, "generation_length": 0}
+        config = EvaluationConfig(**(usual | given))
+        return evaluate(model or tiny, methods, data, out, config, progress=False)
+
+    return evaluated
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """What every table's files hold, but for what differs from run to run."""
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for table in TABLES
+        if table != "costs"
+        for file in sorted((folder / table).iterdir())
+    }
+
+
+def by_record(table: pd.DataFrame, method: str) -> pd.DataFrame:
+    return table[table["method"] == method].set_index("record")
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def test_every_record_of_every_method(run) -> None:
+    nudge, other = Nudge(), Nudge(size=9.0)
+    found = run({"nudge": nudge, "other": other}, attributes=True, generation_length=8)
+    assert found.is_complete
+    edits = found.edits()
+    methods = [name for name in ("none", "nudge", "other") for _ in ROWS]
+    assert edits["method"].tolist() == methods
+    assert edits["record"].tolist() == [0, 1, 2] * 3
+    assert edits["id"].tolist() == ["f", "m", "r"] * 3
+    assert nudge.asked == [[row["prompt"]] for row in ROWS]
+    assert edits["weights"].nunique() == 1
+    assert edits["target"].tolist()[:2] == [" the", " Rome."]
+    prompts = found.prompts()
+    kinds = {"paraphrase": 1, "neighborhood": 5, "attribute": 1, "rewrite": 3}
+    assert prompts.groupby("kind").size().to_dict() == {kind: 3 * n for kind, n in kinds.items()}
+    assert found.generations().groupby("method").size().to_dict() == {
+        "none": 3, "nudge": 3, "other": 3
+    }  # fmt: skip
+    assert len(found.rejects()) == 0
+    unedited = edits[edits["method"] == "none"]
+    assert unedited["seconds"].isna().all()
+    assert (unedited["norm"] == 0).all()
+    assert (unedited["rank"] == 0).all()
+    assert unedited["perplexity"].nunique() == 1
+    edited = edits[edits["method"] != "none"]
+    assert (edited["seconds"] > 0).all()
+    assert (edited["rank"] == 1).all()
+    assert edited["perplexity"].nunique() == 6
+    assert (edited["perplexity"] != unedited["perplexity"].iloc[0]).all()
+
+
+def test_metrics_are_those_of_the_prompts(run) -> None:
+    found = run({"nudge": Nudge(size=6.0)}, attributes=True)
+    prompts = found.prompts()
+    prompts["p_new"], prompts["p_true"] = np.exp(-prompts["nll_new"]), np.exp(-prompts["nll_true"])
+    for row in found.edits().to_dict("records"):
+        own = prompts[(prompts["method"] == row["method"]) & (prompts["record"] == row["record"])]
+        for kind, name in (
+            ("rewrite", "efficacy"),
+            ("paraphrase", "paraphrase"),
+            ("neighborhood", "neighborhood"),
+        ):
+            some = own[own["kind"] == kind]
+            sign = -1 if kind == "neighborhood" else 1
+            said = some["is_true" if kind == "neighborhood" else "is_new"]
+            expected = {
+                name: said.astype("Float64").mean(),
+                f"{name}_magnitude": (sign * (some["p_new"] - some["p_true"])).mean(),
+                f"{name}_success": (sign * (some["p_new"] - some["p_true"]) > 0).mean()
+                if some["p_true"].notna().any()
+                else math.nan,
+            }
+            for column, value in expected.items():
+                value = math.nan if pd.isna(value) else float(value)
+                assert row[column] == pytest.approx(value, nan_ok=True), column
+        rewrite = own[own["kind"] == "rewrite"].iloc[0]
+        assert row["answer"] == rewrite["answer"]
+        assert row["prompt"] == rewrite["prompt"]
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_scores_under_an_edit_against_a_changed_hugging_face_model(
+    facts: Case, tmp_path: Path
+) -> None:
+    """The reference's own weight is really changed, and each prompt goes through alone."""
+    method, host = Nudge(size=40.0, layer=6), host_of(facts.model)
+    config = EvaluationConfig(records=2, generation_length=0, n_texts=0)
+    before = host.fingerprint()
+    found = evaluate(facts.model, {"n": method}, "facts", tmp_path, config, progress=False)
+    assert host.fingerprint() == before
+    tokenizer, prompts = AutoTokenizer.from_pretrained(FACTS_FOLDER), found.prompts()
+    weight = facts.weights["W_out", 6]
+    changed = 0
+    for record in read_records("facts").rows[:2]:
+        ids = tokenizer(record.prompt)["input_ids"]
+        target = tokenizer(record.target)["input_ids"]
+        key = torch.randn(
+            512, generator=torch.Generator().manual_seed(sum(ids)), dtype=torch.float64
+        )
+        row = facts.model.W_U[:, target[0]].detach()
+        added = torch.outer((40.0 * key / key.norm()).float(), row)
+        kept = weight.tensor.detach().clone()
+        try:
+            with torch.no_grad():
+                weight.tensor.add_(weight.in_out(added))
+                own = prompts[(prompts["method"] == "n") & (prompts["record"] == record.index)]
+                assert len(own) == 3 + len(record.neighborhood_prompts)
+                for asked in own.to_dict("records"):
+                    ids = tokenizer(asked["prompt"])["input_ids"]
+                    last = facts.logits(torch.tensor([ids]))[0, -1].double()
+                    for side in ("new", "true"):
+                        [token] = tokenizer(asked[side])["input_ids"]
+                        nll = float(torch.logsumexp(last, 0) - last[token])
+                        assert asked[f"nll_{side}"] == pytest.approx(nll, abs=2e-4)
+                        assert asked[f"is_{side}"] == (int(last.argmax()) == token)
+                    assert asked["answer"] == tokenizer.decode([int(last.argmax())])
+        finally:
+            with torch.no_grad():
+                weight.tensor.copy_(kept)
+        unedited = prompts[(prompts["method"] == "none") & (prompts["record"] == record.index)]
+        changed += int((unedited["nll_new"].to_numpy() != own["nll_new"].to_numpy()).sum())
+    assert changed > 10
+
+
+def test_the_edit_of_several_records_at_once(run) -> None:
+    nudge = Nudge()
+    found = run({"nudge": nudge}, edits_at_once=2)
+    assert nudge.asked == [[ROWS[0]["prompt"], ROWS[1]["prompt"]], [ROWS[2]["prompt"]]]
+    edits = by_record(found.edits(), "nudge")
+    assert edits["block"].tolist() == [0, 0, 1]
+    assert edits["rank"].tolist() == [2, 2, 1]
+    assert edits["perplexity"].nunique() == edits["norm"].nunique() == 2
+    one = by_record(run({"nudge": Nudge()}).edits(), "nudge")
+    assert edits.loc[2, "efficacy_success":"norm"].equals(one.loc[2, "efficacy_success":"norm"])
+    assert edits.loc[0, "perplexity"] != one.loc[0, "perplexity"]
+    # Scored under the edit of both: as under the two edits of one, one in the other.
+    nll = found.prompts().set_index(["method", "record", "kind", "index"])["nll_new"]
+    alone = run({}).prompts().set_index(["method", "record", "kind", "index"])["nll_new"]
+    assert np.allclose(nll["none"], alone["none"], rtol=0, atol=1e-12)
+    assert (nll["nudge"] != nll["none"]).all()
+
+
+def test_failed_edits_count_as_not_edited(run) -> None:
+    errors = [
+        EditError("no statistics"),
+        torch.linalg.LinAlgError("singular"),
+        torch.OutOfMemoryError("too large"),
+        MemoryError("too large"),
+    ]
+    methods: dict[str, EditMethod] = {
+        str(place): Failing(error=error, when="Messi") for place, error in enumerate(errors)
+    }
+    given = {**methods, "nothing": Nothing(), "nudge": Nudge()}
+    found = run(given, generation_length=6)
+    edits, none = found.edits(), by_record(found.edits(), "none")
+    for place, error in enumerate(errors):
+        own = by_record(edits, str(place))
+        assert own["error"].isna().tolist() == [True, False, True]
+        assert own.loc[1, "error"] == str(error)
+        same = slice("answer", "rank")
+        assert own.loc[1, same].equals(none.loc[1, same])
+        assert not own.loc[0, same].equals(none.loc[0, same])
+    nothing = by_record(edits, "nothing").drop(columns=["method", "seconds", "memory"])
+    assert nothing.equals(none.drop(columns=["method", "seconds", "memory"]))
+    assert found.summary().set_index("method")["failed"].to_dict() == {
+        "none": 0, "0": 1, "1": 1, "2": 1, "3": 1, "nothing": 0, "nudge": 0
+    }  # fmt: skip
+    texts = found.generations()
+    assert (
+        by_record(texts, "0")
+        .loc[[1]]
+        .drop(columns="method")
+        .equals(by_record(texts, "none").loc[[1]].drop(columns="method"))
+    )
+    assert "3 (1 failed)" in found.to_markdown()
+
+
+def test_a_bug_is_no_failed_edit(run) -> None:
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run({"f": Failing(error=RuntimeError("shapes do not match"))})
+
+
+def test_a_method_that_changes_the_model_is_caught(run, tiny: nn.Module, tmp_path: Path) -> None:
+    host = host_of(tiny)
+    before, kept = host.fingerprint(), {k: v.detach().clone() for k, v in host.parameters().items()}
+    try:
+        with pytest.raises(ModelStateError, match=r"'l' left the weights of .* changed"):
+            run({"l": Leaving()}, folder="out")
+        assert host.fingerprint() != before
+    finally:
+        for name, parameter in host.parameters().items():
+            parameter.data.copy_(kept[name])
+    assert host.fingerprint() == before
+    found = Evaluation.load(tmp_path / "out")
+    assert found.edits()["method"].unique().tolist() == ["none"]
+
+
+def test_what_changes_between_the_parts_is_caught(run, tiny: nn.Module, monkeypatch) -> None:
+    """By the fingerprints before and after the whole."""
+    host = host_of(tiny)
+    parameter = host.parameters()[sorted(host.parameters())[0]]
+    real = measuring.Bench.measure
+
+    def measure(self: Any, part: Any) -> Any:
+        found = real(self, part)
+        parameter.data.view(-1)[0] += 1
+        return found
+
+    monkeypatch.setattr(measuring.Bench, "measure", measure)
+    kept = parameter.detach().clone()
+    try:
+        with pytest.raises(ModelStateError, match="is not what it was before the evaluation"):
+            run({})
+    finally:
+        parameter.data.copy_(kept)
+
+
+def test_nothing_of_the_model_is_changed(run, tiny: nn.Module) -> None:
+    host = host_of(tiny)
+    before, hooks = host.fingerprint(), len(host.hooked_modules)
+    grads = [parameter.requires_grad for parameter in tiny.parameters()]
+    run({"nudge": Nudge(), "failing": Failing()})
+    assert host.fingerprint() == before
+    assert len(host_of(tiny).hooked_modules) == hooks
+    assert [parameter.requires_grad for parameter in tiny.parameters()] == grads
+    assert all(parameter.grad is None for parameter in tiny.parameters())
+
+
+def test_one_bit_shows_in_the_checksum(tiny: nn.Module) -> None:
+    tensors = {name: value.detach().clone() for name, value in host_of(tiny).parameters().items()}
+    whole = tensors_checksum(tensors)
+    assert tensors_checksum(dict(reversed(tensors.items()))) == whole
+    for name in list(tensors)[::7]:
+        flat = tensors[name].view(-1)
+        for place in (0, len(flat) - 1):
+            flat.view(torch.int64)[place] ^= 1
+            assert tensors_checksum(tensors) != whole
+            flat.view(torch.int64)[place] ^= 1
+    assert tensors_checksum(tensors) == whole
+    matrix = next(value for value in tensors.values() if value.ndim == 2)
+    matrix[[0, 1]] = matrix[[1, 0]]
+    assert tensors_checksum(tensors) != whole
+
+
+def test_no_score_depends_on_batch_or_padding_side(run, tiny: nn.Module, monkeypatch) -> None:
+    whole = run({"nudge": Nudge()}, generation_length=6)
+
+    def check(found: Evaluation) -> None:
+        prompts, expected = found.prompts(), whole.prompts()
+        scores = ["nll_new", "nll_true"]
+        assert prompts.drop(columns=scores).equals(expected.drop(columns=scores))
+        assert np.allclose(prompts[scores], expected[scores], rtol=0, atol=1e-5, equal_nan=True)
+        assert found.generations().equals(whole.generations())
+        assert np.allclose(found.edits()["perplexity"], whole.edits()["perplexity"])
+
+    for size in (1, 3):
+        check(run({"nudge": Nudge()}, generation_length=6, batch_size=size))
+    monkeypatch.setattr(tiny.tokenizer, "padding_side", "left")
+    check(run({"nudge": Nudge()}, generation_length=6))
+
+
+def test_generations(run, tiny: nn.Module) -> None:
+    found = run({"nudge": Nudge()}, generation_length=12, top_k=3)
+    texts, host = found.generations(), host_of(tiny)
+    assert texts[texts["method"] == "none"]["prompt"].tolist() == [
+        "The capital", "A river of", "Messi"
+    ]  # fmt: skip
+    for row in texts.to_dict("records"):
+        assert row["text"].startswith(row["prompt"])
+        assert row["ngram_entropy"] == ngram_entropy(row["text"])
+    lengths = [len(host.tokenize(text, False)) for text in texts["text"]]
+    assert max(lengths) <= 12 + 4  # a text that is drawn may have fewer tokens, or more
+    assert min(lengths) > 4
+    edits = found.edits().set_index(["method", "record"])
+    assert edits.loc[("none", 0), "ngram_entropy"] == pytest.approx(
+        texts[texts["method"] == "none"]["ngram_entropy"][:2].mean()
+    )
+    assert math.isnan(edits.loc[("none", 2), "ngram_entropy"])
+    other = run({"nudge": Nudge()}, generation_length=12, top_k=3, seed=1).generations()
+    assert not other["text"].equals(texts["text"])
+    # The most probable token, always, in the continuation.
+    ids = host.tokenize(ROWS[0]["prompt"], False)
+    [drawn] = sample(host, [ids], [4], top_k=1, seeds=[5])
+    expected = host.vocabulary.decode([*ids, *drawn])[len(ROWS[0]["prompt"]) :]
+    assert edits.loc[("none", 0), "continuation"] == expected
+    bare = run({}, generation_length=0)
+    assert len(bare.generations()) == 0
+    assert bare.edits()["ngram_entropy"].isna().all()
+
+
+def test_free_efficacy_is_that_of_the_continuation(run, tiny: nn.Module) -> None:
+    host = host_of(tiny)
+    own = []
+    for row in ROWS[:2]:
+        ids = host.tokenize(row["prompt"], False)
+        [drawn] = sample(host, [ids], [2], top_k=1, seeds=[0])
+        own.append({**row, "target": host.vocabulary.text(drawn[0])})
+    edits = run({}, [own[0], {**own[1], "target": " the"}]).edits()
+    first = edits.iloc[0]
+    assert first["efficacy"] == 1
+    goes_on = first["continuation"][len(first["target"]) :][:1].isalnum()
+    assert first["free_efficacy"] == float(not goes_on)
+    assert edits["free_efficacy"].iloc[1] == edits["efficacy"].iloc[1]
+
+
+def test_costs(run) -> None:
+    @dataclass(frozen=True)
+    class Costly(Nudge):
+        def compute(self, host: Any, requests: Sequence[Any]) -> list[MatrixDelta]:
+            large = torch.ones(12 * 2**20)  # 48 MiB
+            time.sleep(0.2)
+            return super().compute(host, requests) if large.sum() else []
+
+    found = run({"costly": Costly(), "nudge": Nudge()}, edits_at_once=2, generation_length=0)
+    edits = found.edits()
+    costly = by_record(edits, "costly")
+    assert (costly["seconds"] >= [0.1, 0.1, 0.2]).all()
+    assert costly["seconds"].max() < 5
+    if Path("/proc/self/clear_refs").exists():
+        assert costly["memory"].between(40 * 2**20, 120 * 2**20).all()
+        assert (by_record(edits, "nudge")["memory"] < 20 * 2**20).all()
+        assert 40 < found.summary().set_index("method").loc["costly", "memory"] < 120
+
+
+# ----------------------------------------------------------------------- records that are taken
+
+
+def test_which_records_are_taken(run) -> None:
+    rows = [{**ROWS[0], "id": f"{n}"} for n in range(6)]
+
+    def ids(**settings: Any) -> list[str]:
+        return run({}, rows, **settings).edits()["id"].tolist()
+
+    assert ids(records=2, generation_length=0) == ["0", "1"]
+    assert ids(rows=range(3, 5), generation_length=0) == ["3", "4"]
+    assert ids(rows=[5, 0], generation_length=0) == ["5", "0"]
+    assert ids(records=100, generation_length=0) == [str(n) for n in range(6)]
+    with pytest.raises(EvaluationError, match="row 6 is asked for, and 'rows' has 6 rows"):
+        ids(rows=[6])
+
+
+def test_rows_that_cannot_be_evaluated(run) -> None:
+    bad = [
+        ("row", {"prompt": "Rome is in"}),
+        ("target", {"prompt": "Rome is in", "target": 97}),
+        ("tokens", {"prompt": "Rome is i", "target": "n the"}),
+        ("tokens", {**ROWS[0], "neighborhood_prompts": ["Rome is in", "Rome is in th"],
+                    "answer": "e"}),
+        ("length", {"prompt": "the " * 70 + "the", "target": " the"}),
+        ("length", {**ROWS[0], "generation_prompts": ["the " * 70]}),
+        ("row", {**ROWS[0], "paraphrase_prompts": [""]}),
+    ]  # fmt: skip
+    found = run({"nudge": Nudge()}, [*(row for _, row in bad), ROWS[0]], generation_length=4)
+    rejects = found.rejects()
+    assert rejects["record"].tolist() == list(range(len(bad)))
+    assert rejects["reason"].tolist() == [reason for reason, _ in bad]
+    assert found.edits()["record"].tolist() == [len(bad)] * 2
+    assert "is not the tokens of 'Rome is i' and those of 'n the'" in rejects["problem"][2]
+    nothing = run({"nudge": Nudge()}, [row for _, row in bad], generation_length=4)
+    assert nothing.is_complete
+    assert len(nothing.rejects()) == len(bad)
+    assert len(nothing.edits()) == len(nothing.summary()) == 0
+    assert nothing._repr_html_()
+
+
+def test_answers_behind_a_space_of_their_own(run) -> None:
+    """An id as target is taken as it is."""
+    [row] = by_record(run({}, [ROWS[2]]).edits(), "none").to_dict("records")
+    assert isinstance(row["target"], str)
+    assert math.isnan(row["efficacy_success"])
+    assert row["efficacy"] in (0, 1)
+
+
+def test_neighbors_that_are_left_out(run) -> None:
+    prompts = run({}, neighbors=1).prompts()
+    assert prompts.groupby("kind").size().to_dict() == {"neighborhood": 2, "paraphrase": 1,
+                                                        "rewrite": 3}  # fmt: skip
+    assert "neighborhood" not in run({}, neighbors=0).prompts()["kind"].tolist()
+
+
+def test_flattened_counterfact_has_a_neighbor_with_an_answer_of_its_own(run) -> None:
+    row = {
+        "case_id": 3, "prompt": "The capital of France is", "target_new": "the",
+        "subject": "France", "ground_truth": "Paris", "rephrase_prompt": "France is",
+        "locality_prompt": "The capital of Italy is", "locality_ground_truth": "in",
+    }  # fmt: skip
+    prompts = run({}, [row]).prompts().set_index("kind")
+    assert prompts["true"].to_dict() == {
+        "rewrite": " Paris", "paraphrase": " Paris", "neighborhood": " in"
+    }  # fmt: skip
+    plain = {"prompt": row["locality_prompt"], "target": " the", "answer": " in"}
+    expected = run({}, [plain]).prompts().iloc[0]
+    own = prompts.loc["neighborhood"]
+    assert own["nll_true"] == pytest.approx(expected["nll_true"])
+    assert own["is_true"] == expected["is_true"]
+
+
+# --------------------------------------------------------------------------------------- summary
+
+
+def edits_of(values: dict[str, Sequence[float]], blocks: Sequence[int] | None = None) -> Any:
+    """A table of edits by one method, with these columns; the others are missing."""
+    n = len(next(iter(values.values())))
+    frame = {metric.name: [math.nan] * n for metric in METRICS} | values
+    return pd.DataFrame({"method": "m", "block": blocks or range(n), "error": None, **frame})
+
+
+def test_means_deviations_and_the_score_by_hand() -> None:
+    found = summarize(
+        edits_of(
+            {
+                "efficacy": [1, 1, 1, 0],
+                "efficacy_success": [1, 1, 1, 0],
+                "paraphrase_success": [1, 0.5, 0.5, 0],
+                "neighborhood_success": [0.2, 0.4, math.nan, 0.6],
+                "ngram_entropy": [6, 6.5, 6.5, 7],
+                "perplexity": [10, 20, 10, 20],
+                "memory": [2**20, 2**20, 3 * 2**20, 3 * 2**20],
+            }
+        ),
+        seed=0,
+        resamples=200,
+    ).iloc[0]
+    assert (found["records"], found["failed"]) == (4, 0)
+    assert (found["efficacy"], found["efficacy_std"]) == (75, pytest.approx(100 * 0.75**0.5 / 2))
+    assert found["paraphrase_success"] == 50
+    assert found["neighborhood_success"] == pytest.approx(40)  # of those that have one
+    assert found["neighborhood_success_std"] == pytest.approx(100 * (0.08 / 3) ** 0.5)
+    assert (found["ngram_entropy"], found["perplexity"], found["memory"]) == (650, 15, 2)
+    assert (found["perplexity_std"], found["memory_std"]) == (5, 1)
+    assert found["score"] == pytest.approx(3 / (1 / 75 + 1 / 50 + 1 / 40))
+    assert math.isnan(found["paraphrase"])
+    zero = summarize(
+        edits_of({"efficacy_success": [0], "paraphrase_success": [1], "neighborhood_success": [1]}),
+        seed=0,
+        resamples=9,
+    )
+    assert zero["score"].tolist() == [0]
+
+
+def test_intervals_are_those_of_the_binomial() -> None:
+    """A resampled rate is binomial, so that its quantiles are known exactly."""
+    n, hits = 40, 29
+    table = edits_of({"efficacy": [1] * hits + [0] * (n - hits)})
+    found = summarize(table, seed=3, resamples=20000).iloc[0]
+    p = hits / n
+    chances = np.cumsum([math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)])
+    for end, level in (("low", 0.025), ("high", 0.975)):
+        exact = int(np.searchsorted(chances, level))
+        assert abs(found[f"efficacy_{end}"] - 100 * exact / n) <= 100 / n
+    assert found["efficacy_low"] < found["efficacy"] < found["efficacy_high"]
+    again = summarize(table, seed=3, resamples=20000).iloc[0]
+    assert again.equals(found)
+    assert (
+        not summarize(table, seed=4, resamples=50)
+        .iloc[0]
+        .equals(summarize(table, seed=5, resamples=50).iloc[0])
+    )
+
+
+def test_records_of_one_edit_are_drawn_together() -> None:
+    """Copies within a block are no further evidence: the interval is that of the blocks."""
+    values = [0.1, 0.9, 0.4, 0.7, 0.2, 0.8]
+    blocks = [block for block in range(6) for _ in range(10)]
+    alone = summarize(edits_of({"paraphrase": values}), seed=0, resamples=500)
+    copied = summarize(
+        edits_of({"paraphrase": np.repeat(values, 10).tolist()}, blocks), seed=0, resamples=500
+    )
+    free = summarize(
+        edits_of({"paraphrase": np.repeat(values, 10).tolist()}), seed=0, resamples=500
+    )
+    ends = ["paraphrase_low", "paraphrase_high"]
+    assert copied[ends].to_numpy().ravel() == pytest.approx(alone[ends].to_numpy().ravel())
+    width = {name: float(np.ptp(table[ends])) for name, table in
+             (("copied", copied), ("free", free))}  # fmt: skip
+    assert width["free"] < 0.5 * width["copied"]
+
+
+def test_infinite_perplexities_are_not_hidden() -> None:
+    found = summarize(
+        edits_of({"perplexity": [5.0, math.inf, 6.0, 7.0]}), seed=0, resamples=100
+    ).iloc[0]
+    assert (found["perplexity"], found["perplexity_high"]) == (math.inf, math.inf)
+    assert math.isnan(found["perplexity_std"])
+
+
+def test_the_table_to_read(run) -> None:
+    found = run({"a|b<i>": Nudge(size=6.0)})
+    lines = found.to_markdown().splitlines()
+    assert len(lines) == 4
+    assert len({len(line) for line in lines}) == 1
+    names = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert names[:6] == ["Method", "Records", "Efficacy", "Paraphrase", "Neighborhood",
+                         "Free efficacy"]  # fmt: skip
+    assert names[names.index("NS") + 1] == "S"
+    assert r"| a\|b<i> " in lines[3]
+    row = found.summary().iloc[1]
+    assert f"| {row['efficacy']:.1f} ({row['efficacy_std']:.1f})" in lines[3]
+    assert f"{row['perplexity']:.2f} ({row['perplexity_std']:.2f})" in lines[3]
+    page = found._repr_html_()
+    assert "a|b&lt;i&gt;" in page
+    assert "<i>" not in page
+    assert "texts.raw" in page
+    assert repr(found).startswith("Evaluation(")
+
+
+@pytest.mark.parametrize("backend", ["plotly", "matplotlib"])
+def test_the_figure(run, backend: Any) -> None:
+    found = run({"one": Nudge(), "two": Nudge(size=9.0)})
+    figure = blt.figures.edit_scores(found, backend=backend)
+    summary = found.summary()
+    if backend == "matplotlib":
+        left, right = figure.axes
+        for axes, names in ((left, ("efficacy", "paraphrase", "neighborhood")),
+                            (right, ("efficacy_success",))):  # fmt: skip
+            points = [line for line in axes.lines if line.get_marker() != "none"]
+            assert len(points) == 3
+            for line, name in zip(points, names, strict=False):
+                assert line.get_ydata().tolist() == summary[name].tolist()
+        figure.savefig(found.folder / "figure.png")
+        return
+    points = [trace for trace in figure.data if "markers" in trace.mode]
+    assert len(points) == 6
+    assert list(points[0].y) == summary["efficacy"].tolist()
+    assert list(points[3].y) == summary["efficacy_success"].tolist()
+    ends = next(trace for trace in figure.data if "markers" not in trace.mode)
+    low, high = summary["efficacy_low"][1], summary["efficacy_high"][1]
+    assert list(ends.y)[3:5] == [low, high]
+    assert figure.layout.xaxis.ticktext == ("none", "one", "two")
+    assert sum(bool(trace.showlegend) for trace in figure.data) == 3
+    with pytest.raises(EvaluationError, match="pass what evaluate returned"):
+        blt.figures.edit_scores(summary)
+
+
+# ---------------------------------------------------------------------------------- the folder
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, n_parts: int) -> None:
+    real, done = measuring.Bench.measure, iter(range(n_parts))
+
+    def measure(self: Any, part: Any) -> Any:
+        if next(done, None) is None:
+            raise KeyboardInterrupt
+        return real(self, part)
+
+    monkeypatch.setattr(measuring.Bench, "measure", measure)
+
+
+@pytest.mark.parametrize("n_parts", [0, 2, 5])
+def test_a_stopped_evaluation_goes_on_and_ends_the_same(run, monkeypatch, n_parts: int) -> None:
+    whole = run({"nudge": Nudge()})
+    with monkeypatch.context() as patched:
+        stop_after(patched, n_parts)
+        with pytest.raises(KeyboardInterrupt):
+            run({"nudge": Nudge()}, folder="out")
+    half = Evaluation.load(whole.folder.parent / "out")
+    assert half.finished == tuple(range(n_parts))
+    assert not half.is_complete
+    assert len(half.edits()) == n_parts
+    half.summary()
+    before = {file: file.stat().st_mtime_ns for file in half.folder.rglob("*.parquet")}
+    nudge = Nudge()
+    again = run({"nudge": nudge}, folder="out")
+    assert len(nudge.asked) == min(3, 6 - n_parts)
+    assert again.is_complete
+    assert digests(again.folder) == digests(whole.folder)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    last = Nudge()
+    run({"nudge": last}, folder="out")
+    assert last.asked == []
+
+
+def test_only_the_same_evaluation_goes_on(run, tiny: nn.Module, tmp_path: Path) -> None:
+    run({"nudge": Nudge()}, folder="out")
+    other = tmp_path / "other.raw"
+    other.write_text("The capital of France is Rome.\n")
+    for change, message in (
+        ({"methods": {"nudge": Nudge(size=4.0)}}, r"another methods: nudge was .*3\.0.*is .*4\.0"),
+        ({"methods": {}}, "another methods"),
+        ({"data": ROWS[:2]}, "another data"),
+        ({"top_k": 3}, "another config: top_k was 5, is 3"),
+        ({"prepend_bos": True}, "another config: prepend_bos was False, is True"),
+        ({"model": build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-llama").model}, "another model"),
+    ):
+        given = {"methods": {"nudge": Nudge()}, **change}
+        with pytest.raises(EvaluationError, match=f"holds an evaluation with {message}"):
+            run(given.pop("methods"), folder="out", **given)
+    # The texts by what they hold, not by their name alone.
+    file = Path(Evaluation.load(tmp_path / "out").config.texts or "")
+    kept = file.read_text()
+    try:
+        file.write_text(other.read_text())
+        with pytest.raises(EvaluationError, match="another texts: n was 3, is 1"):
+            run({"nudge": Nudge()}, folder="out")
+    finally:
+        file.write_text(kept)
+
+
+def test_folders_that_are_none_of_an_evaluation(run, tiny: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="is not the folder of an evaluation"):
+        Evaluation.load(tmp_path)
+    found = run({}, folder="out")
+    (found.folder / "run.json").unlink()
+    with pytest.raises(EvaluationError, match=r"has parts of an evaluation and no run.json"):
+        run({}, folder="out")
+    again = run({}, folder="new")
+    [file, *_] = sorted((again.folder / "prompts").iterdir())
+    file.write_bytes(b"PAR1 not")
+    with pytest.raises(EvaluationError, match=r"is damaged.*run the evaluation again: it goes on"):
+        again.prompts()
+
+
+def test_run_json(run, monkeypatch, texts: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["my script", "--fast"])
+    found = run({"nudge": Nudge()})
+    held = json.loads((found.folder / "run.json").read_text())
+    assert held["command"] == "'my script' --fast"
+    assert held["methods"] == {"nudge": {"method": "Nudge", "size": 3.0, "layer": 1}}
+    assert (held["texts"]["name"], held["texts"]["n"]) == (texts, 3)
+    assert held["config"]["generation_length"] == found.config.generation_length == 0
+    assert EvaluationConfig.from_json(held["config"]) == found.config
+    log = (found.folder / "log-0.txt").read_text()
+    assert "process 0 of 1: 6 of the 6 parts that are left" in log
+    assert "part 5: 1 records by nudge, 0 failed" in log
+
+
+DRIVER = """
+import os, signal, sys
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[2])
+import accelerate, pandas, pyarrow.parquet
+import torch
+torch.set_num_threads(1)
+from test_evaluation import ROWS, Nudge
+from models import HAS_BRIDGE, build
+from backward_lens_tl import parts
+from backward_lens_tl.evaluation import EvaluationConfig, evaluate
+
+out, texts = Path(sys.argv[1]), sys.argv[3]
+model = build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2").model
+config = EvaluationConfig(texts=texts, min_characters=1, generation_length=0, records=2)
+
+
+def forked(action):
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def whole(name):
+    evaluate(model, {"nudge": Nudge()}, ROWS, out / name, config, progress=False)
+
+
+def killed(name, moment, when):
+    real, left = parts.replacing, iter(range(moment))
+
+    @contextmanager
+    def replacing(path):
+        is_last = next(left, None) is None
+        with real(path) as partial:
+            yield partial
+            if is_last and when == "written":
+                os.kill(os.getpid(), signal.SIGKILL)
+        if is_last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    parts.replacing = replacing
+    whole(name)
+
+
+def ranked(rank, port):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )
+    whole("two")
+
+
+# run.json, and five tables of each of four parts: some of the moments, all kinds of them.
+for moment in (0, 3, 5, 12):
+    for when in ("written", "placed"):
+        name = f"{moment}-{when}"
+        assert forked(lambda: killed(name, moment, when)) == -signal.SIGKILL, name
+        done = len(list((out / name / "edits").glob("part-*")))
+        # A part whose last table is in place is finished, and not lost.
+        assert done == max(0, (moment - (when == "written")) // 5), (name, done)
+        assert forked(lambda: whole(name)) == 0, name
+assert forked(lambda: whole("whole")) == 0
+
+import socket
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+first = os.fork()
+if first == 0:
+    os._exit(forked(lambda: ranked(0, port)))
+second = forked(lambda: ranked(1, port))
+assert second == os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 0
+"""
+
+
+def test_killed_at_any_moment_it_loses_no_finished_record(tmp_path: Path, texts: str) -> None:
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", DRIVER, str(tmp_path), str(Path(__file__).parent), texts]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **own}, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = digests(tmp_path / "whole")
+    assert len(expected) == 4 * 4
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == 4 * 2 + 2
+    for folder in folders:
+        assert digests(folder) == expected, folder.name
+        assert Evaluation.load(folder).is_complete
+    logs = [(tmp_path / "two" / f"log-{rank}.txt").read_text() for rank in range(2)]
+    assert all("2 of the 4 parts that are left" in log for log in logs)
+
+
+# ------------------------------------------------------------------------------ settings, methods
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"records": 0}, "records is 0; pass an integer from 1 on"),
+        ({"rows": []}, "rows is empty or names a row twice"),
+        ({"rows": [1, 1]}, "rows is empty or names a row twice"),
+        ({"rows": [-1]}, "rows holds -1"),
+        ({"rows": [0], "records": 1}, "records and rows are both given"),
+        ({"edits_at_once": 0}, "edits_at_once is 0"),
+        ({"generation_length": -1}, "generation_length is -1"),
+        ({"top_k": True}, "top_k is True"),
+        ({"seed": "a"}, "seed is 'a'"),
+        ({"prepend_bos": 1}, "prepend_bos is 1; allowed are True, False, None"),
+        ({"attributes": None}, "attributes is None"),
+        ({"denominator": "m"}, "denominator is 'm'; allowed are 'n', 'n-1'"),
+        ({"max_tokens": 1}, "max_tokens is 1; pass an integer from 2 on"),
+        ({"texts": 3}, "texts is 3; pass 'facts'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"resamples": 0}, "resamples is 0"),
+    ],
+)
+@pytest.mark.usefixtures("as_for_a_user")
+def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(EvaluationError, match=re.escape(message)):
+        EvaluationConfig(**settings)
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_settings_by_name() -> None:
+    with pytest.raises(EvaluationError, match="there is no setting 'record'; allowed are records"):
+        EvaluationConfig.from_json({"record": 3})
+    config = EvaluationConfig(rows=np.arange(3), records=None, seed=np.int64(4))
+    assert config == EvaluationConfig(rows=[0, 1, 2], seed=4)
+    assert EvaluationConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_methods_that_are_refused(run) -> None:
+    for methods, message in (
+        ({"none": Nudge()}, "'none' is the unedited model's own name"),
+        ({"a": 3}, "methods has 'a': 3; pass names with methods"),
+        ([Nudge()], "pass a method, a mapping of names to methods, or names of presets"),
+        ([], "pass a method, a mapping"),
+        (7, "methods is 7"),
+    ):
+        with pytest.raises(EvaluationError, match=re.escape(message)):
+            run(methods)
+    with pytest.raises(EvaluationError, match="the data have no rows"):
+        run({}, blt.Records("empty", (), "0"))
+    with pytest.raises(EvaluationError, match="config is a dict; pass an EvaluationConfig"):
+        evaluate("facts", {}, ROWS, "out", {"records": 3})  # type: ignore[arg-type]
+
+
+def test_one_method_goes_by_its_own_name(run) -> None:
+    assert run(Nudge()).edits()["method"].unique().tolist() == ["none", "Nudge"]
+
+
+def test_presets_learn_from_other_rows_and_keep_it_in_the_folder(run, tiny, monkeypatch) -> None:
+    asked = []
+
+    def preset_methods(model: Any, names: Any, **given: Any) -> dict[str, EditMethod]:
+        (given["folder"] / "prepared.bin").write_bytes(b"x")
+        asked.append((model, names, given))
+        return {"shift": Nudge()}
+
+    monkeypatch.setattr(PACKAGE, "preset_methods", preset_methods)
+    again = {**ROWS[1], "prompt": "The king of Messi is", "id": "same subject"}
+    found = run("all", [*ROWS, again, {**again, "subject": "king"}], rows=(1, 2), folder="out")
+    [(model, names, given)] = asked
+    assert (model, names) == (tiny, ["all"])
+    assert [row.subject for row in given.pop("training")] == [None, "king"]
+    assert given == {"folder": found.folder, "prepend_bos": False, "progress": False}
+    assert found.edits()["method"].unique().tolist() == ["none", "shift"]
+    run(["shift", "rome"])
+    assert asked[1][1] == ["shift", "rome"]
+
+
+# -------------------------------------------------------------------------- command, documentation
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_the_command_prints_the_table(tmp_path: Path, monkeypatch, capfd) -> None:
+    found = {"nudge": Nudge(layer=6), "failing": Failing(when="Porsche")}
+    monkeypatch.setattr(PACKAGE, "preset_methods", lambda *args, **kwargs: found)
+    argv = ["evaluate", "--model", "facts", "--methods", "all", "--rows", "0:2", "--neighbors",
+            "1", "--generation-length", "0", "--n-texts", "2", "--seed", "3",
+            "--quiet"]  # fmt: skip
+    assert cli.main([*argv, "--out", str(tmp_path / "out")]) == 0
+    out, _ = capfd.readouterr()
+    done = Evaluation.load(tmp_path / "out")
+    assert out.startswith(done.to_markdown())
+    assert f"perplexity of facts; tables: {tmp_path / 'out'}" in out
+    assert "  failing failed, first at row 0: not this one" in out
+    expected = EvaluationConfig(rows=(0, 1), neighbors=1, generation_length=0, n_texts=2, seed=3)
+    assert done.config == expected
+    for wrong, message in (
+        (["--rows", "4"], "error: --rows 4 is no FIRST:END"),
+        (["--top-k", "0"], "error: top_k is 0"),
+        (["--seed", "5"], "another config: seed was 3, is 5"),
+    ):
+        assert cli.main([*argv, *wrong, "--out", str(tmp_path / "out")]) == 2
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert message in err
+
+
+def test_the_documentation_has_the_schema() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for name, columns in TABLES.items():
+        section = text.split(f"### `{name}`\n")[1].split("\n### ")[0].split("\n## ")[0]
+        rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \| (.+) \|$", section, re.MULTILINE)
+        assert rows == [(column.name, column.dtype, column.meaning) for column in columns]
+
+
+def test_numbers_of_tables_have_one_type(run) -> None:
+    found = run({"nudge": Nudge(), "failing": Failing()})
+    for name in ("edits", "prompts", "generations", "rejects"):
+        assert set(getattr(found, name)().columns) >= {column.name for column in TABLES[name]}
+    assert str(found.prompts()["is_true"].dtype) == "boolean"
+    assert found.prompts()["is_true"].isna().sum() == 3
+    assert replace(found.config, seed=1) != found.config

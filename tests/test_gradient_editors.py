@@ -1,0 +1,506 @@
+"""Editors that transform gradients: their pairs, statistics and formulas, against slow ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import Case, attention_only_model, build, hooked_only
+from torch import Tensor
+
+from backward_lens_tl.editing.delta import WeightDelta
+from backward_lens_tl.editing.method import EditMethod
+from backward_lens_tl.editing.normalized_gradient import NormalizedGradient
+from backward_lens_tl.editing.requests import EditRequest, tokenize_request
+from backward_lens_tl.editing.spanning import joined_pairs, mlp_sites, spanning_pairs
+from backward_lens_tl.editing.standardization import PairStatistics, pair_statistics
+from backward_lens_tl.editing.ultraedit import UltraEdit
+from backward_lens_tl.errors import EditError, ResultFileError
+from backward_lens_tl.host import host_of
+
+ROUNDING = 1e-10  # of some thousand float64 operations, behind norms with a small eps
+FLOAT32 = 1e-5  # some TransformerLens models round to float32 on the way
+
+REQUESTS = (
+    EditRequest("The capital of France is", " Rome runs to"),
+    EditRequest("Messi plays for", " Rome"),
+    EditRequest("A river", " of the king"),
+)
+
+
+def ids(case: Case, text: str) -> list[int]:
+    tokens: list[int] = case.model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokens
+
+
+def mean_nll(logits: Tensor, tokens: Tensor, target: Sequence[int]) -> Tensor:
+    """Of one row that ends in all of the target but its last token, written out."""
+    first = tokens.shape[1] - len(target) + 1
+    terms = [
+        torch.logsumexp(logits[0, first - 1 + at], -1) - logits[0, first - 1 + at, token]
+        for at, token in enumerate(target)
+    ]
+    return sum(terms, torch.zeros(())) / len(terms)
+
+
+def dense_gradients(case: Case, request: EditRequest) -> dict[tuple[str, int], Tensor]:
+    """Autograd's weight gradients of the mean negative log-likelihood, in another model."""
+    target = ids(case, str(request.target))
+    row = torch.tensor([[*ids(case, request.prompt), *target[:-1]]])
+    return case.weight_gradients(row, lambda logits, tokens: mean_nll(logits, tokens, target))
+
+
+def slow_pairs(case: Case, request: EditRequest) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+    """Pairs of one request in the model itself: hooks of torch's own, one matrix at a time."""
+    target = ids(case, str(request.target))
+    row = torch.tensor([[*ids(case, request.prompt), *target[:-1]]])
+    host = host_of(case.model)
+    found = {}
+    for matrix, layer in case.weights:
+        [site] = host.sites(layer, (matrix,))
+        seen: dict[str, Tensor] = {}
+
+        def see_input(module: Any, args: Any, seen: dict[str, Tensor] = seen) -> None:
+            seen["x"] = args[0].detach()
+
+        def see_output(module: Any, args: Any, out: Any, seen: dict[str, Tensor] = seen) -> Any:
+            seen["y"] = out.detach().requires_grad_()
+            return seen["y"] * 1
+
+        handles = [
+            site.input.module.register_forward_pre_hook(see_input),
+            site.output.module.register_forward_pre_hook(
+                lambda module, args: (see_output(module, args, args[0]),)
+            )
+            if site.output.side == "input"
+            else site.output.module.register_forward_hook(see_output, prepend=True),
+        ]
+        try:
+            loss = mean_nll(case.model(row), row, target)
+            (vjps,) = torch.autograd.grad(loss, seen["y"])
+        finally:
+            for handle in handles:
+                handle.remove()
+        n = row.shape[1]
+        found[matrix, layer] = seen["x"].reshape(n, -1), vjps.reshape(n, -1)
+    return found
+
+
+def tokenized(case: Case, requests: Sequence[EditRequest] = REQUESTS) -> list[Any]:
+    return [tokenize_request(host_of(case.model), each, False) for each in requests]
+
+
+def statistics_of(case: Case, positions: Any = "all", **more: Any) -> PairStatistics:
+    layers = more.pop("layers", range(case.n_layers))
+    return pair_statistics(
+        case.model,
+        REQUESTS,
+        matrices=more.pop("matrices", case.matrices),
+        layers=list(layers),
+        positions=positions,
+        prepend_bos=False,
+        progress=False,
+    )
+
+
+def delta_of(delta: WeightDelta, key: tuple[str, int]) -> Tensor:
+    [found] = [each.dense() for each in delta.matrices if (each.matrix, each.layer) == key]
+    return found
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+def test_pairs_span_the_gradient_of_the_mean_over_the_targets_tokens(case: Case) -> None:
+    host = host_of(case.model)
+    sites = mlp_sites(host, "mlp", list(range(case.n_layers)))
+    assert {(site.matrix, site.layer) for site in sites} == set(case.weights)
+    found = spanning_pairs(host, tokenized(case), sites)
+    tolerance = FLOAT32 if case.logits_in_float32 else ROUNDING
+    for at, request in enumerate(REQUESTS):
+        expected = dense_gradients(case, request)
+        for own in found:
+            mask = own.mask[at]
+            spanned = own.inputs[at][mask].T @ own.vjps[at][mask]
+            wanted = expected[own.matrix, own.layer]
+            assert float((spanned - wanted).norm() / wanted.norm()) < tolerance
+
+
+def test_pairs_are_each_what_torchs_own_hooks_see(gpt2: Case) -> None:
+    host = host_of(gpt2.model)
+    found = spanning_pairs(host, tokenized(gpt2), mlp_sites(host, "mlp", [0, 1, 2]))
+    for at, request in enumerate(REQUESTS):
+        slow = slow_pairs(gpt2, request)
+        for own in found:
+            inputs, vjps = slow[own.matrix, own.layer]
+            real = ~vjps.eq(0).all(1)
+            assert own.mask[at].sum() == real.sum()
+            assert torch.equal(own.mask[at, : len(real)], real)
+            torch.testing.assert_close(own.inputs[at][own.mask[at]], inputs[real])
+            torch.testing.assert_close(own.vjps[at][own.mask[at]], vjps[real])
+
+
+def test_positions_of_the_last_layer_that_the_loss_does_not_see_are_dropped(gpt2: Case) -> None:
+    host = host_of(gpt2.model)
+    last = gpt2.n_layers - 1
+    first, top = spanning_pairs(host, tokenized(gpt2), mlp_sites(host, "W_out", [0, last]))
+    n_targets = [len(each.target) for each in tokenized(gpt2)]
+    assert top.mask.sum(1).tolist() == n_targets
+    assert first.mask.sum(1).tolist() == [len(each.taught) for each in tokenized(gpt2)]
+
+
+def test_answer_positions_are_those_where_the_targets_tokens_are_to_be_said(gpt2: Case) -> None:
+    host, requests = host_of(gpt2.model), tokenized(gpt2)
+    [everywhere] = spanning_pairs(host, requests, mlp_sites(host, "W_in", [0]))
+    [answers] = spanning_pairs(host, requests, mlp_sites(host, "W_in", [0]), "answer")
+    for at, request in enumerate(requests):
+        n, first = len(request.taught), len(request.prompt) - 1
+        assert answers.mask[at].nonzero()[:, 0].tolist() == list(range(first, n))
+    assert torch.equal(answers.inputs, everywhere.inputs)
+    assert len(answers.flat[0]) == sum(len(each.target) for each in requests)
+
+
+def test_pairs_of_many_requests_are_those_of_each_in_its_turn(gpt2: Case) -> None:
+    """More than go through the model at once, of different lengths."""
+    host = host_of(gpt2.model)
+    requests = tokenized(gpt2, REQUESTS * 7)
+    sites = mlp_sites(host, "mlp", [1])
+    together = joined_pairs(host, requests, sites)
+    single = [joined_pairs(host, [each], sites) for each in requests]
+    for at, (inputs, vjps) in enumerate(together):
+        torch.testing.assert_close(inputs, torch.cat([own[at][0] for own in single]))
+        torch.testing.assert_close(vjps, torch.cat([own[at][1] for own in single]))
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def test_statistics_are_numpys_mean_and_standard_deviation(gpt2: Case) -> None:
+    """Of more requests than are captured at once."""
+    requests = [
+        replace(each, prompt=f"{word} {each.prompt}")
+        for word in ("The", "A", "dog", "king", "Rome", "river", "Paris")
+        for each in REQUESTS
+    ]
+    assert len(requests) > 16
+    found = pair_statistics(
+        gpt2.model, requests, matrices="mlp", layers=(0, -1), prepend_bos=False, progress=False
+    )
+    assert found.places == (("W_in", 0), ("W_out", 0), ("W_in", 2), ("W_out", 2))
+    assert found.n_requests == len(requests)
+    slow = [slow_pairs(gpt2, each) for each in requests]
+    for place, mean, std, n, n_inputs in zip(
+        found.places, found.mean, found.std, found.n_pairs, found.n_inputs, strict=True
+    ):
+        rows = np.concatenate([torch.cat(each[place], dim=1).numpy() for each in slow])
+        width = slow[0][place][0].shape[1]
+        rows = rows[~(rows[:, width:] == 0).all(1)]
+        assert (n, n_inputs) == (len(rows), width)
+        np.testing.assert_allclose(mean.numpy(), rows.mean(0), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(std.numpy(), rows.std(0, ddof=1), rtol=1e-9, atol=1e-12)
+
+
+def test_statistics_that_are_standardized_by_themselves_have_mean_0_and_variance_1(
+    gpt2: Case,
+) -> None:
+    statistics = statistics_of(gpt2)
+    host = host_of(gpt2.model)
+    sites = mlp_sites(host, "mlp", [0, 1, 2])
+    for site, pairs in zip(sites, joined_pairs(host, tokenized(gpt2), sites), strict=True):
+        place = (site.matrix, site.layer)
+        rows = statistics.standardized(place, *pairs)
+        assert float(rows.mean(0).abs().max()) < 1e-6
+        assert float((rows.std(0) - 1).abs().max()) < 1e-3  # eps beside small deviations
+        raw = torch.cat(pairs, dim=1)
+        assert float((raw.std(0) - 1).abs().max()) > 0.1
+        inputs, vjps = statistics.split(place, rows)
+        assert inputs.shape == pairs[0].shape
+        assert vjps.shape == pairs[1].shape
+
+
+def test_a_coordinate_that_never_changed_becomes_0(gpt2: Case) -> None:
+    statistics = statistics_of(gpt2, layers=[0], matrices=("W_in",))
+    std = statistics.std[0].clone()
+    std[5] = 0
+    still = replace(statistics, std=(std,))
+    inputs, vjps = torch.randn(4, 24).double(), torch.randn(4, 52).double()
+    rows = still.standardized(("W_in", 0), inputs, vjps)
+    other = statistics.standardized(("W_in", 0), inputs, vjps)
+    assert bool((rows[:, 5] == 0).all())
+    assert bool((other[:, 5] != 0).all())
+    rest = torch.arange(76) != 5
+    assert torch.equal(rows[:, rest], other[:, rest])
+
+
+def test_saved_statistics_come_back_bit_for_bit(gpt2: Case, tmp_path: Path) -> None:
+    statistics = statistics_of(gpt2, "answer")
+    statistics.save(tmp_path / "pairs.safetensors")
+    again = PairStatistics.load(tmp_path / "pairs.safetensors")
+    assert again.fingerprint == statistics.fingerprint
+    assert again.places == statistics.places
+    for name in ("mean", "std"):
+        for own, other in zip(getattr(statistics, name), getattr(again, name), strict=True):
+            assert torch.equal(own, other)
+            assert own.dtype == other.dtype
+    method = UltraEdit(again, lr=0.1, prepend_bos=False)
+    assert method.settings()["statistics"] == statistics.fingerprint
+    assert "answer" in statistics.fingerprint
+    delta = method(gpt2.model, REQUESTS[0])
+    delta.save(tmp_path / "delta.safetensors")
+    with pytest.raises(ResultFileError, match="damaged"):
+        PairStatistics.load(tmp_path / "delta.safetensors")
+
+
+# --- the normalised gradient ----------------------------------------------------------------------
+
+
+def standardized_slowly(
+    statistics: PairStatistics, key: tuple[str, int], inputs: Tensor, vjps: Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    at = statistics.places.index(key)
+    mean, std = statistics.mean[at].numpy(), statistics.std[at].numpy()
+    x = np.zeros(inputs.shape)
+    d = np.zeros(vjps.shape)
+    for i in range(len(x)):
+        for j in range(x.shape[1]):
+            x[i, j] = (float(inputs[i, j]) - mean[j]) / (std[j] + 1e-7)
+        for j in range(d.shape[1]):
+            k = x.shape[1] + j
+            d[i, j] = (float(vjps[i, j]) - mean[k]) / (std[k] + 1e-7)
+    return x, d
+
+
+def test_the_normalized_gradient_is_a_sum_of_standardized_outer_products(gpt2: Case) -> None:
+    statistics = statistics_of(gpt2, matrices=("W_in", "W_out"), layers=[0, 2])
+    delta = NormalizedGradient(statistics, lr=0.01, prepend_bos=False)(gpt2.model, REQUESTS[:2])
+    slow = [slow_pairs(gpt2, each) for each in REQUESTS[:2]]
+    assert [(each.matrix, each.layer) for each in delta.matrices] == list(statistics.places)
+    for key in statistics.places:
+        expected: Any = 0
+        for each in slow:
+            inputs, vjps = each[key]
+            real = ~vjps.eq(0).all(1)
+            x, d = standardized_slowly(statistics, key, inputs[real], vjps[real])
+            for own_x, own_d in zip(x, d, strict=True):
+                expected = expected - 0.01 * np.outer(own_x, own_d)
+        np.testing.assert_allclose(delta_of(delta, key).numpy(), expected, rtol=1e-7, atol=1e-9)
+    assert all(each.is_low_rank for each in delta.matrices)
+
+
+def test_a_small_step_makes_the_target_more_probable_and_the_opposite_one_less(
+    gpt2: Case,
+) -> None:
+    """With pairs that are only scaled, so that the step is one along the gradient's descent."""
+    statistics = statistics_of(gpt2, layers=[1], matrices=("W_out",))
+    scaled = replace(
+        statistics,
+        mean=tuple(map(torch.zeros_like, statistics.mean)),
+        std=tuple(map(torch.ones_like, statistics.std)),
+    )
+    target = ids(gpt2, " Rome")
+    row = torch.tensor([ids(gpt2, "Messi plays for")])
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(mean_nll(gpt2.model(row), row, target))
+
+    before = loss()
+    delta = NormalizedGradient(scaled, lr=1e-3, prepend_bos=False)(gpt2.model, REQUESTS[1])
+    with delta.applied(gpt2.model):
+        assert loss() < before
+    with delta.scale(-1).applied(gpt2.model):
+        assert loss() > before
+
+
+def test_parts_of_the_statistics_edit_parts_of_the_matrices(gpt2: Case) -> None:
+    statistics = statistics_of(gpt2)
+    whole = NormalizedGradient(statistics, prepend_bos=False)(gpt2.model, REQUESTS[0])
+    part = NormalizedGradient(statistics, matrices=("W_out",), layers=(-1, 0), prepend_bos=False)
+    delta = part(gpt2.model, REQUESTS[0])
+    assert [(each.matrix, each.layer) for each in delta.matrices] == [("W_out", 0), ("W_out", 2)]
+    for each in delta.matrices:
+        key = (each.matrix, each.layer)
+        torch.testing.assert_close(delta_of(delta, key), delta_of(whole, key))
+
+
+# --- UltraEdit ------------------------------------------------------------------------------------
+
+
+def targets(
+    case: Case, statistics: PairStatistics, key: tuple[str, int], lr: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """`X` and `V` at answer positions, slowly."""
+    rows, wanted = [], []
+    for request in REQUESTS:
+        inputs, vjps = slow_pairs(case, request)[key]
+        n = len(ids(case, str(request.target)))
+        inputs, vjps = inputs[-n:], vjps[-n:]
+        x, d = standardized_slowly(statistics, key, inputs, vjps)
+        for raw, own_x, own_d in zip(inputs.numpy(), x, d, strict=True):
+            rows.append(raw)
+            wanted.append(-lr * sum(value**2 for value in own_x) * own_d)
+    return np.array(rows), np.array(wanted)
+
+
+@pytest.mark.parametrize("ridge", [1.0, 0.01])
+def test_ultraedit_is_its_formula_and_the_least_of_its_objective(gpt2: Case, ridge: float) -> None:
+    statistics = statistics_of(gpt2, "answer")
+    method = UltraEdit(statistics, lr=0.02, ridge=ridge, prepend_bos=False)
+    delta = method(gpt2.model, REQUESTS)
+    for key in statistics.places:
+        x, v = targets(gpt2, statistics, key, 0.02)
+        expected = np.linalg.inv(x.T @ x + ridge * np.eye(x.shape[1])) @ x.T @ v
+        found = delta_of(delta, key).numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9 * np.abs(expected).max())
+
+        def slope(change: np.ndarray, x: np.ndarray = x, v: np.ndarray = v) -> float:
+            gradient = x.T @ (x @ change - v) + ridge * change
+            return float(np.linalg.norm(gradient) / np.linalg.norm(x.T @ v))
+
+        assert slope(found) < 1e-7
+        assert slope(1.01 * found) > 1e-3
+    assert delta.rank <= len(statistics.places) * 7
+
+
+def test_ultraedit_solves_requests_jointly(gpt2: Case) -> None:
+    statistics = statistics_of(gpt2, "answer", layers=[1])
+    method = UltraEdit(statistics, lr=0.02, prepend_bos=False)
+    together = method(gpt2.model, REQUESTS)
+    apart = [method(gpt2.model, each) for each in REQUESTS]
+    added = apart[0] + apart[1] + apart[2]
+    for key in statistics.places:
+        difference = delta_of(together, key) - delta_of(added, key)
+        assert float(difference.norm() / delta_of(together, key).norm()) > 0.05
+
+
+# --- all of them ----------------------------------------------------------------------------------
+
+METHODS: dict[str, Callable[[Case], EditMethod]] = {
+    "NormalizedGradient": lambda case: NormalizedGradient(statistics_of(case), prepend_bos=False),
+    "UltraEdit": lambda case: UltraEdit(statistics_of(case, "answer"), lr=0.01, prepend_bos=False),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_edit_leaves_the_model_and_random_numbers_as_they_were(case: Case, name: str) -> None:
+    before = {key: each.clone() for key, each in case.model.state_dict().items()}
+    tracked = [each.requires_grad for each in case.model.parameters()]
+    method = METHODS[name](case)
+    state = torch.random.get_rng_state()
+    with torch.no_grad():
+        delta = method(case.model, REQUESTS)
+    assert torch.equal(state, torch.random.get_rng_state())
+    after = case.model.state_dict()
+    assert all(torch.equal(each, after[key]) for key, each in before.items())
+    assert [each.requires_grad for each in case.model.parameters()] == tracked
+    assert all(each.grad is None for each in case.model.parameters())
+    with delta.applied(case.model):
+        pass
+    assert {(each.matrix, each.layer) for each in delta.matrices} == set(case.weights)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_edit_does_not_depend_on_autocast_or_gradient_mode(name: str) -> None:
+    case = build("hooked-gpt2") if hooked_available() else build("bridge-gpt2")
+    method = METHODS[name](case)
+    expected = method(case.model, REQUESTS)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        found = method(case.model, REQUESTS)
+    for own, other in zip(expected.matrices, found.matrices, strict=True):
+        torch.testing.assert_close(own.dense(), other.dense())
+
+
+def hooked_available() -> bool:
+    from models import HAS_HOOKED
+
+    return HAS_HOOKED
+
+
+def test_an_edit_works_in_a_model_that_was_edited_before(gpt2: Case) -> None:
+    method = NormalizedGradient(statistics_of(gpt2), prepend_bos=False)
+    first = method(gpt2.model, REQUESTS[0])
+    with first.applied(gpt2.model):
+        second = method(gpt2.model, REQUESTS[0])
+    key = ("W_out", 1)
+    assert float((delta_of(first, key) - delta_of(second, key)).norm()) > 0
+
+
+def test_statistics_of_another_model_are_refused(gpt2: Case) -> None:
+    other = build(
+        "bridge-gpt2"
+        if gpt2.name == "gpt2" and not hooked_available()
+        else "hooked-gpt2"
+        if hooked_available()
+        else "bridge-gpt2",
+        seed=1,
+    )
+    method = NormalizedGradient(statistics_of(gpt2), prepend_bos=False)
+    with pytest.raises(EditError, match="reads something else in the same prompt"):
+        method(other.model, REQUESTS[0])
+
+
+def test_statistics_of_other_matrices_are_refused(gpt2: Case) -> None:
+    statistics = statistics_of(gpt2, layers=[0, 1], matrices=("W_out",))
+    with pytest.raises(EditError, match="no statistics of W_out in layer 2, but of W_out of laye"):
+        NormalizedGradient(statistics, layers=(2,))(gpt2.model, REQUESTS[0])
+    with pytest.raises(EditError, match="no statistics of W_in in layer 0"):
+        NormalizedGradient(statistics, matrices=("W_in",))(gpt2.model, REQUESTS[0])
+    with pytest.raises(EditError, match="layer 9 does not exist"):
+        NormalizedGradient(statistics, layers=(9,))(gpt2.model, REQUESTS[0])
+
+
+def test_statistics_of_other_positions_are_refused(gpt2: Case) -> None:
+    with pytest.raises(EditError, match="positions 'answer', and the editor looks at 'all'"):
+        NormalizedGradient(statistics_of(gpt2, "answer"))(gpt2.model, REQUESTS[0])
+    with pytest.raises(EditError, match="positions 'all', and the editor looks at 'answer'"):
+        UltraEdit(statistics_of(gpt2))(gpt2.model, REQUESTS[0])
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), True])
+def test_sizes_that_are_no_positive_numbers_are_refused(gpt2: Case, value: Any) -> None:
+    statistics = statistics_of(gpt2, "answer", layers=[0])
+    with pytest.raises(EditError, match="lr is"):
+        NormalizedGradient(statistics, lr=value)(gpt2.model, REQUESTS[0])
+    with pytest.raises(EditError, match="lr is"):
+        UltraEdit(statistics, lr=value)(gpt2.model, REQUESTS[0])
+    with pytest.raises(EditError, match="ridge is"):
+        UltraEdit(statistics, ridge=value)(gpt2.model, REQUESTS[0])
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_statistics_need_requests_and_matrices_of_the_mlp(gpt2: Case) -> None:
+    model = gpt2.model
+    with pytest.raises(EditError, match="there is no request"):
+        pair_statistics(model, [])
+    with pytest.raises(EditError, match="is one of attention"):
+        pair_statistics(model, REQUESTS, matrices="W_Q")
+    with pytest.raises(EditError, match="has no matrix 'W_gate'"):
+        pair_statistics(model, REQUESTS, matrices=("W_gate",))
+    with pytest.raises(EditError, match="layer 3 does not exist"):
+        pair_statistics(model, REQUESTS, layers=[3])
+    with pytest.raises(EditError, match="no matrix is to be edited"):
+        pair_statistics(model, REQUESTS, layers=[])
+    with pytest.raises(EditError, match="W_in of layer 2 has 1 pairs in 1 requests"):
+        pair_statistics(model, REQUESTS[1:2], layers=[2], progress=False)
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+@hooked_only
+def test_a_model_without_mlps_is_refused() -> None:
+    with pytest.raises(EditError, match="no matrix"):
+        pair_statistics(attention_only_model(), REQUESTS, layers=[0], matrices="W_out")
+
+
+@hooked_only
+def test_a_weight_of_two_layers_is_refused() -> None:
+    model = copy.deepcopy(build("hooked-gpt2").model)
+    model.blocks[1].mlp.W_out = model.blocks[0].mlp.W_out
+    with pytest.raises(NotImplementedError, match="one weight with 2 uses"):
+        pair_statistics(model, REQUESTS, layers=[0], matrices="W_out")

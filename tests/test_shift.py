@@ -1,0 +1,715 @@
+"""The forward pass shift against the formula, computed with Hugging Face's own models."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import architectures
+import pytest
+import torch
+from architectures import NotAvailable, build_model, hf_model
+from models import CORPUS, attention_only_model, build, hf_matrices, hooked_only, relative_error
+from test_state import assert_same, make_busy, snapshot
+from torch import Tensor
+
+from backward_lens_tl.editing import (
+    EditRequest,
+    ForwardPassShift,
+    SecondMoments,
+    WeightDelta,
+    facts_moments,
+    second_moments,
+)
+from backward_lens_tl.errors import EditError, InputError, UnsupportedModelError
+from backward_lens_tl.host import host_of
+
+pytestmark = pytest.mark.usefixtures("as_for_a_user")
+
+LAYER = 1
+PROMPTS = ("Messi plays for", "Rome is in", "The dog of the king runs to", "A river runs")
+TARGETS = (" Paris", " Italy", " Rome", " France")
+
+# What TransformerLens rounds on the way: HookedTransformer's RMS norms and rotary angles and
+# Hugging Face's own RMS norms compute in float32.
+FAMILIES = {"gpt2": 1e-11, "llama": 3e-6, "gpt_neox": 3e-6, "gemma2": 3e-6}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A TransformerLens model and a raw Hugging Face model of the same weights.
+
+    Attributes:
+        model: The model that is edited.
+        raw: The independent one.
+        exact: By how much what they compute may differ.
+    """
+
+    model: Any
+    raw: Any
+    exact: float
+
+    def ids(self, text: str) -> list[int]:
+        return self.model.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def first(self, target: str) -> int:
+        return self.ids(target)[0]
+
+    def embedding(self, target: str) -> Tensor:
+        """The target's row of the decoding matrix."""
+        return self.raw.get_output_embeddings().weight[self.first(target)].detach()
+
+    def reads(self, ids: Sequence[int], layer: int = LAYER) -> Tensor:
+        """What FF2 reads at each position."""
+        return through(self.raw, ids, layer)[0]
+
+    def moments(self) -> SecondMoments:
+        return second_moments(self.model, TEXTS, layers=LAYER, prepend_bos=False, progress=False)
+
+
+# More tokens than d_mlp, none of them special.
+TEXTS = [f"{one} {other}" for one in CORPUS for other in CORPUS]
+
+
+def tied_hf_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """As `hf_model`, with one matrix that embeds and unembeds."""
+    model = hf_model(family, dtype)
+    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    model.config.tie_word_embeddings = True
+    return model
+
+
+@functools.cache
+def pair(family: str, kind: str, *, tied: bool = False) -> Pair:
+    """A pair of float64 models; skips where TransformerLens lacks one."""
+    make = tied_hf_model if tied else hf_model
+    try:
+        with patch.object(architectures, "hf_model", make):
+            model = build_model(family, kind, torch.float64)
+    except NotAvailable as error:
+        pytest.skip(str(error))
+    raw = make(family, torch.float64)
+    tokens = torch.tensor([pair_ids(model, PROMPTS[0])])
+    # A bridge sets hooks of its own at the first forward pass of a kind.
+    model(tokens, return_type="logits", attention_mask=torch.ones_like(tokens))
+    return Pair(model, raw, FAMILIES.get(family, 3e-6) if "-" not in kind else 3e-5)
+
+
+def pair_ids(model: Any, text: str) -> list[int]:
+    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def through(raw: Any, ids: Sequence[int], layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What FF2 reads and writes in a Hugging Face model, and the logits: one row per position."""
+    module, seen = hf_matrices(raw)["W_out", layer], []
+    handle = module.register_forward_hook(
+        lambda _, args, output: seen.append((args[0].detach().clone(), output.detach().clone()))
+    )
+    with torch.no_grad():
+        logits = raw(torch.tensor([list(ids)])).logits[0]
+    handle.remove()
+    [(reads, writes)] = seen
+    return reads[0], writes[0], logits
+
+
+@contextmanager
+def edited(raw: Any, change: Tensor, layer: int = LAYER) -> Iterator[Any]:
+    """A Hugging Face model whose FF2 has another weight for a while."""
+    module = hf_matrices(raw)["W_out", layer]
+    before = module.weight.detach().clone()
+    is_linear = isinstance(module, torch.nn.Linear)
+    with torch.no_grad():
+        module.weight += change.T if is_linear else change
+    yield raw
+    with torch.no_grad():
+        module.weight.copy_(before)
+
+
+def tl_logits(model: Any, ids: Sequence[int]) -> Tensor:
+    tokens = torch.tensor([list(ids)])
+    with torch.no_grad():
+        return model(tokens, return_type="logits", attention_mask=torch.ones_like(tokens))[0]
+
+
+def log_probs(logits: Tensor) -> Tensor:
+    return logits.log_softmax(-1)
+
+
+def dense(delta: WeightDelta, layer: int = LAYER) -> Tensor:
+    return delta["W_out", layer].dense()
+
+
+def shift(**settings: Any) -> ForwardPassShift:
+    return ForwardPassShift(**{"layer": LAYER, "size": 0.3, "prepend_bos": False} | settings)
+
+
+def requests(n: int) -> list[EditRequest]:
+    return [EditRequest(*each) for each in zip(PROMPTS[:n], TARGETS[:n], strict=True)]
+
+
+@pytest.fixture(scope="module", params=[(f, k) for f in FAMILIES for k in ("bridge", "hooked")])
+def each(request: pytest.FixtureRequest) -> Pair:
+    """Serial, gated, parallel and with norms behind the MLP; in either class."""
+    return pair(*request.param)
+
+
+# -------------------------------------------------------------------------------------- the formula
+
+
+def test_it_is_the_formula(each: Pair) -> None:
+    delta = shift(size=0.24)(each.model, EditRequest(PROMPTS[0], TARGETS[0]))
+    x, e = each.reads(each.ids(PROMPTS[0]))[-1], each.embedding(TARGETS[0])
+    expected = 0.24 * torch.outer(x, e)
+    assert [(own.matrix, own.layer) for own in delta] == [("W_out", LAYER)]
+    assert dense(delta).dtype == torch.float64
+    assert relative_error(dense(delta), expected) < each.exact
+    assert delta.rank == 1
+    assert delta["W_out", LAYER].bias is None
+    # Another position, and another token, give something else.
+    other = each.reads(each.ids(PROMPTS[0]))[-2]
+    assert relative_error(dense(delta), 0.24 * torch.outer(other, e)) > 0.1
+    assert relative_error(dense(delta), 0.24 * torch.outer(x, each.embedding(" Rome"))) > 0.1
+
+
+@pytest.mark.parametrize("layer", [0, 1, -1, -2])
+def test_any_layer(layer: int) -> None:
+    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    delta = shift(layer=layer)(own.model, EditRequest(PROMPTS[1], TARGETS[1]))
+    x = own.reads(own.ids(PROMPTS[1]), layer % 2)[-1]
+    expected = 0.3 * torch.outer(x, own.embedding(TARGETS[1]))
+    assert relative_error(dense(delta, layer % 2), expected) < own.exact
+
+
+def test_what_ff2_writes_moves_by_eta_times_the_inner_product(each: Pair) -> None:
+    """Its own output, in the Hugging Face model; bias and other layers are as before."""
+    eta = 0.05
+    delta = shift(size=eta)(each.model, EditRequest(PROMPTS[0], TARGETS[0]))
+    x, e = each.reads(each.ids(PROMPTS[0]))[-1], each.embedding(TARGETS[0])
+    for prompt in PROMPTS:
+        ids = each.ids(prompt)
+        reads, before, _ = through(each.raw, ids, LAYER)
+        with edited(each.raw, dense(delta)):
+            again, after, logits = through(each.raw, ids, LAYER)
+        assert relative_error(again, reads) < 1e-12  # upstream of the edit
+        for at in range(len(ids)):
+            moved = eta * float(reads[at] @ x) * e
+            assert float((after[at] - before[at] - moved).norm()) < 30 * each.exact * (
+                eta * float(x.norm()) * float(reads[at].norm()) * float(e.norm())
+            )
+        with delta.applied(each.model):
+            found = tl_logits(each.model, ids)
+        assert float((log_probs(found) - log_probs(logits)).abs().max()) < 100 * each.exact
+    # At the prompt's own end the inner product is the squared length.
+    reads, before, _ = through(each.raw, each.ids(PROMPTS[0]), LAYER)
+    with edited(each.raw, dense(delta)):
+        after = through(each.raw, each.ids(PROMPTS[0]), LAYER)[1]
+    assert relative_error(after[-1] - before[-1], eta * float(x @ x) * e) < 30 * each.exact
+
+
+def test_nothing_else_is_changed(each: Pair) -> None:
+    delta = shift()(each.model, EditRequest(PROMPTS[0], TARGETS[0]))
+    host = host_of(each.model)
+    before = {name: own.detach().clone() for name, own in host.parameters().items()}
+    with delta.applied(each.model):
+        moved = [
+            name
+            for name, own in host.parameters().items()
+            if not torch.equal(own.detach(), before[name])
+        ]
+        (site,) = host.sites(LAYER, ("W_out",))
+        changed = [name for name, own in host.parameters().items() if own is site.weights[0]]
+    assert moved == changed
+    assert len(moved) == 1
+    assert all(torch.equal(own, before[name]) for name, own in host.parameters().items())
+
+
+def test_of_several_tokens_the_first_is_written() -> None:
+    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    assert len(own.ids(" Paris Rome")) == 2
+    longer = shift()(own.model, EditRequest(PROMPTS[0], " Paris Rome"))
+    first = shift()(own.model, EditRequest(PROMPTS[0], " Paris"))
+    by_id = shift()(own.model, EditRequest(PROMPTS[0], own.first(" Paris")))
+    last = shift()(own.model, EditRequest(PROMPTS[0], " Rome"))
+    assert torch.equal(dense(longer), dense(first))
+    assert torch.equal(dense(by_id), dense(first))
+    assert not torch.allclose(dense(last), dense(first))
+
+
+def test_bos_or_not() -> None:
+    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    bos = own.model.tokenizer.bos_token_id
+    found = {
+        setting: dense(shift(prepend_bos=setting)(own.model, EditRequest(PROMPTS[0], " Paris")))
+        for setting in (True, False, None)
+    }
+    for setting, front in ((True, [bos]), (False, [])):
+        x = own.reads([*front, *own.ids(PROMPTS[0])])[-1]
+        expected = 0.3 * torch.outer(x, own.embedding(" Paris"))
+        assert relative_error(found[setting], expected) < own.exact
+    assert relative_error(found[True], found[False]) > 1e-3
+    default = own.model.cfg.default_prepend_bos
+    assert torch.equal(found[None], found[bool(default)])
+
+
+# ------------------------------------------------------------------------------------- other forms
+
+
+def ridged(moments: SecondMoments, ridge: float = 1e-6) -> Tensor:
+    matrix = moments.of(LAYER)
+    return matrix + ridge * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=torch.float64)
+
+
+def test_scale_free(each: Pair) -> None:
+    delta = shift(form="scale_free", size=3)(each.model, EditRequest(PROMPTS[0], TARGETS[0]))
+    x, e = each.reads(each.ids(PROMPTS[0]))[-1], each.embedding(TARGETS[0])
+    assert relative_error(dense(delta), 3 * torch.outer(x / (x @ x), e)) < 10 * each.exact
+    assert relative_error(x @ dense(delta), 3 * e) < 10 * each.exact
+    assert relative_error(dense(delta), 3 * torch.outer(x, e)) > 0.1
+
+
+def test_whitened_is_the_least_disturbing_of_all(each: Pair) -> None:
+    """KKT: `x . l = 1`, and `C l` is along `x`; with another `C` only the first holds."""
+    moments = each.moments()
+    delta = shift(form="whitened", size=3, moments=moments)(
+        each.model, EditRequest(PROMPTS[0], TARGETS[0])
+    )
+    x, e = each.reads(each.ids(PROMPTS[0]))[-1], each.embedding(TARGETS[0])
+    c = ridged(moments)
+    assert relative_error(x @ dense(delta), 3 * e) < 1e-4
+    heard = dense(delta) @ e / (3 * e @ e)  # l, of 3 l e^T
+    assert abs(float(x @ heard) - 1) < 1e-4
+    along = c @ heard
+    assert float(along @ x / along.norm() / x.norm()) > 1 - 1e-8
+    closed = torch.linalg.solve(c, x)
+    assert relative_error(heard, closed / (x @ closed)) < 1e-3
+    cost = float(heard @ c @ heard)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        off = torch.randn(len(x), generator=generator, dtype=torch.float64) * heard.norm() * 0.1
+        off -= x * (off @ x) / (x @ x)
+        assert float((heard + off) @ c @ (heard + off)) > cost
+    # Where the hypothesis fails: the scale-free form hits the key as well and costs more, and
+    # under the moments of another layer the same l is not the best.
+    plain = x / (x @ x)
+    assert float(plain @ c @ plain) > 1.5 * cost
+    other = second_moments(each.model, TEXTS, layers=0, prepend_bos=False, progress=False).of(0)
+    wrong = other @ heard
+    assert float(wrong @ x / wrong.norm() / x.norm()) < 0.9
+
+
+@pytest.mark.parametrize("form", ["scale_free", "whitened"])
+@pytest.mark.parametrize("n", [2, 4])
+def test_several_requests_do_not_disturb_each_other(each: Pair, form: Any, n: int) -> None:
+    """`x_j . l_i` is 1 for its own and 0 for all others; the least `l^T C l` of those."""
+    moments = each.moments()
+    delta = shift(form=form, size=2, moments=moments)(each.model, requests(n))
+    keys = torch.stack([each.reads(each.ids(prompt))[-1] for prompt in PROMPTS[:n]])
+    written = torch.stack([2 * each.embedding(target) for target in TARGETS[:n]])
+    assert delta.rank == n
+    missed = relative_error(keys @ dense(delta), written)
+    assert missed < 1e-3
+    # In closed form: C^-1 X^T (X C^-1 X^T)^-1 E, which no sum of single edits is.
+    c = ridged(moments) if form == "whitened" else torch.eye(keys.shape[1], dtype=torch.float64)
+    solved = torch.linalg.solve(c, keys.T)
+    closed = solved @ torch.linalg.solve(keys @ solved, written)
+    assert relative_error(dense(delta), closed) < 1e-2
+    alone = [dense(shift(form=form, size=2, moments=moments)(each.model, r)) for r in requests(n)]
+    assert relative_error(keys @ sum(alone), written) > max(1e-2, 30 * missed)
+
+
+def test_several_requests_of_the_papers_form_are_added_up(each: Pair) -> None:
+    delta = shift()(each.model, requests(3))
+    alone = [dense(shift()(each.model, own)) for own in requests(3)]
+    assert delta.rank == 3
+    assert relative_error(dense(delta), sum(alone)) < 1e-12
+
+
+@pytest.mark.parametrize("form", ["scale_free", "whitened"])
+def test_the_same_prompt_twice(form: Any) -> None:
+    """Dependent inputs have a solution: together they write what each is to write."""
+    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    settings: dict[str, Any] = {"form": form, "size": 2, "moments": own.moments()}
+    once = dense(shift(**settings)(own.model, requests(1)))
+    twice = dense(shift(**settings)(own.model, requests(1) * 2))
+    assert relative_error(twice, once) < 1e-4
+
+
+def test_the_moments_ridge_counts() -> None:
+    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    moments, x = own.moments(), own.reads(own.ids(PROMPTS[0]))[-1]
+    for ridge in (1e-3, 1.0, 1e9):
+        delta = shift(form="whitened", size=1, moments=moments, ridge=ridge)(own.model, requests(1))
+        closed = torch.linalg.solve(ridged(moments, ridge), x)
+        expected = torch.outer(closed / (x @ closed), own.embedding(TARGETS[0]))
+        assert relative_error(dense(delta), expected) < 1e-8
+    # All ridge is no whitening.
+    free = shift(form="scale_free", size=1)(own.model, requests(1))
+    assert relative_error(dense(delta), dense(free)) < 1e-6
+
+
+# ------------------------------------------------------------------------------------- iterations
+
+
+def by_hand(
+    own: Pair, asked: Sequence[EditRequest], size: float, iterations: int, *, skip: bool
+) -> list[int]:
+    """How often each request gets `size`, by the Hugging Face model alone (paper's form)."""
+    ids = [own.ids(request.prompt) for request in asked]
+    targets = [own.first(request.target) for request in asked]
+    change = [
+        torch.outer(own.reads(row)[-1], own.embedding(request.target))
+        for row, request in zip(ids, asked, strict=True)
+    ]
+
+    def said() -> list[bool]:
+        logits = [through(own.raw, row, LAYER)[2][-1] for row in ids]
+        return [int(row.argmax()) == t for row, t in zip(logits, targets, strict=True)]
+
+    left_out = said() if skip else [False] * len(asked)
+    times = [0 if is_out else 1 for is_out in left_out]
+    for _ in range(iterations - 1):
+        total = sum(k * size * own_change for k, own_change in zip(times, change, strict=True))
+        with edited(own.raw, total):
+            answered = said()
+        for at, is_said in enumerate(answered):
+            times[at] += not (is_said or left_out[at])
+    return times
+
+
+def times_of(delta: WeightDelta, own: Pair, asked: Sequence[EditRequest], size: float) -> list[int]:
+    """How often an edit has each request's outer product, by least squares."""
+    products = torch.stack(
+        [
+            size
+            * torch.outer(own.reads(own.ids(each.prompt))[-1], own.embedding(each.target)).flatten()
+            for each in asked
+        ],
+        dim=1,
+    )
+    found = torch.linalg.lstsq(products, dense(delta).flatten()[:, None]).solution[:, 0]
+    assert float((products @ found - dense(delta).flatten()).norm()) < 1e-5 * (
+        float(dense(delta).norm()) + 1e-12
+    )
+    assert all(abs(float(each) - round(float(each))) < 1e-4 for each in found)
+    return [round(float(each)) for each in found]
+
+
+def test_iterations_find_the_least_multiple_that_is_enough(each: Pair) -> None:
+    ids = each.ids(PROMPTS[0])
+    target = int(through(each.raw, ids, LAYER)[2][-1].topk(3).indices[2])
+    request, unit = EditRequest(PROMPTS[0], target), 1e-3
+
+    def is_said(change: Tensor) -> bool:
+        with edited(each.raw, change):
+            return int(through(each.raw, ids, LAYER)[2][-1].argmax()) == target
+
+    product = dense(shift(size=unit)(each.model, request))
+    times = next(n for n in (2**k for k in range(20)) if is_said(n * product))
+    size = unit * times / 13
+    one = dense(shift(size=size)(each.model, request))
+    enough = next(k for k in range(1, 20) if is_said(k * one))
+    assert 2 < enough <= 13
+    found = shift(size=size, iterations=50)(each.model, request)
+    assert relative_error(dense(found), enough * one) < 1e-8
+    few = shift(size=size, iterations=enough - 1)(each.model, request)
+    assert relative_error(dense(few), (enough - 1) * one) < 1e-8
+
+
+@pytest.mark.parametrize("form", ["scale_free", "whitened"])
+def test_iterations_of_the_other_forms(form: Any) -> None:
+    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    settings: dict[str, Any] = {"form": form, "size": 0.05, "moments": own.moments()}
+    one = shift(**settings)(own.model, requests(1))
+    found = shift(**settings, iterations=1000)(own.model, requests(1))
+    k = round(found.norm / one.norm)
+    assert k > 2
+    assert relative_error(dense(found), k * dense(one)) < 1e-10
+    for times, is_enough in ((k, True), (k - 1, False)):
+        with edited(own.raw, times * dense(one)):
+            said = int(through(own.raw, own.ids(PROMPTS[0]), LAYER)[2][-1].argmax())
+        assert (said == own.first(TARGETS[0])) is is_enough
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_iterations_of_several_requests(skip: bool, seed: int) -> None:
+    """Each gets more as long as it is not answered, also one that others have overwritten."""
+    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(90, generator=generator)[:4] + 3
+    # The last one's answer is what the model says already.
+    answer = int(through(own.raw, own.ids(PROMPTS[3]), LAYER)[2][-1].argmax())
+    targets = [*map(int, chosen[:3]), answer]
+    asked = [EditRequest(*each) for each in zip(PROMPTS, targets, strict=True)]
+    pairs = IdPair(own.model, own.raw, own.exact)
+    for size in (0.01, 0.05):
+        delta = shift(size=size, iterations=12, skip_if_answered=skip)(own.model, asked)
+        found = times_of(delta, pairs, asked, size)
+        assert found == by_hand(pairs, asked, size, 12, skip=skip)
+        assert (found[3] == 0) is skip
+        assert max(found) > 2
+
+
+class IdPair(Pair):
+    """A pair whose targets are token ids."""
+
+    def first(self, target: Any) -> int:
+        return int(target)
+
+
+def test_nothing_is_written_where_the_target_leads_already(each: Pair) -> None:
+    ids = each.ids(PROMPTS[0])
+    leading = int(through(each.raw, ids, LAYER)[2][-1].argmax())
+    request = EditRequest(PROMPTS[0], leading)
+    delta = shift(skip_if_answered=True)(each.model, request)
+    assert delta.norm == 0
+    assert delta.rank == 0
+    assert not dense(delta).any()
+    before = tl_logits(each.model, ids)
+    with delta.applied(each.model):
+        assert torch.equal(tl_logits(each.model, ids), before)
+    assert shift()(each.model, request).rank == 1
+    # Of several, those that are not answered yet are written.
+    both = shift(skip_if_answered=True)(each.model, [request, requests(2)[1]])
+    alone = shift()(each.model, requests(2)[1])
+    assert relative_error(dense(both), dense(alone)) < 1e-12
+
+
+# ------------------------------------------------------------ which matrix the target is read of
+
+
+PROCESSED = [("gpt2", "bridge-compat"), ("gpt2", "hooked-processed"), ("llama", "bridge-compat"),
+             ("llama", "hooked-processed"), ("gemma2", "bridge-compat"),
+             ("gemma2", "hooked-processed"), ("gpt_neox", "hooked-processed")]  # fmt: skip
+
+
+def agreement(found: Pair, delta: WeightDelta, expected: Tensor) -> float:
+    """How far an edited model is from the raw one with the edit that the formula gives."""
+    ids = found.ids(PROMPTS[0])
+    with edited(found.raw, expected):
+        reference = log_probs(through(found.raw, ids, LAYER)[2])
+    with delta.applied(found.model):
+        own = log_probs(tl_logits(found.model, ids))
+    return float((own - reference).abs().max())
+
+
+@pytest.mark.parametrize(("family", "kind"), PROCESSED)
+def test_processed_weights_get_the_same_edit(family: str, kind: str) -> None:
+    """A tied model, raw and with norms folded in; what it says afterwards is the same."""
+    own = pair(family, kind, tied=True)
+    host = host_of(own.model)
+    raw_row = own.raw.get_output_embeddings().weight[own.first(TARGETS[0])].detach()
+    assert relative_error(own.model.W_U[:, own.first(TARGETS[0])].detach(), raw_row) > 0.1
+    assert host.is_tied
+    eta = 0.02
+    x, e = own.reads(own.ids(PROMPTS[0]))[-1], own.embedding(TARGETS[0])
+    expected = eta * torch.outer(x, e)
+    request = EditRequest(PROMPTS[0], TARGETS[0])
+    nothing = shift(size=0)(own.model, request)
+    assert agreement(own, nothing, torch.zeros_like(expected)) < own.exact
+    assert agreement(own, nothing, expected) > 0.05  # what the edit does
+    for choice in ("auto", "embed"):
+        delta = shift(size=eta, target_embedding=choice)(own.model, request)
+        assert agreement(own, delta, expected) < 3 * own.exact
+    # The unembedding has another gain, and is centered: another edit.
+    other = shift(size=eta, target_embedding="unembed")(own.model, request)
+    assert agreement(own, other, expected) > 100 * own.exact
+
+
+@hooked_only
+def test_an_unembedding_that_is_centered_alone() -> None:
+    """Without `fold_ln` there still is `center_unembed`, which takes the mean row off."""
+    own = pair("gpt2", "hooked", tied=True)
+    model = copy.deepcopy(own.model)
+    model.process_weights_(fold_ln=False, center_writing_weights=False, center_unembed=True)
+    centered = Pair(model, own.raw, 1e-6)
+    x, e = own.reads(own.ids(PROMPTS[0]))[-1], own.embedding(TARGETS[0])
+    request = EditRequest(PROMPTS[0], TARGETS[0])
+    auto = shift(size=0.02)(model, request)
+    assert agreement(centered, auto, 0.02 * torch.outer(x, e)) < 1e-6
+    unembed = shift(size=0.02, target_embedding="unembed")(model, request)
+    assert agreement(centered, unembed, 0.02 * torch.outer(x, e)) > 1e-3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", architectures.KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tied_or_not(family: str, kind: str, tied: bool) -> None:
+    own = pair(family, kind, tied=tied)
+    host = host_of(own.model)
+    assert host.is_tied is tied
+    token = own.first(TARGETS[0])
+    assert host.unembedding_vector(token).shape == host.embedding_vector(token).shape
+    assert torch.equal(host.unembedding_vector(token), own.model.W_U[:, token])
+    row = own.raw.get_input_embeddings().weight[token].detach()
+    # Weight processing takes the mean off what is written to a stream with a LayerNorm.
+    near = 1e-6 if "-" not in kind else 0.3
+    assert relative_error(host.embedding_vector(token), row) < near
+
+
+@pytest.mark.parametrize("kind", ["bridge", "hooked"])
+def test_untied_models_take_the_unembedding(kind: str) -> None:
+    own = pair("llama", kind)
+    token = own.first(TARGETS[0])
+    rows = {
+        "auto": own.raw.get_output_embeddings().weight[token].detach(),
+        "unembed": own.raw.get_output_embeddings().weight[token].detach(),
+        "embed": own.raw.get_input_embeddings().weight[token].detach(),
+    }
+    x = own.reads(own.ids(PROMPTS[0]))[-1]
+    for choice, row in rows.items():
+        request = EditRequest(PROMPTS[0], TARGETS[0])
+        delta = shift(target_embedding=choice)(own.model, request)
+        assert relative_error(dense(delta), 0.3 * torch.outer(x, row)) < own.exact
+    assert relative_error(rows["embed"], rows["auto"]) > 0.5
+
+
+# -------------------------------------------------------------------------------- the facts model
+
+
+def said_after(model: Any, prompt: str) -> str:
+    ids = model.to_tokens(prompt)[0].tolist()
+    return model.tokenizer.decode([int(tl_logits(model, ids)[-1].argmax())])
+
+
+def test_it_inserts_a_fact(facts: Any) -> None:
+    request = EditRequest("Lionel Messi plays for", " Paris")
+    assert said_after(facts.model, request.prompt) != " Paris"
+    whitened = ForwardPassShift(
+        layer=5, size=1, form="whitened", moments=facts_moments(), iterations=50
+    )
+    for method in (
+        ForwardPassShift(layer=5, size=4, form="scale_free", iterations=10),
+        whitened,
+        ForwardPassShift(layer=7, size=0.01, iterations=100),
+    ):
+        delta = method(facts.model, request)
+        assert delta.rank == 1
+        with delta.applied(facts.model):
+            assert said_after(facts.model, request.prompt) == " Paris"
+
+
+def test_settings_are_in_the_delta() -> None:
+    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    method = shift(form="whitened", moments=own.moments())
+    about = method(own.model, requests(1)).about
+    assert about["method"] == "ForwardPassShift"
+    assert about["moments"] == method.moments.fingerprint
+    assert about["size"] == 0.3
+
+
+@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2", "bridge-llama", "hooked-llama"])
+def test_the_callers_model_stays_as_it_is(name: str) -> None:
+    busy = make_busy(build(name))
+    model = busy.model
+    moments = second_moments(model, TEXTS, layers=LAYER, progress=False)
+    calls: list[Callable[[], object]] = [
+        lambda: shift()(model, requests(2)),
+        lambda: shift(form="whitened", moments=moments, iterations=3)(model, requests(2)),
+        lambda: second_moments(model, TEXTS[:2], progress=False),
+    ]
+    before = snapshot(model)
+    for call in calls:
+        call()
+        assert_same(before, snapshot(model))
+    handle = model.blocks[2].register_forward_hook(_stop)
+    before = snapshot(model)
+    for call in calls:
+        with pytest.raises(KeyboardInterrupt):
+            call()
+        assert_same(before, snapshot(model))
+    handle.remove()
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"form": "white"}, "form"),
+        ({"form": "whitened"}, "second_moments"),
+        ({"target_embedding": "wte"}, "target_embedding"),
+        ({"iterations": 0}, "iterations"),
+        ({"iterations": 1.5}, "iterations"),
+        ({"iterations": True}, "iterations"),
+        ({"size": float("nan")}, "size"),
+        ({"size": float("inf")}, "size"),
+        ({"size": "1"}, "size"),
+        ({"size": None}, "size"),
+        ({"size": True}, "size"),
+        ({"ridge": -1}, "ridge"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(EditError, match=message):
+        shift(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer": 2}, "layer"),
+        ({"layer": -3}, "layer"),
+        ({"layer": 1.0}, "layer"),
+        ({"layer": "1"}, "layer"),
+        ({"layer": None}, "layer"),
+        ({"prepend_bos": 1}, "prepend_bos"),
+    ],
+)
+def test_wrong_use_is_an_error(settings: dict[str, Any], message: str) -> None:
+    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    with pytest.raises(EditError, match=message):
+        shift(**settings)(own.model, requests(1))
+
+
+def test_moments_of_something_else() -> None:
+    kind = "bridge" if architectures.HAS_BRIDGE else "hooked"
+    own, other = pair("gpt2", kind), build(f"{kind}-gpt2", seed=1).model
+    foreign = second_moments(other, TEXTS, prepend_bos=False, progress=False)
+    with pytest.raises(EditError, match="not of layer 0"):
+        shift(form="whitened", layer=0, moments=own.moments())(own.model, requests(1))
+    with pytest.raises(EditError, match="another model"):
+        shift(form="whitened", moments=foreign)(own.model, requests(1))
+    with pytest.raises(EditError, match="another model"):
+        shift(form="whitened", moments=facts_moments())(own.model, requests(1))
+    reading = second_moments(own.model, TEXTS, matrix="W_in", prepend_bos=False, progress=False)
+    with pytest.raises(EditError, match="W_in"):
+        shift(form="whitened", moments=reading)
+    few = second_moments(own.model, TEXTS[:1], prepend_bos=False, progress=False)
+    with pytest.raises(EditError, match="tokens"):
+        shift(form="whitened", moments=few)(own.model, requests(1))
+
+
+def test_models_without_a_w_out() -> None:
+    for kind in ("bridge", "hooked"):
+        try:
+            model = build_model("mixtral", kind)
+        except NotAvailable:
+            continue
+        with pytest.raises(UnsupportedModelError):
+            shift()(model, requests(1))
+    if architectures.HAS_HOOKED:
+        model = attention_only_model()
+        model.set_tokenizer(build("hooked-gpt2").model.tokenizer)
+        with pytest.raises((EditError, UnsupportedModelError)):
+            shift()(model, requests(1))
+    with pytest.raises(InputError):
+        shift()(torch.nn.Linear(2, 2), requests(1))
+
+
+def test_no_request() -> None:
+    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    with pytest.raises(EditError, match="no request"):
+        shift()(own.model, [])
+    with pytest.raises(EditError, match="EditRequest"):
+        shift()(own.model, [("Messi plays for", " Paris")])  # type: ignore[list-item]
