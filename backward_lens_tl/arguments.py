@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from operator import index
 from pathlib import Path
@@ -110,6 +111,26 @@ def check_index(kind: str, value: int, size: int) -> None:
     """
     if not is_index(value, size) or value < 0:
         raise InputError(f"{kind} {shown(value)} does not exist; allowed are 0 to {size - 1}")
+
+
+def check_number(
+    name: str, value: object, *, zero: bool, error: type[InputError] = InputError
+) -> None:
+    """Refuse what is no finite number above 0, or from 0 on.
+
+    Args:
+        name: The argument.
+        value: Its value.
+        zero: Whether 0 is allowed.
+        error: What is raised.
+
+    Raises:
+        InputError: If it is negative, not finite or no number.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_allowed = is_number and (0 < value < math.inf or (zero and value == 0))  # type: ignore[operator]
+    if not is_allowed:
+        raise error(f"{name} is {shown(value)}; pass a number {'from' if zero else 'above'} 0")
 
 
 def check_path(path: object, error: type[Exception]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import N_CTX, Case, build
+from models import HAS_BRIDGE, N_CTX, Case, build
 from torch import Tensor
 
 from backward_lens_tl.continuations import Continuations
@@ -15,6 +15,7 @@ from backward_lens_tl.errors import InputError
 from backward_lens_tl.host import Host, host_of
 
 NAMES = ("bridge-gpt2", "bridge-llama", "bridge-gemma2", "hooked-gpt2", "hooked-llama")
+GPT2 = "bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2"
 Rows = list[list[int]]
 
 
@@ -56,8 +57,8 @@ def measured(host: Host, prompts: Rows, answers: Rows) -> tuple[Tensor, Tensor, 
     return own.log_probs(logits), own.nll(logits), own.are_said(logits)
 
 
-# Hugging Face's RMS norms, and TransformerLens's in float32.
 def near(case: Case) -> float:
+    """By how much numbers may differ: Hugging Face's RMS norms round to float32."""
     return 1e-5 if case.logits_in_float32 else 1e-9
 
 
@@ -105,16 +106,10 @@ def test_a_pair_is_the_same_alone_and_in_any_batch(each: Case) -> None:
 def test_the_tokenizers_padding_side_does_not_matter(side: str) -> None:
     found = []
     for own in ("right", side):
-        case = build("bridge-gpt2" if _has_bridge() else "hooked-gpt2", padding_side=own)
+        case = build(GPT2, padding_side=own)
         prompts, answers = rows(4, [3, 9, 5], case), rows(5, [2, 1, 3], case)
         found.append(measured(host_of(case.model), prompts, answers)[1])
     assert torch.equal(*found)
-
-
-def _has_bridge() -> bool:
-    from models import HAS_BRIDGE
-
-    return HAS_BRIDGE
 
 
 def test_gradients_flow_and_padding_has_none(each: Case) -> None:
@@ -138,7 +133,7 @@ def test_what_means_nothing_may_be_anything(each: Case) -> None:
 
 
 def test_the_context_is_the_limit() -> None:
-    case: Any = build("bridge-gpt2" if _has_bridge() else "hooked-gpt2")
+    case: Any = build(GPT2)
     host = host_of(case.model)
     _, nll, _ = measured(host, [[5] * (N_CTX - 1)], [[6, 7]])  # the last token is not read
     expected, _ = slowly(case, [5] * (N_CTX - 1), [6, 7])

@@ -29,6 +29,7 @@ from backward_lens_tl.editing.delta import MatrixDelta
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.errors import EditError, EvaluationError, ModelStateError
 from backward_lens_tl.evaluation import Evaluation, EvaluationConfig, evaluate, measuring
+from backward_lens_tl.evaluation import run as run_module
 from backward_lens_tl.evaluation.columns import TABLES
 from backward_lens_tl.evaluation.metrics import ngram_entropy
 from backward_lens_tl.evaluation.summary import METRICS, summarize
@@ -37,8 +38,6 @@ from backward_lens_tl.host import host_of
 from backward_lens_tl.records import read_records
 from backward_lens_tl.sampling import sample
 from conftest import FACTS_FOLDER
-
-PACKAGE = sys.modules["backward_lens_tl.evaluation"]
 
 ROWS = [
     {
@@ -459,6 +458,7 @@ def test_costs(run) -> None:
     costly = by_record(edits, "costly")
     assert (costly["seconds"] >= [0.1, 0.1, 0.2]).all()
     assert costly["seconds"].max() < 5
+    assert costly.loc[0, "seconds"] < 0.8 * costly.loc[2, "seconds"]  # two share the first edit
     if Path("/proc/self/clear_refs").exists():
         assert costly["memory"].between(40 * 2**20, 120 * 2**20).all()
         assert (by_record(edits, "nudge")["memory"] < 20 * 2**20).all()
@@ -491,6 +491,7 @@ def test_rows_that_cannot_be_evaluated(run) -> None:
                     "answer": "e"}),
         ("length", {"prompt": "the " * 70 + "the", "target": " the"}),
         ("length", {**ROWS[0], "generation_prompts": ["the " * 70]}),
+        ("length", {"prompt": "the" + " the" * 62, "target": " Rome. the"}),  # 64 tokens alone
         ("row", {**ROWS[0], "paraphrase_prompts": [""]}),
     ]  # fmt: skip
     found = run({"nudge": Nudge()}, [*(row for _, row in bad), ROWS[0]], generation_length=4)
@@ -936,7 +937,7 @@ def test_presets_learn_from_other_rows_and_keep_it_in_the_folder(run, tiny, monk
         asked.append((model, names, given))
         return {"shift": Nudge()}
 
-    monkeypatch.setattr(PACKAGE, "preset_methods", preset_methods)
+    monkeypatch.setattr(run_module, "preset_methods", preset_methods)
     again = {**ROWS[1], "prompt": "The king of Messi is", "id": "same subject"}
     found = run("all", [*ROWS, again, {**again, "subject": "king"}], rows=(1, 2), folder="out")
     [(model, names, given)] = asked
@@ -954,7 +955,7 @@ def test_presets_learn_from_other_rows_and_keep_it_in_the_folder(run, tiny, monk
 @pytest.mark.usefixtures("as_for_a_user")
 def test_the_command_prints_the_table(tmp_path: Path, monkeypatch, capfd) -> None:
     found = {"nudge": Nudge(layer=6), "failing": Failing(when="Porsche")}
-    monkeypatch.setattr(PACKAGE, "preset_methods", lambda *args, **kwargs: found)
+    monkeypatch.setattr(run_module, "preset_methods", lambda *args, **kwargs: found)
     argv = ["evaluate", "--model", "facts", "--methods", "all", "--rows", "0:2", "--neighbors",
             "1", "--generation-length", "0", "--n-texts", "2", "--seed", "3",
             "--quiet"]  # fmt: skip

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from architectures import HAS_BRIDGE
+from architectures import HAS_BRIDGE, build_model
 from models import build, hf_matrices, relative_error
 from test_shift import PROMPTS, Pair, pair, tl_logits
 from test_state import assert_same, make_busy, snapshot
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from backward_lens_tl.editing import EditRequest, FineTuning, WeightDelta
 from backward_lens_tl.errors import EditError
+from backward_lens_tl.host import host_of
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 
@@ -123,7 +125,10 @@ def assert_equal(
 
 
 def near(own: Pair) -> float:
-    # Adam divides by the size of gradients, the smallest of which have the fewest digits.
+    """By how much changes may differ, where what the models compute differs by `exact`.
+
+    Adam divides by the size of gradients, the smallest of which have the fewest digits.
+    """
     return 1e-6 if own.exact < 1e-10 else 2e-2
 
 
@@ -349,16 +354,10 @@ def test_a_bias_that_the_model_lacks_stays_zero(each: Pair) -> None:
 
 def test_a_frozen_model_can_be_tuned(gpt2_pair: Pair) -> None:
     expected = tuning(steps=2)(gpt2_pair.model, REQUEST)["W_out", 1].dense()
-    frozen = build_like(gpt2_pair)
+    frozen = build_model("gpt2", "bridge" if HAS_BRIDGE else "hooked", torch.float64)
     frozen.requires_grad_(False)
     found = tuning(steps=2)(frozen, REQUEST)["W_out", 1].dense()
     assert torch.equal(found, expected)
-
-
-def build_like(own: Pair) -> Any:
-    from architectures import build_model
-
-    return build_model("gpt2", "bridge" if HAS_BRIDGE else "hooked", torch.float64)
 
 
 def test_callers_hooks_take_part(gpt2_pair: Pair) -> None:
@@ -368,6 +367,20 @@ def test_callers_hooks_take_part(gpt2_pair: Pair) -> None:
     with model.hooks(fwd_hooks=[("blocks.1.mlp.hook_post", lambda value, hook: value * 2)]):
         hooked = tuning(steps=2)(model, REQUEST)["W_out", 1].dense()
     assert relative_error(hooked, plain) > 0.01
+
+
+def test_a_callers_hook_sees_the_change(each: Pair) -> None:
+    """A hook on the matrix's own output comes after what is trained, as after a weight."""
+    (site,) = host_of(each.model).sites(1, ("W_out",))
+    raw = copy.deepcopy(each.raw)
+    hf_matrices(raw)["W_out", 1].register_forward_hook(lambda *call: call[-1] * 2)
+    handle = site.output.module.register_forward_hook(lambda *call: call[-1] * 2)
+    try:
+        found = tuning(lr=1e-2, steps=3)(each.model, REQUEST)
+    finally:
+        handle.remove()
+    expected, _ = by_hand(replace(each, raw=raw), [REQUEST], steps=3)
+    assert_equal(found, expected, near(each))
 
 
 def test_the_facts_model_learns(facts: Any) -> None:

@@ -21,7 +21,7 @@ from backward_lens_tl.editing.requests import EditRequest, tokenize_request
 from backward_lens_tl.editing.spanning import joined_pairs, mlp_sites, spanning_pairs
 from backward_lens_tl.editing.standardization import PairStatistics, pair_statistics
 from backward_lens_tl.editing.ultraedit import UltraEdit
-from backward_lens_tl.errors import EditError, ResultFileError
+from backward_lens_tl.errors import EditError, ResultFileError, UnsupportedModelError
 from backward_lens_tl.host import host_of
 
 ROUNDING = 1e-10  # of some thousand float64 operations, behind norms with a small eps
@@ -494,7 +494,7 @@ def test_statistics_need_requests_and_matrices_of_the_mlp(gpt2: Case) -> None:
 @pytest.mark.usefixtures("as_for_a_user")
 @hooked_only
 def test_a_model_without_mlps_is_refused() -> None:
-    with pytest.raises(EditError, match="no matrix"):
+    with pytest.raises(UnsupportedModelError, match="has no dense or gated MLP"):
         pair_statistics(attention_only_model(), REQUESTS, layers=[0], matrices="W_out")
 
 

@@ -433,7 +433,6 @@ def test_centered_writing_weights(
 @hooked_only
 def test_folded_norms(facts_base: nn.Module, facts: Case, tmp_path: Path) -> None:
     model = processed(fold_ln=True, center_writing_weights=True, center_unembed=True)
-    assert model.cfg.normalization_type == "LNPre"
     delta = edit(change(model, "W_out", 1))
     check_as_probabilities(delta, model, facts_base, tmp_path, of_prompt(facts))
     for matrix in ("W_in", "W_Q"):

@@ -68,7 +68,7 @@ def wanted_of(case: Case, request: EditRequest, **settings: Any) -> Tensor:
 
 
 @pytest.fixture(
-    params=("bridge-gpt2", "bridge-llama", "hooked-gpt2", "hooked-llama", "hooked-no_norm"),
+    params=("bridge-gpt2", "bridge-llama", "hooked-gpt2", "hooked-llama"),
     scope="module",
 )
 def each(request: pytest.FixtureRequest) -> Case:
@@ -226,9 +226,8 @@ def test_identity_moments_are_ridge_regression(gpt2: Case) -> None:
 # ----------------------------------------------------------------------------------- what it leaves
 
 
-def test_model_and_random_numbers_stay_as_they_were(case: Case) -> None:
-    if case.name == "gemma2":
-        pytest.skip("has a norm behind its MLP")
+def test_model_and_random_numbers_stay_as_they_were(each: Case) -> None:
+    case = each
     host = host_of(case.model)
     before = tensors_digest(host.parameters()), torch.random.get_rng_state()
     flags = [own.requires_grad for own in host.parameters().values()]
@@ -246,19 +245,17 @@ def test_model_and_random_numbers_stay_as_they_were(case: Case) -> None:
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_many_facts_at_once(facts: Case) -> None:
-    records = list(read_records("facts"))[200:204]
-    method = MEMIT(
-        (0, 1, 2), facts_moments(), regularization=20.0, starts=("The",), prepend_bos=False
-    )
+    records = list(read_records("facts"))[200:203]
+    method = MEMIT((0, 1), facts_moments(), regularization=5.0, starts=("The",), prepend_bos=False)
     delta = method(facts.model, [EditRequest.of(record) for record in records])
     said, kept = [], []
     with delta.applied(facts.model):
         for record in records:
             said.append(_answer(facts, record.prompt) == record.target)
             kept += [_answer(facts, own) == record.answer for own in record.neighborhood_prompts]
-    assert sum(said) >= 3
+    assert all(said)
     assert sum(kept) >= 0.8 * len(kept)
-    assert delta["W_out", 2].rank() == 4
+    assert delta["W_out", 1].rank() == 3
 
 
 def _answer(case: Case, prompt: str) -> str:

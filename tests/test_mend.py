@@ -272,13 +272,18 @@ def test_the_gradient_through_the_edited_pass_is_that_of_finite_differences(gpt2
 
 
 def test_training_lowers_the_loss_and_changes_all_that_is_learned(gpt2: Case) -> None:
-    training = replace(SHORT, steps=15, edits_per_step=3)
+    training = replace(SHORT, steps=15, edits_per_step=3, lr=3e-3, rate_lr=3e-3)
     editor = train(gpt2, training=training)
-    weights = torch.tensor([training.edit_weight, training.locality_weight], dtype=torch.float64)
-    losses = editor.losses @ weights
-    assert len(losses) == 15
-    assert float(losses[-5:].mean()) < 0.9 * float(losses[:5].mean())
     begun = MENDEditor.untrained(editor.statistics, lr=training.initial_rate, seed=3)
+    assert len(editor.losses) == 15
+    host, drawn, _ = drawn_from(gpt2)
+    sites = mlp_sites(host, ("W_in", "W_out"), [0, 2])
+
+    def loss(editor: MENDEditor) -> float:
+        edit, kept = edit_losses(host, sites, editor, drawn)
+        return training.edit_weight * float(edit) + training.locality_weight * float(kept)
+
+    assert loss(editor) < 0.9 * loss(begun)
     for own, before in zip(editor.parameters, begun.parameters, strict=True):
         assert own.shape == before.shape
         assert not torch.equal(own, before)
@@ -405,6 +410,22 @@ def test_each_record_comes_once_per_epoch_with_its_own_neighbors(gpt2: Case) -> 
         text for record in RECORDS for text in (record.prompt, *record.paraphrase_prompts)
     }
     assert data.draw(training, 7, 5) == data.draw(training, 7, 5) != data.draw(training, 8, 5)
+    alone = replace(data, examples=data.examples[:1])
+    for seeds, steps in (((0, 1, 2, 3, 4, 5), (0,)), ((0,), (0, 1, 2, 3, 4, 5))):
+        own = [alone.draw(training, seed, step)[0].locality for seed in seeds for step in steps]
+        assert len(set(own)) > 1
+
+
+def test_every_step_draws_anew(gpt2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, asked = mend_training._Data.draw, []
+
+    def watched(self: Any, training: MENDTraining, seed: int, step: int) -> list[Any]:
+        asked.append((seed, step))
+        return draw(self, training, seed, step)
+
+    monkeypatch.setattr(mend_training._Data, "draw", watched)
+    train(gpt2)
+    assert asked == [(3, 0), (3, 1), (3, 2), (3, 3)]
 
 
 def test_texts_of_the_caller_are_left_alone_but_for_those_on_the_subject(gpt2: Case) -> None:

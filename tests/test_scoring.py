@@ -320,7 +320,8 @@ def test_scores_depend_on_no_batch_side_or_order(
 
     def check(found: list[Score]) -> None:
         for each, own in zip(found, alone, strict=True):
-            assert each.nll == pytest.approx(own.nll, abs=1e-5)
+            # Five roundings of float32 at 16 are 1e-5 already.
+            assert each.nll == pytest.approx(own.nll, rel=2e-6, abs=1e-5)
             assert (each.is_said, each.first) == (own.is_said, own.first)
 
     for size in (1, 7, 1000):

@@ -32,6 +32,7 @@ from backward_lens_tl.host import host_of
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 
 LAYER = 1
+EITHER = "bridge" if architectures.HAS_BRIDGE else "hooked"
 PROMPTS = ("Messi plays for", "Rome is in", "The dog of the king runs to", "A river runs")
 TARGETS = (" Paris", " Italy", " Rome", " France")
 
@@ -94,14 +95,10 @@ def pair(family: str, kind: str, *, tied: bool = False) -> Pair:
     except NotAvailable as error:
         pytest.skip(str(error))
     raw = make(family, torch.float64)
-    tokens = torch.tensor([pair_ids(model, PROMPTS[0])])
+    tokens = torch.tensor([model.tokenizer(PROMPTS[0], add_special_tokens=False)["input_ids"]])
     # A bridge sets hooks of its own at the first forward pass of a kind.
     model(tokens, return_type="logits", attention_mask=torch.ones_like(tokens))
     return Pair(model, raw, FAMILIES.get(family, 3e-6) if "-" not in kind else 3e-5)
-
-
-def pair_ids(model: Any, text: str) -> list[int]:
-    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def through(raw: Any, ids: Sequence[int], layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +175,7 @@ def test_it_is_the_formula(each: Pair) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, -1, -2])
 def test_any_layer(layer: int) -> None:
-    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    own = pair("gpt2", EITHER)
     delta = shift(layer=layer)(own.model, EditRequest(PROMPTS[1], TARGETS[1]))
     x = own.reads(own.ids(PROMPTS[1]), layer % 2)[-1]
     expected = 0.3 * torch.outer(x, own.embedding(TARGETS[1]))
@@ -229,7 +226,7 @@ def test_nothing_else_is_changed(each: Pair) -> None:
 
 
 def test_of_several_tokens_the_first_is_written() -> None:
-    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    own = pair("gpt2", EITHER)
     assert len(own.ids(" Paris Rome")) == 2
     longer = shift()(own.model, EditRequest(PROMPTS[0], " Paris Rome"))
     first = shift()(own.model, EditRequest(PROMPTS[0], " Paris"))
@@ -241,7 +238,7 @@ def test_of_several_tokens_the_first_is_written() -> None:
 
 
 def test_bos_or_not() -> None:
-    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    own = pair("gpt2", EITHER)
     bos = own.model.tokenizer.bos_token_id
     found = {
         setting: dense(shift(prepend_bos=setting)(own.model, EditRequest(PROMPTS[0], " Paris")))
@@ -332,7 +329,7 @@ def test_several_requests_of_the_papers_form_are_added_up(each: Pair) -> None:
 @pytest.mark.parametrize("form", ["scale_free", "whitened"])
 def test_the_same_prompt_twice(form: Any) -> None:
     """Dependent inputs have a solution: together they write what each is to write."""
-    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    own = pair("gpt2", EITHER)
     settings: dict[str, Any] = {"form": form, "size": 2, "moments": own.moments()}
     once = dense(shift(**settings)(own.model, requests(1)))
     twice = dense(shift(**settings)(own.model, requests(1) * 2))
@@ -340,7 +337,7 @@ def test_the_same_prompt_twice(form: Any) -> None:
 
 
 def test_the_moments_ridge_counts() -> None:
-    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    own = pair("gpt2", EITHER)
     moments, x = own.moments(), own.reads(own.ids(PROMPTS[0]))[-1]
     for ridge in (1e-3, 1.0, 1e9):
         delta = shift(form="whitened", size=1, moments=moments, ridge=ridge)(own.model, requests(1))
@@ -422,7 +419,7 @@ def test_iterations_find_the_least_multiple_that_is_enough(each: Pair) -> None:
 
 @pytest.mark.parametrize("form", ["scale_free", "whitened"])
 def test_iterations_of_the_other_forms(form: Any) -> None:
-    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    own = pair("gpt2", EITHER)
     settings: dict[str, Any] = {"form": form, "size": 0.05, "moments": own.moments()}
     one = shift(**settings)(own.model, requests(1))
     found = shift(**settings, iterations=1000)(own.model, requests(1))
@@ -439,7 +436,7 @@ def test_iterations_of_the_other_forms(form: Any) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_iterations_of_several_requests(skip: bool, seed: int) -> None:
     """Each gets more as long as it is not answered, also one that others have overwritten."""
-    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    own = pair("gpt2", EITHER)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(90, generator=generator)[:4] + 3
     # The last one's answer is what the model says already.
@@ -552,6 +549,20 @@ def test_tied_or_not(family: str, kind: str, tied: bool) -> None:
     assert relative_error(host.embedding_vector(token), row) < near
 
 
+@pytest.mark.parametrize("kind", ["bridge-compat", "hooked-processed"])
+def test_tied_where_gains_are_negative(kind: str) -> None:
+    def turned(family: str, dtype: torch.dtype = torch.float32) -> Any:
+        model = tied_hf_model(family, dtype)
+        with torch.no_grad():
+            model.transformer.ln_f.weight[::2] *= -1
+        return model
+
+    pair("gpt2", kind, tied=True)  # or it is skipped
+    with patch.object(architectures, "hf_model", turned):
+        model = build_model("gpt2", kind, torch.float64)
+    assert host_of(model).is_tied
+
+
 @pytest.mark.parametrize("kind", ["bridge", "hooked"])
 def test_untied_models_take_the_unembedding(kind: str) -> None:
     own = pair("llama", kind)
@@ -595,7 +606,7 @@ def test_it_inserts_a_fact(facts: Any) -> None:
 
 
 def test_settings_are_in_the_delta() -> None:
-    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    own = pair("gpt2", EITHER)
     method = shift(form="whitened", moments=own.moments())
     about = method(own.model, requests(1)).about
     assert about["method"] == "ForwardPassShift"
@@ -667,14 +678,13 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     ],
 )
 def test_wrong_use_is_an_error(settings: dict[str, Any], message: str) -> None:
-    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    own = pair("gpt2", EITHER)
     with pytest.raises(EditError, match=message):
         shift(**settings)(own.model, requests(1))
 
 
 def test_moments_of_something_else() -> None:
-    kind = "bridge" if architectures.HAS_BRIDGE else "hooked"
-    own, other = pair("gpt2", kind), build(f"{kind}-gpt2", seed=1).model
+    own, other = pair("gpt2", EITHER), build(f"{EITHER}-gpt2", seed=1).model
     foreign = second_moments(other, TEXTS, prepend_bos=False, progress=False)
     with pytest.raises(EditError, match="not of layer 0"):
         shift(form="whitened", layer=0, moments=own.moments())(own.model, requests(1))
@@ -708,7 +718,7 @@ def test_models_without_a_w_out() -> None:
 
 
 def test_no_request() -> None:
-    own = pair("gpt2", "bridge" if architectures.HAS_BRIDGE else "hooked")
+    own = pair("gpt2", EITHER)
     with pytest.raises(EditError, match="no request"):
         shift()(own.model, [])
     with pytest.raises(EditError, match="EditRequest"):

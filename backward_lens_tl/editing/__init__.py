@@ -1,7 +1,7 @@
 """Editing facts: methods that compute what to add to a model's weights.
 
     requests ── method(model, requests) ──▶ WeightDelta ── applied, apply_/revert_ ──▶ edited model
-                                                        ── save, to_lora, gradient()
+                                                        ── save, to_lora, gradient(), delta_words
 
 An edit is an object. It changes a model for a while, or until it is reverted, and puts back every
 bit; it can be scaled, added, saved, and looked at through the lens.
@@ -9,19 +9,44 @@ bit; it can be scaled, added, saved, and looked at through the lens.
 
 from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
 from backward_lens_tl.editing.fine_tuning import FineTuning
+from backward_lens_tl.editing.hypernetwork import MENDEditor
+from backward_lens_tl.editing.memit import MEMIT
+from backward_lens_tl.editing.mend import MEND
+from backward_lens_tl.editing.mend_training import MENDTraining, train_mend
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.editing.moments import SecondMoments, facts_moments, second_moments
+from backward_lens_tl.editing.normalized_gradient import NormalizedGradient
+from backward_lens_tl.editing.presets import preset_methods
 from backward_lens_tl.editing.requests import EditRequest
+from backward_lens_tl.editing.rome import ROME
 from backward_lens_tl.editing.shift import ForwardPassShift
+from backward_lens_tl.editing.standardization import PairStatistics, pair_statistics
+from backward_lens_tl.editing.steps import GradientStep
+from backward_lens_tl.editing.ultraedit import UltraEdit
+from backward_lens_tl.editing.words import compare_words, delta_words
 
 __all__ = [
+    "MEMIT",
+    "MEND",
+    "ROME",
     "EditMethod",
     "EditRequest",
     "FineTuning",
     "ForwardPassShift",
+    "GradientStep",
+    "MENDEditor",
+    "MENDTraining",
     "MatrixDelta",
+    "NormalizedGradient",
+    "PairStatistics",
     "SecondMoments",
+    "UltraEdit",
     "WeightDelta",
+    "compare_words",
+    "delta_words",
     "facts_moments",
+    "pair_statistics",
+    "preset_methods",
     "second_moments",
+    "train_mend",
 ]

@@ -15,14 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backward_lens_tl.arguments import check_choice, is_integer, listed, shown
+from backward_lens_tl.arguments import check_choice, check_number, is_integer, listed, shown
 from backward_lens_tl.backward import read_logits
 from backward_lens_tl.continuations import Continuations
 from backward_lens_tl.editing.activations import adding, mlp_site
 from backward_lens_tl.editing.delta import MatrixDelta
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.values import check_number
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.host import Host
 from backward_lens_tl.prompts import pad_prompts
@@ -91,10 +90,10 @@ class FineTuning(EditMethod):
                 raise EditError(f"there is nothing in {name}; name at least one")
         for matrix in self.matrices:
             check_choice("matrices", matrix, MATRIX_NAMES, EditError)
-        check_number("lr", self.lr, zero=False)
-        check_number("stop_at", self.stop_at, zero=True)
+        check_number("lr", self.lr, zero=False, error=EditError)
+        check_number("stop_at", self.stop_at, zero=True, error=EditError)
         if self.norm_constraint is not None:
-            check_number("norm_constraint", self.norm_constraint, zero=False)
+            check_number("norm_constraint", self.norm_constraint, zero=False, error=EditError)
 
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> list[MatrixDelta]:
         """Train the changes of all matrices together."""

@@ -128,11 +128,15 @@ class MENDEditor:
 
     Example:
         >>> import backward_lens_tl as blt
+        >>> from backward_lens_tl.editing.standardization import pair_statistics
         >>> model = blt.load_facts_model()
-        >>> request = blt.editing.EditRequest("Obama grew up in", " Paris")
-        >>> statistics = pair_statistics(model, [request], progress=False)
+        >>> requests = [
+        ...     blt.editing.EditRequest("Obama grew up in", " Paris"),
+        ...     blt.editing.EditRequest("Lionel Messi plays for", " Rome"),
+        ... ]
+        >>> statistics = pair_statistics(model, requests, progress=False)
         >>> MENDEditor.untrained(statistics).n_parameters
-        3293446
+        3294726
     """
 
     statistics: PairStatistics

@@ -85,7 +85,7 @@ class _Layer:
         return _Layer(self.name, wide - wide.mean(1, keepdim=True), self.is_conv1d)
 
 
-_Place = tuple[_Layer, Int[Tensor, "d_out"]]
+_Place = tuple[_Layer, Int[Tensor, "_"]]
 """A layer, and which of its columns a matrix's columns are."""
 
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backward_lens_tl.arguments import check_choice
+from backward_lens_tl.arguments import check_choice, check_number
 from backward_lens_tl.editing.activations import activations, resid_tap
 from backward_lens_tl.editing.contexts import sampled_prefixes
 from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
@@ -33,7 +33,7 @@ from backward_lens_tl.editing.keys import (
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.editing.moments import RIDGE, SecondMoments
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.values import ValueSearch, check_number
+from backward_lens_tl.editing.values import ValueSearch
 from backward_lens_tl.errors import EditError, UnsupportedModelError
 from backward_lens_tl.host import Host
 from backward_lens_tl.sites import MatrixSite
@@ -74,9 +74,10 @@ class MEMIT(EditMethod):
         >>> import backward_lens_tl as blt
         >>> model = blt.load_facts_model()
         >>> request = blt.editing.EditRequest("Lionel Messi plays for", " Paris", "Lionel Messi")
-        >>> method = blt.editing.MEMIT(layers=(0, 1), moments=blt.editing.facts_moments())
+        >>> moments = blt.editing.facts_moments()
+        >>> method = blt.editing.MEMIT(layers=(0, 1), moments=moments, regularization=5)
         >>> with method(model, request).applied(model):
-        ...     blt.backward_lens(model, "Lionel Messi plays for").target_texts[0]
+        ...     blt.backward_lens(model, "Lionel Messi plays for").target()
         ' Paris'
     """
 
@@ -110,9 +111,9 @@ class MEMIT(EditMethod):
             UnsupportedModelError: If a layer's MLP does not write straight to the residual stream.
         """
         check_choice("fact_token", self.fact_token, ("subject_last", "last"), EditError)
-        check_number("ridge", self.ridge, zero=True)
+        check_number("ridge", self.ridge, zero=True, error=EditError)
         if self.regularization is not None:
-            check_number("regularization", self.regularization, zero=False)
+            check_number("regularization", self.regularization, zero=False, error=EditError)
         search = ValueSearch(self.steps, self.lr, self.weight_decay, self.kl_factor, self.clamp)
         sites = w_out_sites(host, self.layers)
         moments = checked_moments(host, self.moments, [site.layer for site in sites])

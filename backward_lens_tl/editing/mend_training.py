@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from backward_lens_tl import storage
-from backward_lens_tl.arguments import check_choice, is_integer, shown
+from backward_lens_tl.arguments import check_choice, check_number, is_integer, shown
 from backward_lens_tl.continuations import Continuations
 from backward_lens_tl.editing.activations import adding
 from backward_lens_tl.editing.hypernetwork import EDITOR_PARTS, MENDCheckpoint, MENDEditor
@@ -37,7 +37,6 @@ from backward_lens_tl.editing.standardization import (
     EDITED_MATRICES,
     pair_statistics,
 )
-from backward_lens_tl.editing.values import check_number
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.host import Host, host_of
 from backward_lens_tl.precision import at_least_float32
@@ -67,14 +66,14 @@ class MENDTraining:
         save_every: Steps after which a training with `out` is saved.
     """
 
-    steps: int = 100
+    steps: int = 200
     edits_per_step: int = 10
-    lr: float = 1e-4
+    lr: float = 3e-4
     rate_lr: float = 1e-4
     initial_rate: float = 1e-3
     edit_weight: float = 0.1
     locality_weight: float = 1.0
-    n_locality: int = 24
+    n_locality: int = 8
     n_statistics: int = 300
     clip_norm: float = 100.0
     save_every: int = 50
@@ -85,9 +84,9 @@ class MENDTraining:
             if not is_integer(value) or int(value) < 1:
                 raise EditError(f"{name} is {shown(value)}; pass an integer from 1 on")
         for name in ("lr", "rate_lr", "initial_rate", "clip_norm"):
-            check_number(name, getattr(self, name), zero=False)
+            check_number(name, getattr(self, name), zero=False, error=EditError)
         for name in ("edit_weight", "locality_weight"):
-            check_number(name, getattr(self, name), zero=True)
+            check_number(name, getattr(self, name), zero=True, error=EditError)
 
 
 _DEFAULT = MENDTraining()

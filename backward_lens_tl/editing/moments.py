@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -416,7 +417,7 @@ def _grams(
 
 def _side(n: int) -> int:
     """Rows of a matrix whose upper triangle has `n` entries."""
-    return round(((8 * n + 1) ** 0.5 - 1) / 2)
+    return (math.isqrt(8 * n + 1) - 1) // 2
 
 
 def _digest(before: str, text: str) -> str:

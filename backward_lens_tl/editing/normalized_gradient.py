@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from backward_lens_tl.arguments import check_number
 from backward_lens_tl.editing.delta import MatrixDelta
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.editing.spanning import joined_pairs
 from backward_lens_tl.editing.standardization import PairStatistics
-from backward_lens_tl.editing.values import check_number
+from backward_lens_tl.errors import EditError
 from backward_lens_tl.host import Host
 
 
@@ -45,7 +46,7 @@ class NormalizedGradient(EditMethod):
         Returns:
             The changes, as factors.
         """
-        check_number("lr", self.lr, zero=False)
+        check_number("lr", self.lr, zero=False, error=EditError)
         self.statistics.check_positions("all")
         sites = self.statistics.sites(host, self.matrices, self.layers)
         deltas = []

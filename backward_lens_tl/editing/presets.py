@@ -67,7 +67,7 @@ _FACTS: Mapping[str, Settings] = {
     "ft_first": {"layers": 0, "lr": 5e-4},
     "ft_late": {"layers": 6, "lr": 2e-3},
     "ft_constrained": {"layers": 0, "lr": 5e-4, "norm_constraint": 5e-3},
-    "mend": {},
+    "mend": {"layers": (0, 1)},
     "normalized_gradient": {"lr": 1e-3},
     "ultraedit": {"lr": 1e-3},
     "rome": {"layer": 1},
@@ -81,7 +81,7 @@ _GPT2_XL: Mapping[str, Settings] = {
     "ft_first": {"layers": 0, "objective": "prompt_last"},
     "ft_late": {"layers": 35, "objective": "prompt_last"},
     "ft_constrained": {"layers": 0, "norm_constraint": 5e-4, "objective": "prompt_last"},
-    "mend": {},
+    "mend": {"layers": (0, 1)},
     "normalized_gradient": {"lr": 1e-3},
     "ultraedit": {},
     "rome": {"layer": 17, "key_mode": "rome"},
@@ -137,6 +137,34 @@ def preset_methods(
     }
 
 
+def with_settings(
+    model: nn.Module,
+    name: str,
+    settings: Settings,
+    *,
+    folder: str | Path,
+    training: Iterable[Record] = (),
+    prepend_bos: bool | None = False,
+    progress: bool = False,
+) -> EditMethod:
+    """A preset's method with other settings.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`.
+        name: The preset.
+        settings: Arguments of its class, but for statistics and networks.
+        folder: As in `preset_methods`.
+        training: Likewise.
+        prepend_bos: Likewise.
+        progress: Likewise.
+
+    Returns:
+        The method.
+    """
+    needs = _Needs(model, Path(folder), tuple(training), prepend_bos, progress)
+    return _with_needs(METHODS[name], settings, needs)
+
+
 def preset_settings(model: str, n_layers: int) -> Mapping[str, Settings]:
     """The settings of each preset, without statistics and networks.
 
@@ -145,7 +173,7 @@ def preset_settings(model: str, n_layers: int) -> Mapping[str, Settings]:
         n_layers: How many layers it has.
 
     Returns:
-        Arguments of the method's class, by the preset's name.
+        Arguments of the method's class, or for MEND of its training, by the preset's name.
     """
     if model == FACTS_MODEL:
         return _FACTS
@@ -242,12 +270,19 @@ class _Needs:
         found.save(file)
         return found
 
-    @cached_property
-    def editor(self) -> MENDEditor:
-        """MEND's trained networks."""
+    def editor(self, **settings: Any) -> MENDEditor:
+        """MEND's trained networks.
+
+        Args:
+            **settings: Of the training.
+
+        Returns:
+            The networks.
+        """
         return train_mend(
             self._model,
             self._needed_training,
+            **settings,
             prepend_bos=self.prepend_bos,
             out=self._folder / "mend.safetensors",
             progress=self._progress,
@@ -265,7 +300,6 @@ class _Needs:
 
 
 _OF_CLASS: Mapping[type[EditMethod], Callable[[_Needs], Settings]] = {
-    MEND: lambda needs: {"editor": needs.editor},
     NormalizedGradient: lambda needs: {"statistics": needs.pairs},
     UltraEdit: lambda needs: {"statistics": needs.answer_pairs},
     ROME: lambda needs: {"moments": needs.moments},
@@ -274,6 +308,8 @@ _OF_CLASS: Mapping[type[EditMethod], Callable[[_Needs], Settings]] = {
 
 
 def _with_needs(kind: type[EditMethod], settings: Settings, needs: _Needs) -> EditMethod:
+    if kind is MEND:  # the networks are all that it has, and the settings are of their training
+        return MEND(needs.editor(**settings), prepend_bos=needs.prepend_bos)
     more = _OF_CLASS[kind](needs) if kind in _OF_CLASS else {}
     if settings.get("form") == "whitened":
         more = {"moments": needs.moments}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from backward_lens_tl.arguments import check_choice
+from backward_lens_tl.arguments import check_choice, check_number
 from backward_lens_tl.editing.contexts import sampled_prefixes
 from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
 from backward_lens_tl.editing.keys import (
@@ -27,7 +27,7 @@ from backward_lens_tl.editing.keys import (
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.editing.moments import RIDGE, SecondMoments
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.values import ValueSearch, check_number
+from backward_lens_tl.editing.values import ValueSearch
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.host import Host
 from backward_lens_tl.sites import MatrixSite
@@ -73,7 +73,7 @@ class ROME(EditMethod):
         >>> request = blt.editing.EditRequest("Lionel Messi plays for", " Paris", "Lionel Messi")
         >>> method = blt.editing.ROME(layer=0, moments=blt.editing.facts_moments())
         >>> with method(model, request).applied(model):
-        ...     blt.backward_lens(model, "Lionel Messi plays for").target_texts[0]
+        ...     blt.backward_lens(model, "Lionel Messi plays for").target()
         ' Paris'
     """
 
@@ -106,7 +106,7 @@ class ROME(EditMethod):
         """
         check_choice("key_mode", self.key_mode, ("mean", "bare", "rome"), EditError)
         check_choice("fact_token", self.fact_token, ("subject_last", "last"), EditError)
-        check_number("ridge", self.ridge, zero=True)
+        check_number("ridge", self.ridge, zero=True, error=EditError)
         search = ValueSearch(self.steps, self.lr, self.weight_decay, self.kl_factor, self.clamp)
         (site,) = w_out_sites(host, [self.layer])
         moments = checked_moments(host, self.moments, [site.layer])

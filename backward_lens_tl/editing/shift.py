@@ -27,13 +27,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from backward_lens_tl.arguments import check_choice, is_integer, shown
+from backward_lens_tl.arguments import check_choice, check_number, is_integer, shown
 from backward_lens_tl.editing.activations import Addition, activations, adding, mlp_site
 from backward_lens_tl.editing.delta import MatrixDelta
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.editing.moments import RIDGE, SecondMoments
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.values import check_number
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.host import Host
 
@@ -103,7 +102,7 @@ class ForwardPassShift(EditMethod):
         is_number = isinstance(self.size, int | float) and not isinstance(self.size, bool)
         if not is_number or not math.isfinite(self.size):
             raise EditError(f"size is {shown(self.size)}; pass a number")
-        check_number("ridge", self.ridge, zero=True)
+        check_number("ridge", self.ridge, zero=True, error=EditError)
         if self.form == "whitened" and self.moments is None:
             raise EditError(
                 "the whitened form needs moments, the statistics of what W_out reads: collect them "
@@ -155,7 +154,8 @@ class ForwardPassShift(EditMethod):
             keys = self.moments.solve(layer, keys, self.ridge)
         gram = reads.double() @ keys
         gram.diagonal().add_(_DEPENDENT * gram.diagonal().mean() * (len(reads) > 1))
-        return torch.linalg.solve(gram.T, keys.T).T.to(reads.dtype)
+        solution: Tensor = torch.linalg.solve(gram.T, keys.T).T
+        return solution.to(reads.dtype)
 
     def _embedding(self, host: Host, token_id: int) -> Float[Tensor, "d_model"]:
         kind = self.target_embedding

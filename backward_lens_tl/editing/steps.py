@@ -77,7 +77,7 @@ class GradientStep(EditMethod):
         >>> step = GradientStep("sgd", lr=1.0, matrices="W_out", layers=[5, 7])
         >>> delta = step(model, request)
         >>> [each.rank() for each in delta]
-        [5, 1]
+        [6, 1]
         >>> with delta.applied(model):
         ...     blt.backward_lens(model, request.prompt).target()
         ' Paris'

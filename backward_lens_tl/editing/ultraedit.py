@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from backward_lens_tl.arguments import check_number
 from backward_lens_tl.editing.delta import MatrixDelta
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.editing.spanning import joined_pairs
 from backward_lens_tl.editing.standardization import PairStatistics
-from backward_lens_tl.editing.values import check_number
+from backward_lens_tl.errors import EditError
 from backward_lens_tl.host import Host
 
 
@@ -59,8 +60,8 @@ class UltraEdit(EditMethod):
         Returns:
             The changes, as factors.
         """
-        check_number("lr", self.lr, zero=False)
-        check_number("ridge", self.ridge, zero=False)
+        check_number("lr", self.lr, zero=False, error=EditError)
+        check_number("ridge", self.ridge, zero=False, error=EditError)
         self.statistics.check_positions("answer")
         sites = self.statistics.sites(host, self.matrices, self.layers)
         deltas = []

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backward_lens_tl.arguments import is_integer, shown
+from backward_lens_tl.arguments import check_number, is_integer, shown
 from backward_lens_tl.continuations import Continuations
 from backward_lens_tl.editing.activations import adding_at
 from backward_lens_tl.editing.keys import FactContexts
@@ -53,9 +53,9 @@ class ValueSearch:
         if not is_integer(self.steps) or int(self.steps) < 1:
             raise EditError(f"steps is {shown(self.steps)}; pass an integer from 1 on")
         for name in ("lr", "clamp"):
-            check_number(name, getattr(self, name), zero=False)
+            check_number(name, getattr(self, name), zero=False, error=EditError)
         for name in ("weight_decay", "kl_factor"):
-            check_number(name, getattr(self, name), zero=True)
+            check_number(name, getattr(self, name), zero=True, error=EditError)
 
     def find(
         self, host: Host, tap: Tap, fact: FactContexts, start: Float[Tensor, "d"]
@@ -147,19 +147,3 @@ class _Loss:
             self._original = edited.detach()
         divergence: Tensor = (edited.exp() * (edited - self._original)).sum()
         return loss + self._search.kl_factor * divergence
-
-
-def check_number(name: str, value: float, *, zero: bool) -> None:
-    """Refuse what is no positive number.
-
-    Args:
-        name: Of the setting.
-        value: Its value.
-        zero: Whether 0 is allowed.
-
-    Raises:
-        EditError: If it is negative, not finite or no number.
-    """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (0 < value < float("inf") or (zero and value == 0)):
-        raise EditError(f"{name} is {shown(value)}; pass a number {'from' if zero else 'above'} 0")

@@ -89,7 +89,7 @@ def delta_words(
         >>> step = GradientStep("sgd", lr=1.0, matrices="W_out", layers=5)(model, request)
         >>> words = delta_words(model, step, k=1, target=" Paris", most=1)
         >>> words[["component", "role", "top_tokens", "target_rank"]].values.tolist()
-        [[4, 'writes', [' Paris'], 0]]
+        [[5, 'writes', [' Paris'], 0]]
     """
     import pandas as pd
 

@@ -194,7 +194,7 @@ class Host(ABC):
         Args:
             tokens: Token ids, padded on the right.
             select: From something per position, `[batch, pos, d]`, to that at the positions that
-                are needed, `[batch, read, d]`.
+                are needed, `[rows, read, d]`.
 
         Returns:
             The logits of those positions, connected to the autograd graph.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from backward_lens_tl.evaluation.least_rates import STEPS, least_rates, least_rates_by_layer
+from backward_lens_tl.evaluation.rates import STEPS, least_rates, least_rates_by_layer
 from backward_lens_tl.reproduce.evidence import Evidence
 from backward_lens_tl.reproduce.finding import Check, Finding, part
 from backward_lens_tl.views import figures

@@ -33,15 +33,16 @@ def optimizer_steps(evidence: Evidence) -> Finding:
         found.append(own.assign(request=place))
     table = pd.concat(found, ignore_index=True)
     means = table.groupby(["matrix", "edit"], sort=False)[
-        ["rank", "top_energy", "stable_rank", "alignment", "overlap", "target_rank"]
+        ["rank", "top_energy", "stable_rank", "alignment", "answer_overlap", "answer_target_rank"]
     ].mean()
     return Finding(
         (_ranks(table), _words(table), _target(table, evidence)),
         {"means": means.reset_index(), "steps": table},
         notes=(
             f"Of {table['request'].nunique()} facts, each a gradient of its own. Words are those "
-            "of a step's largest singular component; overlap is the part of them that SGD's has, "
-            "too.",
+            "that the whole step answers to what SGD's step listens to, since no singular "
+            "component of Muon's is larger than another; overlap is the part of them that are "
+            "SGD's, too.",
         ),
     )
 
@@ -59,7 +60,7 @@ def _ranks(table: pd.DataFrame) -> Check:
 
 
 def _words(table: pd.DataFrame) -> Check:
-    means = table.groupby("edit")["overlap"].mean()
+    means = table.groupby("edit")["answer_overlap"].mean()
     return Check(
         f"of the words of SGD's step at least {100 * _SOME_WORDS:.0f} % are left in Adam's, and as "
         "many in Muon's",
@@ -69,14 +70,12 @@ def _words(table: pd.DataFrame) -> Check:
 
 
 def _target(table: pd.DataFrame, evidence: Evidence) -> Check:
-    writing = table[(table["matrix"] == "W_out") & table["target_rank"].notna()]
-    near = {
-        name: (own["target_rank"] <= evidence.near_end).mean()
-        for name, own in writing.groupby("edit")
-    }
+    rank = "answer_target_rank"
+    writing = table[(table["matrix"] == "W_out") & table[rank].notna()]
+    near = {name: (own[rank] <= evidence.near_end).mean() for name, own in writing.groupby("edit")}
     return Check(
-        "the target is among the most probable 1 % of what W_out's step writes most, in more than "
-        "half of the layers and facts, whatever the optimizer",
+        "the target is among the most probable 1 % of what W_out's step writes, in more than half "
+        "of the layers and facts, whatever the optimizer",
         bool(min(near.values()) > 0.5),
         ", ".join(f"{name} {100 * near[name]:.0f} %" for name in _OPTIMIZERS),
     )

@@ -1,0 +1,120 @@
+"""Settings of the editing methods for the facts model, tried on a split that nothing is tested on.
+
+``python -m benchmarks.tuning`` tries every candidate on `FACTS_TUNING`, prints what came of them,
+and writes it to ``docs/benchmarks/tuning.json``; `editing/presets.py` has the chosen ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from backward_lens_tl.editing.method import EditMethod
+from backward_lens_tl.editing.presets import FACTS_TEST, FACTS_TUNING, METHODS, with_settings
+from backward_lens_tl.evaluation import EvaluationConfig, search
+from backward_lens_tl.evaluation.plan import unused_records
+from backward_lens_tl.loading import FACTS_MODEL, load_facts_model
+from backward_lens_tl.records import read_records
+from backward_lens_tl.storage import replacing
+
+RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks" / "tuning.json"
+
+GRIDS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "ft_first": {"layers": (0,), "lr": (1e-4, 2e-4, 5e-4, 2e-3)},
+    "ft_late": {"layers": (4, 5, 6, 7), "lr": (1e-3, 2e-3, 5e-3)},
+    "ft_constrained": {
+        "layers": (0,),
+        "lr": (5e-4, 2e-3),
+        "norm_constraint": (1e-3, 2e-3, 5e-3, 1e-2),
+    },
+    "mend": {},
+    "normalized_gradient": {"layers": ((5, 6, 7), (6, 7)), "lr": (3e-4, 1e-3, 3e-3)},
+    "ultraedit": {"layers": ((5, 6, 7), (5,), (6,)), "lr": (1e-3, 3e-3, 5e-3)},
+    "rome": {
+        "layer": (0, 1),
+        "key_mode": ("mean", "bare", "rome"),
+        "prefixes": (((5, 3), (10, 3)),),
+    },
+    "memit": {"layers": ((0,), (0, 1), (0, 1, 2)), "regularization": (5.0, 20.0, 100.0, None)},
+    "shift": {"layer": (3, 4, 5, 6, 7), "size": (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)},
+    "shift_iterated": {"layer": (3, 4, 5, 6, 7), "size": (2.0, 4.0)},
+    "shift_whitened": {"layer": (3, 4, 5, 6, 7), "size": (2.0, 4.0)},
+}
+"""What is tried for each preset; other settings are those of its class, or the shift's form."""
+
+_FORMS: Mapping[str, Mapping[str, Any]] = {
+    "shift_iterated": {"form": "scale_free", "iterations": 25},
+    "shift_whitened": {"form": "whitened", "iterations": 25},
+}
+
+log = logging.getLogger(__name__)
+
+
+def candidates(name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What is tried for a preset.
+
+    Args:
+        name: The preset.
+
+    Yields:
+        A name and the settings.
+    """
+    grid = GRIDS[name]
+    for values in product(*grid.values()):
+        own = dict(zip(grid, values, strict=True))
+        label = ", ".join(f"{key}={value}" for key, value in own.items()) or "as it is"
+        yield label, {**_FORMS.get(name, {}), **own}
+
+
+def main() -> None:
+    """Try what is asked for, and keep it beside what was tried before."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*METHODS, []], help="default: all presets")
+    parser.add_argument("--folder", help="where networks and statistics are kept")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(options.folder or temporary)
+        for name in options.names or METHODS:
+            found[name] = tuned(name, folder)
+            with replacing(RESULTS) as partial:
+                partial.write_text(json.dumps(found, indent=1) + "\n")
+            log.info("%s: %s", name, found[name]["best"])
+
+
+def tuned(name: str, folder: Path) -> dict[str, Any]:
+    """Try the candidates of one preset.
+
+    Args:
+        name: The preset.
+        folder: Where networks and statistics are kept.
+
+    Returns:
+        What was chosen, and what came of each candidate.
+    """
+    model, records = load_facts_model(), read_records(FACTS_MODEL)
+    reserved = {*FACTS_TEST, *FACTS_TUNING}
+    training = unused_records(records, EvaluationConfig(rows=sorted(reserved)))
+    methods: dict[str, EditMethod] = {
+        label: with_settings(model, name, settings, folder=folder, training=training)
+        for label, settings in candidates(name)
+    }
+    tried = search(model, methods, records, FACTS_TUNING, progress=False)
+    sys.stdout.write(f"\n{name}\n{tried.table.round(2).to_string(index=False)}\n")
+    return {
+        "best": tried.best_name,
+        "rows": [FACTS_TUNING.start, FACTS_TUNING.stop],
+        "tried": json.loads(tried.table.to_json(orient="records", double_precision=4)),
+    }
+
+
+if __name__ == "__main__":
+    main()
