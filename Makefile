@@ -24,7 +24,7 @@ PYTEST := python -m pytest --doctest-modules backward_lens_tl tests README.md do
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: help demo test test-tl2 test-tl4 check check-fast check-all facts-model facts-model-eval
-.PHONY: bench notebooks pictures constraints clean FORCE
+.PHONY: facts-moments tune bench notebooks pictures constraints clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,12 @@ facts-model: .venv/installed ## train the model that ships here anew
 
 facts-model-eval: .venv/installed ## measure what the model that ships here knows
 	.venv/bin/python -m facts_model.evaluate
+
+facts-moments: .venv/installed ## collect the statistics that ship with that model anew
+	.venv/bin/python -m facts_model.moments
+
+tune: .venv/installed ## try settings of the editing methods anew, docs/benchmarks/tuning.json
+	$(OFFLINE) .venv/bin/python -m benchmarks.tuning
 
 bench: .venv/installed ## measure speed and memory, docs/benchmarks.md; BENCH="--quick" for less
 	$(OFFLINE) .venv/bin/python -m benchmarks $(BENCH)

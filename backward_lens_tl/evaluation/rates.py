@@ -62,7 +62,7 @@ def least_rates(
 
     Returns:
         One row per request, layer and step: `request`, `layer`, `step`, `rate` (missing if no rate
-        of the grid is enough) and `perplexity` after that edit.
+        of the grid is enough) and `perplexity` of all texts together after that edit.
 
     Raises:
         EvaluationError: If the grid is not ascending and positive.
@@ -88,7 +88,7 @@ def least_rates(
                 after = math.nan
                 if texts and not math.isnan(rate):
                     with WeightDelta((delta.scale(rate),), {}).applied(model):
-                        after = perplexity(host, texts, settings.denominator).mean_of_texts
+                        after = perplexity(host, texts, settings.denominator).corpus
                 rows.append(
                     {
                         "request": place,

@@ -38,6 +38,8 @@ _SHOWN = (
     "ngram_entropy_std",
     "perplexity",
     "perplexity_std",
+    "corpus_perplexity",
+    "corpus_perplexity_std",
     "free_efficacy",
     "score",
     "seconds",
@@ -80,7 +82,9 @@ def editing_methods(evidence: Evidence) -> Finding:
             "deviations over records. Efficacy, paraphrase and neighborhood count prompts whose "
             "wanted answer is the most probable one.",
             f"Generations are of {length} tokens. Perplexity is that of "
-            f"{found.run['texts']['n']} texts of {found.run['texts']['name']!r}.",
+            f"{found.run['texts']['n']} texts of {found.run['texts']['name']!r}: the "
+            "mean of the texts' own, which a single odd text may rule, and that of all together, "
+            "which the check takes.",
         ),
     )
 
@@ -102,13 +106,13 @@ def _efficacy(summary: pd.DataFrame) -> Check:
 def _fluency(summary: pd.DataFrame) -> Check:
     shift, none = (pick(summary, "method", name) for name in ("shift", NONE))
     kept = shift["ngram_entropy"] / none["ngram_entropy"]
-    growth = shift["perplexity"] / none["perplexity"]
+    growth = shift["corpus_perplexity"] / none["corpus_perplexity"]
     return Check(
         "its edits leave 99 % of the generations' n-gram entropy, and perplexity grows by less "
         "than 1 %",
         kept >= _LASTING and growth <= 2 - _LASTING,
-        f"{100 * kept:.1f} % of the entropy; perplexity {none['perplexity']:.2f} before, "
-        f"{shift['perplexity']:.2f} after",
+        f"{100 * kept:.1f} % of the entropy; perplexity {none['corpus_perplexity']:.3f} "
+        f"before, {shift['corpus_perplexity']:.3f} after",
     )
 
 

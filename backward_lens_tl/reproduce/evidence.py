@@ -239,10 +239,10 @@ class Evidence:
 
     @cached_property
     def perplexity(self) -> float:
-        """That of the unedited model, as evaluations measure it."""
+        """That of all texts together, of the unedited model."""
         config = self.evaluation_config()
         texts = read_texts(self._host, config).tokens(self._host, config)
-        return perplexity(self._host, texts, config.denominator).mean_of_texts
+        return perplexity(self._host, texts, config.denominator).corpus
 
     # --- single prompts --------------------------------------------------------------------------
 

@@ -37,7 +37,14 @@ def several_facts(evidence: Evidence) -> Finding:
         own = found.summary()
         tables.append(own[own["method"] != NONE].assign(edits_at_once=size, generation_length=0))
     table = pd.concat(tables)
-    columns = ["method", "edits_at_once", "efficacy", "paraphrase", "neighborhood", "perplexity"]
+    columns = [
+        "method",
+        "edits_at_once",
+        "efficacy",
+        "paraphrase",
+        "neighborhood",
+        "corpus_perplexity",
+    ]
     return Finding(
         (_efficacy(table), _iterating(table), _neighborhood(table)),
         {"several facts": table[[*columns, "score", "norm", "rank", "seconds"]]},
