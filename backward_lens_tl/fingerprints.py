@@ -11,6 +11,9 @@ from torch import Tensor
 _PIECE = 2**22
 """Values that a checksum goes over at a time, to save memory."""
 
+_ODD = 0x1E3779B97F4A7C15
+"""A factor without a pattern in its bits."""
+
 
 def tensors_digest(tensors: Mapping[str, Tensor], about: str = "") -> str:
     """A checksum of tensors: their names, shapes, dtypes and every bit of their values.
@@ -49,7 +52,11 @@ def checksum(tensor: Tensor) -> int:
     for index, piece in enumerate(bits.split(_PIECE)):
         # Odd weights, so that no bit of a single change is lost when the sum overflows.
         places = torch.arange(len(piece), device=bits.device) + index * _PIECE
-        total += (piece.long() * (2 * places + 1)).sum()
+        # Mixed before it is weighted: the signs of two doubles are bits that would cancel.
+        mixed = piece.long()
+        mixed = (mixed ^ (mixed >> 31)) * _ODD
+        mixed = mixed ^ (mixed >> 29)
+        total += (mixed * (2 * places + 1)).sum()
     return int(total)
 
 

@@ -369,7 +369,7 @@ class PartsFolder:
         # Through JSON, which makes lists of tuples.
         now = json.loads(json.dumps(run))
         for name in self.MUST_MATCH:
-            if _nameless(self.run.get(name)) != _nameless(now[name]):
+            if _lasting(name, self.run.get(name)) != _lasting(name, now[name]):
                 raise self.ERROR(
                     f"{os.fspath(self.folder)!r} holds {_a(self.KIND)} with another {name}: "
                     f"{_difference(self.run.get(name), now[name])}. Go on with what it was begun "
@@ -457,9 +457,9 @@ def _a(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def _nameless(entry: Any) -> Any:
-    """What an entry says beside where its model or data lie, which may have moved."""
-    if not isinstance(entry, dict):
+def _lasting(name: str, entry: Any) -> Any:
+    """What an entry says beside where its model, data or texts lie, which may have moved."""
+    if name not in ("model", "data", "texts") or not isinstance(entry, dict):
         return entry
     return {key: value for key, value in entry.items() if key != "name"}
 

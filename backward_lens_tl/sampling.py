@@ -34,7 +34,8 @@ def sample(
         prompts: Token ids of each prompt, at least one token each.
         n_tokens: How many tokens each prompt gets; fewer where the model's context ends (the last
             one is drawn when it is full), or after the tokenizer's end of text.
-        top_k: Tokens that are drawn among; 1 takes the most probable one.
+        top_k: Tokens that are drawn among; 1 takes the most probable one, and so does a model whose
+            logits are not finite.
         seeds: One for each prompt.
 
     Returns:
@@ -64,7 +65,8 @@ def sample(
 
 def _drawn(logits: Float[Tensor, "d_vocab"], top_k: int, generator: torch.Generator) -> int:
     """A token among the most probable ones, in proportion to its probability."""
-    if top_k == 1:
+    # Of a model that a huge edit has disabled nothing can be drawn.
+    if top_k == 1 or not bool(logits.isfinite().all()):
         return int(logits.argmax())
     best, tokens = logits.topk(min(top_k, len(logits)))
     place = torch.multinomial(best.double().softmax(-1), 1, generator=generator)

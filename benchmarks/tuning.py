@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from backward_lens_tl.editing.mend_training import MENDTraining
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.editing.presets import FACTS_TEST, FACTS_TUNING, METHODS, with_settings
 from backward_lens_tl.evaluation import EvaluationConfig, search
@@ -29,8 +30,11 @@ RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks" / "tuning.json"
 GRIDS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "ft_first": {"layers": (0,), "lr": (1e-4, 2e-4, 5e-4)},
     "ft_late": {"layers": (6, 7), "lr": (1e-3, 2e-3)},
-    "ft_constrained": {"layers": (0,), "lr": (5e-4,), "norm_constraint": (1e-3, 2e-3, 5e-3)},
-    "mend": {},
+    "ft_constrained": {"layers": (0,), "lr": (5e-4, 2e-3), "norm_constraint": (5e-3, 7e-3)},
+    "sgd_step": {"optimizer": ("sgd",), "layers": (6,), "lr": (0.5, 1.0, 2.0)},
+    "adam_step": {"optimizer": ("adam",), "layers": (6,), "lr": (0.02, 0.04, 0.08)},
+    "muon_step": {"optimizer": ("muon",), "layers": (6,), "lr": (0.3, 1.0, 3.0)},
+    "mend": {"layers": (0,), "training": (MENDTraining(lr=1e-3),)},
     "normalized_gradient": {"layers": ((5, 6, 7), (0,)), "lr": (1e-3, 3e-3)},
     "ultraedit": {"layers": ((5,), (6,)), "lr": (1e-3, 3e-3)},
     "rome": {

@@ -29,6 +29,7 @@ from backward_lens_tl import cli
 from backward_lens_tl.errors import InputError, SweepError, UnsupportedModelError
 from backward_lens_tl.reproduce import (
     COUNTERFACT,
+    COUNTERFACT_RECORDS,
     EXPERIMENTS,
     Check,
     Finding,
@@ -53,6 +54,9 @@ from backward_lens_tl.segments import SEGMENTS
 LENSES = ("logit_lens", "normalized")
 LAST = "last token"
 OTHERS = [name for name in SEGMENTS if name != LAST]
+GRADIENTS = tuple(each for each in EXPERIMENTS if each.group == "gradients")
+EDITING = tuple(each for each in EXPERIMENTS if each.group == "editing")
+"""Measured in test_editing_experiments.py."""
 
 # --- evidence made by hand ----------------------------------------------------------------------
 
@@ -1121,13 +1125,19 @@ def test_small_vocabularies_are_not_compared_with_themselves(
 
 def test_names_of_figures_and_tables():
     names = [cover for experiment in EXPERIMENTS for cover in experiment.covers]
-    figures = [f"fig{n}" for n in (1, *range(3, 24))]
-    assert sorted(names) == sorted([*figures, *(f"table{n}" for n in range(2, 6))])
+    figures = [f"fig{n}" for n in (1, *range(3, 25))]
+    tables = [f"table{n}" for n in range(1, 8)]
+    beyond = ["several_facts", "whitening", "optimizers"]
+    assert sorted(names) == sorted([*figures, *tables, *beyond])
     for experiment in EXPERIMENTS:
         assert experiment.name in experiment.covers
         for cover in experiment.covers:
             assert select_experiments(cover) == (experiment,)
     assert select_experiments("all") == EXPERIMENTS == select_experiments(["fig4", "all"])
+    assert select_experiments("gradients") == GRADIENTS == select_experiments(["gradients", "fig4"])
+    assert select_experiments("editing") == EDITING
+    assert select_experiments(["editing", "gradients"]) == EXPERIMENTS == (*GRADIENTS, *EDITING)
+    assert select_experiments(["fig24", "gradients"]) == (*GRADIENTS, *select_experiments("fig24"))
     folders = {"fig9": "fig8", "fig12": "fig11", "fig15": "fig11", "fig23": "fig22", "fig1": "fig3"}
     for alias, name in folders.items():
         assert [each.name for each in select_experiments(alias)] == [name]
@@ -1136,9 +1146,8 @@ def test_names_of_figures_and_tables():
 
 
 def test_unknown_names(tmp_path: Path):
-    with pytest.raises(
-        InputError, match=r"no experiment 'fig2'; there are fig1, fig3, .*table5, all"
-    ):
+    there = r"there are fig1, fig3, .*table5, .*optimizers, gradients, editing, all$"
+    with pytest.raises(InputError, match=rf"no experiment 'fig2'; {there}"):
         reproduce("fig2", out=tmp_path / "x")
     with pytest.raises(InputError, match="no experiment was asked for; there are fig1"):
         reproduce([], out=tmp_path / "x")
@@ -1408,7 +1417,7 @@ def everything(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All experiments on few prompts of all kinds."""
     out = tmp_path_factory.mktemp("everything")
     found = reproduce("gradients", model, out, data=ROWS, progress=False)
-    assert list(found) == [experiment.name for experiment in EXPERIMENTS]
+    assert list(found) == [experiment.name for experiment in GRADIENTS]
     return out
 
 
@@ -1530,9 +1539,14 @@ def test_counting_targets_that_are_cut():
 
 
 def test_data_by_default(model: Any):
-    assert default_data("facts") == "facts"
-    assert default_data("gpt2-xl") == COUNTERFACT
-    assert default_data(model) == COUNTERFACT
+    for experiments in (GRADIENTS, EDITING, EXPERIMENTS):
+        assert default_data("facts", experiments) == "facts"
+    for other in ("gpt2-xl", model):
+        assert default_data(other, GRADIENTS) == COUNTERFACT
+        # Editing needs paraphrases and neighbors, which the other has not.
+        assert default_data(other, EDITING) == COUNTERFACT_RECORDS
+        assert default_data(other, EXPERIMENTS) == COUNTERFACT_RECORDS
+    assert COUNTERFACT != COUNTERFACT_RECORDS
 
 
 def test_data_of_which_nothing_can_be_analysed(model: Any, tmp_path: Path):
@@ -1562,7 +1576,7 @@ def test_models_of_few_layers_and_tokens(kind: str, n_layers: int, tmp_path: Pat
         prepend_bos=False,
         progress=False,
     )
-    found = {experiment.name: experiment.measure(evidence) for experiment in EXPERIMENTS}
+    found = {experiment.name: experiment.measure(evidence) for experiment in GRADIENTS}
     assert found["fig4"].verdict == "holds"
     for finding in found.values():
         assert all(check.found for check in finding.checks)
@@ -1596,7 +1610,7 @@ def test_the_report_in_a_browser(browser: Browser, everything: Path, scheme: str
             inner = frames.nth(index).content_frame
             inner.locator(".js-plotly-plot .main-svg, table").first.wait_for(timeout=15_000)
         assert shown.evaluate("document.title") == "Backward Lens on facts"
-        assert shown.locator("section").count() == len(EXPERIMENTS)
+        assert shown.locator("section").count() == len(GRADIENTS)
         for width in (400, 1280):
             shown.set_viewport_size({"width": width, "height": 800})
             assert shown.evaluate("document.documentElement.scrollWidth") <= width
@@ -1620,7 +1634,7 @@ def test_prompts_are_text_in_the_report(browser: Browser, everything: Path):
         links = window.page.locator("a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
     for link in links:
         if link.startswith("#"):
-            assert link[1:] in {experiment.name for experiment in EXPERIMENTS}
+            assert link[1:] in {experiment.name for experiment in GRADIENTS}
         else:
             assert (everything / link).is_file()
 
@@ -1738,7 +1752,7 @@ def check_everything(out: Path, column: int, *options: str) -> dict[str, Any]:
     sys.stdout.write(f"{' '.join(options)}: {seconds:.0f} s\n")  # shown by -s
     assert seconds < 600
     findings = {each["name"]: each for each in folder.read_findings(out)}
-    assert len(findings) == len(EXPERIMENTS)
+    assert len(findings) == len(GRADIENTS)
     exceptions = read_csv(out / "fig4" / "exceptions.csv")
     law = findings["fig4"]
     if law["verdict"] != "holds":
@@ -1775,7 +1789,7 @@ def test_the_documentation_has_every_experiment():
     rows = re.findall(r"^\| `([^|]*)` \| ([^|]*) \|", section("Experiments"), flags=re.M)
     expected = [("`, `".join(experiment.covers), experiment.title) for experiment in EXPERIMENTS]
     assert rows == expected
-    names = [experiment.name for experiment in EXPERIMENTS]
+    names = [experiment.name for experiment in GRADIENTS]
     assert list(documented_verdicts(0)) == list(documented_verdicts(1)) == names
 
 

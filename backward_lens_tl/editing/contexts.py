@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha256
 
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.host import Host
@@ -47,7 +48,10 @@ def sampled_prefixes(
         for start in starts
     ]
     n_new = [max(1, n - len(prompt)) for n, prompt in zip(lengths, prompts, strict=True)]
-    seeds = [seed + place for place in range(len(starts))]
+    # Hashed, so that the next seed has no prefix in common with this one.
+    seeds = [
+        int(sha256(f"{seed} {place}".encode()).hexdigest()[:15], 16) for place in range(len(starts))
+    ]
     drawn = sample(host, prompts, n_new, top_k=_TOP_K, seeds=seeds)
     texts = [
         start + host.vocabulary.decode(tokens) if tokens else start

@@ -120,13 +120,13 @@ class MatrixDelta:
     def rounding(self) -> float:
         """Singular values up to this part of the largest one count as zero in `rank`.
 
-        It is that of gradients: `eps` of the dtype times the number of outer products, or the
-        larger side of a change that is held as a matrix.
+        It is that of gradients: `eps` of the dtype, or of float32 for half precision, times the
+        number of outer products, or the larger side of a change that is held as a matrix.
         """
         if self.values is None:
             left = _there(self.left)
-            return left.shape[1] * torch.finfo(left.dtype).eps
-        return max(self.shape) * torch.finfo(self.values.dtype).eps
+            return left.shape[1] * _eps(left)
+        return max(self.shape) * _eps(self.values)
 
     def svd(
         self,
@@ -267,7 +267,7 @@ class WeightDelta:
         >>> import backward_lens_tl as blt
         >>> model = blt.load_facts_model()
         >>> request = blt.editing.EditRequest("Lionel Messi plays for", " Paris")
-        >>> delta = blt.editing.ForwardPassShift(layer=6, size=20, form="scale_free")(
+        >>> delta = blt.editing.ForwardPassShift(layer=6, size=20.0, form="scale_free")(
         ...     model, request
         ... )
         >>> delta.rank
@@ -672,3 +672,8 @@ def total(deltas: Iterable[WeightDelta], about: Mapping[str, Any]) -> WeightDelt
     for delta in deltas:
         added = added + delta
     return WeightDelta(added.matrices, about)
+
+
+def _eps(tensor: Tensor) -> float:
+    # The eps of half precision times a width is more than 1: nothing would count.
+    return float(torch.finfo(at_least_float32(tensor[:0]).dtype).eps)

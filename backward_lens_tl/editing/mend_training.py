@@ -307,10 +307,11 @@ class _Data:
     def _drawn(self, example: _Example, training: MENDTraining, chance: random.Random) -> _Drawn:
         half = min(len(example.neighbors), training.n_locality // 2)
         near = chance.sample(example.neighbors, half)
+        own = {outer.prompt for outer in example.outer}
         others = [
             ids
             for text, ids in zip(self.texts, self.tokens, strict=True)
-            if example.subject is None or example.subject not in text
+            if ids not in own and (example.subject is None or example.subject not in text)
         ]
         others = others or list(example.neighbors)
         if not others:

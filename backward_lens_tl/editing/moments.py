@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from itertools import islice
@@ -26,6 +27,7 @@ from backward_lens_tl.arguments import is_integer, shown
 from backward_lens_tl.backward import read_logits
 from backward_lens_tl.editing.activations import activations, mlp_site
 from backward_lens_tl.errors import EditError, UnsupportedModelError
+from backward_lens_tl.fingerprints import tensors_digest
 from backward_lens_tl.host import Host, host_of
 from backward_lens_tl.precision import at_least_float32
 from backward_lens_tl.prompts import PromptBatch, pad_prompts, tokenize_prompts
@@ -83,12 +85,14 @@ class SecondMoments:
     probe: tuple[int, ...]
     probe_inputs: tuple[Float[Tensor, "d_in"], ...]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """What they are of, in one line, for the settings of a method."""
+        """What they are of, in one line, and a checksum, for the settings of a method."""
+        held = dict(zip(map(str, self.layers), self.moments, strict=True))
+        digest = tensors_digest(held, f"{self.matrix} {self.layers} {self.prepend_bos}")
         return (
             f"{self.matrix} of {self.name} ({self.model[:12]}), {self.n_tokens} tokens of "
-            f"{self.n_texts} texts ({self.texts[:12]})"
+            f"{self.n_texts} texts ({self.texts[:12]}), {digest[:12]}"
         )
 
     def of(self, layer: int) -> Float[Tensor, "d_in d_in"]:

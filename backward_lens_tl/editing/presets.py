@@ -19,14 +19,20 @@ from backward_lens_tl.editing.fine_tuning import FineTuning
 from backward_lens_tl.editing.hypernetwork import MENDEditor
 from backward_lens_tl.editing.memit import MEMIT
 from backward_lens_tl.editing.mend import MEND
-from backward_lens_tl.editing.mend_training import train_mend
+from backward_lens_tl.editing.mend_training import MENDTraining, train_mend
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.editing.moments import SecondMoments, facts_moments, second_moments
 from backward_lens_tl.editing.normalized_gradient import NormalizedGradient
-from backward_lens_tl.editing.requests import EditRequest
+from backward_lens_tl.editing.requests import EditRequest, tokenize_request
 from backward_lens_tl.editing.rome import ROME
 from backward_lens_tl.editing.shift import ForwardPassShift
-from backward_lens_tl.editing.standardization import PairStatistics, pair_statistics
+from backward_lens_tl.editing.standardization import (
+    EDITED_LAYERS,
+    PairStatistics,
+    pair_statistics,
+    requests_digest,
+)
+from backward_lens_tl.editing.steps import GradientStep
 from backward_lens_tl.editing.ultraedit import UltraEdit
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.host import host_of
@@ -35,7 +41,7 @@ from backward_lens_tl.loading import FACTS_MODEL
 from backward_lens_tl.records import Record
 
 FACTS_TEST = range(200)
-"""Rows of the facts model's records that nothing was tuned or trained on."""
+"""Rows of the facts model's records that no setting was chosen on."""
 
 FACTS_TUNING = range(200, 250)
 """Rows on which the facts model's settings were chosen."""
@@ -52,6 +58,9 @@ METHODS: Mapping[str, type[EditMethod]] = {
     "ft_first": FineTuning,
     "ft_late": FineTuning,
     "ft_constrained": FineTuning,
+    "sgd_step": GradientStep,
+    "adam_step": GradientStep,
+    "muon_step": GradientStep,
     "mend": MEND,
     "normalized_gradient": NormalizedGradient,
     "ultraedit": UltraEdit,
@@ -67,21 +76,27 @@ _FACTS: Mapping[str, Settings] = {
     "ft_first": {"layers": 0, "lr": 5e-4},
     "ft_late": {"layers": 6, "lr": 2e-3},
     "ft_constrained": {"layers": 0, "lr": 5e-4, "norm_constraint": 5e-3},
-    "mend": {"layers": (0, 1)},
-    "normalized_gradient": {"lr": 1e-3},
-    "ultraedit": {"lr": 1e-3},
-    "rome": {"layer": 1},
-    "memit": {"layers": (0, 1)},
-    "shift": {"layer": 7, "size": 0.3},
-    "shift_iterated": {"layer": 5, "size": 4.0, "form": "scale_free", "iterations": 15},
-    "shift_whitened": {"layer": 5, "size": 4.0, "form": "whitened", "iterations": 15},
+    "sgd_step": {"optimizer": "sgd", "layers": 6, "lr": 2.0},
+    "adam_step": {"optimizer": "adam", "layers": 6, "lr": 0.08},
+    "muon_step": {"optimizer": "muon", "layers": 6, "lr": 3.0},
+    "mend": {"layers": 0, "training": MENDTraining(lr=1e-3)},
+    "normalized_gradient": {"layers": (5, 6, 7), "lr": 3e-3},
+    "ultraedit": {"layers": (6,), "lr": 3e-3},
+    "rome": {"layer": 0, "key_mode": "bare", "prefixes": ((5, 3), (10, 3))},
+    "memit": {"layers": (0, 1), "regularization": 5.0},
+    "shift": {"layer": 6, "size": 1.0},
+    "shift_iterated": {"layer": 7, "size": 4.0, "form": "scale_free", "iterations": 25},
+    "shift_whitened": {"layer": 6, "size": 4.0, "form": "whitened", "iterations": 25},
 }
 
 _GPT2_XL: Mapping[str, Settings] = {
     "ft_first": {"layers": 0, "objective": "prompt_last"},
     "ft_late": {"layers": 35, "objective": "prompt_last"},
     "ft_constrained": {"layers": 0, "norm_constraint": 5e-4, "objective": "prompt_last"},
-    "mend": {"layers": (0, 1)},
+    "sgd_step": {"optimizer": "sgd", "layers": 35, "lr": 0.1},
+    "adam_step": {"optimizer": "adam", "layers": 35, "lr": 1e-3},
+    "muon_step": {"optimizer": "muon", "layers": 35, "lr": 1.0},
+    "mend": {"layers": (45, 46, 47)},
     "normalized_gradient": {"lr": 1e-3},
     "ultraedit": {},
     "rome": {"layer": 17, "key_mode": "rome"},
@@ -125,8 +140,7 @@ def preset_methods(
     """
     asked = [names] if isinstance(names, str) else list(names)
     for name in asked:
-        if name not in (*METHODS, "all"):
-            raise EditError(f"there is no method {name!r}; there are {', '.join(METHODS)}, all")
+        _check_name(name, (*METHODS, "all"))
     host = host_of(model)
     needs = _Needs(model, Path(folder), tuple(training), prepend_bos, progress)
     settings = preset_settings(host.name, host.n_layers)
@@ -160,16 +174,25 @@ def with_settings(
 
     Returns:
         The method.
+
+    Raises:
+        EditError: As in `preset_methods`.
     """
+    _check_name(name, tuple(METHODS))
     needs = _Needs(model, Path(folder), tuple(training), prepend_bos, progress)
     return _with_needs(METHODS[name], settings, needs)
+
+
+def _check_name(name: object, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise EditError(f"there is no method {name!r}; there are {', '.join(known)}")
 
 
 def preset_settings(model: str, n_layers: int) -> Mapping[str, Settings]:
     """The settings of each preset, without statistics and networks.
 
     Args:
-        model: The model's name.
+        model: The model's name, with or without that of its owner.
         n_layers: How many layers it has.
 
     Returns:
@@ -177,7 +200,7 @@ def preset_settings(model: str, n_layers: int) -> Mapping[str, Settings]:
     """
     if model == FACTS_MODEL:
         return _FACTS
-    if model == "gpt2-xl":
+    if model.rpartition("/")[2] == "gpt2-xl":
         return _GPT2_XL
     return {name: _by_depth(own, n_layers) for name, own in _GPT2_XL.items()}
 
@@ -235,7 +258,10 @@ class _Needs:
             return facts_moments()
         file = self._folder / "second_moments.safetensors"
         if file.exists():
-            return SecondMoments.load(file)
+            found = SecondMoments.load(file)
+            if found.n_tokens >= _STATISTICS_TOKENS:
+                return found
+        # A collection that was stopped goes on.
         return second_moments(
             self._model,
             _wikitext(),
@@ -255,19 +281,37 @@ class _Needs:
         """Mean and deviation of the pairs where the target's tokens are to be said."""
         return self._pairs("answer", "pairs-answer.safetensors")
 
+    @property
+    def last_layers(self) -> tuple[int, ...]:
+        """The layers that editors of gradients edit if nobody says."""
+        n_layers = host_of(self._model).n_layers
+        return tuple(range(max(0, n_layers - len(EDITED_LAYERS)), n_layers))
+
     def _pairs(self, positions: Any, name: str) -> PairStatistics:
         file = self._folder / name
-        if file.exists():
-            return PairStatistics.load(file)
         requests = list(map(EditRequest.of, islice(self._needed_training, _STATISTICS_REQUESTS)))
+        if file.exists():
+            return self._kept(file, requests)
         found = pair_statistics(
             self._model,
             requests,
+            layers=range(host_of(self._model).n_layers),
             positions=positions,
             prepend_bos=self.prepend_bos,
             progress=self._progress,
         )
         found.save(file)
+        return found
+
+    def _kept(self, file: Path, requests: Sequence[EditRequest]) -> PairStatistics:
+        """Those of a file, unless they are of others: maybe of records that are tested on now."""
+        found, host = PairStatistics.load(file), host_of(self._model)
+        tokenized = [tokenize_request(host, request, self.prepend_bos) for request in requests]
+        if found.requests != requests_digest(tokenized):
+            raise EditError(
+                f"{str(file)!r} holds statistics of other records than those that may be learnt "
+                "from here; choose another folder"
+            )
         return found
 
     def editor(self, **settings: Any) -> MENDEditor:
@@ -300,8 +344,8 @@ class _Needs:
 
 
 _OF_CLASS: Mapping[type[EditMethod], Callable[[_Needs], Settings]] = {
-    NormalizedGradient: lambda needs: {"statistics": needs.pairs},
-    UltraEdit: lambda needs: {"statistics": needs.answer_pairs},
+    NormalizedGradient: lambda needs: {"statistics": needs.pairs, "layers": needs.last_layers},
+    UltraEdit: lambda needs: {"statistics": needs.answer_pairs, "layers": needs.last_layers},
     ROME: lambda needs: {"moments": needs.moments},
     MEMIT: lambda needs: {"moments": needs.moments},
 }
@@ -310,15 +354,15 @@ _OF_CLASS: Mapping[type[EditMethod], Callable[[_Needs], Settings]] = {
 def _with_needs(kind: type[EditMethod], settings: Settings, needs: _Needs) -> EditMethod:
     if kind is MEND:  # the networks are all that it has, and the settings are of their training
         return MEND(needs.editor(**settings), prepend_bos=needs.prepend_bos)
-    more = _OF_CLASS[kind](needs) if kind in _OF_CLASS else {}
+    needed = _OF_CLASS[kind](needs) if kind in _OF_CLASS else {}
     if settings.get("form") == "whitened":
-        more = {"moments": needs.moments}
+        needed = {"moments": needs.moments}
     make: Callable[..., EditMethod] = kind
-    return make(**settings, **more, prepend_bos=needs.prepend_bos)
+    return make(**{**needed, **settings}, prepend_bos=needs.prepend_bos)
 
 
 def _wikitext() -> Iterator[str]:
-    """Articles of WikiText-103, streamed."""
+    """Paragraphs of WikiText-103, streamed."""
     if not hub_is_reachable():
         raise EditError(
             f"second moments are collected from {_WIKITEXT!r} on the Hugging Face hub, which "

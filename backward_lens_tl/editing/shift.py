@@ -77,7 +77,7 @@ class ForwardPassShift(EditMethod):
         >>> import backward_lens_tl as blt
         >>> from backward_lens_tl.editing import EditRequest, ForwardPassShift
         >>> model = blt.load_facts_model()
-        >>> shift = ForwardPassShift(layer=5, size=4, form="scale_free", iterations=10)
+        >>> shift = ForwardPassShift(layer=5, size=4.0, form="scale_free", iterations=10)
         >>> delta = shift(model, EditRequest("Lionel Messi plays for", " Paris"))
         >>> delta["W_out", 5].shape, delta.rank
         ((512, 128), 1)

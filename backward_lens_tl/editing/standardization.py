@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,7 @@ from backward_lens_tl.editing.requests import (
 )
 from backward_lens_tl.editing.spanning import Positions, joined_pairs, mlp_sites
 from backward_lens_tl.errors import EditError
+from backward_lens_tl.fingerprints import tensors_digest
 from backward_lens_tl.host import Host, host_of
 from backward_lens_tl.sites import MatrixName, MatrixSite
 
@@ -92,12 +94,15 @@ class PairStatistics:
     probe: tuple[int, ...]
     probe_inputs: Float[Tensor, "d_in"]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """What they are of, in one line, for the settings of a method."""
+        """What they are of, in one line, and a checksum, for the settings of a method."""
+        held = {f"mean {place}": own for place, own in zip(self.places, self.mean, strict=True)}
+        held |= {f"std {place}": own for place, own in zip(self.places, self.std, strict=True)}
+        digest = tensors_digest(held, f"{self.positions} {self.prepend_bos}")
         return (
             f"{self.positions} positions of {self.n_requests} requests ({self.requests[:12]}), "
-            f"{self.name} ({self.model[:12]})"
+            f"{self.name} ({self.model[:12]}), {digest[:12]}"
         )
 
     def standardized(

@@ -137,7 +137,7 @@ class Bench:
         if part.method is None:
             return _Edit()
         try:
-            return _Edit(part.method(self.model, [item.request for item in part.items]))
+            return _finite(part.method(self.model, [item.request for item in part.items]))
         except (BackwardLensError, MemoryError, RuntimeError) as error:
             # A bug is no matter of the request.
             is_known = isinstance(error, BackwardLensError | _linalg.LinAlgError)
@@ -270,6 +270,15 @@ class Bench:
             "free_efficacy": float(begins_with(continuation, item.new_text)),
             "ngram_entropy": math.fsum(entropies) / len(entropies) if entropies else math.nan,
         }
+
+
+def _finite(delta: WeightDelta) -> _Edit:
+    """An edit that can be measured, or why not: numbers that are none would spread everywhere."""
+    for each in delta:
+        parts = (each.left, each.right, each.values, each.bias)
+        if not all(bool(part.isfinite().all()) for part in parts if part is not None):
+            return _Edit(error=f"the change of {each.matrix} in layer {each.layer} is not finite")
+    return _Edit(delta)
 
 
 def _seed(seed: int, record: int, place: int) -> int:

@@ -7,7 +7,7 @@ has the same one and an evaluation that goes on has the one that it began with.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from backward_lens_tl.editing.method import EditMethod
@@ -238,7 +238,11 @@ def _too_long(host: Host, text: str, n_tokens: int) -> _Refused:
 
 
 def unused_records(records: Records, config: EvaluationConfig) -> tuple[Record, ...]:
-    """Rows of the data that methods may learn from: neither they nor their subjects are evaluated.
+    """Rows of the data that methods may learn from: nothing of them is evaluated.
+
+    Neighbors of an evaluated record are often the subjects of others, so a row is left out if its
+    subject is evaluated, and its paraphrases and neighbors are, one by one, where they are prompts
+    of the evaluation or hold one of its subjects.
 
     Args:
         records: The data.
@@ -249,9 +253,29 @@ def unused_records(records: Records, config: EvaluationConfig) -> tuple[Record, 
     """
     chosen = list(_chosen(records, config))
     rows = {row.index for row in chosen}
-    subjects = {row.subject for row in chosen if isinstance(row, Record)} - {None}
+    evaluated = [row for row in chosen if isinstance(row, Record)]
+    subjects = {row.subject for row in evaluated if row.subject is not None}
+    asked = {
+        prompt
+        for row in evaluated
+        for prompt in (row.prompt, *row.paraphrase_prompts, *row.neighborhood_prompts)
+    }
+
+    def unused(prompts: Iterable[str]) -> tuple[str, ...]:
+        return tuple(
+            prompt
+            for prompt in prompts
+            if prompt not in asked and not any(subject in prompt for subject in subjects)
+        )
+
     return tuple(
-        row
+        replace(
+            row,
+            paraphrase_prompts=unused(row.paraphrase_prompts),
+            neighborhood_prompts=unused(row.neighborhood_prompts),
+            attribute_prompts=unused(row.attribute_prompts),
+            generation_prompts=unused(row.generation_prompts),
+        )
         for row in records.rows
-        if isinstance(row, Record) and row.index not in rows and row.subject not in subjects
+        if isinstance(row, Record) and row.index not in rows and unused([row.prompt])
     )

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from backward_lens_tl.arguments import check_choice
+from backward_lens_tl.arguments import check_choice, check_number, listed
 from backward_lens_tl.editing.activations import Addition, activations, adding, mlp_site
 from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
 from backward_lens_tl.editing.requests import EditRequest, listed_requests, tokenize_request
@@ -73,7 +73,10 @@ def least_rates(
     settings = config or EvaluationConfig()
     for step in steps:
         check_choice("steps", step, STEPS, EvaluationError)
-    if not rates or rates[0] <= 0 or sorted(set(rates)) != list(rates):
+    grid: list[float] = list(listed(rates))
+    for rate in grid:
+        check_number("rates", rate, zero=False, error=EvaluationError)
+    if not grid or sorted(set(grid)) != grid:
         raise EvaluationError("rates is not an ascending list of positive numbers")
     host = host_of(model)
     chosen = select_layers(layers, host)
@@ -84,7 +87,7 @@ def least_rates(
         first = EditRequest(request.prompt, asked.target[0])
         for step in steps:
             for delta in _directions(model, first, step, chosen, settings.prepend_bos):
-                rate = _least(host, delta, asked.prompt, asked.target[0], rates)
+                rate = _least(host, delta, asked.prompt, asked.target[0], grid)
                 after = math.nan
                 if texts and not math.isnan(rate):
                     with WeightDelta((delta.scale(rate),), {}).applied(model):
@@ -160,7 +163,7 @@ def _least(
 ) -> float:
     """The least rate of the grid that makes a token the most probable one; NaN if none does."""
     site = mlp_site(host, delta.matrix, delta.layer)
-    scales = torch.tensor(rates, device=host.device)
+    scales = torch.tensor(rates, device=host.device, dtype=torch.float64)
     with adding(site, _scaled(delta, scales)):
         logits = activations(host, [prompt] * len(rates)).logits
     enough = (logits.argmax(-1) == target).nonzero()
@@ -168,15 +171,14 @@ def _least(
 
 
 def _scaled(delta: MatrixDelta, scales: Float[Tensor, "rate"]) -> Addition:
+    factors = delta.factors if delta.values is None else (delta.values,)
+
     def added(reads: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         # Some MLPs run over all positions of all prompts as one list.
-        rows = reads.float().reshape(len(scales), -1, reads.shape[-1])
-        written: Tensor = rows @ delta.values if delta.values is not None else _product(rows, delta)
-        return (scales[:, None, None] * written).reshape(*reads.shape[:-1], -1)
+        rows = reads.to(factors[0]).reshape(len(scales), -1, reads.shape[-1])
+        written = rows
+        for factor in factors:
+            written = written @ factor
+        return (scales.to(written)[:, None, None] * written).reshape(*reads.shape[:-1], -1)
 
     return added
-
-
-def _product(rows: Float[Tensor, "rate pos d_in"], delta: MatrixDelta) -> Tensor:
-    left, right = delta.factors
-    return rows @ left @ right

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,7 @@ from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation.columns import NONE
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.run import evaluate
+from backward_lens_tl.processes import this_process
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,7 +60,7 @@ def search(
 
     Among the candidates whose efficacy is at least `least_efficacy` the one with the largest
     harmonic mean of efficacy, paraphrase and neighborhood is chosen; where none is that good, among
-    those of the largest efficacy.
+    those of the largest efficacy. What the data have no prompts for has no part in the mean.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
@@ -78,16 +82,16 @@ def search(
         >>> from backward_lens_tl.editing import ForwardPassShift
         >>> candidates = {
         ...     f"c={size}": ForwardPassShift(layer=6, size=size, form="scale_free")
-        ...     for size in (1, 40)
+        ...     for size in (1.0, 40.0)
         ... }
         >>> model = blt.load_facts_model()
         >>> search(model, candidates, "facts", range(200, 203), progress=False).best_name
-        'c=40'
+        'c=40.0'
     """
     if not candidates:
         raise EvaluationError("there is no candidate; pass methods by name")
     config = EvaluationConfig(rows=tuple(rows), generation_length=0, n_texts=0)
-    with tempfile.TemporaryDirectory() as folder:
+    with _shared_folder() as folder:
         found = evaluate(model, candidates, data, folder, config, progress=progress)
         table = found.summary()
     table = table[table["method"] != NONE].rename(columns={"method": "name"})
@@ -98,5 +102,21 @@ def search(
     return Search(candidates, table, str(good.loc[good["score"].idxmax(), "name"]))
 
 
+@contextmanager
+def _shared_folder() -> Iterator[str]:
+    """A folder for the time being, one for all processes, which share the work."""
+    from accelerate.utils import broadcast_object_list
+
+    state = this_process()
+    [folder] = broadcast_object_list([tempfile.mkdtemp() if state.is_main_process else ""])
+    try:
+        yield folder
+        state.wait_for_everyone()
+    finally:
+        if state.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _harmonic_mean(rates: Sequence[float]) -> float:
-    return len(rates) / sum(1 / rate for rate in rates) if all(rates) else 0.0
+    there = [rate for rate in rates if not math.isnan(rate)]
+    return len(there) / sum(1 / rate for rate in there) if all(there) else 0.0

@@ -12,7 +12,7 @@ from torch import nn
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.editing.presets import preset_methods
 from backward_lens_tl.editing.requests import EditRequest
-from backward_lens_tl.errors import TargetError, UnsupportedModelError
+from backward_lens_tl.errors import InputError, TargetError, UnsupportedModelError
 from backward_lens_tl.evaluation import Evaluation, EvaluationConfig, evaluate
 from backward_lens_tl.evaluation.perplexity import perplexity, read_texts
 from backward_lens_tl.evaluation.plan import unused_records
@@ -183,9 +183,16 @@ class Evidence:
 
     @cached_property
     def requests(self) -> list[EditRequest]:
-        """What the first rows of the data teach."""
+        """What the first rows of the data teach, at least one fact.
+
+        Raises:
+            InputError: If none of the rows is a record.
+        """
         rows = self.records.rows[: self.prompts_asked]
-        return [EditRequest.of(row) for row in rows if isinstance(row, Record)]
+        found = [EditRequest.of(row) for row in rows if isinstance(row, Record)]
+        if not found:
+            raise InputError(f"none of the first rows of {self.records.name!r} can be edited")
+        return found
 
     def evaluation_config(self, **settings: Any) -> EvaluationConfig:
         """Settings of an evaluation of the first rows.
@@ -210,12 +217,19 @@ class Evidence:
             **settings: Of the evaluation, beside those that are the same for all.
 
         Returns:
-            What was measured.
+            What was measured, of one record or more.
+
+        Raises:
+            InputError: If none of the rows can be evaluated.
         """
         config = self.evaluation_config(**settings)
         out = self._folder / "edits" / name
         out.mkdir(parents=True, exist_ok=True)
-        return evaluate(self.model, methods, self.records, out, config, progress=self.progress)
+        found = evaluate(self.model, methods, self.records, out, config, progress=self.progress)
+        if found.edits().empty:
+            problem = found.rejects()["problem"].iloc[0]
+            raise InputError(f"none of the records can be evaluated; the first: {problem}")
+        return found
 
     def presets(self, names: str | Sequence[str] = "all") -> dict[str, EditMethod]:
         """Methods with settings for the model.

@@ -23,15 +23,24 @@ def least_learning_rates(evidence: Evidence) -> Finding:
     config = evidence.evaluation_config()
     table = least_rates(evidence.model, requests, config=config, progress=evidence.progress)
     by_layer = least_rates_by_layer(table, evidence.perplexity)
+    # A single layer is in the second half.
+    early = (_early(by_layer),) if evidence.n_layers > 1 else ()
     return Finding(
-        (_spread(by_layer), _early(by_layer), _late(by_layer)),
+        (_spread(by_layer), *early, _late(by_layer)),
         {"by layer": by_layer, "rates": table},
         {"least learning rates": partial(figures.least_rates, by_layer)},
         notes=(
             f"Of {len(requests)} records, as far as the first token of their target goes; rates "
             "are tried on a grid of four in each power of ten.",
+            "No rate of the grid is enough, and perplexity is that of the others: "
+            + ", ".join(f"{step} {_missing(table, step)}" for step in STEPS)
+            + f" of {len(requests) * evidence.n_layers} steps each.",
         ),
     )
+
+
+def _missing(table: pd.DataFrame, step: str) -> int:
+    return int(table.loc[table["step"] == step, "rate"].isna().sum())
 
 
 def _spread(table: pd.DataFrame) -> Check:
@@ -78,4 +87,4 @@ def _means(table: pd.DataFrame) -> str:
 
 def _by_layer(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """A row per layer, a column per step."""
-    return table.pivot_table(index="layer", columns="step", values=column)
+    return table.pivot(index="layer", columns="step", values=column)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from backward_lens_tl.editing.moments import SecondMoments
 from backward_lens_tl.editing.shift import ForwardPassShift
+from backward_lens_tl.errors import InputError
 from backward_lens_tl.evaluation.columns import NONE
 from backward_lens_tl.reproduce.evidence import Evidence
 from backward_lens_tl.reproduce.finding import Check, Finding, part
@@ -45,13 +46,21 @@ def whitening(evidence: Evidence) -> Finding:
     names = table["method"].str.split("@", n=1, expand=True)
     table = table.assign(method=names[0], layer=names[1].astype(int))
     columns = ["method", "layer", "efficacy", "paraphrase", "neighborhood", "norm"]
+    if table["neighborhood"].isna().any():
+        raise InputError("the data have no neighborhood prompts, which damage is measured on")
+    checks = [_saves(table), _nearly_all(table, unedited)]
+    if evidence.n_layers > 1:
+        checks.append(_controlled(table))
+    if table["paraphrase"].notna().all():
+        checks.append(_costs(table))
     return Finding(
-        (_saves(table), _nearly_all(table, unedited), _controlled(table), _costs(table)),
+        tuple(checks),
         {"by layer": table[columns]},
         {"whitening": partial(figures.edit_curves, table, "layer")},
         notes=(
             f"Of {int(table['records'].max())} records. Each fact gets the least multiple of a "
-            "small size that makes its target the answer, so that all forms edit equally well.",
+            "small size that makes its target the answer, so that all forms edit equally well as "
+            f"far as these multiples go: efficacy is {table['efficacy'].min():.1f} % at least.",
             "The control takes C of the layer above, or of the first for the last one.",
         ),
     )
@@ -74,7 +83,7 @@ def _of_other_layers(moments: SecondMoments) -> SecondMoments:
 
 def _by_layer(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """A row per layer, a column per form."""
-    return table.pivot_table(index="layer", columns="method", values=column)
+    return table.pivot(index="layer", columns="method", values=column)
 
 
 def _saves(table: pd.DataFrame) -> Check:
@@ -89,12 +98,14 @@ def _saves(table: pd.DataFrame) -> Check:
 
 def _nearly_all(table: pd.DataFrame, unedited: float) -> Check:
     own = unedited - _by_layer(table, "neighborhood")
+    own = own[own[_PLAIN] > 0]
     saved = 100 * (1 - own[_WHITENED] / own[_PLAIN])
     return Check(
         f"it removes nearly all damage, at least {_NEARLY_ALL:.0f} % in more than half of the "
-        "layers",
+        "layers in which there is any",
         int((saved >= _NEARLY_ALL).sum()) > len(own) / 2,
-        "; ".join(f"layer {layer}: {value:.0f} %" for layer, value in saved.items()),
+        "; ".join(f"layer {layer}: {value:.0f} %" for layer, value in saved.items())
+        or "no layer has any",
     )
 
 

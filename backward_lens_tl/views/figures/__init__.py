@@ -53,7 +53,17 @@ _NEURON_COLUMNS = (
     "overlap",
 )
 _KINDS = ("efficacy", "paraphrase", "neighborhood")
-_RATE_COLUMNS = ("step", "layer", "n", "missing", "rate", "rate_low", "rate_high", "perplexity")
+_RATE_COLUMNS = (
+    "step",
+    "layer",
+    "n",
+    "missing",
+    "rate",
+    "rate_low",
+    "rate_high",
+    "perplexity",
+    "unedited",
+)
 _STEP_COLUMNS = (
     "prompt",
     "matrix",

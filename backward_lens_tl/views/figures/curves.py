@@ -27,7 +27,7 @@ def rate_charts(table: pd.DataFrame) -> tuple[Lines, Lines]:
     """
     rates, costs = [], []
     for index, step in enumerate(table["step"].unique()):
-        own = table[table["step"] == step]
+        own = table[table["step"] == step].sort_values("layer")
         x, style = _floats(own["layer"]), _style(index)
         band = _floats(own["rate_low"]), _floats(own["rate_high"])
         hover = tuple(map(_rate_in_words, own.to_dict("records")))
@@ -61,7 +61,7 @@ def metric_charts(table: pd.DataFrame, along: str, title: str) -> tuple[Lines, .
     for metric in CURVE_METRICS:
         lines = []
         for index, method in enumerate(table["method"].unique()):
-            own = table[table["method"] == method]
+            own = table[table["method"] == method].sort_values(along)
             lines.append(
                 Line(
                     str(method),

@@ -1,0 +1,679 @@
+"""The experiments about editing: verdicts on made tables, both ways, and small real runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import backward_lens_tl as blt
+from backward_lens_tl.editing import MEMIT, ForwardPassShift, GradientStep, facts_moments
+from backward_lens_tl.editing.words import compare_words
+from backward_lens_tl.errors import EvaluationError, InputError
+from backward_lens_tl.evaluation import least_rates_by_layer
+from backward_lens_tl.evaluation.summary import METRICS
+from backward_lens_tl.fingerprints import tensors_checksum
+from backward_lens_tl.host import host_of
+from backward_lens_tl.records import BadRecord
+from backward_lens_tl.reproduce import (
+    Finding,
+    editing_methods,
+    least_learning_rates,
+    optimizer_steps,
+    reproduce,
+    several_facts,
+    whitening,
+)
+from backward_lens_tl.reproduce import evidence as evidence_module
+from backward_lens_tl.reproduce.evidence import Evidence
+
+WHITE, PLAIN, CONTROL = "whitened", "scale free", "whitened, another layer's C"
+
+
+class Fake(Evidence):
+    """Evidence with the given attributes, and nothing behind it."""
+
+    model, model_name, n_layers, d_vocab = None, "fake", 4, 1001
+    prepend_bos, progress, prompts_asked = False, False, 100
+
+    def __init__(self, **given: Any) -> None:
+        self.__dict__.update({"requests": [object()] * 100} | given)
+
+
+def holds(finding: Finding) -> list[bool]:
+    return [check.holds for check in finding.checks]
+
+
+def drawn(finding: Finding) -> None:
+    for draw in finding.figures.values():
+        for backend in ("plotly", "matplotlib"):
+            draw(backend=backend)
+
+
+def summaries(methods: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+    """A row per method as `Evaluation.summary` has them, with what is given."""
+    ends = ("", "_std", "_low", "_high")
+    names = [f"{metric.name}{end}" for metric in METRICS for end in ends]
+    usual: dict[str, Any] = dict.fromkeys([*names, "score"], 1.0) | {"records": 100, "failed": 0}
+    return pd.DataFrame([{"method": name, **usual, **own} for name, own in methods.items()])
+
+
+def evaluated(summary: pd.DataFrame) -> Any:
+    texts = {"n": 7, "name": "texts.raw"}
+    return SimpleNamespace(summary=lambda: summary, run={"texts": texts})
+
+
+# --- table 1 --------------------------------------------------------------------------------------
+
+METHODS: Mapping[str, Mapping[str, float]] = {
+    "none": {"efficacy": 0, "ngram_entropy": 600, "corpus_perplexity": 50, "perplexity": 1},
+    "ft_first": {"efficacy": 96, "paraphrase": 7},
+    "rome": {"efficacy": 99, "paraphrase": 72, "neighborhood": 11},
+    "memit": {"efficacy": 79, "neighborhood": 10},
+    "shift": {
+        "efficacy": 95, "paraphrase": 42, "neighborhood": 6, "ngram_entropy": 594.1,
+        "corpus_perplexity": 50.4, "perplexity": 9,
+    },
+}  # fmt: skip
+"""As the paper has it."""
+
+
+def of_methods(model_name: str = "fake", **changed: Mapping[str, float]) -> tuple[Finding, Any]:
+    table = summaries({name: {**own, **changed.get(name, {})} for name, own in METHODS.items()})
+    asked = []
+
+    def evaluation(name: str, methods: Any, **settings: Any) -> Any:
+        asked.append((name, methods, settings))
+        return evaluated(table)
+
+    named = type("Named", (Fake,), {"model_name": model_name})
+    finding = editing_methods.editing_methods(
+        named(evaluation=evaluation, presets=lambda: "all of them")
+    )
+    [call] = asked
+    return finding, call
+
+
+def test_table_1_as_in_the_paper() -> None:
+    finding, (name, methods, settings) = of_methods()
+    assert finding.verdict == "holds"
+    assert holds(finding) == [True] * 4
+    assert (name, methods, settings) == ("methods", "all of them", {"generation_length": 100})
+    assert of_methods("facts")[1][2] == {"generation_length": 40}
+    assert [check.found for check in finding.checks] == [
+        "ft_first 96.0 %, rome 99.0 %, memit 79.0 %, shift 95.0 %",
+        "99.0 % of the entropy; perplexity 50.000 before, 50.400 after",
+        "shift 6.0 %, rome 11.0 %, memit 10.0 %",
+        "ft_first 7.0 %, shift 42.0 %, rome 72.0 %",
+    ]
+    assert "7 texts of 'texts.raw'" in finding.notes[1]
+    assert len(finding.notes) == 2
+    assert finding.tables["methods"]["method"].tolist() == list(METHODS)
+    # The paper's own table, as printed there.
+    published = finding.tables["published, GPT-2 xl"].set_index("method")
+    assert published.loc["shift"].tolist() == [99.4, 41.55, 6.02, 622.45, 93.66]
+    assert published.loc["rome", "neighborhood"] == 10.91
+    assert published.loc["none", "efficacy"] == 0.4
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "expected"),
+    [
+        ("shift", {"efficacy": 94.9}, [False, True, True, True]),
+        ("shift", {"ngram_entropy": 593.9}, [True, False, True, True]),
+        ("shift", {"corpus_perplexity": 50.6}, [True, False, True, True]),
+        ("shift", {"corpus_perplexity": math.inf}, [True, False, True, True]),
+        # The mean over texts decides nothing.
+        ("shift", {"perplexity": 1e6}, [True] * 4),
+        ("shift", {"neighborhood": 10}, [True, True, False, True]),
+        ("rome", {"neighborhood": 6}, [True, True, False, True]),
+        ("memit", {"neighborhood": 5}, [True, True, False, True]),
+        ("shift", {"paraphrase": 7}, [True, True, True, False]),
+        ("shift", {"paraphrase": 72}, [True, True, True, False]),
+        ("ft_first", {"paraphrase": 43}, [True, True, True, False]),
+    ],
+)
+def test_table_1_otherwise(method: str, values: dict[str, float], expected: list[bool]) -> None:
+    finding, _ = of_methods(**{method: values})
+    assert holds(finding) == expected
+    first = expected[0]
+    fails = "holds with exceptions" if False in expected else "holds"
+    assert finding.verdict == (fails if first else "does not hold here")
+
+
+@pytest.mark.parametrize("metric", ["ngram_entropy", "neighborhood", "paraphrase"])
+def test_table_1_says_nothing_of_what_the_data_lack(metric: str) -> None:
+    finding, _ = of_methods(**{name: {metric: math.nan} for name in METHODS})
+    assert holds(finding) == [True] * 3
+    assert finding.notes[-1] == f"The data have no prompts for {metric}, and nothing is said of it."
+
+
+# --- figure 24 ------------------------------------------------------------------------------------
+
+RATES = {"sgd": (1.0, 100.0), "adam": (0.1, 0.1), "shift": (1.0, 10.0)}
+"""Of two requests, in all layers: the spread of SGD's is 1, that of the shift's a half."""
+
+
+def rates_table(
+    n_layers: int = 4,
+    rates: Mapping[tuple[str, int], tuple[float, float]] = {},
+    perplexity: Mapping[tuple[str, int], float] = {},
+) -> pd.DataFrame:
+    """The paper's claims, but for what is given: the shift does no harm, SGD and Adam do early."""
+    return pd.DataFrame(
+        {
+            "request": request,
+            "layer": layer,
+            "step": step,
+            "rate": rates.get((step, layer), usual)[request],
+            "perplexity": perplexity.get(
+                (step, layer), 14.0 if step != "shift" and layer < n_layers // 2 else 10.0
+            ),
+        }
+        for request in (0, 1)
+        for step, usual in RATES.items()
+        for layer in range(n_layers)
+    )
+
+
+def of_rates(monkeypatch: pytest.MonkeyPatch, table: pd.DataFrame, n_layers: int = 4) -> Finding:
+    asked = []
+
+    def least_rates(model: Any, requests: Any, **given: Any) -> pd.DataFrame:
+        asked.append((model, requests, given))
+        return table
+
+    monkeypatch.setattr(least_learning_rates, "least_rates", least_rates)
+    evidence = Fake(perplexity=9.0, evaluation_config=lambda: "settings", requests=[*range(60)])
+    monkeypatch.setattr(Fake, "n_layers", n_layers)
+    finding = least_learning_rates.least_learning_rates(evidence)
+    assert asked == [(None, [*range(50)], {"config": "settings", "progress": False})]
+    return finding
+
+
+def test_figure_24_as_in_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = of_rates(monkeypatch, rates_table())
+    drawn(finding)
+    assert finding.verdict == "holds"
+    assert [check.found for check in finding.checks] == [
+        "in 4 of 4 (100 %) layers; mean standard deviation of its decimal logarithm: "
+        "sgd 1.00, adam 0.00, shift 0.50",
+        "in 2 of 2 (100 %) layers; mean perplexity sgd 14.00, adam 14.00, shift 10.00",
+        "in 2 of 2 (100 %) layers; mean perplexity sgd 10.00, adam 10.00, shift 10.00",
+    ]
+    assert finding.tables["by layer"]["unedited"].tolist() == [9.0] * 12
+    assert "sgd 0, adam 0, shift 0 of 200 steps each" in finding.notes[1]
+
+
+WIDE = (1.0, 100.0)
+NEVER = (math.nan, math.nan)
+
+
+@pytest.mark.parametrize(
+    ("rates", "perplexity", "expected"),
+    [
+        # In half of the layers is not in more than half.
+        ({("shift", layer): WIDE for layer in (0, 3)}, {}, [False, True, True]),
+        ({("shift", 0): WIDE}, {}, [True, True, True]),
+        # It is SGD that the shift is compared with.
+        ({("adam", layer): (1e-4, 1e4) for layer in range(4)}, {}, [True, True, True]),
+        ({("sgd", layer): (1.0, 1.0) for layer in range(4)}, {}, [False, True, True]),
+        # Rates that were never enough have no spread, on either side.
+        ({("shift", layer): NEVER for layer in range(4)}, {}, [False, True, True]),
+        ({("sgd", layer): NEVER for layer in range(4)}, {}, [False, True, True]),
+        ({}, {("shift", 1): 14.0}, [True, False, True]),
+        ({}, {("adam", 1): 10.0}, [True, False, True]),
+        ({}, {("sgd", 0): 9.0}, [True, False, True]),
+        ({}, {("shift", 0): 13.9, ("shift", 1): 13.9}, [True, True, True]),
+        # Equal in both directions: neither worse nor better.
+        ({}, {("shift", 2): 10.2}, [True, True, False]),
+        ({}, {("shift", 3): 9.8}, [True, True, False]),
+        ({}, {("shift", 3): 10.09, ("shift", 2): 9.91}, [True, True, True]),
+        # Perplexity of an edit that never works is none.
+        ({}, {("shift", layer): math.nan for layer in range(4)}, [True, False, False]),
+    ],
+)
+def test_figure_24_otherwise(
+    monkeypatch: pytest.MonkeyPatch, rates: Any, perplexity: Any, expected: list[bool]
+) -> None:
+    finding = of_rates(monkeypatch, rates_table(rates=rates, perplexity=perplexity))
+    assert holds(finding) == expected
+    n_missing = sum(2 for (step, _), own in rates.items() if own is NEVER and step == "shift")
+    assert f"shift {n_missing} of 200" in finding.notes[1]
+
+
+def test_figure_24_of_few_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer is no early one; of three the middle one is late."""
+    assert holds(of_rates(monkeypatch, rates_table(1), 1)) == [True, True]
+    found = of_rates(monkeypatch, rates_table(3, perplexity={("shift", 0): 20.0}), 3)
+    assert holds(found) == [True, False, True]
+    assert "in 0 of 1 (0 %)" in found.checks[1].found
+    found = of_rates(
+        monkeypatch, rates_table(3, perplexity={("shift", 1): 20, ("shift", 2): 20}), 3
+    )
+    assert holds(found) == [True, True, False]
+
+
+# --- several facts --------------------------------------------------------------------------------
+
+SEVERAL = ("shift once", "shift iterated", "shift whitened", "shift summed", "MEMIT")
+
+
+def of_several(
+    values: Mapping[tuple[str, int], Mapping[str, float]] = {},
+    n_records: int = 100,
+    form: Any = "paper",
+) -> tuple[Finding, list[Any]]:
+    usual = {
+        "shift once": {1: 100, 10: 90, 50: 60},
+        "shift iterated": {1: 100, 10: 100, 50: 95},
+    }
+    asked: list[Any] = []
+
+    def evaluation(name: str, methods: Any, *, edits_at_once: int, **given: Any) -> Any:
+        asked.append((name, methods, edits_at_once, given))
+        own = {
+            method: {
+                "efficacy": usual.get(method, {}).get(edits_at_once, 90),
+                "neighborhood": 60 if method == "MEMIT" else 40,
+                **values.get((method, edits_at_once), {}),
+            }
+            for method in ("none", *methods)
+        }
+        return evaluated(summaries(own))
+
+    iterated = ForwardPassShift(layer=3, size=4.0, form="scale_free", iterations=15)
+    presets = {
+        "shift": ForwardPassShift(layer=7, size=0.3, form=form),
+        "shift_iterated": iterated,
+        "shift_whitened": ForwardPassShift(layer=3, size=4.0, form="whitened", moments=MOMENTS),
+        "memit": MEMIT(layers=(0,), moments=MOMENTS),
+    }
+
+    def chosen(names: Sequence[str]) -> Any:
+        return {name: presets[name] for name in names}
+
+    requests = [object()] * n_records
+    finding = several_facts.several_facts(
+        Fake(evaluation=evaluation, presets=chosen, requests=requests)
+    )
+    return finding, asked
+
+
+MOMENTS = facts_moments()
+
+
+def test_several_facts() -> None:
+    finding, asked = of_several()
+    drawn(finding)
+    assert finding.verdict == "holds"
+    assert [(name, size) for name, _, size, _ in asked] == [
+        ("1-at-once", 1), ("10-at-once", 10), ("50-at-once", 50),
+    ]  # fmt: skip
+    assert all(given == {"generation_length": 0, "records": 100} for *_, given in asked)
+    methods = asked[0][1]
+    assert tuple(methods) == SEVERAL
+    assert (methods["shift once"].iterations, methods["shift once"].size) == (1, 32.0)
+    assert methods["shift iterated"].iterations == 15
+    assert methods["shift summed"].form == "paper"
+    assert methods["MEMIT"].layers == (0,)
+    assert finding.checks[0].claim.startswith("50 facts at once")
+    assert finding.checks[1].found == (
+        "1: iterated 100.0 %, once 100.0 %; 10: iterated 100.0 %, once 90.0 %; "
+        "50: iterated 95.0 %, once 60.0 %"
+    )
+    table = finding.tables["several facts"]
+    assert len(table) == 3 * len(SEVERAL)
+    assert "none" not in set(table["method"])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({("shift iterated", 50): {"efficacy": 94.9}}, [False, True, True]),
+        # Of fewer facts it says nothing.
+        ({("shift iterated", 10): {"efficacy": 94.9}}, [True, True, True]),
+        ({("shift iterated", 10): {"efficacy": 89.9}}, [True, False, True]),
+        ({("shift once", 1): {"efficacy": 100.1}}, [True, False, True]),
+        ({("shift once", 50): {"efficacy": 95}}, [True, False, True]),
+        ({("shift once", 50): {"efficacy": 94}}, [True, True, True]),
+        ({("MEMIT", 50): {"neighborhood": 40}}, [True, True, False]),
+        ({("MEMIT", 10): {"neighborhood": 4}}, [True, True, True]),
+        ({("shift whitened", 50): {"neighborhood": 61}}, [True, True, False]),
+        ({("shift iterated", 50): {"neighborhood": 61}}, [True, True, True]),
+    ],
+)
+def test_several_facts_otherwise(values: Any, expected: list[bool]) -> None:
+    assert holds(of_several(values)[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("n_records", "expected"),
+    [
+        (10, {1: 10, 10: 10}),
+        # A block that is not full would count as one of ten.
+        (49, {1: 49, 10: 40}),
+        (60, {1: 60, 10: 60, 50: 50}),
+    ],
+)
+def test_only_whole_blocks_count(n_records: int, expected: dict[int, int]) -> None:
+    finding, asked = of_several(n_records=n_records)
+    assert {size: given["records"] for _, _, size, given in asked} == expected
+    assert finding.checks[0].claim.startswith(f"{max(expected)} facts at once")
+
+
+def test_several_facts_need_several_records() -> None:
+    with pytest.raises(InputError, match=r"9 records cannot be compared.*pass 10 prompts"):
+        of_several(n_records=9)
+
+
+def test_a_shift_without_the_papers_size_is_no_sum() -> None:
+    _, asked = of_several(form="scale_free")
+    assert "shift summed" not in asked[0][1]
+
+
+# --- the whitened shift ---------------------------------------------------------------------------
+
+
+def of_whitening(
+    monkeypatch: pytest.MonkeyPatch,
+    values: Mapping[tuple[str, int], Mapping[str, float]] = {},
+    n_layers: int = 4,
+    everywhere: Mapping[str, float] = {},
+) -> tuple[Finding, Any]:
+    neighborhood = {PLAIN: 60.0, WHITE: 90.0, CONTROL: 70.0}
+    asked = []
+
+    def evaluation(name: str, methods: Any, **given: Any) -> Any:
+        asked.append((name, methods, given))
+        rows = {"none": {"neighborhood": 100.0, **everywhere}}
+        for method in methods:
+            form, _, layer = method.rpartition("@")
+            own = {"neighborhood": neighborhood[form], "efficacy": 99.0, "paraphrase": 30.0}
+            rows[method] = {**own, **values.get((form, int(layer)), {}), **everywhere}
+        return evaluated(summaries(rows))
+
+    def presets(names: Sequence[str]) -> Any:
+        assert names == ("shift_whitened",)
+        shift = ForwardPassShift(
+            layer=2, size=4.0, form="whitened", iterations=15, moments=MOMENTS, prepend_bos=False
+        )
+        return {"shift_whitened": shift}
+
+    monkeypatch.setattr(Fake, "n_layers", n_layers)
+    finding = whitening.whitening(Fake(evaluation=evaluation, presets=presets))
+    [call] = asked
+    return finding, call
+
+
+def test_whitening(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding, (name, methods, given) = of_whitening(monkeypatch)
+    drawn(finding)
+    assert finding.verdict == "holds"
+    assert holds(finding) == [True] * 4
+    assert (name, given) == ("whitening", {"records": 40, "generation_length": 0, "n_texts": 0})
+    assert len(methods) == 12
+    for layer in range(4):
+        plain, white, control = (methods[f"{form}@{layer}"] for form in (PLAIN, WHITE, CONTROL))
+        assert {each.layer for each in (plain, white, control)} == {layer}
+        assert {each.iterations for each in (plain, white, control)} == {15}
+        assert (plain.form, plain.moments) == ("scale_free", None)
+        assert white.form == control.form == "whitened"
+        assert white.moments is MOMENTS
+        own, above = MOMENTS.moments[layer], MOMENTS.moments[layer + 1]
+        assert torch.equal(control.moments.moments[layer], above)
+        assert not torch.equal(own, above)
+    assert torch.equal(control.moments.moments[-1], MOMENTS.moments[0])
+    assert finding.checks[1].found == "; ".join(f"layer {layer}: 75 %" for layer in range(4))
+    assert "efficacy is 99.0 % at least" in finding.notes[0]
+    assert finding.tables["by layer"]["layer"].tolist() == [
+        each for each in range(4) for _ in "abc"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "values", "expected"),
+    [
+        # In half of the layers is not in more than half.
+        (WHITE, {"neighborhood": 60.0}, [False, False, False, True]),
+        (WHITE, {"neighborhood": 89.0}, [True, False, True, True]),
+        (WHITE, {"neighborhood": 100.0}, [True] * 4),
+        (PLAIN, {"neighborhood": 61.0}, [True, False, True, True]),
+        (CONTROL, {"neighborhood": 90.0}, [True, True, False, True]),
+        (CONTROL, {"neighborhood": 10.0}, [True] * 4),
+        (WHITE, {"paraphrase": 29.0}, [True, True, True, False]),
+        (WHITE, {"paraphrase": 31.0}, [True] * 4),
+    ],
+)
+def test_whitening_otherwise(
+    monkeypatch: pytest.MonkeyPatch, form: str, values: Any, expected: list[bool]
+) -> None:
+    finding, _ = of_whitening(monkeypatch, {(form, layer): values for layer in (0, 2)})
+    assert holds(finding) == expected
+    finding, _ = of_whitening(monkeypatch, {(form, 1): values})
+    assert holds(finding) == [True] * 4
+
+
+def test_layers_without_damage_say_nothing_of_its_removal(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {"neighborhood": 100.0}
+    values = {(PLAIN, layer): whole for layer in range(3)} | {(WHITE, 0): whole}
+    finding, _ = of_whitening(monkeypatch, values)
+    assert finding.checks[1].found == "layer 3: 75 %"
+    assert finding.checks[1].holds
+    finding, _ = of_whitening(monkeypatch, {(PLAIN, layer): whole for layer in range(4)})
+    assert finding.checks[1].found == "no layer has any"
+    assert holds(finding)[:2] == [False, False]
+
+
+def test_whitening_on_what_data_and_models_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding, _ = of_whitening(monkeypatch, everywhere={"paraphrase": math.nan})
+    assert holds(finding) == [True] * 3
+    with pytest.raises(InputError, match="no neighborhood prompts"):
+        of_whitening(monkeypatch, everywhere={"neighborhood": math.nan})
+    # A model with one layer has no other layer's statistics.
+    finding, _ = of_whitening(monkeypatch, n_layers=1)
+    assert len(finding.checks) == 3
+    assert not any("another layer" in check.claim for check in finding.checks)
+
+
+# --- steps of optimizers --------------------------------------------------------------------------
+
+
+def steps_table(**changed: Mapping[str, Any]) -> pd.DataFrame:
+    """A row per matrix, layer and optimizer."""
+    usual = {
+        "sgd": {"rank": 5, "answer_overlap": 1.0},
+        "adam": {"rank": 100, "answer_overlap": 0.7},
+        "muon": {"rank": 5, "answer_overlap": 0.9},
+    }
+    columns = dict.fromkeys(("top_energy", "stable_rank", "alignment"), 1.0)
+    return pd.DataFrame(
+        {
+            "matrix": matrix,
+            "layer": layer,
+            "edit": edit,
+            **columns,
+            "answer_target_rank": 10 if matrix == "W_out" else 900,
+            **own,
+            **changed.get(edit, {}),
+            **changed.get(f"{edit}_{matrix}", {}),
+            **changed.get(f"{edit}_{matrix}_{layer}", {}),
+        }
+        for matrix in ("W_in", "W_out")
+        for layer in range(4)
+        for edit, own in usual.items()
+    )
+
+
+def of_optimizers(monkeypatch: pytest.MonkeyPatch, table: pd.DataFrame) -> Finding:
+    monkeypatch.setattr(GradientStep, "__call__", lambda self, model, request: self)
+    monkeypatch.setattr(optimizer_steps, "compare_words", lambda *_, **__: table)
+    requests = [SimpleNamespace(target=" Paris")] * 30
+    return optimizer_steps.optimizer_steps(Fake(requests=requests))
+
+
+def test_steps_of_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = of_optimizers(monkeypatch, steps_table())
+    assert finding.verdict == "holds"
+    assert [check.found for check in finding.checks] == [
+        "Muon for 160 of 160 (100 %) steps; mean ranks: sgd 5.0, adam 100.0, muon 5.0",
+        "sgd 100 %, adam 70 %, muon 90 %",
+        "sgd 100 %, adam 100 %, muon 100 %",
+    ]
+    assert len(finding.tables["steps"]) == 20 * 24
+    assert "Of 20 facts" in finding.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"muon_W_in_2": {"rank": 6}}, [False, True, True]),
+        ({"adam": {"rank": 25}}, [False, True, True]),
+        ({"adam": {"rank": 26}}, [True, True, True]),
+        ({"adam": {"answer_overlap": 0.49}}, [True, False, True]),
+        ({"muon": {"answer_overlap": 0.49}}, [True, False, True]),
+        ({"muon": {"answer_overlap": 0.5}}, [True, True, True]),
+        # Ranks up to 10 are the most probable 1 % of 1001 tokens.
+        ({"adam_W_out": {"answer_target_rank": 11}}, [True, True, False]),
+        ({"sgd_W_out": {"answer_target_rank": 11}}, [True, True, False]),
+        ({f"muon_W_out_{n}": {"answer_target_rank": 11} for n in (0, 1)}, [True, True, False]),
+        ({"muon_W_out_0": {"answer_target_rank": 11}}, [True, True, True]),
+        # What W_in listens to is another matter.
+        ({"sgd_W_in": {"answer_target_rank": 1000}}, [True, True, True]),
+    ],
+)
+def test_steps_of_optimizers_otherwise(
+    monkeypatch: pytest.MonkeyPatch, changed: Any, expected: list[bool]
+) -> None:
+    assert holds(of_optimizers(monkeypatch, steps_table(**changed))) == expected
+
+
+# --- the evidence ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return blt.load_facts_model()
+
+
+def evidence_of(model: Any, data: Any, folder: Path, **given: Any) -> Evidence:
+    usual = {"prompts": 2, "seed": 0, "prepend_bos": False, "progress": False}
+    return Evidence(model, blt.read_records(data), folder, **(usual | given))
+
+
+def test_what_is_taught_are_the_first_rows(model: Any, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": 5},
+        {"prompt": "Rome is in", "target": " Paris"},
+        {"prompt": "a", "target": 3},
+    ]
+    evidence = evidence_of(model, rows, tmp_path)
+    assert isinstance(evidence.records.rows[0], BadRecord)
+    assert [(each.prompt, each.target) for each in evidence.requests] == [("Rome is in", " Paris")]
+    with pytest.raises(InputError, match="none of the first rows"):
+        _ = evidence_of(model, rows, tmp_path, prompts=1).requests
+    with pytest.raises(InputError, match="none of the first rows"):
+        reproduce("optimizers", model, tmp_path, data=rows, prompts=1, progress=False)
+    # A prompt that ends in a space leaves the answer no tokens of its own.
+    row = {"prompt": "Rome is in ", "target": "Paris"}
+    with pytest.raises(
+        InputError, match=r"none of the records can be evaluated; the first: .*toke"
+    ):
+        evidence_of(model, [row], tmp_path).evaluation("none", {})
+
+
+def test_presets_learn_from_rows_that_are_not_edited(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def preset_methods(*args: Any, **given: Any) -> dict[str, Any]:
+        asked.update(given, args=args)
+        return {}
+
+    monkeypatch.setattr(evidence_module, "preset_methods", preset_methods)
+    evidence = evidence_of(model, "facts", tmp_path, prompts=30)
+    evidence.presets(("rome",))
+    edited = {(row.prompt, row.subject) for row in evidence.records.rows[:30]}
+    subjects = {subject for _, subject in edited}
+    assert len(asked["training"]) > 300
+    assert not any(row.index < 30 or row.subject in subjects for row in asked["training"])
+    assert asked["args"] == (model, ("rome",))
+    assert asked["folder"].is_dir()
+
+
+# --- small real runs ------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_optimizers_on_the_facts_model(model: Any, tmp_path: Path) -> None:
+    before = tensors_checksum(host_of(model).parameters())
+    found = reproduce("optimizers", model, tmp_path, data="facts", prompts=2, progress=False)
+    finding = found["optimizers"]
+    steps = finding.tables["steps"]
+    assert len(steps) == 2 * 2 * 8 * 3
+    assert len(finding.checks) == 3
+    request = evidence_of(model, "facts", tmp_path).requests[1]
+    step = {"sgd": GradientStep("sgd", lr=1.0, matrices=("W_in", "W_out"), prepend_bos=False)}
+    own = compare_words(
+        model, {"sgd": step["sgd"](model, request)}, target=request.target, target_position="first"
+    )
+    again = steps[(steps["request"] == 1) & (steps["edit"] == "sgd")]
+    assert again["rank"].tolist() == own["rank"].tolist()
+    assert again["answer_target_rank"].tolist() == own["answer_target_rank"].tolist()
+    assert tensors_checksum(host_of(model).parameters()) == before
+    assert not (tmp_path / "sweep").exists()  # which no editing needs
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_figure_24_on_the_facts_model(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = least_learning_rates.least_rates
+
+    def few(*args: Any, **given: Any) -> pd.DataFrame:
+        config = blt.EvaluationConfig(n_texts=5, prepend_bos=False)
+        return whole(*args, **{**given, "config": config}, rates=(0.1, 1.0, 10.0))
+
+    monkeypatch.setattr(least_learning_rates, "least_rates", few)
+    found = reproduce("fig24", model, tmp_path, data="facts", prompts=2, progress=False)
+    finding = found["fig24"]
+    table = finding.tables["rates"]
+    assert len(table) == 2 * 3 * 8
+    assert set(table["rate"].dropna()) <= {0.1, 1.0, 10.0}
+    evidence = evidence_of(model, "facts", tmp_path)
+    expected = least_rates_by_layer(table, evidence.perplexity)
+    pd.testing.assert_frame_equal(finding.tables["by layer"], expected)
+    # By hand, of a layer at which both work.
+    own = finding.tables["by layer"].set_index(["step", "layer"]).loc[("sgd", 7)]
+    rates = table[(table["step"] == "sgd") & (table["layer"] == 7)]["rate"].to_numpy()
+    assert own["spread"] == pytest.approx(np.log10(rates).std())
+    assert len(list((tmp_path / "fig24").glob("*.csv"))) == 2
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_whitening_on_the_facts_model(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whitening, "_MOST_RECORDS", 2)
+    monkeypatch.setattr(Evidence, "n_layers", 2)
+    found = reproduce("whitening", model, tmp_path, data="facts", prompts=5, progress=False)
+    table = found["whitening"].tables["by layer"]
+    assert table["method"].tolist() == [PLAIN, WHITE, CONTROL] * 2
+    assert table["layer"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert "Of 2 records" in found["whitening"].notes[0]
+    evaluation = blt.Evaluation.load(tmp_path / "edits" / "whitening")
+    assert evaluation.is_complete
+    assert evaluation.edits()["record"].unique().tolist() == [0, 1]
+    # The same folder is not gone on with as another evaluation.
+    monkeypatch.setattr(whitening, "_MOST_RECORDS", 1)
+    with pytest.raises(EvaluationError, match="another config"):
+        reproduce("whitening", model, tmp_path, data="facts", prompts=5, progress=False)

@@ -1,0 +1,342 @@
+"""Presets of the editing methods: their numbers, what they keep, and what they may learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import HAS_BRIDGE, build
+from torch import nn
+
+import backward_lens_tl as blt
+from backward_lens_tl.editing import (
+    MEMIT,
+    MEND,
+    ROME,
+    EditRequest,
+    FineTuning,
+    ForwardPassShift,
+    NormalizedGradient,
+    UltraEdit,
+    facts_moments,
+    presets,
+)
+from backward_lens_tl.editing.moments import second_moments
+from backward_lens_tl.editing.presets import (
+    FACTS_TEST,
+    FACTS_TUNING,
+    METHODS,
+    preset_methods,
+    preset_settings,
+    with_settings,
+)
+from backward_lens_tl.errors import EditError
+from backward_lens_tl.evaluation import EvaluationConfig
+from backward_lens_tl.evaluation.plan import unused_records
+from backward_lens_tl.fingerprints import tensors_checksum
+from backward_lens_tl.host import host_of
+from backward_lens_tl.records import Record, read_records
+
+TEXTS = ["The capital of France is Paris.", "Rome is in Italy and Paris is not."]
+ROWS = [
+    {"prompt": "The capital of France is", "target": " the"},
+    {"prompt": "Messi plays for", "target": " Paris"},
+    {"prompt": "A river runs through", "target": " Rome"},
+]
+
+
+@pytest.fixture(scope="module")
+def facts_model() -> nn.Module:
+    return blt.load_facts_model()
+
+
+@pytest.fixture(scope="module")
+def tiny() -> nn.Module:
+    """A random model of three layers, of the kind that is installed."""
+    return build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2").model
+
+
+@pytest.fixture(scope="module")
+def training() -> tuple[Record, ...]:
+    """What may be learnt from where `FACTS_TEST` is evaluated; a few are enough here."""
+    return unused_records(read_records("facts"), EvaluationConfig(rows=FACTS_TEST))[:12]
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch, facts_model: nn.Module) -> list[Any]:
+    """What MEND's training is asked for; it trains nothing."""
+    asked: list[Any] = []
+
+    def train_mend(*args: Any, **given: Any) -> Any:
+        asked.append((args, given))
+        return SimpleNamespace(fingerprint="networks", requests="")
+
+    monkeypatch.setattr(presets, "train_mend", train_mend)
+    return asked
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2-xl", "openai-community/gpt2-xl"])
+def test_the_published_numbers(name: str) -> None:
+    """Those of the released files, as far as the classes' own defaults do not have them."""
+    own = preset_settings(name, 48)
+    assert list(own) == list(METHODS)
+    shift = ForwardPassShift(**own["shift"])
+    assert (shift.layer, shift.size, shift.form, shift.iterations) == (35, 0.24, "paper", 1)
+    assert shift.skip_if_answered
+    for label, layer, clamp in (("ft_first", 0, None), ("ft_late", 35, None),
+                                ("ft_constrained", 0, 5e-4)):  # fmt: skip
+        tuning = FineTuning(**own[label])
+        assert (tuning.layers, tuning.norm_constraint) == ((layer,), clamp)
+        assert (tuning.lr, tuning.steps, tuning.optimizer) == (5e-4, 25, "adam")
+        assert (tuning.objective, tuning.stop_at, tuning.train_bias) == ("prompt_last", 0.01, True)
+        assert tuning.matrices == ("W_out",)
+    rome = ROME(**own["rome"], moments=facts_moments())
+    assert (rome.layer, rome.key_mode, rome.fact_token) == (17, "rome", "subject_last")
+    assert (rome.steps, rome.lr, rome.weight_decay, rome.kl_factor, rome.clamp) == (
+        20, 0.5, 0.5, 0.0625, 4.0,
+    )  # fmt: skip
+    assert rome.prefixes == ((5, 10), (10, 10))
+    memit = MEMIT(**own["memit"], moments=facts_moments())
+    assert (memit.layers, memit.regularization) == ((13, 14, 15, 16, 17), 20000)
+    assert (memit.steps, memit.lr, memit.weight_decay, memit.kl_factor, memit.clamp) == (
+        20, 0.5, 0.5, 0.0625, 0.75,
+    )  # fmt: skip
+    assert (memit.fact_token, memit.prefix_length) == ("subject_last", 10)
+    assert own["mend"] == {"layers": (45, 46, 47)}
+
+
+def layers_of(settings: Any) -> tuple[int, ...]:
+    layers = settings.get("layers", settings.get("layer", ()))
+    return layers if isinstance(layers, tuple) else (layers,)
+
+
+@pytest.mark.parametrize("n_layers", range(1, 61))
+def test_other_models_have_layers_as_far_up(n_layers: int) -> None:
+    published = preset_settings("gpt2-xl", 48)
+    for name, own in preset_settings("other", n_layers).items():
+        layers = layers_of(own)
+        assert all(type(layer) is int and 0 <= layer < n_layers for layer in layers)
+        assert list(layers) == sorted(set(layers))
+        for layer in layers:
+            middles = [each / 48 for each in layers_of(published[name])]
+            assert min(abs(layer / n_layers - each) for each in middles) <= 1 / n_layers
+        if METHODS[name] not in (MEND, NormalizedGradient, UltraEdit):
+            has_moments = METHODS[name] in (ROME, MEMIT, ForwardPassShift)
+            moments = {"moments": facts_moments()} if has_moments else {}
+            METHODS[name](**own, **moments)
+    own = preset_settings("other", n_layers)
+    # Sizes that belong to GPT-2 xl alone are not taken over.
+    assert own["shift"]["form"] == "scale_free"
+    assert own["shift"]["size"] > 1
+    assert own["memit"]["regularization"] is None
+
+
+def test_gpt2_xl_s_depth_keeps_its_layers() -> None:
+    published = preset_settings("gpt2-xl", 48)
+    for name, own in preset_settings("other", 48).items():
+        assert layers_of(own) == layers_of(published[name])
+    assert published["shift"]["size"] == 0.24  # which the other model's did not change
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_presets_of_the_facts_model(facts_model: Any, training: Any, trained: Any, tmp_path: Path):
+    given: Any = {"folder": tmp_path, "training": training, "progress": False}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(presets, "MEND", FakeMEND)
+        patched.setitem(presets.METHODS, "mend", FakeMEND)  # type: ignore[misc]
+        found = preset_methods(facts_model, **given)
+    assert list(found) == list(METHODS)
+    own = preset_settings("facts", 8)
+    for name, method in found.items():
+        assert method.prepend_bos is False
+        if name == "mend":
+            continue
+        assert type(method) is METHODS[name]
+        for setting, value in own[name].items():
+            held = getattr(method, setting)
+            assert held == (value if isinstance(value, type(held)) else (value,))
+    assert found["rome"].moments.fingerprint == facts_moments().fingerprint  # type: ignore[attr-defined]
+    assert found["shift_whitened"].form == "whitened"  # type: ignore[attr-defined]
+    assert found["shift_whitened"].moments is found["memit"].moments  # type: ignore[attr-defined]
+    assert found["shift_iterated"].moments is None  # type: ignore[attr-defined]
+    [(args, more)] = trained
+    assert args == (facts_model, training)
+    assert more == {
+        **own["mend"],
+        "prepend_bos": False,
+        "out": tmp_path / "mend.safetensors",
+        "progress": False,
+    }
+    files = {file.name for file in tmp_path.iterdir()}
+    assert files == {"pairs.safetensors", "pairs-answer.safetensors"}
+
+
+class FakeMEND:
+    """Instead of the method, whose networks are checked."""
+
+    def __init__(self, editor: Any, *, prepend_bos: Any) -> None:
+        self.editor, self.prepend_bos = editor, prepend_bos
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+
+def only_these(*names: str) -> dict[str, Any]:
+    return {"names": names, "progress": False}
+
+
+def test_statistics_are_kept_and_read_again(
+    facts_model: Any, training: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tensors_checksum(host_of(facts_model).parameters())
+    given: Any = {"folder": tmp_path, "training": training, "progress": False}
+    names = ("ultraedit", "normalized_gradient")
+    first = preset_methods(facts_model, names, **given)
+    assert list(first) == ["normalized_gradient", "ultraedit"]  # in the order of tables
+    positions = [each.statistics.positions for each in first.values()]  # type: ignore[attr-defined]
+    assert positions == ["all", "answer"]
+    assert len({each.statistics.requests for each in first.values()}) == 1  # type: ignore[attr-defined]
+    monkeypatch.setattr(presets, "pair_statistics", None)
+    again = preset_methods(facts_model, names, **given)
+    for name, method in first.items():
+        assert again[name].settings() == method.settings()
+        old, new = (each[name].statistics for each in (first, again))  # type: ignore[attr-defined]
+        assert all(torch.equal(a, b) for a, b in zip(old.mean, new.mean, strict=True))
+    # Statistics of records that are tested on now are not used.
+    for other in (training[1:], training[:5], training[::-1]):
+        with pytest.raises(EditError, match=r"pairs.*holds statistics of other records"):
+            preset_methods(facts_model, names, **{**given, "training": other})
+    with pytest.raises(EditError, match="holds statistics of other records"):
+        preset_methods(facts_model, names, **{**given, "prepend_bos": True})
+    assert tensors_checksum(host_of(facts_model).parameters()) == before
+
+
+def test_editors_of_gradients_edit_the_last_layers(
+    tiny: nn.Module, facts_model: Any, training: Any, tmp_path: Path
+) -> None:
+    given: Any = {"folder": tmp_path, "training": training, "progress": False}
+    own: Any = with_settings(facts_model, "normalized_gradient", {"lr": 0.1}, **given)
+    assert (own.lr, own.layers, own.prepend_bos) == (0.1, (5, 6, 7), False)
+    # Others can be asked for, of the same statistics.
+    first: Any = with_settings(facts_model, "normalized_gradient", {"layers": (0,)}, **given)
+    delta = first(facts_model, EditRequest("Lionel Messi plays for", " Paris"))
+    assert {(each.matrix, each.layer) for each in delta} == {("W_in", 0), ("W_out", 0)}
+    # A model of fewer layers has fewer.
+    shallow = build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2", n_layers=2).model
+    rows = [row for row in read_records(ROWS).rows if isinstance(row, Record)]
+    folder = tmp_path / "shallow"
+    folder.mkdir()
+    found: Any = preset_methods(
+        shallow, "normalized_gradient", folder=folder, training=rows, progress=False
+    )["normalized_gradient"]
+    assert found.layers == (0, 1)
+    assert found(shallow, EditRequest.of(rows[0])).norm > 0
+
+
+def test_moments_of_another_model(
+    tiny: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: Any = {"folder": tmp_path, "progress": False}
+    monkeypatch.setattr(presets, "hub_is_reachable", lambda: False)
+    with pytest.raises(EditError, match=r"Salesforce/wikitext.*hub, which cannot be reached.*pass"):
+        preset_methods(tiny, "rome", **given)
+    # Methods that need none do not ask the hub.
+    assert list(preset_methods(tiny, ["shift", "ft_late"], **given)) == ["ft_late", "shift"]
+
+    pulled: list[str] = []
+
+    def texts() -> Iterator[str]:
+        for text in TEXTS * 20:
+            pulled.append(text)
+            yield text
+
+    monkeypatch.setattr(presets, "_wikitext", texts)
+    monkeypatch.setattr(presets, "_STATISTICS_TOKENS", 150)
+    found: Any = preset_methods(tiny, ["rome", "memit", "shift_whitened"], **given)
+    moments = found["rome"].moments
+    assert found["memit"].moments is moments is found["shift_whitened"].moments
+    assert moments.n_tokens >= 150
+    assert moments.prepend_bos is False
+    n_pulled = len(pulled)
+    assert 0 < n_pulled < len(TEXTS) * 20
+    assert (tmp_path / "second_moments.safetensors").is_file()
+    again: Any = preset_methods(tiny, "rome", **given)["rome"]
+    assert len(pulled) == n_pulled  # nothing was collected anew
+    assert again.moments.fingerprint == moments.fingerprint
+
+
+def test_moments_that_were_not_finished_are_gone_on_with(
+    tiny: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `kill -9` leaves them: a file of the first texts alone."""
+    file = tmp_path / "second_moments.safetensors"
+    begun = second_moments(tiny, TEXTS, prepend_bos=False, out=file, progress=False)
+    monkeypatch.setattr(presets, "_wikitext", lambda: iter(TEXTS * 20))
+    monkeypatch.setattr(presets, "_STATISTICS_TOKENS", 10 * begun.n_tokens)
+    found: Any = preset_methods(tiny, "rome", folder=tmp_path, progress=False)["rome"]
+    assert found.moments.n_tokens >= 10 * begun.n_tokens
+
+
+# --- what must not be learnt from -----------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.parametrize("rows", [FACTS_TEST, range(100), FACTS_TUNING])
+def test_nothing_is_learnt_from_what_is_evaluated(
+    rows: range, facts_model: Any, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = read_records("facts")
+    evaluated = [records.rows[row] for row in rows]
+    left = unused_records(records, EvaluationConfig(rows=rows))
+    requests: list[EditRequest] = []
+    monkeypatch.setattr(
+        presets, "pair_statistics", lambda model, asked, **_: requests.extend(asked) or 1 / 0
+    )
+    names = ("normalized_gradient", "ultraedit", "mend")
+    for name in names:
+        with nullcontext() if name == "mend" else pytest.raises(ZeroDivisionError):
+            preset_methods(facts_model, name, folder=tmp_path, training=left, progress=False)
+    [(args, _)] = trained
+    subjects = {row.subject for row in evaluated if isinstance(row, Record)}
+    assert len(requests) == 2 * min(300, len(left))
+    for one in (*args[1], *requests):
+        assert one.subject not in subjects
+    assert args[1] == left[:1000]
+    assert not {row.index for row in args[1]} & set(rows)
+    assert not set(FACTS_TEST) & set(FACTS_TUNING)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def test_errors(facts_model: Any, tmp_path: Path) -> None:
+    given: Any = {"folder": tmp_path, "progress": False}
+    with pytest.raises(EditError, match=r"no method 'ike'; there are ft_first, .*whitened, all$"):
+        preset_methods(facts_model, ["shift", "ike"], **given)
+    with pytest.raises(EditError, match=r"no method 'all'; there are ft_first, .*whitened$"):
+        with_settings(facts_model, "all", {}, **given)
+    for name in ("mend", "normalized_gradient", "ultraedit", "all"):
+        with pytest.raises(EditError, match=r"need records to learn from.*such as 'shift'"):
+            preset_methods(facts_model, name, **given)
+    assert list(preset_methods(facts_model, ["rome", "shift"], **given)) == ["rome", "shift"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_preset_s_method_with_other_settings(facts_model: Any, tmp_path: Path) -> None:
+    given: Any = {"folder": tmp_path, "prepend_bos": True}
+    shift: Any = with_settings(
+        facts_model, "shift", {"layer": 2, "size": 3.0, "form": "whitened"}, **given
+    )
+    assert (shift.layer, shift.size, shift.prepend_bos) == (2, 3.0, True)
+    assert shift.moments.fingerprint == facts_moments().fingerprint
+    rome: Any = with_settings(facts_model, "rome", {"layer": 3, "key_mode": "bare"}, **given)
+    assert (rome.layer, rome.key_mode) == (3, "bare")
+    assert rome.moments.fingerprint == facts_moments().fingerprint
