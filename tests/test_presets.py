@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -340,3 +342,18 @@ def test_a_preset_s_method_with_other_settings(facts_model: Any, tmp_path: Path)
     rome: Any = with_settings(facts_model, "rome", {"layer": 3, "key_mode": "bare"}, **given)
     assert (rome.layer, rome.key_mode) == (3, "bare")
     assert rome.moments.fingerprint == facts_moments().fingerprint
+
+
+def test_the_facts_models_settings_are_those_that_were_chosen_on_the_tuning_split():
+    file = Path(__file__).parents[1] / "docs" / "benchmarks" / "tuning.json"
+    tried = json.loads(file.read_text())
+    settings = preset_settings("facts", 8)
+    assert set(tried) == set(METHODS) == set(settings)
+    for name, own in tried.items():
+        assert own["rows"] == [FACTS_TUNING.start, FACTS_TUNING.stop]
+        chosen = next(each for each in own["tried"] if each["name"] == own["best"])
+        efficacies = [each["efficacy"] for each in own["tried"]]
+        assert chosen["efficacy"] >= min(95, max(efficacies))
+        for part in re.split(r", (?=\w+=)(?![^(]*\))", own["best"]):
+            key, _, value = part.partition("=")
+            assert repr(settings[name][key]) in (value, repr(value)), (name, part)

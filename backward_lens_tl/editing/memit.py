@@ -75,7 +75,7 @@ class MEMIT(EditMethod):
         >>> model = blt.load_facts_model()
         >>> request = blt.editing.EditRequest("Lionel Messi plays for", " Paris", "Lionel Messi")
         >>> moments = blt.editing.facts_moments()
-        >>> method = blt.editing.MEMIT(layers=(0, 1), moments=moments, regularization=5)
+        >>> method = blt.editing.MEMIT(layers=(0, 1), moments=moments, regularization=5.0)
         >>> with method(model, request).applied(model):
         ...     blt.backward_lens(model, "Lionel Messi plays for").target()
         ' Paris'

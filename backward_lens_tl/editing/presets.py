@@ -75,7 +75,7 @@ METHODS: Mapping[str, type[EditMethod]] = {
 _FACTS: Mapping[str, Settings] = {
     "ft_first": {"layers": 0, "lr": 5e-4},
     "ft_late": {"layers": 6, "lr": 2e-3},
-    "ft_constrained": {"layers": 0, "lr": 5e-4, "norm_constraint": 5e-3},
+    "ft_constrained": {"layers": 0, "lr": 2e-3, "norm_constraint": 7e-3},
     "sgd_step": {"optimizer": "sgd", "layers": 6, "lr": 2.0},
     "adam_step": {"optimizer": "adam", "layers": 6, "lr": 0.08},
     "muon_step": {"optimizer": "muon", "layers": 6, "lr": 3.0},
