@@ -133,6 +133,25 @@ def check_number(
         raise error(f"{name} is {shown(value)}; pass a number {'from' if zero else 'above'} 0")
 
 
+def check_kind(
+    name: str, value: object, kind: type, made_by: str, error: type[InputError] = InputError
+) -> None:
+    """Refuse a value of another type.
+
+    Args:
+        name: The argument.
+        value: Its value.
+        kind: The type that it must be of.
+        made_by: What makes one, for the message.
+        error: What is raised.
+
+    Raises:
+        InputError: If it is of another type.
+    """
+    if not isinstance(value, kind):
+        raise error(f"{name} is {shown(value)}; pass {kind.__name__}, as {made_by} gives")
+
+
 def check_path(path: object, error: type[Exception]) -> None:
     """Refuse what is no path to a file.
 

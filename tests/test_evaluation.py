@@ -33,7 +33,7 @@ from backward_lens_tl.evaluation import run as run_module
 from backward_lens_tl.evaluation.columns import TABLES
 from backward_lens_tl.evaluation.metrics import ngram_entropy
 from backward_lens_tl.evaluation.summary import METRICS, summarize
-from backward_lens_tl.fingerprints import tensors_checksum
+from backward_lens_tl.fingerprints import checksum, tensors_checksum
 from backward_lens_tl.host import host_of
 from backward_lens_tl.records import read_records
 from backward_lens_tl.sampling import sample
@@ -317,6 +317,23 @@ def test_failed_edits_count_as_not_edited(run) -> None:
     assert "3 (1 failed)" in found.to_markdown()
 
 
+@pytest.mark.parametrize("size", [float("nan"), float("inf")])
+def test_an_edit_that_is_not_finite_fails_alone(run, size: float) -> None:
+    found = run({"huge": Nudge(size=size), "good": Nudge()})
+    edits = found.edits()
+    assert edits.loc[edits["method"] == "huge", "error"].str.contains("not finite").all()
+    assert edits.loc[edits["method"] == "good", "error"].isna().all()
+    numbers = ["efficacy", "nll" if "nll" in edits else "perplexity", "norm"]
+    huge, none = (edits[edits["method"] == name] for name in ("huge", "none"))
+    assert huge[numbers].to_numpy().tolist() == none[numbers].to_numpy().tolist()
+
+
+def test_edits_that_disable_the_model_are_measured(run) -> None:
+    edits = run({"huge": Nudge(size=1e300)}).edits()
+    assert edits.loc[edits["method"] == "huge", "error"].isna().all()
+    assert not edits.loc[edits["method"] == "huge", "perplexity"].isna().any()
+
+
 def test_a_bug_is_no_failed_edit(run) -> None:
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run({"f": Failing(error=RuntimeError("shapes do not match"))})
@@ -382,6 +399,17 @@ def test_one_bit_shows_in_the_checksum(tiny: nn.Module) -> None:
     matrix = next(value for value in tensors.values() if value.ndim == 2)
     matrix[[0, 1]] = matrix[[1, 0]]
     assert tensors_checksum(tensors) != whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_signs_and_exchanges_show_in_the_checksum(dtype: torch.dtype) -> None:
+    values = torch.randn(10, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
+    turned = values.clone().reshape(-1)
+    turned[:2] *= -1
+    swapped = values.clone().reshape(-1)
+    swapped[[3, 70]] = swapped[[70, 3]]
+    sums = {checksum(each) for each in (values, -values, turned, swapped, values.T.contiguous())}
+    assert len(sums) == 5
 
 
 def test_no_score_depends_on_batch_or_padding_side(run, tiny: nn.Module, monkeypatch) -> None:

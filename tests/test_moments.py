@@ -293,6 +293,16 @@ def test_files(own: Pair, tmp_path: Path) -> None:
         SecondMoments.load(tmp_path / "b.safetensors")
 
 
+def test_the_fingerprint_tells_statistics_apart(own: Pair) -> None:
+    found = collect(own.model)
+    others = [
+        replace(found, moments=found.moments[::-1]),
+        replace(found, prepend_bos=not found.prepend_bos),
+        replace(found, layers=found.layers[::-1]),
+    ]
+    assert len({each.fingerprint for each in (found, *others)}) == 4
+
+
 # ------------------------------------------------------------------------------------------- solve
 
 

@@ -79,6 +79,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, facts_model: nn.Module) -> list[Any
         return SimpleNamespace(fingerprint="networks", requests="")
 
     monkeypatch.setattr(presets, "train_mend", train_mend)
+    monkeypatch.setattr("backward_lens_tl.editing.mend.check_kind", lambda *_: None)
     return asked
 
 
@@ -314,6 +315,29 @@ def test_nothing_is_learnt_from_what_is_evaluated(
     assert args[1] == left[:1000]
     assert not {row.index for row in args[1]} & set(rows)
     assert not set(FACTS_TEST) & set(FACTS_TUNING)
+
+
+def test_no_prompt_of_the_evaluation_is_learnt_from():
+    records = read_records("facts")
+    rows = [row for row in records.rows[:100] if isinstance(row, Record)]
+    subjects = {str(row.subject) for row in rows}
+    asked = {text for row in rows for text in (*_prompts(row), *row.neighborhood_prompts)}
+
+    def leaks(some: Any) -> int:
+        prompts = [text for row in some for text in (*_prompts(row), *row.neighborhood_prompts)]
+        return sum(text in asked or any(each in text for each in subjects) for text in prompts)
+
+    left = unused_records(records, EvaluationConfig(records=100))
+    assert len(left) > 100
+    assert sum(len(row.neighborhood_prompts) for row in left) > 100
+    assert leaks(left) == 0
+    # Rows with other subjects alone would have had many.
+    others = [row for row in records.rows[100:] if getattr(row, "subject", "") not in subjects]
+    assert leaks(others) > 100
+
+
+def _prompts(row: Record) -> tuple[str, ...]:
+    return (row.prompt, *row.paraphrase_prompts, *row.generation_prompts)
 
 
 # --- errors ---------------------------------------------------------------------------------------

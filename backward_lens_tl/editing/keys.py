@@ -13,6 +13,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from backward_lens_tl.arguments import check_kind
 from backward_lens_tl.editing.activations import activations, mlp_site
 from backward_lens_tl.editing.moments import SecondMoments
 from backward_lens_tl.editing.requests import EditRequest, TokenizedRequest, tokenize_request
@@ -194,6 +195,7 @@ def checked_moments(
         if moments != "identity":
             raise EditError(f"moments is {moments!r}; pass SecondMoments, or 'identity' for none")
         return moments
+    check_kind("moments", moments, SecondMoments, "second_moments(model, texts)", EditError)
     if moments.matrix != "W_out":
         raise EditError(
             f"these statistics are of what {moments.matrix} reads, and W_out is edited; collect "

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from backward_lens_tl.arguments import check_kind
 from backward_lens_tl.editing.delta import MatrixDelta
 from backward_lens_tl.editing.hypernetwork import MENDEditor
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.editing.spanning import SpanningPairs, joined_pairs
+from backward_lens_tl.errors import EditError
 from backward_lens_tl.host import Host
 
 
@@ -29,6 +31,10 @@ class MEND(EditMethod):
 
     editor: MENDEditor
     prepend_bos: bool | None = None
+
+    def __post_init__(self) -> None:
+        made = "train_mend(model, records)"
+        check_kind("editor", self.editor, MENDEditor, made, EditError)
 
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> list[MatrixDelta]:
         """What is added to each matrix: an outer product per position of each request.

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from backward_lens_tl.arguments import check_choice, check_number, is_integer, shown
+from backward_lens_tl.arguments import check_choice, check_kind, check_number, is_integer, shown
 from backward_lens_tl.editing.activations import Addition, activations, adding, mlp_site
 from backward_lens_tl.editing.delta import MatrixDelta
 from backward_lens_tl.editing.method import EditMethod
@@ -108,6 +108,9 @@ class ForwardPassShift(EditMethod):
                 "the whitened form needs moments, the statistics of what W_out reads: collect them "
                 "with second_moments(model, texts), or take facts_moments() for the facts model"
             )
+        if self.moments is not None:
+            made = "second_moments(model, texts)"
+            check_kind("moments", self.moments, SecondMoments, made, EditError)
         if self.moments is not None and self.moments.matrix != "W_out":
             raise EditError(
                 f"moments are of what {self.moments.matrix} reads, and the edit is of W_out; "

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backward_lens_tl.arguments import check_number
+from backward_lens_tl.arguments import check_kind, check_number
 from backward_lens_tl.editing.delta import MatrixDelta
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
@@ -49,6 +49,10 @@ class UltraEdit(EditMethod):
     matrices: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
     prepend_bos: bool | None = None
+
+    def __post_init__(self) -> None:
+        made = "pair_statistics(model, requests)"
+        check_kind("statistics", self.statistics, PairStatistics, made, EditError)
 
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> list[MatrixDelta]:
         """What is added to each matrix: an outer product per token of each target.

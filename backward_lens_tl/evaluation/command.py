@@ -15,6 +15,8 @@ from backward_lens_tl.loading import load_model, without_progress_bars
 from backward_lens_tl.processes import own_device, this_process
 from backward_lens_tl.records import read_records
 
+_RECORDS = 100
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of an evaluation.
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quiet", action="store_true", help="no progress bar; the folder has a log in any case"
     )
     settings = parser.add_argument_group("settings")
-    settings.add_argument("--records", type=int, help="how many, the first (default: all)")
+    settings.add_argument("--records", type=int, help=f"how many, the first (default: {_RECORDS})")
     settings.add_argument(
         "--rows", metavar="FIRST:END", help="rows to take instead, such as 100:200"
     )
@@ -95,6 +97,8 @@ def run(args: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(args).items() if name in known}
     if args.rows is not None:
         given["rows"] = _rows(args.rows)
+    elif args.records is None:
+        given["records"] = _RECORDS  # of all there would be none left to learn from
     config = EvaluationConfig(**{name: value for name, value in given.items() if value is not None})
     records = read_records(args.data, split=args.split)
     state = this_process()

@@ -114,12 +114,17 @@ def least_rates_by_layer(table: pd.DataFrame, unedited: float) -> pd.DataFrame:
     Returns:
         One row per step and layer: `step`, `layer`, `n` requests, `missing` (no rate of the grid
         was enough), median `rate` with its quartiles `rate_low` and `rate_high`, `spread` (standard
-        deviation of the rate's decimal logarithm), mean `perplexity` after the edits, and
-        `unedited`.
+        deviation of the rate's decimal logarithm), mean `perplexity` after the edits of those
+        requests for which every step has a rate in this layer, and `unedited`.
     """
     import numpy as np
     import pandas as pd
 
+    # Steps are compared on the same requests: those that need more may be harder for all.
+    lacking = table.loc[table["rate"].isna(), ["request", "layer"]]
+    pairs = table.set_index(["request", "layer"]).index
+    is_shared = ~pairs.isin(list(lacking.itertuples(index=False, name=None)))
+    shared = table["perplexity"].where(is_shared)
     rows = []
     for (step, layer), own in table.groupby(["step", "layer"], sort=False):
         rates = own["rate"].dropna()
@@ -133,7 +138,7 @@ def least_rates_by_layer(table: pd.DataFrame, unedited: float) -> pd.DataFrame:
                 "rate_low": rates.quantile(0.25),
                 "rate_high": rates.quantile(0.75),
                 "spread": float(np.log10(rates).std(ddof=0)),
-                "perplexity": own["perplexity"].mean(),
+                "perplexity": shared[own.index].mean(),
                 "unedited": unedited,
             }
         )

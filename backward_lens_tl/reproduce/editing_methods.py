@@ -21,7 +21,7 @@ _LASTING = 0.99
 _LONG = 100
 """Tokens of a generation, prompt included, in the published tables."""
 
-_SHORT = 40
+_SHORT = 20
 """Those of the facts model, which knows short sentences alone."""
 
 _SHOWN = (
