@@ -61,7 +61,7 @@ facts-model-eval: .venv/installed ## measure what the model that ships here know
 facts-moments: .venv/installed ## collect the statistics that ship with that model anew
 	.venv/bin/python -m facts_model.moments
 
-tune: .venv/installed ## try settings of the editing methods anew, docs/benchmarks/tuning.json
+tune: .venv/installed ## try settings of the editing methods anew, docs/editing/tuning.json
 	$(OFFLINE) .venv/bin/python -m benchmarks.tuning
 
 bench: .venv/installed ## measure speed and memory, docs/benchmarks.md; BENCH="--quick" for less

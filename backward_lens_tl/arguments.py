@@ -127,8 +127,10 @@ def check_number(
     Raises:
         InputError: If it is negative, not finite or no number.
     """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    is_allowed = is_number and (0 < value < math.inf or (zero and value == 0))  # type: ignore[operator]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        is_allowed = 0 < value < math.inf or (zero and value == 0)
+    else:
+        is_allowed = False
     if not is_allowed:
         raise error(f"{name} is {shown(value)}; pass a number {'from' if zero else 'above'} 0")
 

@@ -1,7 +1,7 @@
 """Settings of the editing methods for the facts model, tried on a split that nothing is tested on.
 
 ``python -m benchmarks.tuning`` tries every candidate on `FACTS_TUNING`, prints what came of them,
-and writes it to ``docs/benchmarks/tuning.json``; `editing/presets.py` has the chosen ones.
+and writes it to ``docs/editing/tuning.json``; `editing/presets.py` has the chosen ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from backward_lens_tl.loading import FACTS_MODEL, load_facts_model
 from backward_lens_tl.records import read_records
 from backward_lens_tl.storage import replacing
 
-RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks" / "tuning.json"
+RESULTS = Path(__file__).parents[1] / "docs" / "editing" / "tuning.json"
 
 GRIDS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "ft_first": {"layers": (0,), "lr": (1e-4, 2e-4, 5e-4)},

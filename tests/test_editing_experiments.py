@@ -106,7 +106,7 @@ def test_table_1_as_in_the_paper() -> None:
     assert finding.verdict == "holds"
     assert holds(finding) == [True] * 4
     assert (name, methods, settings) == ("methods", "all of them", {"generation_length": 100})
-    assert of_methods("facts")[1][2] == {"generation_length": 40}
+    assert of_methods("facts")[1][2] == {"generation_length": 20}
     assert [check.found for check in finding.checks] == [
         "ft_first 96.0 %, rome 99.0 %, memit 79.0 %, shift 95.0 %",
         "99.0 % of the entropy; perplexity 50.000 before, 50.400 after",
@@ -225,9 +225,9 @@ NEVER = (math.nan, math.nan)
         # It is SGD that the shift is compared with.
         ({("adam", layer): (1e-4, 1e4) for layer in range(4)}, {}, [True, True, True]),
         ({("sgd", layer): (1.0, 1.0) for layer in range(4)}, {}, [False, True, True]),
-        # Rates that were never enough have no spread, on either side.
-        ({("shift", layer): NEVER for layer in range(4)}, {}, [False, True, True]),
-        ({("sgd", layer): NEVER for layer in range(4)}, {}, [False, True, True]),
+        # Rates that were never enough have no spread, and nothing is left to compare, on either side.
+        ({("shift", layer): NEVER for layer in range(4)}, {}, [False, False, False]),
+        ({("sgd", layer): NEVER for layer in range(4)}, {}, [False, False, False]),
         ({}, {("shift", 1): 14.0}, [True, False, True]),
         ({}, {("adam", 1): 10.0}, [True, False, True]),
         ({}, {("sgd", 0): 9.0}, [True, False, True]),

@@ -967,10 +967,15 @@ def test_presets_learn_from_other_rows_and_keep_it_in_the_folder(run, tiny, monk
 
     monkeypatch.setattr(run_module, "preset_methods", preset_methods)
     again = {**ROWS[1], "prompt": "The king of Messi is", "id": "same subject"}
-    found = run("all", [*ROWS, again, {**again, "subject": "king"}], rows=(1, 2), folder="out")
+    found = run(
+        "all",
+        [*ROWS, again, {**again, "subject": "river", "prompt": "A river is"}],
+        rows=(1, 2),
+        folder="out",
+    )
     [(model, names, given)] = asked
     assert (model, names) == (tiny, ["all"])
-    assert [row.subject for row in given.pop("training")] == [None, "king"]
+    assert [row.subject for row in given.pop("training")] == [None, "river"]
     assert given == {"folder": found.folder, "prepend_bos": False, "progress": False}
     assert found.edits()["method"].unique().tolist() == ["none", "shift"]
     run(["shift", "rome"])

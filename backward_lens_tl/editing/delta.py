@@ -418,7 +418,7 @@ class WeightDelta:
 
     @property
     def _kept_by_model(self) -> weakref.WeakKeyDictionary[nn.Module, list[_Kept]]:
-        kept: weakref.WeakKeyDictionary[nn.Module, list[_Kept]] = self._kept  # type: ignore[attr-defined]
+        kept: weakref.WeakKeyDictionary[nn.Module, list[_Kept]] = vars(self)["_kept"]
         return kept
 
     def _changes(self, model: nn.Module) -> Iterator[Change]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -76,7 +76,7 @@ class EditMethod(ABC):
 
     def settings(self) -> dict[str, Any]:
         """The method's name and all its settings, as JSON holds them."""
-        own = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        own = {f.name: _plain(getattr(self, f.name)) for f in fields(cast(Any, self))}
         return {"method": self.name, **own}
 
 

@@ -7,7 +7,7 @@ a grid are tried in one forward pass, one row per rate, without touching a param
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from backward_lens_tl.editing.activations import Addition, activations, adding, 
 from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
 from backward_lens_tl.editing.requests import EditRequest, listed_requests, tokenize_request
 from backward_lens_tl.editing.shift import ForwardPassShift
-from backward_lens_tl.editing.steps import GradientStep
+from backward_lens_tl.editing.steps import GradientStep, Optimizer
 from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.perplexity import perplexity, read_texts
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 STEPS = ("sgd", "adam", "shift")
 """Steps of the two optimizers, and the forward pass shift, whose rate is `eta`."""
+
+_OPTIMIZERS: Mapping[str, Optimizer] = {"sgd": "sgd", "adam": "adam"}
 
 RATES = tuple(10 ** (exponent / 4) for exponent in range(-16, 13))
 """From 1e-4 to 1e3, four in each power of ten."""
@@ -158,7 +160,8 @@ def _directions(
             shift = ForwardPassShift(layer=layer, size=1, prepend_bos=prepend_bos)
             yield from shift(model, request)
     else:
-        yield from GradientStep(step, lr=1.0, layers=layers, prepend_bos=prepend_bos)(  # type: ignore[arg-type]
+        optimizer = _OPTIMIZERS[step]
+        yield from GradientStep(optimizer, lr=1.0, layers=layers, prepend_bos=prepend_bos)(
             model, request
         )
 

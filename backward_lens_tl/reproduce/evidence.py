@@ -12,6 +12,7 @@ from torch import nn
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.editing.presets import preset_methods
 from backward_lens_tl.editing.requests import EditRequest
+from backward_lens_tl.editing.shift import ForwardPassShift
 from backward_lens_tl.errors import InputError, TargetError, UnsupportedModelError
 from backward_lens_tl.evaluation import Evaluation, EvaluationConfig, evaluate
 from backward_lens_tl.evaluation.perplexity import perplexity, read_texts
@@ -250,6 +251,23 @@ class Evidence:
             prepend_bos=self.prepend_bos,
             progress=self.progress,
         )
+
+    def shift_preset(self, name: str) -> ForwardPassShift:
+        """A form of the forward pass shift with settings for the model.
+
+        Args:
+            name: Of the preset.
+
+        Returns:
+            The method.
+
+        Raises:
+            InputError: If the preset is another method.
+        """
+        method = self.presets((name,))[name]
+        if not isinstance(method, ForwardPassShift):
+            raise InputError(f"preset {name!r} is {method.name}, and no forward pass shift")
+        return method
 
     @cached_property
     def perplexity(self) -> float:

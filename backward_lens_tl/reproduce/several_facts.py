@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from backward_lens_tl.editing.method import EditMethod
-from backward_lens_tl.editing.shift import ForwardPassShift
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.evaluation.columns import NONE
 from backward_lens_tl.reproduce.evidence import Evidence
@@ -68,19 +67,18 @@ def several_facts(evidence: Evidence) -> Finding:
 
 
 def _methods(evidence: Evidence) -> dict[str, EditMethod]:
-    presets = evidence.presets(("shift", "shift_iterated", "shift_whitened", "memit"))
-    summed, iterated = presets["shift"], presets["shift_iterated"]
-    assert isinstance(summed, ForwardPassShift)
-    assert isinstance(iterated, ForwardPassShift)
+    summed, iterated, whitened = (
+        evidence.shift_preset(name) for name in ("shift", "shift_iterated", "shift_whitened")
+    )
     # As large as most facts need.
     whole = iterated.size * 8
     return {
         _ONCE: replace(iterated, iterations=1, size=whole),
         _ITERATED: iterated,
-        _WHITENED: presets["shift_whitened"],
+        _WHITENED: whitened,
         # Only the paper's form is a sum; without a size of its own for a model it is no preset.
         **({_SUM: summed} if summed.form == "paper" else {}),
-        _MEMIT: presets["memit"],
+        _MEMIT: evidence.presets(("memit",))["memit"],
     }
 
 

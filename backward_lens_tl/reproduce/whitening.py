@@ -25,11 +25,12 @@ _NEARLY_ALL = 75.0
 
 def whitening(evidence: Evidence) -> Finding:
     """Each layer's shift, whitened or not, with the size that each fact needs."""
-    whitened = evidence.presets(("shift_whitened",))["shift_whitened"]
-    assert isinstance(whitened, ForwardPassShift)
-    assert whitened.moments is not None
+    whitened = evidence.shift_preset("shift_whitened")
+    moments = whitened.moments
+    if moments is None:
+        raise InputError("the preset of the whitened shift has no statistics to whiten with")
     methods = {
-        f"{form}@{layer}": _shift(whitened, whitened.moments, form, layer)
+        f"{form}@{layer}": _shift(whitened, moments, form, layer)
         for layer in range(evidence.n_layers)
         for form in _FORMS
     }
