@@ -225,7 +225,7 @@ NEVER = (math.nan, math.nan)
         # It is SGD that the shift is compared with.
         ({("adam", layer): (1e-4, 1e4) for layer in range(4)}, {}, [True, True, True]),
         ({("sgd", layer): (1.0, 1.0) for layer in range(4)}, {}, [False, True, True]),
-        # Rates that were never enough have no spread, and nothing is left to compare, on either side.
+        # Rates that were never enough have no spread, and leave nothing to compare.
         ({("shift", layer): NEVER for layer in range(4)}, {}, [False, False, False]),
         ({("sgd", layer): NEVER for layer in range(4)}, {}, [False, False, False]),
         ({}, {("shift", 1): 14.0}, [True, False, True]),
