@@ -57,7 +57,11 @@ def several_facts(evidence: Evidence) -> Finding:
     return Finding(
         (_efficacy(table), _iterating(table), _neighborhood(table)),
         {"several facts": table[[*columns, "score", "norm", "rank", "seconds"]]},
-        {"several facts": partial(figures.edit_curves, table, "edits_at_once")},
+        {
+            "several facts": partial(
+                figures.edit_curves, table, "edits_at_once", title="Several facts in one edit"
+            )
+        },
         notes=(
             "All records of a block are edited with one delta, and each is scored under it.",
             "The shift that is not iterated has one size for all facts; iterated, each fact gets "
