@@ -135,6 +135,24 @@ def check_number(
         raise error(f"{name} is {shown(value)}; pass a number {'from' if zero else 'above'} 0")
 
 
+def check_settings(
+    names: Iterable[str], known: Sequence[str], error: type[InputError] = InputError
+) -> None:
+    """Refuse settings that do not exist.
+
+    Args:
+        names: Those that were given.
+        known: Those that there are.
+        error: What is raised.
+
+    Raises:
+        InputError: If one is unknown.
+    """
+    for name in names:
+        if name not in known:
+            raise error(f"there is no setting {name!r}; allowed are {', '.join(known)}")
+
+
 def check_kind(
     name: str, value: object, kind: type, made_by: str, error: type[InputError] = InputError
 ) -> None:

@@ -190,7 +190,7 @@ def sequence_nll(targets: str | Sequence[str]) -> Objective:
 
     def bind(vocabulary: Vocabulary, n_prompts: int) -> BoundObjective:
         texts = _one_per_prompt(targets, n_prompts)
-        return _SequenceNLL([vocabulary.encode(text) for text in texts])
+        return SequenceNLL([vocabulary.encode(text) for text in texts])
 
     return Objective(f"sequence_nll({_name(targets)})", bind)
 
@@ -378,35 +378,48 @@ class _LogitDifference(_LastPosition):
 
 
 @dataclass(frozen=True)
-class _SequenceNLL(BoundObjective):
+class SequenceNLL(BoundObjective):
+    """Negative log-likelihood of each prompt's answer.
+
+    Attributes:
+        wanted: Token ids of each answer.
+        is_mean: Whether it is the mean over the answer's tokens, instead of the sum.
+    """
+
     looks_at = "prompt"
 
     wanted: Sequence[Sequence[int]]
+    is_mean: bool = False
 
     def continuation(self, prompt: int) -> Sequence[int]:
+        """All of the answer but its last token, which nothing is read behind."""
         return self.wanted[prompt][:-1]
 
     def n_read(self, batch: PromptBatch) -> int:
+        """As many positions as the longest answer has tokens."""
         return max(map(len, self._wanted(batch)))
 
     def losses(
         self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
     ) -> Float[Tensor, "batch"]:
+        """The sum, or the mean, over each answer's tokens."""
         losses = []
         for row, wanted in zip(logits, self._wanted(batch), strict=True):
             read = row[-len(wanted) :].log_softmax(-1)
-            losses.append(-_pick(read, torch.tensor(wanted, device=row.device)).sum())
+            each = -_pick(read, torch.tensor(list(wanted), device=row.device))
+            losses.append(each.mean() if self.is_mean else each.sum())
         return torch.stack(losses)
 
     def targets(
         self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
     ) -> Int[Tensor, "batch"]:
+        """The first token of each answer."""
         return _of_batch([wanted[0] for wanted in self.wanted], batch)
 
     def answers(
         self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
     ) -> Int[Tensor, "batch"]:
-        # What the model says right after the prompt, before the wanted answer.
+        """What the model says right after the prompt, before the wanted answer."""
         rows = zip(logits, self._wanted(batch), strict=True)
         return torch.stack([row[-len(wanted)].argmax() for row, wanted in rows])
 

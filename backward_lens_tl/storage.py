@@ -11,8 +11,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
 
 import torch
@@ -25,6 +26,7 @@ from backward_lens_tl.errors import ResultFileError
 from backward_lens_tl.fingerprints import tensors_digest
 
 _T = TypeVar("_T")
+_SavedT = TypeVar("_SavedT", bound="Saved")
 
 FORMAT_VERSION = 4
 """Raised when older files can no longer be read."""
@@ -160,10 +162,65 @@ def read_one(path: str | Path, kind: type[_T], types: Sequence[type]) -> _T:
     Raises:
         ResultFileError: As for `read`, or if the file holds something else.
     """
-    value = read(path, (*types, kind))
+    return only(path, read(path, (*types, kind)), kind)
+
+
+def only(path: str | Path, value: object, kind: type[_T]) -> _T:
+    """Refuse what a file holds if it is something else.
+
+    Args:
+        path: The file.
+        value: What it holds.
+        kind: What it is to hold.
+
+    Returns:
+        The value.
+
+    Raises:
+        ResultFileError: If it is of another type.
+    """
     if not isinstance(value, kind):
         raise ResultFileError(f"{os.fspath(path)!r} holds no {kind.__name__}")
     return value
+
+
+class Saved:
+    """A dataclass that lies in a file of its own.
+
+    Attributes:
+        WHAT: What it is, for the file's header.
+        PARTS: Other dataclasses that are in it.
+    """
+
+    WHAT: ClassVar[str]
+    PARTS: ClassVar[tuple[type, ...]] = ()
+
+    def save(self, path: str | Path) -> None:
+        """Write it to one safetensors file.
+
+        Args:
+            path: The file; one that exists is replaced as a whole.
+
+        Raises:
+            ResultFileError: If it cannot be written.
+        """
+        about = {"what": self.WHAT, "backward_lens_tl": version("backward-lens-tl")}
+        write(path, self, about)
+
+    @classmethod
+    def load(cls: type[_SavedT], path: str | Path) -> _SavedT:
+        """Read what `save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The same, its tensors on the CPU.
+
+        Raises:
+            ResultFileError: If the file holds something else, or is damaged.
+        """
+        return read_one(path, cls, cls.PARTS)
 
 
 def _packed(value: Any, path: str, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from backward_lens_tl import storage
 from backward_lens_tl.arguments import plain, shown
 from backward_lens_tl.editing.lora import Adapted, write_adapter
 from backward_lens_tl.errors import EditError, ModelStateError
@@ -30,6 +28,7 @@ from backward_lens_tl.gradients import MatrixGradient, numerical_rank
 from backward_lens_tl.host import Host, host_of
 from backward_lens_tl.precision import at_least_float32
 from backward_lens_tl.sites import MATRIX_NAMES, READING_MATRICES, MatrixName, MatrixSite
+from backward_lens_tl.storage import Saved
 from backward_lens_tl.updates import Change, add_in_place, changeable, changed, put_back
 
 
@@ -253,7 +252,7 @@ def _checked_factor(factor: object) -> float:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class WeightDelta:
+class WeightDelta(Saved):
     """An edit: what is added to each weight matrix that it touches.
 
     It belongs to no model and never changes one by itself: `applied` changes a model for a while,
@@ -276,6 +275,9 @@ class WeightDelta:
         ...     blt.backward_lens(model, request.prompt).target()
         ' Paris'
     """
+
+    WHAT = "weight delta"
+    PARTS = (MatrixDelta,)
 
     matrices: tuple[MatrixDelta, ...]
     about: Mapping[str, Any]
@@ -431,33 +433,6 @@ class WeightDelta:
                 yield site.bias, each.bias.reshape(site.bias.shape)
 
     # --- files ---------------------------------------------------------------------------------
-
-    def save(self, path: str | Path) -> None:
-        """Write the edit to one safetensors file.
-
-        Args:
-            path: The file; one that exists is replaced as a whole.
-
-        Raises:
-            ResultFileError: If it cannot be written.
-        """
-        about = {"what": "weight delta", "backward_lens_tl": version("backward-lens-tl")}
-        storage.write(path, self, about)
-
-    @classmethod
-    def load(cls, path: str | Path) -> WeightDelta:
-        """Read an edit that `save` wrote.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The edit, on the CPU.
-
-        Raises:
-            ResultFileError: If the file holds no edit, or is damaged.
-        """
-        return storage.read_one(path, WeightDelta, (MatrixDelta,))
 
     def to_lora(self, folder: str | Path, model: nn.Module, base: Any) -> None:
         """Write the edit as a LoRA adapter, which `transformers` and `peft` load without us.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +114,7 @@ class PairNetwork:
 
 
 @dataclass(frozen=True, repr=False)
-class MENDEditor:
+class MENDEditor(storage.Saved):
     """What MEND learns: a network for each shape of a matrix, and a learning rate for each matrix.
 
     Attributes:
@@ -138,6 +137,8 @@ class MENDEditor:
         >>> MENDEditor.untrained(statistics).n_parameters
         3294726
     """
+
+    WHAT = "MEND editor"
 
     statistics: PairStatistics
     networks: tuple[PairNetwork, ...]
@@ -241,18 +242,6 @@ class MENDEditor:
         steps = self.training.get("steps", 0)
         return f"{tensors_digest(named)[:12]} after {steps} steps, {self.statistics.fingerprint}"
 
-    def save(self, path: str | Path) -> None:
-        """Write the editor to one safetensors file.
-
-        Args:
-            path: The file; one that exists is replaced as a whole.
-
-        Raises:
-            ResultFileError: If it cannot be written.
-        """
-        about = {"what": "MEND editor", "backward_lens_tl": version("backward-lens-tl")}
-        storage.write(path, self, about)
-
     @classmethod
     def load(cls, path: str | Path) -> MENDEditor:
         """Read an editor that `save` wrote.
@@ -273,14 +262,14 @@ class MENDEditor:
                 f"{str(path)!r} holds a training after {len(found.editor.losses)} steps, which has "
                 "not come to its end; call train_mend with the same arguments to go on with it"
             )
-        return storage.read_one(path, MENDEditor, EDITOR_PARTS)
+        return storage.only(path, found, MENDEditor)
 
     def __repr__(self) -> str:
         return f"MENDEditor({self.fingerprint}; {self.n_parameters} parameters)"
 
 
 @dataclass(frozen=True, repr=False)
-class MENDCheckpoint:
+class MENDCheckpoint(storage.Saved):
     """A training that has not come to its end.
 
     Attributes:
@@ -288,6 +277,8 @@ class MENDCheckpoint:
         means: Adam's running mean of each parameter's gradient.
         squares: Adam's running mean of its square.
     """
+
+    WHAT = "MEND training"
 
     editor: MENDEditor
     means: tuple[Tensor, ...]

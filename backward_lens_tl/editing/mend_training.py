@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +173,7 @@ def train_mend(
             bar.set_postfix({"edit": f"{edit:.3f}", "locality": f"{kept:.3f}"}, refresh=False)
             is_last = work.n_done == training.steps
             if file is not None and not is_last and work.n_done % training.save_every == 0:
-                about_file = {
-                    "what": "MEND training",
-                    "backward_lens_tl": version("backward-lens-tl"),
-                }
-                storage.write(file, work.checkpoint, about_file)
+                work.checkpoint.save(file)
     finished = work.editor
     if file is not None:
         finished.save(file)

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from importlib.resources import as_file, files
 from itertools import islice
 from pathlib import Path
@@ -22,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from backward_lens_tl import storage
 from backward_lens_tl.arguments import is_integer, shown
 from backward_lens_tl.backward import read_logits
-from backward_lens_tl.editing.activations import activations, mlp_site
+from backward_lens_tl.editing.activations import mlp_site
+from backward_lens_tl.editing.probes import PROBE_TOKENS, is_alike, last_reads
 from backward_lens_tl.errors import EditError, UnsupportedModelError
 from backward_lens_tl.fingerprints import tensors_digest
 from backward_lens_tl.host import Host, host_of
@@ -33,24 +32,20 @@ from backward_lens_tl.precision import at_least_float32
 from backward_lens_tl.prompts import PromptBatch, pad_prompts, tokenize_prompts
 from backward_lens_tl.selection import select_layers
 from backward_lens_tl.sites import MatrixName, MatrixSite
+from backward_lens_tl.storage import Saved
 from backward_lens_tl.watching import hooked
 
 RIDGE = 1e-6
 """Part of the mean variance that is added to every direction, so that the inverse exists."""
 
 _BATCH = 16
-_PROBE = 16
-"""Tokens of the prompt by which a model is known again."""
-
-_LIKE = 0.1
-"""Part of its length by which what is read there may differ: other models differ by all of it."""
 
 FACTS_MOMENTS = "second_moments.safetensors"
 """Name of the file that ships with the facts model."""
 
 
 @dataclass(frozen=True, repr=False)
-class SecondMoments:
+class SecondMoments(Saved):
     """Uncentred second moments `E[x x^T]` of what one matrix per layer reads, and of which text.
 
     Attributes:
@@ -72,6 +67,8 @@ class SecondMoments:
         >>> moments.of(3).shape
         torch.Size([512, 512])
     """
+
+    WHAT = "second moments"
 
     matrix: MatrixName
     layers: tuple[int, ...]
@@ -171,11 +168,10 @@ class SecondMoments:
         fits = max(self.probe) < host.d_vocab and len(self.probe) <= host.n_ctx
         if not fits or max(self.layers) >= host.n_layers:
             raise self._foreign(host)
-        found = _probed(host, self.matrix, self.layers, self.probe)
-        for own, now in zip(self.probe_inputs, found, strict=True):
-            is_same = own.shape == now.shape
-            if not is_same or float((own - now).norm()) > _LIKE * float(own.norm()):
-                raise self._foreign(host)
+        sites = [mlp_site(host, self.matrix, layer) for layer in self.layers]
+        found = last_reads(host, sites, self.probe)
+        if not all(map(is_alike, self.probe_inputs, found)):
+            raise self._foreign(host)
 
     def _check_layers(self, layers: Sequence[int]) -> None:
         for layer in layers:
@@ -192,33 +188,6 @@ class SecondMoments:
             "something else in the same prompt: it is another model. Collect them again with "
             "second_moments(model, texts)"
         )
-
-    def save(self, path: str | Path) -> None:
-        """Write the statistics to one safetensors file.
-
-        Args:
-            path: The file; one that exists is replaced as a whole.
-
-        Raises:
-            ResultFileError: If it cannot be written.
-        """
-        about = {"what": "second moments", "backward_lens_tl": version("backward-lens-tl")}
-        storage.write(path, self, about)
-
-    @classmethod
-    def load(cls, path: str | Path) -> SecondMoments:
-        """Read statistics that `save` wrote.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The statistics, on the CPU.
-
-        Raises:
-            ResultFileError: If the file holds none, or is damaged.
-        """
-        return storage.read_one(path, SecondMoments, ())
 
     def __repr__(self) -> str:
         layers = ", ".join(map(str, self.layers))
@@ -353,12 +322,11 @@ class _Collected:
     def add(self, host: Host, texts: Sequence[str]) -> None:
         """Add what the matrix reads in some texts."""
         rows = [row[: host.n_ctx] for row in tokenize_prompts(host, texts, self.about.prepend_bos)]
-        matrix, layers = self.about.matrix, self.about.layers
+        sites = [mlp_site(host, self.about.matrix, layer) for layer in self.about.layers]
         if not self.about.probe:
-            probe = tuple(rows[0][:_PROBE])
-            inputs = _probed(host, matrix, layers, probe)
+            probe = tuple(rows[0][:PROBE_TOKENS])
+            inputs = last_reads(host, sites, probe)
             self.about = replace(self.about, probe=probe, probe_inputs=inputs)
-        sites = [mlp_site(host, matrix, layer) for layer in layers]
         products = _grams(host, pad_prompts(host, rows), sites)
         before = self.n_tokens
         self.n_tokens += sum(map(len, rows))
@@ -382,15 +350,6 @@ class _Collected:
             n_texts=self.n_texts,
             texts=self.texts,
         )
-
-
-def _probed(
-    host: Host, matrix: MatrixName, layers: Sequence[int], probe: Sequence[int]
-) -> tuple[Float[Tensor, "d_in"], ...]:
-    """What a matrix reads at the last position of a prompt, in each layer."""
-    sites = [mlp_site(host, matrix, layer) for layer in layers]
-    inputs = activations(host, [probe], sites).inputs
-    return tuple(inputs[site.matrix, site.layer][0, -1].float().cpu() for site in sites)
 
 
 def _grams(

@@ -9,7 +9,6 @@ from backward_lens_tl.arguments import check_kind, check_number
 from backward_lens_tl.editing.delta import MatrixDelta
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.spanning import joined_pairs
 from backward_lens_tl.editing.standardization import PairStatistics
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.host import Host
@@ -51,12 +50,10 @@ class NormalizedGradient(EditMethod):
             The changes, as factors.
         """
         check_number("lr", self.lr, zero=False, error=EditError)
-        self.statistics.check_positions("all")
-        sites = self.statistics.sites(host, self.matrices, self.layers)
-        deltas = []
-        for site, pairs in zip(sites, joined_pairs(host, requests, sites), strict=True):
-            place = (site.matrix, site.layer)
-            together = self.statistics.standardized(place, *pairs)
-            inputs, vjps = self.statistics.split(place, together)
-            deltas.append(MatrixDelta(*place, left=inputs.T, right=-self.lr * vjps))
-        return deltas
+        pairs = self.statistics.standardized_pairs(
+            host, requests, "all", self.matrices, self.layers
+        )
+        return [
+            MatrixDelta(own.matrix, own.layer, left=own.inputs.T, right=-self.lr * own.vjps)
+            for own in pairs
+        ]

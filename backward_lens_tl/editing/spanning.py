@@ -22,8 +22,7 @@ from backward_lens_tl.editing.activations import mlp_site
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.host import Host
-from backward_lens_tl.objectives import BoundObjective
-from backward_lens_tl.prompts import PromptBatch
+from backward_lens_tl.objectives import SequenceNLL
 from backward_lens_tl.sites import MATRIX_NAMES, MatrixName, MatrixSite
 
 Positions = Literal["all", "answer"]
@@ -117,7 +116,8 @@ def spanning_pairs(
     prompts = Continuations.of(
         host, [each.prompt for each in requests], [each.target for each in requests]
     )
-    gradients = record(host, prompts.batch, _MeanNLL(prompts), sites).gradients
+    objective = SequenceNLL([each.target for each in requests], is_mean=True)
+    gradients = record(host, prompts.batch, objective, sites).gradients
     wanted = prompts.batch.mask
     if positions == "answer":
         device = wanted.device
@@ -159,24 +159,3 @@ def joined_pairs(
         inputs, vjps = zip(*(each.flat for each in own), strict=True)
         joined.append((torch.cat(inputs), torch.cat(vjps)))
     return joined
-
-
-class _MeanNLL(BoundObjective):
-    """Negative log-likelihood of each answer, the mean over its tokens.
-
-    Args:
-        prompts: The prompts with their answers; the whole batch.
-    """
-
-    looks_at = "prompt"
-
-    def __init__(self, prompts: Continuations) -> None:
-        self._prompts = prompts
-
-    def n_read(self, batch: PromptBatch) -> int:
-        return self._prompts.answers.shape[1]
-
-    def losses(
-        self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
-    ) -> Float[Tensor, "batch"]:
-        return self._prompts.nll(logits)

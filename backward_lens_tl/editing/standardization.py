@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from itertools import islice
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from backward_lens_tl import storage
 from backward_lens_tl.arguments import check_choice, listed
-from backward_lens_tl.editing.activations import activations
+from backward_lens_tl.editing.probes import PROBE_TOKENS, is_alike, last_reads
 from backward_lens_tl.editing.requests import (
     EditRequest,
     TokenizedRequest,
@@ -34,6 +31,7 @@ from backward_lens_tl.errors import EditError
 from backward_lens_tl.fingerprints import tensors_digest
 from backward_lens_tl.host import Host, host_of
 from backward_lens_tl.sites import MatrixName, MatrixSite
+from backward_lens_tl.storage import Saved
 
 EDITED_MATRICES: tuple[MatrixName, ...] = ("W_in", "W_out")
 EDITED_LAYERS = (-3, -2, -1)
@@ -43,15 +41,29 @@ EPS = 1e-7
 """Added to every standard deviation, as published."""
 
 _BATCH = 16
-_PROBE = 16
-"""Tokens of the prompt by which a model is known again."""
 
-_LIKE = 0.1
-"""Part of its length by which what is read there may differ: other models differ by all of it."""
+
+@dataclass(frozen=True)
+class StandardizedPairs:
+    """The pairs of some requests at one matrix.
+
+    Attributes:
+        matrix: TransformerLens's name of the matrix.
+        layer: The layer.
+        raw_inputs: `x_i` as they are.
+        inputs: `x_i`, standardised.
+        vjps: `delta_i`, standardised.
+    """
+
+    matrix: MatrixName
+    layer: int
+    raw_inputs: Float[Tensor, "n d_in"]
+    inputs: Float[Tensor, "n d_in"]
+    vjps: Float[Tensor, "n d_out"]
 
 
 @dataclass(frozen=True, repr=False)
-class PairStatistics:
+class PairStatistics(Saved):
     """Mean and standard deviation of the pairs at some matrices, and of which requests.
 
     Attributes:
@@ -79,6 +91,8 @@ class PairStatistics:
         >>> pair_statistics(model, requests, layers=[-1], progress=False).n_pairs
         (2, 2)
     """
+
+    WHAT = "pair statistics"
 
     places: tuple[tuple[MatrixName, int], ...]
     mean: tuple[Float[Tensor, "d_pair"], ...]
@@ -142,6 +156,36 @@ class PairStatistics:
         n = self.n_inputs[self.places.index((place[0], place[1]))]
         return pairs[..., :n], pairs[..., n:]
 
+    def standardized_pairs(
+        self,
+        host: Host,
+        requests: Sequence[TokenizedRequest],
+        positions: Positions,
+        matrices: Sequence[str] | None = None,
+        layers: int | Sequence[int] | None = None,
+    ) -> Iterator[StandardizedPairs]:
+        """The pairs of requests at each matrix, as they are and standardised.
+
+        Args:
+            host: The model.
+            requests: The requests.
+            positions: Which positions' pairs; those that the statistics are of.
+            matrices: As in `sites`.
+            layers: As in `sites`.
+
+        Yields:
+            One for each matrix, in the order of a forward pass.
+
+        Raises:
+            EditError: If the statistics are of other positions, or as for `sites`.
+        """
+        self.check_positions(positions)
+        sites = self.sites(host, matrices, layers)
+        for site, pairs in zip(sites, joined_pairs(host, requests, sites, positions), strict=True):
+            place = (site.matrix, site.layer)
+            standard = self.split(place, self.standardized(place, *pairs))
+            yield StandardizedPairs(*place, pairs[0], *standard)
+
     def sites(
         self,
         host: Host,
@@ -192,8 +236,8 @@ class PairStatistics:
         """
         [site] = mlp_sites(host, *self.places[0])
         if not any(token >= host.d_vocab for token in self.probe):
-            own, now = self.probe_inputs, _probed(host, site, self.probe)
-            if own.shape == now.shape and float((own - now).norm()) <= _LIKE * float(own.norm()):
+            [now] = last_reads(host, [site], self.probe)
+            if is_alike(self.probe_inputs, now):
                 return
         raise EditError(
             f"these statistics were collected with {self.name!r}, and {host.name!r} reads "
@@ -215,33 +259,6 @@ class PairStatistics:
                 f"these statistics are of positions {self.positions!r}, and the editor looks at "
                 f"{positions!r}; collect them with pair_statistics(..., positions={positions!r})"
             )
-
-    def save(self, path: str | Path) -> None:
-        """Write the statistics to one safetensors file.
-
-        Args:
-            path: The file; one that exists is replaced as a whole.
-
-        Raises:
-            ResultFileError: If it cannot be written.
-        """
-        about = {"what": "pair statistics", "backward_lens_tl": version("backward-lens-tl")}
-        storage.write(path, self, about)
-
-    @classmethod
-    def load(cls, path: str | Path) -> PairStatistics:
-        """Read statistics that `save` wrote.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The statistics, on the CPU.
-
-        Raises:
-            ResultFileError: If the file holds none, or is damaged.
-        """
-        return storage.read_one(path, PairStatistics, ())
 
     def __repr__(self) -> str:
         places = ", ".join(f"{matrix} of layer {layer}" for matrix, layer in self.places)
@@ -299,6 +316,7 @@ def pair_statistics(
                 f"{site.matrix} of layer {site.layer} has {own.n} pairs in {len(asked)} requests, "
                 "and a standard deviation needs two; pass more requests"
             )
+    probe = tokenized[0].prompt[:PROBE_TOKENS]
     return PairStatistics(
         places=tuple((site.matrix, site.layer) for site in sites),
         mean=tuple(own.mean.to(own.dtype) for own in running),
@@ -311,8 +329,8 @@ def pair_statistics(
         model=host.fingerprint(),
         name=host.name,
         prepend_bos=prepend_bos,
-        probe=tokenized[0].prompt[:_PROBE],
-        probe_inputs=_probed(host, sites[0], tokenized[0].prompt[:_PROBE]),
+        probe=probe,
+        probe_inputs=last_reads(host, sites[:1], probe)[0],
     )
 
 
@@ -355,12 +373,6 @@ class _Running:
     @property
     def std(self) -> Float[Tensor, "d"]:
         return (self._deviations / (self.n - 1)).sqrt()
-
-
-def _probed(host: Host, site: MatrixSite, probe: Sequence[int]) -> Float[Tensor, "d_in"]:
-    """What a matrix reads at the last position of a prompt."""
-    inputs = activations(host, [probe], [site]).inputs[site.matrix, site.layer]
-    return inputs[0, -1].float().cpu()
 
 
 def _width(site: MatrixSite) -> int:

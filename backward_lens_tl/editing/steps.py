@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from backward_lens_tl.arguments import check_choice, plain, shown
@@ -30,8 +30,7 @@ from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.errors import EditError, InputError
 from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.host import Host
-from backward_lens_tl.objectives import BoundObjective, Objective
-from backward_lens_tl.prompts import PromptBatch
+from backward_lens_tl.objectives import Objective, SequenceNLL
 from backward_lens_tl.selection import select_layers, select_matrices
 
 Optimizer = Literal["sgd", "adam", "muon"]
@@ -110,7 +109,9 @@ class GradientStep(EditMethod):
         capture = capture_gradients(
             host.model,
             [request.request.prompt for request in requests],
-            Objective("mean NLL of the targets", lambda vocabulary, n: _MeanNLL(targets)),
+            Objective(
+                "mean NLL of the targets", lambda vocabulary, n: SequenceNLL(targets, is_mean=True)
+            ),
             matrices=names,
             layers=layers,
             prepend_bos=self.prepend_bos,
@@ -118,7 +119,7 @@ class GradientStep(EditMethod):
         return [self._step(gradient) for gradient in capture]
 
     def _step(self, gradient: MatrixGradient) -> MatrixDelta:
-        left, right = _summed(gradient)
+        left, right = _mean_over_prompts(gradient)
         # A step of learning rate 1 down the gradient.
         descent = MatrixDelta(gradient.matrix, gradient.layer, left=left, right=-right)
         if self.optimizer == "sgd":
@@ -136,16 +137,16 @@ class GradientStep(EditMethod):
         )
 
 
-def _summed(
+def _mean_over_prompts(
     gradient: MatrixGradient,
 ) -> tuple[Float[Tensor, "d_in n"], Float[Tensor, "n d_out"]]:
-    """Factors of the sum over all prompts, heads side by side, without positions that add nothing.
+    """Factors of the mean over all prompts, heads side by side, without positions that add nothing.
 
     Args:
         gradient: The gradient of every prompt.
 
     Returns:
-        What was read, as columns, and the VJPs, as rows.
+        What was read, as columns, and the VJPs by the number of prompts, as rows.
     """
     left, right = [], []
     for prompt in range(len(gradient.mask)):
@@ -153,43 +154,4 @@ def _summed(
         counts = ~gradient.is_zero[prompt, gradient.mask[prompt]]
         left.append(factors.A[:, counts])
         right.append(factors.B[counts])
-    return torch.cat(left, dim=1), torch.cat(right)
-
-
-@dataclass(frozen=True)
-class _MeanNLL(BoundObjective):
-    """The mean over a target's tokens, divided by the number of requests.
-
-    Attributes:
-        wanted: Token ids of the target of each request.
-    """
-
-    looks_at = "prompt"
-
-    wanted: Sequence[Sequence[int]]
-
-    def continuation(self, prompt: int) -> Sequence[int]:
-        """All of the target but its last token, which nothing is read behind."""
-        return self.wanted[prompt][:-1]
-
-    def n_read(self, batch: PromptBatch) -> int:
-        """As many positions as the longest target has tokens."""
-        return max(len(self.wanted[prompt]) for prompt in batch.prompts.tolist())
-
-    def losses(
-        self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
-    ) -> Float[Tensor, "batch"]:
-        """Each request's part of the loss."""
-        losses = []
-        for row, prompt in zip(logits, batch.prompts.tolist(), strict=True):
-            wanted = torch.tensor(list(self.wanted[prompt]), device=row.device)
-            read = row[-len(wanted) :].log_softmax(-1)
-            losses.append(-read.gather(-1, wanted[:, None]).mean() / len(self.wanted))
-        return torch.stack(losses)
-
-    def targets(
-        self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
-    ) -> Int[Tensor, "batch"]:
-        """The first token of each target."""
-        first = [self.wanted[prompt][0] for prompt in batch.prompts.tolist()]
-        return torch.tensor(first, device=batch.mask.device)
+    return torch.cat(left, dim=1), torch.cat(right) / len(gradient.mask)

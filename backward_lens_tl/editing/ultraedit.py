@@ -17,7 +17,6 @@ from backward_lens_tl.arguments import check_kind, check_number
 from backward_lens_tl.editing.delta import MatrixDelta
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.spanning import joined_pairs
 from backward_lens_tl.editing.standardization import PairStatistics
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.host import Host
@@ -66,14 +65,14 @@ class UltraEdit(EditMethod):
         """
         check_number("lr", self.lr, zero=False, error=EditError)
         check_number("ridge", self.ridge, zero=False, error=EditError)
-        self.statistics.check_positions("answer")
-        sites = self.statistics.sites(host, self.matrices, self.layers)
+        pairs = self.statistics.standardized_pairs(
+            host, requests, "answer", self.matrices, self.layers
+        )
         deltas = []
-        for site, own in zip(sites, joined_pairs(host, requests, sites, "answer"), strict=True):
-            place = (site.matrix, site.layer)
-            inputs, vjps = self.statistics.split(place, self.statistics.standardized(place, *own))
-            wanted = -self.lr * inputs.square().sum(1, keepdim=True) * vjps
-            deltas.append(MatrixDelta(*place, own[0].T, _solved(own[0], wanted, self.ridge)))
+        for own in pairs:
+            wanted = -self.lr * own.inputs.square().sum(1, keepdim=True) * own.vjps
+            right = _solved(own.raw_inputs, wanted, self.ridge)
+            deltas.append(MatrixDelta(own.matrix, own.layer, own.raw_inputs.T, right))
         return deltas
 
 

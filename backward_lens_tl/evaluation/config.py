@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from backward_lens_tl.arguments import check_choice, is_integer, listed, plain, shown
+from backward_lens_tl.arguments import (
+    check_choice,
+    check_settings,
+    is_integer,
+    listed,
+    plain,
+    shown,
+)
 from backward_lens_tl.errors import EvaluationError
 
 Denominator = Literal["n", "n-1"]
@@ -119,12 +126,7 @@ class EvaluationConfig:
         Raises:
             EvaluationError: If there is no such setting.
         """
-        known = [field.name for field in fields(cls)]
-        for name in settings:
-            if name not in known:
-                raise EvaluationError(
-                    f"there is no setting {name!r}; allowed are {', '.join(known)}"
-                )
+        check_settings(settings, [field.name for field in fields(cls)], EvaluationError)
         return cls(**settings)
 
 

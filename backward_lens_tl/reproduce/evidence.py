@@ -247,10 +247,14 @@ class Evidence:
             self.model,
             names,
             folder=folder,
-            training=unused_records(self.records, self.evaluation_config()),
+            training=self._training_records,
             prepend_bos=self.prepend_bos,
             progress=self.progress,
         )
+
+    @cached_property
+    def _training_records(self) -> tuple[Record, ...]:
+        return unused_records(self.records, self.evaluation_config())
 
     def shift_preset(self, name: str) -> ForwardPassShift:
         """A form of the forward pass shift with settings for the model.

@@ -9,7 +9,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from backward_lens_tl.arguments import check_choice, is_integer, listed, plain, shown
+from backward_lens_tl.arguments import (
+    check_choice,
+    check_settings,
+    is_integer,
+    listed,
+    plain,
+    shown,
+)
 from backward_lens_tl.errors import SweepError
 from backward_lens_tl.lens import Direction, VjpsAt
 from backward_lens_tl.sweep.columns import TABLES
@@ -135,10 +142,7 @@ class SweepConfig:
         Raises:
             SweepError: If there is no such setting.
         """
-        known = [field.name for field in fields(cls)]
-        for name in settings:
-            if name not in known:
-                raise SweepError(f"there is no setting {name!r}; allowed are {', '.join(known)}")
+        check_settings(settings, [field.name for field in fields(cls)], SweepError)
         return cls(**settings)
 
     @classmethod

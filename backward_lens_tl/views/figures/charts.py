@@ -9,6 +9,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import SupportsFloat
 
 from backward_lens_tl.views.appearance import LIGHT_SHADES, NormScale
 
@@ -273,6 +274,16 @@ class Grid:
             max(height for _, height in self.sizes[first : first + self.columns])
             for first in range(0, len(self.charts), self.columns)
         )
+
+
+def floats(values: Iterable[SupportsFloat]) -> tuple[float, ...]:
+    """Numbers of any kind as a line takes them."""
+    return tuple(map(float, values))
+
+
+def in_turn(choices: Sequence[str], index: int) -> str:
+    """One of some colours or markers, which begin anew where there are too few."""
+    return choices[index % len(choices)]
 
 
 def ordered_colors(values: Sequence[int], title: str) -> Colors:

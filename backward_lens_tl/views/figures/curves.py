@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from backward_lens_tl.views.appearance import number
-from backward_lens_tl.views.figures.charts import CATEGORICAL, MARKERS, Axis, Line, Lines, counting
+from backward_lens_tl.views.figures.charts import (
+    CATEGORICAL,
+    MARKERS,
+    Axis,
+    Line,
+    Lines,
+    counting,
+    floats,
+    in_turn,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,13 +37,13 @@ def rate_charts(table: pd.DataFrame) -> tuple[Lines, Lines]:
     rates, costs = [], []
     for index, step in enumerate(table["step"].unique()):
         own = table[table["step"] == step].sort_values("layer")
-        x, style = _floats(own["layer"]), _style(index)
-        band = _floats(own["rate_low"]), _floats(own["rate_high"])
+        x, style = floats(own["layer"]), _style(index)
+        band = floats(own["rate_low"]), floats(own["rate_high"])
         hover = tuple(map(_rate_in_words, own.to_dict("records")))
-        rates.append(Line(str(step), x, _floats(own["rate"]), hover=hover, band=band, **style))
-        costs.append(Line(str(step), x, _floats(own["perplexity"]), hover=hover, **style))
+        rates.append(Line(str(step), x, floats(own["rate"]), hover=hover, band=band, **style))
+        costs.append(Line(str(step), x, floats(own["perplexity"]), hover=hover, **style))
     unedited = table["unedited"].iloc[0]
-    ends = _floats((table["layer"].min(), table["layer"].max()))
+    ends = floats((table["layer"].min(), table["layer"].max()))
     costs.append(Line("unedited", ends, (unedited,) * 2, "#6b7280", dash="dot", marker=None))
     layers = counting("layer", table["layer"].tolist())
     return (
@@ -65,8 +74,8 @@ def metric_charts(table: pd.DataFrame, along: str, title: str) -> tuple[Lines, .
             lines.append(
                 Line(
                     str(method),
-                    _floats(own[along]),
-                    _floats(own[metric]),
+                    floats(own[along]),
+                    floats(own[metric]),
                     hover=tuple(map(_metrics_in_words, own.to_dict("records"))),
                     **_style(index),
                 )
@@ -77,13 +86,9 @@ def metric_charts(table: pd.DataFrame, along: str, title: str) -> tuple[Lines, .
 
 def _style(index: int) -> dict[str, Any]:
     return {
-        "color": CATEGORICAL[index % len(CATEGORICAL)],
-        "marker": MARKERS[index % len(MARKERS)],
+        "color": in_turn(CATEGORICAL, index),
+        "marker": in_turn(MARKERS, index),
     }
-
-
-def _floats(values: Any) -> tuple[float, ...]:
-    return tuple(map(float, values))
 
 
 def _rate_in_words(row: Mapping[Any, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from backward_lens_tl.views.appearance import number, running_text
@@ -19,6 +19,8 @@ from backward_lens_tl.views.figures.charts import (
     Line,
     Lines,
     counting,
+    floats,
+    in_turn,
     ordered_colors,
     shortened,
 )
@@ -97,15 +99,15 @@ def target_lines(table: pd.DataFrame, *, is_log: bool) -> Lines:
     lines = tuple(
         Line(
             f"{position}: {_label(tokens[position])}",
-            _floats(places.index),
-            _floats(places[position]),
+            floats(places.index),
+            floats(places[position]),
             colors.at(position),
             tuple(
                 f"{tokens[position]} at {position}, layer {layer}\nrank {place - 1:.0f}"
                 for layer, place in places[position].items()
             ),
             # Of many lines only the last token's is told apart at once.
-            marker=_turn(MARKERS, last - index) if index == last or not many else None,
+            marker=in_turn(MARKERS, last - index) if index == last or not many else None,
             width=3.0 if index == last else 0.8 if many else 1.4,
         )
         for index, position in enumerate(tokens)
@@ -133,13 +135,13 @@ def score_points(summary: pd.DataFrame, metrics: Mapping[str, str], axis: str, t
     lines = []
     for index, (metric, name) in enumerate(metrics.items()):
         places = [at + _BESIDE * (index - (len(metrics) - 1) / 2) for at in range(len(methods))]
-        means = _floats(summary[metric])
-        low, high = (_floats(summary[f"{metric}_{end}"]) for end in ("low", "high"))
+        means = floats(summary[metric])
+        low, high = (floats(summary[f"{metric}_{end}"]) for end in ("low", "high"))
         hover = tuple(
             f"{method}: {name}\n{mean:.1f} ({least:.1f} to {most:.1f})"
             for method, mean, least, most in zip(methods, means, low, high, strict=True)
         )
-        color, marker = _turn(CATEGORICAL, index), _turn(MARKERS, index)
+        color, marker = in_turn(CATEGORICAL, index), in_turn(MARKERS, index)
         lines.append(Line(name, tuple(places), means, color, hover, dash=None, marker=marker))
         ends = [(least, most, math.nan) for least, most in zip(low, high, strict=True)]
         lines.append(
@@ -209,11 +211,11 @@ def _segment_lines(
         part = table[table["segment"] == segment].sort_values("layer")
         if part.empty:
             continue
-        places = _floats(part["layer"]), _floats(part["place"])
+        places = floats(part["layer"]), floats(part["place"])
         hover = tuple(
             f"{segment}, layer {row['layer']}\n{said(row)}" for row in part.to_dict("records")
         )
-        band = (_floats(part["low"]), _floats(part["high"])) if "low" in part else None
+        band = (floats(part["low"]), floats(part["high"])) if "low" in part else None
         lines.append(Line(segment, *places, color, hover, dash, marker, band=band))
     return tuple(lines)
 
@@ -238,19 +240,19 @@ def step_points(table: pd.DataFrame, *, is_log: bool) -> Lines:
     if is_log:
         shown = shown[(shown["measured"] > 0) & (shown["predicted"] > 0)]
     both = [*shown["measured"].dropna(), *shown["predicted"].dropna()]
-    ends = _floats((min(both), max(both))) if both else ()
+    ends = floats((min(both), max(both))) if both else ()
     lines = [Line("predicted = measured", ends, ends, "#6b7280", dash="dash", marker=None)]
     for index, matrix in enumerate(table["matrix"].unique()):
         part = shown[shown["matrix"] == matrix]
         lines.append(
             Line(
                 str(matrix),
-                _floats(part["measured"]),
-                _floats(part["predicted"]),
-                _turn(CATEGORICAL, index),
+                floats(part["measured"]),
+                floats(part["predicted"]),
+                in_turn(CATEGORICAL, index),
                 tuple(map(_step_in_words, part.to_dict("records"))),
                 dash=None,
-                marker=_turn(MARKERS, index),
+                marker=in_turn(MARKERS, index),
             )
         )
     x, y = (
@@ -297,8 +299,8 @@ def rank_charts(table: pd.DataFrame, matrices: Sequence[str]) -> tuple[Lines, ..
                     _rank_points(
                         table[(table["matrix"] == matrix) & table["layer"].isin(layers)],
                         layers,
-                        colors.at(layers[0]) if many else _turn(CATEGORICAL, index),
-                        _turn(MARKERS, index),
+                        colors.at(layers[0]) if many else in_turn(CATEGORICAL, index),
+                        in_turn(MARKERS, index),
                     )
                     for index, layers in enumerate(groups)
                 ),
@@ -329,8 +331,8 @@ def _rank_points(table: pd.DataFrame, layers: Sequence[int], color: str, marker:
     name = _layers_in_words(layers)
     return Line(
         name,
-        _floats(length for length, _ in places),
-        _floats(rank for _, rank in places),
+        floats(length for length, _ in places),
+        floats(rank for _, rank in places),
         color,
         tuple(f"{name}\n{length} tokens, rank {rank}" for length, rank in places),
         dash=None,
@@ -355,15 +357,15 @@ def spectrum_lines(table: pd.DataFrame) -> Lines:
         lines.append(
             Line(
                 name,
-                _floats(range(1, len(values) + 1)),
-                _floats(values),
+                floats(range(1, len(values) + 1)),
+                floats(values),
                 colors.at(row["layer"]),
                 tuple(
                     f"{name}, singular value {place}\n{number(value)}"
                     for place, value in enumerate(values, start=1)
                 ),
                 # A single value is a line without length.
-                marker=None if many and len(values) > 1 else _turn(MARKERS, index),
+                marker=None if many and len(values) > 1 else in_turn(MARKERS, index),
                 width=0.8 if many else 1.4,
             )
         )
@@ -451,20 +453,12 @@ def _rows(grid: pd.DataFrame) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, grid.to_numpy(float).tolist()))
 
 
-def _floats(values: Iterable[int | float]) -> tuple[float, ...]:
-    return tuple(map(float, values))
-
-
 def _layer_axis(table: pd.DataFrame) -> Axis:
     return counting("layer", table["layer"].tolist())
 
 
 def _counted(count: int, thing: str) -> str:
     return f"{count} {thing}{'' if count == 1 else 's'}"
-
-
-def _turn(choices: Sequence[str], index: int) -> str:
-    return choices[index % len(choices)]
 
 
 def _layers_in_words(layers: Sequence[int]) -> str:
