@@ -24,7 +24,7 @@ PYTEST := python -m pytest --doctest-modules backward_lens_tl tests README.md do
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: help demo test test-tl2 test-tl4 check check-fast check-all facts-model facts-model-eval
-.PHONY: facts-moments tune bench notebooks pictures constraints clean FORCE
+.PHONY: facts-moments tune bench notebooks docs pictures constraints clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ notebooks: .venv/installed ## write the notebooks anew from their scripts, outpu
 	@PYTHONWARNINGS=ignore TQDM_DISABLE=1 $(OFFLINE) .venv/bin/jupyter-execute --inplace \
 	    notebooks/*.ipynb
 
+docs: .venv/installed ## build the documentation's site, site/index.html; a warning is an error
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
+
 pictures: .venv/installed ## take the documentation's screenshots anew, docs/images; needs Chromium
 	$(OFFLINE) .venv/bin/python docs/pictures.py
 
@@ -79,7 +82,7 @@ constraints: ## resolve the newest versions into constraints/ (then: make check)
 	@for version in 3.9.0 $(OTHERS); do constraints/refresh.sh $$version || exit 1; done
 
 clean: ## remove the environments, caches and builds
-	rm -rf $(ENVIRONMENTS) .torch-choice build dist demo.html
+	rm -rf $(ENVIRONMENTS) .torch-choice build dist site demo.html
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find backward_lens_tl benchmarks facts_model tests -name __pycache__ -prune -exec rm -rf {} +
 

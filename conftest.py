@@ -1,6 +1,17 @@
-"""Runs the Python snippets of README and docs, page by page, each in one namespace."""
+"""Runs the Python snippets of README and docs, page by page, each in one namespace.
 
+It also gives the examples of methods the names of `Examples`, so that they need not begin at a
+model each time.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import cached_property
 from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from sybil import Example, Sybil
@@ -20,3 +31,123 @@ def run_if_possible(snippet: Example) -> None:
 
 python = CodeBlockParser("python", run_if_possible)
 pytest_collect_file = Sybil(parsers=[python], patterns=["README.md", "docs/*.md"]).pytest()
+
+
+class Examples:
+    """Names that the examples of methods may use; each is made once, when one first needs it.
+
+    The package is imported only then: the run-time type checks are put in after this file is read.
+    """
+
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self._folders = folders
+
+    @property
+    def folder(self) -> Path:
+        """Another one for each example."""
+        return self._folders.mktemp("example")
+
+    @cached_property
+    def blt(self) -> ModuleType:
+        import backward_lens_tl
+
+        return backward_lens_tl
+
+    @cached_property
+    def torch(self) -> ModuleType:
+        import torch
+
+        return torch
+
+    @cached_property
+    def model(self) -> Any:
+        return self.blt.load_facts_model()
+
+    @cached_property
+    def result(self) -> Any:
+        return self.blt.backward_lens(self.model, "Lionel Messi plays for", " Paris")
+
+    @cached_property
+    def capture(self) -> Any:
+        return self.result.gradients
+
+    @cached_property
+    def gradient(self) -> Any:
+        return self.capture["W_out", 6]
+
+    @cached_property
+    def request(self) -> Any:
+        subject = "Lionel Messi"
+        return self.blt.editing.EditRequest(f"{subject} plays for", " Paris", subject=subject)
+
+    @cached_property
+    def delta(self) -> Any:
+        return self._shift(layer=5, iterations=15)(self.model, self.request)
+
+    @cached_property
+    def moments(self) -> Any:
+        return self.blt.editing.facts_moments()
+
+    @cached_property
+    def statistics(self) -> Any:
+        editing = self.blt.editing
+        requests = [editing.EditRequest("Obama grew up in", " Paris"), self.request]
+        return editing.pair_statistics(self.model, requests, layers=[-1], progress=False)
+
+    @cached_property
+    def editor(self) -> Any:
+        return self.blt.editing.MENDEditor.untrained(self.statistics)
+
+    @cached_property
+    def sweep(self) -> Any:
+        config = self.blt.SweepConfig(prompts=20)
+        return self.blt.sweep(self.model, "facts", self.folder, config, progress=False)
+
+    @cached_property
+    def evaluation(self) -> Any:
+        config = self.blt.EvaluationConfig(records=2, generation_length=12, n_texts=5)
+        methods = {"shift": self._shift(layer=7, iterations=25)}
+        return self.blt.evaluate(self.model, methods, "facts", self.folder, config, progress=False)
+
+    @cached_property
+    def analyzed(self) -> Any:
+        from backward_lens_tl.compat import BackwardLens
+
+        return BackwardLens(self.model).analyze("Lionel Messi plays for", " Paris", [5, 6])
+
+    def _shift(self, layer: int, iterations: int) -> Any:
+        return self.blt.editing.ForwardPassShift(
+            layer=layer, size=4.0, form="scale_free", iterations=iterations
+        )
+
+
+@pytest.fixture(scope="session")
+def _examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
+    return Examples(tmp_path_factory)
+
+
+@pytest.fixture(autouse=True)
+def _names_of_examples(request: pytest.FixtureRequest) -> None:
+    """Give a doctest those of the names that it uses and does not make itself."""
+    if not isinstance(request.node, pytest.DoctestItem):
+        return
+    examples = request.getfixturevalue("_examples")
+    namespace = request.getfixturevalue("doctest_namespace")
+    namespace.clear()
+    source = "".join(each.source for each in request.node.dtest.examples)
+    for name in _names_from_outside(source):
+        if name in vars(Examples) and not name.startswith("_"):
+            namespace[name] = getattr(examples, name)
+
+
+def _names_from_outside(source: str) -> set[str]:
+    """Names that some code reads and never binds."""
+    read, bound = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name):
+            (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+    return read - bound

@@ -61,7 +61,7 @@ def capture_gradients(
         The captured gradients, in float32, or in float64 if the model computes in it; a caller's
         autocast does not act on them.
 
-    Example:
+    Examples:
         >>> import backward_lens_tl as blt
         >>> model = blt.load_facts_model()
         >>> capture = blt.capture_gradients(model, "Obama grew up in", blt.target_nll(" Paris"))

@@ -70,6 +70,18 @@ class GradientCapture:
             Characters that `str_tokens` have split over several tokens are whole here.
         spans: Where in that text each real token stands: half-open spans of its characters, of no
             width for special tokens.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> loss = blt.target_nll(" Paris")
+        >>> capture = blt.capture_gradients(model, "Lionel Messi plays for", loss)
+        >>> capture.str_tokens[0]
+        ('<|endoftext|>', 'Li', 'onel', ' Messi', ' plays', ' for')
+        >>> capture["W_out", 6]
+        MatrixGradient(W_out of layer 6, x [1, 6, 512], delta [1, 6, 128])
+        >>> [gradient.layer for gradient in capture if gradient.matrix == "W_in"]
+        [0, 1, 2, 3, 4, 5, 6, 7]
     """
 
     gradients: Mapping[tuple[str, int], MatrixGradient]
@@ -129,7 +141,18 @@ class GradientCapture:
         return at_least_float32(top.resid_vjps[prompts, self.mask.sum(1) - 1])
 
     def prompt(self, batch: int) -> str:
-        """Text of a prompt as a whole, or of its tokens side by side if that was not kept."""
+        """Text of a prompt as a whole, or of its tokens side by side if that was not kept.
+
+        Args:
+            batch: Which prompt.
+
+        Returns:
+            The text.
+
+        Examples:
+            >>> capture.prompt(0)
+            'Lionel Messi plays for'
+        """
         return self.prompts[batch] if self.prompts else "".join(self.str_tokens[batch])
 
     def attention_of(self, layer: int) -> AttentionGradient:
@@ -144,6 +167,12 @@ class GradientCapture:
         Raises:
             InputError: If no attention matrix of the layer was asked for, or the model keeps its
                 pattern to itself.
+
+        Examples:
+            >>> prompt, loss = "Lionel Messi plays for", blt.target_nll(" Paris")
+            >>> capture = blt.capture_gradients(model, prompt, loss, matrices="attn")
+            >>> capture.attention_of(5)  # [batch, head, query, key]
+            AttentionGradient([1, 4, 6, 6])
         """
         if is_integer(layer) and layer in self.attention:
             return self.attention[layer]
@@ -177,6 +206,13 @@ class GradientCapture:
         Raises:
             InputError: If no attention matrix of the layer was asked for, or the model keeps its
                 pattern to itself.
+
+        Examples:
+            >>> prompt, loss = "Lionel Messi plays for", blt.target_nll(" Paris")
+            >>> capture = blt.capture_gradients(model, prompt, loss, matrices="attn")
+            >>> attention = capture.reversed_attention(5)  # [batch, head, query, key]
+            >>> attention.shape, bool(attention.triu(1).any())  # no position looks ahead
+            (torch.Size([1, 4, 6, 6]), False)
         """
         return self.attention_of(layer).reversed_attention
 
@@ -191,6 +227,11 @@ class GradientCapture:
             for every matrix those that have a hook point, and all that `hook_points` asked for.
             Under a caller's hook at the same point, a matrix's gradient is the one before it, and
             that of `hook_points` the one after it. Matrices have zeros at padding.
+
+        Examples:
+            >>> cache = capture.to_cache(model)
+            >>> torch.equal(cache["blocks.6.hook_mlp_out_grad"], capture["W_out", 6].vjps)
+            True
         """
         entries: dict[str, Tensor] = {}
         for gradient in self:
@@ -222,6 +263,16 @@ class GradientCapture:
 
         Raises:
             InputError: If nothing was captured at hook points, or prompts differ in shape.
+
+        Examples:
+            >>> point, loss = "blocks.0.hook_resid_post", blt.target_nll(" Paris")
+            >>> italy, france = (
+            ...     blt.capture_gradients(model, prompt, loss, hook_points=point)
+            ...     for prompt in ("The capital of Italy is", "The capital of France is")
+            ... )
+            >>> change = italy.attribution(france)[point]  # [batch, pos]
+            >>> italy.str_tokens[0][int(change[0].argmin())]  # to be patched for " Paris"
+            ' Italy'
         """
         if not isinstance(other, GradientCapture):
             raise InputError(

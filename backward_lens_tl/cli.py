@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from backward_lens_tl.errors import BackwardLensError
+from backward_lens_tl.errors import BackwardLensError, one_line
 
 if TYPE_CHECKING:
     from backward_lens_tl.cells import Cell
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except (BackwardLensError, OSError) as error:
-        print(f"{_PROG}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"{_PROG}: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -2,14 +2,41 @@
 
 Every refusal names the value, what is allowed and the way out. All of them derive from
 [`BackwardLensError`][backward_lens_tl.errors.BackwardLensError]; each also derives from the
-built-in that a caller would expect, so `except ValueError` keeps working.
+built-in that a caller would expect, so `except ValueError` keeps working. A traceback ends with the
+address of the page that has the usual causes and their fixes.
 """
 
 from __future__ import annotations
 
+DOCUMENTATION = "https://backward-lens-tl.readthedocs.io/en/latest/"
+"""Where the documentation is."""
+
+
+def one_line(error: Exception) -> str:
+    """An error as a command reports it, with the address of its documentation if it has one.
+
+    Args:
+        error: Any error.
+
+    Returns:
+        Its message and that address, without line breaks.
+    """
+    page = f" (see {error.documentation})" if isinstance(error, BackwardLensError) else ""
+    return " ".join(str(error).splitlines()) + page
+
 
 class BackwardLensError(Exception):
     """Base class of everything that this package raises on purpose."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        # As Python 3.11's `add_note` does: a traceback shows it, and the message stays as it is.
+        self.__notes__ = [f"See {self.documentation}"]
+
+    @property
+    def documentation(self) -> str:
+        """The address of the page that has the usual causes and their fixes."""
+        return f"{DOCUMENTATION}errors/#{type(self).__name__.lower()}"
 
 
 class InputError(BackwardLensError, ValueError):

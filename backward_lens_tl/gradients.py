@@ -51,6 +51,17 @@ class MatrixGradient:
         input_hook: TransformerLens's hook point that shows `x_i`, if there is one.
         output_hook: TransformerLens's hook point that shows the output, or what becomes of it on
             its way to the residual stream.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> loss = blt.target_nll(" Paris")
+        >>> capture = blt.capture_gradients(model, "Lionel Messi plays for", loss)
+        >>> gradient = capture["W_out", 6]
+        >>> gradient.inputs.shape, gradient.vjps.shape  # [batch, pos, d_in], [batch, pos, d_out]
+        (torch.Size([1, 6, 512]), torch.Size([1, 6, 128]))
+        >>> gradient.rank()  # as many as the prompt has tokens
+        6
     """
 
     matrix: MatrixName
@@ -160,6 +171,14 @@ class MatrixGradient:
 
         Raises:
             InputError: If there is no such head.
+
+        Examples:
+            >>> prompt, loss = "Lionel Messi plays for", blt.target_nll(" Paris")
+            >>> capture = blt.capture_gradients(model, prompt, loss, matrices="W_Q")
+            >>> capture["W_Q", 5].n_heads
+            4
+            >>> capture["W_Q", 5].head(2)
+            MatrixGradient(W_Q of layer 5, x [1, 6, 128], delta [1, 6, 32])
         """
         if self.n_heads is None:
             raise InputError(f"{self.matrix} of layer {self.layer} is not divided into heads")
@@ -182,6 +201,19 @@ class MatrixGradient:
 
         Raises:
             InputError: If there is no such expert.
+
+        Examples:
+            >>> gradient = blt.MatrixGradient(
+            ...     "W_out",
+            ...     layer=0,
+            ...     inputs=torch.ones(1, 3, 1, 8),  # [batch, pos, slot, d_in]
+            ...     vjps=torch.ones(1, 3, 4),  # [batch, pos, d_out]
+            ...     mask=torch.ones(1, 3, dtype=torch.bool),
+            ...     experts=torch.tensor([[[0], [1], [1]]]),
+            ...     n_experts=2,
+            ... )
+            >>> gradient.expert(1).mask.tolist()
+            [[False, True, True]]
         """
         if self.experts is None or self.n_experts is None:
             raise InputError(f"{self.matrix} of layer {self.layer} has no experts")
@@ -216,6 +248,11 @@ class MatrixGradient:
         Returns:
             `A @ B` with `A = X^T`, `[d_in, n]`, and `B = Delta`, `[n, d_out]`; `n` is the
             prompt's own length. Heads lie side by side in the side that they divide.
+
+        Examples:
+            >>> factored = gradient.factored()
+            >>> factored.A.shape, factored.B.shape  # X^T [d_in, n], Delta [n, d_out]
+            (torch.Size([512, 6]), torch.Size([6, 128]))
         """
         inputs, vjps = self._joined(batch)
         return FactoredMatrix(inputs.T, vjps)
@@ -231,6 +268,13 @@ class MatrixGradient:
 
         Returns:
             `X^T Delta`, with a first axis for heads or experts where there are any.
+
+        Examples:
+            >>> gradient.dense().shape  # [d_in, d_out]
+            torch.Size([512, 128])
+            >>> inputs, vjps = gradient.inputs[0], gradient.vjps[0]
+            >>> torch.allclose(gradient.dense(), inputs.T @ vjps)
+            True
         """
         if self.n_experts is not None:
             parts = [self.expert(index).dense(batch) for index in range(self.n_experts)]
@@ -255,6 +299,10 @@ class MatrixGradient:
 
         Raises:
             InputError: If heads write differently to the residual stream, which has one bias.
+
+        Examples:
+            >>> torch.allclose(gradient.bias(), gradient.vjps[0].sum(0))
+            True
         """
         if self.n_experts is not None:
             return torch.stack([self.expert(index).bias(batch) for index in range(self.n_experts)])
@@ -276,6 +324,12 @@ class MatrixGradient:
 
         Raises:
             InputError: If there is no such hidden unit.
+
+        Examples:
+            >>> gradient.neuron(17).shape  # [d_model]
+            torch.Size([128])
+            >>> torch.allclose(gradient.neuron(17), gradient.dense()[17])
+            True
         """
         check_index("neuron", index, self._combination(batch)[0].shape[1])
         return self.neurons(int(index), int(index) + 1, batch)[0]
@@ -295,6 +349,10 @@ class MatrixGradient:
 
         Raises:
             InputError: If there are no such hidden units.
+
+        Examples:
+            >>> gradient.neurons(0, 64).shape  # [n, d_model]
+            torch.Size([64, 128])
         """
         coefficients, vectors = self._combination(batch)
         check_index("neuron", start, coefficients.shape[1])
@@ -316,6 +374,12 @@ class MatrixGradient:
 
         Raises:
             InputError: If heads, or experts, have factors of their own.
+
+        Examples:
+            >>> norms = gradient.neuron_norms()
+            >>> longest = int(norms.argmax())
+            >>> torch.isclose(norms[longest].float(), gradient.neuron(longest).norm()).item()
+            True
         """
         neurons, _ = self._in_span(batch)
         norms: Tensor = torch.linalg.vector_norm(neurons, dim=0)
@@ -336,6 +400,14 @@ class MatrixGradient:
 
         Raises:
             InputError: If heads, or experts, have factors of their own.
+
+        Examples:
+            >>> similarity = gradient.neuron_similarity()
+            >>> similarity.shape  # [d_hidden, n]
+            torch.Size([512, 6])
+            >>> longest = gradient.neuron_norms().argmax()
+            >>> capture.str_tokens[0][int(similarity[longest].argmax())]
+            ' for'
         """
         neurons, vectors = (
             part / torch.linalg.vector_norm(part, dim=0) for part in self._in_span(batch)
@@ -371,6 +443,11 @@ class MatrixGradient:
         Returns:
             The `min(n, d_in, d_out)` values that can differ from zero. Heads lie side by side in
             the side that they divide.
+
+        Examples:
+            >>> values = gradient.singular_values()
+            >>> len(values), bool(values[0] > 5 * values[1])  # nearly one outer product
+            (6, True)
         """
         core_in, core_out = self._cores(batch)
         values: Tensor = torch.linalg.svdvals(core_in @ core_out.T)
@@ -391,6 +468,11 @@ class MatrixGradient:
 
         Returns:
             As `singular_values`, and those of `X` and of `Delta`, each the largest first.
+
+        Examples:
+            >>> of_last_layer = capture["W_out", 7].spectra()
+            >>> [int((values > 1e-6 * values[0]).sum()) for values in of_last_layer]  # three ranks
+            [1, 6, 1]
         """
         core_in, core_out = self._cores(batch)
         gradient, inputs, vjps = map(
@@ -426,12 +508,27 @@ class MatrixGradient:
 
         Returns:
             The number of singular values above that.
+
+        Examples:
+            >>> capture["W_out", 6].rank(), capture["W_out", 7].rank()  # the last layer has rank 1
+            (6, 1)
         """
         values = self.singular_values(batch)
         return numerical_rank(values, self.rounding(batch) if rtol is None else rtol)
 
     def rounding(self, batch: int = 0) -> float:
-        """`n` times the `eps` of the factors' dtype, `rank`'s tolerance unless it is given one."""
+        """`n` times the `eps` of the factors' dtype, `rank`'s tolerance unless it is given one.
+
+        Args:
+            batch: Which prompt.
+
+        Returns:
+            The tolerance.
+
+        Examples:
+            >>> gradient.rounding() == 6 * torch.finfo(torch.float32).eps
+            True
+        """
         return int(self.mask[batch].sum()) * torch.finfo(self.vjps.dtype).eps
 
     def _own_precision(self) -> torch.autocast:

@@ -98,7 +98,7 @@ def backward_lens(
     Raises:
         InputError: If an argument is not usable; the message says what is allowed.
 
-    Example:
+    Examples:
         >>> import backward_lens_tl as blt
         >>> model = blt.load_facts_model()
         >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")

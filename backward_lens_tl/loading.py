@@ -39,6 +39,14 @@ def load_facts_model(kind: Kind | None = None, device: str | None = None) -> nn.
 
     Returns:
         The model, in eval mode, in float32.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> model.cfg.n_layers, model.cfg.d_model
+        (8, 128)
+        >>> blt.backward_lens(model, "The capital of France is").target()  # its own answer
+        ' Paris'
     """
     with as_file(files("backward_lens_tl") / "facts_model") as folder:
         loaded = _load_folder(folder, _checked_kind(kind), device, n_devices=1)
@@ -68,6 +76,12 @@ def load_model(
     Raises:
         ModelNotFoundError: If there is no such model, or the hub cannot be reached.
         UnsupportedModelError: If what is installed cannot load a folder, or not rightly.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_model("facts")  # or "gpt2", or a folder
+        >>> model.cfg.n_layers, model.cfg.d_model
+        (8, 128)
     """
     if not isinstance(name, str):
         raise ModelNotFoundError(f"{name!r} is a {type(name).__name__}; pass a name or a folder")

@@ -34,7 +34,7 @@ class Memory:
     Raises:
         InputError: If a value is not usable.
 
-    Example:
+    Examples:
         >>> import backward_lens_tl as blt
         >>> blt.Memory(budget=2 * 2**30).budget
         2147483648
@@ -84,6 +84,10 @@ class Memory:
 
         Returns:
             The device.
+
+        Examples:
+            >>> blt.Memory(factor_device="cpu").device_for(torch.device("cuda"))
+            device(type='cpu')
         """
         if self.factor_device is None:
             return model_device

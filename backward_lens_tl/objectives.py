@@ -113,6 +113,14 @@ class Objective:
         name: How it was made, for titles and saved results.
         bind: Resolves texts into token ids, given the model's vocabulary and the number of
             prompts.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> objective = blt.logit_difference(" Rome", " Paris")
+        >>> result = blt.backward_lens(model, "The capital of Italy is", objective=objective)
+        >>> result.gradients.objective, result.target()
+        ("logit_difference(' Rome', ' Paris')", ' Paris')
     """
 
     name: str
@@ -132,6 +140,14 @@ def target_nll(
 
     Returns:
         The objective.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> loss = blt.target_nll([" Miami", " Paris"])
+        >>> capture = blt.capture_gradients(model, ["Lionel Messi plays for"] * 2, loss)
+        >>> bool(capture.loss[0] < capture.loss[1])  # the model's own answer is likelier
+        True
     """
     check_target_position(target_position)
 
@@ -160,9 +176,13 @@ def logit_difference(
     Returns:
         The objective. Readouts are compared with `b`, which its update promotes.
 
-    Example:
-        >>> logit_difference(" Miami", " Paris").name
-        "logit_difference(' Miami', ' Paris')"
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> objective = blt.logit_difference(" Rome", " Paris")
+        >>> result = blt.backward_lens(model, "The capital of Italy is", objective=objective)
+        >>> result.top_tokens("W_out", layer=6, pos=-1, k=1)
+        [' Paris']
     """
     check_target_position(target_position)
 
@@ -186,6 +206,13 @@ def sequence_nll(targets: str | Sequence[str]) -> Objective:
 
     Returns:
         The objective. Readouts are compared with the answer's first token.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> capture = blt.capture_gradients(model, "The cat is", blt.sequence_nll(" in the garden"))
+        >>> capture.str_tokens[0]  # the answer, but for its last token
+        ('<|endoftext|>', 'The', ' cat', ' is', ' in', ' the')
     """
 
     def bind(vocabulary: Vocabulary, n_prompts: int) -> BoundObjective:
@@ -201,6 +228,13 @@ def next_token_loss() -> Objective:
     Returns:
         The objective. Every position but the last carries a loss, so unlike with a loss on the
         last position alone, the last layer's gradients have full rank.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> capture = blt.capture_gradients(model, "Lionel Messi plays for", blt.next_token_loss())
+        >>> capture["W_out", 7].rank()  # in the last layer; 1 with a loss on the last position
+        5
     """
     return Objective("next_token_loss()", lambda vocabulary, n_prompts: _NextTokenLoss())
 

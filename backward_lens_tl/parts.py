@@ -157,6 +157,10 @@ class PartsFolder:
 
         Raises:
             InputError: If there is none; the error of its kind.
+
+        Examples:
+            >>> blt.Sweep.load(sweep.folder).is_complete
+            True
         """
         path = Path(folder) / _RUN
         try:
@@ -182,6 +186,11 @@ class PartsFolder:
         Raises:
             InputError: If the folder was begun for something else, or cannot be written; the error
                 of its kind.
+
+        Examples:
+            >>> begun = blt.Sweep.begin(folder / "sweep", sweep.run)
+            >>> begun.finished, begun.is_complete
+            ((), False)
         """
         if (folder / _RUN).exists():
             begun = cls.load(folder)
@@ -217,7 +226,18 @@ class PartsFolder:
         return len(self.finished) == self.n_parts
 
     def has_part(self, part: int) -> bool:
-        """Whether a part is written, with all of its tables."""
+        """Whether a part is written, with all of its tables.
+
+        Args:
+            part: Its number, from 0.
+
+        Returns:
+            Whether it is.
+
+        Examples:
+            >>> sweep.n_parts, sweep.has_part(0)
+            (1, True)
+        """
         return self._file(tuple(self.TABLES)[-1], part).exists()
 
     def columns(self, table: str) -> tuple[str, ...]:
@@ -228,6 +248,10 @@ class PartsFolder:
 
         Returns:
             The names, in the order of the schema; none if the table is left out.
+
+        Examples:
+            >>> evaluation.columns("rejects")
+            ('record', 'id', 'reason', 'problem')
         """
         return tuple(column.name for column in self.TABLES[table])
 
@@ -280,6 +304,12 @@ class PartsFolder:
         Args:
             part: Which one.
             tables: Its rows.
+
+        Examples:
+            >>> copy = blt.Sweep.begin(folder / "copy", sweep.run)
+            >>> copy.write_part(0, {name: getattr(sweep, name)() for name in sweep.TABLES})
+            >>> copy.finished
+            (0,)
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -322,6 +352,16 @@ class PartsFolder:
             state: This process among those that it was launched with.
             unit: What the bar counts.
             progress: Whether there is one.
+
+        Examples:
+            >>> from accelerate import PartialState
+            >>> copy, state = blt.Sweep.begin(folder / "copy", sweep.run), PartialState()
+            >>> tables = {name: getattr(sweep, name)() for name in sweep.TABLES}
+            >>> copy.write_missing(
+            ...     [20], lambda part: tables, str, state, unit="prompt", progress=False
+            ... )
+            >>> copy.is_complete
+            True
         """
         missing = [part for part in range(len(sizes)) if not self.has_part(part)]
         state.wait_for_everyone()  # before anybody writes, so that all have the same list

@@ -17,6 +17,22 @@ class Projection(Protocol):
     """Anything that reads vectors as scores over the vocabulary.
 
     A text under its attribute `name` is what results call it; else they call it by its class.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> class Unembedding:  # without the final norm
+        ...     name = "unembedding"
+        ...
+        ...     def project(self, vectors, layer):
+        ...         return vectors @ model.W_U
+        >>> isinstance(Unembedding(), blt.Projection)
+        True
+        >>> result = blt.backward_lens(
+        ...     model, "Lionel Messi plays for", " Paris", projection=Unembedding()
+        ... )
+        >>> result.projection, result.top_tokens("W_out", layer=6, pos=-1, k=1)
+        ('unembedding', [' Paris'])
     """
 
     def project(
@@ -30,6 +46,13 @@ class Projection(Protocol):
 
         Returns:
             Scores; larger is more promoted.
+
+        Examples:
+            >>> from backward_lens_tl.host import host_of
+            >>> from backward_lens_tl.projection import as_projection
+            >>> lens = as_projection("normalized", host_of(model))
+            >>> lens.project(-gradient.vjps[0], layer=6).shape  # [n, d_vocab]
+            torch.Size([6, 3072])
         """
 
 

@@ -103,6 +103,15 @@ class Records:
         rows: The rows; the one of index `i` stands at `i`.
         fingerprint: The SHA-256, in hex, of the rows as they were read: the same rows have the
             same one, whatever the file they were in.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> rows = [{"prompt": "The capital of France is", "target": " Rome"}, {"target": " Rome"}]
+        >>> records = blt.read_records(rows)
+        >>> [type(record).__name__ for record in records]
+        ['Record', 'BadRecord']
+        >>> records.rows[1].problem
+        "'prompt' is missing or empty; there is 'target'"
     """
 
     name: str
@@ -166,7 +175,8 @@ def read_records(
         InputError: If the data as a whole cannot be read, or hold no row.
 
     Examples:
-        >>> records = read_records([{"prompt": "The capital of France is", "target": " Rome"}])
+        >>> import backward_lens_tl as blt
+        >>> records = blt.read_records([{"prompt": "The capital of France is", "target": " Rome"}])
         >>> records.rows[0].target
         ' Rome'
     """

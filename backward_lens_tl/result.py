@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from reprlib import Repr
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,6 +51,8 @@ _SAVED_TYPES = (
     Readout,
 )
 _DISTRIBUTIONS = ("backward-lens-tl", "transformer-lens", "torch")
+_SHORT = Repr()
+_SHORT.maxstring = 60
 
 
 def check_result(result: object) -> None:
@@ -84,6 +87,15 @@ class BackwardLensResult:
             so that top tokens are those that a step of gradient descent adds; `"gradient"` if not.
         vjps_at: Which VJPs were projected, `"matrix"` for those at the matrix's own output or
             `"residual"` for those where that is added to the residual stream.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> result.matrices, result.layers, result.projections
+        (('W_in', 'W_out'), (0, 1, 2, 3, 4, 5, 6, 7), ('logit_lens', 'normalized'))
+        >>> result.top_tokens("W_out", layer=6, pos=-1, k=2)
+        [' Paris', ' France']
     """
 
     gradients: GradientCapture
@@ -136,6 +148,14 @@ class BackwardLensResult:
 
         Raises:
             InputError: If vectors were not read by it.
+
+        Examples:
+            >>> result.cell("W_out", layer=6, pos=0).is_faint
+            True
+            >>> result.top_tokens("W_out", layer=6, pos=0, k=1)  # mostly the final norm's bias
+            [' English']
+            >>> result.under("normalized").top_tokens("W_out", layer=6, pos=0, k=1)
+            [' child']
         """
         if projection not in self.projections:
             raise InputError(
@@ -162,11 +182,29 @@ class BackwardLensResult:
 
         Raises:
             InputError: If it was not analysed.
+
+        Examples:
+            >>> result.layer_number(-1)
+            7
         """
         return self.layers[self._layer_index(layer)]
 
     def target(self, batch: int = 0) -> str | None:
-        """Text of a prompt's target, if there is one."""
+        """Text of a prompt's target, if there is one.
+
+        Args:
+            batch: Which prompt.
+
+        Returns:
+            The text; `None` if the objective is not about one token and no target was given.
+
+        Raises:
+            InputError: If there is no such prompt.
+
+        Examples:
+            >>> result.target()
+            ' Paris'
+        """
         self._check_prompt(batch)
         targets = self.gradients.targets
         return None if targets is None else self.token_texts[int(targets[batch])]
@@ -184,6 +222,10 @@ class BackwardLensResult:
 
         Raises:
             InputError: If the matrix was not asked for.
+
+        Examples:
+            >>> result.readout("W_out").top_ids.shape  # [layer, batch, pos, k]
+            torch.Size([8, 1, 6, 10])
         """
         if isinstance(matrix, str) and matrix in self.readouts:
             return self.readouts[matrix]
@@ -205,6 +247,10 @@ class BackwardLensResult:
 
         Raises:
             InputError: If the objective has no target and none was given.
+
+        Examples:
+            >>> result.target_rank("W_out")[:, 0, -1].tolist()  # at the last token, layer by layer
+            [0, 0, 0, 0, 0, 0, 0, 0]
         """
         if self.gradients.targets is None:
             raise InputError(
@@ -214,11 +260,42 @@ class BackwardLensResult:
         return self.readout(matrix).target_rank
 
     def norms(self, matrix: str) -> Float[Tensor, "layer batch pos"]:
-        """`||delta_i||_2`, how strongly each position writes into a matrix; 0 at padding."""
+        """`||delta_i||_2`, how strongly each position writes into a matrix; 0 at padding.
+
+        Args:
+            matrix: Its name.
+
+        Returns:
+            The norms.
+
+        Raises:
+            InputError: If the matrix was not asked for.
+
+        Examples:
+            >>> norms = result.norms("W_out")
+            >>> norms.shape  # [layer, batch, pos]
+            torch.Size([8, 1, 6])
+            >>> norms[:, 0].argmax(-1).tolist()  # where each layer is written to most
+            [5, 5, 5, 5, 5, 5, 5, 5]
+        """
         return self._by_layer(matrix, [gradient.norms for gradient in self._of(matrix)])
 
     def is_zero(self, matrix: str) -> Bool[Tensor, "layer batch pos"]:
-        """Where a position adds nothing to a matrix's gradient; true at padding."""
+        """Where a position adds nothing to a matrix's gradient; true at padding.
+
+        Args:
+            matrix: Its name.
+
+        Returns:
+            Where it does.
+
+        Raises:
+            InputError: If the matrix was not asked for.
+
+        Examples:
+            >>> result.is_zero("W_out")[-1, 0].tolist()  # only the last token writes there
+            [True, True, True, True, True, False]
+        """
         zero = self._by_layer(matrix, [gradient.is_zero for gradient in self._of(matrix)])
         return zero | (self.positions < 0)
 
@@ -251,6 +328,13 @@ class BackwardLensResult:
 
         Raises:
             InputError: If no attention matrix of the layer was asked for.
+
+        Examples:
+            >>> result = blt.backward_lens(
+            ...     model, "Lionel Messi plays for", " Paris", matrices="attn"
+            ... )
+            >>> result.reversed_attention(5).shape  # [batch, head, query, key]
+            torch.Size([1, 4, 6, 6])
         """
         return self.gradients.reversed_attention(self.layer_number(layer))
 
@@ -274,6 +358,15 @@ class BackwardLensResult:
                 pattern is of other prompts.
             UnsupportedModelError: If the model does not go on with what a hook makes of its
                 pattern, as GPT-Neo, GPT-J and OPT as a TransformerBridge.
+
+        Examples:
+            >>> result = blt.backward_lens(
+            ...     model, "Lionel Messi plays for", " Paris", matrices="attn"
+            ... )
+            >>> with model.hooks(fwd_hooks=[result.attention_patch(5, scale=-10.0)]):
+            ...     patched = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+            >>> bool(patched.gradients.loss < result.gradients.loss)
+            True
         """
         number = self.layer_number(layer)
         return attention_patch(self.gradients.attention_of(number), number, scale)
@@ -286,6 +379,11 @@ class BackwardLensResult:
 
         Returns:
             Activations under their hook point's name, gradients under that name and `_grad`.
+
+        Examples:
+            >>> cache = result.to_cache(model)
+            >>> cache["blocks.6.hook_mlp_out_grad"].shape  # [batch, pos, d_model]
+            torch.Size([1, 6, 128])
         """
         return self.gradients.to_cache(model)
 
@@ -300,6 +398,16 @@ class BackwardLensResult:
 
         Raises:
             InputError: If `other` is no result, or the two do not fit together.
+
+        Examples:
+            >>> point = "blocks.0.hook_resid_post"
+            >>> italy, france = (
+            ...     blt.backward_lens(model, prompt, " Paris", hook_points=point)
+            ...     for prompt in ("The capital of Italy is", "The capital of France is")
+            ... )
+            >>> change = italy.attribution(france)[point]  # [batch, pos]
+            >>> italy.gradients.str_tokens[0][int(change[0].argmin())]  # to be patched for " Paris"
+            ' Italy'
         """
         if not isinstance(other, BackwardLensResult):
             raise InputError(
@@ -323,13 +431,35 @@ class BackwardLensResult:
 
         Raises:
             InputError: If it was not analysed.
+
+        Examples:
+            >>> cell = result.cell("W_out", layer=6, pos=-1)
+            >>> cell.token, cell.top[0].token, cell.target_rank
+            (' for', ' Paris', 0)
         """
         cells = self.cells(matrix, layer, batch)
         position = self._analysed_position(pos, batch)
         return next(cell for cell in cells if cell.position == position)
 
     def cells(self, matrix: str, layer: int, batch: int = 0) -> list[Cell]:
-        """The cells of one matrix and layer, in the order of the analysed positions."""
+        """The cells of one matrix and layer, in the order of the analysed positions.
+
+        Args:
+            matrix: Name of the matrix.
+            layer: A layer of the model, or a negative index into the analysed layers.
+            batch: Which prompt.
+
+        Returns:
+            One cell per analysed position.
+
+        Raises:
+            InputError: If it was not analysed.
+
+        Examples:
+            >>> [(cell.token, cell.target_leads) for cell in result.cells("W_out", layer=6)]
+            [('<|endoftext|>', False), ('Li', False), ('onel', False), (' Messi', False), (' plays',
+            False), (' for', True)]
+        """
         readout, row = self.readout(matrix), self._layer_index(layer)
         self._check_prompt(batch)
         gradient = self.gradients[matrix, self.layers[row]]
@@ -383,6 +513,10 @@ class BackwardLensResult:
 
         Returns:
             Texts, best first; none where the position adds nothing to the gradient.
+
+        Examples:
+            >>> result.top_tokens("W_out", layer=6, pos=-1, k=2)
+            [' Paris', ' France']
         """
         entries = self.cell(matrix, layer, pos, batch).top
         return [entry.token for entry in entries[: self._kept(k)]]
@@ -401,6 +535,10 @@ class BackwardLensResult:
 
         Returns:
             Texts, smallest score first; none where the position adds nothing to the gradient.
+
+        Examples:
+            >>> result.bottom_tokens("W_out", layer=6, pos=-1, k=1)
+            [' Belgrade']
         """
         entries = self.cell(matrix, layer, pos, batch).bottom
         return [entry.token for entry in entries[: self._kept(k)]]
@@ -480,6 +618,13 @@ class BackwardLensResult:
 
         Raises:
             InputError: If a prompt lacks its subject, or there is no such matrix or prompt.
+
+        Examples:
+            >>> table = result.to_df(subject="Lionel Messi", matrix="W_out")
+            >>> table.loc[table["layer"] == 6, ["token", "segment"]].values.tolist()
+            [['<|endoftext|>', 'before subject'], ['Li', 'first subject token'], ['onel',
+            'middle subject tokens'], [' Messi', 'last subject token'], [' plays', 'after subject'],
+            [' for', 'last token']]
         """
         segments = None
         if subject is not None:
@@ -518,6 +663,11 @@ class BackwardLensResult:
 
         Raises:
             InputError: If there is no such matrix or prompt.
+
+        Examples:
+            >>> gradients = result.gradient_df(matrix="W_out")
+            >>> gradients[["layer", "n_tokens", "rank"]].tail(2).values.tolist()
+            [[6, 6, 6], [7, 6, 1]]
         """
         if matrix is not None:
             self.readout(matrix)
@@ -537,6 +687,12 @@ class BackwardLensResult:
 
         Raises:
             InputError: If it was not analysed, or heads or experts have factors of their own.
+
+        Examples:
+            >>> neurons = result.neuron_df("W_out", layer=6)
+            >>> longest = neurons[neurons["norm_rank"] == 0].set_index("token")
+            >>> longest["similarity"].idxmax()
+            ' for'
         """
         self.readout(matrix)
         self._check_prompt(batch)
@@ -554,6 +710,12 @@ class BackwardLensResult:
         Raises:
             InputError: If a prompt lacks its subject.
             ResultFileError: If the file cannot be written.
+
+        Examples:
+            >>> import pandas as pd
+            >>> result.to_csv(folder / "messi.csv", subject="Lionel Messi")
+            >>> len(pd.read_csv(folder / "messi.csv"))  # 2 matrices x 8 layers x 6 tokens
+            96
         """
         write_csv(self.to_df(subject), path)
 
@@ -569,6 +731,13 @@ class BackwardLensResult:
         Raises:
             InputError: If a prompt lacks its subject.
             ResultFileError: If the file cannot be written, or pyarrow is not installed.
+
+        Examples:
+            >>> import pandas as pd
+            >>> result.to_parquet(folder / "messi.parquet")
+            >>> tokens = pd.read_parquet(folder / "messi.parquet")["top_tokens"]
+            >>> len(tokens), len(tokens[0])  # lists of k tokens
+            (96, 10)
         """
         write_parquet(self.to_df(subject), path)
 
@@ -587,6 +756,11 @@ class BackwardLensResult:
 
         Raises:
             ResultFileError: If the file cannot be written.
+
+        Examples:
+            >>> result.save_html(folder / "messi.html")
+            >>> "Paris" in (folder / "messi.html").read_text(encoding="utf-8")
+            True
         """
         from backward_lens_tl.views.table import render_page
 
@@ -596,12 +770,15 @@ class BackwardLensResult:
             partial.write_text(page, encoding="utf-8")
 
     def __repr__(self) -> str:
-        prompts, first = len(self.positions), self.gradients.prompt(0)
+        prompts, matrix = len(self.positions), self.matrices[-1]
+        others = f" and {prompts - 1} more" if prompts > 1 else ""
+        cell = f'"{matrix}", layer={self.layers[-1]}, pos={self.positions[0][-1]}'
         return (
             f"BackwardLensResult({', '.join(self.matrices)} of {len(self.layers)} layers, "
-            f"{prompts} {'prompt' if prompts == 1 else 'prompts'}, the first {first!r}, "
-            f"{self.gradients.objective}, {self.projection}, {self.direction}; look at it with "
-            ".top_tokens(matrix, layer, pos), .to_df() or .save_html(path))"
+            f"{_SHORT.repr(self.gradients.prompt(0))}{others}, {self.gradients.objective}, "
+            f"{self.projection}, {self.direction})\n"
+            f'Next: .top_tokens({cell}), .target_rank("{matrix}"), .to_df(), '
+            '.save_html("page.html")'
         )
 
     # --- files ---------------------------------------------------------------------------------
@@ -614,6 +791,11 @@ class BackwardLensResult:
 
         Args:
             path: The file; one that exists is replaced, at once and as a whole.
+
+        Examples:
+            >>> result.save(folder / "messi.safetensors")
+            >>> [file.name for file in folder.iterdir()]
+            ['messi.safetensors']
         """
         about: dict[str, object] = {
             name.replace("-", "_"): version(name) for name in _DISTRIBUTIONS
@@ -635,5 +817,11 @@ class BackwardLensResult:
 
         Raises:
             ResultFileError: If the file is missing, damaged, or not a saved result.
+
+        Examples:
+            >>> result.save(folder / "messi.safetensors")
+            >>> again = blt.BackwardLensResult.load(folder / "messi.safetensors")
+            >>> again.top_tokens("W_out", layer=6, pos=-1, k=1)
+            [' Paris']
         """
         return read_one(path, cls, _SAVED_TYPES)

@@ -203,6 +203,11 @@ class Saved:
 
         Raises:
             ResultFileError: If it cannot be written.
+
+        Examples:
+            >>> delta.save(folder / "paris.safetensors")
+            >>> [file.name for file in folder.iterdir()]
+            ['paris.safetensors']
         """
         about = {"what": self.WHAT, "backward_lens_tl": version("backward-lens-tl")}
         write(path, self, about)
@@ -219,6 +224,11 @@ class Saved:
 
         Raises:
             ResultFileError: If the file holds something else, or is damaged.
+
+        Examples:
+            >>> delta.save(folder / "paris.safetensors")
+            >>> blt.editing.WeightDelta.load(folder / "paris.safetensors")
+            WeightDelta(ForwardPassShift, W_out of layer 5)
         """
         return read_one(path, cls, cls.PARTS)
 

@@ -69,6 +69,12 @@ class ValidationReport:
             last residual stream, in standard deviations of the logits.
         tolerance: The largest relative error that still is float rounding in the model's dtype.
         refused: What cannot be analysed on this model, `"attn"` or `"mlp"`, with the reason.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> report = blt.validate(blt.load_facts_model(), matrices="mlp")
+        >>> report.max_error <= report.tolerance, report.passed
+        (True, True)
     """
 
     model_name: str
@@ -97,6 +103,11 @@ class ValidationReport:
 
         Returns:
             The table.
+
+        Examples:
+            >>> table = blt.validate(model, matrices="mlp").to_df()
+            >>> table.shape, list(table.columns)  # layers by matrices
+            ((8, 2), ['W_in', 'W_out'])
         """
         import pandas as pd
 
@@ -151,7 +162,7 @@ def validate(
         ValidationError: If an error is larger than float rounding; its message has the table.
         UnsupportedModelError: If nothing of the model can be analysed.
 
-    Example:
+    Examples:
         >>> import backward_lens_tl as blt
         >>> report = blt.validate(blt.load_facts_model())
         >>> report.passed, report.max_error < 1e-5

@@ -121,7 +121,8 @@ def test_what_a_library_says_while_loading_is_kept_off_the_output(
         raise InputError("refused")
 
     monkeypatch.setattr(loading, "load_model", noisy)
-    assert error_of(["show", "--prompt", "a"], capsys) == "backward-lens: error: refused\n"
+    said = f"backward-lens: error: refused (see {InputError().documentation})\n"
+    assert error_of(["show", "--prompt", "a"], capsys) == said
     assert not caplog.records
     assert not recwarn.list
 

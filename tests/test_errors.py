@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
+import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -329,6 +331,16 @@ def test_rotary_angles_that_would_go_unread_are_refused(
     config.write_text(config.read_text().replace("10000.0", "500000.0"))
     with pytest.raises(UnsupportedModelError, match=r"500000\.0.*10000\.0.*transformers 5"):
         load_model(str(folder))
+
+
+def test_a_traceback_ends_with_the_page_that_has_the_fix() -> None:
+    error = pickle.loads(pickle.dumps(TargetError("no token")))
+    page = "https://backward-lens-tl.readthedocs.io/en/latest/errors/#targeterror"
+    assert str(error) == "no token"  # tables keep the message as the reason
+    shown = "".join(traceback.format_exception(error)).rstrip()
+    assert shown.endswith(f"TargetError: no token\nSee {page}")
+    assert errors.one_line(TargetError("no\ntoken")) == f"no token (see {page})"
+    assert errors.one_line(OSError("no\nfile")) == "no file"
 
 
 def test_every_error_is_the_packages_own() -> None:

@@ -87,6 +87,15 @@ def every_figure(result: BackwardLensResult, backend: Any) -> dict[str, Any]:
         "neuron_overlap": figures.neuron_overlap(overlaps(result), "W_out", 4, backend=backend),
         "step_changes": figures.step_changes(STEPS, backend=backend),
         "compare": figures.compare(result, result, batch=(0, prompts - 1), backend=backend),
+        "layer_maps": figures.layer_maps(
+            {HOSTILE: result.norms("W_out")[:, 0, : len(result.gradients.str_tokens[0])]},
+            result.gradients.str_tokens[0],
+            HOSTILE,
+            columns=HOSTILE,
+            rows=HOSTILE,
+            title=HOSTILE,
+            backend=backend,
+        ),
     }
 
 
@@ -206,6 +215,101 @@ def test_compare_names_the_models_where_they_differ(result: BackwardLensResult) 
     assert [text.split(":")[0] for text in said] == [result.gradients.model_name, "another"]
     named = figures.compare(result, other, names=("&lt;", "<i>two")).layout.annotations
     assert [note.text for note in named] == ["&amp;lt;", "&lt;i&gt;two"]
+
+
+NUMBERS = torch.tensor([[0.5, -1.0, math.nan], [0.0, 0.25, 2.0]])
+LABELS = ("Rome", " is", "  ")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layer_maps(backend: Any) -> None:
+    """Maps of one unit have one scale with 0 in the middle, and that of norms begins at 0."""
+    maps = {"one": NUMBERS, "two": 2 * NUMBERS, "three": NUMBERS.abs()}
+    figure = figures.layer_maps(maps, LABELS, ["nats", "nats", "norm"], backend=backend)
+    for drawn, numbers in zip(heatmaps(figure), maps.values(), strict=True):
+        assert_equal(drawn, numbers.numpy())  # row 0, layer 0, is the lowest
+    if backend == "plotly":
+        assert [trace.coloraxis for trace in figure.data] == [
+            "coloraxis",
+            "coloraxis",
+            "coloraxis2",
+        ]
+        scales = [figure.layout[f"coloraxis{index}"] for index in ("", "2")]
+        assert [(scale.cmin, scale.cmax) for scale in scales] == [(-4, 4), (0, 2)]
+        stops = [tuple(color for _, color in scale.colorscale) for scale in scales]
+        units = [scale.colorbar.title.text for scale in scales]
+        labels = list(figure.layout.xaxis.ticktext)
+        hover = figure.data[1].hovertext
+        assert hover[0][1] == "is at 1, layer 0<br>-2"
+        assert hover[1][2] == "␣ at 2, layer 1<br>4"
+        tops = [figure.layout[f"yaxis{index}"].domain[1] for index in ("", "2", "3")]
+        titles = [note.text for note in figure.layout.annotations]
+    else:
+        panels, bars = figure.axes[:3], figure.axes[3:]
+        meshes = [axes.collections[0] for axes in panels]
+        assert [mesh.norm.vmin for mesh in meshes] == [-4, -4, 0]
+        assert [mesh.norm.vmax for mesh in meshes] == [4, 4, 2]
+        ends = [(mesh.cmap(0.0), mesh.cmap(1.0)) for mesh in meshes[1:]]
+        stops = [tuple(matplotlib.colors.to_hex(color) for color in pair) for pair in ends]
+        units = [bar.get_ylabel() for bar in bars]
+        labels = [label.get_text() for label in panels[0].get_xticklabels()]
+        figure.canvas.draw()
+        tops = [axes.get_position().y1 for axes in panels]
+        titles = [axes.get_title("left") for axes in panels]
+    assert [(pair[0], pair[-1]) for pair in stops] == [
+        (DIVERGING[0], DIVERGING[-1]),
+        (SEQUENTIAL[0], SEQUENTIAL[-1]),
+    ]
+    assert units == ["nats", "norm"]
+    assert labels == ["Rome", "is", "␣"]
+    assert titles == list(maps)
+    assert tops == sorted(tops, reverse=True)  # the first map on top
+
+
+def test_layer_maps_of_other_columns_and_lengths() -> None:
+    figure = figures.layer_maps(
+        {"heads": NUMBERS, "fewer layers": NUMBERS[:1].abs()},
+        LABELS,
+        "share",
+        columns="head",
+        rows="block",
+    )
+    assert figure.layout.xaxis.title.text == "head"
+    assert figure.layout.yaxis.title.text == "block"
+    assert figure.data[0].hovertext[1][0] == "Rome at 0, block 1<br>0"
+    assert [drawn.shape for drawn in heatmaps(figure)] == [(2, 3), (1, 3)]
+    only_zeros = figures.layer_maps({"zeros": torch.zeros(2, 3)}, LABELS, "share")
+    assert (only_zeros.layout.coloraxis.cmin, only_zeros.layout.coloraxis.cmax) == (0, 1)
+    nothing = figures.layer_maps({"nothing": torch.full((2, 3), math.nan)}, LABELS, "share")
+    assert (nothing.layout.coloraxis.cmin, nothing.layout.coloraxis.cmax) == (0, 1)
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.parametrize(
+    ("maps", "units", "message"),
+    [
+        ({}, "nats", "maps is an empty dict; pass a dict of tensors"),
+        (NUMBERS, "nats", "maps is a Tensor; pass a dict of tensors"),
+        ({"one": [[1.0, 2.0, 3.0]]}, "nats", "map 'one' is a list; pass a tensor"),
+        (
+            {"one": NUMBERS, "two": NUMBERS[0]},
+            "nats",
+            r"map 'two' is of shape \[3\]; pass a tensor",
+        ),
+        (
+            {"one": NUMBERS[:, 1:]},
+            "nats",
+            r"map 'one' is of shape \[2, 2\]; .* each of the 3 labels",
+        ),
+        ({"one": NUMBERS[:0]}, "nats", r"map 'one' of shape \[0, 3\] is empty"),
+        ({"one": 1 / torch.zeros(2, 3)}, "nats", "'one' of shape .* has infinite numbers"),
+        ({"one": NUMBERS}, ["nats", "norm"], "units is .*; pass one for all 1 maps, or one each"),
+        ({"one": NUMBERS}, [], r"units is \[\]; pass one"),
+    ],
+)
+def test_errors_of_layer_maps(maps: Any, units: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        figures.layer_maps(maps, LABELS, units)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

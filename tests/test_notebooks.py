@@ -1,67 +1,195 @@
-"""Every notebook runs from top to bottom, and is what its paired script says."""
+"""Every notebook runs from top to bottom, is what its paired script says, and shows what it did."""
 
-import json
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import jupytext
+import nbformat
 import pytest
+import tomllib
+import torch
 from browser import opened
 from nbconvert import HTMLExporter
+from packaging.requirements import Requirement
 from playwright.sync_api import expect
 from test_widgets import OFFLINE
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+ADDRESS = PROJECT["urls"]["Repository"].replace("https://github.com/", "github/")
+BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+MODEL = (
+    'model = blt.load_model("facts")  # with a network: "gpt2", or any name on the Hugging Face hub'
+)
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-def cells(path: Path, kind: str) -> list[str]:
-    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == kind]
+def cells(path: Path, kind: str | None = None) -> list[Any]:
+    found = nbformat.read(path, as_version=4).cells
+    return [cell for cell in found if kind in (None, cell.cell_type)]
 
 
-def test_there_are_notebooks():
-    assert NOTEBOOKS
+def code(path: Path) -> str:
+    return "\n".join(cell.source for cell in cells(path, "code"))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path):
+def run(path: Path, model_line: str = MODEL) -> None:
     namespace: dict[str, object] = {}
-    for source in cells(path, "code"):
+    for cell in cells(path, "code"):
+        source = cell.source.replace(MODEL, model_line)
         exec(compile(source, str(path), "exec"), namespace)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebooks_that_there_are():
+    assert {path.stem for path in NOTEBOOKS} == {
+        "activation_patching", "attention_backwards", "data_set", "editing", "five_minutes",
+        "looking", "the_paper",
+    }  # fmt: skip
+    assert {path.stem for path in (ROOT / "notebooks").glob("*.py")} == {
+        path.stem for path in NOTEBOOKS
+    }
+
+
+# ------------------------------------------------------------------------------------ what they do
+
+
+@each_notebook
+def test_notebook_runs(path):
+    run(path)
+
+
+@pytest.fixture(scope="module")
+def other_model(shared, tmp_path_factory) -> Path:
+    """A folder with GPT-2's own tokens, another number of layers, another width, random weights."""
+    folder = tmp_path_factory.mktemp("other")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_layer=5, n_embd=64, n_head=4)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(shared / "models" / "gpt2_tokenizer").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@each_notebook
+def test_notebook_runs_on_another_model_by_changing_one_line(path, other_model):
+    """The numbers say nothing there."""
+    run(path, f"model = blt.load_model({str(other_model)!r})")
+
+
+@each_notebook
+def test_imports_are_what_the_install_cell_installs(path):
+    requirements = map(Requirement, importlib.metadata.requires("backward-lens-tl") or [])
+    installed = {
+        requirement.name.replace("-", "_")
+        for requirement in requirements
+        if requirement.marker is None or requirement.marker.evaluate({"extra": "matplotlib"})
+    } | {"backward_lens_tl", "numpy"}
+    imported = set()
+    for node in ast.walk(ast.parse(code(path))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(str(node.module).partition(".")[0])
+    assert imported - set(sys.stdlib_module_names) <= installed
+
+
+@each_notebook
+def test_the_install_cell_leaves_what_is_installed(path, monkeypatch):
+    asked: list[list[str]] = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: asked.append(command))
+    install, loaded = (cell.source for cell in cells(path, "code")[:2])
+    exec(install, {})
+    [[python, *pip]] = asked
+    assert python == sys.executable
+    assert pip[:4] == ["-m", "pip", "install", "-q"]
+    assert pip[4] == "backward-lens-tl[matplotlib]"
+    assert sorted(pip[5:]) == sorted(
+        f"{name}=={importlib.metadata.version(name)}" for name in ("numpy", "torch", "transformers")
+    )
+    assert MODEL in loaded.splitlines()
+    assert code(path).count(MODEL) == 1
+    assert install == cells(NOTEBOOKS[0], "code")[0].source
+
+
+def test_nothing_is_installed_where_the_package_is(monkeypatch):
+    monkeypatch.delattr(subprocess, "run")
+    exec(cells(NOTEBOOKS[0], "code")[0].source, {})
+
+
+# ---------------------------------------------------------------------------------- what they show
+
+
+@each_notebook
 def test_notebook_is_its_script(path):
-    script = path.with_suffix(".py").read_text(encoding="utf-8")
-    for source in cells(path, "code"):
-        assert source in script
+    script = jupytext.read(path.with_suffix(".py"))
+    assert [(cell.cell_type, cell.source) for cell in script.cells] == [
+        (cell.cell_type, cell.source) for cell in cells(path)
+    ]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@each_notebook
+def test_it_begins_with_a_title_and_a_badge(path):
+    title, badge = cells(path)[0].source.splitlines()[0:3:2]
+    assert title.startswith("# ")
+    colab = f"https://colab.research.google.com/{ADDRESS}/blob/main/notebooks/{path.name}"
+    assert badge == f"[![Open in Colab]({BADGE})]({colab})"
+
+
+@each_notebook
+def test_cells_are_short_and_introduced(path):
+    found = cells(path)
+    assert max(len(cell.source.splitlines()) for cell in found if cell.cell_type == "code") <= 25
+    kinds = [cell.cell_type for cell in found]
+    after_set_up = kinds.index("code") + 2
+    pairs = zip(kinds[after_set_up:], kinds[after_set_up + 1 :], strict=False)
+    assert ("code", "code") not in pairs
+    assert kinds[-1] == "markdown" or found[-1].outputs
+
+
+@each_notebook
 def test_outputs_are_kept(path):
-    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    assert any(cell.get("outputs") for cell in found)
+    found = cells(path, "code")
+    assert [cell.execution_count for cell in found] == list(range(1, len(found) + 1))
+    outputs = [output for cell in found for output in cell.outputs]
+    assert len(outputs) > 4
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@each_notebook
 def test_exported_notebook_needs_no_network(path, browser, tmp_path):
     """With its outputs as they are kept: tables set up by their script, and widgets drawn."""
     page, _ = HTMLExporter(**OFFLINE).from_filename(str(path))
+    assert BADGE in page
     exported = tmp_path / "notebook.html"
-    exported.write_text(page, encoding="utf-8")
+    exported.write_text(page.replace(BADGE, "data:,"), encoding="utf-8")
     assert exported.stat().st_size < 4e6
-    code = "\n".join(cells(path, "code"))
     with opened(browser, exported) as shown:
         tables = shown.page.locator(".blt")
-        assert tables.count() >= 1
         assert tables.evaluate_all("all => all.every(one => one.matches('.scripted'))")
         widgets = shown.page.locator(".blt-widget")
-        assert widgets.count() == len(re.findall(r"^widgets\.", code, flags=re.MULTILINE))
+        assert widgets.count() == len(re.findall(r"^widgets\.", code(path), flags=re.MULTILINE))
         for widget in widgets.all():
             expect(widget.locator("[data-drawn=yes] > *").first).to_be_visible()
         shown.check()
 
 
 def test_there_is_a_notebook_with_a_table_and_three_widgets():
-    code = "\n".join(cells(NOTEBOOKS[0].with_name("looking.ipynb"), "code"))
-    assert "\nresult\n" in f"{code}\n"
-    assert len(set(re.findall(r"^widgets\.\w+", code, flags=re.MULTILINE))) >= 3
+    looking = code(NOTEBOOKS[0].with_name("looking.ipynb"))
+    assert "\nresult\n" in f"{looking}\n"
+    assert len(set(re.findall(r"^widgets\.\w+", looking, flags=re.MULTILINE))) >= 3
+
+
+def test_the_first_notebook_shows_a_table():
+    assert "\nresult\n" in code(NOTEBOOKS[0].with_name("five_minutes.ipynb"))

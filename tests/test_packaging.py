@@ -3,6 +3,8 @@
 import ast
 import importlib
 import importlib.metadata
+import json
+import os
 import pkgutil
 import re
 import subprocess
@@ -98,6 +100,93 @@ def test_the_sdist_holds_the_package_and_its_tests_but_not_ci(dist):
     assert names >= package_files()
     assert names >= {"tests/test_packaging.py", "pyproject.toml", "README.md", "LICENSE"}
     assert not {name for name in names if name.startswith((".ci", ".git/", ".venv"))}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A function that makes an environment of metadata alone: of it, a resolver reads no more."""
+
+    def make(metadata):
+        folder = tmp_path_factory.mktemp("environment")
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+        [packages] = folder.glob("lib/python*/site-packages")
+        for (name, version), text in metadata.items():
+            info = packages / f"{name.replace('-', '_')}-{version}.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(text)
+        return folder
+
+    return make
+
+
+def metadata_of(**versions):
+    return {
+        (name, version): f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        for name, version in versions.items()
+    }
+
+
+def resolved(folder, dist, *requirements):
+    """What pip would install there, by name: the resolver's report on the wheel."""
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
+    options = ["--quiet", "--dry-run", "--report", "-", "--find-links", str(dist)]
+    asked = ["backward-lens-tl", *requirements]
+    run = subprocess.run([*pip, "install", *options, *asked], capture_output=True, text=True)
+    if "No matching distribution found" in run.stderr and not os.environ.get("CI"):
+        pytest.skip("no package index can be reached")
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)["install"]
+    return {each["metadata"]["name"].lower(): each["metadata"]["version"] for each in report}
+
+
+def test_installing_moves_nothing_that_is_there(dist, environment):
+    """Beside this TransformerLens and all that it came with, older versions among them."""
+    there = {
+        (one.name, one.version): one.read_text("METADATA")
+        for one in importlib.metadata.distributions()
+        if one.name != "backward-lens-tl"
+    }
+    assert {"torch", "numpy", "transformers", "transformer-lens"} <= {name for name, _ in there}
+    found = resolved(environment(there), dist)
+    assert set(found) == {"backward-lens-tl"}
+
+
+@pytest.mark.slow
+def test_without_transformerlens_installing_still_moves_nothing(dist, environment):
+    """As on Colab: a torch, a numpy and a transformers that the newest TransformerLens takes."""
+    there = metadata_of(torch="2.6.0", numpy="2.2.0", transformers="5.9.0")
+    found = resolved(environment(there), dist)
+    assert "transformer-lens" in found
+    assert set(found) & {"torch", "numpy", "transformers"} == set()
+
+
+@pytest.mark.slow
+def test_the_report_shows_what_is_moved(dist, environment):
+    """The control: a transformers that no TransformerLens here takes is replaced, and only that."""
+    there = metadata_of(torch="2.6.0", numpy="2.2.0", transformers="4.30.0")
+    found = resolved(environment(there), dist)
+    assert found["transformers"] != "4.30.0"
+    assert set(found) & {"torch", "numpy"} == set()
+
+
+@pytest.mark.slow
+def test_the_wheel_works_in_an_environment_of_its_own(dist, tmp_path):
+    """The command, the facts model, the types, what the notebooks use; away from the checkout."""
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "own")], check=True)
+    python = str(tmp_path / "own" / "bin" / "python")
+    [path] = dist.glob("*.whl")
+    for asked in (f"torch=={importlib.metadata.version('torch')}", f"{path}[matplotlib]"):
+        subprocess.run([python, "-m", "pip", "install", "-qq", asked], check=True)
+    away = {"cwd": tmp_path, "check": True, "capture_output": True, "text": True}
+    command = [str(Path(python).with_name("backward-lens")), "show", "--model", "facts"]
+    shown = subprocess.run([*command, "--prompt", "Lionel Messi plays for"], **away)
+    assert "W_out" in shown.stdout
+    where = "import backward_lens_tl; print(backward_lens_tl.__file__)"
+    package = Path(subprocess.run([python, "-c", where], **away).stdout.strip()).parent
+    assert package.is_relative_to(tmp_path / "own")
+    assert (package / "py.typed").is_file()
+    for notebook in sorted((ROOT / "notebooks").glob("*.py")):
+        subprocess.run([python, str(notebook)], **away)
 
 
 def test_one_version_everywhere():

@@ -262,13 +262,24 @@ def test_what_is_not_a_result_is_refused_by_name(
 # -------------------------------------------------------------------------------------- the repr
 
 
-def test_repr_says_what_it_is_and_what_to_do(result: BackwardLensResult) -> None:
-    shown = repr(result)
-    for word in ("BackwardLensResult", "W_in, W_out", "2 prompts", "Messi plays for", "update"):
-        assert word in shown
-    assert any(way in shown for way in (".top_tokens(", ".to_df()", ".save_html("))
-    assert len(shown) < 600
-    assert "tensor(" not in shown
+def test_repr_says_what_it_is_and_what_to_do(
+    result: BackwardLensResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what, following = repr(result).splitlines()
+    for word in ("BackwardLensResult", "W_in, W_out", "and 1 more", "Messi plays for", "update"):
+        assert word in what
+    monkeypatch.chdir(tmp_path)  # a page is written
+    calls = following.removeprefix("Next: ").split(", .")
+    assert len(calls) == 4
+    for call in calls:
+        eval(f"result.{call.removeprefix('.')}", {"result": result})
+    assert (tmp_path / "page.html").exists()
+
+
+def test_repr_is_short(case: Case) -> None:
+    ids = torch.randint(90, (1, 60), generator=torch.Generator().manual_seed(0))
+    shown = repr(backward_lens(case.model, ids, 5))
+    assert max(map(len, shown.splitlines())) < 250
 
 
 def test_repr_of_a_capture_holds_no_numbers(result: BackwardLensResult) -> None:

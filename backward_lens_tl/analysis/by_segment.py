@@ -46,6 +46,16 @@ def norms_by_segment(positions: Source, of: Literal["vjp", "input"] = "vjp") -> 
 
     Raises:
         InputError: If it is no such table, has no rows, or no token has a segment.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(
+        ...     model, "Lionel Messi plays for", " Paris", matrices="W_out", layers=7
+        ... )
+        >>> norms = blt.analysis.norms_by_segment(result.to_df(subject="Lionel Messi"))
+        >>> norms.loc[norms["mean"] > 0, "segment"].tolist()  # of the last layer
+        ['last token']
     """
     check_choice("of", of, tuple(_NORMS))
     table = table_of(positions, "positions", [*_CELL, "segment", _NORMS[of]])
@@ -88,6 +98,16 @@ def ranks_by_segment(
     Raises:
         InputError: If it is no such table, has no rows, no token has a segment, there is no such
             prompt, or no rank of the token.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(
+        ...     model, "Lionel Messi plays for", " Paris", matrices="W_out", layers=6
+        ... )
+        >>> ranks = blt.analysis.ranks_by_segment(result.to_df(subject="Lionel Messi"))
+        >>> ranks.loc[ranks["median"] == 0, "segment"].tolist()  # where the target leads
+        ['last token']
     """
     check_choice("of", of, tuple(_RANKS))
     keys, column = [*_CELL, "projection"], _RANKS[of]
@@ -125,6 +145,14 @@ def norm_correlation(positions: Source) -> pd.DataFrame:
 
     Raises:
         InputError: If it is no such table, or has no rows.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris", matrices="W_out")
+        >>> found = blt.analysis.norm_correlation(result)
+        >>> found["count"].tolist()  # tokens by layer; in the last one only the last token writes
+        [6, 6, 6, 6, 6, 6, 6, 1]
     """
     import pandas as pd
 

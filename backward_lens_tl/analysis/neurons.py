@@ -75,6 +75,14 @@ def neuron_words(
     Raises:
         InputError: If an argument is not usable, the gradients are of a model of another width, or
             heads or experts have factors of their own.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> words = blt.analysis.neuron_words(model, result, "W_out", layer=6, per_group=1, k=1)
+        >>> words.loc[words["group"] == "largest", ["top_tokens", "bottom_tokens"]].values.tolist()
+        [[[' Belgrade'], [' Paris']]]
     """
     import pandas as pd
 
@@ -127,6 +135,14 @@ def spanning_words(
     Raises:
         InputError: If an argument is not usable, the gradients are of a model of another width, or
             heads or experts differ at the residual stream.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> words = blt.analysis.spanning_words(model, result, "W_out", layer=6, k=1)
+        >>> words[["token", "top_tokens", "bottom_tokens"]].tail(1).values.tolist()
+        [[' for', [' Belgrade'], [' Paris']]]
     """
     import pandas as pd
 
@@ -174,6 +190,15 @@ def neuron_overlap(
     Raises:
         InputError: If an argument is not usable, the gradients are of a model of another width, or
             heads or experts have factors of their own.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> overlap = blt.analysis.neuron_overlap(model, result, "W_out", layer=6, k=10)
+        >>> longest = overlap[overlap["norm_rank"] == 0].set_index("token")
+        >>> longest["overlap"].idxmax()
+        ' for'
     """
     import pandas as pd
 

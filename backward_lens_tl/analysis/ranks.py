@@ -61,6 +61,16 @@ def gradient_ranks(gradients: Source) -> pd.DataFrame:
 
     Raises:
         InputError: If it is no such table, or has no rows.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> prompts = ["Lionel Messi plays for", "The capital of France is"]
+        >>> result = blt.backward_lens(model, prompts, " Paris", layers=[6, 7])
+        >>> ranks = blt.analysis.gradient_ranks(result)
+        >>> ranks[["matrix", "layer", "n_tokens", "median", "law"]].values.tolist()
+        [['W_in', 6, 6, 6.0, 6], ['W_in', 7, 6, 1.0, 1], ['W_out', 6, 6, 6.0, 6], ['W_out', 7, 6,
+        1.0, 1]]
     """
     source = table_of(gradients, "gradients", _COLUMNS)
     table = _measured(source)
@@ -102,6 +112,15 @@ def rank_exceptions(gradients: Source) -> pd.DataFrame:
 
     Raises:
         InputError: If it is no such table, or has no rows.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(
+        ...     model, "Lionel Messi plays for", " Paris", matrices="W_Q", layers=5
+        ... )
+        >>> blt.analysis.rank_exceptions(result)[["rank", "law", "cause"]].values.tolist()
+        [[5, 6, '1 position adds nothing']]
     """
     import pandas as pd
 

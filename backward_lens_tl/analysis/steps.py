@@ -106,7 +106,7 @@ def step_changes(
         UnsupportedModelError: If a matrix is a mixture of experts, or no weight that can be
             changed.
 
-    Example:
+    Examples:
         >>> import backward_lens_tl as blt
         >>> from backward_lens_tl.analysis.steps import step_changes
         >>> model = blt.load_facts_model()

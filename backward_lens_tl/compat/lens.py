@@ -42,6 +42,14 @@ class BackwardLens:
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge` with a tokenizer.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> from backward_lens_tl.compat import BackwardLens
+        >>> model = blt.load_facts_model()
+        >>> analyzed = BackwardLens(model).analyze("Lionel Messi plays for", " Paris", [5, 6])
+        >>> analyzed.max_relative_reconstruction_error < 1e-5
+        True
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,6 +82,15 @@ class BackwardLens:
 
         Raises:
             InputError: If an argument has a value that is not allowed.
+
+        Examples:
+            >>> from backward_lens_tl.compat import BackwardLens
+            >>> found = BackwardLens(model).analyze(
+            ...     "Lionel Messi plays for", " Paris", [6], normalized=True
+            ... )
+            >>> output = found.layer(6).output_projection
+            >>> output.bottom_tokens(model.tokenizer, k=1, normalized=True)[-1]  # at the last token
+            [' Paris']
         """
         check_type("prompt", prompt, str)
         check_type("target_token", target_token, str)

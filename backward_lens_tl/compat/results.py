@@ -17,7 +17,10 @@ from backward_lens_tl.errors import InputError
 from backward_lens_tl.extremes import count_beyond
 
 WeightLayout = Literal["in_out", "out_in"]
+"""Which axis of a stored weight is its input's."""
+
 ProjectedFactor = Literal["forward_inputs", "output_gradients"]
+"""Which factor has the residual stream's width, and is projected: `x_i` or `delta_i`."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,17 @@ class LinearGradientFactors:
         forward_inputs: `x_i`, what the matrix reads.
         output_gradients: `delta_i`, the gradient of the loss at the matrix's own output.
         weight_layout: `"in_out"`, TransformerLens's orientation, whatever the model stores.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> from backward_lens_tl.compat import BackwardLens
+        >>> model = blt.load_facts_model()
+        >>> found = BackwardLens(model).analyze("Lionel Messi plays for", " Paris", [6])
+        >>> factors = found.layer(6).output_projection.factors
+        >>> factors.forward_inputs.shape, factors.output_gradients.shape
+        (torch.Size([6, 512]), torch.Size([6, 128]))
+        >>> factors.relative_reconstruction_error < 1e-5
+        True
     """
 
     forward_inputs: Float[Tensor, "pos d_in"]
@@ -68,6 +82,15 @@ class VocabularyRanking:
     Attributes:
         values: Their logits.
         indices: Their ids.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> from backward_lens_tl.compat import BackwardLens
+        >>> model = blt.load_facts_model()
+        >>> found = BackwardLens(model).analyze("Lionel Messi plays for", " Paris", [6])
+        >>> ranking = found.layer(6).output_projection.bottom_ranking
+        >>> ranking.values.shape, model.tokenizer.decode(int(ranking.indices[-1, 0]))
+        (torch.Size([6, 10]), ' Paris')
     """
 
     values: Float[Tensor, "*leading k"]
@@ -105,6 +128,17 @@ class BackwardLensMatrixResult:
         normalized_target_smallest_ranks: Likewise.
         vocabulary_logits: Every logit.
         normalized_vocabulary_logits: Every logit of the vectors' directions.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> from backward_lens_tl.compat import BackwardLens
+        >>> model = blt.load_facts_model()
+        >>> layer = BackwardLens(model).analyze("Lionel Messi plays for", " Paris", [6]).layer(6)
+        >>> output = layer.output_projection
+        >>> output.projected_factor, output.top_ranking.indices.shape  # [pos, k]
+        ('output_gradients', torch.Size([6, 10]))
+        >>> int(output.target_smallest_ranks[-1])  # the target's, from the smallest logit on
+        0
     """
 
     factors: LinearGradientFactors
@@ -135,6 +169,14 @@ class BackwardLensMatrixResult:
 
         Raises:
             InputError: If they were not kept.
+
+        Examples:
+            >>> from backward_lens_tl.compat import BackwardLens
+            >>> found = BackwardLens(model).analyze(
+            ...     "Lionel Messi plays for", " Paris", [6], return_full_logits=True
+            ... )
+            >>> found.layer(6).output_projection.logits().shape  # [pos, d_vocab]
+            torch.Size([6, 3072])
         """
         kept: Tensor | None = self._reading("vocabulary_logits", normalized)
         if kept is None:
@@ -152,6 +194,10 @@ class BackwardLensMatrixResult:
 
         Returns:
             Values and ids, `[pos, k]`, largest first.
+
+        Examples:
+            >>> analyzed.layer(6).output_projection.top(k=3).indices.shape  # [pos, k]
+            torch.Size([6, 3])
         """
         ranking: VocabularyRanking = self._reading("top_ranking", normalized)
         return ranking._first(k)
@@ -165,6 +211,11 @@ class BackwardLensMatrixResult:
 
         Returns:
             Values and ids, `[pos, k]`, smallest first.
+
+        Examples:
+            >>> lowest = analyzed.layer(6).output_projection.bottom(k=1).indices[-1, 0]
+            >>> int(lowest) == analyzed.target_token_id  # what descent adds most, at the last token
+            True
         """
         ranking: VocabularyRanking = self._reading("bottom_ranking", normalized)
         return ranking._first(k)
@@ -179,6 +230,11 @@ class BackwardLensMatrixResult:
 
         Returns:
             `k` texts per position.
+
+        Examples:
+            >>> matrix = analyzed.layer(6).input_projection
+            >>> matrix.top_tokens(model.tokenizer, k=1)[-1]  # at the last token
+            [' Miami']
         """
         return _texts(self.top(k=k, normalized=normalized), tokenizer)
 
@@ -192,6 +248,11 @@ class BackwardLensMatrixResult:
 
         Returns:
             `k` texts per position.
+
+        Examples:
+            >>> matrix = analyzed.layer(6).output_projection
+            >>> matrix.bottom_tokens(model.tokenizer, k=2)[-1]  # at the last token
+            [' Paris', ' France']
         """
         return _texts(self.bottom(k=k, normalized=normalized), tokenizer)
 
@@ -210,6 +271,12 @@ class BackwardLensMatrixResult:
 
         Raises:
             InputError: If the token is not in the vocabulary, or what is needed was not kept.
+
+        Examples:
+            >>> output = analyzed.layer(6).output_projection
+            >>> ranks = output.target_ranks(analyzed.target_token_id, largest=True)
+            >>> int(ranks[-1]) == output.vocabulary_size - 1  # descent subtracts a gradient
+            True
         """
         check_type("target_token_id", target_token_id, int)
         if not 0 <= target_token_id < self.vocabulary_size:
@@ -234,6 +301,11 @@ class BackwardLensMatrixResult:
 
         Returns:
             The number of smaller logits.
+
+        Examples:
+            >>> output = analyzed.layer(6).output_projection
+            >>> int(output.gradient_descent_target_ranks(analyzed.target_token_id)[-1])
+            0
         """
         return self.target_ranks(target_token_id, largest=False, normalized=normalized)
 
@@ -257,6 +329,14 @@ class BackwardLensLayerResult:
         output_projection: `W_out`, read through its output gradients.
         gate_projection: `W_gate`, read through its inputs, where the MLP has one. Theirs has no
             such field.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> from backward_lens_tl.compat import BackwardLens
+        >>> model = blt.load_facts_model()
+        >>> layer = BackwardLens(model).analyze("Lionel Messi plays for", " Paris", [6]).layer(6)
+        >>> layer.input_projection.projected_factor, layer.output_projection.projected_factor
+        ('forward_inputs', 'output_gradients')
     """
 
     layer: int
@@ -278,6 +358,14 @@ class BackwardLensResult:
         layers: The analysed layers, in the order in which they were asked for.
         includes_normalized_logits: Whether the vectors' directions were read too.
         includes_full_logits: Whether every logit was kept.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> from backward_lens_tl.compat import BackwardLens
+        >>> model = blt.load_facts_model()
+        >>> found = BackwardLens(model).analyze("Lionel Messi plays for", " Paris", [5, 6])
+        >>> [layer.layer for layer in found.layers], found.prompt_token_ids.shape
+        ([5, 6], torch.Size([6]))
     """
 
     prompt: str
@@ -317,6 +405,10 @@ class BackwardLensResult:
 
         Raises:
             LayerNotAnalyzedError: If it was not analysed.
+
+        Examples:
+            >>> analyzed.layer(6).layer
+            6
         """
         for result in self.layers:
             if result.layer == layer:

@@ -45,6 +45,14 @@ class MatrixDelta:
         right: What it writes, one row per outer product.
         values: The change as a matrix, of methods that make it so.
         bias: What is added to the matrix's bias, if anything is.
+
+    Examples:
+        >>> import torch
+        >>> import backward_lens_tl as blt
+        >>> left, right = torch.ones(512, 2), torch.ones(2, 128)
+        >>> change = blt.editing.MatrixDelta("W_out", 5, left, right)
+        >>> change.shape, change.rank()  # both outer products are the same
+        ((512, 128), 1)
     """
 
     matrix: MatrixName
@@ -108,7 +116,15 @@ class MatrixDelta:
         return u[:, :n].to(wide.dtype), (s[:, None] * vh)[:n].to(wide.dtype)
 
     def dense(self) -> Float[Tensor, "d_in d_out"]:
-        """The change as a matrix; makes `d_in * d_out` numbers of factors."""
+        """The change as a matrix; makes `d_in * d_out` numbers of factors.
+
+        Returns:
+            The matrix.
+
+        Examples:
+            >>> delta["W_out", 5].dense().shape  # [d_in, d_out]
+            torch.Size([512, 128])
+        """
         if self.values is not None:
             return self.values
         left, right = self.factors
@@ -138,6 +154,13 @@ class MatrixDelta:
         Returns:
             `u`, `s`, `vh` with `u @ diag(s) @ vh` the change: the singular values that are more
             than rounding, largest first.
+
+        Examples:
+            >>> u, s, vh = delta["W_out", 5].svd()
+            >>> u.shape, s.shape, vh.shape
+            (torch.Size([512, 1]), torch.Size([1]), torch.Size([1, 128]))
+            >>> torch.allclose(u * s @ vh, delta["W_out", 5].dense().double(), atol=1e-5)
+            True
         """
         if self.values is not None:
             u, s, vh = _svd(self.values.double())
@@ -153,12 +176,28 @@ class MatrixDelta:
         return u * sign, s, vh * sign[:, None]
 
     def singular_values(self) -> Float[Tensor, "rank_bound"]:
-        """Singular values of the change, largest first, in float64."""
+        """Singular values of the change, largest first, in float64.
+
+        Returns:
+            The values; of factors as many as there are outer products, at most.
+
+        Examples:
+            >>> len(delta["W_out", 5].singular_values())
+            1
+        """
         values: Tensor = torch.linalg.svdvals(self._core())
         return values
 
     def rank(self) -> int:
-        """Number of singular values that are more than rounding."""
+        """Number of singular values that are more than rounding.
+
+        Returns:
+            The number.
+
+        Examples:
+            >>> delta["W_out", 5].rank()
+            1
+        """
         return numerical_rank(self.singular_values(), self.rounding)
 
     @property
@@ -186,6 +225,11 @@ class MatrixDelta:
 
         Raises:
             EditError: If it is no finite number.
+
+        Examples:
+            >>> change = delta["W_out", 5]
+            >>> round(change.scale(0.5).norm / change.norm, 3)
+            0.5
         """
         number = _checked_factor(factor)
         return replace(
@@ -217,6 +261,10 @@ class MatrixDelta:
 
         Returns:
             The gradient of a batch of one.
+
+        Examples:
+            >>> delta["W_out", 5].gradient()
+            MatrixGradient(W_out of layer 5, x [1, 1, 512], delta [1, 1, 128])
         """
         left, right = self.factors
         inputs, vjps = left.T[None], -right[None]
@@ -262,7 +310,7 @@ class WeightDelta(Saved):
         matrices: What is added to each matrix, in the order of a forward pass; each matrix once.
         about: What made it: settings of the method, name of the model.
 
-    Example:
+    Examples:
         >>> import backward_lens_tl as blt
         >>> model = blt.load_facts_model()
         >>> request = blt.editing.EditRequest("Lionel Messi plays for", " Paris")
@@ -330,6 +378,11 @@ class WeightDelta(Saved):
 
         Raises:
             EditError: If it is no finite number.
+
+        Examples:
+            >>> opposite = delta.scale(-1)
+            >>> round(opposite.norm / delta.norm, 3), (delta + opposite).norm < 1e-6 * delta.norm
+            (1.0, True)
         """
         number = _checked_factor(factor)
         scaled = tuple(each.scale(number) for each in self.matrices)
@@ -365,6 +418,13 @@ class WeightDelta(Saved):
         Raises:
             EditError: If the model lacks a matrix, or it has another size there.
             UnsupportedModelError: If a matrix cannot be changed.
+
+        Examples:
+            >>> with delta.applied(model):
+            ...     blt.backward_lens(model, "Lionel Messi plays for").target()
+            ' Paris'
+            >>> blt.backward_lens(model, "Lionel Messi plays for").target()
+            ' Miami'
         """
         with changed(self._changes(model)):
             yield model
@@ -380,6 +440,12 @@ class WeightDelta(Saved):
         Raises:
             EditError: As for `applied`.
             ModelStateError: If this edit is applied to the model already.
+
+        Examples:
+            >>> delta.apply_(model)
+            >>> blt.backward_lens(model, "Lionel Messi plays for").target()
+            ' Paris'
+            >>> delta.revert_(model)
         """
         if model in self._kept_by_model:
             raise ModelStateError(
@@ -405,6 +471,13 @@ class WeightDelta(Saved):
         Raises:
             ModelStateError: If the edit is not applied to it, or the weights that it changed have
                 changed since; then nothing changes.
+
+        Examples:
+            >>> before = model.W_out[5].clone()
+            >>> delta.apply_(model)
+            >>> delta.revert_(model)
+            >>> torch.equal(model.W_out[5], before)
+            True
         """
         if model not in self._kept_by_model:
             raise ModelStateError("this edit is not applied to the model: there is nothing to undo")
@@ -461,10 +534,12 @@ class WeightDelta(Saved):
                 layer with a matrix's weights or several, or `peft` is missing.
             ResultFileError: If the folder cannot be written.
 
-        Example:
-            >>> delta.to_lora("paris", model, "gpt2")  # doctest: +SKIP
-            >>> from peft import PeftModel  # doctest: +SKIP
-            >>> edited = PeftModel.from_pretrained(hf_gpt2, "paris")  # doctest: +SKIP
+        Examples:
+            >>> from importlib.resources import files
+            >>> base = files("backward_lens_tl") / "facts_model"  # in Hugging Face's format
+            >>> delta.to_lora(folder / "paris", model, base)
+            >>> sorted(file.name for file in (folder / "paris").iterdir())
+            ['adapter_config.json', 'adapter_model.safetensors']
         """
         if model in self._kept_by_model:
             raise EditError(

@@ -56,7 +56,7 @@ class FineTuning(EditMethod):
         stop_at: No more steps once the loss, in nats, is below this.
         prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
 
-    Example:
+    Examples:
         >>> import backward_lens_tl as blt
         >>> from backward_lens_tl.editing import EditRequest, FineTuning
         >>> model = blt.load_facts_model()

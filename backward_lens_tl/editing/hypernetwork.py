@@ -125,7 +125,7 @@ class MENDEditor(storage.Saved):
         losses: Of each step of the training: of the edits, and of what is to stay as it is, in
             nats; without the factors that they are weighted with.
 
-    Example:
+    Examples:
         >>> import backward_lens_tl as blt
         >>> from backward_lens_tl.editing.standardization import pair_statistics
         >>> model = blt.load_facts_model()
@@ -159,6 +159,11 @@ class MENDEditor(storage.Saved):
 
         Returns:
             The editor, in the precision of the statistics.
+
+        Examples:
+            >>> editor = blt.editing.MENDEditor.untrained(statistics, lr=1e-2)
+            >>> editor.rates  # one per matrix
+            tensor([0.0100, 0.0100])
         """
         statistics.check_positions("all")
         shapes: dict[tuple[int, int], list[tuple[MatrixName, int]]] = {}
@@ -196,6 +201,11 @@ class MENDEditor(storage.Saved):
 
         Returns:
             The editor, which holds these very tensors.
+
+        Examples:
+            >>> halved = editor.with_parameters([each / 2 for each in editor.parameters])
+            >>> bool((halved.rates == editor.rates / 2).all())
+            True
         """
         left = iter(parameters)
         networks = tuple(
@@ -211,7 +221,18 @@ class MENDEditor(storage.Saved):
         return replace(self, networks=networks, rates=next(left))
 
     def to(self, device: torch.device) -> MENDEditor:
-        """The same on a device."""
+        """The same on a device.
+
+        Args:
+            device: The device.
+
+        Returns:
+            The editor there.
+
+        Examples:
+            >>> editor.to(torch.device("cpu")).rates.device
+            device(type='cpu')
+        """
         return self.with_parameters([each.to(device) for each in self.parameters])
 
     def factors(
@@ -225,6 +246,14 @@ class MENDEditor(storage.Saved):
         Returns:
             What the edit listens to, and what it writes; zeros where the mask of the pairs is
             False. Differentiable in the editor's parameters.
+
+        Examples:
+            >>> from backward_lens_tl.editing.spanning import SpanningPairs
+            >>> own = capture["W_out", 7]
+            >>> pairs = SpanningPairs("W_out", 7, own.inputs, own.vjps, ~own.is_zero)
+            >>> listens, writes = editor.factors(pairs)
+            >>> listens.shape, writes.shape  # [request, pos, d_in], [request, pos, d_out]
+            (torch.Size([1, 6, 512]), torch.Size([1, 6, 128]))
         """
         place = (pairs.matrix, pairs.layer)
         together = self.statistics.standardized(place, pairs.inputs, pairs.vjps)
@@ -255,6 +284,12 @@ class MENDEditor(storage.Saved):
         Raises:
             EditError: If the file holds a training that has not come to its end.
             ResultFileError: If the file holds no editor, or is damaged.
+
+        Examples:
+            >>> editor.save(folder / "mend.safetensors")
+            >>> again = blt.editing.MENDEditor.load(folder / "mend.safetensors")
+            >>> again.fingerprint == editor.fingerprint
+            True
         """
         found = storage.read(path, (MENDEditor, MENDCheckpoint, *EDITOR_PARTS))
         if isinstance(found, MENDCheckpoint):

@@ -70,7 +70,7 @@ class MEMIT(EditMethod):
         ridge: Part of the mean variance that is added to the diagonal of `C`.
         prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
 
-    Example:
+    Examples:
         >>> import backward_lens_tl as blt
         >>> model = blt.load_facts_model()
         >>> request = blt.editing.EditRequest("Lionel Messi plays for", " Paris", "Lionel Messi")

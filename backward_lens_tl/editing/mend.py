@@ -27,6 +27,18 @@ class MEND(EditMethod):
     Attributes:
         editor: The networks, as `train_mend` gives them.
         prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> requests = [
+        ...     blt.editing.EditRequest("Obama grew up in", " Paris"),
+        ...     blt.editing.EditRequest("Lionel Messi plays for", " Rome"),
+        ... ]
+        >>> statistics = blt.editing.pair_statistics(model, requests, layers=[-1], progress=False)
+        >>> editor = blt.editing.MENDEditor.untrained(statistics)  # or train_mend(model, records)
+        >>> blt.editing.MEND(editor)(model, requests[0])
+        WeightDelta(MEND, W_in of layer 7, W_out of layer 7)
     """
 
     editor: MENDEditor

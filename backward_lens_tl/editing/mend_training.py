@@ -63,6 +63,12 @@ class MENDTraining:
         n_statistics: Requests that pairs are standardised by, at most.
         clip_norm: The gradient is scaled down to this length if it is longer.
         save_every: Steps after which a training with `out` is saved.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> training = blt.editing.MENDTraining(steps=500, edits_per_step=5)
+        >>> training.steps, training.lr
+        (500, 0.0003)
     """
 
     steps: int = 200
@@ -132,6 +138,17 @@ def train_mend(
     Raises:
         EditError: If there is no record or nothing to be left alone, something is no record, `out`
             holds another training, or a setting is not usable.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> records = blt.read_records("facts").rows[:3]
+        >>> training = blt.editing.MENDTraining(steps=2, edits_per_step=1, n_locality=1)
+        >>> editor = blt.editing.train_mend(
+        ...     model, records, training=training, layers=[-1], progress=False
+        ... )
+        >>> editor.losses.shape  # [step, 2], of the edits and of what is to stay as it is
+        torch.Size([2, 2])
     """
     host = host_of(model)
     check_choice("prepend_bos", prepend_bos, (True, False, None), EditError)

@@ -27,6 +27,17 @@ class EditMethod(ABC):
 
     Subclasses are frozen dataclasses with a field `prepend_bos`, which says whether prompts get a
     BOS token; `None` is the model's own default.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> from backward_lens_tl.editing import EditMethod, EditRequest, FineTuning, GradientStep
+        >>> model = blt.load_facts_model()
+        >>> request = EditRequest("Lionel Messi plays for", " Paris")
+        >>> methods = [FineTuning(layers=6, lr=5e-3), GradientStep("sgd", lr=1.0, layers=6)]
+        >>> isinstance(methods[0], EditMethod)
+        True
+        >>> {method.name: method(model, request).rank for method in methods}
+        {'FineTuning': 128, 'GradientStep': 6}
     """
 
     prepend_bos: bool | None
@@ -72,10 +83,27 @@ class EditMethod(ABC):
 
         Returns:
             The changes, each matrix once, in the order of a forward pass.
+
+        Examples:
+            >>> from backward_lens_tl.editing.requests import tokenize_request
+            >>> from backward_lens_tl.host import host_of
+            >>> host = host_of(model)
+            >>> shift = blt.editing.ForwardPassShift(layer=5, size=4.0, form="scale_free")
+            >>> shift.compute(host, [tokenize_request(host, request, None)])
+            [MatrixDelta(W_out of layer 5, [512, 128], rank <= 1)]
         """
 
     def settings(self) -> dict[str, Any]:
-        """The method's name and all its settings, as JSON holds them."""
+        """The method's name and all its settings, as JSON holds them.
+
+        Returns:
+            The settings; statistics and networks by their fingerprint.
+
+        Examples:
+            >>> blt.editing.GradientStep("sgd", lr=1.0, layers=6).settings()
+            {'method': 'GradientStep', 'optimizer': 'sgd', 'lr': 1.0, 'matrices': ['W_out'],
+            'layers': 6, 'prepend_bos': None}
+        """
         own = {f.name: _plain(getattr(self, f.name)) for f in fields(cast(Any, self))}
         return {"method": self.name, **own}
 

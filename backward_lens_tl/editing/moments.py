@@ -61,7 +61,7 @@ class SecondMoments(Saved):
         probe: Token ids of a short prompt, by which the model is known again.
         probe_inputs: What the matrix reads at its last position, in the order of `layers`.
 
-    Example:
+    Examples:
         >>> import backward_lens_tl as blt
         >>> moments = blt.editing.facts_moments()
         >>> moments.of(3).shape
@@ -103,6 +103,11 @@ class SecondMoments(Saved):
 
         Raises:
             EditError: If they were not collected at this layer.
+
+        Examples:
+            >>> second = moments.of(5)
+            >>> second.shape, torch.equal(second, second.T)
+            (torch.Size([512, 512]), True)
         """
         self._check_layers([layer])
         packed = self.moments[self.layers.index(layer)].double()
@@ -127,6 +132,12 @@ class SecondMoments(Saved):
 
         Raises:
             EditError: If there are no statistics of the layer, or too few for an inverse.
+
+        Examples:
+            >>> keys = gradient.inputs[0].T  # [d_in, n]
+            >>> whitened = moments.solve(6, keys)
+            >>> torch.allclose(moments.of(6) @ whitened, keys.double(), atol=1e-3)
+            True
         """
         moments = self.of(layer)
         if len(moments) != len(keys):
@@ -163,6 +174,10 @@ class SecondMoments(Saved):
         Raises:
             EditError: If the matrix reads something else there, or there are no statistics of a
                 layer.
+
+        Examples:
+            >>> from backward_lens_tl.host import host_of
+            >>> moments.check(host_of(model), layers=[5, 6])  # raises if they are another model's
         """
         self._check_layers(layers)
         fits = max(self.probe) < host.d_vocab and len(self.probe) <= host.n_ctx
@@ -195,7 +210,17 @@ class SecondMoments(Saved):
 
 
 def facts_moments() -> SecondMoments:
-    """Second moments of `W_out`'s inputs in the facts model; they ship inside the package."""
+    """Second moments of `W_out`'s inputs in the facts model; they ship inside the package.
+
+    Returns:
+        The statistics, of all layers.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> moments = blt.editing.facts_moments()
+        >>> moments.matrix, moments.layers
+        ('W_out', (0, 1, 2, 3, 4, 5, 6, 7))
+    """
     with as_file(files("backward_lens_tl") / "facts_model" / FACTS_MOMENTS) as path:
         return SecondMoments.load(path)
 
@@ -238,6 +263,14 @@ def second_moments(
         EditError: If there is no text, `out` holds other statistics or was collected from other
             texts, or a setting is not usable.
         UnsupportedModelError: If the matrix is one of experts.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> texts = ["Lionel Messi plays for Barcelona.", "The capital of France is Paris."]
+        >>> moments = blt.editing.second_moments(model, texts, layers=[5], progress=False)
+        >>> moments.n_texts, moments.of(5).shape
+        (2, torch.Size([512, 512]))
     """
     for name, value, or_none in (
         ("max_tokens", max_tokens, True),

@@ -27,6 +27,17 @@ class NormalizedGradient(EditMethod):
         matrices: Only those of these names; `None` for all that there are statistics of.
         layers: Only those of these layers, negative ones from the end; `None` likewise.
         prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> requests = [
+        ...     blt.editing.EditRequest("Obama grew up in", " Paris"),
+        ...     blt.editing.EditRequest("Lionel Messi plays for", " Rome"),
+        ... ]
+        >>> statistics = blt.editing.pair_statistics(model, requests, layers=[-1], progress=False)
+        >>> blt.editing.NormalizedGradient(statistics, lr=1e-3)(model, requests[0])
+        WeightDelta(NormalizedGradient, W_in of layer 7, W_out of layer 7)
     """
 
     statistics: PairStatistics

@@ -137,6 +137,17 @@ def preset_methods(
 
     Raises:
         EditError: If there is no such preset, or what a method needs cannot be had.
+
+    Examples:
+        >>> import tempfile
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> names, folder = ["rome", "shift_iterated"], tempfile.mkdtemp()
+        >>> methods = blt.editing.preset_methods(model, names, folder=folder, progress=False)
+        >>> request = blt.editing.EditRequest("Lionel Messi plays for", " Paris", "Lionel Messi")
+        >>> with methods["rome"](model, request).applied(model):
+        ...     blt.backward_lens(model, request.prompt).target()
+        ' Paris'
     """
     asked = [names] if isinstance(names, str) else list(names)
     for name in asked:

@@ -25,6 +25,13 @@ class EditRequest:
         subject: What the prompt is about, a part of it, for the methods that edit there.
         subject_start: Where the subject begins in the prompt, in characters, if it occurs there
             several times and another than the first is meant.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> request = blt.editing.EditRequest("Lionel Messi plays for", " Paris", "Lionel Messi")
+        >>> blt.editing.GradientStep("sgd", lr=1.0, layers=6)(model, request)
+        WeightDelta(GradientStep, W_out of layer 6)
     """
 
     prompt: str
@@ -44,6 +51,12 @@ class EditRequest:
 
         Raises:
             EditError: If it is no record.
+
+        Examples:
+            >>> record = blt.read_records("facts").rows[0]
+            >>> blt.editing.EditRequest.of(record)
+            EditRequest(prompt='Porsche was set up in', target=' Spain', subject='Porsche',
+            subject_start=0)
         """
         if not isinstance(record, Record):
             raise EditError(

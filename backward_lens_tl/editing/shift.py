@@ -73,7 +73,7 @@ class ForwardPassShift(EditMethod):
         ridge: Part of the mean variance that is added to `C`.
         prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
 
-    Example:
+    Examples:
         >>> import backward_lens_tl as blt
         >>> from backward_lens_tl.editing import EditRequest, ForwardPassShift
         >>> model = blt.load_facts_model()

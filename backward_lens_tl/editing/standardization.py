@@ -81,7 +81,7 @@ class PairStatistics(Saved):
         probe: Token ids of a short prompt, by which the model is known again.
         probe_inputs: What the first of the matrices reads at its last position.
 
-    Example:
+    Examples:
         >>> import backward_lens_tl as blt
         >>> model = blt.load_facts_model()
         >>> requests = [
@@ -135,6 +135,12 @@ class PairStatistics(Saved):
         Returns:
             `((x, delta) - mean) / (std + 1e-7)`, side by side; 0 at coordinates that were the same
             in all requests, about whose scale nothing is known.
+
+        Examples:
+            >>> own = capture["W_out", 7]
+            >>> pairs = statistics.standardized(("W_out", 7), own.inputs, own.vjps)
+            >>> pairs.shape  # [batch, pos, d_in + d_out]
+            torch.Size([1, 6, 640])
         """
         at = self.places.index((place[0], place[1]))
         mean, std = (each[at].to(inputs.device, inputs.dtype) for each in (self.mean, self.std))
@@ -152,6 +158,11 @@ class PairStatistics(Saved):
 
         Returns:
             What belongs to `x` and what to `delta`.
+
+        Examples:
+            >>> inputs, vjps = statistics.split(("W_out", 7), torch.zeros(6, 640))
+            >>> inputs.shape, vjps.shape
+            (torch.Size([6, 512]), torch.Size([6, 128]))
         """
         n = self.n_inputs[self.places.index((place[0], place[1]))]
         return pairs[..., :n], pairs[..., n:]
@@ -178,6 +189,16 @@ class PairStatistics(Saved):
 
         Raises:
             EditError: If the statistics are of other positions, or as for `sites`.
+
+        Examples:
+            >>> from backward_lens_tl.editing.requests import tokenize_request
+            >>> from backward_lens_tl.host import host_of
+            >>> host = host_of(model)
+            >>> tokenized = [tokenize_request(host, request, None)]
+            >>> for pairs in statistics.standardized_pairs(host, tokenized, "all"):
+            ...     pairs.matrix, pairs.layer, pairs.inputs.shape
+            ('W_in', 7, torch.Size([1, 128]))
+            ('W_out', 7, torch.Size([1, 512]))
         """
         self.check_positions(positions)
         sites = self.sites(host, matrices, layers)
@@ -204,6 +225,11 @@ class PairStatistics(Saved):
 
         Raises:
             EditError: If it is another model, it lacks a matrix, or there are no statistics of one.
+
+        Examples:
+            >>> from backward_lens_tl.host import host_of
+            >>> [(site.matrix, site.layer) for site in statistics.sites(host_of(model), "W_out")]
+            [('W_out', 7)]
         """
         self.check(host)
         names = dict.fromkeys(name for name, _ in self.places) if matrices is None else matrices
@@ -233,6 +259,10 @@ class PairStatistics(Saved):
 
         Raises:
             EditError: If the matrix reads something else there, or the model lacks it.
+
+        Examples:
+            >>> from backward_lens_tl.host import host_of
+            >>> statistics.check(host_of(model))  # raises if they are another model's
         """
         [site] = mlp_sites(host, *self.places[0])
         if not any(token >= host.d_vocab for token in self.probe):
@@ -253,6 +283,11 @@ class PairStatistics(Saved):
 
         Raises:
             EditError: If they are others.
+
+        Examples:
+            >>> statistics.positions
+            'all'
+            >>> statistics.check_positions("all")  # raises for others
         """
         if self.positions != positions:
             raise EditError(
@@ -292,6 +327,15 @@ def pair_statistics(
 
     Raises:
         EditError: If there are fewer than two pairs, or a request, matrix or layer is not usable.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> records = blt.read_records("facts").rows[:3]
+        >>> requests = [blt.editing.EditRequest.of(record) for record in records]
+        >>> statistics = blt.editing.pair_statistics(model, requests, layers=[-1], progress=False)
+        >>> statistics.places, statistics.n_requests
+        ((('W_in', 7), ('W_out', 7)), 3)
     """
     host = host_of(model)
     check_choice("positions", positions, ("all", "answer"), EditError)

@@ -68,7 +68,7 @@ class GradientStep(EditMethod):
         layers: Layers, negative ones from the end; `None` for all.
         prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
 
-    Example:
+    Examples:
         >>> import backward_lens_tl as blt
         >>> from backward_lens_tl.editing.requests import EditRequest
         >>> model = blt.load_facts_model()

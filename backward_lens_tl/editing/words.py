@@ -80,7 +80,7 @@ def delta_words(
         EditError: If the edit is of another model, or `components` or `most` is not usable.
         InputError: If another argument is not usable.
 
-    Example:
+    Examples:
         >>> import backward_lens_tl as blt
         >>> from backward_lens_tl.editing.requests import EditRequest
         >>> from backward_lens_tl.editing.steps import GradientStep
@@ -148,6 +148,18 @@ def compare_words(
     Raises:
         EditError: If there is no edit, one is of another model, or they change different matrices.
         InputError: If another argument is not usable.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> request = blt.editing.EditRequest("Lionel Messi plays for", " Paris")
+        >>> steps = {
+        ...     name: blt.editing.GradientStep(name, lr=1e-2, layers=6)(model, request)
+        ...     for name in ("sgd", "adam", "muon")
+        ... }
+        >>> words = blt.editing.compare_words(model, steps, target=" Paris", k=1)
+        >>> words[["edit", "rank", "answer_target_rank"]].values.tolist()
+        [['sgd', 6, 0], ['adam', 128, 0], ['muon', 6, 0]]
     """
     import pandas as pd
 

@@ -64,7 +64,7 @@ class EvaluationConfig:
     Raises:
         EvaluationError: If a value is not usable.
 
-    Example:
+    Examples:
         >>> EvaluationConfig(rows=range(3)).rows
         (0, 1, 2)
     """
@@ -110,7 +110,15 @@ class EvaluationConfig:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON holds them."""
+        """The settings as JSON holds them.
+
+        Returns:
+            Every attribute by name.
+
+        Examples:
+            >>> blt.EvaluationConfig(records=10).to_json()["records"]
+            10
+        """
         return asdict(self)
 
     @classmethod
@@ -125,6 +133,10 @@ class EvaluationConfig:
 
         Raises:
             EvaluationError: If there is no such setting.
+
+        Examples:
+            >>> blt.EvaluationConfig.from_json({"records": 10, "denominator": "n-1"}).denominator
+            'n-1'
         """
         check_settings(settings, [field.name for field in fields(cls)], EvaluationError)
         return cls(**settings)

@@ -27,9 +27,14 @@ class Evaluation(PartsFolder):
         run: What `run.json` holds: settings, methods, versions, command, the texts of perplexity,
             fingerprints of model and data.
 
-    Example:
-        >>> found = Evaluation.load("facts-edits")  # doctest: +SKIP
-        >>> print(found.to_markdown())  # doctest: +SKIP
+    Examples:
+        >>> import tempfile
+        >>> import backward_lens_tl as blt
+        >>> model, out = blt.load_facts_model(), tempfile.mkdtemp()
+        >>> config = blt.EvaluationConfig(records=1, neighbors=1, generation_length=0, n_texts=0)
+        >>> evaluation = blt.evaluate(model, {}, "facts", out, config, progress=False)
+        >>> blt.Evaluation.load(out).is_complete  # later, without model or data
+        True
     """
 
     KIND = "evaluation"
@@ -49,21 +54,50 @@ class Evaluation(PartsFolder):
 
         Returns:
             The rows of all finished parts: the unedited model (`"none"`), then method by method.
+
+        Examples:
+            >>> evaluation.edits()[["method", "record", "efficacy"]].values.tolist()
+            [['none', 0, 0.0], ['none', 1, 0.0], ['shift', 0, 1.0], ['shift', 1, 1.0]]
         """
         return self._table("edits").merge(
             self._table("costs"), on=["method", "block"], how="left", validate="many_to_one"
         )
 
     def prompts(self) -> pd.DataFrame:
-        """One row per method, record and prompt, with the scores of both answers."""
+        """One row per method, record and prompt, with the scores of both answers.
+
+        Returns:
+            The rows of all finished parts.
+
+        Examples:
+            >>> asked = evaluation.prompts().query("record == 0 and kind == 'rewrite'")
+            >>> asked[["method", "answer"]].values.tolist()
+            [['none', ' Germany'], ['shift', ' Spain']]
+        """
         return self._table("prompts")
 
     def generations(self) -> pd.DataFrame:
-        """One row per method, record and generation prompt, with the text."""
+        """One row per method, record and generation prompt, with the text.
+
+        Returns:
+            The rows of all finished parts.
+
+        Examples:
+            >>> list(evaluation.generations().columns)
+            ['method', 'record', 'index', 'prompt', 'text', 'ngram_entropy']
+        """
         return self._table("generations")
 
     def rejects(self) -> pd.DataFrame:
-        """One row per row of the data that was not evaluated, with the reason."""
+        """One row per row of the data that was not evaluated, with the reason.
+
+        Returns:
+            The rows of all finished parts.
+
+        Examples:
+            >>> len(evaluation.rejects())
+            0
+        """
         return self._table("rejects")
 
     def summary(self) -> pd.DataFrame:
@@ -75,12 +109,24 @@ class Evaluation(PartsFolder):
             records (`_std`), and a 95 % bootstrap interval (`_low`, `_high`). Rates, magnitudes and
             n-gram entropy are times 100, memory is in MiB. `score` is the harmonic mean of the
             three success rates.
+
+        Examples:
+            >>> evaluation.summary()[["method", "records", "efficacy"]].values.tolist()
+            [['none', 2, 0.0], ['shift', 2, 100.0]]
         """
         config = self.config
         return summarize(self.edits(), seed=config.seed, resamples=config.resamples)
 
     def to_markdown(self) -> str:
-        """The summary as a table in Markdown, standard deviations in brackets."""
+        """The summary as a table in Markdown, standard deviations in brackets.
+
+        Returns:
+            The table.
+
+        Examples:
+            >>> [line.split("|")[1].strip() for line in evaluation.to_markdown().splitlines()]
+            ['Method', '------', 'none', 'shift']
+        """
         return to_markdown(shown_table(self.summary()))
 
     def _repr_html_(self) -> str:

@@ -111,7 +111,7 @@ def ngram_entropy(text: str) -> float:
     Returns:
         Bits; 0 for a text that repeats itself throughout, or has at most two words.
 
-    Example:
+    Examples:
         >>> round(ngram_entropy("a b a b a b"), 2)
         0.99
     """

@@ -157,7 +157,7 @@ def _directions(
     """The step on each layer at rate 1."""
     if step == "shift":
         for layer in layers:
-            shift = ForwardPassShift(layer=layer, size=1, prepend_bos=prepend_bos)
+            shift = ForwardPassShift(layer=layer, size=1.0, prepend_bos=prepend_bos)
             yield from shift(model, request)
     else:
         optimizer = _OPTIMIZERS[step]

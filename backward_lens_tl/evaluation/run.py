@@ -63,7 +63,7 @@ def evaluate(
             the data is chosen.
         ModelStateError: If the model is not afterwards what it was before.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import backward_lens_tl as blt
         >>> model, out = blt.load_facts_model(), tempfile.mkdtemp()

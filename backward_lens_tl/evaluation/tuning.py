@@ -77,7 +77,7 @@ def search(
     Raises:
         EvaluationError: If there is no candidate, or no row.
 
-    Example:
+    Examples:
         >>> import backward_lens_tl as blt
         >>> from backward_lens_tl.editing import ForwardPassShift
         >>> candidates = {

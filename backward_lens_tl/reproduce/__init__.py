@@ -75,7 +75,7 @@ def reproduce(
         UnsupportedModelError: If the only experiment cannot be measured on this model.
         SweepError: If the folder holds the sweep of something else.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> found = reproduce("fig4", out=tempfile.mkdtemp(), prompts=5, progress=False)
         >>> found["fig4"].verdict

@@ -62,7 +62,7 @@ def sweep(
     Raises:
         SweepError: If the folder holds another sweep, or no row of the data is chosen.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import backward_lens_tl as blt
         >>> model, out = blt.load_facts_model(), tempfile.mkdtemp()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from backward_lens_tl.errors import BackwardLensError
+from backward_lens_tl.errors import BackwardLensError, one_line
 from backward_lens_tl.sweep.command import add_arguments, run
 
 
@@ -20,7 +20,7 @@ def main() -> int:
     try:
         run(parser.parse_args())
     except (BackwardLensError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return 2
     return 0
 

@@ -54,7 +54,7 @@ class SweepConfig:
     Raises:
         SweepError: If a value is not usable.
 
-    Example:
+    Examples:
         >>> SweepConfig(matrices="mlp", k=3).matrices
         ('mlp',)
     """
@@ -110,6 +110,10 @@ class SweepConfig:
 
         Returns:
             The names; none if the table is left out.
+
+        Examples:
+            >>> blt.SweepConfig(position_columns=["norm"]).columns("positions")
+            ('prompt', 'matrix', 'layer', 'position', 'token', 'segment', 'projection', 'norm')
         """
         schema, asked = TABLES[table], self._asked(table)
         if asked is None:
@@ -119,14 +123,34 @@ class SweepConfig:
         return tuple(column.name for column in schema if column.is_key or column.name in asked)
 
     def measures(self, column: str) -> bool:
-        """Whether a column of the table of positions is asked for."""
+        """Whether a column of the table of positions is asked for.
+
+        Args:
+            column: Its name.
+
+        Returns:
+            Whether it is.
+
+        Examples:
+            >>> config = blt.SweepConfig(position_columns=["norm"])
+            >>> config.measures("norm"), config.measures("entropy")
+            (True, False)
+        """
         return column in self.columns("positions")
 
     def _asked(self, table: str) -> str | Sequence[str] | None:
         return {"positions": self.position_columns, "gradients": self.gradient_columns}.get(table)
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON holds them."""
+        """The settings as JSON holds them.
+
+        Returns:
+            Every attribute by name.
+
+        Examples:
+            >>> blt.SweepConfig(matrices="mlp", k=3).to_json()["matrices"]
+            ('mlp',)
+        """
         return asdict(self)
 
     @classmethod
@@ -141,6 +165,10 @@ class SweepConfig:
 
         Raises:
             SweepError: If there is no such setting.
+
+        Examples:
+            >>> blt.SweepConfig.from_json({"matrices": "mlp", "k": 3}).k
+            3
         """
         check_settings(settings, [field.name for field in fields(cls)], SweepError)
         return cls(**settings)
@@ -157,6 +185,10 @@ class SweepConfig:
 
         Raises:
             SweepError: If the file cannot be read.
+
+        Examples:
+            >>> blt.SweepConfig.load(sweep.folder / "run.json").prompts  # as in that sweep
+            20
         """
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))

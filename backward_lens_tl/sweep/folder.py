@@ -26,9 +26,14 @@ class Sweep(PartsFolder):
         folder: Where it is.
         run: What `run.json` holds: settings, versions, command, fingerprints of model and data.
 
-    Example:
-        >>> sweep = Sweep.load("facts-sweep")  # doctest: +SKIP
-        >>> sweep.positions(["norm"]).groupby("layer").norm.mean()  # doctest: +SKIP
+    Examples:
+        >>> import tempfile
+        >>> import backward_lens_tl as blt
+        >>> model, out = blt.load_facts_model(), tempfile.mkdtemp()
+        >>> sweep = blt.sweep(model, "facts", out, blt.SweepConfig(prompts=5), progress=False)
+        >>> again = blt.Sweep.load(out)  # later, without model or data
+        >>> again.is_complete, len(again.prompts())
+        (True, 5)
     """
 
     KIND = "sweep"
@@ -47,11 +52,28 @@ class Sweep(PartsFolder):
         return self.config.columns(table)
 
     def prompts(self) -> pd.DataFrame:
-        """One row per prompt that was analysed, in the order of the data."""
+        """One row per prompt that was analysed, in the order of the data.
+
+        Returns:
+            The rows of all finished parts.
+
+        Examples:
+            >>> sweep.prompts()[["text", "target", "answer"]].head(2).values.tolist()
+            [['Chet Baker made records of', ' rock', ' jazz'], ['Edouard Manet made a career in',
+            ' mathematics', ' painting']]
+        """
         return self._table("prompts")
 
     def rejects(self) -> pd.DataFrame:
-        """One row per row of the data that was not analysed, with the reason."""
+        """One row per row of the data that was not analysed, with the reason.
+
+        Returns:
+            The rows of all finished parts.
+
+        Examples:
+            >>> len(sweep.rejects())
+            0
+        """
         return self._table("rejects")
 
     def gradients(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
@@ -65,6 +87,11 @@ class Sweep(PartsFolder):
 
         Raises:
             SweepError: If the sweep has no such table or column.
+
+        Examples:
+            >>> gradients = sweep.gradients(["rank"])
+            >>> gradients.groupby("layer")["rank"].max().tolist()  # of the longest prompt
+            [14, 14, 14, 14, 14, 14, 14, 1]
         """
         return self._table("gradients", columns)
 
@@ -79,6 +106,11 @@ class Sweep(PartsFolder):
 
         Raises:
             SweepError: If the sweep has no such table or column.
+
+        Examples:
+            >>> positions = sweep.positions(["is_zero"])
+            >>> positions.groupby("layer")["is_zero"].any().tolist()
+            [False, False, False, False, False, False, False, True]
         """
         return self._table("positions", columns)
 

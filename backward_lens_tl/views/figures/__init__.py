@@ -1,27 +1,32 @@
 """The paper's figures, of a result or of a table that an analysis made of thousands of prompts.
 
-Each function takes its numbers from a table of the result or of `backward_lens_tl.analysis` and
-returns a figure that nothing has shown: plotly's by default, matplotlib's with
-`backend="matplotlib"`.
+Each function takes its numbers from a table of the result or of `backward_lens_tl.analysis`
+(`layer_maps` from tensors) and returns a figure that nothing has shown: plotly's by default,
+matplotlib's with `backend="matplotlib"`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
 
 from backward_lens_tl.analysis import by_segment
 from backward_lens_tl.analysis.tables import checked_table
-from backward_lens_tl.arguments import check_choice, listed, shown
+from backward_lens_tl.arguments import check_choice, listed, plain, shown
 from backward_lens_tl.errors import EvaluationError, InputError
 from backward_lens_tl.evaluation import Evaluation
 from backward_lens_tl.result import BackwardLensResult, check_result
 from backward_lens_tl.segments import Subject
 from backward_lens_tl.views.appearance import running_text
 from backward_lens_tl.views.figures import draw_matplotlib, draw_plotly
-from backward_lens_tl.views.figures.charts import Colors, Grid, Heatmap, Lines
+from backward_lens_tl.views.figures.charts import Colors, Grid, Heatmap, Lines, floats
 from backward_lens_tl.views.figures.curves import CURVE_METRICS, metric_charts, rate_charts
 from backward_lens_tl.views.figures.plots import (
+    layer_map,
     norm_map,
     overlap_map,
     rank_charts,
@@ -38,8 +43,26 @@ from backward_lens_tl.views.figures.plots import (
 if TYPE_CHECKING:
     import pandas as pd
 
+__all__ = [
+    "compare",
+    "edit_curves",
+    "edit_scores",
+    "gradient_ranks",
+    "layer_maps",
+    "least_rates",
+    "neuron_overlap",
+    "neuron_similarity",
+    "norms",
+    "norms_by_segment",
+    "ranks_by_segment",
+    "singular_values",
+    "step_changes",
+    "target_ranks",
+]
+
 Backend = Literal["plotly", "matplotlib"]
 Scale = Literal["log", "linear"]
+_Rows = tuple[tuple[float, ...], ...]
 
 _NORM = "norm of δ_i"
 _GRADIENT_COLUMNS = ("prompt", "matrix", "layer", "n_tokens", "rank")
@@ -97,6 +120,14 @@ def norms(
 
     Raises:
         InputError: If there is no such result, matrix, prompt, scale or backend.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> figure = blt.figures.norms(result)
+        >>> figure.layout.title.text
+        'W_out: how strongly each position writes → “Paris”'
     """
     _check(result, backend, scale)
     table = result.to_df(matrix=matrix, batch=batch)
@@ -133,6 +164,15 @@ def compare(
     Raises:
         InputError: If there is no such result, matrix, prompt, scale or backend, or there are not
             two prompts and two names.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> prompts = ["Lionel Messi plays for", "The capital of France is"]
+        >>> result = blt.backward_lens(model, prompts, " Rome")
+        >>> figure = blt.figures.compare(result, result, batch=(0, 1))
+        >>> [heatmap.type for heatmap in figure.data]
+        ['heatmap', 'heatmap']
     """
     _check(one, backend, scale)
     check_result(other)
@@ -148,6 +188,68 @@ def compare(
         )
     )
     return _drawn(backend, f"{matrix}: how strongly each position writes", *maps)
+
+
+def layer_maps(
+    maps: Mapping[str, Float[Tensor, "layer pos"]],
+    labels: Sequence[str],
+    units: str | Sequence[str],
+    *,
+    columns: str = "token",
+    rows: str = "layer",
+    title: str = "",
+    backend: Backend = "plotly",
+) -> Any:
+    """Any numbers by layer and position, a map above the other, so that their columns line up.
+
+    For what other tools measure at the places that the lens speaks of: the tensors of
+    `transformer_lens.patching`, say, beside attributions and norms. Heads may take the place of
+    positions or of layers.
+
+    Args:
+        maps: What each map is called, and its numbers; row 0 is layer 0.
+        labels: Text of each column: tokens, as in `GradientCapture.str_tokens`, or names of heads.
+        units: What the numbers are: one text for all maps, or one for each. Maps of one unit share
+            a scale of colours, from 0, or the same to both sides of it if a number is negative.
+        columns: What the columns are.
+        rows: What the rows are.
+        title: What the figure shows.
+        backend: `"plotly"` or `"matplotlib"`.
+
+    Returns:
+        A heatmap per map, the first one on top, each with the last layer on top; blank where a
+        number is NaN.
+
+    Raises:
+        InputError: If there is no such backend or no map, something is no map of these columns or
+            has infinite numbers, or there are neither one nor as many units as maps.
+
+    Examples:
+        >>> import torch
+        >>> measured = torch.tensor([[0.5, -1.0], [0.0, 0.25]])
+        >>> maps = {"measured": measured, "predicted": 2 * measured}
+        >>> figure = layer_maps(maps, ["Rome", " is"], "change of the loss, in nats")
+        >>> figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax  # of both maps
+        (-2.0, 2.0)
+    """
+    _check_drawing(backend)
+    texts = [str(label) for label in listed(labels)]
+    by_name = _map_rows(maps, len(texts))
+    given = listed(units)
+    named = given * len(by_name) if len(given) == 1 else given
+    if len(named) != len(by_name):
+        raise InputError(
+            f"units is {shown(units)}; pass one for all {len(by_name)} maps, or one each"
+        )
+    numbers: dict[str, list[float]] = {}
+    for unit, values in zip(named, by_name.values(), strict=True):
+        numbers.setdefault(unit, []).extend(chain.from_iterable(values))
+    colors = {unit: Colors.of_values(values, str(unit)) for unit, values in numbers.items()}
+    charts = (
+        layer_map(values, texts, (columns, rows), colors[unit], running_text(name))
+        for unit, (name, values) in zip(named, by_name.items(), strict=True)
+    )
+    return _drawn(backend, title, *charts, is_stacked=True)
 
 
 def norms_by_segment(
@@ -177,6 +279,15 @@ def norms_by_segment(
     Raises:
         InputError: If there is no such source, matrix, scale or backend, or a prompt lacks its
             subject.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> figure = blt.figures.norms_by_segment(result, subject="Lionel Messi")
+        >>> [line.name for line in figure.data]
+        ['before subject', 'first subject token', 'middle subject tokens', 'last subject token',
+        'after subject', 'last token']
     """
     _check_drawing(backend, scale)
     check_choice("of", of, ("vjp", "input"))
@@ -223,6 +334,14 @@ def ranks_by_segment(
     Raises:
         InputError: If there is no such source, matrix, projection, scale or backend, a prompt lacks
             its subject, or there is no rank of the token.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> figure = blt.figures.ranks_by_segment(result, subject="Lionel Messi")
+        >>> figure.layout.title.text
+        'W_out: rank of the target by segment, 1 prompt, logit_lens'
     """
     _check_drawing(backend, scale)
     check_choice("of", of, ("target", "answer"))
@@ -264,6 +383,14 @@ def target_ranks(
 
     Raises:
         InputError: If there is no target, or no such result, matrix, prompt, scale or backend.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> figure = blt.figures.target_ranks(result)
+        >>> [line.name for line in figure.data]
+        ['0: &lt;|endoftext|&gt;', '1: Li', '2: onel', '3: Messi', '4: plays', '5: for']
     """
     _check(result, backend, scale)
     table = result.to_df(matrix=matrix, batch=batch)
@@ -296,6 +423,14 @@ def gradient_ranks(
 
     Raises:
         InputError: If there is no such source, matrix or backend.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> figure = blt.figures.gradient_ranks(result, matrices="W_out")
+        >>> [line.name for line in figure.data]
+        ['rank = n', 'layers 0–6', 'layer 7']
     """
     import pandas as pd
 
@@ -338,6 +473,14 @@ def singular_values(
     Raises:
         InputError: If there is no such result, matrix, prompt or backend, or heads or experts have
             factors of their own.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> figure = blt.figures.singular_values(result)
+        >>> [len(line.y) for line in figure.data]
+        [6, 6, 6, 6, 6, 6, 6, 1]
     """
     _check(result, backend)
     result.readout(matrix)
@@ -376,6 +519,14 @@ def neuron_similarity(
     Raises:
         InputError: If there is no such result, matrix, layer, prompt or backend, or heads or
             experts have factors of their own.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> figure = blt.figures.neuron_similarity(result, "W_out", layer=6)
+        >>> figure.layout.title.text
+        'W_out of layer 6: neurons of the gradient and the δ_i that span it'
     """
     _check(result, backend)
     chart = similarity_map(result.neuron_df(matrix, layer, batch))
@@ -407,6 +558,15 @@ def neuron_overlap(
 
     Raises:
         InputError: If it is no such table, or there is no such backend.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> table = blt.analysis.neuron_overlap(model, result, "W_out", layer=6, k=10)
+        >>> figure = blt.figures.neuron_overlap(table, "W_out", layer=6)
+        >>> [title.text for title in figure.layout.annotations]
+        ['Overlap of the top tokens', 'Cosine similarity']
     """
     _check_drawing(backend)
     checked_table(table, _NEURON_COLUMNS, "what analysis.neuron_overlap returned")
@@ -438,6 +598,14 @@ def step_changes(
 
     Raises:
         InputError: If it is no such table, or there is no such scale or backend.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> table = blt.analysis.step_changes(model, "Lionel Messi plays for", " Paris", layers=6)
+        >>> figure = blt.figures.step_changes(table)
+        >>> [points.name for points in figure.data]
+        ['predicted = measured', 'W_in', 'W_out']
     """
     _check_drawing(backend, scale)
     checked_table(table, _STEP_COLUMNS, "what analysis.step_changes returned")
@@ -461,6 +629,16 @@ def edit_scores(evaluation: Evaluation, *, backend: Backend = "plotly") -> Any:
     Raises:
         EvaluationError: If it is no evaluation, or nothing of it is written yet.
         InputError: If there is no such backend.
+
+    Examples:
+        >>> import tempfile
+        >>> import backward_lens_tl as blt
+        >>> model, out = blt.load_facts_model(), tempfile.mkdtemp()
+        >>> config = blt.EvaluationConfig(records=1, neighbors=1, generation_length=0, n_texts=0)
+        >>> evaluation = blt.evaluate(model, {}, "facts", out, config, progress=False)
+        >>> figure = blt.figures.edit_scores(evaluation)
+        >>> [title.text for title in figure.layout.annotations]
+        ['The wanted answer leads (paper)', 'The wanted answer is the likelier one (ROME)']
     """
     _check_drawing(backend)
     if not isinstance(evaluation, Evaluation):
@@ -500,6 +678,17 @@ def least_rates(table: pd.DataFrame, *, backend: Backend = "plotly") -> Any:
 
     Raises:
         InputError: If it is no such table, or there is no such backend.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> from backward_lens_tl.evaluation import least_rates, least_rates_by_layer
+        >>> model = blt.load_facts_model()
+        >>> request = blt.editing.EditRequest("Lionel Messi plays for", " Paris")
+        >>> config = blt.EvaluationConfig(n_texts=0)  # no perplexity
+        >>> rates = least_rates(model, request, steps=["sgd"], config=config, progress=False)
+        >>> figure = blt.figures.least_rates(least_rates_by_layer(rates, unedited=float("nan")))
+        >>> figure.layout.title.text
+        'Least learning rate of an edit in one step, 1 prompt'
     """
     _check_drawing(backend)
     checked_table(table, _RATE_COLUMNS, "what evaluation.least_rates_by_layer returned")
@@ -524,6 +713,21 @@ def edit_curves(
 
     Raises:
         InputError: If it is no such table, or there is no such backend.
+
+    Examples:
+        >>> import tempfile
+        >>> import backward_lens_tl as blt
+        >>> model, out = blt.load_facts_model(), tempfile.mkdtemp()
+        >>> methods = {
+        ...     f"shift in layer {layer}": blt.editing.ForwardPassShift(layer=layer, size=0.5)
+        ...     for layer in (6, 7)
+        ... }
+        >>> config = blt.EvaluationConfig(records=1, neighbors=1, generation_length=0, n_texts=0)
+        >>> found = blt.evaluate(model, methods, "facts", out, config, progress=False)
+        >>> table = found.summary()[1:].assign(method="shift", layer=[6, 7])  # without "none"
+        >>> figure = blt.figures.edit_curves(table, along="layer")
+        >>> figure.layout.title.text, [line.name for line in figure.data]
+        ('Edits by layer', ['shift', 'shift', 'shift'])
     """
     _check_drawing(backend)
     columns = ("method", along, *CURVE_METRICS)
@@ -613,6 +817,33 @@ def _norm_map(
     result: BackwardLensResult, batch: int, table: pd.DataFrame, colors: Colors, title: str = ""
 ) -> Heatmap:
     return norm_map(table, colors, len(result.gradients.str_tokens[batch]), title)
+
+
+def _map_rows(maps: object, width: int) -> dict[str, _Rows]:
+    """The rows of each map, by what it is called."""
+    if not isinstance(maps, Mapping) or not maps:
+        found = "an empty" if isinstance(maps, Mapping) else "a"
+        raise InputError(
+            f"maps is {found} {type(maps).__name__}; pass a dict of tensors [layer, pos] by what "
+            "they are called"
+        )
+    return {str(name): _checked_rows(str(name), values, width) for name, values in maps.items()}
+
+
+def _checked_rows(name: str, values: object, width: int) -> _Rows:
+    found = f"a {type(values).__name__}"
+    if isinstance(values, Tensor):
+        found = f"of shape {list(values.shape)}"
+    if not isinstance(values, Tensor) or values.ndim != 2 or values.shape[1] != width:
+        raise InputError(
+            f"map {name!r} is {found}; pass a tensor [layer, pos] with a column for each of the "
+            f"{width} labels"
+        )
+    if not values.numel() or bool(values.isinf().any()):
+        raise InputError(
+            f"map {name!r} {found} is empty or has infinite numbers; NaN is left blank"
+        )
+    return tuple(map(floats, plain(values)))
 
 
 def _two(name: str, values: object) -> list[Any]:

@@ -77,6 +77,23 @@ class Colors:
         low = span.low if span.low < span.high else span.high / 10
         return cls(low, span.high, SEQUENTIAL, title, True, _decades(low, span.high))
 
+    @classmethod
+    def of_values(cls, values: Iterable[float], title: str) -> Colors:
+        """The linear scale of some numbers: from 0, or equal to both sides of it if one is below.
+
+        Args:
+            values: The numbers; NaN does not count.
+            title: What they are.
+
+        Returns:
+            The scale.
+        """
+        counted = [value for value in values if not math.isnan(value)]
+        largest = max(map(abs, counted), default=0.0) or 1.0
+        if min(counted, default=0.0) < 0:
+            return cls(-largest, largest, DIVERGING, title)
+        return cls(0.0, largest, SEQUENTIAL, title)
+
     def at(self, value: int) -> str:
         """The colour of one of a linear scale's numbers."""
         width = self.high - self.low

@@ -66,20 +66,55 @@ def norm_map(table: pd.DataFrame, colors: Colors, n_tokens: int, title: str = ""
     """
     norms = _grid(table.assign(norm=table["norm"].mask(table["is_zero"].astype(bool))), "norm")
     tokens, layers = _tokens(table), norms.index.tolist()
-    values = _rows(norms)
-    hover = tuple(
-        tuple(
-            f"{tokens[position]} at {position}, layer {layer}\nnorm {number(norm)}"
-            for position, norm in zip(tokens, row, strict=True)
-        )
-        for layer, row in zip(layers, values, strict=True)
-    )
+    values, said = _rows(norms), [f"{token} at {position}" for position, token in tokens.items()]
+    hover = _hover(values, said, [f"layer {layer}" for layer in layers], "norm ")
     if len(tokens) == n_tokens:
         columns = Axis("token", tuple(map(_label, tokens.values())))
     else:
         labels = (f"{_label(token)} ({position})" for position, token in tokens.items())
         columns = Axis("token (position)", tuple(labels))
     return Heatmap(values, hover, columns, Axis("layer", tuple(map(str, layers))), colors, title)
+
+
+def layer_map(
+    values: tuple[tuple[float, ...], ...],
+    labels: Sequence[str],
+    axes: tuple[str, str],
+    colors: Colors,
+    title: str,
+) -> Heatmap:
+    """Any numbers by layer and position, or by layer and whatever else has a label.
+
+    Args:
+        values: A row per layer, from layer 0.
+        labels: Text of each column.
+        axes: What the columns are, and what the rows are.
+        colors: From values to colours.
+        title: What the chart shows.
+
+    Returns:
+        A row per layer, a column per label; NaN is left blank.
+    """
+    texts, (columns, rows) = [_visible(label) for label in labels], axes
+    said = [f"{text} at {place}" for place, text in enumerate(texts)]
+    hover = _hover(values, said, [f"{rows} {index}" for index in range(len(values))])
+    across = Axis(columns, tuple(map(_label, texts)))
+    return Heatmap(
+        values, hover, across, Axis(rows, tuple(map(str, range(len(values))))), colors, title
+    )
+
+
+def _hover(
+    values: Sequence[Sequence[float]], columns: Sequence[str], rows: Sequence[str], what: str = ""
+) -> tuple[tuple[str, ...], ...]:
+    """What is said of each cell: its column and row, and below them its number."""
+    return tuple(
+        tuple(
+            f"{column}, {row}\n{what}{number(value)}"
+            for column, value in zip(columns, numbers, strict=True)
+        )
+        for row, numbers in zip(rows, values, strict=True)
+    )
 
 
 def target_lines(table: pd.DataFrame, *, is_log: bool) -> Lines:
@@ -440,9 +475,12 @@ def _grid(table: pd.DataFrame, column: str) -> pd.DataFrame:
 def _tokens(table: pd.DataFrame) -> dict[int, str]:
     """The visible text of the token at each position."""
     once = table.drop_duplicates("position").sort_values("position")
-    # A token of spaces alone would be invisible.
-    texts = (running_text(token).strip() or "␣" for token in once["token"])
-    return dict(zip(once["position"].tolist(), texts, strict=True))
+    return dict(zip(once["position"].tolist(), map(_visible, once["token"]), strict=True))
+
+
+def _visible(token: str) -> str:
+    """A token as a label; one of spaces alone would be invisible."""
+    return running_text(token).strip() or "␣"
 
 
 def _label(token: str) -> str:

@@ -47,8 +47,9 @@ def panel(result: BackwardLensResult, matrix: MatrixName, grid: Grid) -> str:
     )
     return (
         f'<figure data-matrix="{matrix}"><figcaption><strong>{matrix}</strong> {title}</figcaption>'
-        f'<div class="scroll" data-lm-suppress-shortcuts="true"><table><caption>{matrix}, {title}: '
-        "one token for each layer, the last layer first, and each token of the prompt</caption>"
+        '<div class="scroll" data-lm-suppress-shortcuts="true"><table class="cells">'
+        f"<caption>{matrix}, {title}: one token for each layer, the last layer first, and each "
+        "token of the prompt</caption>"
         f'<thead><tr><th scope="col"><small>layer</small></th>{head}</tr></thead>'
         f"<tbody>{''.join(_row(row, scale) for row in rows)}</tbody></table></div>"
         f"{_legend('log', scale_ends(scale))}{_legend('lin', linear_scale_ends(scale))}"

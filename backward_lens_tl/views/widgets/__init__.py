@@ -28,6 +28,15 @@ from backward_lens_tl.views.widgets.ranking import (
 )
 from backward_lens_tl.views.widgets.scales import number_below, power_for_decimals
 
+__all__ = [
+    "javascript",
+    "norms",
+    "page",
+    "quantities",
+    "reversed_attention",
+    "top_tokens",
+]
+
 # Okabe and Ito's blue and vermilion, apart for every kind of colour blindness.
 _POSITIVE, _NEGATIVE = "#0072b2", "#d55e00"
 
@@ -56,6 +65,13 @@ def norms(result: BackwardLensResult, matrix: str = "W_out", batch: int = 0) -> 
     Raises:
         InputError: If there is no such result, or the matrix or the prompt is not in it.
         WidgetError: If the installed circuitsvis is not as known.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> blt.widgets.norms(result)
+        <ColoredTokensMulti of CircuitsVis, shown in a notebook; str() is its HTML>
     """
     from circuitsvis.tokens import colored_tokens_multi
 
@@ -104,6 +120,13 @@ def top_tokens(
         InputError: If there is no such result, a matrix or the prompt is not in it, or no matrix is
             named.
         WidgetError: If the installed circuitsvis is not as known.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> blt.widgets.top_tokens(result, matrices="W_out")
+        <TopkTokens of CircuitsVis, shown in a notebook; str() is its HTML>
     """
     from circuitsvis.topk_tokens import topk_tokens
 
@@ -172,6 +195,13 @@ def quantities(result: BackwardLensResult, matrix: str = "W_out", batch: int = 0
     Raises:
         InputError: If there is no such result, or the matrix or the prompt is not in it.
         WidgetError: If the installed circuitsvis is not as known.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> blt.widgets.quantities(result)
+        <TextNeuronActivations of CircuitsVis, shown in a notebook; str() is its HTML>
     """
     from circuitsvis.activations import text_neuron_activations
 
@@ -220,6 +250,13 @@ def reversed_attention(result: BackwardLensResult, layer: int, batch: int = 0) -
         InputError: If there is no such result, layer or prompt, or no attention matrix of the layer
             was asked for.
         WidgetError: If the installed circuitsvis is not as known.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris", matrices="attn")
+        >>> blt.widgets.reversed_attention(result, layer=5)
+        <AttentionHeads of CircuitsVis, shown in a notebook; str() is its HTML>
     """
     from circuitsvis.attention import attention_heads
 
@@ -261,6 +298,15 @@ def page(*widgets: Widget, title: str = "Backward Lens") -> str:
     Raises:
         InputError: If there is no widget, or something is none.
         WidgetError: If the installed circuitsvis is not as known.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> widgets = [blt.widgets.norms(result), blt.widgets.quantities(result)]
+        >>> html = blt.widgets.page(*widgets, title="Messi")
+        >>> html.count("<section>"), "<h1>Messi</h1>" in html
+        (2, True)
     """
     return embedding.page(widgets, running_text(title))
 
@@ -270,6 +316,11 @@ def javascript() -> JavaScript:
 
     Returns:
         An object that a notebook shows; the widgets of that page come to life.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> blt.widgets.javascript()
+        JavaScript(CircuitsVis, shown in a notebook cell)
     """
     return JavaScript()
 

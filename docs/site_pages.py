@@ -1,0 +1,94 @@
+"""A hook of mkdocs: pages that lie outside `docs/`, and links between files as GitHub follows them.
+
+The same files are read on GitHub and on the site. Their links are relative to where they lie in the
+repository; here each becomes the address of the page on the site, or, where the site has no such
+page, of the file in the repository.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from posixpath import normpath, relpath
+from urllib.parse import urlsplit
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "backward_lens_tl/facts_model/MODEL_CARD.md": "facts_model.md",
+    "backward_lens_tl/facts_model/causal_tracing.png": "images/causal_tracing.png",
+}
+"""Files outside `docs/`, and where the site has them."""
+NOTEBOOKS = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("notebooks/*.ipynb"))]
+
+_SOURCES = {uri: path for path, uri in PAGES.items()} | {path: path for path in NOTEBOOKS}
+_FENCED = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"""(?P<before>\]\(|\b(?:href|src|srcset)=")(?P<target>[^)"\s]+)""")
+
+
+@event_priority(100)  # before mkdocs-jupyter looks for notebooks
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that lie outside `docs/`."""
+    for path, uri in PAGES.items():
+        files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
+    for path in NOTEBOOKS:
+        files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn a Markdown page's links; mkdocs itself then checks those within the site."""
+
+    def turned(link: re.Match[str]) -> str:
+        place = _place(link["target"], page, config)
+        if isinstance(place, tuple):
+            uri, anchor = place
+            place = relpath(uri, Path(page.file.src_uri).parent.as_posix()) + anchor
+        return link["before"] + place
+
+    parts, end = [], 0
+    for block in _FENCED.finditer(markdown):
+        parts += [_LINK.sub(turned, markdown[end : block.start()]), block[0]]
+        end = block.end()
+    return "".join([*parts, _LINK.sub(turned, markdown[end:])])
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn a notebook's links, which mkdocs-jupyter leaves as they are."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+
+    def turned(link: re.Match[str]) -> str:
+        place = _place(link["target"], page, config)
+        if isinstance(place, tuple):
+            uri, anchor = place
+            found = files.get_file_from_path(uri)
+            place = (found.url_relative_to(page.file) if found else uri) + anchor
+        return link["before"] + place
+
+    return _LINK.sub(turned, html)
+
+
+def _place(target: str, page: Page, config: MkDocsConfig) -> str | tuple[str, str]:
+    """Where a link leads: an address, or a file of the site and the anchor in it."""
+    parts = urlsplit(target)
+    if parts.scheme or parts.netloc or not parts.path:
+        return target
+    own = _SOURCES.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    path = normpath(f"{Path(own).parent.as_posix()}/{parts.path}")
+    anchor = f"#{parts.fragment}" if parts.fragment else ""
+    if path in PAGES or path in NOTEBOOKS:
+        return PAGES.get(path, path), anchor
+    if path.startswith("docs/") and not path.endswith((".py", ".json")):
+        return path.removeprefix("docs/"), anchor
+    if (ROOT / path).exists():
+        return f"{config.extra['repository']}/blob/main/{path}"
+    return target

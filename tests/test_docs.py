@@ -1,0 +1,208 @@
+"""The documentation's site builds without a warning, and everything in it leads somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import tomllib
+from browser import opened
+
+import backward_lens_tl
+from backward_lens_tl import analysis, cli, compat, editing, errors
+from backward_lens_tl.compat import errors as compat_errors
+from backward_lens_tl.views import figures, widgets
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+REPOSITORY = PROJECT["urls"]["Repository"]
+MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+AT = urlsplit(errors.DOCUMENTATION).path
+"""Where the site lies on its server."""
+BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+LOADED = {("script", "src"), ("img", "src"), ("source", "srcset"), ("iframe", "src")}
+"""What a page fetches by itself; a stylesheet's `link` is one more."""
+
+
+@dataclass
+class Links(HTMLParser):
+    """What a page of HTML points to, what it fetches, and what can be pointed to in it."""
+
+    targets: list[str] = field(default_factory=list)
+    fetched: list[str] = field(default_factory=list)
+    anchors: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        own = dict(attrs)
+        self.anchors |= {str(own[name]) for name in ("id", "name") if own.get(name)}
+        self.targets += [str(own[name]) for name in ("href", "src", "srcset") if own.get(name)]
+        self.fetched += [str(value) for name, value in attrs if (tag, name) in LOADED]
+        if tag == "link" and own.get("rel") in ("stylesheet", "preload", "preconnect"):
+            self.fetched.append(str(own.get("href")))
+
+
+def links_of(path: Path) -> Links:
+    links = Links()
+    links.feed(path.read_text(encoding="utf-8"))
+    return links
+
+
+def dead(folder: Path) -> list[str]:
+    """Links within a folder of HTML that lead to no file, or to no such place in it."""
+    pages = {path: links_of(path) for path in sorted(folder.rglob("*.html"))}
+    found = []
+    for path, links in pages.items():
+        for target in links.targets:
+            parts = urlsplit(target)
+            if parts.scheme or parts.netloc:
+                continue
+            # The page of unknown addresses is shown at any of them, so its links start at the root.
+            base = folder if parts.path.startswith(AT) else path.parent
+            place = (base / unquote(parts.path).removeprefix(AT)).resolve() if parts.path else path
+            place = place / "index.html" if place.is_dir() else place
+            is_there = place.is_file()
+            if is_there and parts.fragment and place in pages:
+                is_there = unquote(parts.fragment) in pages[place].anchors
+            if not is_there:
+                found.append(f"{path.relative_to(folder)}: {target}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as `make docs` does."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert "WARNING" not in built.stdout + built.stderr
+    return folder
+
+
+def test_every_link_within_the_site_leads_somewhere(site):
+    assert sum(len(links_of(page).targets) for page in site.rglob("*.html")) > 1000
+    assert dead(site) == []
+
+
+def test_links_that_lead_nowhere_are_found(tmp_path):
+    (tmp_path / "a.html").write_text(
+        '<h1 id="top"></h1><a href="b.html">1</a><a href="#top">2</a><a href="#no">3</a>'
+        '<a href="folder/">4</a><img src="no.png"><a href="https://elsewhere.org/x">5</a>'
+    )
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "index.html").write_text(
+        '<a href="../a.html#top">6</a><a href="/b">7</a>'
+    )
+    assert dead(tmp_path) == [
+        "a.html: b.html", "a.html: #no", "a.html: no.png", "folder/index.html: /b",
+    ]  # fmt: skip
+
+
+def test_no_page_fetches_anything_from_elsewhere(site):
+    fetched = {
+        target
+        for page in site.rglob("*.html")
+        for target in links_of(page).fetched
+        if urlsplit(target).netloc
+    }
+    assert fetched == {BADGE}
+
+
+def test_links_to_the_repository_lead_to_files_of_it(site):
+    prefix = f"{REPOSITORY}/blob/main/"
+    found = {
+        target.removeprefix(prefix)
+        for page in site.rglob("*.html")
+        for target in links_of(page).targets
+        if target.startswith(prefix)
+    }
+    assert found
+    assert {path for path in found if not (ROOT / path).is_file()} == set()
+
+
+@pytest.mark.parametrize(
+    "namespace",
+    [backward_lens_tl, editing, analysis, figures, widgets, compat],
+    ids=lambda namespace: namespace.__name__.removeprefix("backward_lens_tl."),
+)
+def test_every_public_name_is_in_the_reference(namespace, site):
+    modules = {"analysis", "editing", "figures", "widgets"}
+    anchors = set().union(*(links_of(page).anchors for page in site.glob("reference/*/*.html")))
+    names = {anchor.rpartition(".")[2] for anchor in anchors}
+    assert set(namespace.__all__) - names - modules == set()
+
+
+def subclasses(kind: type) -> set[type]:
+    return {kind}.union(*map(subclasses, kind.__subclasses__()))
+
+
+def test_every_error_leads_to_its_place_in_the_documentation(site):
+    public = {
+        kind
+        for kind in subclasses(errors.BackwardLensError)
+        if kind.__module__ in (errors.__name__, compat_errors.__name__)
+    }
+    assert len(public) > 10
+    assert PROJECT["urls"]["Documentation"] == errors.DOCUMENTATION
+    for kind in public:
+        page, _, anchor = kind().documentation.removeprefix(errors.DOCUMENTATION).partition("#")
+        assert anchor in links_of(site / page / "index.html").anchors, kind.__name__
+
+
+def test_snippets_are_where_they_are_run():
+    """`conftest.py` runs those of README and docs/*.md; elsewhere there are none."""
+    run = {ROOT / "README.md", *(ROOT / "docs").glob("*.md")}
+    elsewhere = [path for path in MARKDOWN if path not in run]
+    assert elsewhere
+    assert [path for path in elsewhere if "```python" in path.read_text(encoding="utf-8")] == []
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every call of the command in a block of shell, one line each."""
+    found = []
+    for path in MARKDOWN:
+        for block in re.findall(r"```(?:console|sh)\n(.*?)```", path.read_text("utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                call = re.search(r"(?:backward-lens|-m backward_lens_tl\.(?=sweep)) ?(.*)", line)
+                if call:
+                    found.append((path.name, call[1]))
+    return found
+
+
+@pytest.mark.parametrize(("page", "call"), commands())
+def test_commands_are_understood(page, call):
+    cli._parser().parse_args(shlex.split(call, comments=True))
+
+
+def test_there_are_commands():
+    assert len(commands()) > 8
+
+
+def test_targets_of_make_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z0-9-]+(?: [a-z0-9-]+)*):", makefile, re.MULTILINE))
+    targets = {name for names in targets for name in names.split()}
+    for path in MARKDOWN:
+        named = set(re.findall(r"`make ([a-z0-9-]+)", path.read_text(encoding="utf-8")))
+        assert named <= targets, path.name
+
+
+@pytest.mark.parametrize("page", ["", "reference/lens/", "notebooks/five_minutes/"])
+def test_pages_show_without_complaint(page, site, browser):
+    with opened(browser, site / page / "index.html") as shown:
+        assert shown.page.locator("article h1").first.is_visible()
+        shown.page.wait_for_load_state("load")
+        foreign = [url for url in shown.requests if not url.startswith("file:")]
+        assert set(foreign) <= {BADGE}

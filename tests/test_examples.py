@@ -1,0 +1,142 @@
+"""Every public function, class and method has an example, which runs as a doctest."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import re
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+
+import backward_lens_tl
+from backward_lens_tl import analysis, compat, editing
+from backward_lens_tl.editing import EditMethod
+from backward_lens_tl.views import figures, widgets
+
+NAMESPACES = (backward_lens_tl, editing, analysis, figures, widgets, compat)
+PACKAGE = "backward_lens_tl"
+
+
+def exported(module: ModuleType) -> Iterator[tuple[str, object]]:
+    """Functions and classes of a namespace: those of `__all__`, or else those defined there."""
+    own = [
+        name
+        for name, thing in vars(module).items()
+        if getattr(thing, "__module__", "") == module.__name__ and not name.startswith("_")
+    ]
+    for name in getattr(module, "__all__", own):
+        thing = getattr(module, name)
+        is_error = inspect.isclass(thing) and issubclass(thing, Exception)
+        if (inspect.isfunction(thing) or inspect.isclass(thing)) and not is_error:
+            yield f"{module.__name__}.{name}", thing
+
+
+def methods(kind: type) -> Iterator[tuple[str, object]]:
+    """Public methods where they are defined first, also by a base class that is not exported."""
+    bases = [each for each in kind.__mro__ if each is kind or each.__module__.startswith(PACKAGE)]
+    for each in bases:
+        for name, attribute in vars(each).items():
+            function = inspect.unwrap(getattr(attribute, "__func__", attribute))
+            overrides = any(hasattr(base, name) for base in each.__bases__)
+            if inspect.isfunction(function) and not name.startswith("_") and not overrides:
+                yield f"{each.__module__}.{each.__qualname__}.{name}", attribute
+
+
+def fault(name: str, thing: object) -> str | None:
+    """What is wrong with an example, or that there is none."""
+    doc = inspect.cleandoc(getattr(thing, "__doc__", None) or "")
+    _, heading, section = f"\n{doc}".partition("\nExamples:\n")
+    if not heading:
+        return f"{name} has no section 'Examples:'"
+    examples = doctest.DocTestParser().get_examples(section)
+    running = [each.source for each in examples if doctest.SKIP not in each.options]
+    if not running:
+        return f"{name}: nothing of its example runs"
+    own = re.compile(rf"\b{name.rpartition('.')[2]}\b")
+    if not inspect.isclass(thing) and not any(own.search(source) for source in running):
+        return f"{name} is not in its own example"
+    return None
+
+
+def all_public() -> dict[str, object]:
+    found = {name: thing for module in NAMESPACES for name, thing in exported(module)}
+    kinds = [thing for thing in found.values() if inspect.isclass(thing)]
+    return found | {name: each for kind in kinds for name, each in methods(kind)}
+
+
+def test_everything_public_has_an_example_that_runs():
+    faults = [fault(name, thing) for name, thing in all_public().items()]
+    assert [each for each in faults if each] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "backward_lens_tl.backward_lens",
+        "backward_lens_tl.editing.second_moments",  # decorated
+        "backward_lens_tl.result.BackwardLensResult.load",  # a class method
+        "backward_lens_tl.editing.delta.WeightDelta.applied",  # a context manager
+        "backward_lens_tl.parts.PartsFolder.load",  # inherited
+        "backward_lens_tl.editing.method.EditMethod.compute",  # abstract
+        "backward_lens_tl.views.figures.norms",  # of a namespace whose module defines it
+    ],
+)
+def test_the_walk_finds_names_of_every_kind(name: str):
+    assert name in all_public()
+
+
+def test_overrides_and_errors_need_no_example():
+    names = all_public()
+    assert "backward_lens_tl.editing.rome.ROME.compute" not in names
+    assert "backward_lens_tl.BackwardLensError" not in names
+
+
+def control() -> type[EditMethod]:
+    """A class with every fault; inside of a function, so that its examples are not run."""
+
+    class Control(EditMethod):
+        """A class without an example."""
+
+        def compute(self, host, requests):
+            """Overrides; it needs none."""
+
+        def no_example(self):
+            """Says nothing."""
+
+        def skipped(self):
+            """Has one that does not run.
+
+            Examples:
+                >>> Control().skipped()  # doctest: +SKIP
+            """
+
+        def unnamed(self):
+            """Has one of something else.
+
+            Examples:
+                >>> unnamed_too = 1
+            """
+
+        @classmethod
+        def good(cls):
+            """Has one.
+
+            Examples:
+                >>> Control.good()
+            """
+
+    return Control
+
+
+def test_each_fault_is_told():
+    kind = control()
+    own = dict(methods(kind))
+    found = {name.rpartition(".")[2]: fault(name, each) for name, each in own.items()}
+    assert fault("Control", kind) == "Control has no section 'Examples:'"
+    assert "has no section 'Examples:'" in found["no_example"]
+    assert "nothing of its example runs" in found["skipped"]
+    assert "is not in its own example" in found["unnamed"]
+    assert found["good"] is None
+    assert not any(name.endswith("Control.compute") for name in own)
