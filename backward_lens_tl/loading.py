@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from backward_lens_tl.arguments import check_choice, check_text
 from backward_lens_tl.errors import InputError, ModelNotFoundError, UnsupportedModelError
+from backward_lens_tl.host import has_bridge
 from backward_lens_tl.hub import hub_is_reachable
 
 Kind = Literal["hooked", "bridge"]
@@ -118,19 +119,21 @@ def without_progress_bars() -> Iterator[None]:
 
 def _checked_kind(kind: str | None) -> Kind:
     """The model class to load, if the installed TransformerLens has it."""
-    has_bridge = find_spec("transformer_lens.model_bridge") is not None
-    has_hooked = find_spec("transformer_lens.HookedTransformer") is not None
+    is_bridge_there = has_bridge()
+    is_hooked_there = find_spec("transformer_lens.HookedTransformer") is not None
     if kind is None:
-        return "bridge" if has_bridge else "hooked"
+        return "bridge" if is_bridge_there else "hooked"
     check_choice("kind", kind, ("bridge", "hooked", None))
-    if kind == "bridge" and has_bridge:
+    if kind == "bridge" and is_bridge_there:
         return "bridge"
-    if kind == "hooked" and has_hooked:
+    if kind == "hooked" and is_hooked_there:
         return "hooked"
-    there = [name for name, has in (("bridge", has_bridge), ("hooked", has_hooked)) if has]
+    classes = (("bridge", is_bridge_there), ("hooked", is_hooked_there))
+    there = [name for name, is_there in classes if is_there]
     raise InputError(
         f"kind {kind!r} is not available in TransformerLens {version('transformer-lens')}; it has "
-        f"{' and '.join(map(repr, there))} ('bridge' came with 3.0, 'hooked' ended with 3.9)"
+        f"{' and '.join(map(repr, there))} ('bridge' can be read from 3.6 on, 'hooked' ended with "
+        "3.9)"
     )
 
 

@@ -115,7 +115,8 @@ def tokenize_prompts(host: Host, prompts: Prompts, prepend_bos: bool | None) -> 
     for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
         if not row:
             raise InputError(
-                f"prompt {index}, {text!r}, is empty; a gradient needs at least one token"
+                f"prompt {index}, {text!r}, is empty; a gradient needs at least one token: pass a "
+                "text, or the BOS token's id"
             )
     return rows
 

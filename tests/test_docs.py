@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -159,6 +160,32 @@ def test_every_error_leads_to_its_place_in_the_documentation(site):
     for kind in public:
         page, _, anchor = kind().documentation.removeprefix(errors.DOCUMENTATION).partition("#")
         assert anchor in links_of(site / page / "index.html").anchors, kind.__name__
+
+
+def messages() -> list[str]:
+    """Every text in the package, "…" for what is put into it as the code runs."""
+    found = []
+    for path in sorted((ROOT / "backward_lens_tl").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [getattr(part, "value", None) for part in node.values]
+                found.append("".join(part if isinstance(part, str) else "…" for part in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_messages_that_are_quoted_are_said():
+    """In the first column of the tables of errors; folders are said to be of a sweep there."""
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    cells = [row.split("|")[1] for row in page.splitlines() if row.startswith("| `")]
+    quoted = [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
+    assert len(quoted) > 100
+    said = messages()
+    for text in quoted:
+        pieces = map(re.escape, re.split("…|sweep", text))
+        pattern = re.compile(".{0,160}?".join(pieces), re.DOTALL)
+        assert any(map(pattern.search, said)), text
 
 
 def test_snippets_are_where_they_are_run():

@@ -333,6 +333,17 @@ def test_rotary_angles_that_would_go_unread_are_refused(
         load_model(str(folder))
 
 
+def test_bridges_before_transformerlens_3_6_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_kind("bridge")
+    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+
+    model = build("bridge-gpt2").model
+    lens(IDS)(model)
+    monkeypatch.delattr(ArchitectureAdapter, "apply_output_logits_transform")
+    with pytest.raises(UnsupportedModelError, match=r"from 3\.6 on.*kind='hooked'"):
+        lens(IDS)(model)
+
+
 def test_a_traceback_ends_with_the_page_that_has_the_fix() -> None:
     error = pickle.loads(pickle.dumps(TargetError("no token")))
     page = "https://backward-lens-tl.readthedocs.io/en/latest/errors/#targeterror"

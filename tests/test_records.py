@@ -483,7 +483,7 @@ def test_fields_that_only_the_header_has_are_there(tmp_path: Path) -> None:
     ("fields", "said"),
     [
         ({"prompt": "q", "target": "t"}, "'target'] is 't', a column that no row of 'rows' has; "
-                                         "there are 'q', 'other'$"),
+                                         "there are 'q', 'other'\n"),
         ({"promt": "q"}, "names 'promt'; it can rename 'prompt', 'target', 'subject', "),
         ({"prompt": 1}, r"'prompt'] is 1; pass the name of a column"),
         (["prompt"], r"fields is \['prompt'\]; pass a mapping such as"),
@@ -546,7 +546,7 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     assert third.prompt == READ[2].prompt
     assert read_records(both, split="test").rows == (third,)
     for data in (tmp_path / "two", both):
-        with pytest.raises(InputError, match=r"split 'dev' is not in .*; it has 'train', 'test'$"):
+        with pytest.raises(InputError, match=r"split 'dev' is not in .*; it has 'train', 'test'\n"):
             read_records(data, split="dev")
 
     (tmp_path / "two" / "dataset_dict.json").write_text("{")

@@ -1479,7 +1479,7 @@ def test_a_model_that_an_experiment_does_not_know(
     }
     assert found["fig3"].notes == ("It could not be measured: experts.",)
     with_experiments(monkeypatch, fig3=problem)
-    with pytest.raises(UnsupportedModelError, match=r"^experts$"):
+    with pytest.raises(UnsupportedModelError, match=r"^experts\n"):
         reproduce("gradients", model, tmp_path, data=ROWS[:1], progress=False)
 
 

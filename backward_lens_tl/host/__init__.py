@@ -10,10 +10,10 @@ from torch import nn
 
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.host.base import Host
-from backward_lens_tl.host.bridge import TransformerBridgeHost
+from backward_lens_tl.host.bridge import TransformerBridgeHost, has_bridge
 from backward_lens_tl.host.hooked import HookedTransformerHost
 
-__all__ = ["Host", "host_of"]
+__all__ = ["Host", "has_bridge", "host_of"]
 
 _HOSTS: dict[str, type[Host]] = {
     "HookedTransformer": HookedTransformerHost,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -40,8 +42,36 @@ _COPY = "_processed_"
 """What the names of a gated MLP's own copies of processed weights begin with."""
 
 
+def has_bridge() -> bool:
+    """Whether the installed TransformerLens has a `TransformerBridge` that can be read here.
+
+    Returns:
+        True from 3.6 on; the bridges of 3.0 to 3.5 do not say what becomes of their logits.
+    """
+    if find_spec("transformer_lens.model_bridge") is None:
+        return False
+    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+
+    return hasattr(ArchitectureAdapter, "apply_output_logits_transform")
+
+
 class TransformerBridgeHost(Host):
-    """A `TransformerBridge` of TransformerLens 3 or 4."""
+    """A `TransformerBridge` of TransformerLens 3.6 or later."""
+
+    def check_state(self) -> None:
+        """Refuse what no model may be, and bridges of a TransformerLens before 3.6.
+
+        Raises:
+            UnsupportedModelError: If the model, or its class, cannot be read.
+            ModelStateError: If it is in a state in which gradients would be wrong.
+        """
+        if not has_bridge():
+            raise UnsupportedModelError(
+                f"{self.name!r} is a TransformerBridge of TransformerLens "
+                f"{version('transformer-lens')}; bridges can be read from 3.6 on. Update "
+                "TransformerLens, or load a HookedTransformer: load_model(name, kind='hooked')"
+            )
+        super().check_state()
 
     @property
     def is_causal(self) -> bool:

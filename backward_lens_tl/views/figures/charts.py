@@ -16,7 +16,7 @@ from backward_lens_tl.views.appearance import LIGHT_SHADES, NormScale
 SEQUENTIAL = tuple(shade.background for shade in LIGHT_SHADES)
 """From small to large, on a white page."""
 
-DIVERGING = ("#1f5a9c", "#5c9ac9", "#b9d6e8", "#f5f5f5", "#f6c9a9", "#d97f4f", "#9c3a10")
+DIVERGING = ("#9c3a10", "#d97f4f", "#f6c9a9", "#f5f5f5", "#b9d6e8", "#5c9ac9", "#1f5a9c")
 """From -1 by 0 to 1: blue and orange, which no kind of colour blindness confuses."""
 
 ORDERED = ("#a9cc2f", "#4fb765", "#1f9488", "#2d7090", "#3f4c8c", "#4c1d6b")
