@@ -188,6 +188,17 @@ def test_messages_that_are_quoted_are_said():
         assert any(map(pattern.search, said)), text
 
 
+def test_tests_that_are_named_exist():
+    named = {
+        (file, test)
+        for path in MARKDOWN
+        for file, test in re.findall(r"`(test_\w+\.py)::(test_\w+)`", path.read_text("utf-8"))
+    }
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (file, test)
+
+
 def test_snippets_are_where_they_are_run():
     """`conftest.py` runs those of README and docs/*.md; elsewhere there are none."""
     run = {ROOT / "README.md", *(ROOT / "docs").glob("*.md")}

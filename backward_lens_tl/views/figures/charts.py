@@ -17,7 +17,8 @@ SEQUENTIAL = tuple(shade.background for shade in LIGHT_SHADES)
 """From small to large, on a white page."""
 
 DIVERGING = ("#9c3a10", "#d97f4f", "#f6c9a9", "#f5f5f5", "#b9d6e8", "#5c9ac9", "#1f5a9c")
-"""From -1 by 0 to 1: blue and orange, which no kind of colour blindness confuses."""
+"""From below 0 to above: orange and blue, which no kind of colour blindness confuses. Blue is
+positive, as in CircuitsVis."""
 
 ORDERED = ("#a9cc2f", "#4fb765", "#1f9488", "#2d7090", "#3f4c8c", "#4c1d6b")
 """From the first line to the last: ever darker, and the first is still legible on white."""
