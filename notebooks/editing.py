@@ -44,8 +44,7 @@ import torch
 
 import backward_lens_tl as blt
 from backward_lens_tl import editing
-from backward_lens_tl.editing import EditRequest, ForwardPassShift
-from backward_lens_tl.editing.presets import preset_settings
+from backward_lens_tl.editing import EditRequest, ForwardPassShift, preset_settings
 
 model = blt.load_model("facts")  # with a network: "gpt2", or any name on the Hugging Face hub
 

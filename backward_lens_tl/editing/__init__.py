@@ -16,7 +16,7 @@ from backward_lens_tl.editing.mend_training import MENDTraining, train_mend
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.editing.moments import SecondMoments, facts_moments, second_moments
 from backward_lens_tl.editing.normalized_gradient import NormalizedGradient
-from backward_lens_tl.editing.presets import preset_methods
+from backward_lens_tl.editing.presets import preset_methods, preset_settings
 from backward_lens_tl.editing.requests import EditRequest
 from backward_lens_tl.editing.rome import ROME
 from backward_lens_tl.editing.shift import ForwardPassShift
@@ -47,6 +47,7 @@ __all__ = [
     "facts_moments",
     "pair_statistics",
     "preset_methods",
+    "preset_settings",
     "second_moments",
     "train_mend",
 ]

@@ -208,6 +208,13 @@ def preset_settings(model: str, n_layers: int) -> Mapping[str, Settings]:
 
     Returns:
         Arguments of the method's class, or for MEND of its training, by the preset's name.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> settings = blt.editing.preset_settings(model.cfg.model_name, model.cfg.n_layers)
+        >>> blt.editing.ROME(moments=blt.editing.facts_moments(), **settings["rome"]).layer
+        0
     """
     if model == FACTS_MODEL:
         return _FACTS
