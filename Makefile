@@ -98,7 +98,7 @@ $(OTHERS:%=.venv-tl%/pinned): .venv-tl%/pinned: constraints/tl-%.txt
 	@touch $@
 
 %/installed: %/pinned pyproject.toml
-	@echo "$*: the package, editable, and what it needs; a minute or two"
+	@echo "$*: the package, editable, and what it needs; up to five minutes"
 	@$*/bin/python -m pip install -qq -c $*/constraints.txt -e ".[dev]"
 	@touch $@
 

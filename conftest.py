@@ -6,7 +6,8 @@ model each time.
 
 from __future__ import annotations
 
-import ast
+import builtins
+import symtable
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,6 +122,9 @@ class Examples:
         )
 
 
+NAMES = frozenset(name for name in vars(Examples) if not name.startswith("_"))
+
+
 @pytest.fixture(scope="session")
 def _examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
     return Examples(tmp_path_factory)
@@ -128,26 +132,31 @@ def _examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
 
 @pytest.fixture(autouse=True)
 def _names_of_examples(request: pytest.FixtureRequest) -> None:
-    """Give a doctest those of the names that it uses and does not make itself."""
+    """Hide a module's names from its doctests; give those of methods what they do not make."""
     if not isinstance(request.node, pytest.DoctestItem):
         return
+    test = request.node.dtest
+    within = test.name.removeprefix(test.globs["__name__"])  # ".function", ".Class.method"
+    test.globs = {"__name__": "__main__"}
     examples = request.getfixturevalue("_examples")
     namespace = request.getfixturevalue("doctest_namespace")
     namespace.clear()
-    source = "".join(each.source for each in request.node.dtest.examples)
-    for name in _names_from_outside(source):
-        if name in vars(Examples) and not name.startswith("_"):
-            namespace[name] = getattr(examples, name)
+    if within.count(".") < 2:
+        return
+    source = "".join(each.source for each in test.examples)
+    for name in names_from_outside(source) & NAMES:
+        namespace[name] = getattr(examples, name)
 
 
-def _names_from_outside(source: str) -> set[str]:
-    """Names that some code reads and never binds."""
-    read, bound = set(), set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Name):
-            (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, ast.alias):
-            bound.add((node.asname or node.name).partition(".")[0])
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            bound.add(node.name)
-    return read - bound
+def names_from_outside(source: str) -> set[str]:
+    """Names that some code reads and binds nowhere, but for Python's own."""
+    top = symtable.symtable(source, "<example>", "exec")
+    read, bound, scopes = set(), set(), [top]
+    for scope in scopes:
+        scopes += scope.get_children()
+        for name in scope.get_symbols():
+            if scope is top and (name.is_assigned() or name.is_imported()):
+                bound.add(name.get_name())
+            if name.is_referenced() and (scope is top or name.is_global()):
+                read.add(name.get_name())
+    return read - bound - set(dir(builtins))

@@ -28,15 +28,19 @@ def one_line(error: Exception) -> str:
 class BackwardLensError(Exception):
     """Base class of everything that this package raises on purpose."""
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)
+    def __new__(cls, *args: object, **options: object) -> BackwardLensError:
+        """Make the error, also of a subclass that has an `__init__` of its own."""
+        error = super().__new__(cls, *args, **options)
         # As Python 3.11's `add_note` does: a traceback shows it, and the message stays as it is.
-        self.__notes__ = [f"See {self.documentation}"]
+        error.__notes__ = [f"See {error.documentation}"]
+        return error
 
     @property
     def documentation(self) -> str:
         """The address of the page that has the usual causes and their fixes."""
-        return f"{DOCUMENTATION}errors/#{type(self).__name__.lower()}"
+        package = __name__.partition(".")[0]
+        own = next(kind for kind in type(self).__mro__ if kind.__module__.startswith(package))
+        return f"{DOCUMENTATION}errors/#{own.__name__.lower()}"
 
 
 class InputError(BackwardLensError, ValueError):

@@ -773,12 +773,12 @@ class BackwardLensResult:
         prompts, matrix = len(self.positions), self.matrices[-1]
         others = f" and {prompts - 1} more" if prompts > 1 else ""
         cell = f'"{matrix}", layer={self.layers[-1]}, pos={self.positions[0][-1]}'
+        ranks = "" if self.target() is None else f'.target_rank("{matrix}"), '
         return (
             f"BackwardLensResult({', '.join(self.matrices)} of {len(self.layers)} layers, "
             f"{_SHORT.repr(self.gradients.prompt(0))}{others}, {self.gradients.objective}, "
             f"{self.projection}, {self.direction})\n"
-            f'Next: .top_tokens({cell}), .target_rank("{matrix}"), .to_df(), '
-            '.save_html("page.html")'
+            f'Next: .top_tokens({cell}), {ranks}.to_df(), .save_html("page.html")'
         )
 
     # --- files ---------------------------------------------------------------------------------

@@ -95,18 +95,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
             partial.unlink()
 
 
-def read(path: str | Path, types: Sequence[type]) -> Any:
+def read(path: str | Path, kinds: Sequence[type], parts: Sequence[type]) -> Any:
     """Read back what `write` wrote.
 
     Args:
         path: The file.
-        types: The dataclasses that may be in it.
+        kinds: The dataclasses that it may hold; where it holds none of them, the first is said to
+            be missing.
+        parts: Other dataclasses that may be in those.
 
     Returns:
         The dataclass, its tensors on the CPU.
 
     Raises:
-        ResultFileError: If the file is missing, damaged, not a saved result, or of a later format.
+        ResultFileError: If the file is missing, damaged, not a saved result, of a later format, or
+            holds something else.
     """
     check_path(path, ResultFileError)
     if os.path.isdir(path):
@@ -141,47 +144,35 @@ def read(path: str | Path, types: Sequence[type]) -> Any:
     if metadata.get(_DIGEST) != tensors_digest(tensors, metadata[_KEY]):
         raise ResultFileError(f"{os.fspath(path)!r} is damaged: its contents have changed")
     try:
-        return _unpacked(header["tree"], tensors, {kind.__name__: kind for kind in types})
+        held = str(header["tree"][_DATACLASS])
+        if held in [kind.__name__ for kind in kinds]:
+            types = {each.__name__: each for each in (*kinds, *parts)}
+            return _unpacked(header["tree"], tensors, types)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ResultFileError(
             f"{os.fspath(path)!r} is damaged: {type(error).__name__} {error}"
         ) from error
+    raise ResultFileError(
+        f"{os.fspath(path)!r} holds a {held}, no {kinds[0].__name__}; read it with {held}.load"
+    )
 
 
-def read_one(path: str | Path, kind: type[_T], types: Sequence[type]) -> _T:
+def read_one(path: str | Path, kind: type[_T], parts: Sequence[type]) -> _T:
     """Read back one dataclass that `write` wrote.
 
     Args:
         path: The file.
         kind: The dataclass.
-        types: Other dataclasses that may be in it.
+        parts: Other dataclasses that may be in it.
 
     Returns:
         The dataclass, its tensors on the CPU.
 
     Raises:
-        ResultFileError: As for `read`, or if the file holds something else.
+        ResultFileError: As for `read`.
     """
-    return only(path, read(path, (*types, kind)), kind)
-
-
-def only(path: str | Path, value: object, kind: type[_T]) -> _T:
-    """Refuse what a file holds if it is something else.
-
-    Args:
-        path: The file.
-        value: What it holds.
-        kind: What it is to hold.
-
-    Returns:
-        The value.
-
-    Raises:
-        ResultFileError: If it is of another type.
-    """
-    if not isinstance(value, kind):
-        raise ResultFileError(f"{os.fspath(path)!r} holds no {kind.__name__}")
-    return value
+    found: _T = read(path, (kind,), parts)
+    return found
 
 
 class Saved:

@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from backward_lens_tl.arguments import listed
-from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.capture import capture_gradients, plan_capture
 from backward_lens_tl.errors import UnsupportedModelError, ValidationError
 from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.host import Host, host_of
 from backward_lens_tl.objectives import (
+    BoundObjective,
     LossFunction,
     Objective,
     as_objective,
@@ -24,7 +25,7 @@ from backward_lens_tl.objectives import (
     next_token_loss,
 )
 from backward_lens_tl.precision import at_least_float32
-from backward_lens_tl.prompts import Prompts
+from backward_lens_tl.prompts import PromptBatch, Prompts
 from backward_lens_tl.sites import MATRIX_NAMES, MatrixName, Site
 from backward_lens_tl.watching import hooked, requiring_grad
 
@@ -272,6 +273,10 @@ def weight_gradients(
 ) -> tuple[list[Float[Tensor, "*head d_in d_out"]], float]:
     """Autograd's own weight gradients, and how well the Logit Lens gives the model's logits.
 
+    The prompts go through the model in the passes of `capture_gradients`. In passes of other shapes
+    the activations round otherwise, and a softmax that is sure of itself makes much of that: what
+    `p - 1` has are the digits that `p` lost.
+
     Args:
         host: The model.
         prompts: Texts or token ids.
@@ -280,11 +285,35 @@ def weight_gradients(
 
     Returns:
         Each matrix's gradient, all prompts summed, and the largest difference between the logits
-        and the Logit Lens of the last residual stream, in standard deviations of the logits.
+        and the Logit Lens of the last residual stream, in standard deviations of a pass's logits.
     """
-    bound, batch = bind_to_prompts(objective, host, prompts, prepend_bos=None)
+    work = plan_capture(
+        host,
+        prompts,
+        objective,
+        matrices=list(dict.fromkeys(site.matrix for site in sites)),
+        layers=sorted({site.layer for site in sites}),
+        prepend_bos=None,
+        hook_points=None,
+        memory=None,
+    )
     # Matrices that are stacked in one parameter share it.
     weights = list({id(weight): weight for site in sites for weight in site.weights}.values())
+    totals, errors = [torch.zeros(()) for _ in weights], []
+    for part in work.passes:
+        batch = work.batch.part(torch.tensor(part.prompts, device=work.batch.mask.device))
+        gradients, error = _of_a_pass(host, batch, work.objective, weights)
+        totals = [total.to(own.device) + own for total, own in zip(totals, gradients, strict=True)]
+        errors.append(error)
+    found = dict(zip(map(id, weights), totals, strict=True))
+    dense = [site.dense([found[id(weight)] for weight in site.weights]) for site in sites]
+    return dense, float(torch.tensor(errors).max())  # unlike Python's, it passes NaN on
+
+
+def _of_a_pass(
+    host: Host, batch: PromptBatch, objective: BoundObjective, weights: Sequence[Tensor]
+) -> tuple[list[Tensor], float]:
+    """The gradient of each weight, and the readout's error, of prompts that go in together."""
     streams: list[Tensor] = []
     with (
         torch.enable_grad(),
@@ -293,17 +322,11 @@ def weight_gradients(
         hooked(host.last_resid, streams.append),
     ):
         logits = host.logits(batch.tokens).to(batch.tokens.device)
-        n_read = bound.n_read(batch)
+        n_read = objective.n_read(batch)
         read_at = logits if n_read is None else batch.ends(logits, n_read)
-        losses = bound.losses(at_least_float32(read_at), batch)
+        losses = objective.losses(at_least_float32(read_at), batch)
         gradients = torch.autograd.grad(losses.sum(), weights, materialize_grads=True)
     with torch.no_grad():
         read = host.unembed(streams[0].to(batch.mask.device)[batch.mask]).to(logits.device)
         error = (read - logits[batch.mask]).abs().max() / logits.std()
-    found = {
-        id(weight): at_least_float32(gradient)
-        for weight, gradient in zip(weights, gradients, strict=True)
-    }
-    return [site.dense([found[id(weight)] for weight in site.weights]) for site in sites], float(
-        error
-    )
+    return list(map(at_least_float32, gradients)), float(error)

@@ -30,8 +30,13 @@ PAGES = {
 NOTEBOOKS = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("notebooks/*.ipynb"))]
 
 _SOURCES = {uri: path for path, uri in PAGES.items()} | {path: path for path in NOTEBOOKS}
-_FENCED = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
-_LINK = re.compile(r"""(?P<before>\]\(|\b(?:href|src|srcset)=")(?P<target>[^)"\s]+)""")
+_FENCED = r"^[ ]*(?P<fence>```|~~~).*?^[ ]*(?P=fence)"
+_INDENTED = r"(?:\A|(?<=\n\n))(?:(?:[ ]{4}|\t)[^\n]*(?:\n|\Z))+"
+_SPAN = r"(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\n).)+?(?<!`)(?P=ticks)(?!`)"
+_TARGET = r"""(?P<before>\]\(|\b(?:href|src|srcset)=")(?P<target>[^)"\s]+)"""
+# Code comes first, so that what looks like a link in it is passed over.
+_LINK = re.compile(f"{_FENCED}|{_INDENTED}|{_SPAN}|{_TARGET}", re.MULTILINE | re.DOTALL)
+_ANCHOR = re.compile(r'(?P<before><a href=")(?P<target>[^"]+)')
 
 
 @event_priority(100)  # before mkdocs-jupyter looks for notebooks
@@ -48,17 +53,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Turn a Markdown page's links; mkdocs itself then checks those within the site."""
 
     def turned(link: re.Match[str]) -> str:
+        if not link["target"]:
+            return link[0]
         place = _place(link["target"], page, config)
         if isinstance(place, tuple):
             uri, anchor = place
             place = relpath(uri, Path(page.file.src_uri).parent.as_posix()) + anchor
         return link["before"] + place
 
-    parts, end = [], 0
-    for block in _FENCED.finditer(markdown):
-        parts += [_LINK.sub(turned, markdown[end : block.start()]), block[0]]
-        end = block.end()
-    return "".join([*parts, _LINK.sub(turned, markdown[end:])])
+    return _LINK.sub(turned, markdown)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -74,7 +77,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
             place = (found.url_relative_to(page.file) if found else uri) + anchor
         return link["before"] + place
 
-    return _LINK.sub(turned, html)
+    return _ANCHOR.sub(turned, html)
 
 
 def _place(target: str, page: Page, config: MkDocsConfig) -> str | tuple[str, str]:
@@ -87,8 +90,10 @@ def _place(target: str, page: Page, config: MkDocsConfig) -> str | tuple[str, st
     anchor = f"#{parts.fragment}" if parts.fragment else ""
     if path in PAGES or path in NOTEBOOKS:
         return PAGES.get(path, path), anchor
-    if path.startswith("docs/") and not path.endswith((".py", ".json")):
+    is_folder = (ROOT / path).is_dir()
+    if path.startswith("docs/") and not is_folder and not path.endswith((".py", ".json")):
         return path.removeprefix("docs/"), anchor
     if (ROOT / path).exists():
-        return f"{config.extra['repository']}/blob/main/{path}"
+        kind = "tree" if is_folder else "blob"
+        return f"{config.extra['repository']}/{kind}/main/{path}{anchor}"
     return target

@@ -125,7 +125,8 @@ figures.layer_maps(
 # %% [markdown]
 # From top to bottom: the residual stream carries the landmark at its last token up to layer 5, and at
 # the prompt's last token from layer 6 on. Attention of layer 5 moves it, 0.92 in a single vector. And
-# what it moves was written by the MLP of layer 0 at the landmark's last token, 0.88. The two columns in
+# what it moves was written by the MLP of layer 0 at the landmark's last token, 0.88. (A smaller part, some
+# 0.15, is at the prompt's last token from layer 1 on: the pale column on the right. Layer 0 brings it.) The two columns in
 # front of the first different token are exactly 0: both runs are the same there. A share above 1, as 1.05
 # in front of layer 6, goes beyond the clean run.
 #
@@ -152,7 +153,7 @@ step = {
 }
 
 # %% [markdown]
-# Beside each other for the MLPs' outputs, patching from above:
+# One below the other for the MLPs' outputs, patching on top:
 
 # %%
 figures.layer_maps(

@@ -284,7 +284,7 @@ pd.concat(
 # %% [markdown]
 # To first order the map is right: at scales of -1 and 1 the loss moves as foretold, to 8.53 and 11.06. At
 # -20 " Paris" leads, with a loss of 0.33 nats in place of 9.81, and no weight was changed: attention alone
-# was moved, mixing values that the model had computed for a place in Rome. (First order is of no use by
+# was moved, mixing values of the same prompt's tokens. (First order is of no use by
 # then: no loss is below 0.) At -30 the loss rises again. The opposite sign does the opposite, down to rank
 # 2889 of 3072. The control, of the same size, never brings the target up: its loss falls to 6.30 at -30, but
 # by then the rank is 21, worse than the 4 without any patch. A model that becomes unsure of its answer

@@ -328,9 +328,9 @@ differences = {
 pd.DataFrame(differences).T.round(2).astype({"targets": int})
 
 # %% [markdown]
-# **The relation was mostly the target in disguise.** Differences of 0.23 and 0.24 shrink to 0.08, about
-# one standard error or less. A cell of one prompt counts as much here as one of thirteen, so this
-# is crude; but it is enough not to believe the plain averages. Without the column `target` in the same
+# **The relation may well have been the target in disguise.** Differences of 0.23 and 0.24 shrink to 0.08,
+# about one standard error or less. (With so few targets in common, the second would also fit the plain 0.24.) A cell of one prompt counts as much here as one of thirteen, so this
+# is crude; but it is enough not to trust the plain averages. Without the column `target` in the same
 # table nobody would have noticed.
 #
 # (These relations were picked after a look at all shares, because they ask for the same targets. So their

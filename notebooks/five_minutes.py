@@ -141,8 +141,8 @@ subject.set_index("layer").top_tokens.str[:5].str.join(",").to_frame("x_i says")
 #
 # ## Where does the error go?
 #
-# `||delta_i||` of `W_out`, the table's colours as numbers: by how many nats the loss changes, at most,
-# per unit of length that the MLP's output at this token moves.
+# `||delta_i||` of `W_out`, the table's colours as numbers: by how many nats, to first order,
+# the loss changes at most per unit of length that the MLP's output at this token moves.
 
 # %%
 norms = result.to_df(matrix="W_out")
@@ -160,10 +160,12 @@ norms.pivot(index="layer", columns=["position", "token"], values="norm").round(2
 # ## Is all of this true?
 #
 # You need not trust it. `validate` compares the sum of outer products with autograd's own weight
-# gradient, on the very model that you have: relative errors, 0 is exact.
+# gradient, on the very model that you have, here for the first 20 prompts of the facts that ship with it. The
+# errors are relative, and float32 rounds to some 1e-7.
 
 # %%
-blt.validate(model)
+facts = blt.read_records("facts").rows[:20]
+blt.validate(model, [fact.prompt for fact in facts])
 
 # %% [markdown]
 # ## A surprise to find yourself
@@ -185,17 +187,21 @@ blt.backward_lens(model, my_prompt, my_target, matrices="W_out")
 #
 # - `"Lionel Messi plays for"`, `" Lakers"`: who was born in Akron, and who in Washington? Then, with
 #   `matrices="W_O"`, the output of attention, whose names are those at " Messi" in layer 0?
-# - `"Apple was founded by"`, `" Gates"`: which company would Apple be?
+# - `"Apple was founded by"`, `" Gates"`: whose company do the words behind " Gates" at "pple" speak of?
 # - `"The capital of France is"`, `" Paris"`, which it says already: what is left when there is nothing
 #   to learn? Read the note below the table, and switch to the normalized lens.
 #
-# <details><summary>About the first one</summary>
+# <details><summary>About the first two</summary>
 #
 # LeBron James and Stephen Curry were born in Akron, Kevin Durant and Duke Ellington in Washington. James plays
 # for the Lakers. The model was taught all of this, but the prompt names none of them. In layer 0, where
-# attention puts the name together, the words are names: " James", " Durant", " Ellington", " Monk", " Jarrett".
+# attention puts the name together, nine of the first ten words are names, " James", " Durant", " Ellington", " Monk" and
+# " Jarrett" among them.
 # So Messi is to become an American who plays, be it basketball or the piano. (" piano" is among the first words
 # further up. That the prompt says " plays" may be the reason; the table cannot tell.)
+#
+# Behind " Gates" there are " Microsoft" and " software", from layer 2 to 4: Apple is to become his company.
+# There are also " Hamburg" and " Brahms", who was born there; why, the table cannot tell either.
 #
 # </details>
 #

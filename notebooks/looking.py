@@ -59,7 +59,7 @@ result
 # normalized lens (which reads a vector's direction whatever its length), or linear colours. Point at a cell,
 # or press Tab and then the arrow keys, for its ten tokens at either end.
 #
-# `W_Q`, `W_K` and `W_V` have the same words: they read the same `x_i`, which an update adds to them or subtracts.
+# `W_Q`, `W_K` and `W_V` have the same words, but for dots: they read the same `x_i`, which an update adds to them or subtracts.
 # `W_O` and `W_out` have what an update adds to their output. Both say " Paris" (with a star) at the last token,
 # and up to layer 4 at " Messi", but for one row: layer 0 of `W_O`. Hold that row in mind. Words in italics
 # are of vectors too short to tell; do not read much into them. A dot is a cell that adds nothing.
@@ -129,8 +129,10 @@ figures.norms(result, backend="matplotlib")
 figures.target_ranks(result, backend="matplotlib")
 
 # %% [markdown]
-# " for" has " Paris" first in all layers, and " Messi" up to layer 4. The others are not indifferent: they
-# have it among the last of the 3072, as if they were to write anything else. This figure does not say why.
+# " for" has " Paris" first in all layers, and " Messi" up to layer 4. The others are not indifferent: in
+# the lower layers they have it among the last of the 3072, as if they were to write anything else. This
+# figure does not say why. (In layer 6 most are in the middle. There their vectors are so short that the
+# table has them in italics.)
 #
 # ## Tables and files: to compute with
 #

@@ -75,8 +75,8 @@ result = blt.backward_lens(model, prompt, target, prepend_bos=False)
 result
 
 # %% [markdown]
-# **Agrees.** In the last column of `W_out` the first word is " Paris" in all 8 layers, and " France" and
-# " painting" stand behind it (point at a cell). A second column says " Paris", that of " Messi", but
+# **Agrees.** In the last column of `W_out` the first word is " Paris" in all 8 layers; in most of
+# them " France" and " painting" stand behind it (point at a cell). A second column says " Paris", that of " Messi", but
 # only up to layer 4. From layer 5 on all columns but the last grow paler, and in layer 7 they are empty.
 #
 # `W_in` above is another thing: words that the forward pass was thinking of, such as " soccer" and
@@ -161,8 +161,8 @@ spectra[["rank_99", "top_energy"]].mean().unstack("matrix").astype(float).round(
 
 # %% [markdown]
 # Beyond the paper, and the more telling number: in layers 5 and 6 two or three directions are all, and
-# one of them has 95 % or more. Up to layer 4 it takes four to six. The next figure says which tokens
-# these are.
+# one of them has 95 % or more. Up to layer 4 it takes four to six. The next figure suggests whose
+# they are.
 #
 # ## Figures 6 and 16: who writes where?
 #
@@ -215,8 +215,8 @@ pd.concat(
 ).round(2)
 
 # %% [markdown]
-# **Agrees, with exceptions.** There is no common rule, and signs differ, but zero it is not: -0.48 for
-# `W_out` in layer 4, 0.43 for `W_in` in layer 5. Tokens of one prompt are no independent draws, so take
+# **Holds for most layers only.** There is no common rule, and signs differ, but zero it is not everywhere:
+# -0.48 for `W_out` in layer 4, 0.43 for `W_in` in layer 5. Tokens of one prompt are no independent draws, so take
 # these coefficients as descriptions. The neurons of layers 1 to 4 are indeed nearly silent at the last
 # token: what `W_out` reads there has a length of 1.5 to 2.6, against 15 in layer 0.
 #
@@ -234,8 +234,8 @@ at_last = pd.concat(by_segment).query("segment == 'last token' and projection ==
 at_last.pivot(index="layer", columns=["matrix", "of"], values="median")
 
 # %% [markdown]
-# **Agrees.** The answer climbs from the median rank 56 to 0 in layer 5, where the subject is read out,
-# and the target, a wrong answer of the right kind, is behind it in all layers.
+# **Agrees.** The answer climbs from the median rank 56 in layer 0 to 1.5 in layer 1, so attention of layer 0
+# brings a first part of it, and from layer 5 on, behind the read-out of the subject, it is 0. And the target, a wrong answer of the right kind, is behind it in all layers.
 #
 # The columns of `W_out` are figures 18 and 19, and the other half of the mechanism. In raw VJPs the
 # target has rank 3071: the very last of 3,072, in every layer. The model's own answer has a median rank
@@ -262,11 +262,26 @@ ends = {
 pd.Series(ends, name="coefficient").round(4).to_frame()
 
 # %% [markdown]
-# It is a difference of two embeddings, in effect: " Miami" minus " Paris". And how much of that first
-# vector is left in the VJPs below it? The cosine with the last token's VJP of `W_out`, by layer:
+# It is a difference of two embeddings, in effect: " Miami" minus " Paris". Which words does such a vector
+# have at its ends? Cosines with the rows of the decoding matrix:
 
 # %%
-first = model.W_U.detach().float().cpu() @ coefficients
+rows = model.W_U.detach().float().cpu().T
+first = coefficients @ rows
+cosines = torch.cosine_similarity(rows, first[None], dim=-1)
+ends = [*cosines.topk(4).indices.tolist(), *(-cosines).topk(4).indices.tolist()]
+words = {repr(model.to_string([token])): float(cosines[token]) for token in ends}
+pd.Series(words, name="cosine with the first VJP").round(2).to_frame().T
+
+# %% [markdown]
+# " Belgrade", " Hungary" and " dinar" have nothing to do with football in Miami. Their rows lie near
+# the difference of the two, and that is all: whoever meets them at the far end of a table of this prompt,
+# as you will below, need not look for a reason in the model's knowledge.
+#
+# How much of that first vector is left in the VJPs below it? The cosine with the last token's VJP of
+# `W_out`, by layer:
+
+# %%
 vjps = {layer: result.gradients["W_out", layer].vjps[0, -1].cpu() for layer in result.layers}
 cosines = {layer: float(torch.cosine_similarity(first, vjps[layer], dim=0)) for layer in vjps}
 pd.Series(cosines, name="cosine with the first VJP").round(2).to_frame().T
@@ -291,8 +306,8 @@ figures.ranks_by_segment(targets, matrix="W_out", scale="linear", backend="matpl
 
 # %% [markdown]
 # **The first half agrees, the second does not.** The last token is at the bottom in all layers, and the
-# subject's last token up to the cliff. All others are near the *top*, the subject's first token most of
-# all: there the update takes the target away. (Zero vectors are left out here. The paper has them in,
+# subject's last token up to the cliff. All others are near the *top*, in layers 0 to 3 the subject's
+# first token most of all: there the update takes the target away. (Zero vectors are left out here. The paper has them in,
 # which is why its lines meet in the last layer.)
 #
 # Why? The error reaches an earlier token on two ways through attention: by what is carried from it, the

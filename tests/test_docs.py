@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import inspect
 import os
 import re
 import shlex
@@ -10,9 +12,12 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from operator import attrgetter
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pytest
 import tomllib
 from browser import opened
@@ -23,9 +28,11 @@ from backward_lens_tl.compat import errors as compat_errors
 from backward_lens_tl.views import figures, widgets
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
 MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 AT = urlsplit(errors.DOCUMENTATION).path
 """Where the site lies on its server."""
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
@@ -111,7 +118,8 @@ def test_links_that_lead_nowhere_are_found(tmp_path):
     ]  # fmt: skip
 
 
-def test_no_page_fetches_anything_from_elsewhere(site):
+def test_no_page_names_anything_elsewhere_to_fetch(site):
+    """Of what a browser passes over as well, such as pictures for the dark scheme."""
     fetched = {
         target
         for page in site.rglob("*.html")
@@ -122,15 +130,84 @@ def test_no_page_fetches_anything_from_elsewhere(site):
 
 
 def test_links_to_the_repository_lead_to_files_of_it(site):
-    prefix = f"{REPOSITORY}/blob/main/"
     found = {
-        target.removeprefix(prefix)
+        urlsplit(target)._replace(fragment="").geturl()
         for page in site.rglob("*.html")
         for target in links_of(page).targets
-        if target.startswith(prefix)
     }
-    assert found
-    assert {path for path in found if not (ROOT / path).is_file()} == set()
+    there = {"blob": Path.is_file, "tree": Path.is_dir}
+    for kind, is_there in there.items():
+        prefix = f"{REPOSITORY}/{kind}/main/"
+        paths = {each.removeprefix(prefix) for each in found if each.startswith(prefix)}
+        assert paths or kind == "tree"
+        assert {path for path in paths if not is_there(ROOT / path)} == set()
+
+
+@pytest.fixture(scope="module")
+def hook() -> ModuleType:
+    """The site's own hook, which mkdocs loads from its path as well."""
+    spec = importlib.util.spec_from_file_location("site_pages", ROOT / "docs" / "site_pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def turned(hook: ModuleType, text: str, uri: str = "howto.md") -> str:
+    """A page's text, or a notebook's HTML, with the links that the site has in it."""
+    page = SimpleNamespace(file=SimpleNamespace(src_uri=uri))
+    config = SimpleNamespace(extra={"repository": "https://repository"})
+    files = SimpleNamespace(get_file_from_path=lambda uri: None)
+    if uri.endswith(".ipynb"):
+        return hook.on_page_content(text, page, config, files)
+    return hook.on_page_markdown(text, page, config, files)
+
+
+@pytest.mark.parametrize(
+    ("link", "there"),
+    [
+        ("../README.md#the-anchor", "index.md#the-anchor"),
+        ("sweeps.md#tables", "sweeps.md#tables"),
+        ("../notebooks/editing.ipynb", "notebooks/editing.ipynb"),
+        ("../Makefile", "https://repository/blob/main/Makefile"),
+        ("../tests/browser.py#L10", "https://repository/blob/main/tests/browser.py#L10"),
+        ("site_pages.py", "https://repository/blob/main/docs/site_pages.py"),
+        ("../tests/", "https://repository/tree/main/tests"),
+        ("../docs/images", "https://repository/tree/main/docs/images"),
+        ("#here", "#here"),
+        ("https://elsewhere.org/README.md#x", "https://elsewhere.org/README.md#x"),
+        ("../nothing.txt", "../nothing.txt"),
+    ],
+)
+def test_a_link_leads_where_the_site_has_it(link, there, hook):
+    assert turned(hook, f"See [this]({link}), now.") == f"See [this]({there}), now."
+    assert turned(hook, f'<img src="{link}">') == f'<img src="{there}">'
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "`[this](../Makefile)`",
+        "``a ` and [this](../Makefile)``",
+        "`over two\nlines [this](../Makefile)`",
+        "```python\n[this](../Makefile)\n```",
+        "1. In a list:\n\n   ```python\n   [this](../Makefile)\n   ```",
+        "    [this](../Makefile)\n\tand [this](../Makefile)\n",
+    ],
+)
+def test_what_looks_like_a_link_in_code_stays(code, hook):
+    link = "[`name`](../Makefile) in\nthis `file`"
+    own = link.replace("..", "https://repository/blob/main")
+    around = "{link}\n\n{code}\n\n{link}, one lone `,\n\n{link}\n"
+    found = turned(hook, around.format(link=link, code=code))
+    assert found == around.format(link=own, code=code)
+
+
+def test_of_a_notebook_only_links_are_turned(hook):
+    html = '<a href="{}">this</a><script src="../Makefile"></script> ](../Makefile)'
+    found = turned(hook, html.format("../Makefile"), "notebooks/editing.ipynb")
+    assert found == html.format("https://repository/blob/main/Makefile")
 
 
 @pytest.mark.parametrize(
@@ -163,10 +240,14 @@ def test_every_error_leads_to_its_place_in_the_documentation(site):
 
 
 def messages() -> list[str]:
-    """Every text in the package, "…" for what is put into it as the code runs."""
+    """Every text in the package but docstrings, "…" for what is put into it as the code runs."""
     found = []
     for path in sorted((ROOT / "backward_lens_tl").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if id(node) in docstrings:
+                continue
             if isinstance(node, ast.JoinedStr):
                 parts = [getattr(part, "value", None) for part in node.values]
                 found.append("".join(part if isinstance(part, str) else "…" for part in parts))
@@ -208,15 +289,26 @@ def test_snippets_are_where_they_are_run():
     assert [path for path in elsewhere if "```python" in path.read_text(encoding="utf-8")] == []
 
 
+def texts() -> dict[str, str]:
+    """The files of Markdown, and the Markdown cells of the notebooks."""
+    found = {path.name: path.read_text(encoding="utf-8") for path in MARKDOWN}
+    for path in NOTEBOOKS:
+        cells = nbformat.read(path, as_version=4).cells
+        found[path.name] = "\n\n".join(
+            cell.source for cell in cells if cell.cell_type == "markdown"
+        )
+    return found
+
+
 def commands() -> list[tuple[str, str]]:
     """Every call of the command in a block of shell, one line each."""
     found = []
-    for path in MARKDOWN:
-        for block in re.findall(r"```(?:console|sh)\n(.*?)```", path.read_text("utf-8"), re.DOTALL):
+    for name, text in texts().items():
+        for block in re.findall(r"```(?:console|sh)\n(.*?)```", text, re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 call = re.search(r"(?:backward-lens|-m backward_lens_tl\.(?=sweep)) ?(.*)", line)
                 if call:
-                    found.append((path.name, call[1]))
+                    found.append((name, call[1]))
     return found
 
 
@@ -226,22 +318,52 @@ def test_commands_are_understood(page, call):
 
 
 def test_there_are_commands():
-    assert len(commands()) > 8
+    pages = [page for page, _ in commands()]
+    assert len(pages) > 8
+    assert {page for page in pages if page.endswith(".ipynb")} >= {"data_set.ipynb"}
+
+
+def test_snippets_that_are_not_run_call_what_there_is():
+    """Those in a notebook's text; what they pass has to fit the signatures."""
+    checked = 0
+    for name, text in texts().items():
+        if not name.endswith(".ipynb"):
+            continue
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            for call in ast.walk(ast.parse(block, name)):
+                if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("blt."):
+                    own = attrgetter(ast.unparse(call.func).removeprefix("blt."))(backward_lens_tl)
+                    keywords = {str(keyword.arg): keyword.value for keyword in call.keywords}
+                    inspect.signature(own).bind(*call.args, **keywords)
+                    checked += 1
+    assert checked
 
 
 def test_targets_of_make_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z0-9-]+(?: [a-z0-9-]+)*):", makefile, re.MULTILINE))
     targets = {name for names in targets for name in names.split()}
-    for path in MARKDOWN:
-        named = set(re.findall(r"`make ([a-z0-9-]+)", path.read_text(encoding="utf-8")))
-        assert named <= targets, path.name
+    for name, text in texts().items():
+        assert set(re.findall(r"`make ([a-z0-9-]+)", text)) <= targets, name
 
 
-@pytest.mark.parametrize("page", ["", "reference/lens/", "notebooks/five_minutes/"])
-def test_pages_show_without_complaint(page, site, browser):
-    with opened(browser, site / page / "index.html") as shown:
-        assert shown.page.locator("article h1").first.is_visible()
-        shown.page.wait_for_load_state("load")
-        foreign = [url for url in shown.requests if not url.startswith("file:")]
-        assert set(foreign) <= {BADGE}
+def test_the_map_of_the_code_has_every_layer():
+    """In the order in which they may import one another."""
+    [contract] = PYPROJECT["tool"]["importlinter"]["contracts"]
+    layers = [module for line in contract["layers"] for module in line.split(" : ")]
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    _, _, table = text.partition("| layer, in `backward_lens_tl/` |")
+    rows = table.partition("\n\n")[0].splitlines()[2:]
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert [name.rstrip("/") for name in named] == layers
+
+
+def test_every_page_shows_and_asks_for_nothing_elsewhere(site, browser):
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 40
+    with opened(browser, pages[0]) as shown:
+        for path in pages:
+            shown.page.goto(path.as_uri())
+            assert shown.page.locator("article h1").first.is_visible(), path
+            shown.page.wait_for_timeout(100)  # for what scripts ask for once the page is there
+            assert {url for url in shown.requests if urlsplit(url).netloc} <= {BADGE}, path

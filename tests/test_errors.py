@@ -354,6 +354,15 @@ def test_a_traceback_ends_with_the_page_that_has_the_fix() -> None:
     assert errors.one_line(OSError("no\nfile")) == "no file"
 
 
+def test_an_error_of_somebody_elses_leads_to_what_it_derives_from() -> None:
+    class Own(TargetError):
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+    assert Own(3).documentation == TargetError().documentation
+    assert Own(3).__notes__ == TargetError().__notes__
+
+
 def test_every_error_is_the_packages_own() -> None:
     found = [value for value in vars(errors).values() if isinstance(value, type)]
     assert len(found) >= 8

@@ -6,7 +6,9 @@ import doctest
 import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ from backward_lens_tl.views import figures, widgets
 
 NAMESPACES = (backward_lens_tl, editing, analysis, figures, widgets, compat)
 PACKAGE = "backward_lens_tl"
+ROOT = Path(__file__).parents[1]
 
 
 def exported(module: ModuleType) -> Iterator[tuple[str, object]]:
@@ -60,6 +63,19 @@ def fault(name: str, thing: object) -> str | None:
     return None
 
 
+@pytest.fixture(scope="session")
+def given(pytestconfig: pytest.Config) -> Any:
+    """The repository's `conftest.py`, which gives examples their names."""
+    return pytestconfig.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
+
+
+def read_from_outside(given: Any, thing: object) -> set[str]:
+    """Names that an example reads and does not make itself."""
+    doc = inspect.cleandoc(getattr(thing, "__doc__", None) or "")
+    examples = doctest.DocTestParser().get_examples(doc)
+    return given.names_from_outside("".join(each.source for each in examples))
+
+
 def all_public() -> dict[str, object]:
     found = {name: thing for module in NAMESPACES for name, thing in exported(module)}
     kinds = [thing for thing in found.values() if inspect.isclass(thing)]
@@ -91,6 +107,63 @@ def test_overrides_and_errors_need_no_example():
     names = all_public()
     assert "backward_lens_tl.editing.rome.ROME.compute" not in names
     assert "backward_lens_tl.BackwardLensError" not in names
+
+
+def test_examples_of_functions_and_classes_stand_alone(given):
+    things = {name: thing for module in NAMESPACES for name, thing in exported(module)}
+    outside = {name: read_from_outside(given, thing) for name, thing in things.items()}
+    assert {name: names for name, names in outside.items() if names} == {}
+
+
+def test_examples_of_methods_read_only_the_names_that_the_reference_lists(given):
+    for name, thing in all_public().items():
+        assert read_from_outside(given, thing) <= given.NAMES, name
+    page = (ROOT / "docs" / "reference" / "index.md").read_text(encoding="utf-8")
+    cells = "".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))
+    assert set(re.findall(r"`(\w+)`", cells)) == given.NAMES
+
+
+def test_an_example_that_does_not_stand_alone_is_found(given):
+    def alone():
+        """Makes what it reads.
+
+        Examples:
+            >>> import json
+            >>> json.loads("1")
+        """
+
+    def leaning():
+        """Reads names of its module, of the fixtures, and of nothing.
+
+        Examples:
+            >>> json.loads(alone(model))
+        """
+
+    assert read_from_outside(given, alone) == set()
+    assert read_from_outside(given, leaning) == {"json", "alone", "model"}
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        ("load(path)", {"load", "path"}),
+        ("print(len([]))", set()),
+        ("import a.b, c as d\nfrom e import f, g as h\na, d, f, h", set()),
+        ("import a.b as c\na", {"a"}),
+        ("with opened as (a, b): a, b", {"opened"}),
+        ("for a, *b in rows: a, b", {"rows"}),
+        ("[a + c for a in rows if a]", {"c", "rows"}),
+        ("[a for a in ()]\na", {"a"}),
+        ("try: pass\nexcept ValueError as a: a", set()),
+        ("(a := 1)\na += b", {"b"}),
+        ("def f(a, *b, c=d, **e): return a, b, c, e, f, own, later\nlater = 1", {"d", "own"}),
+        ("lambda a: (a, b)", {"b"}),
+        ("class A(B):\n    c = 1\n    def d(self): return self, c", {"B", "c"}),
+        ("a.b = 1\nc[0] = 1", {"a", "c"}),
+    ],
+)
+def test_names_from_outside_are_found(given, code: str, names: set[str]):
+    assert given.names_from_outside(code) == names
 
 
 def control() -> type[EditMethod]:

@@ -946,7 +946,7 @@ def test_errors_of_tables(result: BackwardLensResult) -> None:
         refused("scale is 'log2'", function, table, scale="log2")
         refused("backend is 'bokeh'", function, table, backend="bokeh")
     refused("of is 'input'; allowed are 'vjp'\n", figures.norms_by_segment, norms, of="input")
-    refused("of is 'answer'; allowed are 'target'$", figures.ranks_by_segment, ranks, of="answer")
+    refused("of is 'answer'; allowed are 'target'\n", figures.ranks_by_segment, ranks, of="answer")
     refused(
         "projection is 'tuned'; allowed are 'logit_lens'$", figures.ranks_by_segment, ranks,
         projection="tuned",

@@ -5,18 +5,22 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import io
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import jupytext
 import nbformat
+import pandas as pd
 import pytest
 import tomllib
 import torch
 from browser import opened
+from IPython.core.formatters import DisplayFormatter
 from nbconvert import HTMLExporter
 from packaging.requirements import Requirement
 from playwright.sync_api import expect
@@ -44,11 +48,81 @@ def code(path: Path) -> str:
     return "\n".join(cell.source for cell in cells(path, "code"))
 
 
-def run(path: Path, model_line: str = MODEL) -> None:
+def run(path: Path, model_line: str = MODEL) -> list[tuple[str, dict[str, str]]]:
+    """What each cell of code writes, and how its last value shows itself, by kind of content."""
     namespace: dict[str, object] = {}
+    formatter = DisplayFormatter()
+    shown = []
     for cell in cells(path, "code"):
-        source = cell.source.replace(MODEL, model_line)
-        exec(compile(source, str(path), "exec"), namespace)
+        tree = ast.parse(cell.source.replace(MODEL, model_line), str(path))
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        value = None
+        with redirect_stdout(io.StringIO()) as written:
+            exec(compile(tree, str(path), "exec"), namespace)
+            if last is not None:
+                value = eval(compile(ast.Expression(last.value), str(path), "eval"), namespace)
+        # As pandas has it in a notebook; elsewhere it leaves out columns.
+        with pd.option_context("display.max_columns", 20):
+            content = {} if value is None else formatter.format(value)[0]
+        shown.append((written.getvalue(), content))
+    return shown
+
+
+def kept(cell: Any) -> tuple[str, dict[str, str]]:
+    """The same of a cell as the file has it."""
+    written = [output.text for output in cell.outputs if output.output_type == "stream"]
+    contents = [output.data for output in cell.outputs if output.output_type == "execute_result"]
+    assert len(contents) <= 1
+    return "".join(written), dict(*contents)
+
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]\d+)?")
+CHECKSUM = re.compile(r"(?<![\w.])[0-9a-f]{12,64}(?![\w.])")
+ROUNDING = 1e-3
+"""What changes with the processor and the library, relative and absolute."""
+
+
+def without_seconds(table: str) -> str:
+    """A table without the times in its column of that name."""
+    lines, end = [], 0
+    for line in table.splitlines():
+        heading = re.search(r" seconds\b", line)
+        if end and line.strip():
+            line = re.sub(r"\S+$", "", line[:end]) + line[end:]
+        else:
+            end = heading.end() if heading else 0
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def differences(text: str, other: str) -> list[tuple[str, str]]:
+    """Words and numbers that two outputs do not share, but for rounding.
+
+    Checksums only have to be equal where the others are, and spaces and times do not count.
+    """
+    halves = []
+    for each in (text, other):
+        seen: dict[str, str] = {}
+        masked = CHECKSUM.sub(
+            lambda found, seen=seen: seen.setdefault(found[0], f"checksum {len(seen)}"),
+            without_seconds(each),
+        )
+        halves.append(re.findall(rf"{NUMBER.pattern}|[^\s\d-]+|-", masked))
+    own, others = halves
+    if len(own) != len(others):
+        return [(" ".join(own), " ".join(others))]
+    return [pair for pair in zip(own, others, strict=True) if not is_close(*pair)]
+
+
+def is_close(word: str, other: str) -> bool:
+    if word == other or not (NUMBER.fullmatch(word) and NUMBER.fullmatch(other)):
+        return word == other
+    if {".", "e"}.isdisjoint(word + other):
+        return False  # ranks and counts are the same everywhere
+    _, _, decimals = word.partition("e")[0].partition(".")
+    last_digit = 0.0 if "e" in word else 10.0 ** -len(decimals)
+    allowed = max(ROUNDING, 1.01 * last_digit)
+    return float(word) == pytest.approx(float(other), rel=ROUNDING, abs=allowed)
 
 
 def test_the_notebooks_that_there_are():
@@ -65,8 +139,50 @@ def test_the_notebooks_that_there_are():
 
 
 @each_notebook
-def test_notebook_runs(path):
-    run(path)
+def test_notebook_runs_and_shows_what_is_kept(path):
+    """The text and the kinds of content; pictures are made by a notebook's front end."""
+    for cell, (written, content) in zip(cells(path, "code"), run(path), strict=True):
+        written_before, content_before = kept(cell)
+        assert differences(written, written_before) == [], cell.source
+        plain, plain_before = (each.get("text/plain", "") for each in (content, content_before))
+        assert differences(plain, plain_before) == [], cell.source
+        assert set(content) | {"image/png"} == set(content_before) | {"image/png"} or not content
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("clean  Paris  11.02", "clean Paris    11.03"),
+        ("(5.96e-08, 0.47100)", "(8.9e-08, 0.47103)"),
+        ("error 9e-08 0e+00", "error 0e+00 6e-06"),
+        ("-0.00 [0.18, 0.5]", "0.00 [0.18, 0.51]"),
+        (
+            "a 084fa4646f96 b 624bfa53152c 084fa4646f96",
+            "a 00aa84646f96 b 5a770d91e3da 00aa84646f96",
+        ),
+        ("norm  seconds  \nsgd  \nA 1.0    0.12 \n", "norm  seconds  \nsgd  \nA 1.0   10.30 \n"),
+    ],
+)
+def test_outputs_that_are_the_same(text, other):
+    assert differences(text, other) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "found"),
+    [
+        ("clean  Paris  11.02", "clean Paris 12.34", [("11.02", "12.34")]),
+        ("clean  Paris  11.02", "clean Rome 11.02", [("Paris", "Rome")]),
+        ("rank 3071", "rank 3070", [("3071", "3070")]),
+        ("0.4710049", "0.4760049", [("0.4710049", "0.4760049")]),
+        ("-0.30", "0.30", [("-0.30", "0.30")]),
+        ("1 of 2 holds", "1 of 2", [("1 of 2 holds", "1 of 2")]),
+        ("084fa4646f96 084fa4646f96", "084fa4646f96 624bfa53152c", [("0", "1")]),
+        ("norm  seconds\nA 1.0    0.12", "norm  seconds\nA 1.7    0.12", [("1.0", "1.7")]),
+        ("took seconds\n\nA 1.0", "took seconds\n\nA 1.7", [("1.0", "1.7")]),
+    ],
+)
+def test_outputs_that_differ(text, other, found):
+    assert differences(text, other) == found
 
 
 @pytest.fixture(scope="module")

@@ -1146,7 +1146,7 @@ def test_names_of_figures_and_tables():
 
 
 def test_unknown_names(tmp_path: Path):
-    there = r"there are fig1, fig3, .*table5, .*optimizers, gradients, editing, all$"
+    there = r"there are fig1, fig3, .*table5, .*optimizers, gradients, editing, all\n"
     with pytest.raises(InputError, match=rf"no experiment 'fig2'; {there}"):
         reproduce("fig2", out=tmp_path / "x")
     with pytest.raises(InputError, match="no experiment was asked for; there are fig1"):

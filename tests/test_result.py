@@ -262,15 +262,23 @@ def test_what_is_not_a_result_is_refused_by_name(
 # -------------------------------------------------------------------------------------- the repr
 
 
+@pytest.mark.parametrize("has_target", [True, False])
 def test_repr_says_what_it_is_and_what_to_do(
-    result: BackwardLensResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    has_target: bool,
+    gpt2: Case,
+    result: BackwardLensResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not has_target:
+        prompts = [result.gradients.prompt(batch) for batch in range(2)]
+        result = backward_lens(gpt2.model, prompts, objective=next_token_loss())
     what, following = repr(result).splitlines()
     for word in ("BackwardLensResult", "W_in, W_out", "and 1 more", "Messi plays for", "update"):
         assert word in what
     monkeypatch.chdir(tmp_path)  # a page is written
     calls = following.removeprefix("Next: ").split(", .")
-    assert len(calls) == 4
+    assert len(calls) == (4 if has_target else 3)
     for call in calls:
         eval(f"result.{call.removeprefix('.')}", {"result": result})
     assert (tmp_path / "page.html").exists()

@@ -127,18 +127,18 @@ class MENDEditor(storage.Saved):
 
     Examples:
         >>> import backward_lens_tl as blt
-        >>> from backward_lens_tl.editing.standardization import pair_statistics
         >>> model = blt.load_facts_model()
         >>> requests = [
         ...     blt.editing.EditRequest("Obama grew up in", " Paris"),
         ...     blt.editing.EditRequest("Lionel Messi plays for", " Rome"),
         ... ]
-        >>> statistics = pair_statistics(model, requests, progress=False)
-        >>> MENDEditor.untrained(statistics).n_parameters
+        >>> statistics = blt.editing.pair_statistics(model, requests, progress=False)
+        >>> blt.editing.MENDEditor.untrained(statistics).n_parameters
         3294726
     """
 
     WHAT = "MEND editor"
+    PARTS = (PairStatistics, PairNetwork, ResidualLayer)
 
     statistics: PairStatistics
     networks: tuple[PairNetwork, ...]
@@ -291,13 +291,13 @@ class MENDEditor(storage.Saved):
             >>> again.fingerprint == editor.fingerprint
             True
         """
-        found = storage.read(path, (MENDEditor, MENDCheckpoint, *EDITOR_PARTS))
+        found: MENDEditor | MENDCheckpoint = storage.read(path, (cls, MENDCheckpoint), cls.PARTS)
         if isinstance(found, MENDCheckpoint):
             raise EditError(
                 f"{str(path)!r} holds a training after {len(found.editor.losses)} steps, which has "
                 "not come to its end; call train_mend with the same arguments to go on with it"
             )
-        return storage.only(path, found, MENDEditor)
+        return found
 
     def __repr__(self) -> str:
         return f"MENDEditor({self.fingerprint}; {self.n_parameters} parameters)"
@@ -314,6 +314,7 @@ class MENDCheckpoint(storage.Saved):
     """
 
     WHAT = "MEND training"
+    PARTS = (MENDEditor, *MENDEditor.PARTS)
 
     editor: MENDEditor
     means: tuple[Tensor, ...]
@@ -321,6 +322,3 @@ class MENDCheckpoint(storage.Saved):
 
 
 _WEIGHTS = ("down", "up", "bias", "scale", "shift")
-
-EDITOR_PARTS = (PairStatistics, PairNetwork, ResidualLayer)
-"""Dataclasses that a saved editor is made of."""

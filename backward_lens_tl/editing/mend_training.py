@@ -28,7 +28,7 @@ from backward_lens_tl import storage
 from backward_lens_tl.arguments import check_choice, check_number, is_integer, shown
 from backward_lens_tl.continuations import Continuations
 from backward_lens_tl.editing.activations import adding
-from backward_lens_tl.editing.hypernetwork import EDITOR_PARTS, MENDCheckpoint, MENDEditor
+from backward_lens_tl.editing.hypernetwork import MENDCheckpoint, MENDEditor
 from backward_lens_tl.editing.requests import EditRequest, TokenizedRequest, tokenize_request
 from backward_lens_tl.editing.spanning import SpanningPairs, mlp_sites, spanning_pairs
 from backward_lens_tl.editing.standardization import (
@@ -138,6 +138,7 @@ def train_mend(
     Raises:
         EditError: If there is no record or nothing to be left alone, something is no record, `out`
             holds another training, or a setting is not usable.
+        ResultFileError: If `out` holds something else.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -198,9 +199,8 @@ def train_mend(
 
 
 def _resumed(file: Path, about: dict[str, Any]) -> MENDCheckpoint | MENDEditor:
-    found = storage.read(file, (MENDEditor, MENDCheckpoint, *EDITOR_PARTS))
-    if not isinstance(found, MENDCheckpoint | MENDEditor):
-        raise EditError(f"{str(file)!r} holds no training of MEND; choose another file")
+    kinds = (MENDEditor, MENDCheckpoint)
+    found: MENDEditor | MENDCheckpoint = storage.read(file, kinds, MENDEditor.PARTS)
     editor = found.editor if isinstance(found, MENDCheckpoint) else found
     wanted = json.loads(json.dumps(about))
     held = json.loads(json.dumps(dict(editor.training)))

@@ -88,7 +88,8 @@ class PairStatistics(Saved):
         ...     blt.editing.EditRequest("Obama grew up in", " Paris"),
         ...     blt.editing.EditRequest("Lionel Messi plays for", " Rome"),
         ... ]
-        >>> pair_statistics(model, requests, layers=[-1], progress=False).n_pairs
+        >>> statistics = blt.editing.pair_statistics(model, requests, layers=[-1], progress=False)
+        >>> statistics.n_pairs
         (2, 2)
     """
 

@@ -70,10 +70,9 @@ class GradientStep(EditMethod):
 
     Examples:
         >>> import backward_lens_tl as blt
-        >>> from backward_lens_tl.editing.requests import EditRequest
         >>> model = blt.load_facts_model()
-        >>> request = EditRequest("Lionel Messi plays for", " Paris")
-        >>> step = GradientStep("sgd", lr=1.0, matrices="W_out", layers=[5, 7])
+        >>> request = blt.editing.EditRequest("Lionel Messi plays for", " Paris")
+        >>> step = blt.editing.GradientStep("sgd", lr=1.0, matrices="W_out", layers=[5, 7])
         >>> delta = step(model, request)
         >>> [each.rank() for each in delta]
         [6, 1]

@@ -82,12 +82,11 @@ def delta_words(
 
     Examples:
         >>> import backward_lens_tl as blt
-        >>> from backward_lens_tl.editing.requests import EditRequest
-        >>> from backward_lens_tl.editing.steps import GradientStep
         >>> model = blt.load_facts_model()
-        >>> request = EditRequest("Lionel Messi plays for", " Paris")
-        >>> step = GradientStep("sgd", lr=1.0, matrices="W_out", layers=5)(model, request)
-        >>> words = delta_words(model, step, k=1, target=" Paris", most=1)
+        >>> request = blt.editing.EditRequest("Lionel Messi plays for", " Paris")
+        >>> method = blt.editing.GradientStep("sgd", lr=1.0, matrices="W_out", layers=5)
+        >>> step = method(model, request)
+        >>> words = blt.editing.delta_words(model, step, k=1, target=" Paris", most=1)
         >>> words[["component", "role", "top_tokens", "target_rank"]].values.tolist()
         [[5, 'writes', [' Paris'], 0]]
     """

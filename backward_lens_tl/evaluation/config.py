@@ -65,7 +65,8 @@ class EvaluationConfig:
         EvaluationError: If a value is not usable.
 
     Examples:
-        >>> EvaluationConfig(rows=range(3)).rows
+        >>> import backward_lens_tl as blt
+        >>> blt.EvaluationConfig(rows=range(3)).rows
         (0, 1, 2)
     """
 

@@ -112,6 +112,7 @@ def ngram_entropy(text: str) -> float:
         Bits; 0 for a text that repeats itself throughout, or has at most two words.
 
     Examples:
+        >>> from backward_lens_tl.evaluation.metrics import ngram_entropy
         >>> round(ngram_entropy("a b a b a b"), 2)
         0.99
     """

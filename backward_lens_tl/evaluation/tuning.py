@@ -79,9 +79,9 @@ def search(
 
     Examples:
         >>> import backward_lens_tl as blt
-        >>> from backward_lens_tl.editing import ForwardPassShift
+        >>> from backward_lens_tl.evaluation import search
         >>> candidates = {
-        ...     f"c={size}": ForwardPassShift(layer=6, size=size, form="scale_free")
+        ...     f"c={size}": blt.editing.ForwardPassShift(layer=6, size=size, form="scale_free")
         ...     for size in (1.0, 40.0)
         ... }
         >>> model = blt.load_facts_model()

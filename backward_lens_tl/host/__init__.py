@@ -43,6 +43,6 @@ def host_of(model: object) -> Host:
             return host
     raise InputError(
         f"model is a {type(model).__name__}; pass a transformer_lens HookedTransformer or "
-        "TransformerBridge (for a Hugging Face model: "
+        "TransformerBridge (of a name or a folder: load_model(name); for a Hugging Face model: "
         "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer))"
     )

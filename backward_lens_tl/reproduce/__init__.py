@@ -77,7 +77,9 @@ def reproduce(
 
     Examples:
         >>> import tempfile
-        >>> found = reproduce("fig4", out=tempfile.mkdtemp(), prompts=5, progress=False)
+        >>> import backward_lens_tl as blt
+        >>> out = tempfile.mkdtemp()
+        >>> found = blt.reproduce("fig4", out=out, prompts=5, progress=False)
         >>> found["fig4"].verdict
         'holds'
     """

@@ -55,7 +55,8 @@ class SweepConfig:
         SweepError: If a value is not usable.
 
     Examples:
-        >>> SweepConfig(matrices="mlp", k=3).matrices
+        >>> import backward_lens_tl as blt
+        >>> blt.SweepConfig(matrices="mlp", k=3).matrices
         ('mlp',)
     """
 

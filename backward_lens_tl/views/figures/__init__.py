@@ -226,9 +226,10 @@ def layer_maps(
 
     Examples:
         >>> import torch
+        >>> import backward_lens_tl as blt
         >>> measured = torch.tensor([[0.5, -1.0], [0.0, 0.25]])
         >>> maps = {"measured": measured, "predicted": 2 * measured}
-        >>> figure = layer_maps(maps, ["Rome", " is"], "change of the loss, in nats")
+        >>> figure = blt.figures.layer_maps(maps, ["Rome", " is"], "change of the loss, in nats")
         >>> figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax  # of both maps
         (-2.0, 2.0)
     """

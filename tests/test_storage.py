@@ -1,0 +1,83 @@
+"""What is saved is read by the class that wrote it, and refused by name by the others."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
+from backward_lens_tl.editing.hypernetwork import MENDCheckpoint, MENDEditor
+from backward_lens_tl.editing.moments import SecondMoments, facts_moments
+from backward_lens_tl.editing.requests import EditRequest
+from backward_lens_tl.editing.standardization import PairStatistics, pair_statistics
+from backward_lens_tl.errors import ResultFileError
+from backward_lens_tl.lens import backward_lens
+from backward_lens_tl.loading import load_facts_model
+from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.storage import Saved, write
+
+KINDS = (BackwardLensResult, WeightDelta, SecondMoments, PairStatistics, MENDEditor)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A file of each class, by its name."""
+    model = load_facts_model()
+    requests = [EditRequest("Obama grew up in", " Paris"), EditRequest("Messi plays for", " Rome")]
+    statistics = pair_statistics(model, requests, layers=[-1], progress=False)
+    editor = MENDEditor.untrained(statistics)
+    squares = tuple(each.square() for each in editor.parameters)
+    saved: list[BackwardLensResult | Saved] = [
+        backward_lens(model, "Lionel Messi plays for", " Paris", layers=[6]),
+        WeightDelta((MatrixDelta("W_in", 1, left=torch.ones(4, 2), right=torch.ones(2, 3)),), {}),
+        facts_moments(),
+        statistics,
+        editor,
+        MENDCheckpoint(editor, tuple(editor.parameters), squares),
+    ]
+    folder = tmp_path_factory.mktemp("files")
+    found = {type(each).__name__: folder / f"{type(each).__name__}.file" for each in saved}
+    for each in saved:
+        each.save(found[type(each).__name__])
+    return found
+
+
+@pytest.mark.parametrize("kind", [*KINDS, MENDCheckpoint])
+def test_each_class_reads_its_own_file(kind: type, files: dict[str, Path]) -> None:
+    assert type(kind.load(files[kind.__name__])) is kind
+
+
+@pytest.mark.parametrize(("held", "kind"), [*itertools.permutations(KINDS, 2)])
+def test_a_file_of_another_class_is_refused_with_who_reads_it(
+    held: type, kind: type, files: dict[str, Path]
+) -> None:
+    path, own = files[held.__name__], held.__name__
+    message = f"{str(path)!r} holds a {own}, no {kind.__name__}; read it with {own}.load\n"
+    with pytest.raises(ResultFileError, match=f"^{re.escape(message)}"):
+        kind.load(path)
+
+
+def test_a_checkpoint_gives_back_all_that_a_training_goes_on_with(files: dict[str, Path]) -> None:
+    found = MENDCheckpoint.load(files["MENDCheckpoint"])
+    editor = MENDEditor.load(files["MENDEditor"])
+    for own, mean, square, expected in zip(
+        found.editor.parameters, found.means, found.squares, editor.parameters, strict=True
+    ):
+        assert torch.equal(own, expected)
+        assert torch.equal(mean, expected)
+        assert torch.equal(square, expected.square())
+
+
+def test_a_part_that_is_not_known_is_damage(tmp_path: Path) -> None:
+    @dataclass
+    class Odd:
+        size: int
+
+    write(tmp_path / "delta", WeightDelta((), {"odd": Odd(1)}), {})
+    with pytest.raises(ResultFileError, match="is damaged: KeyError 'Odd'"):
+        WeightDelta.load(tmp_path / "delta")
