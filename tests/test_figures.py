@@ -948,7 +948,7 @@ def test_errors_of_tables(result: BackwardLensResult) -> None:
     refused("of is 'input'; allowed are 'vjp'\n", figures.norms_by_segment, norms, of="input")
     refused("of is 'answer'; allowed are 'target'\n", figures.ranks_by_segment, ranks, of="answer")
     refused(
-        "projection is 'tuned'; allowed are 'logit_lens'$", figures.ranks_by_segment, ranks,
+        "projection is 'tuned'; allowed are 'logit_lens'\n", figures.ranks_by_segment, ranks,
         projection="tuned",
     )  # fmt: skip
     gradients = result.gradient_df()
