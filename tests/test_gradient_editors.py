@@ -253,7 +253,7 @@ def test_saved_statistics_come_back_bit_for_bit(gpt2: Case, tmp_path: Path) -> N
     assert "answer" in statistics.fingerprint
     delta = method(gpt2.model, REQUESTS[0])
     delta.save(tmp_path / "delta.safetensors")
-    with pytest.raises(ResultFileError, match="read it with WeightDelta.load"):
+    with pytest.raises(ResultFileError, match=r"read it with WeightDelta\.load"):
         PairStatistics.load(tmp_path / "delta.safetensors")
 
 
