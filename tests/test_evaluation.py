@@ -478,13 +478,13 @@ def test_costs(run) -> None:
     class Costly(Nudge):
         def compute(self, host: Any, requests: Sequence[Any]) -> list[MatrixDelta]:
             large = torch.ones(12 * 2**20)  # 48 MiB
-            time.sleep(0.2)
+            time.sleep(0.6)  # much more than a busy machine adds
             return super().compute(host, requests) if large.sum() else []
 
     found = run({"costly": Costly(), "nudge": Nudge()}, edits_at_once=2, generation_length=0)
     edits = found.edits()
     costly = by_record(edits, "costly")
-    assert (costly["seconds"] >= [0.1, 0.1, 0.2]).all()
+    assert (costly["seconds"] >= [0.3, 0.3, 0.6]).all()
     assert costly["seconds"].max() < 5
     assert costly.loc[0, "seconds"] < 0.8 * costly.loc[2, "seconds"]  # two share the first edit
     if Path("/proc/self/clear_refs").exists():
