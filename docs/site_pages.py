@@ -8,6 +8,7 @@ page, of the file in the repository.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from posixpath import normpath, relpath
 from urllib.parse import urlsplit
@@ -52,16 +53,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn a Markdown page's links; mkdocs itself then checks those within the site."""
 
-    def turned(link: re.Match[str]) -> str:
-        if not link["target"]:
-            return link[0]
-        place = _place(link["target"], page, config)
-        if isinstance(place, tuple):
-            uri, anchor = place
-            place = relpath(uri, Path(page.file.src_uri).parent.as_posix()) + anchor
-        return link["before"] + place
+    def path_to(uri: str) -> str:
+        return relpath(uri, Path(page.file.src_uri).parent.as_posix())
 
-    return _LINK.sub(turned, markdown)
+    return _turned(_LINK, markdown, page, config, path_to)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -69,15 +64,32 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     if not page.file.src_uri.endswith(".ipynb"):
         return html
 
+    def address_of(uri: str) -> str:
+        found = files.get_file_from_path(uri)
+        return found.url_relative_to(page.file) if found else uri
+
+    return _turned(_ANCHOR, html, page, config, address_of)
+
+
+def _turned(
+    links: re.Pattern[str],
+    text: str,
+    page: Page,
+    config: MkDocsConfig,
+    address_of: Callable[[str], str],
+) -> str:
+    """A text with its links turned; `address_of` says how a file of the site is pointed to."""
+
     def turned(link: re.Match[str]) -> str:
+        if not link["target"]:
+            return link[0]
         place = _place(link["target"], page, config)
         if isinstance(place, tuple):
             uri, anchor = place
-            found = files.get_file_from_path(uri)
-            place = (found.url_relative_to(page.file) if found else uri) + anchor
+            place = address_of(uri) + anchor
         return link["before"] + place
 
-    return _ANCHOR.sub(turned, html)
+    return links.sub(turned, text)
 
 
 def _place(target: str, page: Page, config: MkDocsConfig) -> str | tuple[str, str]:

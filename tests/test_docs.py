@@ -17,10 +17,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
-import nbformat
 import pytest
 import tomllib
 from browser import opened
+from test_notebooks import BADGE, NOTEBOOKS, cells
 
 import backward_lens_tl
 from backward_lens_tl import analysis, cli, compat, editing, errors
@@ -32,10 +32,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
 MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 AT = urlsplit(errors.DOCUMENTATION).path
 """Where the site lies on its server."""
-BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 LOADED = {("script", "src"), ("img", "src"), ("source", "srcset"), ("iframe", "src")}
 """What a page fetches by itself; a stylesheet's `link` is one more."""
 
@@ -259,8 +257,8 @@ def messages() -> list[str]:
 def test_messages_that_are_quoted_are_said():
     """In the first column of the tables of errors; folders are said to be of a sweep there."""
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
-    cells = [row.split("|")[1] for row in page.splitlines() if row.startswith("| `")]
-    quoted = [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
+    first = [row.split("|")[1] for row in page.splitlines() if row.startswith("| `")]
+    quoted = [text for cell in first for text in re.findall(r"`([^`]+)`", cell)]
     assert len(quoted) > 100
     said = messages()
     for text in quoted:
@@ -293,10 +291,7 @@ def texts() -> dict[str, str]:
     """The files of Markdown, and the Markdown cells of the notebooks."""
     found = {path.name: path.read_text(encoding="utf-8") for path in MARKDOWN}
     for path in NOTEBOOKS:
-        cells = nbformat.read(path, as_version=4).cells
-        found[path.name] = "\n\n".join(
-            cell.source for cell in cells if cell.cell_type == "markdown"
-        )
+        found[path.name] = "\n\n".join(cell.source for cell in cells(path, "markdown"))
     return found
 
 

@@ -23,13 +23,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def exported(module: ModuleType) -> Iterator[tuple[str, object]]:
-    """Functions and classes of a namespace: those of `__all__`, or else those defined there."""
-    own = [
-        name
-        for name, thing in vars(module).items()
-        if getattr(thing, "__module__", "") == module.__name__ and not name.startswith("_")
-    ]
-    for name in getattr(module, "__all__", own):
+    """Functions and classes of a namespace, by its `__all__`."""
+    for name in module.__all__:
         thing = getattr(module, name)
         is_error = inspect.isclass(thing) and issubclass(thing, Exception)
         if (inspect.isfunction(thing) or inspect.isclass(thing)) and not is_error:
