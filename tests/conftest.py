@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -101,6 +102,12 @@ def stories(request: pytest.FixtureRequest, stories_folder: Path) -> Case:
 def facts(request: pytest.FixtureRequest) -> Case:
     """The trained GPT-2 architecture that ships inside the package, in float32."""
     return trained_case(FACTS_FOLDER, request.param)
+
+
+@pytest.fixture(scope="session")
+def facts_model() -> Any:
+    """The model that ships inside the package, as users load it; tests leave it as it was."""
+    return load_facts_model()
 
 
 @pytest.fixture(scope="session")
