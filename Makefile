@@ -18,26 +18,31 @@ ENVIRONMENTS := .venv $(OTHERS:%=.venv-tl%)
 
 # Tests never wait for a network; a user of the package may have one.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
-PYTEST := python -m pytest --doctest-modules backward_lens_tl tests README.md docs
+# Each worker process takes some 1.5 GB of memory and one thread of torch.
+WORKERS ?= auto
+PYTEST := python -m pytest -n $(WORKERS) --dist loadgroup
+TESTS := --doctest-modules backward_lens_tl tests README.md docs
+# The shapes and types of signatures, checked at every call; a third more time.
+TYPES := --jaxtyping-packages=backward_lens_tl,beartype.beartype
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help demo test test-tl2 test-tl4 check check-fast check-all facts-model facts-model-eval
-.PHONY: facts-moments tune bench notebooks docs pictures constraints clean FORCE
+.PHONY: help environments demo test check check-fast check-all coverage facts-model
+.PHONY: facts-model-eval facts-moments tune bench notebooks docs pictures constraints clean FORCE
+.PHONY: $(ENVIRONMENTS:%=versions-%) $(ENVIRONMENTS:%=all-%)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+environments: $(ENVIRONMENTS:%=%/installed) ## one per TransformerLens; `make -j2` makes two at a time
 
 demo: .venv/installed ## one prompt through the lens, with the model that ships here: demo.html
 	@.venv/bin/backward-lens show --model facts --prompt "Lionel Messi plays for" \
 	    --target " Paris" --html demo.html
 
-test: .venv/installed ## tests, doctests and the docs' snippets, on TransformerLens 3.9.0
-test-tl2: .venv-tl2.18.0/installed ## the same on TransformerLens 2.18.0
-test-tl4: .venv-tl4.3.0/installed ## the same on TransformerLens 4.3.0
-test test-tl2 test-tl4:
-	$(OFFLINE) $(<D)/bin/$(PYTEST)
+test: .venv/installed ## the tests to run before every commit, on TransformerLens 3.9.0
+	$(OFFLINE) .venv/bin/$(PYTEST) $(TESTS)
 
 check-fast: .venv/installed ## format, lint, types, layers
 	.venv/bin/ruff format --check .
@@ -45,12 +50,17 @@ check-fast: .venv/installed ## format, lint, types, layers
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
 
-check: check-fast test test-tl2 test-tl4 ## what CI runs: check-fast, test, test-tl2, test-tl4
+check: check-fast test $(OTHERS:%=versions-.venv-tl%) ## what CI runs: also the tests that can tell versions apart
+$(ENVIRONMENTS:%=versions-%): versions-%: %/installed
+	$(OFFLINE) $*/bin/$(PYTEST) tests -m "versions and not slow"
 
-check-all: check ## check, and the tests that take long
-	@for environment in $(ENVIRONMENTS); do \
-	    $(OFFLINE) $$environment/bin/$(PYTEST) -m slow || exit 1; \
-	done
+check-all: check-fast $(ENVIRONMENTS:%=all-%) ## every test on every TransformerLens; needs Chromium
+all-.venv: PYTEST += $(TYPES)
+$(ENVIRONMENTS:%=all-%): all-%: %/installed
+	$(OFFLINE) $*/bin/$(PYTEST) $(TESTS) -m ""
+
+coverage: .venv/installed ## lines and branches of the package that `make test` reaches
+	$(OFFLINE) .venv/bin/$(PYTEST) $(TESTS) --cov --cov-report=term:skip-covered
 
 facts-model: .venv/installed ## train the model that ships here anew
 	.venv/bin/python -m facts_model.train
