@@ -192,7 +192,7 @@ def _check(
     if missing:
         parser.error(f"torch sees no {missing[0]} here; allowed: {', '.join(_devices())}")
     if options.dry_run and (options.out is None or options.out.resolve() == DOCS.resolve()):
-        parser.error("the numbers of --dry-run mean nothing; pass --out with a folder that may go")
+        parser.error("--dry-run measures tiny models; pass --out with a folder other than docs")
     if find_spec("transformer_lens.HookedTransformer") is None:
         parser.error(
             "the floor runs on HookedTransformer, which ended with TransformerLens 3.9; install "
@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
         "--gpu",
         action="store_true",
         help=f"{', '.join(GPU.sizes)} in {' and '.join(GPU.peer_dtypes)} against the floor and the "
-        "peers first, then what the goals need: five to ten minutes on a GPU",
+        "peers first, then what the goals need: some five minutes on a large GPU",
     )
     parser.add_argument(
         "--sizes",
@@ -246,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive_number,
         default=math.inf,
         metavar="SECONDS",
-        help="begin no further row after this time, and write the reason (default: no limit)",
+        help="start no row after this time, and write the others as skipped (default: no limit)",
     )
     parser.add_argument(
         "--devices",
@@ -272,12 +272,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--page",
         action="store_true",
-        help="measure nothing, and make the page of the results files that are there",
+        help="measure nothing, and make the page from the results files that are there",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="tiny models in place of all, one round: whether it runs, and no number of use",
+        help="run tiny models for one round, to see that all works; the numbers mean nothing",
     )
     return parser
 

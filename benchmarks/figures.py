@@ -64,7 +64,7 @@ class Bench:
         large_vocabulary: The vocabulary that memory must not depend on.
         cell_seconds: Time after which no further round of a row is begun.
         goal_seconds: The same for a row that a goal is judged by.
-        until: When the run's time is up, by `time.monotonic`.
+        until: Deadline of the run, by `time.monotonic`; no row starts after it.
         peaks: Measures peak memory.
     """
 
@@ -86,7 +86,7 @@ class Bench:
 
     @property
     def seconds_left(self) -> float:
-        """Time until the run's time is up; negative afterwards."""
+        """Time until the deadline; negative afterwards."""
         return self.until - time.monotonic()
 
     def interleave(self, runs: Mapping[str, Thunk], *, is_goal: bool = False) -> Timings:
@@ -112,7 +112,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Cell:
-    """A row that is still to be measured.
+    """A row before it is measured.
 
     Attributes:
         about: What the row is about.
@@ -126,7 +126,7 @@ class Cell:
 
 
 class NotRun(Exception):
-    """Why a contestant gives no answer."""
+    """Why a contestant cannot run."""
 
 
 FIGURES = ("peers", "grid", "lenses", "rank", "orders", "scaling", "memory", "phases")
@@ -168,7 +168,7 @@ def _numbers_or_reason(bench: Bench, cell: Cell) -> Row:
     if cell.skipped is not None:
         return {"skipped": cell.skipped}
     if bench.seconds_left <= 0:
-        return {"skipped": "the time for the run was up before its turn (--seconds)"}
+        return {"skipped": "the run reached its time limit before this row (--seconds)"}
     try:
         return cell.numbers()
     except (OutOfMemory, NotRun) as error:
@@ -220,7 +220,7 @@ def _against_peer(
 
 
 def _check_that_it_runs(peer: Thunk) -> None:
-    """Let a peer, whose code is not ours, answer once before it is timed."""
+    """Run a peer once before it is timed; errors in its code are not ours."""
     try:
         peer()
     except torch.OutOfMemoryError:

@@ -1,13 +1,13 @@
-"""The check on a GPU: tests there, then speed, in a given time.
+"""The check on a GPU: its tests, then speed, within a time limit.
 
-`tests/test_cuda.py` runs first, and then `python -m benchmarks --gpu`. Rows that do not fit into
-the time are written with that reason, and what hangs is stopped.
+`tests/test_cuda.py` runs first, and then `python -m benchmarks --gpu`. Rows that do not fit are
+written as skipped with that reason, and a step that hangs is killed.
 
 It needs a machine with one NVIDIA GPU, and no network. Its Python (3.10 or newer) has torch for
-CUDA, transformers 5.9 or newer, pytest, hypothesis, and what is often beside them: accelerate,
-einops, jaxtyping, pandas, pyarrow, rich, safetensors, sentencepiece, tqdm, xxhash. What it lacks
-goes with the repository as wheels: `make gpu-wheels` fills the folder `gpu-wheels` with them, 4 MB.
-Copy the repository with this folder, 30 MB in all without `.git` and environments, and run there
+CUDA, transformers 5.9 or newer, pytest, hypothesis, accelerate, einops, jaxtyping, pandas, pyarrow,
+rich, safetensors, sentencepiece, tqdm and xxhash. The remaining packages are copied as wheels:
+`make gpu-wheels` downloads them into the folder `gpu-wheels`, 4 MB. Copy the repository with this
+folder, 30 MB in all without `.git` and environments, and run there
 
     python3 -m benchmarks.gpu_check --out FOLDER
 
@@ -40,12 +40,12 @@ TESTS_SECONDS = 150.0
 """Time for the tests at most; what they leave goes to the measurements."""
 
 RESERVE = 40.0
-"""Time after the last row has begun, in which it ends."""
+"""Time for the last row, from the deadline of the measurements to that of everything."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a step came to its end.
+    """How a step ended.
 
     Attributes:
         what: The step.
@@ -124,7 +124,7 @@ def measurements(seconds: float, out: Path | None, *, dry_run: bool) -> list[str
     Args:
         seconds: Time after which it begins no further row.
         out: Gets results and page; `None` is docs.
-        dry_run: Whether tiny models on the CPU take everything's place.
+        dry_run: Whether to run tiny models on the CPU instead.
 
     Returns:
         The command.
@@ -140,7 +140,7 @@ def environment(site: Path, *, dry_run: bool = False) -> dict[str, str]:
 
     Args:
         site: Has the wheels.
-        dry_run: Whether the CPU takes the GPU's place.
+        dry_run: Whether to use the CPU instead of the GPU.
 
     Returns:
         The variables.
@@ -169,15 +169,15 @@ def run(what: str, command: Sequence[str], seconds: float, variables: Mapping[st
     """
     start = time.monotonic()
     if seconds <= 0:
-        return Ended(what, 0.0, "not begun, because the time was up")
+        return Ended(what, 0.0, "not started: the time limit was reached")
     with subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True) as process:
         try:
             status = process.wait(seconds)
             problem = None if status == 0 else f"FAILED with status {status}"
         except subprocess.TimeoutExpired:
-            problem = f"FAILED, because it was stopped after {seconds:.0f} s"
+            problem = f"FAILED: stopped after {seconds:.0f} s"
         finally:
-            # Whatever it started and left ends with it.
+            # Processes that it started and left running end with it.
             _end(process.pid)
     return Ended(what, time.monotonic() - start, problem)
 
@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="the tests on the CPU and tiny models: whether it all runs; writes nothing that stays",
+        help="run the tests and tiny models on the CPU, and keep no results",
     )
     return parser
 

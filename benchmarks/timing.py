@@ -145,9 +145,9 @@ def _timed(
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """Let collections of garbage look only at what is made inside, which takes no time.
+    """Restrict garbage collections to objects that are made inside, which makes them fast.
 
-    Inside of another such context nothing changes.
+    Nested contexts do nothing.
 
     Yields:
         Nothing.

@@ -572,7 +572,7 @@ def test_what_does_not_fit_the_time_is_skipped_with_the_reason(bench, name, monk
     late = replace(bench, until=time.monotonic() - 1, peaks=pytest.fail)
     rows = list(figures.measure(late, name))
     assert rows
-    assert any("the time for the run was up" in row["skipped"] for row in rows)
+    assert any("reached its time limit" in row["skipped"] for row in rows)
     assert all(row["skipped"] for row in rows)
 
 
@@ -866,7 +866,7 @@ def test_the_page_can_be_made_without_measuring(tmp_path, monkeypatch):
         (["--rounds", "0"], "0 is not allowed; pass 1 or more"),
         (["--limit", "-3"], "-3 is not allowed; pass a number above 0"),
         (["--seconds", "0"], "0 is not allowed; pass a number above 0"),
-        (["--dry-run", "--devices", "cpu"], "--dry-run mean nothing; pass --out"),
+        (["--dry-run", "--devices", "cpu"], "pass --out with a folder other than docs"),
         (["--limit", "nan"], "nan is not allowed; pass a number above 0"),
         (["--devices", "abacus"], "choose from cpu, cuda"),
         (
@@ -914,10 +914,10 @@ def test_steps_of_the_check_end_in_time(tmp_path):
     """
     start = time.monotonic()
     stopped = step(python(endless), seconds=1.5)
-    assert stopped.problem == "FAILED, because it was stopped after 2 s"
+    assert stopped.problem == "FAILED: stopped after 2 s"
     assert begun.exists()
     assert time.monotonic() - start < 20
-    assert step(python(""), seconds=-1.0).problem == "not begun, because the time was up"
+    assert step(python(""), seconds=-1.0).problem == "not started: the time limit was reached"
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
