@@ -29,7 +29,8 @@ TYPES := --jaxtyping-packages=backward_lens_tl,beartype.beartype
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: help environments demo test check check-fast check-all coverage facts-model
-.PHONY: facts-model-eval facts-moments tune bench notebooks docs pictures constraints clean FORCE
+.PHONY: facts-model-eval facts-moments tune bench gpu-check gpu-wheels notebooks docs pictures
+.PHONY: constraints clean FORCE
 .PHONY: $(ENVIRONMENTS:%=versions-%) $(ENVIRONMENTS:%=all-%)
 
 help: ## this list
@@ -77,6 +78,29 @@ tune: .venv/installed ## try settings of the editing methods anew, docs/editing/
 bench: .venv/installed ## measure speed and memory, docs/benchmarks.md; BENCH="--quick" for less
 	$(OFFLINE) .venv/bin/python -m benchmarks $(BENCH)
 
+# What a machine with a GPU and no network lacks: its Python has torch, transformers and pytest. The
+# folder also gets the package's own metadata, where its version is read from.
+GPU_PYTHON ?= 3.12
+WHEELS := transformer-lens better-abc datasets dill multiprocess beartype sybil
+
+gpu-wheels: .venv/installed ## wheels for gpu-check on a machine with a GPU and no network
+	rm -rf gpu-wheels && mkdir gpu-wheels
+	.venv/bin/python -m pip download -q --no-deps --only-binary=:all: -d gpu-wheels \
+	    --python-version $(GPU_PYTHON) -c constraints/tl-3.9.0.txt $(WHEELS)
+	@.venv/bin/python -c 'from hatchling import build as b; \
+	    b.prepare_metadata_for_build_wheel("gpu-wheels")'
+	@du -sh gpu-wheels
+
+# With wheels in the folder it is a machine without a network, whose own Python runs it.
+ifeq ($(wildcard gpu-wheels/*.whl),)
+gpu-check: .venv/installed
+gpu-check: GPU_CHECK_PYTHON = .venv/bin/python
+else
+gpu-check: GPU_CHECK_PYTHON = $(PYTHON)
+endif
+gpu-check: ## on one NVIDIA GPU, in seven minutes: tests there, then speed at large sizes
+	$(GPU_CHECK_PYTHON) -m benchmarks.gpu_check $(GPU_CHECK)
+
 notebooks: .venv/installed ## write the notebooks anew from their scripts, outputs included
 	@.venv/bin/jupytext -q --to ipynb notebooks/*.py
 	@PYTHONWARNINGS=ignore TQDM_DISABLE=1 $(OFFLINE) .venv/bin/jupyter-execute --inplace \
@@ -92,7 +116,7 @@ constraints: ## resolve the newest versions into constraints/ (then: make check)
 	@for version in 3.9.0 $(OTHERS); do constraints/refresh.sh $$version || exit 1; done
 
 clean: ## remove the environments, caches and builds
-	rm -rf $(ENVIRONMENTS) .torch-choice build dist site demo.html
+	rm -rf $(ENVIRONMENTS) .torch-choice build dist gpu-wheels site demo.html
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find backward_lens_tl benchmarks facts_model tests -name __pycache__ -prune -exec rm -rf {} +
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import shlex
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import figures, machine, report
+from benchmarks import figures, machine, memory, report
 from benchmarks.estimates import limits_of
-from benchmarks.sizes import MEDIUM, SIZES, SMALL
+from benchmarks.sizes import LLAMA, MEDIUM, SIZES, SMALL, XL, shrunk
+from benchmarks.timing import settled
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -28,19 +32,42 @@ class Preset:
     """What is measured unless options say otherwise.
 
     Attributes:
-        sizes: Sizes of the grid.
+        sizes: Names of the grid's sizes.
         rounds: Rounds at most.
         limit: Seconds that one run of the floor may take.
+        order: Names of the figures, in the order in which they are measured.
+        batches: Batches of the grid.
+        positions: Lengths of prompts of the grid.
+        peer_sizes: Names of the sizes that are timed against the peers. Those that are not among
+            the grid's are left out, except for the one that the goals are about.
+        peer_dtypes: Names of the dtypes that they are timed in.
     """
 
     sizes: tuple[str, ...]
     rounds: int
     limit: float
+    order: tuple[str, ...] = figures.FIGURES
+    batches: tuple[int, ...] = figures.BATCHES
+    positions: tuple[int, ...] = figures.POSITIONS
+    peer_sizes: tuple[str, ...] = (SMALL.name, MEDIUM.name)
+    peer_dtypes: tuple[str, ...] = ("float32",)
 
 
 # Some twenty minutes, and some five, on two cores.
 FULL = Preset(sizes=tuple(SIZES), rounds=5, limit=10)
 QUICK = Preset(sizes=(SMALL.name,), rounds=2, limit=3)
+
+# What a GPU is for comes first: a run with a time limit may not get to the end.
+GPU = Preset(
+    sizes=(XL.name, LLAMA.name, SMALL.name),
+    rounds=5,
+    limit=2,
+    order=("grid", "peers", "lenses", "rank", "orders", "scaling", "phases", "memory"),
+    batches=(figures.ONE, figures.MANY),
+    positions=(figures.SHORT, 50),
+    peer_sizes=(XL.name, LLAMA.name, SMALL.name),
+    peer_dtypes=("float32", "bfloat16"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,38 +75,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Args:
         arguments: Of the command; by default those of this process.
+
+    Raises:
+        SystemExit: With status 1 if a figure failed, after all others were measured.
     """
+    until = time.monotonic()
     parser = _parser()
     options = parser.parse_args(arguments)
-    preset = QUICK if options.quick else FULL
-    devices = options.devices or _devices()
-    missing = [device for device in devices if device not in _devices()]
-    if missing:
-        parser.error(f"torch sees no {missing[0]} here; allowed: {', '.join(_devices())}")
-    if find_spec("transformer_lens.HookedTransformer") is None:
-        parser.error(
-            "the floor runs on HookedTransformer, which ended with TransformerLens 3.9; install "
-            "3.9 or older, as in .venv"
-        )
-    for device in devices if options.only else ():
-        if not report.results_path(options.out, device).is_file():
-            parser.error(
-                f"{report.results_path(options.out, device)} is not there, so there is nothing "
-                "that --only could keep; leave it out"
-            )
+    until += options.seconds
+    out = options.out or DOCS
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if options.page:
+        log.info("wrote %s", report.write_page(out))
+        return
+    devices = options.devices or _devices()
+    _check(parser, options, devices)
     given = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "benchmarks", *given])
+    failed: list[str] = []
     for device in devices:
+        bench, names = _bench(options, device, until)
         date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-        bench = figures.Bench(
-            device=device,
-            sizes=[SIZES[name] for name in options.sizes or preset.sizes],
-            rounds=options.rounds or preset.rounds,
-            limits=limits_of(device, options.limit or preset.limit),
-        )
         if options.only:
-            before = report.read_results(options.out)[device]
+            before = report.read_results(out)[device]
             again = {"figures": options.only, "date": date, "command": command}
             results = {**before, "again": [*before.get("again", ()), again]}
         else:
@@ -89,9 +107,103 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "machine": machine.describe(device),
                 "versions": machine.versions(),
             }
-        results |= figures.measure(bench, options.only or figures.FIGURES)
-        log.info("wrote %s", report.write_results(options.out, device, results))
-    log.info("wrote %s", report.write_page(options.out))
+        with settled():
+            failed += _measure(bench, names, results, out)
+    log.info("wrote %s", report.write_page(out))
+    if failed:
+        log.error("failed: %s", ", ".join(failed))
+        raise SystemExit(1)
+
+
+def _measure(
+    bench: figures.Bench, names: Sequence[str], results: dict[str, Any], out: Path
+) -> list[str]:
+    """Measure figures, and keep what there is after each.
+
+    Args:
+        bench: The run.
+        names: Which figures.
+        results: Get the rows.
+        out: Gets the results file.
+
+    Returns:
+        Names of the figures that raised an error, which have the rows from before it.
+    """
+    failed = []
+    for name in names:
+        rows = results[name] = []
+        try:
+            for row in figures.measure(bench, name):
+                rows.append(row)
+        # A machine with a GPU may be there for some minutes only: one failure must not cost the
+        # other figures. The command fails at its end.
+        except Exception:
+            log.exception("%s failed", name)
+            failed.append(name)
+        log.info("wrote %s", report.write_results(out, bench.device, results))
+    return failed
+
+
+def _bench(
+    options: argparse.Namespace, device: str, until: float
+) -> tuple[figures.Bench, Sequence[str]]:
+    """The run on one device, and the names of its figures."""
+    preset = GPU if options.gpu else QUICK if options.quick else FULL
+    sizes = [SIZES[name] for name in options.sizes or preset.sizes]
+    bench = figures.Bench(
+        device=device,
+        sizes=sizes,
+        rounds=options.rounds or preset.rounds,
+        limits=limits_of(device, options.limit or preset.limit),
+        batches=preset.batches,
+        positions=preset.positions,
+        peer_sizes=[
+            SIZES[name]
+            for name in preset.peer_sizes
+            if SIZES[name] in sizes or SIZES[name] == SMALL
+        ],
+        peer_dtypes=preset.peer_dtypes,
+        until=until,
+    )
+    names: Sequence[str] = options.only or preset.order
+    if not options.dry_run:
+        return bench, names
+    dry = replace(
+        bench,
+        main=shrunk(bench.main),
+        sizes=[shrunk(size) for size in sizes],
+        peer_sizes=[shrunk(size) for size in bench.peer_sizes],
+        positions=preset.positions[:1],
+        depths=(1, 2, 3),
+        large_vocabulary=2**12,
+        cell_seconds=0.0,
+        goal_seconds=0.0,
+        rounds=1,
+        peaks=memory.measure_here,
+    )
+    return dry, names
+
+
+def _check(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, devices: Sequence[str]
+) -> None:
+    """Refuse what cannot be run."""
+    missing = [device for device in devices if device not in _devices()]
+    if missing:
+        parser.error(f"torch sees no {missing[0]} here; allowed: {', '.join(_devices())}")
+    if options.dry_run and (options.out is None or options.out.resolve() == DOCS.resolve()):
+        parser.error("--dry-run measures tiny models; pass --out with a folder other than docs")
+    if find_spec("transformer_lens.HookedTransformer") is None:
+        parser.error(
+            "the floor runs on HookedTransformer, which ended with TransformerLens 3.9; install "
+            "3.9 or older, as in .venv"
+        )
+    for device in devices if options.only else ():
+        path = report.results_path(options.out or DOCS, device)
+        if not path.is_file():
+            parser.error(
+                f"{path} is not there, so there is nothing that --only could keep; leave it out"
+            )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,28 +211,42 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description="Measure speed and memory against other ways to the same answers.",
     )
-    parser.add_argument(
+    presets = parser.add_mutually_exclusive_group()
+    presets.add_argument(
         "--quick", action="store_true", help=f"{SMALL.name} only, few rounds, short runs"
+    )
+    presets.add_argument(
+        "--gpu",
+        action="store_true",
+        help=f"{', '.join(GPU.sizes)} in {' and '.join(GPU.peer_dtypes)} against the floor and the "
+        "peers first, then what the goals need: some five minutes on a large GPU",
     )
     parser.add_argument(
         "--sizes",
         nargs="+",
         choices=SIZES,
         metavar="SIZE",
-        help=f"sizes of the grid: {', '.join(SIZES)}; {MEDIUM.name} is timed against the "
-        f"peers too, and the other figures are of {SMALL.name}",
+        help=f"sizes of the grid: {', '.join(SIZES)}; {MEDIUM.name} (with --gpu, the preset's) is "
+        f"timed against the peers too, and the other figures are of {SMALL.name}",
     )
     parser.add_argument(
         "--rounds",
         type=_positive_integer,
-        help=f"rounds at most (default: {FULL.rounds}, quick {QUICK.rounds})",
+        help=f"rounds at most (default: {FULL.rounds}, quick {QUICK.rounds}, gpu {GPU.rounds})",
     )
     parser.add_argument(
         "--limit",
         type=_positive_number,
         metavar="SECONDS",
         help="leave out a cell where one run of the floor would take longer (default: "
-        f"{FULL.limit:g}, quick {QUICK.limit:g})",
+        f"{FULL.limit:g}, quick {QUICK.limit:g}, gpu {GPU.limit:g})",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_positive_number,
+        default=math.inf,
+        metavar="SECONDS",
+        help="start no row after this time, and write the others as skipped (default: no limit)",
     )
     parser.add_argument(
         "--devices",
@@ -140,9 +266,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        default=DOCS,
         metavar="FOLDER",
         help="gets benchmarks/DEVICE.json and benchmarks.md (default: docs)",
+    )
+    parser.add_argument(
+        "--page",
+        action="store_true",
+        help="measure nothing, and make the page from the results files that are there",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run tiny models for one round, to see that all works; the numbers mean nothing",
     )
     return parser
 

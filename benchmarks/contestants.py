@@ -22,7 +22,7 @@ from backward_lens_tl import capture_gradients as capture_factors
 from backward_lens_tl.host import host_of
 from backward_lens_tl.projection import as_projection
 from backward_lens_tl.readout import Readout, VectorGroup, read_vectors
-from benchmarks.sizes import Question
+from benchmarks.sizes import Question, Size
 
 Contestant = Callable[[Any, Question], object]
 
@@ -83,12 +83,21 @@ def reading(model: Any, groups: Sequence[VectorGroup]) -> Sequence[Readout]:
 # --------------------------------------------------------------------------- TransformerLens's tool
 
 
-def why_no_tool() -> str | None:
-    """Why the installed TransformerLens cannot run its own tool, or `None` if it can."""
+def why_no_tool(size: Size) -> str | None:
+    """Why the installed TransformerLens cannot run its own tool, or `None` if it can.
+
+    Args:
+        size: Of the model.
+
+    Returns:
+        The reason.
+    """
     if find_spec("transformer_lens.model_bridge") is None:
         return "this TransformerLens has neither TransformerBridge nor a tool of its own"
     if find_spec("transformer_lens.tools.analysis.backward_lens") is None:
         return "this TransformerLens has no tool of its own (3.9 to 4.2 have)"
+    if size.is_llama:
+        return "TransformerLens's tool takes raw GPT-2 bridges only"
     return None
 
 

@@ -9,9 +9,10 @@ import gc
 import logging
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from benchmarks import contestants, memory
 from benchmarks.estimates import Limits
 from benchmarks.phases import phases
-from benchmarks.sizes import DTYPES, MEDIUM, SMALL, Question, Size, bridge, hooked, question
+from benchmarks.sizes import DTYPES, SMALL, Question, Size, bridge, hooked, question
 from benchmarks.timing import Effort, OutOfMemory, Thunk, Timings, interleave
 
 Row = dict[str, Any]
@@ -40,7 +41,7 @@ FLOOR = ("passes", "product")
 RANKS = 100
 """Ranks that are taken in a row, since one is over before a clock can tell."""
 
-_CELL_SECONDS, _GOAL_SECONDS, _GOAL_ROUNDS = 8.0, 40.0, 3
+_GOAL_ROUNDS = 3
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,16 @@ class Bench:
         rounds: Rounds at most.
         limits: What one run of the floor may take.
         main: The size that the goals are about.
+        batches: Batches of the grid.
+        positions: Lengths of prompts of the grid.
+        peer_sizes: Sizes that are timed against the peers.
+        peer_dtypes: Names of the dtypes that they are timed in.
+        depths: Layers of the main size in the scaling.
+        large_vocabulary: The vocabulary that memory must not depend on.
+        cell_seconds: Time after which no further round of a row is begun.
+        goal_seconds: The same for a row that a goal is judged by.
+        until: Deadline of the run, by `time.monotonic`; no row starts after it.
+        peaks: Measures peak memory.
     """
 
     device: str
@@ -62,6 +73,21 @@ class Bench:
     rounds: int
     limits: Limits
     main: Size = SMALL
+    batches: Sequence[int] = BATCHES
+    positions: Sequence[int] = POSITIONS
+    peer_sizes: Sequence[Size] = (SMALL,)
+    peer_dtypes: Sequence[str] = ("float32",)
+    depths: Sequence[int] = DEPTHS
+    large_vocabulary: int = LARGE_VOCABULARY
+    cell_seconds: float = 8.0
+    goal_seconds: float = 40.0
+    until: float = math.inf
+    peaks: Callable[[memory.Case], memory.Peaks] = memory.measure
+
+    @property
+    def seconds_left(self) -> float:
+        """Time until the deadline; negative afterwards."""
+        return self.until - time.monotonic()
 
     def interleave(self, runs: Mapping[str, Thunk], *, is_goal: bool = False) -> Timings:
         """Time contestants that take turns.
@@ -73,9 +99,9 @@ class Bench:
         Returns:
             Their times.
         """
-        effort = Effort(self.rounds, _CELL_SECONDS)
-        if is_goal:
-            effort = Effort(self.rounds, _GOAL_SECONDS, min(self.rounds, _GOAL_ROUNDS))
+        seconds = self.goal_seconds if is_goal else self.cell_seconds
+        at_least = min(self.rounds, _GOAL_ROUNDS) if is_goal else 1
+        effort = Effort(self.rounds, min(seconds, self.seconds_left), at_least)
         wait = torch.cuda.synchronize if self.device == "cuda" else _nothing
         return interleave(runs, effort, synchronize=wait)
 
@@ -84,21 +110,40 @@ class Bench:
         return question(size, batch, positions, self.device)
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A row before it is measured.
+
+    Attributes:
+        about: What the row is about.
+        numbers: Measures the rest of the row.
+        skipped: Why it is not measured, if it is not.
+    """
+
+    about: Row
+    numbers: Callable[[], Row]
+    skipped: str | None = None
+
+
+class NotRun(Exception):
+    """Why a contestant cannot run."""
+
+
 FIGURES = ("peers", "grid", "lenses", "rank", "orders", "scaling", "memory", "phases")
 """Names of all figures."""
 
 
-def measure(bench: Bench, names: Sequence[str] = FIGURES) -> dict[str, list[Row]]:
-    """Measure figures.
+def measure(bench: Bench, name: str) -> Iterator[Row]:
+    """Measure a figure.
 
     Args:
         bench: The run.
-        names: Which.
+        name: Which figure.
 
-    Returns:
-        Rows by figure.
+    Yields:
+        Its rows, each as soon as it is measured.
     """
-    figures: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    figures: dict[str, Callable[[Bench], Iterator[Cell]]] = {
         "peers": peers,
         "grid": grid,
         "lenses": lenses,
@@ -108,77 +153,108 @@ def measure(bench: Bench, names: Sequence[str] = FIGURES) -> dict[str, list[Row]
         "memory": peak_memory,
         "phases": where_time_goes,
     }
-    return {name: list(_logged(name, figures[name](bench))) for name in names}
+    for cell in figures[name](bench):
+        row = cell.about | _numbers_or_reason(bench, cell)
+        log.info("%s %s", name, row)
+        yield row
+        # A model that is no longer needed goes before the next one comes.
+        gc.collect()
+        if bench.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _numbers_or_reason(bench: Bench, cell: Cell) -> Row:
+    """What was measured, or why nothing was."""
+    if cell.skipped is not None:
+        return {"skipped": cell.skipped}
+    if bench.seconds_left <= 0:
+        return {"skipped": "the run reached its time limit before this row (--seconds)"}
+    try:
+        return cell.numbers()
+    except (OutOfMemory, NotRun) as error:
+        return {"skipped": str(error)}
+    except torch.OutOfMemoryError:
+        return {"skipped": "ran out of the device's memory before anything was timed"}
 
 
 # ------------------------------------------------------------------------------------------- peers
 
 
-def peers(bench: Bench) -> Iterator[Row]:
+def peers(bench: Bench) -> Iterator[Cell]:
     """Ours against TransformerLens's tool and the authors' way, which take one prompt at a time."""
-    without_tool = contestants.why_no_tool()
-    for size in dict.fromkeys((bench.main, *(size for size in bench.sizes if size == MEDIUM))):
-        if without_tool is None:
-            lens = contestants.lens_of_texts
-            yield _against(bench, size, "tool", bridge, lens, contestants.tool)
-        else:
-            yield {"size": size.name, "peer": "tool", "skipped": without_tool}
-        lens = contestants.lens
-        yield _against(bench, size, "authors' way", hooked, lens, contestants.authors_way)
+    rivals: Mapping[str, tuple[Callable[[Size, str, str], Any], _Pair]] = {
+        "tool": (bridge, (contestants.lens_of_texts, contestants.tool)),
+        "authors' way": (hooked, (contestants.lens, contestants.authors_way)),
+    }
+    for size, (peer, (build, pair)) in product(bench.peer_sizes, rivals.items()):
+        for dtype in bench.peer_dtypes:
+            about: Row = {"size": size.name, "dtype": dtype, "peer": peer}
+            about |= {"positions": SHORT, "batch": MANY}
+            numbers = partial(_against_peer, bench, size, dtype, build, pair)
+            reason = contestants.why_no_tool(size) if peer == "tool" else None
+            yield Cell(about, numbers, reason)
 
 
-def _against(
-    bench: Bench,
-    size: Size,
-    peer: str,
-    build: Callable[[Size, str], Any],
-    lens: contestants.Contestant,
-    other: contestants.Contestant,
+_Pair = tuple[contestants.Contestant, contestants.Contestant]
+
+
+def _against_peer(
+    bench: Bench, size: Size, dtype: str, build: Callable[[Size, str, str], Any], pair: _Pair
 ) -> Row:
-    row: Row = {"size": size.name, "peer": peer, "positions": SHORT, "batch": MANY}
-    is_goal = size == bench.main
-    model = build(size, bench.device)
+    is_goal = (size, dtype) == (bench.main, "float32")
+    lens, other = pair
+    model = build(size, bench.device, dtype)
     one, many = bench.ask(size, ONE, SHORT), bench.ask(size, MANY, SHORT)
     runs: dict[str, Thunk] = {
         "ours": partial(lens, model, one),
         "peer": partial(other, model, one),
     }
-    if is_goal or bench.limits.reason_to_skip(size, MANY, SHORT, "float32") is None:
+    if is_goal or bench.limits.reason_to_skip(size, MANY, SHORT, dtype) is None:
         runs["batch"] = partial(lens, model, many)
+    _check_that_it_runs(runs["peer"])
+    timings = bench.interleave(runs, is_goal=is_goal)
+    found = _times(timings) | {"faster": timings.ratio(["peer"], ["ours"])}
+    if "batch" in runs:
+        found["faster_in_batch"] = MANY * timings.ratio(["peer"], ["batch"])
+    return found
 
-    def compare() -> Row:
-        timings = bench.interleave(runs, is_goal=is_goal)
-        found = _times(timings) | {"faster": timings.ratio(["peer"], ["ours"])}
-        if "batch" in runs:
-            found["faster_in_batch"] = MANY * timings.ratio(["peer"], ["batch"])
-        return found
 
-    return row | _numbers_or_reason(compare)
+def _check_that_it_runs(peer: Thunk) -> None:
+    """Run a peer once before it is timed; errors in its code are not ours."""
+    try:
+        peer()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise NotRun(f"the peer raises {type(error).__name__}: {first}") from error
 
 
 # -------------------------------------------------------------------------------------------- grid
 
 
-def grid(bench: Bench) -> Iterator[Row]:
+def grid(bench: Bench) -> Iterator[Cell]:
     """Ours against the floor, in whole and in parts, for sizes, dtypes, batches and lengths."""
     for size in bench.sizes:
-        model = None
-        for dtype, batch, positions in product(DTYPES, BATCHES, POSITIONS):
-            row: Row = {"size": size.name, "dtype": dtype, "batch": batch, "positions": positions}
+        build = cache(partial(hooked, size, bench.device))
+        for dtype, batch, positions in product(DTYPES, bench.batches, bench.positions):
             is_goal = (size, dtype, positions) == (bench.main, "float32", SHORT)
             is_goal = is_goal and batch in (ONE, MANY)
             reason = bench.limits.reason_to_skip(size, batch, positions, dtype)
-            if reason is not None and not is_goal:
-                yield row | {"skipped": reason}
-                continue
-            if model is None:
-                model = hooked(size, bench.device)
-            if model.cfg.dtype != DTYPES[dtype]:
-                model.to(DTYPES[dtype], print_details=False)
-            asked = bench.ask(size, batch, positions)
-            yield row | _numbers_or_reason(
-                partial(against_floor, bench, model, asked, is_goal=is_goal)
+            yield Cell(
+                {"size": size.name, "dtype": dtype, "batch": batch, "positions": positions},
+                partial(_cell, bench, build, dtype, bench.ask(size, batch, positions), is_goal),
+                None if is_goal else reason,
             )
+
+
+def _cell(
+    bench: Bench, build: Callable[[], Any], dtype: str, asked: Question, is_goal: bool
+) -> Row:
+    model = build()
+    if model.cfg.dtype != DTYPES[dtype]:
+        model.to(DTYPES[dtype], print_details=False)
+    return against_floor(bench, model, asked, is_goal=is_goal)
 
 
 def against_floor(bench: Bench, model: Any, asked: Question, *, is_goal: bool = False) -> Row:
@@ -212,48 +288,56 @@ def against_floor(bench: Bench, model: Any, asked: Question, *, is_goal: bool = 
     }
 
 
-def orders(bench: Bench) -> Iterator[Row]:
+def orders(bench: Bench) -> Iterator[Cell]:
     """The floor's product against the same product as its transpose."""
+    for batch in (ONE, MANY):
+        n_vectors = 2 * bench.main.n_layers * batch * SHORT
+        yield Cell({"batch": batch, "vectors": n_vectors}, partial(_turned, bench, n_vectors))
+
+
+def _turned(bench: Bench, n_vectors: int) -> Row:
     size = bench.main
     weight = torch.ones(size.d_model, size.d_vocab, device=bench.device)
-    for batch in (ONE, MANY):
-        n_vectors = 2 * size.n_layers * batch * SHORT
-        vectors = torch.ones(n_vectors, size.d_model, device=bench.device)
-        runs: dict[str, Thunk] = {
-            "product": partial(contestants.product, vectors, weight),
-            "turned": partial(contestants.turned_product, vectors, weight),
-        }
-        timings = bench.interleave(runs)
-        yield {
-            "batch": batch,
-            "vectors": n_vectors,
-            **_times(timings),
-            "turned_faster": timings.ratio(["product"], ["turned"]),
-        }
+    vectors = torch.ones(n_vectors, size.d_model, device=bench.device)
+    runs: dict[str, Thunk] = {
+        "product": partial(contestants.product, vectors, weight),
+        "turned": partial(contestants.turned_product, vectors, weight),
+    }
+    timings = bench.interleave(runs)
+    return _times(timings) | {"turned_faster": timings.ratio(["product"], ["turned"])}
 
 
 # ------------------------------------------------------------------------------------------ lenses
 
 
-def lenses(bench: Bench) -> Iterator[Row]:
+def lenses(bench: Bench) -> Iterator[Cell]:
     """The default, which reads both lenses, against the Logit Lens alone."""
-    model = hooked(bench.main, bench.device)
+    build = cache(partial(hooked, bench.main, bench.device))
     for batch in (ONE, MANY):
         asked = bench.ask(bench.main, batch, SHORT)
-        timings = bench.interleave(
-            {
-                "one": partial(contestants.lens, model, asked),
-                "both": partial(contestants.both_lenses, model, asked),
-            }
-        )
-        yield {"batch": batch, **_times(timings), "slower": timings.ratio(["both"], ["one"])}
+        yield Cell({"batch": batch}, partial(_both, bench, build, asked))
+
+
+def _both(bench: Bench, build: Callable[[], Any], asked: Question) -> Row:
+    model = build()
+    timings = bench.interleave(
+        {
+            "one": partial(contestants.lens, model, asked),
+            "both": partial(contestants.both_lenses, model, asked),
+        }
+    )
+    return _times(timings) | {"slower": timings.ratio(["both"], ["one"])}
 
 
 # -------------------------------------------------------------------------------------------- rank
 
 
-def rank(bench: Bench) -> Iterator[Row]:
+def rank(bench: Bench) -> Iterator[Cell]:
     """Rank of one gradient from its factors against that of the dense matrix."""
+    yield Cell({"shape": [bench.main.d_mlp, bench.main.d_model]}, partial(_ranks, bench))
+
+
+def _ranks(bench: Bench) -> Row:
     asked = bench.ask(bench.main, ONE, SHORT)
     captured = contestants.capture(hooked(bench.main, bench.device), asked)
     gradient = captured["W_out", bench.main.n_layers // 2]
@@ -268,8 +352,7 @@ def rank(bench: Bench) -> Iterator[Row]:
     )
     times = _times(timings)
     times["seconds"]["ours"] /= RANKS
-    yield {
-        "shape": list(dense.shape),
+    return {
         "ranks": {"ours": gradient.rank(), "dense": int(torch.linalg.matrix_rank(dense))},
         **times,
         "faster": timings.ratio(["dense"], ["ours"]) * RANKS,
@@ -279,33 +362,38 @@ def rank(bench: Bench) -> Iterator[Row]:
 # ----------------------------------------------------------------------------------------- scaling
 
 
-def scaling(bench: Bench) -> Iterator[Row]:
+def scaling(bench: Bench) -> Iterator[Cell]:
     """Our time against the number of prompts, of layers and of positions."""
-    prompts = partial(_deepest, bench, BATCHES[-1], SCALED_LENGTH)
-    positions = partial(_deepest, bench, ONE, SCALED_POSITIONS[-1])
-    points: dict[str, dict[int, tuple[Size, int, int]]] = {
-        "prompts": {n: (prompts(), n, SCALED_LENGTH) for n in BATCHES},
+    prompts = _deepest(bench, BATCHES[-1], SCALED_LENGTH)
+    positions = _deepest(bench, ONE, SCALED_POSITIONS[-1])
+    points: dict[str, dict[int, _Point]] = {
+        "prompts": {n: (prompts, n, SCALED_LENGTH) for n in BATCHES},
         "layers": {
-            n: (replace(bench.main, n_layers=n), SCALED_PROMPTS, SCALED_LENGTH) for n in DEPTHS
+            n: (replace(bench.main, n_layers=n), SCALED_PROMPTS, SCALED_LENGTH)
+            for n in bench.depths
         },
-        "positions": {n: (positions(), ONE, n) for n in SCALED_POSITIONS},
+        "positions": {n: (positions, ONE, n) for n in SCALED_POSITIONS},
     }
     for along, sizes in points.items():
-        models = {size: hooked(size, bench.device) for size, _, _ in sizes.values()}
-        runs: dict[str, Thunk] = {
-            str(n): partial(contestants.lens, models[size], bench.ask(size, batch, positions))
-            for n, (size, batch, positions) in sizes.items()
-        }
-        row: Row = {
+        about: Row = {
             "along": along,
             "layers": sorted({size.n_layers for size, _, _ in sizes.values()}),
             "prompts": sorted({batch for _, batch, _ in sizes.values()}),
             "positions": sorted({positions for _, _, positions in sizes.values()}),
         }
-        yield row | _numbers_or_reason(partial(_grown, bench, runs))
+        yield Cell(about, partial(_grown, bench, sizes))
 
 
-def _grown(bench: Bench, runs: Mapping[str, Thunk]) -> Row:
+_Point = tuple[Size, int, int]
+"""Size of the model, number of prompts, and their length."""
+
+
+def _grown(bench: Bench, points: Mapping[int, _Point]) -> Row:
+    models = {size: hooked(size, bench.device) for size, _, _ in points.values()}
+    runs: dict[str, Thunk] = {
+        str(n): partial(contestants.lens, models[size], bench.ask(size, batch, positions))
+        for n, (size, batch, positions) in points.items()
+    }
     found = _times(bench.interleave(runs))
     slope = log_slope({int(size): seconds for size, seconds in found["seconds"].items()})
     return found | {"slope": slope}
@@ -313,7 +401,7 @@ def _grown(bench: Bench, runs: Mapping[str, Thunk]) -> Row:
 
 def _deepest(bench: Bench, batch: int, positions: int) -> Size:
     """The main size with as many layers as fit the limit, and with the fewest otherwise."""
-    sizes = [replace(bench.main, n_layers=n_layers) for n_layers in DEPTHS]
+    sizes = [replace(bench.main, n_layers=n_layers) for n_layers in bench.depths]
     fitting = [
         size
         for size in sizes
@@ -339,9 +427,9 @@ def log_slope(seconds: Mapping[int, float]) -> float:
 # ------------------------------------------------------------------------------------------ memory
 
 
-def peak_memory(bench: Bench) -> Iterator[Row]:
+def peak_memory(bench: Bench) -> Iterator[Cell]:
     """Peak memory of every contestant, each in a new process."""
-    small, large = bench.main, replace(bench.main, d_vocab=LARGE_VOCABULARY)
+    small, large = bench.main, replace(bench.main, d_vocab=bench.large_vocabulary)
     cases = [
         ("ours, of texts", "TransformerBridge", small, ONE),
         ("tool", "TransformerBridge", small, ONE),
@@ -352,7 +440,7 @@ def peak_memory(bench: Bench) -> Iterator[Row]:
         ("ours", "HookedTransformer", large, MANY),
     ]
     for contestant, model, size, batch in cases:
-        row: Row = {
+        about: Row = {
             "contestant": contestant,
             "model": model,
             "d_vocab": size.d_vocab,
@@ -362,52 +450,37 @@ def peak_memory(bench: Bench) -> Iterator[Row]:
         }
         on_bridge = model == "TransformerBridge"
         reason = memory.why_not_measured(bench.device)
-        reason = reason or (contestants.why_no_tool() if on_bridge else None)
-        if reason is not None:
-            yield row | {"skipped": reason}
-            continue
+        reason = reason or (contestants.why_no_tool(size) if on_bridge else None)
         case = memory.Case(contestant, model, size, batch, SHORT, bench.device)
-        yield row | _numbers_or_reason(partial(_peaks, case))
+        yield Cell(about, partial(_peaks, bench, case), reason)
 
 
-def _peaks(case: memory.Case) -> Row:
-    return {"bytes": asdict(memory.measure(case))}
+def _peaks(bench: Bench, case: memory.Case) -> Row:
+    return {"bytes": asdict(bench.peaks(case))}
 
 
 # ------------------------------------------------------------------------------------------ phases
 
 
-def where_time_goes(bench: Bench) -> Iterator[Row]:
+def where_time_goes(bench: Bench) -> Iterator[Cell]:
     """Our time by phase, under torch's profiler."""
-    model = hooked(bench.main, bench.device)
+    build = cache(partial(hooked, bench.main, bench.device))
     for batch in (ONE, MANY):
-        run = partial(contestants.lens, model, bench.ask(bench.main, batch, SHORT))
-        run()
-        yield {"batch": batch, "positions": SHORT, "seconds": phases(run, model, bench.device)}
+        asked = bench.ask(bench.main, batch, SHORT)
+        yield Cell({"batch": batch, "positions": SHORT}, partial(_profiled, bench, build, asked))
+
+
+def _profiled(bench: Bench, build: Callable[[], Any], asked: Question) -> Row:
+    model = build()
+    run = partial(contestants.lens, model, asked)
+    run()
+    return {"seconds": phases(run, model, bench.device)}
 
 
 def _times(timings: Timings) -> Row:
     """Median seconds of every contestant."""
     seconds = {name: timings.median(name) for name in timings.seconds}
     return {"rounds": timings.rounds, "seconds": seconds}
-
-
-def _numbers_or_reason(measure: Callable[[], Row]) -> Row:
-    """What was measured, or that the memory did not suffice for it."""
-    try:
-        return measure()
-    except OutOfMemory as error:
-        return {"skipped": str(error)}
-    except torch.OutOfMemoryError:
-        return {"skipped": "ran out of the device's memory before anything was timed"}
-
-
-def _logged(name: str, rows: Iterator[Row]) -> Iterator[Row]:
-    for row in rows:
-        log.info("%s %s", name, row)
-        yield row
-        # A model that is no longer needed goes before the next one comes.
-        gc.collect()
 
 
 def _nothing() -> None:

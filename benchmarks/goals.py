@@ -57,7 +57,7 @@ def find(results: Results, figure: str, **wanted: object) -> Row:
     Raises:
         NotMeasured: If it has none, or there is no such row.
     """
-    for row in results[figure]:
+    for row in results.get(figure, ()):
         if wanted.items() <= row.items():
             if "skipped" in row:
                 raise NotMeasured(row["skipped"])
@@ -71,9 +71,13 @@ def beyond_forward(row: Row) -> float:
     return float(row["bytes"]["contestant"] - row["bytes"]["forward"]) / _MB
 
 
+def _peer_row(results: Results, peer: str) -> Row:
+    return find(results, "peers", size=SMALL.name, dtype="float32", peer=peer)
+
+
 def _peer(peer: str, number: str) -> Callable[[Results], float]:
     def measure(results: Results) -> float:
-        return float(find(results, "peers", size=SMALL.name, peer=peer)[number])
+        return float(_peer_row(results, peer)[number])
 
     return measure
 
@@ -82,7 +86,7 @@ def _floor_against(peer: str, batch: int) -> Callable[[Results], float]:
     """A prompt of the floor's against a prompt of a peer's."""
 
     def measure(results: Results) -> float:
-        theirs = find(results, "peers", size=SMALL.name, peer=peer)["seconds"]["peer"]
+        theirs = _peer_row(results, peer)["seconds"]["peer"]
         return float(theirs * batch / _cell_row(results, batch)["seconds"]["floor"])
 
     return measure

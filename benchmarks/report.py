@@ -19,7 +19,8 @@ HEAD = f"""\
 # Benchmarks
 
 Generated, do not edit: `make bench` measures, writes `docs/benchmarks/DEVICE.json`, and makes this
-page of all such files. `python -m benchmarks --help` has the options.
+page of all such files; `make gpu-check` measures on a GPU, large sizes first, as far as it gets in
+seven minutes. `python -m benchmarks --help` has the options.
 
 Models are random, in the sizes of well-known ones: neither time nor memory depends on what the
 weights are. Prompts are random tokens of equal length. Everybody reads the gradients of `W_in` and
@@ -51,7 +52,7 @@ Parameters require gradients, as in a model that was just loaded.
 PEERS = f"""\
 ## One prompt at a time
 
-Milliseconds per prompt of {SHORT} tokens, in float32. *batch* is ours for {MANY} prompts at once,
+Milliseconds per prompt of {SHORT} tokens. *batch* is ours for {MANY} prompts at once,
 divided by {MANY}; the last two columns say how many times as fast ours is, for one prompt and for
 one of the batch.
 """
@@ -274,7 +275,7 @@ def _peers(machines: Mapping[str, Results], notes: Notes) -> str:
             _NO_ROW if batch is None else number(row["faster_in_batch"]),
         ]
 
-    return _by_machine(machines, "peers", ("size", "peer"), names, numbers, notes)
+    return _by_machine(machines, "peers", ("size", "dtype", "peer"), names, numbers, notes)
 
 
 def _grid(machines: Mapping[str, Results], notes: Notes) -> str:
@@ -332,7 +333,7 @@ def _phases(machines: Mapping[str, Results], notes: Notes) -> str:
 def _scaling(machines: Mapping[str, Results], notes: Notes) -> str:
     lines = []
     for kind, results in machines.items():
-        for row in results["scaling"]:
+        for row in results.get("scaling", ()):
             fixed = ", ".join(
                 f"{row[name][0]} {name}"
                 for name in ("layers", "prompts", "positions")
@@ -387,7 +388,7 @@ def _by_machine(
         The table in Markdown.
     """
     rows = {
-        kind: {tuple(str(row[key]) for key in keys): row for row in results[figure]}
+        kind: {tuple(str(row[key]) for key in keys): row for row in results.get(figure, ())}
         for kind, results in machines.items()
     }
     body = []

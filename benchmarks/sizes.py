@@ -62,15 +62,24 @@ SMALL = Size("gpt2-small", 12, 768, 12, 3072, 50257)
 
 MEDIUM = Size("gpt2-medium", 24, 1024, 16, 4096, 50257)
 
-SIZES = {
-    size.name: size
-    for size in (
-        SMALL,
-        MEDIUM,
-        Size("gpt2-xl", 48, 1600, 25, 6400, 50257),
-        Size("llama-1b", 16, 2048, 32, 8192, 128256, n_key_value_heads=8),
-    )
-}
+XL = Size("gpt2-xl", 48, 1600, 25, 6400, 50257)
+
+LLAMA = Size("llama-1b", 16, 2048, 32, 8192, 128256, n_key_value_heads=8)
+
+SIZES = {size.name: size for size in (SMALL, MEDIUM, XL, LLAMA)}
+
+
+def shrunk(size: Size) -> Size:
+    """A model of the same name and architecture that takes milliseconds.
+
+    Args:
+        size: The size that it stands for.
+
+    Returns:
+        The small size.
+    """
+    n_key_value_heads = 2 if size.is_llama else None
+    return Size(size.name, 2, 48, 4, 96, 100, n_key_value_heads)
 
 
 @dataclass(frozen=True)
@@ -114,12 +123,13 @@ def question(size: Size, batch: int, positions: int, device: str) -> Question:
     return Question(ids.to(device), target=size.d_vocab // 2)
 
 
-def hooked(size: Size, device: str) -> Any:
-    """Make a `HookedTransformer` in float32, as a user has it: every parameter requires gradients.
+def hooked(size: Size, device: str, dtype: str = "float32") -> Any:
+    """Make a `HookedTransformer` as a user has it: every parameter requires gradients.
 
     Args:
         size: How large.
-        device: Where.
+        device: Where, from the first number on: a GPU draws large weights in no time.
+        dtype: Name of its dtype.
 
     Returns:
         The model, without a tokenizer. Its biases are zero.
@@ -147,20 +157,22 @@ def hooked(size: Size, device: str) -> Any:
         model_name=size.name,
         seed=0,
         device=device,
+        dtype=DTYPES[dtype],
         **family,
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.device(device):
         # That the class ends with TransformerLens 3.9 is known.
         warnings.simplefilter("ignore", DeprecationWarning)
         return HookedTransformer(config).eval()
 
 
-def bridge(size: Size, device: str) -> Any:
-    """Make a raw GPT-2 `TransformerBridge` in float32, which TransformerLens's own tool asks for.
+def bridge(size: Size, device: str, dtype: str = "float32") -> Any:
+    """Make a raw GPT-2 `TransformerBridge`, which TransformerLens's own tool asks for.
 
     Args:
         size: How large; one of GPT-2's.
-        device: Where.
+        device: Where, from the first number on.
+        dtype: Name of its dtype.
 
     Returns:
         The model, with a tokenizer of one word per token.
@@ -184,15 +196,17 @@ def bridge(size: Size, device: str) -> Any:
         "attn_implementation": "eager",
     }
     torch.manual_seed(0)
-    own: Any = GPT2LMHeadModel(GPT2Config(**settings))
+    with torch.device(device):
+        own: Any = GPT2LMHeadModel(GPT2Config(**settings))
     # TransformerLens reads a tokenizer anew from the folder that it came from.
     with tempfile.TemporaryDirectory() as folder:
         _word_tokenizer(size.d_vocab).save_pretrained(folder)
         return TransformerBridge.boot_transformers(
             "gpt2",
-            hf_model=own.to(device).eval(),
+            hf_model=own.to(DTYPES[dtype]).eval(),
             tokenizer=AutoTokenizer.from_pretrained(folder),
             device=device,
+            dtype=DTYPES[dtype],
         ).eval()
 
 

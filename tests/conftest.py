@@ -6,13 +6,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jaxtyping
 import pytest
 import torch
 import transformers
-from browser import chromium
 from models import (
     NAMES,
     Case,
@@ -24,10 +23,12 @@ from models import (
     hooked_case,
     require_kind,
 )
-from playwright.sync_api import Browser
 from transformers import AutoModelForCausalLM
 
 from backward_lens_tl.loading import load_facts_model, load_model
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 FACTS_FOLDER = Path(__file__).parents[1] / "backward_lens_tl" / "facts_model"
 KINDS = ("bridge", "hooked")
@@ -55,6 +56,9 @@ def as_for_a_user() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """A headless Chromium; skipped where there is none."""
+    # Only here, so that the other tests run without playwright.
+    from browser import chromium
+
     with chromium() as browser:
         yield browser
 

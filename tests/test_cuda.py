@@ -1,0 +1,330 @@
+"""On a GPU everything is as on a CPU: what is captured, read, written and edited.
+
+The device is a GPU where there is one and the CPU elsewhere, so that the tests themselves are
+always tried; `make gpu-check` runs them alone, and asks for the GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from models import HAS_BRIDGE, Case, build, hooked_only, nll, relative_error, require_kind
+from test_delta import everything, unchanged
+from test_passes import CLOSE, PROMPTS, assert_equal, read_values, values, watch_forward
+from test_sweep import ROWS, assert_close
+from torch import Tensor, nn
+
+import backward_lens_tl as blt
+from backward_lens_tl.captured import GradientCapture
+from backward_lens_tl.editing import EditRequest, ForwardPassShift
+from backward_lens_tl.memory import Memory
+from backward_lens_tl.result import BackwardLensResult
+from benchmarks import memory as peaks
+from benchmarks.sizes import SMALL, bridge, hooked, question
+
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("as_for_a_user")]
+
+DEVICE = os.environ.get("BACKWARD_LENS_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+KINDS = ("bridge", "hooked")
+KIND = KINDS[0] if HAS_BRIDGE else KINDS[1]
+NAMES = ("bridge-gpt2", "hooked-llama")
+PROMPT, TARGET = "Lionel Messi plays for", " Paris"
+FACTS = [PROMPT, "Barack Obama grew up in", "The capital of the country of France is"]
+ALL: dict[str, Any] = {"matrices": "all"}
+
+# Products of a few hundred float32 numbers, added in another order: some 1e-7 each.
+FLOAT32 = 1e-4
+
+on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="peaks of a GPU's memory; no GPU here")
+
+
+@pytest.fixture(scope="module")
+def device() -> str:
+    """Where the models are."""
+    return DEVICE
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def pair(request: pytest.FixtureRequest, device: str) -> tuple[Case, nn.Module]:
+    """A random model in float64 on the CPU with its reference, and the same model on the device."""
+    moved = build(request.param).model.to(device)
+    return build(request.param), moved
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def facts_pair(request: pytest.FixtureRequest, device: str) -> tuple[nn.Module, nn.Module]:
+    """The trained model in float32, on the CPU and on the device."""
+    require_kind(request.param)
+    return blt.load_facts_model(request.param), blt.load_facts_model(request.param, device)
+
+
+def on_cpu(tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
+    """The tensors, which are all on the device."""
+    assert {tensor.device.type for tensor in tensors.values()} == {device}
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def factors(capture: GradientCapture) -> dict[str, Tensor]:
+    return {
+        f"{gradient.matrix} {gradient.layer} {name}": getattr(gradient, name)
+        for gradient in capture
+        for name in ("inputs", "vjps")
+    }
+
+
+# --------------------------------------------------------------------------------- capture, readout
+
+
+def test_the_capture_is_autograds_gradient(pair: tuple[Case, nn.Module], device: str) -> None:
+    case, model = pair
+    tokens = case.tokens(7, 7)
+    expected = [case.weight_gradients(row[None], nll(5)) for row in tokens]
+    capture = blt.capture_gradients(model, tokens, blt.target_nll(5))
+    # The reference's norms round to float32 in some models.
+    close = 1e-5 if case.logits_in_float32 else 1e-12
+    for gradient in capture:
+        for prompt, gradients in enumerate(expected):
+            dense = gradient.dense(prompt)
+            assert dense.device.type == device
+            wanted = gradients[gradient.matrix, gradient.layer]
+            assert relative_error(dense.cpu(), wanted) < close
+            assert gradient.rank(prompt) <= 7
+
+
+def test_validation_passes(pair: tuple[Case, nn.Module]) -> None:
+    report = blt.validate(pair[1])
+    assert report.passed, report
+
+
+def test_a_capture_is_the_cpus(pair: tuple[Case, nn.Module], device: str) -> None:
+    case, model = pair
+    expected = blt.capture_gradients(case.model, PROMPTS, nll(5), **ALL)
+    found = blt.capture_gradients(model, PROMPTS, nll(5), **ALL)
+    close = {"rtol": 1e-4, "atol": 1e-6} if case.logits_in_float32 else CLOSE
+    assert_equal(on_cpu(values(found), device), values(expected), close)
+
+
+def test_a_readout_is_the_cpus(pair: tuple[Case, nn.Module], device: str) -> None:
+    case, model = pair
+    both = ("logit_lens", "normalized")
+    for lens in both:
+        expected, found = (
+            blt.backward_lens(each, PROMPTS, 5, k=4, projection=lens, **ALL)
+            for each in (case.model, model)
+        )
+        close = {"rtol": 1e-4, "atol": 1e-5} if case.logits_in_float32 else CLOSE
+        assert_equal(on_cpu(read_values(found), device), read_values(expected), close)
+        assert found.token_texts == expected.token_texts
+
+
+def test_nothing_of_the_model_changes(pair: tuple[Case, nn.Module], device: str) -> None:
+    module = torch.cuda if device == "cuda" else torch
+    before = module.get_rng_state()
+    with unchanged(pair[1]):
+        blt.backward_lens(pair[1], PROMPTS, 5, **ALL)
+    assert torch.equal(module.get_rng_state(), before)
+
+
+# -------------------------------------------------------------------------------- the trained model
+
+
+def lens(model: nn.Module, memory: Memory | None = None) -> BackwardLensResult:
+    return blt.backward_lens(model, FACTS, TARGET, k=3, memory=memory, **ALL)
+
+
+def test_words_of_the_trained_model(facts_pair: tuple[nn.Module, nn.Module]) -> None:
+    expected, found = map(lens, facts_pair)
+    errors = {
+        name: relative_error(value.cpu(), factors(expected.gradients)[name])
+        for name, value in factors(found.gradients).items()
+        if value.any()
+    }
+    assert max(errors.values()) < FLOAT32
+    same = found.to_df()["top_tokens"].map(list) == expected.to_df()["top_tokens"].map(list)
+    # Neighbors whose scores are equal up to rounding may change places.
+    assert same.mean() > 0.99
+    assert found.top_tokens("W_out", -1, -1) == expected.top_tokens("W_out", -1, -1)
+
+
+def test_what_a_result_gives(facts_pair: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:
+    _, model = facts_pair
+    result = lens(model)
+    path = tmp_path / "result.safetensors"
+    result.save(path)
+    loaded = BackwardLensResult.load(path)
+    # Norms are computed where the factors are.
+    pd.testing.assert_frame_equal(result.to_df(), loaded.to_df(), rtol=1e-4, atol=1e-6)
+    assert TARGET in result._repr_html_()
+    assert len(blt.analysis.gradient_ranks(result)) == len(blt.analysis.gradient_ranks(loaded))
+    assert set(result.to_cache().keys()) == set(loaded.to_cache().keys())
+    attention = result.reversed_attention(-1)
+    assert torch.equal(attention.cpu(), loaded.reversed_attention(-1).cpu())
+
+
+# How far the factors of a matrix, and the scores of its top tokens, may be from those in float32.
+# bfloat16 keeps 8 bits and float16 11, and some dozens of roundings follow each other: on a CPU the
+# largest errors of factors are 0.07 and 0.012, those of scores half of that.
+HALVES = {torch.bfloat16: 0.15, torch.float16: 0.03}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*zip(KINDS, HALVES, strict=True)], ids=["bridge-bfloat16", "hooked-float16"]
+)
+def test_a_model_in_half_precision(device: str, kind: str, dtype: torch.dtype) -> None:
+    require_kind(kind)
+    model, half = blt.load_facts_model(kind), blt.load_facts_model(kind, device).to(dtype)
+    expected, found = (blt.backward_lens(each, PROMPT, TARGET, k=3) for each in (model, half))
+    wanted = factors(expected.gradients)
+    for name, factor in factors(found.gradients).items():
+        assert factor.dtype == torch.float32
+        if wanted[name].any():
+            assert relative_error(factor.cpu(), wanted[name]) < HALVES[dtype], name
+    for matrix in ("W_in", "W_out"):
+        scores, wanted_scores = (
+            each.readout(matrix).top_scores[:, 0, -1].cpu() for each in (found, expected)
+        )
+        assert relative_error(scores, wanted_scores) < HALVES[dtype] / 2
+    assert found.top_tokens("W_out", -1, -1, k=1) == expected.top_tokens("W_out", -1, -1, k=1)
+    assert blt.validate(half, PROMPT, matrices="mlp").passed
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+def test_factors_kept_on_the_cpu(pair: tuple[Case, nn.Module], device: str) -> None:
+    case, model = pair
+    plain, found = (
+        blt.backward_lens(model, PROMPTS, 5, k=3, memory=memory, **ALL)
+        for memory in (None, Memory(factor_device="cpu"))
+    )
+    close = {"rtol": 1e-4, "atol": 1e-5} if case.logits_in_float32 else CLOSE
+    kept, whole = factors(found.gradients), factors(plain.gradients)
+    assert {tensor.device.type for tensor in kept.values()} == {"cpu"}
+    assert_equal(kept, on_cpu(whole, device), close)
+    here, there = (
+        {name: tensor.cpu() for name, tensor in read_values(result).items()}
+        for result in (found, plain)
+    )
+    assert_equal(here, there, close)
+    # What is computed of them is computed where they are.
+    assert found.gradients["W_out", 2].dense(0).device.type == "cpu"
+    assert found.to_df().shape == plain.to_df().shape
+
+
+class Counting:
+    """The unembedding of a model, which notes how many vectors come at a time."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        self.asked: list[int] = []
+
+    def project(self, vectors: Tensor, layer: int) -> Tensor:
+        assert vectors.device == self._weight.device
+        self.asked.append(len(vectors))
+        return vectors @ self._weight
+
+
+@hooked_only
+def test_scores_are_made_in_chunks_under_a_budget(device: str) -> None:
+    d_vocab, budget = 4000, 2**23
+    case = build("hooked-gpt2", d_vocab=d_vocab)
+    model = case.model.to(device)
+    found = {}
+    for memory in (None, Memory(budget=budget)):
+        projection = Counting(model.W_U.detach())
+        tokens = case.tokens(60)
+        found[memory] = blt.backward_lens(
+            model, tokens, 5, k=3, projection=projection, memory=memory
+        )
+        assert sum(projection.asked) == 2 * 60 * case.n_layers
+    assert max(projection.asked) * d_vocab * 8 <= budget // 8
+    plain, limited = (on_cpu(read_values(result), device) for result in found.values())
+    assert_equal(limited, plain, CLOSE)
+
+
+def test_passes_under_a_budget(
+    pair: tuple[Case, nn.Module], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, model = pair
+    shapes: list[tuple[int, ...]] = []
+    watch_forward(monkeypatch, lambda tokens: shapes.append(tuple(tokens.shape)))
+    plain = blt.backward_lens(model, PROMPTS, 5, k=3)
+    without = len(shapes)
+    # Just enough for one layer of the longest prompt, beside the factors of all.
+    found = blt.backward_lens(model, PROMPTS, 5, k=3, memory=Memory(budget=850_000))
+    assert len(shapes) > without + 1
+    close = {"rtol": 1e-4, "atol": 1e-5} if case.logits_in_float32 else CLOSE
+    assert_equal(on_cpu(read_values(found), device), on_cpu(read_values(plain), device), close)
+
+
+@on_a_gpu
+@pytest.mark.parametrize(
+    ("budget", "factor_device"), [(2**30, None), (2**28, "cpu")], ids=["1 GiB", "256 MiB"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_peak_stays_under_the_budget(kind: str, budget: int, factor_device: str | None) -> None:
+    """1600 tokens through GPT-2 small, whose factors alone take 0.6 GB."""
+    require_kind(kind)
+    model = {"hooked": hooked, "bridge": bridge}[kind](SMALL, "cuda")
+    ids = question(SMALL, 32, 50, "cuda").ids
+
+    def run(memory: Memory) -> BackwardLensResult:
+        return blt.backward_lens(model, ids, 5, memory=memory)
+
+    memory = Memory(budget=budget, factor_device=factor_device)
+    run(memory)  # what CUDA's libraries keep for themselves is there afterwards
+    # HookedTransformer copies its unembedding in every forward pass, also in a plain one.
+    copied = model.W_U.nbytes if kind == "hooked" else 0
+    assert peaks.extra_peak(lambda: run(memory), "cuda") <= budget + copied
+    assert peaks.extra_peak(lambda: run(Memory(budget=2**40)), "cuda") > 2**30
+
+
+# ------------------------------------------------------------------------------------ sweeps, edits
+
+
+def test_a_sweeps_rows_are_the_cpus(device: str, tmp_path: Path) -> None:
+    config = blt.SweepConfig(projection=("logit_lens", "normalized"), part_size=3)
+    expected, found = (
+        blt.sweep(
+            build(f"{KIND}-gpt2").model.to(where), ROWS, tmp_path / name, config, progress=False
+        )
+        for name, where in (("cpu", "cpu"), ("device", device))
+    )
+    assert found.is_complete
+    assert found.rejects().empty
+    for table in ("prompts", "positions", "gradients"):
+        assert_close(getattr(found, table)(), getattr(expected, table)())
+
+
+def test_an_edit_is_put_back_bit_by_bit(pair: tuple[Case, nn.Module], device: str) -> None:
+    case, model = pair
+    delta, tokens = everything(case.model), case.tokens(6)
+    with torch.no_grad():
+        before = model(tokens.to(device))
+        with unchanged(model):
+            with delta.applied(model):
+                inside = model(tokens.to(device))
+            delta.apply_(model)
+            assert torch.equal(model(tokens.to(device)), inside)
+            delta.revert_(model)
+        assert torch.equal(model(tokens.to(device)), before)
+        with delta.applied(case.model):
+            wanted = case.model(tokens)
+    close = {"rtol": 1e-4, "atol": 1e-5} if case.logits_in_float32 else {"rtol": 1e-8, "atol": 1e-9}
+    torch.testing.assert_close(inside.cpu(), wanted, **close)
+
+
+def test_a_fact_is_written(facts_pair: tuple[nn.Module, nn.Module]) -> None:
+    request = EditRequest(PROMPT, TARGET, subject="Lionel Messi")
+    shift = ForwardPassShift(layer=5, size=4.0, form="scale_free", iterations=15)
+    expected, found = (shift(model, request) for model in facts_pair)
+    for here, there in zip(found, expected, strict=True):
+        assert relative_error(here.dense().cpu(), there.dense().cpu()) < 10 * FLOAT32
+    with unchanged(facts_pair[1]), found.applied(facts_pair[1]):
+        assert blt.backward_lens(facts_pair[1], PROMPT).target() == TARGET
