@@ -24,7 +24,7 @@ PYTEST := python -m pytest --doctest-modules backward_lens_tl tests README.md do
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: help demo test test-tl2 test-tl4 check check-fast check-all facts-model facts-model-eval
-.PHONY: facts-moments tune bench notebooks docs pictures constraints clean FORCE
+.PHONY: facts-moments mutants tune bench notebooks docs pictures constraints clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,16 @@ check-all: check ## check, and the tests that take long
 	@for environment in $(ENVIRONMENTS); do \
 	    $(OFFLINE) $$environment/bin/$(PYTEST) -m slow || exit 1; \
 	done
+
+# MODULES="backward_lens_tl/projection.py backward_lens_tl/host/*" for less than the core that
+# pyproject.toml lists, TESTS="tests/test_extremes.py ..." for less than the quick tier. LIMIT is how
+# many seconds of tests one mutant gets. What reaches what is kept in mutants/.
+SAMPLE ?= 150
+SEED ?= 0
+LIMIT ?= 60
+mutants: .venv/installed ## test the tests: mutants of the core; MODULES="..." SAMPLE=150 SEED=0
+	$(OFFLINE) .venv/bin/python tests/mutation.py $(foreach m,$(MODULES),'$m') --sample $(SAMPLE) \
+	    --seed $(SEED) --limit $(LIMIT) $(if $(TESTS),--tests $(TESTS))
 
 facts-model: .venv/installed ## train the model that ships here anew
 	.venv/bin/python -m facts_model.train
@@ -82,7 +92,7 @@ constraints: ## resolve the newest versions into constraints/ (then: make check)
 	@for version in 3.9.0 $(OTHERS); do constraints/refresh.sh $$version || exit 1; done
 
 clean: ## remove the environments, caches and builds
-	rm -rf $(ENVIRONMENTS) .torch-choice build dist site demo.html
+	rm -rf $(ENVIRONMENTS) .torch-choice build dist mutants site demo.html
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find backward_lens_tl benchmarks facts_model tests -name __pycache__ -prune -exec rm -rf {} +
 
