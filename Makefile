@@ -28,7 +28,7 @@ TYPES := --jaxtyping-packages=backward_lens_tl,beartype.beartype
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help environments demo test check check-fast check-all coverage facts-model
+.PHONY: help environments demo test check check-fast check-all coverage mutants facts-model
 .PHONY: facts-model-eval facts-moments tune bench gpu-check gpu-wheels notebooks docs pictures
 .PHONY: constraints clean FORCE
 .PHONY: $(ENVIRONMENTS:%=versions-%) $(ENVIRONMENTS:%=all-%)
@@ -62,6 +62,16 @@ $(ENVIRONMENTS:%=all-%): all-%: %/installed
 
 coverage: .venv/installed ## lines and branches of the package that `make test` reaches
 	$(OFFLINE) .venv/bin/$(PYTEST) $(TESTS) --cov --cov-report=term:skip-covered
+
+# MODULES="backward_lens_tl/projection.py backward_lens_tl/host/*" for less than the core that
+# pyproject.toml lists, TESTS="tests/test_extremes.py ..." for less than the quick tier. LIMIT is how
+# many seconds of tests one mutant gets. What reaches what is kept in mutants/.
+SAMPLE ?= 150
+SEED ?= 0
+LIMIT ?= 60
+mutants: .venv/installed ## test the tests: mutants of the core; MODULES="..." SAMPLE=150 SEED=0
+	$(OFFLINE) .venv/bin/python tests/mutation.py $(foreach m,$(MODULES),'$m') --sample $(SAMPLE) \
+	    --seed $(SEED) --limit $(LIMIT) $(if $(TESTS),--tests $(TESTS))
 
 facts-model: .venv/installed ## train the model that ships here anew
 	.venv/bin/python -m facts_model.train
@@ -116,7 +126,7 @@ constraints: ## resolve the newest versions into constraints/ (then: make check)
 	@for version in 3.9.0 $(OTHERS); do constraints/refresh.sh $$version || exit 1; done
 
 clean: ## remove the environments, caches and builds
-	rm -rf $(ENVIRONMENTS) .torch-choice build dist gpu-wheels site demo.html
+	rm -rf $(ENVIRONMENTS) .torch-choice build dist gpu-wheels mutants site demo.html
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find backward_lens_tl benchmarks facts_model tests -name __pycache__ -prune -exec rm -rf {} +
 
