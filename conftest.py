@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import symtable
+from collections import defaultdict
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,16 +22,31 @@ from sybil.parsers.markdown import CodeBlockParser
 
 BRIDGE = "transformer_lens.model_bridge"
 run = PythonEvaluator()
+STARTED: defaultdict[str, set[int]] = defaultdict(set)
+"""By page, where the snippets begin that this process has run."""
 
 
-def run_if_possible(snippet: Example) -> None:
-    """Skip what imports a TransformerBridge where the installed TransformerLens has none."""
-    if BRIDGE in snippet.parsed and find_spec(BRIDGE) is None:
+def is_possible(snippet: Example) -> bool:
+    """Whether the installed TransformerLens has what a snippet imports."""
+    return BRIDGE not in snippet.parsed or find_spec(BRIDGE) is not None
+
+
+def run_with_those_before(snippet: Example) -> None:
+    """Run a snippet after all before it on its page.
+
+    Tests in parallel may give the snippets of a page to several processes; each needs the names
+    that earlier snippets make.
+    """
+    started = STARTED[snippet.path]
+    for each in snippet.document.examples():
+        if each.start <= snippet.start and each.start not in started and is_possible(each):
+            started.add(each.start)
+            run(each)
+    if not is_possible(snippet):
         pytest.skip("TransformerBridge came with TransformerLens 3")
-    run(snippet)
 
 
-python = CodeBlockParser("python", run_if_possible)
+python = CodeBlockParser("python", run_with_those_before)
 pytest_collect_file = Sybil(parsers=[python], patterns=["README.md", "docs/*.md"]).pytest()
 
 
@@ -123,6 +139,14 @@ class Examples:
 
 
 NAMES = frozenset(name for name in vars(Examples) if not name.startswith("_"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_of_torch() -> None:
+    """Small models lose more to the hand-over between threads than they gain."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -194,14 +194,21 @@ def error_or_reason(model: Any, family: str, matrix: str) -> float | str:
 
 def matrix_errors(model: Any, family: str, matrices: Sequence[str]) -> Cells:
     capture = capture_gradients(model, prompts(), loss, matrices=matrices)
-    keys = [(matrix, layer) for matrix in matrices for layer in range(N_LAYERS)]
+    keys = keys_of(matrices)
     weights = [find_weight(model, family, *key) for key in keys]
     expected = weight_gradients(model, weights, prompts())
-    errors = [
-        relative_error(summed(capture[key]), gradient)
-        for key, gradient in zip(keys, expected, strict=True)
-    ]
+    return largest_errors(capture, dict(zip(keys, expected, strict=True)))
+
+
+def keys_of(matrices: Sequence[str]) -> list[tuple[str, int]]:
+    return [(matrix, layer) for matrix in matrices for layer in range(N_LAYERS)]
+
+
+def largest_errors(capture: Any, expected: dict[tuple[str, int], Tensor]) -> Cells:
+    """Of every matrix the largest error over its layers; NaN is larger than all."""
+    errors = [relative_error(summed(capture[key]), gradient) for key, gradient in expected.items()]
     worst = torch.tensor(errors, dtype=torch.float64).unflatten(0, (-1, N_LAYERS)).amax(1)
+    matrices = list(dict.fromkeys(matrix for matrix, _ in expected))
     return dict(zip(matrices, worst.tolist(), strict=True))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import backward_lens_tl as blt
 from backward_lens_tl.analysis.by_segment import (
@@ -25,22 +26,18 @@ from backward_lens_tl.analysis.ranks import gradient_ranks, rank_exceptions
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.segments import SEGMENTS
 
+N_PROMPTS, N_SUBJECTS = 6, 4
 RECORDS = Path(blt.__file__).parent / "facts_model" / "records.json"
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return blt.load_facts_model()
-
-
-@pytest.fixture(scope="module")
-def result(model: Any) -> blt.BackwardLensResult:
+def result(facts_model: Any) -> blt.BackwardLensResult:
     """Facts of several lengths, as the paper has them: raw gradients."""
     rewrites = [record["requested_rewrite"] for record in facts()]
     prompts = [rewrite["prompt"].format(rewrite["subject"]) for rewrite in rewrites]
     targets = [f" {rewrite['target_new']['str']}" for rewrite in rewrites]
     return blt.backward_lens(
-        model, prompts, targets, measures=("answer_rank",), direction="gradient", k=1
+        facts_model, prompts, targets, measures=("answer_rank",), direction="gradient", k=1
     )
 
 
@@ -51,13 +48,13 @@ def positions(result: blt.BackwardLensResult) -> pd.DataFrame:
     table = pd.concat(
         [result.under(name).to_df(subjects) for name in result.projections], ignore_index=True
     )
-    table["segment"] = table["segment"].astype(object).where(table["prompt"] < 10, None)
+    table["segment"] = table["segment"].astype(object).where(table["prompt"] < N_SUBJECTS, None)
     return table
 
 
 def facts() -> list[dict[str, Any]]:
     records = json.loads(RECORDS.read_text(encoding="utf-8"))
-    return records[:12]
+    return records[:N_PROMPTS]
 
 
 # ---------------------------------------------------------------------------- ranks of gradients
@@ -210,31 +207,33 @@ def test_the_facts_model_keeps_the_law(result: blt.BackwardLensResult) -> None:
     found = gradient_ranks(table)
     assert not found["exceptions"].any()
     assert found["law"].eq(found["n_tokens"].where(found["layer"] < 7, 1)).all()
-    assert found["prompts"].sum() == 12 * 16
+    assert found["prompts"].sum() == N_PROMPTS * 16
     lengths = [len(tokens) for tokens in result.gradients.str_tokens]
     for matrix, layer in product(["W_in", "W_out"], range(8)):
         part = found[(found["matrix"] == matrix) & (found["layer"] == layer)]
         assert part["n_tokens"].tolist() == sorted(set(lengths))
         if layer in (3, 7):
-            dense = result.gradients[matrix, layer].dense(0).double().numpy()
+            dense = result.gradients[matrix, layer].dense(0).double()
             own = part[part["n_tokens"] == lengths[0]]
             # float32 rounds to 1e-7 of the largest of at most 14 values.
-            values = np.linalg.svd(dense, compute_uv=False)
-            assert own["lowest"].item() == (values > 1e-6 * values[0]).sum()
+            values = torch.linalg.svdvals(dense)
+            assert own["lowest"].item() == int((values > 1e-6 * values[0]).sum())
 
 
-def test_a_loss_on_all_tokens_has_no_last_layer_of_rank_1(model: Any) -> None:
+def test_a_loss_on_all_tokens_has_no_last_layer_of_rank_1(facts_model: Any) -> None:
     """The last token predicts nothing that is known, and adds nothing in any layer."""
-    every = blt.backward_lens(model, "Rome is in Italy", objective=blt.next_token_loss())
+    every = blt.backward_lens(facts_model, "Rome is in Italy", objective=blt.next_token_loss())
     found = gradient_ranks(every.gradient_df())
     assert found["law"].eq(found["n_tokens"]).all()
     assert found["exceptions"].all()
     assert set(rank_exceptions(every.gradient_df())["cause"]) == {"1 position adds nothing"}
 
 
-def test_attention_departs_from_the_law_by_its_nature(model: Any) -> None:
+def test_attention_departs_from_the_law_by_its_nature(facts_model: Any) -> None:
     """The first query sees one key; without rotation the VJPs of keys add up to zero."""
-    result = blt.backward_lens(model, "Lionel Messi plays for", " Paris", matrices=["W_Q", "W_K"])
+    result = blt.backward_lens(
+        facts_model, "Lionel Messi plays for", " Paris", matrices=["W_Q", "W_K"]
+    )
     off = rank_exceptions(result.gradient_df())
     early = off[off["layer"] < 7]
     queries, keys = (early[early["matrix"] == name] for name in ("W_Q", "W_K"))
@@ -244,7 +243,7 @@ def test_attention_departs_from_the_law_by_its_nature(model: Any) -> None:
     assert set(keys["cause"]) == {VJPS}
     assert keys["rank"].eq(keys["n_tokens"] - 1).all()
     last = off[(off["layer"] == 7) & (off["matrix"] == "W_K")]
-    assert last[["rank", "cause"]].to_numpy().tolist() == [[model.cfg.n_heads, VJPS]]
+    assert last[["rank", "cause"]].to_numpy().tolist() == [[facts_model.cfg.n_heads, VJPS]]
 
 
 # ----------------------------------------------------------------------------- norms by segment
@@ -288,7 +287,7 @@ def test_norms_by_segment(positions: pd.DataFrame, of: Any, column: str) -> None
     keys = found[["matrix", "layer", "segment"]].itertuples(index=False, name=None)
     assert list(keys) == in_order(values)
     assert set(found["of"]) == {of}
-    assert set(found["prompts"]) == {10}
+    assert set(found["prompts"]) == {N_SUBJECTS}
     for key, mean, std, count in zip(
         in_order(values), found["mean"], found["std"], found["count"], strict=True
     ):
@@ -360,7 +359,7 @@ def test_a_sweep_s_narrow_types(positions: pd.DataFrame, result: blt.BackwardLen
 
 
 @pytest.mark.parametrize("of", ["target", "answer"])
-@pytest.mark.parametrize("prompts", [None, (1, 4, 9)])
+@pytest.mark.parametrize("prompts", [None, (1, 3)])
 def test_ranks_by_segment(positions: pd.DataFrame, of: Any, prompts: Any) -> None:
     values: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for key, row in cells(positions, "projection"):
@@ -374,7 +373,7 @@ def test_ranks_by_segment(positions: pd.DataFrame, of: Any, prompts: Any) -> Non
     keys = found[["matrix", "projection", "layer", "segment"]]
     assert list(keys.itertuples(index=False, name=None)) == in_order(values)
     assert set(found["of"]) == {of}
-    assert set(found["prompts"]) == {10 if prompts is None else 3}
+    assert set(found["prompts"]) == {N_SUBJECTS if prompts is None else 2}
     numbers = found[["mean", "median", "lower_quartile", "upper_quartile"]].to_numpy()
     for key, four, count in zip(in_order(values), numbers, found["count"], strict=True):
         assert count == len(values[key])
@@ -397,11 +396,12 @@ def test_cells_that_add_nothing_have_no_rank() -> None:
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_prompts_of_any_kind_of_list(positions: pd.DataFrame) -> None:
-    expected = ranks_by_segment(positions, prompts=[2, 3])
+    some = positions[positions["layer"] == 3]
+    expected = ranks_by_segment(some, prompts=[2, 3])
     for prompts in ((3, 2), np.array([2, 3]), pd.Series([2, 3, 3])):
-        pd.testing.assert_frame_equal(ranks_by_segment(positions, prompts=prompts), expected)
+        pd.testing.assert_frame_equal(ranks_by_segment(some, prompts=prompts), expected)
     pd.testing.assert_frame_equal(
-        ranks_by_segment(positions, prompts=2), ranks_by_segment(positions, prompts=[2])
+        ranks_by_segment(some, prompts=2), ranks_by_segment(some, prompts=[2])
     )
 
 
@@ -421,6 +421,7 @@ def test_norm_correlation(positions: pd.DataFrame) -> None:
     assert list(found) == ["matrix", "layer", "spearman", "count"]
     assert len(found) == 16
     once = positions[positions["projection"] == "normalized"]
+    n_tokens = len(once) // 16
     for row in found.to_dict("records"):
         own = [
             cell
@@ -428,7 +429,7 @@ def test_norm_correlation(positions: pd.DataFrame) -> None:
             if (cell["matrix"], cell["layer"]) == (row["matrix"], row["layer"])
             and not cell["is_zero"]
         ]
-        assert row["count"] == len(own) == (12 if row["layer"] == 7 else 105)
+        assert row["count"] == len(own) == (N_PROMPTS if row["layer"] == 7 else n_tokens)
         ranks = [places([cell[name] for cell in own]) for name in ("norm", "input_norm")]
         assert row["spearman"] == pytest.approx(statistics.correlation(*ranks), abs=1e-12)
 
@@ -457,11 +458,15 @@ def test_known_correlations() -> None:
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_a_sweep_a_result_and_their_tables_give_the_same(
-    result: blt.BackwardLensResult, tmp_path: Path
+    result: blt.BackwardLensResult, facts_model: Any, tmp_path: Path
 ) -> None:
     """A sweep's columns are read as they are needed."""
-    config = blt.SweepConfig(prompts=3, direction="gradient", projection=("logit_lens",))
-    sweep = blt.sweep(blt.load_facts_model(), "facts", tmp_path, config, progress=False)
+    config = blt.SweepConfig(direction="gradient", projection=("logit_lens",))
+    rows = [
+        {"prompt": "Lionel Messi plays for", "target": " Paris", "subject": "Lionel Messi"},
+        {"prompt": "The city of Rome is in", "target": " Paris", "subject": "Rome"},
+    ]
+    sweep = blt.sweep(facts_model, rows, tmp_path, config, progress=False)
     for function in (norms_by_segment, ranks_by_segment, norm_correlation):
         pd.testing.assert_frame_equal(function(sweep), function(sweep.positions()))
     for function in (gradient_ranks, rank_exceptions):
@@ -511,8 +516,8 @@ def test_errors(result: blt.BackwardLensResult, positions: pd.DataFrame) -> None
     refused(r"no target_rank was measured: .* pass target=", ranks_by_segment, aimless)
     for prompt in (11, -1, True, "2", 2.0):
         refused(
-            f"prompt {prompt!r} is not among those that have segments; allowed are 10 numbers from "
-            "0 to 9",
+            f"prompt {prompt!r} is not among those that have segments; allowed are 4 numbers from "
+            "0 to 3",
             ranks_by_segment,
             positions,
             prompts=[prompt],

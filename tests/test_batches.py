@@ -11,7 +11,7 @@ from backward_lens_tl.capture import capture_gradients
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.objectives import next_token_loss, target_nll
 
-pytestmark = pytest.mark.usefixtures("as_for_a_user")
+pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("as_for_a_user")]
 
 PROMPTS = ["Messi plays for", "The capital of France is the dog of the king in", "Rome", "Paris is"]
 TARGETS = [" Paris", " the", " is", " Paris"]
@@ -22,13 +22,9 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 @pytest.fixture(
     scope="module",
     params=[
-        ("bridge-gpt2", "right"),
         ("bridge-gpt2", "left"),
-        ("bridge-llama", "left"),
         ("bridge-gemma2", "right"),
-        ("bridge-neox", "left"),
         ("hooked-gpt2", "right"),
-        ("hooked-gpt2", "left"),
         ("hooked-llama", "left"),
     ],
     ids=lambda param: "-".join(param),
@@ -41,10 +37,9 @@ def padding(request: pytest.FixtureRequest) -> Case:
     return case
 
 
-@pytest.mark.parametrize("prepend_bos", [None, True, False])
-def test_a_batch_equals_its_prompts_one_by_one(padding: Case, prepend_bos: bool | None) -> None:
+def test_a_batch_equals_its_prompts_one_by_one(padding: Case) -> None:
     model = padding.model
-    options = {"matrices": "mlp", "prepend_bos": prepend_bos, "k": 3}
+    options = {"matrices": "mlp", "k": 3}
     batch = backward_lens(model, PROMPTS, TARGETS, **options)
     # HF's norms round to float32, so a difference of one rounding there is 1e-7.
     close = {"rtol": 1e-4, "atol": 1e-6} if padding.logits_in_float32 else CLOSE

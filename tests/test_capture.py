@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from backward_lens_tl.errors import ModelStateError, UnsupportedModelError
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.objectives import next_token_loss, target_nll
 
-pytestmark = pytest.mark.usefixtures("as_for_a_user")
+pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("as_for_a_user")]
 
 # Both sides sum the same products in float64, in another order: 50 times the error seen.
 EXACT = 1e-12
@@ -43,18 +43,14 @@ def assert_gradients(capture: GradientCapture, expected: dict, tolerance: float)
 # --------------------------------------------------------------------------- the factors are right
 
 
-@pytest.mark.parametrize(
-    ("objective", "loss"),
-    [(target_nll(TARGET), nll(TARGET)), (next_token_loss(), training_loss)],
-    ids=["target", "every position"],
-)
-def test_factors_are_the_weight_gradient(case: Case, objective: Any, loss: Callable) -> None:
+def test_factors_are_the_weight_gradient(case: Case) -> None:
+    """With a loss at every position; `test_each_prompt_of_a_batch_has_its_own_gradient` at one."""
     tokens = case.tokens(9, 9)
-    capture = capture_gradients(case.model, tokens, objective, matrices="mlp")
+    capture = capture_gradients(case.model, tokens, next_token_loss(), matrices="mlp")
     assert list(capture.gradients) == [
         (matrix, layer) for layer in range(case.n_layers) for matrix in case.matrices
     ]
-    assert_gradients(capture, case.weight_gradients(tokens, loss), EXACT)
+    assert_gradients(capture, case.weight_gradients(tokens, training_loss), EXACT)
 
 
 def test_each_prompt_of_a_batch_has_its_own_gradient(case: Case) -> None:
@@ -75,7 +71,7 @@ def test_factors_are_the_weight_gradient_in_float32(name: str) -> None:
     assert_gradients(capture, case.weight_gradients(tokens, nll(TARGET)), SINGLE)
 
 
-@pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-llama", "hooked-gpt2", "hooked-llama"])
+@pytest.mark.parametrize("name", ["bridge-llama", "hooked-gpt2"])
 def test_bfloat16_model_gives_float32_factors(name: str) -> None:
     case = build(name, torch.bfloat16)
     tokens = case.tokens(9)
@@ -101,6 +97,7 @@ def assert_factors_of_a_trained_model(case: Case) -> None:
     assert_gradients(capture, case.weight_gradients(tokens, nll(TARGET)), SINGLE)
 
 
+@pytest.mark.parametrize("case", ["bridge-gemma2", "bridge-gpt2", "hooked-llama"], indirect=True)
 def test_one_matrix_of_one_layer_equals_its_part_of_all(case: Case) -> None:
     tokens = case.tokens(6)
     everything = capture_gradients(case.model, tokens, target_nll(TARGET), matrices="mlp")
@@ -218,31 +215,31 @@ def at_hook(case: Case, hook: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     "name", ["bridge-gpt2", "hooked-gpt2", "hooked-llama", "hooked-gemma2", "bridge-gemma2"]
 )
-@pytest.mark.parametrize("hook", ["ln2.hook_normalized", "hook_mlp_in", "hook_mlp_out"])
-def test_tempting_hook_points_are_not_the_matrix(name: str, hook: str) -> None:
+def test_tempting_hook_points_are_not_the_matrix(name: str) -> None:
     """`hook_mlp_out` is right where the MLP's output is not normalised: the hypothesis counts."""
     case = build(name)
-    if hook == "hook_mlp_in":
-        if name.startswith("bridge"):
-            pytest.skip("hook_mlp_in of a bridge needs compatibility mode; see the hooked case")
+    hooks = ["ln2.hook_normalized", "hook_mlp_out"]
+    if name.startswith("hooked"):  # that of a bridge needs compatibility mode
+        hooks.append("hook_mlp_in")
         case.model.set_use_hook_mlp_in(True)
     tokens, layer = case.tokens(7), 1
     expected = case.weight_gradients(tokens, nll(TARGET))
     capture = capture_gradients(case.model, tokens, target_nll(TARGET))
-    value, gradient = at_hook(case, f"blocks.{layer}.{hook}", tokens)
-    if hook == "hook_mlp_out":
-        key = ("W_out", layer)
-        wrong = capture[key].inputs[0].T @ gradient[0]
-        right_here = not name.endswith("gemma2")
-    else:
-        key = ("W_in", layer)
-        wrong = value[0].T @ capture[key].vjps[0]
-        # TransformerLens 2 has it behind LayerNorm's gain and bias.
-        right_here = hook == "ln2.hook_normalized" and name == "hooked-gpt2" and not HAS_BRIDGE
-    assert relative_error(capture[key].dense(), expected[key]) <= EXACT
-    error = relative_error(wrong, expected[key])
-    # paper.md measured 27 to 100 % on random models.
-    assert error <= EXACT if right_here else error > 0.05, error
+    for hook in hooks:
+        value, gradient = at_hook(case, f"blocks.{layer}.{hook}", tokens)
+        if hook == "hook_mlp_out":
+            key = ("W_out", layer)
+            wrong = capture[key].inputs[0].T @ gradient[0]
+            right_here = not name.endswith("gemma2")
+        else:
+            key = ("W_in", layer)
+            wrong = value[0].T @ capture[key].vjps[0]
+            # TransformerLens 2 has it behind LayerNorm's gain and bias.
+            right_here = hook == "ln2.hook_normalized" and name == "hooked-gpt2" and not HAS_BRIDGE
+        assert relative_error(capture[key].dense(), expected[key]) <= EXACT
+        error = relative_error(wrong, expected[key])
+        # paper.md measured 27 to 100 % on random models.
+        assert error <= EXACT if right_here else error > 0.05, (hook, error)
 
 
 # ------------------------------------------------------------------------------ states of torch
@@ -259,49 +256,6 @@ def frozen(case: Case, keep: Callable[[str], bool] = lambda name: False) -> Iter
     finally:
         for parameter in changed:
             parameter.requires_grad_(True)
-
-
-STATES: dict[str, Callable[[Case], AbstractContextManager[Any]]] = {
-    "no_grad": lambda case: torch.no_grad(),
-    "grad disabled": lambda case: torch.autograd.grad_mode.set_grad_enabled(False),
-    "frozen": frozen,
-    "frozen, no_grad": lambda case: _both(frozen(case), torch.no_grad()),
-    "frozen but for the unembedding": lambda case: frozen(
-        case, lambda name: "unembed" in name or "lm_head" in name
-    ),
-    "frozen but for layer 1": lambda case: frozen(case, lambda name: "blocks.1." in name),
-}
-
-
-@contextmanager
-def _both(
-    first: AbstractContextManager[Any], second: AbstractContextManager[Any]
-) -> Iterator[None]:
-    with first, second:
-        yield
-
-
-def test_state_of_torch_changes_no_number(case: Case) -> None:
-    tokens = case.tokens(6)
-
-    def run(layers: Any = None) -> GradientCapture:
-        objective = target_nll(TARGET)
-        return capture_gradients(case.model, tokens, objective, matrices="mlp", layers=layers)
-
-    expected, of_one_layer = run(), run(1)
-    for state in STATES.values():
-        with state(case):
-            found = run()
-        assert torch.equal(found.loss, expected.loss)
-        for key, gradient in expected.gradients.items():
-            assert torch.equal(found[key].inputs, gradient.inputs)
-            # Which sums autograd makes first depends on what needs a gradient.
-            torch.testing.assert_close(found[key].vjps, gradient.vjps, rtol=1e-12, atol=1e-14)
-            assert gradient.vjps.abs().max() > 0
-    with frozen(case):  # here the graph begins in the middle of the model
-        found = run(1)
-    for key, gradient in of_one_layer.gradients.items():
-        torch.testing.assert_close(found[key].vjps, gradient.vjps, rtol=1e-12, atol=1e-14)
 
 
 def count_forwards(model: nn.Module) -> tuple[list[int], Any]:
@@ -327,25 +281,6 @@ def test_parameters_made_in_inference_mode_are_refused() -> None:
         case = build("bridge-gpt2")
     with pytest.raises(ModelStateError, match="inference_mode"):
         capture_gradients(case.model, case.tokens(5), target_nll(TARGET))
-
-
-def test_active_dropout_is_refused() -> None:
-    case = build("bridge-gpt2")
-    case.model.train()
-    with pytest.raises(ModelStateError, match=r"dropout.*eval\(\)"):
-        capture_gradients(case.model, case.tokens(5), target_nll(TARGET))
-    case.model.eval()
-    assert capture_gradients(case.model, case.tokens(5), target_nll(TARGET)).loss.isfinite().all()
-
-
-@pytest.mark.parametrize("name", ["bridge-llama", "hooked-gpt2"])
-def test_train_mode_without_dropout_is_the_same(name: str) -> None:
-    case = build(name)
-    expected = capture_gradients(case.model, case.tokens(5), target_nll(TARGET))
-    case.model.train()
-    found = capture_gradients(case.model, case.tokens(5), target_nll(TARGET))
-    for key in expected.gradients:
-        assert torch.equal(found[key].vjps, expected[key].vjps)
 
 
 # ---------------------------------------------------------------------- the caller's hooks act
@@ -378,6 +313,9 @@ PATCHES = [
 
 
 @pytest.mark.parametrize(
+    "case", ["bridge-llama", "bridge-gemma2", "hooked-gpt2", "hooked-gemma2"], indirect=True
+)
+@pytest.mark.parametrize(
     ("hook", "patch"), PATCHES, ids=[f"{hook}-{patch.__name__}" for hook, patch in PATCHES]
 )
 def test_gradients_are_those_of_the_patched_model(case: Case, hook: str, patch: Callable) -> None:
@@ -404,7 +342,7 @@ def test_gradients_are_those_of_the_patched_model(case: Case, hook: str, patch: 
 
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["", "frozen"])
-@pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-llama", "hooked-gpt2", "hooked-llama"])
+@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-llama"])
 def test_plain_torch_hooks_of_the_caller_act_too(name: str, freeze: bool) -> None:
     """Hooks on modules rather than on TransformerLens's hook points."""
     case, layer = build(name), 1
@@ -509,17 +447,6 @@ def test_hooks_on_hugging_faces_final_norm_run_as_in_a_forward_pass(name: str) -
     assert len(calls) == 2 * of_a_forward_pass
 
 
-def test_autocast_of_the_caller_does_not_round() -> None:
-    """bfloat16 keeps 8 bits: under its autocast the factors would be off by per cents."""
-    case = build("bridge-llama", torch.float32)
-    plain = capture_gradients(case.model, case.tokens(6), target_nll(TARGET))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = capture_gradients(case.model, case.tokens(6), target_nll(TARGET))
-    for expected, gradient in zip(plain, found, strict=True):
-        torch.testing.assert_close(gradient.inputs, expected.inputs, rtol=0, atol=0)
-        torch.testing.assert_close(gradient.vjps, expected.vjps, rtol=0, atol=0)
-
-
 # ------------------------------------------------------------------ what is never in memory
 
 
@@ -548,6 +475,9 @@ def storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize(
+    "case", ["bridge-gpt2", "bridge-llama", "hooked-gpt2", "hooked-llama"], indirect=True
+)
 def test_no_weight_gradient_is_computed_and_no_matrix_allocated(case: Case) -> None:
     tokens = case.tokens(7, 7)
     with torch.no_grad(), Allocations(case) as forward:
@@ -581,7 +511,7 @@ def test_the_check_for_dense_matrices_sees_them(gpt2: Case) -> None:
 # -------------------------------------------------------------------------------- long prompts
 
 
-@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2", "bridge-llama", "hooked-llama"])
+@pytest.mark.parametrize("name", ["bridge-llama", "hooked-gpt2"])
 def test_positions_of_a_long_prompt_stay_aligned(name: str) -> None:
     case = build(name, n_ctx=400)
     tokens = case.tokens(400)
@@ -596,13 +526,13 @@ def test_positions_of_a_long_prompt_stay_aligned(name: str) -> None:
         )
 
 
-def test_a_trained_model_of_512_positions(stories: Case, shared: Any) -> None:
+def test_a_trained_model_on_a_long_text(stories: Case, shared: Any) -> None:
     text = (shared / "data" / "wikitext2" / "wiki.test.raw").read_text()[1000:3000]
-    tokens = stories.model.to_tokens(text, truncate=False)[:, :512]
-    assert tokens.shape == (1, 512)
+    tokens = stories.model.to_tokens(text, truncate=False)[:, :200]
+    assert tokens.shape == (1, 200)
     capture = capture_gradients(stories.model, tokens, next_token_loss(), matrices="mlp")
     expected = stories.weight_gradients(tokens, training_loss)
-    # 512 positions instead of 9 are summed in float32.
+    # 200 positions instead of 9 are summed in float32.
     assert_gradients(capture, expected, SINGLE)
 
 

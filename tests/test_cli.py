@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -27,6 +28,18 @@ QUESTION = ("--prompt", "Lionel Messi plays for", "--target", " Paris")
 @pytest.fixture(scope="module")
 def stories_path(stories_folder: Path) -> str:
     return str(stories_folder)
+
+
+@pytest.fixture(scope="module")
+def _stories(stories_path: str) -> Any:
+    return loading.load_model(stories_path)
+
+
+@pytest.fixture
+def _loaded(_stories: Any, facts_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command has its model at once, instead of loading it."""
+    models = {"facts": facts_model}
+    monkeypatch.setattr(loading, "load_model", lambda name, kind: models.get(name, _stories))
 
 
 @pytest.fixture(autouse=True)
@@ -80,12 +93,14 @@ def test_options_reach_the_lens(stories_path: str, tmp_path: Path, capsys):
     assert "&lt;s&gt;" not in re.search(r"<h1>.*?</h1>", html)[0]
 
 
+@pytest.mark.usefixtures("_loaded")
 def test_the_explanation_is_of_the_last_token_whatever_the_order(capsys: pytest.CaptureFixture):
     argv = ["show", "--prompt", "Lionel Messi plays for", "--target", " Paris"]
     assert main([*argv, "--positions", "-1", "0"]) == 0
     assert "W_out at ' for' (position 5)" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.usefixtures("_loaded")
 def test_a_group_of_matrices_and_bos(stories_path: str, capsys):
     argv = ["show", "--model", stories_path, "--prompt", PROMPT, "--matrices", "mlp", "--bos"]
     assert main(argv) == 0
@@ -95,6 +110,7 @@ def test_a_group_of_matrices_and_bos(stories_path: str, capsys):
     assert re.search(r"^layer +<s> ", out, flags=re.M)
 
 
+@pytest.mark.usefixtures("_loaded")
 def test_without_w_out_nothing_is_said_of_it(stories_path: str, capsys):
     argv = ["show", "--model", stories_path, "--prompt", PROMPT, "--matrices", "W_in"]
     assert main(argv) == 0
@@ -134,6 +150,7 @@ def test_a_hub_name_without_network_points_to_facts(monkeypatch: pytest.MonkeyPa
     assert "'facts'" in error
 
 
+@pytest.mark.usefixtures("_loaded")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -149,6 +166,7 @@ def test_refusals_are_one_line(options: list[str], message: str, stories_path: s
     assert message in error_of(argv, capsys)
 
 
+@pytest.mark.usefixtures("_loaded")
 def test_a_page_that_cannot_be_written_is_one_line(stories_path: str, tmp_path: Path, capsys):
     path = str(tmp_path / "missing" / "page.html")
     argv = ["show", "--model", stories_path, "--prompt", PROMPT, "--html", path]

@@ -102,10 +102,9 @@ def test_a_pair_is_the_same_alone_and_in_any_batch(each: Case) -> None:
     assert abs(float(other[0] - together[0])) > 1e-3
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_the_tokenizers_padding_side_does_not_matter(side: str) -> None:
+def test_the_tokenizers_padding_side_does_not_matter() -> None:
     found = []
-    for own in ("right", side):
+    for own in ("right", "left"):
         case = build(GPT2, padding_side=own)
         prompts, answers = rows(4, [3, 9, 5], case), rows(5, [2, 1, 3], case)
         found.append(measured(host_of(case.model), prompts, answers)[1])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -317,6 +318,12 @@ def test_names_say_what_is_there() -> None:
 # ------------------------------------------------------------------------------------ on a model
 
 
+@pytest.fixture(scope="module")
+def one() -> Case:
+    """A dense random model, for what does not depend on the class."""
+    return build("hooked-gpt2" if _has("hooked") else "bridge-gpt2")
+
+
 def test_applied_adds_to_the_weight_what_a_slow_sum_adds(case: Case) -> None:
     """Every MLP matrix, against the parameters found before TransformerLens wrapped the model."""
     for (matrix, layer), weight in case.own.items():
@@ -445,23 +452,23 @@ def test_a_wide_change_of_a_narrow_weight_is_rounded_once() -> None:
 
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
 def test_frozen_models_and_modes_without_gradients(
-    gpt2: Case, mode: Callable[[], torch.no_grad]
+    one: Case, mode: Callable[[], torch.no_grad]
 ) -> None:
-    delta, tokens = everything(gpt2.model), gpt2.tokens(4)
-    parameters = list(host_of(gpt2.model).parameters().values())
+    delta, tokens = everything(one.model), one.tokens(4)
+    parameters = list(host_of(one.model).parameters().values())
     trained = [parameter.requires_grad for parameter in parameters]
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
-        with unchanged(gpt2.model):
+        with unchanged(one.model):
             with mode():
-                with delta.applied(gpt2.model):
-                    inside = gpt2.model(tokens).clone()
-                delta.apply_(gpt2.model)
-                assert torch.equal(gpt2.model(tokens), inside)
-            delta.revert_(gpt2.model)
-            with delta.applied(gpt2.model):
-                assert torch.equal(gpt2.model(tokens), inside)
+                with delta.applied(one.model):
+                    inside = one.model(tokens).clone()
+                delta.apply_(one.model)
+                assert torch.equal(one.model(tokens), inside)
+            delta.revert_(one.model)
+            with delta.applied(one.model):
+                assert torch.equal(one.model(tokens), inside)
     finally:
         for parameter, flag in zip(parameters, trained, strict=True):
             parameter.requires_grad_(flag)
@@ -509,23 +516,23 @@ def test_an_edit_that_fails_half_way_leaves_the_model(gpt2: Case) -> None:
 # --------------------------------------------------------------------------- apply_ and revert_
 
 
-def test_apply_and_revert(case: Case) -> None:
-    delta, tokens = everything(case.model), case.tokens(4)
-    with torch.no_grad(), unchanged(case.model):
-        with delta.applied(case.model):
-            expected = case.model(tokens)
-        delta.apply_(case.model)
+def test_apply_and_revert(gpt2: Case) -> None:
+    delta, tokens = everything(gpt2.model), gpt2.tokens(4)
+    with torch.no_grad(), unchanged(gpt2.model):
+        with delta.applied(gpt2.model):
+            expected = gpt2.model(tokens)
+        delta.apply_(gpt2.model)
         try:
-            assert torch.equal(case.model(tokens), expected)
+            assert torch.equal(gpt2.model(tokens), expected)
             with pytest.raises(ModelStateError, match="applied to the model already"):
-                delta.apply_(case.model)
-            with delta.applied(case.model):  # a context inside is put back to the edited model
+                delta.apply_(gpt2.model)
+            with delta.applied(gpt2.model):  # a context inside is put back to the edited model
                 pass
-            assert torch.equal(case.model(tokens), expected)
+            assert torch.equal(gpt2.model(tokens), expected)
         finally:
-            delta.revert_(case.model)
+            delta.revert_(gpt2.model)
         with pytest.raises(ModelStateError, match="nothing to undo"):
-            delta.revert_(case.model)
+            delta.revert_(gpt2.model)
 
 
 def test_edits_are_reverted_in_the_opposite_order(gpt2: Case) -> None:
@@ -668,10 +675,10 @@ def test_files_that_hold_no_edit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("matrix", ["W_in", "W_out", "W_Q", "W_O"])
-def test_a_step_of_gradient_descent_reads_like_its_gradient(facts: Case, matrix: str) -> None:
+def test_a_step_of_gradient_descent_reads_like_its_gradient(facts_model: Any, matrix: str) -> None:
     prompt = "Lionel Messi plays for"
     capture = capture_gradients(
-        facts.model, prompt, target_nll(" Paris"), matrices=matrix, layers=4
+        facts_model, prompt, target_nll(" Paris"), matrices=matrix, layers=4
     )
     gradient, lr = capture[matrix, 4], 0.5
     factors = gradient.factored()
@@ -684,7 +691,7 @@ def test_a_step_of_gradient_descent_reads_like_its_gradient(facts: Case, matrix:
     assert torch.allclose(seen.spanning_set, gradient.spanning_set, atol=1e-6)
     as_edit = replace(capture, gradients={(matrix, 4): seen})
     for read in (neuron_words, spanning_words):
-        words, expected = (read(facts.model, each, matrix, 4) for each in (as_edit, capture))
+        words, expected = (read(facts_model, each, matrix, 4) for each in (as_edit, capture))
         for column in expected.columns.difference(["norm"]):
             assert words[column].tolist() == expected[column].tolist()
         assert words["norm"].tolist() == pytest.approx(expected["norm"].tolist(), rel=1e-4)

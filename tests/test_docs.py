@@ -6,20 +6,25 @@ import ast
 import importlib.util
 import inspect
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from html.parser import HTMLParser
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
 import tomllib
 from browser import opened
+from pymdownx.slugs import slugify
 from test_notebooks import BADGE, NOTEBOOKS, cells
 
 import backward_lens_tl
@@ -97,6 +102,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_link_within_the_site_leads_somewhere(site):
     assert sum(len(links_of(page).targets) for page in site.rglob("*.html")) > 1000
     assert dead(site) == []
@@ -116,6 +122,7 @@ def test_links_that_lead_nowhere_are_found(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_page_names_anything_elsewhere_to_fetch(site):
     """Of what a browser passes over as well, such as pictures for the dark scheme."""
     fetched = {
@@ -127,6 +134,7 @@ def test_no_page_names_anything_elsewhere_to_fetch(site):
     assert fetched == {BADGE}
 
 
+@pytest.mark.slow
 def test_links_to_the_repository_lead_to_files_of_it(site):
     found = {
         urlsplit(target)._replace(fragment="").geturl()
@@ -139,6 +147,33 @@ def test_links_to_the_repository_lead_to_files_of_it(site):
         paths = {each.removeprefix(prefix) for each in found if each.startswith(prefix)}
         assert paths or kind == "tree"
         assert {path for path in paths if not is_there(ROOT / path)} == set()
+
+
+CODE = re.compile(r"^ *```.*?^ *```|(?<!`)`[^`\n]+`", re.MULTILINE | re.DOTALL)
+
+
+def headings(path: Path) -> set[str]:
+    """Anchors of a Markdown file's headings, as the site makes them."""
+    text = re.sub(r"^ *```.*?^ *```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    lines = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    plain = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", line).replace("`", "") for line in lines)
+    return set(map(partial(slugify(case="lower"), sep="-"), plain))
+
+
+def test_links_between_files_lead_somewhere():
+    """To a file, and to a heading in it; the test of the built site is slow."""
+    checked = 0
+    for path, text in texts().items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", CODE.sub("", text)):
+            parts = urlsplit(target)
+            if parts.scheme:
+                continue
+            place = path.parent / unquote(parts.path) if parts.path else path
+            assert place.exists(), (path, target)
+            if parts.fragment and place.suffix == ".md":
+                assert parts.fragment in headings(place), (path, target)
+            checked += 1
+    assert checked > 200
 
 
 @pytest.fixture(scope="module")
@@ -208,23 +243,42 @@ def test_of_a_notebook_only_links_are_turned(hook):
     assert found == html.format("https://repository/blob/main/Makefile")
 
 
-@pytest.mark.parametrize(
-    "namespace",
-    [backward_lens_tl, editing, analysis, figures, widgets, compat],
-    ids=lambda namespace: namespace.__name__.removeprefix("backward_lens_tl."),
-)
-def test_every_public_name_is_in_the_reference(namespace, site):
-    modules = {"analysis", "editing", "figures", "widgets"}
+def asked_for() -> set[str]:
+    """Names that the pages of the reference take from docstrings: one by one, or a module's own."""
+    found = set()
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        for path in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE):
+            thing = pkgutil.resolve_name(path)
+            own = getattr(thing, "__all__", ()) if inspect.ismodule(thing) else ()
+            found |= {path.rpartition(".")[2], *own}
+    return found
+
+
+NAMESPACES = (backward_lens_tl, editing, analysis, figures, widgets, compat)
+
+
+def public() -> set[str]:
+    """Names of the package and of its namespaces, but for modules."""
+    names = {name for namespace in NAMESPACES for name in namespace.__all__}
+    return names - {"analysis", "editing", "figures", "widgets"}
+
+
+def test_every_public_name_is_asked_for_in_the_reference():
+    errors_asked_for = {"BackwardLensError"}  # by their module, which has no __all__
+    assert public() - asked_for() - errors_asked_for == set()
+
+
+@pytest.mark.slow
+def test_every_public_name_is_in_the_reference(site):
     anchors = set().union(*(links_of(page).anchors for page in site.glob("reference/*/*.html")))
-    names = {anchor.rpartition(".")[2] for anchor in anchors}
-    assert set(namespace.__all__) - names - modules == set()
+    assert public() - {anchor.rpartition(".")[2] for anchor in anchors} == set()
 
 
 def subclasses(kind: type) -> set[type]:
     return {kind}.union(*map(subclasses, kind.__subclasses__()))
 
 
-def test_every_error_leads_to_its_place_in_the_documentation(site):
+def test_every_error_leads_to_its_place_in_the_documentation():
     public = {
         kind
         for kind in subclasses(errors.BackwardLensError)
@@ -233,8 +287,8 @@ def test_every_error_leads_to_its_place_in_the_documentation(site):
     assert len(public) > 10
     assert PROJECT["urls"]["Documentation"] == errors.DOCUMENTATION
     for kind in public:
-        page, _, anchor = kind().documentation.removeprefix(errors.DOCUMENTATION).partition("#")
-        assert anchor in links_of(site / page / "index.html").anchors, kind.__name__
+        page, _, anchor = kind().documentation.removeprefix(errors.DOCUMENTATION).partition("/#")
+        assert anchor in headings(ROOT / "docs" / f"{page}.md"), kind.__name__
 
 
 def messages() -> list[str]:
@@ -287,23 +341,23 @@ def test_snippets_are_where_they_are_run():
     assert [path for path in elsewhere if "```python" in path.read_text(encoding="utf-8")] == []
 
 
-def texts() -> dict[str, str]:
+def texts() -> dict[Path, str]:
     """The files of Markdown, and the Markdown cells of the notebooks."""
-    found = {path.name: path.read_text(encoding="utf-8") for path in MARKDOWN}
+    found = {path: path.read_text(encoding="utf-8") for path in MARKDOWN}
     for path in NOTEBOOKS:
-        found[path.name] = "\n\n".join(cell.source for cell in cells(path, "markdown"))
+        found[path] = "\n\n".join(cell.source for cell in cells(path, "markdown"))
     return found
 
 
 def commands() -> list[tuple[str, str]]:
     """Every call of the command in a block of shell, one line each."""
     found = []
-    for name, text in texts().items():
+    for path, text in texts().items():
         for block in re.findall(r"```(?:console|sh)\n(.*?)```", text, re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 call = re.search(r"(?:backward-lens|-m backward_lens_tl\.(?=sweep)) ?(.*)", line)
                 if call:
-                    found.append((name, call[1]))
+                    found.append((str(path.relative_to(ROOT)), call[1]))
     return found
 
 
@@ -315,31 +369,47 @@ def test_commands_are_understood(page, call):
 def test_there_are_commands():
     pages = [page for page, _ in commands()]
     assert len(pages) > 8
-    assert {page for page in pages if page.endswith(".ipynb")} >= {"data_set.ipynb"}
+    assert {page for page in pages if page.endswith(".ipynb")} >= {"notebooks/data_set.ipynb"}
 
 
-def test_snippets_that_are_not_run_call_what_there_is():
-    """Those in a notebook's text; what they pass has to fit the signatures."""
-    checked = 0
-    for name, text in texts().items():
-        if not name.endswith(".ipynb"):
-            continue
-        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-            for call in ast.walk(ast.parse(block, name)):
-                if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("blt."):
-                    own = attrgetter(ast.unparse(call.func).removeprefix("blt."))(backward_lens_tl)
-                    keywords = {str(keyword.arg): keyword.value for keyword in call.keywords}
-                    inspect.signature(own).bind(*call.args, **keywords)
-                    checked += 1
-    assert checked
+def python_of(cell: Any) -> list[str]:
+    """A cell's code; of a Markdown cell, its blocks of Python, which nothing runs."""
+    if cell.cell_type == "code":
+        return [cell.source]
+    return re.findall(r"```python\n(.*?)```", cell.source, re.DOTALL)
+
+
+def calls(code: str) -> Iterator[tuple[str, ast.Call]]:
+    """Calls of what the package has at its top, by name."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call):
+            name = re.fullmatch(r"blt\.([\w.]+)", ast.unparse(node.func))
+            if name:
+                yield name[1], node
+
+
+@pytest.mark.parametrize("kind", ["code", "markdown"])
+def test_notebooks_call_what_there_is(kind):
+    """What they pass has to fit the signatures; the tests that run them are slow."""
+    found = [
+        call
+        for path in NOTEBOOKS
+        for cell in cells(path, kind)
+        for code in python_of(cell)
+        for call in calls(code)
+    ]
+    assert found
+    for name, call in found:
+        keywords = {str(keyword.arg): keyword.value for keyword in call.keywords}
+        inspect.signature(attrgetter(name)(backward_lens_tl)).bind(*call.args, **keywords)
 
 
 def test_targets_of_make_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z0-9-]+(?: [a-z0-9-]+)*):", makefile, re.MULTILINE))
     targets = {name for names in targets for name in names.split()}
-    for name, text in texts().items():
-        assert set(re.findall(r"`make ([a-z0-9-]+)", text)) <= targets, name
+    for path, text in texts().items():
+        assert set(re.findall(r"`make ([a-z0-9-]+)", text)) <= targets, path
 
 
 def test_the_map_of_the_code_has_every_layer():
@@ -353,6 +423,7 @@ def test_the_map_of_the_code_has_every_layer():
     assert [name.rstrip("/") for name in named] == layers
 
 
+@pytest.mark.slow
 def test_every_page_shows_and_asks_for_nothing_elsewhere(site, browser):
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 40

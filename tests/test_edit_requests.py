@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from architectures import HAS_BRIDGE
 from models import N_CTX, build
 from transformers import AutoTokenizer
 
-import backward_lens_tl as blt
 from backward_lens_tl.editing import EditRequest, ForwardPassShift
 from backward_lens_tl.editing.requests import (
     TokenizedRequest,
@@ -23,18 +21,11 @@ from backward_lens_tl.records import BadRecord, read_records
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 
-KIND = "bridge" if HAS_BRIDGE else "hooked"
-
 
 @pytest.fixture(scope="module", params=["bridge-gpt2", "hooked-gpt2"])
 def host(request: pytest.FixtureRequest) -> Host:
     """Its tokens are Messi | Ġplays | Ġfo | r, Rome | Ġis | Ġin | ĠRome, Ġbal | l."""
     return host_of(build(request.param).model)
-
-
-@pytest.fixture(scope="module")
-def facts_host() -> Host:
-    return host_of(blt.load_facts_model(KIND))
 
 
 def tokenized(host: Host, *args: Any, bos: bool | None = False, **kwargs: Any) -> TokenizedRequest:
@@ -122,8 +113,9 @@ def test_a_method_that_needs_a_subject_says_so(host: Host) -> None:
         _ = tokenized(host, "Rome is in", " Paris").needed_subject
 
 
-def test_subjects_of_the_facts_model(facts_host: Host) -> None:
+def test_subjects_of_the_facts_model(facts_model: Any) -> None:
     """By the tokenizer's own offsets, which the package does not use here."""
+    facts_host = host_of(facts_model)
     tokenizer = AutoTokenizer.from_pretrained(facts_host.model.tokenizer.name_or_path)
     records = [record for record in read_records("facts") if not isinstance(record, BadRecord)]
     for record in records[:60]:

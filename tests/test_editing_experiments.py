@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from models import HAS_BRIDGE, build
 
 import backward_lens_tl as blt
 from backward_lens_tl.editing import MEMIT, ForwardPassShift, GradientStep, facts_moments
@@ -25,6 +27,7 @@ from backward_lens_tl.records import BadRecord
 from backward_lens_tl.reproduce import (
     Finding,
     editing_methods,
+    folder,
     least_learning_rates,
     optimizer_steps,
     reproduce,
@@ -52,9 +55,9 @@ def holds(finding: Finding) -> list[bool]:
 
 
 def drawn(finding: Finding) -> None:
+    assert finding.figures
     for draw in finding.figures.values():
-        for backend in ("plotly", "matplotlib"):
-            draw(backend=backend)
+        draw(backend="plotly")
 
 
 def summaries(methods: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
@@ -558,39 +561,34 @@ def test_steps_of_optimizers_otherwise(
 # --- the evidence ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return blt.load_facts_model()
-
-
 def evidence_of(model: Any, data: Any, folder: Path, **given: Any) -> Evidence:
     usual = {"prompts": 2, "seed": 0, "prepend_bos": False, "progress": False}
     return Evidence(model, blt.read_records(data), folder, **(usual | given))
 
 
-def test_what_is_taught_are_the_first_rows(model: Any, tmp_path: Path) -> None:
+def test_what_is_taught_are_the_first_rows(facts_model: Any, tmp_path: Path) -> None:
     rows = [
         {"prompt": 5},
         {"prompt": "Rome is in", "target": " Paris"},
         {"prompt": "a", "target": 3},
     ]
-    evidence = evidence_of(model, rows, tmp_path)
+    evidence = evidence_of(facts_model, rows, tmp_path)
     assert isinstance(evidence.records.rows[0], BadRecord)
     assert [(each.prompt, each.target) for each in evidence.requests] == [("Rome is in", " Paris")]
     with pytest.raises(InputError, match="none of the first rows"):
-        _ = evidence_of(model, rows, tmp_path, prompts=1).requests
+        _ = evidence_of(facts_model, rows, tmp_path, prompts=1).requests
     with pytest.raises(InputError, match="none of the first rows"):
-        reproduce("optimizers", model, tmp_path, data=rows, prompts=1, progress=False)
+        reproduce("optimizers", facts_model, tmp_path, data=rows, prompts=1, progress=False)
     # A prompt that ends in a space leaves the answer no tokens of its own.
     row = {"prompt": "Rome is in ", "target": "Paris"}
     with pytest.raises(
         InputError, match=r"none of the records can be evaluated; the first: .*toke"
     ):
-        evidence_of(model, [row], tmp_path).evaluation("none", {})
+        evidence_of(facts_model, [row], tmp_path).evaluation("none", {})
 
 
 def test_presets_learn_from_rows_that_are_not_edited(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    facts_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
 
@@ -599,28 +597,40 @@ def test_presets_learn_from_rows_that_are_not_edited(
         return {}
 
     monkeypatch.setattr(evidence_module, "preset_methods", preset_methods)
-    evidence = evidence_of(model, "facts", tmp_path, prompts=30)
+    evidence = evidence_of(facts_model, "facts", tmp_path, prompts=30)
     evidence.presets(("rome",))
     edited = {(row.prompt, row.subject) for row in evidence.records.rows[:30]}
     subjects = {subject for _, subject in edited}
     assert len(asked["training"]) > 300
     assert not any(row.index < 30 or row.subject in subjects for row in asked["training"])
-    assert asked["args"] == (model, ("rome",))
+    assert asked["args"] == (facts_model, ("rome",))
     assert asked["folder"].is_dir()
 
 
 # --- small real runs ------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def quick_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures for one library, as without matplotlib; test_reproduce.py has those of both."""
+    monkeypatch.setattr(folder, "find_spec", lambda _: None)
+
+
 @pytest.mark.usefixtures("as_for_a_user")
-def test_optimizers_on_the_facts_model(model: Any, tmp_path: Path) -> None:
+def test_optimizers_on_a_small_model(tmp_path: Path) -> None:
+    model = build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2").model
     before = tensors_checksum(host_of(model).parameters())
-    found = reproduce("optimizers", model, tmp_path, data="facts", prompts=2, progress=False)
+    rows = [
+        {"prompt": "Messi plays for", "target": " Paris"},
+        {"prompt": "Rome is in", "target": " the"},
+        {"prompt": "The dog of the king", "target": " Paris"},
+    ]
+    found = reproduce("optimizers", model, tmp_path, data=rows, prompts=2, progress=False)
     finding = found["optimizers"]
     steps = finding.tables["steps"]
-    assert len(steps) == 2 * 2 * 8 * 3
+    assert len(steps) == 2 * 2 * 3 * 3
     assert len(finding.checks) == 3
-    request = evidence_of(model, "facts", tmp_path).requests[1]
+    request = evidence_of(model, rows, tmp_path).requests[1]
     step = {"sgd": GradientStep("sgd", lr=1.0, matrices=("W_in", "W_out"), prepend_bos=False)}
     own = compare_words(
         model, {"sgd": step["sgd"](model, request)}, target=request.target, target_position="first"
@@ -633,23 +643,26 @@ def test_optimizers_on_the_facts_model(model: Any, tmp_path: Path) -> None:
     assert (tmp_path / "report.html").is_file()
 
 
-@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.usefixtures("as_for_a_user", "quick_pages")
 def test_figure_24_on_the_facts_model(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    facts_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = least_learning_rates.least_rates
+    """The first and the last layer, a coarse grid, and few texts."""
+    measured, config = least_learning_rates.least_rates, Evidence.evaluation_config
+    monkeypatch.setattr(
+        Evidence, "evaluation_config", lambda self, **given: config(self, n_texts=2, **given)
+    )
 
     def few(*args: Any, **given: Any) -> pd.DataFrame:
-        config = blt.EvaluationConfig(n_texts=5, prepend_bos=False)
-        return whole(*args, **{**given, "config": config}, rates=(0.1, 1.0, 10.0))
+        return measured(*args, **given, layers=(0, 7), rates=(0.1, 1.0, 10.0))
 
     monkeypatch.setattr(least_learning_rates, "least_rates", few)
-    found = reproduce("fig24", model, tmp_path, data="facts", prompts=2, progress=False)
+    found = reproduce("fig24", facts_model, tmp_path, data="facts", prompts=2, progress=False)
     finding = found["fig24"]
     table = finding.tables["rates"]
-    assert len(table) == 2 * 3 * 8
+    assert len(table) == 2 * 3 * 2
     assert set(table["rate"].dropna()) <= {0.1, 1.0, 10.0}
-    evidence = evidence_of(model, "facts", tmp_path)
+    evidence = evidence_of(facts_model, "facts", tmp_path)
     expected = least_rates_by_layer(table, evidence.perplexity)
     pd.testing.assert_frame_equal(finding.tables["by layer"], expected)
     # By hand, of a layer at which both work.
@@ -659,21 +672,27 @@ def test_figure_24_on_the_facts_model(
     assert len(list((tmp_path / "fig24").glob("*.csv"))) == 2
 
 
-@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.usefixtures("as_for_a_user", "quick_pages")
 def test_whitening_on_the_facts_model(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    facts_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(whitening, "_MOST_RECORDS", 2)
+    """Two layers of one record, in two iterations."""
+    preset = Evidence.shift_preset
+    monkeypatch.setattr(
+        Evidence, "shift_preset", lambda self, name: replace(preset(self, name), iterations=2)
+    )
+    monkeypatch.setattr(whitening, "_MOST_RECORDS", 1)
     monkeypatch.setattr(Evidence, "n_layers", 2)
-    found = reproduce("whitening", model, tmp_path, data="facts", prompts=5, progress=False)
+    options: dict[str, Any] = {"data": "facts", "prompts": 5, "progress": False}
+    found = reproduce("whitening", facts_model, tmp_path, **options)
     table = found["whitening"].tables["by layer"]
     assert table["method"].tolist() == [PLAIN, WHITE, CONTROL] * 2
     assert table["layer"].tolist() == [0, 0, 0, 1, 1, 1]
-    assert "Of 2 records" in found["whitening"].notes[0]
+    assert "Of 1 record" in found["whitening"].notes[0]
     evaluation = blt.Evaluation.load(tmp_path / "edits" / "whitening")
     assert evaluation.is_complete
-    assert evaluation.edits()["record"].unique().tolist() == [0, 1]
+    assert evaluation.edits()["record"].unique().tolist() == [0]
     # The same folder is not gone on with as another evaluation.
-    monkeypatch.setattr(whitening, "_MOST_RECORDS", 1)
+    monkeypatch.setattr(whitening, "_MOST_RECORDS", 2)
     with pytest.raises(EvaluationError, match="another config"):
-        reproduce("whitening", model, tmp_path, data="facts", prompts=5, progress=False)
+        reproduce("whitening", facts_model, tmp_path, **options)

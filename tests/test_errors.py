@@ -220,11 +220,6 @@ REFUSALS: dict[str, tuple[Callable[[Any], object], type[Exception], list[str]]] 
         ["int64"],
     ),
     "projection is a class": (lens(IDS, 5, projection=Constant), InputError, ["'logit_lens'"]),
-    "no such target position": (
-        lens("Rome", target_position="middle"),
-        TargetError,
-        ["'middle'", "'first'"],
-    ),
     "sequence is a number": (
         lambda model: capture_gradients(model, IDS, sequence_nll([5])),
         TargetError,

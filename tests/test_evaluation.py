@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -18,26 +17,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import stopping
 import torch
-from models import HAS_BRIDGE, Case, build
+from models import HAS_BRIDGE, Case, build, small_tokenizer
+from stopping import killed, second_of_two
 from torch import nn
-from transformers import AutoTokenizer
 
 import backward_lens_tl as blt
 from backward_lens_tl import cli
 from backward_lens_tl.editing.delta import MatrixDelta
 from backward_lens_tl.editing.method import EditMethod
 from backward_lens_tl.errors import EditError, EvaluationError, ModelStateError
-from backward_lens_tl.evaluation import Evaluation, EvaluationConfig, evaluate, measuring
+from backward_lens_tl.evaluation import Evaluation, EvaluationConfig, command, evaluate, measuring
 from backward_lens_tl.evaluation import run as run_module
 from backward_lens_tl.evaluation.columns import TABLES
 from backward_lens_tl.evaluation.metrics import ngram_entropy
 from backward_lens_tl.evaluation.summary import METRICS, summarize
 from backward_lens_tl.fingerprints import checksum, tensors_checksum
 from backward_lens_tl.host import host_of
-from backward_lens_tl.records import read_records
 from backward_lens_tl.sampling import sample
-from conftest import FACTS_FOLDER
 
 ROWS = [
     {
@@ -136,21 +134,71 @@ def run(tiny: nn.Module, texts: str, tmp_path: Path, as_for_a_user: None) -> Cal
         methods: Any, data: Any = ROWS, folder: str | None = None, model: Any = None, **given: Any
     ) -> Evaluation:
         out = tmp_path / (folder or f"e{len(list(tmp_path.iterdir()))}")
-        usual = {"texts": texts, "min_characters": 1, "generation_length": 0}
-        config = EvaluationConfig(**(usual | given))
-        return evaluate(model or tiny, methods, data, out, config, progress=False)
+        return evaluate(
+            model or tiny, methods, data, out, small_config(texts, **given), progress=False
+        )
 
     return evaluated
 
 
+def small_config(texts: str, **given: Any) -> EvaluationConfig:
+    usual = {"texts": texts, "min_characters": 1, "generation_length": 0}
+    return EvaluationConfig(**(usual | given))
+
+
+@dataclass(frozen=True)
+class Small:
+    """One evaluation that many tests look at.
+
+    Attributes:
+        found: What came of it.
+        nudge: Its first method, which holds what it was asked.
+        before: The model's state before it.
+        after: The model's state after it.
+    """
+
+    found: Evaluation
+    nudge: Nudge
+    before: tuple[Any, ...]
+    after: tuple[Any, ...]
+
+
+@pytest.fixture(scope="module")
+def small(tiny: nn.Module, texts: str, tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """All records by three methods, one of which refuses a record."""
+    nudge = Nudge()
+    methods = {"nudge": nudge, "a|b<i>": Nudge(size=9.0), "failing": Failing(6.0, when="Messi")}
+    config = small_config(texts, attributes=True, generation_length=8)
+    before = state_of(tiny)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["my script", "--fast"])
+        out = tmp_path_factory.mktemp("small") / "out"
+        found = evaluate(tiny, methods, ROWS, out, config, progress=False)
+    return Small(found, nudge, before, state_of(tiny))
+
+
+def state_of(model: nn.Module) -> tuple[Any, ...]:
+    """What an evaluation must leave as it was."""
+    host = host_of(model)
+    return (
+        host.fingerprint(),
+        len(host.hooked_modules),
+        [parameter.requires_grad for parameter in model.parameters()],
+        [parameter.grad for parameter in model.parameters()],
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: nn.Module, texts: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the files of an evaluation hold that nobody stopped: two records by one method."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    evaluate(tiny, {"nudge": Nudge()}, ROWS[:2], out, small_config(texts), progress=False)
+    return digests(out)
+
+
 def digests(folder: Path) -> dict[str, str]:
     """What every table's files hold, but for what differs from run to run."""
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for table in TABLES
-        if table != "costs"
-        for file in sorted((folder / table).iterdir())
-    }
+    return stopping.digests(folder, [table for table in TABLES if table != "costs"])
 
 
 def by_record(table: pd.DataFrame, method: str) -> pd.DataFrame:
@@ -160,42 +208,39 @@ def by_record(table: pd.DataFrame, method: str) -> pd.DataFrame:
 # ------------------------------------------------------------------------------------------ tables
 
 
-def test_every_record_of_every_method(run) -> None:
-    nudge, other = Nudge(), Nudge(size=9.0)
-    found = run({"nudge": nudge, "other": other}, attributes=True, generation_length=8)
+def test_every_record_of_every_method(small: Small) -> None:
+    found = small.found
     assert found.is_complete
     edits = found.edits()
-    methods = [name for name in ("none", "nudge", "other") for _ in ROWS]
-    assert edits["method"].tolist() == methods
-    assert edits["record"].tolist() == [0, 1, 2] * 3
-    assert edits["id"].tolist() == ["f", "m", "r"] * 3
-    assert nudge.asked == [[row["prompt"]] for row in ROWS]
+    names = ("none", "nudge", "a|b<i>", "failing")
+    assert edits["method"].tolist() == [name for name in names for _ in ROWS]
+    assert edits["record"].tolist() == [0, 1, 2] * 4
+    assert edits["id"].tolist() == ["f", "m", "r"] * 4
+    assert small.nudge.asked == [[row["prompt"]] for row in ROWS]
     assert edits["weights"].nunique() == 1
     assert edits["target"].tolist()[:2] == [" the", " Rome."]
     prompts = found.prompts()
     kinds = {"paraphrase": 1, "neighborhood": 5, "attribute": 1, "rewrite": 3}
-    assert prompts.groupby("kind").size().to_dict() == {kind: 3 * n for kind, n in kinds.items()}
-    assert found.generations().groupby("method").size().to_dict() == {
-        "none": 3, "nudge": 3, "other": 3
-    }  # fmt: skip
+    assert prompts.groupby("kind").size().to_dict() == {kind: 4 * n for kind, n in kinds.items()}
+    assert found.generations().groupby("method").size().to_dict() == dict.fromkeys(names, 3)
     assert len(found.rejects()) == 0
     unedited = edits[edits["method"] == "none"]
     assert unedited["seconds"].isna().all()
     assert (unedited["norm"] == 0).all()
     assert (unedited["rank"] == 0).all()
     assert unedited["perplexity"].nunique() == 1
-    edited = edits[edits["method"] != "none"]
+    edited = edits[(edits["method"] != "none") & edits["error"].isna()]
+    assert len(edited) == 8
     assert (edited["seconds"] > 0).all()
     assert (edited["rank"] == 1).all()
-    assert edited["perplexity"].nunique() == 6
+    assert edited["perplexity"].nunique() == 8
     assert (edited["perplexity"] != unedited["perplexity"].iloc[0]).all()
 
 
-def test_metrics_are_those_of_the_prompts(run) -> None:
-    found = run({"nudge": Nudge(size=6.0)}, attributes=True)
-    prompts = found.prompts()
+def test_metrics_are_those_of_the_prompts(small: Small) -> None:
+    prompts = small.found.prompts()
     prompts["p_new"], prompts["p_true"] = np.exp(-prompts["nll_new"]), np.exp(-prompts["nll_true"])
-    for row in found.edits().to_dict("records"):
+    for row in small.found.edits().to_dict("records"):
         own = prompts[(prompts["method"] == row["method"]) & (prompts["record"] == row["record"])]
         for kind, name in (
             ("rewrite", "efficacy"),
@@ -221,50 +266,60 @@ def test_metrics_are_those_of_the_prompts(run) -> None:
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_scores_under_an_edit_against_a_changed_hugging_face_model(
-    facts: Case, tmp_path: Path
-) -> None:
+def test_scores_under_an_edit_against_a_changed_model(gpt2: Case, tmp_path: Path) -> None:
     """The reference's own weight is really changed, and each prompt goes through alone."""
-    method, host = Nudge(size=40.0, layer=6), host_of(facts.model)
-    config = EvaluationConfig(records=2, generation_length=0, n_texts=0)
-    before = host.fingerprint()
-    found = evaluate(facts.model, {"n": method}, "facts", tmp_path, config, progress=False)
-    assert host.fingerprint() == before
-    tokenizer, prompts = AutoTokenizer.from_pretrained(FACTS_FOLDER), found.prompts()
-    weight = facts.weights["W_out", 6]
-    changed = 0
-    for record in read_records("facts").rows[:2]:
-        ids = tokenizer(record.prompt)["input_ids"]
-        target = tokenizer(record.target)["input_ids"]
+    before = host_of(gpt2.model).fingerprint()
+    config = EvaluationConfig(generation_length=0, n_texts=0)
+    methods = {"n": Nudge(size=6.0)}
+    found = evaluate(gpt2.model, methods, ROWS[:2], tmp_path, config, progress=False)
+    assert host_of(gpt2.model).fingerprint() == before
+    tokenizer, prompts = small_tokenizer(), found.prompts()
+    weight = gpt2.weights["W_out", 1]
+    for record, row in enumerate(ROWS[:2]):
+        ids = tokenizer.encode(row["prompt"])
+        target = tokenizer.encode(row["target"])
         key = torch.randn(
-            512, generator=torch.Generator().manual_seed(sum(ids)), dtype=torch.float64
+            52, generator=torch.Generator().manual_seed(sum(ids)), dtype=torch.float64
         )
-        row = facts.model.W_U[:, target[0]].detach()
-        added = torch.outer((40.0 * key / key.norm()).float(), row)
+        unembedding = gpt2.model.W_U[:, target[0]].detach()
+        added = torch.outer(6.0 * key / key.norm(), unembedding)
         kept = weight.tensor.detach().clone()
         try:
             with torch.no_grad():
                 weight.tensor.add_(weight.in_out(added))
-                own = prompts[(prompts["method"] == "n") & (prompts["record"] == record.index)]
-                assert len(own) == 3 + len(record.neighborhood_prompts)
+                own = prompts[(prompts["method"] == "n") & (prompts["record"] == record)]
+                paraphrases = row.get("paraphrase_prompts", [])
+                assert len(own) == 1 + len(paraphrases) + len(row["neighborhood_prompts"])
                 for asked in own.to_dict("records"):
-                    ids = tokenizer(asked["prompt"])["input_ids"]
-                    last = facts.logits(torch.tensor([ids]))[0, -1].double()
+                    ids = tokenizer.encode(asked["prompt"])
                     for side in ("new", "true"):
-                        [token] = tokenizer(asked[side])["input_ids"]
-                        nll = float(torch.logsumexp(last, 0) - last[token])
-                        assert asked[f"nll_{side}"] == pytest.approx(nll, abs=2e-4)
-                        assert asked[f"is_{side}"] == (int(last.argmax()) == token)
-                    assert asked["answer"] == tokenizer.decode([int(last.argmax())])
+                        nll, is_said, first = slow_answer(gpt2, ids, tokenizer.encode(asked[side]))
+                        assert asked[f"nll_{side}"] == pytest.approx(nll, abs=1e-9)
+                        assert asked[f"is_{side}"] == is_said
+                        assert asked["answer"] == tokenizer.decode([first])
         finally:
             with torch.no_grad():
                 weight.tensor.copy_(kept)
-        unedited = prompts[(prompts["method"] == "none") & (prompts["record"] == record.index)]
-        changed += int((unedited["nll_new"].to_numpy() != own["nll_new"].to_numpy()).sum())
-    assert changed > 10
+        unedited = prompts[(prompts["method"] == "none") & (prompts["record"] == record)]
+        assert (unedited["nll_new"].to_numpy() != own["nll_new"].to_numpy()).all()
 
 
-def test_the_edit_of_several_records_at_once(run) -> None:
+@torch.no_grad()
+def slow_answer(case: Case, prompt: list[int], answer: list[int]) -> tuple[float, bool, int]:
+    """Mean loss of an answer, whether it is what is said, and what is said first."""
+    lasts = [
+        case.logits(torch.tensor([[*prompt, *answer[:place]]]))[0, -1].double()
+        for place in range(len(answer))
+    ]
+    losses = [
+        float(torch.logsumexp(last, 0) - last[token])
+        for last, token in zip(lasts, answer, strict=True)
+    ]
+    said = [int(last.argmax()) for last in lasts]
+    return sum(losses) / len(losses), said == answer, said[0]
+
+
+def test_the_edit_of_several_records_at_once(run, small: Small) -> None:
     nudge = Nudge()
     found = run({"nudge": nudge}, edits_at_once=2)
     assert nudge.asked == [[ROWS[0]["prompt"], ROWS[1]["prompt"]], [ROWS[2]["prompt"]]]
@@ -272,71 +327,67 @@ def test_the_edit_of_several_records_at_once(run) -> None:
     assert edits["block"].tolist() == [0, 0, 1]
     assert edits["rank"].tolist() == [2, 2, 1]
     assert edits["perplexity"].nunique() == edits["norm"].nunique() == 2
-    one = by_record(run({"nudge": Nudge()}).edits(), "nudge")
+    one = by_record(small.found.edits(), "nudge")
     assert edits.loc[2, "efficacy_success":"norm"].equals(one.loc[2, "efficacy_success":"norm"])
     assert edits.loc[0, "perplexity"] != one.loc[0, "perplexity"]
     # Scored under the edit of both: as under the two edits of one, one in the other.
-    nll = found.prompts().set_index(["method", "record", "kind", "index"])["nll_new"]
-    alone = run({}).prompts().set_index(["method", "record", "kind", "index"])["nll_new"]
-    assert np.allclose(nll["none"], alone["none"], rtol=0, atol=1e-12)
+    keys = ["record", "kind", "index"]
+    nll = found.prompts().set_index(["method", *keys])["nll_new"]
+    alone = small.found.prompts().query("method == 'none'").set_index(keys)["nll_new"]
+    assert np.allclose(nll["none"], alone[nll["none"].index], rtol=0, atol=1e-12)
     assert (nll["nudge"] != nll["none"]).all()
 
 
-def test_failed_edits_count_as_not_edited(run) -> None:
-    errors = [
+def test_failed_edits_count_as_not_edited(small: Small) -> None:
+    edits, none = small.found.edits(), by_record(small.found.edits(), "none")
+    own, same = by_record(edits, "failing"), slice("answer", "rank")
+    assert own["error"].isna().tolist() == [True, False, True]
+    assert own.loc[1, "error"] == "not this one"
+    assert own.loc[1, same].equals(none.loc[1, same])
+    assert not own.loc[0, same].equals(none.loc[0, same])
+    assert small.found.summary().set_index("method")["failed"].to_dict() == {
+        "none": 0, "nudge": 0, "a|b<i>": 0, "failing": 1
+    }  # fmt: skip
+    texts = small.found.generations()
+    assert (
+        by_record(texts, "failing")
+        .loc[[1]]
+        .drop(columns="method")
+        .equals(by_record(texts, "none").loc[[1]].drop(columns="method"))
+    )
+    assert "3 (1 failed)" in small.found.to_markdown()
+
+
+def test_every_kind_of_failure_fails_alone(run) -> None:
+    """What a method may raise, numbers that are none, and, last, edits that do not fail."""
+    raised = [
         EditError("no statistics"),
         torch.linalg.LinAlgError("singular"),
         torch.OutOfMemoryError("too large"),
         MemoryError("too large"),
     ]
-    methods: dict[str, EditMethod] = {
-        str(place): Failing(error=error, when="Messi") for place, error in enumerate(errors)
+    failing: dict[str, EditMethod] = {
+        type(error).__name__: Failing(error=error) for error in raised
     }
-    given = {**methods, "nothing": Nothing(), "nudge": Nudge()}
-    found = run(given, generation_length=6)
-    edits, none = found.edits(), by_record(found.edits(), "none")
-    for place, error in enumerate(errors):
-        own = by_record(edits, str(place))
-        assert own["error"].isna().tolist() == [True, False, True]
-        assert own.loc[1, "error"] == str(error)
-        same = slice("answer", "rank")
-        assert own.loc[1, same].equals(none.loc[1, same])
-        assert not own.loc[0, same].equals(none.loc[0, same])
-    nothing = by_record(edits, "nothing").drop(columns=["method", "seconds", "memory"])
-    assert nothing.equals(none.drop(columns=["method", "seconds", "memory"]))
-    assert found.summary().set_index("method")["failed"].to_dict() == {
-        "none": 0, "0": 1, "1": 1, "2": 1, "3": 1, "nothing": 0, "nudge": 0
-    }  # fmt: skip
-    texts = found.generations()
-    assert (
-        by_record(texts, "0")
-        .loc[[1]]
-        .drop(columns="method")
-        .equals(by_record(texts, "none").loc[[1]].drop(columns="method"))
-    )
-    assert "3 (1 failed)" in found.to_markdown()
-
-
-@pytest.mark.parametrize("size", [float("nan"), float("inf")])
-def test_an_edit_that_is_not_finite_fails_alone(run, size: float) -> None:
-    found = run({"huge": Nudge(size=size), "good": Nudge()})
-    edits = found.edits()
-    assert edits.loc[edits["method"] == "huge", "error"].str.contains("not finite").all()
-    assert edits.loc[edits["method"] == "good", "error"].isna().all()
-    numbers = ["efficacy", "nll" if "nll" in edits else "perplexity", "norm"]
-    huge, none = (edits[edits["method"] == name] for name in ("huge", "none"))
-    assert huge[numbers].to_numpy().tolist() == none[numbers].to_numpy().tolist()
-
-
-def test_edits_that_disable_the_model_are_measured(run) -> None:
-    edits = run({"huge": Nudge(size=1e300)}).edits()
-    assert edits.loc[edits["method"] == "huge", "error"].isna().all()
-    assert not edits.loc[edits["method"] == "huge", "perplexity"].isna().any()
+    failing |= {"nan": Nudge(size=math.nan), "inf": Nudge(size=math.inf)}
+    methods = {**failing, "nothing": Nothing(), "huge": Nudge(size=1e300), "good": Nudge()}
+    edits = run(methods, ROWS[:1]).edits().set_index("method")
+    for name, error in zip(failing, raised, strict=False):
+        assert edits.loc[name, "error"] == str(error)
+    assert edits.loc[["nan", "inf"], "error"].str.contains("not finite").all()
+    assert edits.loc[["nothing", "huge", "good"], "error"].isna().all()
+    same = slice("answer", "rank")
+    for name in (*failing, "nothing"):
+        assert edits.loc[name, same].equals(edits.loc["none", same]), name
+    for name in ("huge", "good"):
+        assert not edits.loc[name, same].equals(edits.loc["none", same]), name
+    # What disables the model is measured.
+    assert not math.isnan(edits.loc["huge", "perplexity"])
 
 
 def test_a_bug_is_no_failed_edit(run) -> None:
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        run({"f": Failing(error=RuntimeError("shapes do not match"))})
+        run({"f": Failing(error=RuntimeError("shapes do not match"))}, ROWS[:1])
 
 
 def test_a_method_that_changes_the_model_is_caught(run, tiny: nn.Module, tmp_path: Path) -> None:
@@ -344,7 +395,7 @@ def test_a_method_that_changes_the_model_is_caught(run, tiny: nn.Module, tmp_pat
     before, kept = host.fingerprint(), {k: v.detach().clone() for k, v in host.parameters().items()}
     try:
         with pytest.raises(ModelStateError, match=r"'l' left the weights of .* changed"):
-            run({"l": Leaving()}, folder="out")
+            run({"l": Leaving()}, ROWS[:1], folder="out")
         assert host.fingerprint() != before
     finally:
         for name, parameter in host.parameters().items():
@@ -374,15 +425,10 @@ def test_what_changes_between_the_parts_is_caught(run, tiny: nn.Module, monkeypa
         parameter.data.copy_(kept)
 
 
-def test_nothing_of_the_model_is_changed(run, tiny: nn.Module) -> None:
-    host = host_of(tiny)
-    before, hooks = host.fingerprint(), len(host.hooked_modules)
-    grads = [parameter.requires_grad for parameter in tiny.parameters()]
-    run({"nudge": Nudge(), "failing": Failing()})
-    assert host.fingerprint() == before
-    assert len(host_of(tiny).hooked_modules) == hooks
-    assert [parameter.requires_grad for parameter in tiny.parameters()] == grads
-    assert all(parameter.grad is None for parameter in tiny.parameters())
+def test_nothing_of_the_model_is_changed(small: Small) -> None:
+    assert small.after == small.before
+    *_, grads = small.after
+    assert set(grads) == {None}
 
 
 def test_one_bit_shows_in_the_checksum(tiny: nn.Module) -> None:
@@ -412,48 +458,57 @@ def test_signs_and_exchanges_show_in_the_checksum(dtype: torch.dtype) -> None:
     assert len(sums) == 5
 
 
-def test_no_score_depends_on_batch_or_padding_side(run, tiny: nn.Module, monkeypatch) -> None:
-    whole = run({"nudge": Nudge()}, generation_length=6)
+def test_no_score_depends_on_batch_or_padding_side(
+    run, small: Small, tiny: nn.Module, monkeypatch
+) -> None:
+    def check(batch_size: int, n: int) -> None:
+        """The first records alone, against those of the evaluation of all."""
 
-    def check(found: Evaluation) -> None:
-        prompts, expected = found.prompts(), whole.prompts()
+        def those_of(found: Evaluation, table: str) -> pd.DataFrame:
+            rows = getattr(found, table)()
+            is_own = rows["method"].isin(["none", "nudge"]) & (rows["record"] < n)
+            return rows[is_own].reset_index(drop=True)
+
+        given = {"attributes": True, "generation_length": 8, "batch_size": batch_size}
+        found = run({"nudge": Nudge()}, ROWS[:n], **given)
+        prompts, expected = (those_of(each, "prompts") for each in (found, small.found))
         scores = ["nll_new", "nll_true"]
         assert prompts.drop(columns=scores).equals(expected.drop(columns=scores))
         assert np.allclose(prompts[scores], expected[scores], rtol=0, atol=1e-5, equal_nan=True)
-        assert found.generations().equals(whole.generations())
-        assert np.allclose(found.edits()["perplexity"], whole.edits()["perplexity"])
+        assert found.generations().equals(those_of(small.found, "generations"))
+        perplexities = (those_of(each, "edits")["perplexity"] for each in (found, small.found))
+        assert np.allclose(*perplexities)
 
-    for size in (1, 3):
-        check(run({"nudge": Nudge()}, generation_length=6, batch_size=size))
+    check(batch_size=1, n=1)
     monkeypatch.setattr(tiny.tokenizer, "padding_side", "left")
-    check(run({"nudge": Nudge()}, generation_length=6))
+    check(batch_size=3, n=2)
 
 
-def test_generations(run, tiny: nn.Module) -> None:
-    found = run({"nudge": Nudge()}, generation_length=12, top_k=3)
-    texts, host = found.generations(), host_of(tiny)
-    assert texts[texts["method"] == "none"]["prompt"].tolist() == [
-        "The capital", "A river of", "Messi"
-    ]  # fmt: skip
+def test_generations(run, small: Small, tiny: nn.Module) -> None:
+    texts, host = small.found.generations(), host_of(tiny)
+    none = texts[texts["method"] == "none"]
+    assert none["prompt"].tolist() == ["The capital", "A river of", "Messi"]
     for row in texts.to_dict("records"):
         assert row["text"].startswith(row["prompt"])
         assert row["ngram_entropy"] == ngram_entropy(row["text"])
     lengths = [len(host.tokenize(text, False)) for text in texts["text"]]
-    assert max(lengths) <= 12 + 4  # a text that is drawn may have fewer tokens, or more
+    assert max(lengths) <= 8 + 4  # a text that is drawn may have fewer tokens, or more
     assert min(lengths) > 4
-    edits = found.edits().set_index(["method", "record"])
+    edits = small.found.edits().set_index(["method", "record"])
     assert edits.loc[("none", 0), "ngram_entropy"] == pytest.approx(
-        texts[texts["method"] == "none"]["ngram_entropy"][:2].mean()
+        none["ngram_entropy"][:2].mean()
     )
     assert math.isnan(edits.loc[("none", 2), "ngram_entropy"])
-    other = run({"nudge": Nudge()}, generation_length=12, top_k=3, seed=1).generations()
-    assert not other["text"].equals(texts["text"])
     # The most probable token, always, in the continuation.
     ids = host.tokenize(ROWS[0]["prompt"], False)
     [drawn] = sample(host, [ids], [4], top_k=1, seeds=[5])
     expected = host.vocabulary.decode([*ids, *drawn])[len(ROWS[0]["prompt"]) :]
     assert edits.loc[("none", 0), "continuation"] == expected
-    bare = run({}, generation_length=0)
+    for changed in ({"seed": 1}, {"top_k": 2}):
+        given = {"generation_length": 8, "n_texts": 0, **changed}
+        other = run({}, ROWS[:1], **given).generations()["text"]
+        assert other.tolist() != none["text"].tolist()[:2]
+    bare = run({}, ROWS[:1], generation_length=0)
     assert len(bare.generations()) == 0
     assert bare.edits()["ngram_entropy"].isna().all()
 
@@ -464,8 +519,8 @@ def test_free_efficacy_is_that_of_the_continuation(run, tiny: nn.Module) -> None
     for row in ROWS[:2]:
         ids = host.tokenize(row["prompt"], False)
         [drawn] = sample(host, [ids], [2], top_k=1, seeds=[0])
-        own.append({**row, "target": host.vocabulary.text(drawn[0])})
-    edits = run({}, [own[0], {**own[1], "target": " the"}]).edits()
+        own.append({"prompt": row["prompt"], "target": host.vocabulary.text(drawn[0])})
+    edits = run({}, [own[0], {**own[1], "target": " the"}], n_texts=0).edits()
     first = edits.iloc[0]
     assert first["efficacy"] == 1
     goes_on = first["continuation"][len(first["target"]) :][:1].isalnum()
@@ -481,7 +536,8 @@ def test_costs(run) -> None:
             time.sleep(0.6)  # much more than a busy machine adds
             return super().compute(host, requests) if large.sum() else []
 
-    found = run({"costly": Costly(), "nudge": Nudge()}, edits_at_once=2, generation_length=0)
+    rows = [{"prompt": row["prompt"], "target": row["target"]} for row in ROWS]
+    found = run({"costly": Costly(), "nudge": Nudge()}, rows, edits_at_once=2, n_texts=0)
     edits = found.edits()
     costly = by_record(edits, "costly")
     assert (costly["seconds"] >= [0.3, 0.3, 0.6]).all()
@@ -497,17 +553,17 @@ def test_costs(run) -> None:
 
 
 def test_which_records_are_taken(run) -> None:
-    rows = [{**ROWS[0], "id": f"{n}"} for n in range(6)]
+    rows = [{"prompt": "Rome is in", "target": " the", "id": f"{n}"} for n in range(4)]
 
     def ids(**settings: Any) -> list[str]:
-        return run({}, rows, **settings).edits()["id"].tolist()
+        return run({}, rows, n_texts=0, **settings).edits()["id"].tolist()
 
-    assert ids(records=2, generation_length=0) == ["0", "1"]
-    assert ids(rows=range(3, 5), generation_length=0) == ["3", "4"]
-    assert ids(rows=[5, 0], generation_length=0) == ["5", "0"]
-    assert ids(records=100, generation_length=0) == [str(n) for n in range(6)]
-    with pytest.raises(EvaluationError, match="row 6 is asked for, and 'rows' has 6 rows"):
-        ids(rows=[6])
+    assert ids(records=2) == ["0", "1"]
+    assert ids(rows=range(2, 4)) == ["2", "3"]
+    assert ids(rows=[3, 0]) == ["3", "0"]
+    assert ids(records=100) == [str(n) for n in range(4)]
+    with pytest.raises(EvaluationError, match="row 4 is asked for, and 'rows' has 4 rows"):
+        ids(rows=[4])
 
 
 def test_rows_that_cannot_be_evaluated(run) -> None:
@@ -544,10 +600,10 @@ def test_answers_behind_a_space_of_their_own(run) -> None:
 
 
 def test_neighbors_that_are_left_out(run) -> None:
-    prompts = run({}, neighbors=1).prompts()
+    prompts = run({}, neighbors=1, n_texts=0).prompts()
     assert prompts.groupby("kind").size().to_dict() == {"neighborhood": 2, "paraphrase": 1,
                                                         "rewrite": 3}  # fmt: skip
-    assert "neighborhood" not in run({}, neighbors=0).prompts()["kind"].tolist()
+    assert "neighborhood" not in run({}, neighbors=0, n_texts=0).prompts()["kind"].tolist()
 
 
 def test_flattened_counterfact_has_a_neighbor_with_an_answer_of_its_own(run) -> None:
@@ -614,20 +670,16 @@ def test_intervals_are_those_of_the_binomial() -> None:
     """A resampled rate is binomial, so that its quantiles are known exactly."""
     n, hits = 40, 29
     table = edits_of({"efficacy": [1] * hits + [0] * (n - hits)})
-    found = summarize(table, seed=3, resamples=20000).iloc[0]
+    found = summarize(table, seed=3, resamples=5000).iloc[0]
     p = hits / n
     chances = np.cumsum([math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)])
     for end, level in (("low", 0.025), ("high", 0.975)):
         exact = int(np.searchsorted(chances, level))
         assert abs(found[f"efficacy_{end}"] - 100 * exact / n) <= 100 / n
     assert found["efficacy_low"] < found["efficacy"] < found["efficacy_high"]
-    again = summarize(table, seed=3, resamples=20000).iloc[0]
-    assert again.equals(found)
-    assert (
-        not summarize(table, seed=4, resamples=50)
-        .iloc[0]
-        .equals(summarize(table, seed=5, resamples=50).iloc[0])
-    )
+    first, again, other = (summarize(table, seed=seed, resamples=50).iloc[0] for seed in (4, 4, 5))
+    assert first.equals(again)
+    assert not first.equals(other)
 
 
 def test_records_of_one_edit_are_drawn_together() -> None:
@@ -656,19 +708,19 @@ def test_infinite_perplexities_are_not_hidden() -> None:
     assert math.isnan(found["perplexity_std"])
 
 
-def test_the_table_to_read(run) -> None:
-    found = run({"a|b<i>": Nudge(size=6.0)})
+def test_the_table_to_read(small: Small) -> None:
+    found = small.found
     lines = found.to_markdown().splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 6
     assert len({len(line) for line in lines}) == 1
     names = [cell.strip() for cell in lines[0].strip("|").split("|")]
     assert names[:6] == ["Method", "Records", "Efficacy", "Paraphrase", "Neighborhood",
                          "Free efficacy"]  # fmt: skip
     assert names[names.index("NS") + 1] == "S"
-    assert r"| a\|b<i> " in lines[3]
-    row = found.summary().iloc[1]
-    assert f"| {row['efficacy']:.1f} ({row['efficacy_std']:.1f})" in lines[3]
-    assert f"{row['perplexity']:.2f} ({row['perplexity_std']:.2f})" in lines[3]
+    assert r"| a\|b<i> " in lines[4]
+    row = found.summary().iloc[2]
+    assert f"| {row['efficacy']:.1f} ({row['efficacy_std']:.1f})" in lines[4]
+    assert f"{row['perplexity']:.2f} ({row['perplexity_std']:.2f})" in lines[4]
     page = found._repr_html_()
     assert "a|b&lt;i&gt;" in page
     assert "<i>" not in page
@@ -676,11 +728,11 @@ def test_the_table_to_read(run) -> None:
     assert repr(found).startswith("Evaluation(")
 
 
+@pytest.mark.usefixtures("as_for_a_user")
 @pytest.mark.parametrize("backend", ["plotly", "matplotlib"])
-def test_the_figure(run, backend: Any) -> None:
-    found = run({"one": Nudge(), "two": Nudge(size=9.0)})
-    figure = blt.figures.edit_scores(found, backend=backend)
-    summary = found.summary()
+def test_the_figure(small: Small, tmp_path: Path, backend: Any) -> None:
+    figure = blt.figures.edit_scores(small.found, backend=backend)
+    summary = small.found.summary()
     if backend == "matplotlib":
         left, right = figure.axes
         for axes, names in ((left, ("efficacy", "paraphrase", "neighborhood")),
@@ -689,7 +741,7 @@ def test_the_figure(run, backend: Any) -> None:
             assert len(points) == 3
             for line, name in zip(points, names, strict=False):
                 assert line.get_ydata().tolist() == summary[name].tolist()
-        figure.savefig(found.folder / "figure.png")
+        figure.savefig(tmp_path / "figure.png")
         return
     points = [trace for trace in figure.data if "markers" in trace.mode]
     assert len(points) == 6
@@ -698,7 +750,7 @@ def test_the_figure(run, backend: Any) -> None:
     ends = next(trace for trace in figure.data if "markers" not in trace.mode)
     low, high = summary["efficacy_low"][1], summary["efficacy_high"][1]
     assert list(ends.y)[3:5] == [low, high]
-    assert figure.layout.xaxis.ticktext == ("none", "one", "two")
+    assert figure.layout.xaxis.ticktext[:2] == ("none", "nudge")
     assert sum(bool(trace.showlegend) for trace in figure.data) == 3
     with pytest.raises(EvaluationError, match="pass what evaluate returned"):
         blt.figures.edit_scores(summary)
@@ -707,43 +759,51 @@ def test_the_figure(run, backend: Any) -> None:
 # ---------------------------------------------------------------------------------- the folder
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, n_parts: int) -> None:
-    real, done = measuring.Bench.measure, iter(range(n_parts))
-
-    def measure(self: Any, part: Any) -> Any:
-        if next(done, None) is None:
-            raise KeyboardInterrupt
-        return real(self, part)
-
-    monkeypatch.setattr(measuring.Bench, "measure", measure)
-
-
-@pytest.mark.parametrize("n_parts", [0, 2, 5])
-def test_a_stopped_evaluation_goes_on_and_ends_the_same(run, monkeypatch, n_parts: int) -> None:
-    whole = run({"nudge": Nudge()})
-    with monkeypatch.context() as patched:
-        stop_after(patched, n_parts)
-        with pytest.raises(KeyboardInterrupt):
-            run({"nudge": Nudge()}, folder="out")
-    half = Evaluation.load(whole.folder.parent / "out")
-    assert half.finished == tuple(range(n_parts))
-    assert not half.is_complete
-    assert len(half.edits()) == n_parts
-    half.summary()
-    before = {file: file.stat().st_mtime_ns for file in half.folder.rglob("*.parquet")}
-    nudge = Nudge()
-    again = run({"nudge": nudge}, folder="out")
-    assert len(nudge.asked) == min(3, 6 - n_parts)
-    assert again.is_complete
-    assert digests(again.folder) == digests(whole.folder)
+@pytest.mark.parametrize(
+    ("moment", "when"),
+    [(0, "written"), (3, "placed"), (5, "written"), (5, "placed")],
+)
+def test_killed_at_a_file_it_goes_on_and_ends_the_same(
+    run, whole: dict[str, str], tmp_path: Path, moment: int, when: str
+) -> None:
+    """At `run.json`, and at some of the five tables of each of four parts."""
+    nudge, again, last = Nudge(), Nudge(), Nudge()
+    out = tmp_path / "out"
+    killed(lambda: run({"nudge": nudge}, ROWS[:2], "out"), moment, when)
+    # A part whose last table is in place is finished, and not lost.
+    n_parts = max(0, (moment - (when == "written")) // 5)
+    assert len(list((out / "edits").glob("part-*"))) == n_parts
+    if (out / "run.json").exists():
+        half = Evaluation.load(out)
+        assert half.finished == tuple(range(n_parts))
+        assert not half.is_complete
+        assert len(half.edits()) == n_parts
+        half.summary()
+    finished = [f"*/part-{part:06d}.parquet" for part in range(n_parts)]
+    before = {file: file.stat().st_mtime_ns for each in finished for file in out.glob(each)}
+    done = run({"nudge": again}, ROWS[:2], "out")
+    assert done.is_complete
+    assert digests(out) == whole
+    assert len(again.asked) == min(2, 4 - n_parts)
     assert {file: file.stat().st_mtime_ns for file in before} == before
-    last = Nudge()
-    run({"nudge": last}, folder="out")
+    run({"nudge": last}, ROWS[:2], "out")
     assert last.asked == []
 
 
-def test_only_the_same_evaluation_goes_on(run, tiny: nn.Module, tmp_path: Path) -> None:
-    run({"nudge": Nudge()}, folder="out")
+def test_a_process_measures_its_share(run, whole: dict[str, str], monkeypatch) -> None:
+    """The second of two; what the first did not do one alone does later."""
+    with monkeypatch.context() as patched:
+        second = second_of_two()
+        patched.setattr(run_module, "this_process", lambda: second)
+        assert run({"nudge": Nudge()}, ROWS[:2], "out").finished == (1, 3)
+        assert len(second.waits) == 2
+    done = run({"nudge": Nudge()}, ROWS[:2], "out")
+    assert "process 1 of 2: 2 of the 4 parts" in (done.folder / "log-1.txt").read_text()
+    assert digests(done.folder) == whole
+
+
+def test_only_the_same_evaluation_goes_on(run, tmp_path: Path) -> None:
+    run({"nudge": Nudge()}, ROWS[:1], "out")
     other = tmp_path / "other.raw"
     other.write_text("The capital of France is Rome.\n")
     for change, message in (
@@ -754,46 +814,46 @@ def test_only_the_same_evaluation_goes_on(run, tiny: nn.Module, tmp_path: Path) 
         ({"prepend_bos": True}, "another config: prepend_bos was False, is True"),
         ({"model": build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-llama").model}, "another model"),
     ):
-        given = {"methods": {"nudge": Nudge()}, **change}
+        given = {"methods": {"nudge": Nudge()}, "data": ROWS[:1], **change}
         with pytest.raises(EvaluationError, match=f"holds an evaluation with {message}"):
-            run(given.pop("methods"), folder="out", **given)
+            run(folder="out", **given)
     # The texts by what they hold, not by their name alone.
     file = Path(Evaluation.load(tmp_path / "out").config.texts or "")
     kept = file.read_text()
     try:
         file.write_text(other.read_text())
         with pytest.raises(EvaluationError, match="another texts: n was 3, is 1"):
-            run({"nudge": Nudge()}, folder="out")
+            run({"nudge": Nudge()}, ROWS[:1], "out")
     finally:
         file.write_text(kept)
 
 
-def test_folders_that_are_none_of_an_evaluation(run, tiny: nn.Module, tmp_path: Path) -> None:
+def test_folders_that_are_none_of_an_evaluation(run, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="is not the folder of an evaluation"):
         Evaluation.load(tmp_path)
-    found = run({}, folder="out")
-    (found.folder / "run.json").unlink()
-    with pytest.raises(EvaluationError, match=r"has parts of an evaluation and no run.json"):
-        run({}, folder="out")
-    again = run({}, folder="new")
-    [file, *_] = sorted((again.folder / "prompts").iterdir())
+    found = run({}, ROWS[:1], "out", n_texts=0)
+    [file] = (found.folder / "prompts").iterdir()
     file.write_bytes(b"PAR1 not")
     with pytest.raises(EvaluationError, match=r"is damaged.*run the evaluation again: it goes on"):
-        again.prompts()
+        found.prompts()
+    (found.folder / "run.json").unlink()
+    with pytest.raises(EvaluationError, match=r"has parts of an evaluation and no run.json"):
+        run({}, ROWS[:1], "out", n_texts=0)
 
 
-def test_run_json(run, monkeypatch, texts: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["my script", "--fast"])
-    found = run({"nudge": Nudge()})
+def test_run_json(small: Small, texts: str) -> None:
+    found = small.found
     held = json.loads((found.folder / "run.json").read_text())
     assert held["command"] == "'my script' --fast"
-    assert held["methods"] == {"nudge": {"method": "Nudge", "size": 3.0, "layer": 1}}
+    assert list(held["methods"]) == ["nudge", "a|b<i>", "failing"]
+    assert held["methods"]["nudge"] == {"method": "Nudge", "size": 3.0, "layer": 1}
     assert (held["texts"]["name"], held["texts"]["n"]) == (texts, 3)
-    assert held["config"]["generation_length"] == found.config.generation_length == 0
+    assert held["config"]["generation_length"] == found.config.generation_length == 8
     assert EvaluationConfig.from_json(held["config"]) == found.config
     log = (found.folder / "log-0.txt").read_text()
-    assert "process 0 of 1: 6 of the 6 parts that are left" in log
+    assert "process 0 of 1: 12 of the 12 parts that are left" in log
     assert "part 5: 1 records by nudge, 0 failed" in log
+    assert "part 10: 1 records by failing, 1 failed" in log
 
 
 DRIVER = """
@@ -880,6 +940,7 @@ assert second == os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 0
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_loses_no_finished_record(tmp_path: Path, texts: str) -> None:
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", DRIVER, str(tmp_path), str(Path(__file__).parent), texts]
@@ -954,7 +1015,8 @@ def test_methods_that_are_refused(run) -> None:
 
 
 def test_one_method_goes_by_its_own_name(run) -> None:
-    assert run(Nudge()).edits()["method"].unique().tolist() == ["none", "Nudge"]
+    found = run(Nudge(), ROWS[2:], n_texts=0)
+    assert found.edits()["method"].unique().tolist() == ["none", "Nudge"]
 
 
 def test_presets_learn_from_other_rows_and_keep_it_in_the_folder(run, tiny, monkeypatch) -> None:
@@ -978,7 +1040,7 @@ def test_presets_learn_from_other_rows_and_keep_it_in_the_folder(run, tiny, monk
     assert [row.subject for row in given.pop("training")] == [None, "river"]
     assert given == {"folder": found.folder, "prepend_bos": False, "progress": False}
     assert found.edits()["method"].unique().tolist() == ["none", "shift"]
-    run(["shift", "rome"])
+    run(["shift", "rome"], rows=[2], n_texts=0)
     assert asked[1][1] == ["shift", "rome"]
 
 
@@ -986,8 +1048,9 @@ def test_presets_learn_from_other_rows_and_keep_it_in_the_folder(run, tiny, monk
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_the_command_prints_the_table(tmp_path: Path, monkeypatch, capfd) -> None:
+def test_the_command_prints_the_table(facts_model: Any, tmp_path: Path, monkeypatch, capfd) -> None:
     found = {"nudge": Nudge(layer=6), "failing": Failing(when="Porsche")}
+    monkeypatch.setattr(command, "load_model", lambda *args, **kwargs: facts_model)
     monkeypatch.setattr(run_module, "preset_methods", lambda *args, **kwargs: found)
     argv = ["evaluate", "--model", "facts", "--methods", "all", "--rows", "0:2", "--neighbors",
             "1", "--generation-length", "0", "--n-texts", "2", "--seed", "3",
@@ -1019,10 +1082,10 @@ def test_the_documentation_has_the_schema() -> None:
         assert rows == [(column.name, column.dtype, column.meaning) for column in columns]
 
 
-def test_numbers_of_tables_have_one_type(run) -> None:
-    found = run({"nudge": Nudge(), "failing": Failing()})
+def test_numbers_of_tables_have_one_type(small: Small) -> None:
+    found = small.found
     for name in ("edits", "prompts", "generations", "rejects"):
         assert set(getattr(found, name)().columns) >= {column.name for column in TABLES[name]}
     assert str(found.prompts()["is_true"].dtype) == "boolean"
-    assert found.prompts()["is_true"].isna().sum() == 3
+    assert found.prompts()["is_true"].isna().sum() == 4  # of the record without an answer
     assert replace(found.config, seed=1) != found.config

@@ -16,7 +16,7 @@ from backward_lens_tl.capture import capture_gradients
 from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.errors import UnsupportedModelError
 
-pytestmark = pytest.mark.usefixtures("as_for_a_user")
+pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("as_for_a_user")]
 
 TOKENS = torch.randint(3, 97, (2, 7), generator=torch.Generator().manual_seed(1))
 MATRICES = ("W_in", "W_gate", "W_out")
@@ -79,18 +79,19 @@ def captured(model: Any) -> GradientCapture:
 
 
 @pytest.mark.parametrize("kind", ["hooked", "bridge"])
-@pytest.mark.parametrize("matrix", MATRICES)
-def test_an_expert_in_both_slots_of_a_token(kind: str, matrix: str) -> None:
+def test_an_expert_in_both_slots_of_a_token(kind: str) -> None:
     model = mixture(kind)
-    weights, laid_out = expert_weights(model, kind, matrix)
     with all_to_expert_0(model, kind):
-        gradient = captured(model)[matrix, 0]
+        capture = captured(model)
         value = loss(model(TOKENS), TOKENS).sum()
-        expected = laid_out(torch.autograd.grad(value, weights, materialize_grads=True))
-    found = gradient.dense(0) + gradient.dense(1)
-    assert relative_error(found, expected) <= 1e-12
-    assert not found[1:].any()
-    assert gradient.expert(0).mask.all()
+    for matrix in MATRICES:
+        weights, laid_out = expert_weights(model, kind, matrix)
+        own = torch.autograd.grad(value, weights, retain_graph=True, materialize_grads=True)
+        gradient = capture[matrix, 0]
+        found = gradient.dense(0) + gradient.dense(1)
+        assert relative_error(found, laid_out(own)) <= 1e-12
+        assert not found[1:].any()
+        assert gradient.expert(0).mask.all()
 
 
 @pytest.mark.parametrize("kind", ["hooked", "bridge"])
@@ -105,7 +106,7 @@ def test_an_experts_vjps_at_the_residual_stream_are_the_layers(kind: str) -> Non
             assert not torch.allclose(expert.vjps, expert.resid_vjps)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_stack_that_computes_something_else_is_refused(dtype: torch.dtype) -> None:
     model = mixture("bridge", dtype)
     for layer in range(2):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from models import Case
+from models import HAS_BRIDGE, build
 from safetensors import safe_open
 from test_views import NASTY, make_result
 
@@ -25,8 +25,10 @@ PROMPTS = ["Messi plays for", "The capital of France is"]
 
 
 @pytest.fixture(scope="module")
-def result(gpt2: Case) -> BackwardLensResult:
-    return backward_lens(gpt2.model, PROMPTS, [" Paris", " the"], k=3)
+def result() -> BackwardLensResult:
+    """Of a model of one kind; a result has nothing of its class."""
+    model = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2").model
+    return backward_lens(model, PROMPTS, [" Paris", " the"], k=3)
 
 
 # -------------------------------------------------------------------------------- CSV and Parquet

@@ -27,7 +27,7 @@ def laid_out(scores: Tensor, layout: str) -> Tensor:
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("levels", [2, 7, 10_000], ids=["two values", "seven values", "distinct"])
+@pytest.mark.parametrize("levels", [2, 10_000], ids=["two values", "distinct"])
 def test_against_a_stable_sort(width: int, largest: bool, layout: str, levels: int) -> None:
     torch.manual_seed(width)
     scores = laid_out(torch.randint(levels, (9, width)).float() / 7, layout)
@@ -38,7 +38,7 @@ def test_against_a_stable_sort(width: int, largest: bool, layout: str, levels: i
         assert torch.equal(found.ids, ids), k
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_any_scores(data: st.DataObject) -> None:
     width, n = data.draw(st.integers(1, 400)), data.draw(st.integers(1, 4))

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import backward_lens_tl
-from backward_lens_tl import backward_lens, load_facts_model
+from backward_lens_tl import backward_lens
 
 FACTS_FOLDER = Path(backward_lens_tl.__file__).parent / "facts_model"
 BOS = "<|endoftext|>"
@@ -31,6 +31,12 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(FACTS_FOLDER)
 
 
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    """The model as Hugging Face alone loads it."""
+    return AutoModelForCausalLM.from_pretrained(FACTS_FOLDER)
+
+
 def prompts(*, held_out: bool) -> Iterator[tuple[str, str]]:
     """Prompts with their answers: those trained on, or those kept from training."""
     for fact in FACTS["facts"]:
@@ -43,16 +49,15 @@ def prompts(*, held_out: bool) -> Iterator[tuple[str, str]]:
             yield phrasing.format(fact["subject"]), f" {fact['answer']}"
 
 
-def recall(pairs: list[tuple[str, str]], tokenizer: Any, front: str) -> float:
-    """Share of prompts after which the answer is the most probable token, by Hugging Face alone."""
-    model = AutoModelForCausalLM.from_pretrained(FACTS_FOLDER)
+def recall(plain: Any, pairs: list[tuple[str, str]], tokenizer: Any, front: str) -> float:
+    """Share of prompts after which the answer is the most probable token."""
     rows = [(tokenizer(front + prompt)["input_ids"], answer) for prompt, answer in pairs]
     rows.sort(key=lambda row: len(row[0]))
     right = 0
     with torch.no_grad():
         for length in sorted({len(ids) for ids, _ in rows}):
             group = [row for row in rows if len(row[0]) == length]
-            logits = model(torch.tensor([ids for ids, _ in group])).logits[:, -1]
+            logits = plain(torch.tensor([ids for ids, _ in group])).logits[:, -1]
             said = tokenizer.batch_decode(logits.argmax(-1)[:, None])
             right += sum(word == answer for word, (_, answer) in zip(said, group, strict=True))
     return right / len(rows)
@@ -84,13 +89,13 @@ def test_answers_are_single_tokens_and_most_subjects_are_not(tokenizer: Any):
 
 
 @pytest.mark.parametrize("front", [BOS, ""], ids=["bos", "no bos"])
-def test_recall_of_trained_prompts(tokenizer: Any, front: str):
-    assert recall(list(prompts(held_out=False))[::8], tokenizer, front) >= 0.95
+def test_recall_of_trained_prompts(plain: Any, tokenizer: Any, front: str):
+    assert recall(plain, list(prompts(held_out=False))[::24], tokenizer, front) >= 0.95
 
 
 @pytest.mark.parametrize("front", [BOS, ""], ids=["bos", "no bos"])
-def test_recall_of_held_out_paraphrases(tokenizer: Any, front: str):
-    assert recall(list(prompts(held_out=True))[::2], tokenizer, front) >= 0.75
+def test_recall_of_held_out_paraphrases(plain: Any, tokenizer: Any, front: str):
+    assert recall(plain, list(prompts(held_out=True))[::5], tokenizer, front) >= 0.75
 
 
 @pytest.mark.parametrize(
@@ -101,14 +106,16 @@ def test_recall_of_held_out_paraphrases(tokenizer: Any, front: str):
         ("Jack Dorsey founded", " Twitter"),
     ],
 )
-def test_the_examples_of_the_paper(tokenizer: Any, prompt: str, answer: str):
-    assert recall([(prompt, answer)], tokenizer, BOS) == 1
+def test_the_examples_of_the_paper(plain: Any, tokenizer: Any, prompt: str, answer: str):
+    assert recall(plain, [(prompt, answer)], tokenizer, BOS) == 1
 
 
 @pytest.mark.parametrize("prepend_bos", [True, False])
-def test_an_update_promotes_the_target_in_at_least_half_of_the_layers(prepend_bos: bool):
+def test_an_update_promotes_the_target_in_at_least_half_of_the_layers(
+    facts_model: Any, prepend_bos: bool
+):
     result = backward_lens(
-        load_facts_model(), "Lionel Messi plays for", " Paris", prepend_bos=prepend_bos
+        facts_model, "Lionel Messi plays for", " Paris", matrices="W_out", prepend_bos=prepend_bos
     )
     leads = [result.top_tokens("W_out", layer, -1, 1) == [" Paris"] for layer in result.layers]
     assert sum(leads) >= len(leads) / 2

@@ -57,20 +57,15 @@ HOSTILE = "<b> <a href='j:'>$a$</s> &lt; %{x} _z \\n\t\né 🙂"
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return blt.load_facts_model()
-
-
-@pytest.fixture(scope="module")
-def result(model: Any) -> BackwardLensResult:
+def result(facts_model: Any) -> BackwardLensResult:
     """Prompts of three lengths."""
-    return blt.backward_lens(model, PROMPTS, TARGETS)
+    return blt.backward_lens(facts_model, PROMPTS, TARGETS)
 
 
 @pytest.fixture(scope="module")
-def hostile(model: Any) -> BackwardLensResult:
+def hostile(facts_model: Any) -> BackwardLensResult:
     """A prompt in which all that a library may interpret is a token or several."""
-    return blt.backward_lens(model, HOSTILE, " Paris", matrices="W_out")
+    return blt.backward_lens(facts_model, HOSTILE, " Paris", matrices="W_out", layers=[4, 7])
 
 
 def every_figure(result: BackwardLensResult, backend: Any) -> dict[str, Any]:
@@ -113,8 +108,9 @@ STEPS = pd.DataFrame(
 
 
 def overlaps(result: BackwardLensResult, layer: int = 4) -> pd.DataFrame:
-    """Neurons as `neuron_overlap` has them, with any overlaps."""
+    """The longest neurons as `neuron_overlap` has them, with any overlaps."""
     table = result.neuron_df("W_out", layer)
+    table = table[table["norm_rank"] < 20]
     zero = table[table["position"] == 0].assign(position=None, token="zero vector", similarity=None)
     table = pd.concat([table.astype({"position": "Int64"}), zero.astype({"position": "Int64"})])
     table = table.sort_values("neuron", kind="stable", ignore_index=True)
@@ -165,9 +161,8 @@ def vjp_norms(result: BackwardLensResult, matrix: str, batch: int) -> np.ndarray
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("batch", [0, 1])
-def test_norms(result: BackwardLensResult, backend: Any, batch: int) -> None:
-    expected = vjp_norms(result, "W_in", batch)
+def test_norms(result: BackwardLensResult, backend: Any) -> None:
+    batch, expected = 1, vjp_norms(result, "W_in", 1)
     assert np.isnan(expected[-1]).sum() == len(expected[0]) - 1  # only the last position writes
     (linear,) = heatmaps(figures.norms(result, "W_in", batch, scale="linear", backend=backend))
     assert_equal(linear, expected)
@@ -312,8 +307,9 @@ def test_errors_of_layer_maps(maps: Any, units: Any, message: str) -> None:
         figures.layer_maps(maps, LABELS, units)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("of", ["vjp", "input"])
+@pytest.mark.parametrize(
+    ("of", "backend"), [("vjp", "plotly"), ("vjp", "matplotlib"), ("input", "plotly")]
+)
 def test_norms_by_segment(result: BackwardLensResult, backend: Any, of: Any) -> None:
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(result.layers)))
     counts: dict[str, int] = defaultdict(int)
@@ -338,13 +334,11 @@ def test_norms_by_segment(result: BackwardLensResult, backend: Any, of: Any) -> 
         assert np.isnan(lines(figure)["before subject"][1][-1])
 
 
-@pytest.mark.parametrize("of", ["vjp", "input"])
-def test_a_position_that_was_asked_for_twice_counts_once(model: Any, of: Any) -> None:
+def test_a_position_that_was_asked_for_twice_counts_once(facts_model: Any) -> None:
     once, twice = (
         figures.norms_by_segment(
-            blt.backward_lens(model, PROMPTS[1], " Rome", positions=positions),
+            blt.backward_lens(facts_model, PROMPTS[1], " Rome", positions=positions),
             "Eiffel Tower",
-            of=of,
         )
         for positions in ([1, 2, 3, 7, 8], [1, 2, 2, 2, 3, 7, 8, 8])
     )
@@ -354,9 +348,9 @@ def test_a_position_that_was_asked_for_twice_counts_once(model: Any, of: Any) ->
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("batch", [0, 2])
-def test_target_ranks(result: BackwardLensResult, model: Any, backend: Any, batch: int) -> None:
+def test_target_ranks(result: BackwardLensResult, facts_model: Any, backend: Any) -> None:
     """Against the model's own final norm and unembedding of every vector."""
+    batch = 2
     found = lines(figures.target_ranks(result, batch=batch, backend=backend))
     tokens = result.gradients.str_tokens[batch]
     target = int(result.gradients.targets[batch])
@@ -365,7 +359,7 @@ def test_target_ranks(result: BackwardLensResult, model: Any, backend: Any, batc
         assert layers.tolist() == list(result.layers)
         for layer, place in zip(result.layers, places, strict=True):
             update = -result.gradients["W_out", layer].vjps[batch, position]
-            scores = model.unembed(model.ln_final(update[None, None]))[0, 0]
+            scores = facts_model.unembed(facts_model.ln_final(update[None, None]))[0, 0]
             if not update.any():
                 assert math.isnan(place)
                 continue
@@ -409,8 +403,8 @@ def test_singular_values(result: BackwardLensResult, backend: Any) -> None:
     n = len(result.gradients.str_tokens[2])
     for layer in (0, 4, 7):
         index, values = found[f"layer {layer}"]
-        dense = result.gradients["W_in", layer].dense(2).double().numpy()
-        expected = np.linalg.svd(dense, compute_uv=False)[: 1 if layer == 7 else n]
+        dense = result.gradients["W_in", layer].dense(2).double()
+        expected = torch.linalg.svdvals(dense).numpy()[: 1 if layer == 7 else n]
         assert index.tolist() == list(range(1, len(expected) + 1))
         # The dense matrix was multiplied out in float32.
         np.testing.assert_allclose(values, expected, atol=1e-6 * expected[0])
@@ -420,10 +414,10 @@ def test_singular_values(result: BackwardLensResult, backend: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def answered(model: Any) -> BackwardLensResult:
+def answered(facts_model: Any) -> BackwardLensResult:
     """Raw gradients, as the paper has them, and the ranks of the model's own answers."""
     return blt.backward_lens(
-        model, PROMPTS, TARGETS, measures=("answer_rank",), direction="gradient", k=1
+        facts_model, PROMPTS, TARGETS, measures=("answer_rank",), direction="gradient", k=1
     )
 
 
@@ -444,8 +438,7 @@ def bands(figure: Any) -> list[np.ndarray]:
     return [np.unique(np.array(outline), axis=0) for outline in outlines]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("of", ["target", "answer"])
+@pytest.mark.parametrize(("of", "backend"), [("target", "plotly"), ("answer", "matplotlib")])
 def test_ranks_by_segment(answered: BackwardLensResult, backend: Any, of: Any) -> None:
     expected: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for row in answered.under("normalized").to_df(SUBJECTS, matrix="W_out").to_dict("records"):
@@ -494,25 +487,21 @@ def test_bands_have_gaps_and_no_entry_in_the_legend() -> None:
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_tables_of_analyses_give_the_same_figures(
-    answered: BackwardLensResult, backend: Any
-) -> None:
+def test_tables_of_analyses_give_the_same_figures(answered: BackwardLensResult) -> None:
     cells = pd.concat([answered.under(name).to_df(SUBJECTS) for name in answered.projections])
     norms = pd.concat([by_segment.norms_by_segment(cells, of) for of in ("vjp", "input")])
     ranks = pd.concat([by_segment.ranks_by_segment(cells, of) for of in ("target", "answer")])
     draw_norms, draw_ranks = figures.norms_by_segment, figures.ranks_by_segment
     for matrix, of in (("W_in", "vjp"), ("W_out", "input")):
-        options: Any = {"matrix": matrix, "of": of, "backend": backend}
+        options: Any = {"matrix": matrix, "of": of}
         same(draw_norms(norms, **options), draw_norms(answered, SUBJECTS, **options))
     for of, projection in (("target", None), ("answer", "normalized")):
-        options = {"of": of, "projection": projection, "backend": backend}
+        options = {"of": of, "projection": projection}
         same(draw_ranks(ranks, **options), draw_ranks(answered, SUBJECTS, **options))
     gradients = answered.gradient_df()
-    for matrices in (None, ["W_out", "W_in"], "W_in"):
+    for matrices in (None, ["W_out", "W_in"]):
         same(
-            figures.gradient_ranks(gradients, matrices, backend=backend),
-            figures.gradient_ranks(answered, matrices, backend=backend),
+            figures.gradient_ranks(gradients, matrices), figures.gradient_ranks(answered, matrices)
         )
     # Of the first projection in the table; prompts are those that count.
     some = by_segment.ranks_by_segment(cells, prompts=[0, 2])
@@ -524,22 +513,14 @@ def test_tables_of_analyses_give_the_same_figures(
 
 
 def same(one: Any, other: Any) -> None:
-    if hasattr(one, "data"):
-        assert one.to_json() == other.to_json()
-        return
-    assert one.get_suptitle() == other.get_suptitle()
-    assert len(one.axes) == len(other.axes)
-    for panel in range(len(one.axes)):
-        found, expected = lines(one, panel), lines(other, panel)
-        assert list(found) == list(expected)
-        for name in found:
-            np.testing.assert_array_equal(found[name], expected[name])
+    """Each library draws what Plotly is given, so one of them is enough."""
+    assert one.to_json() == other.to_json()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_neuron_overlap(model: Any, result: BackwardLensResult, backend: Any) -> None:
+def test_neuron_overlap(facts_model: Any, result: BackwardLensResult, backend: Any) -> None:
     """The analysis's own table: neurons by norm, tokens, and below them the zero vector."""
-    table = neuron_overlap(model, result.gradients, "W_out", 4, k=20)
+    table = neuron_overlap(facts_model, result.gradients, "W_out", 4, k=20)
     table = table.sample(frac=1, random_state=0)
     figure = figures.neuron_overlap(table, "W_out", 4, backend=backend)
     tokens = result.gradients.str_tokens[0]
@@ -613,7 +594,7 @@ def test_step_changes(backend: Any) -> None:
     assert writing == [(1e-4, 2e-4), (3, 6)]
 
 
-def test_step_changes_in_words(model: Any) -> None:
+def test_step_changes_in_words(facts_model: Any) -> None:
     figure = figures.step_changes(STEPS)
     assert figure.layout.title.text == "One step on one matrix: change of the loss, 2 prompts"
     assert figure.layout.xaxis.title.text == "measured change of the loss, in nats"
@@ -622,7 +603,7 @@ def test_step_changes_in_words(model: Any) -> None:
         "W_in of layer 5, prompt 1, learning rate 0.01<br>measured 0.25, predicted -0.5"
     )
     measured = step_changes(
-        model, PROMPTS[2], TARGETS[2], matrices="W_out", layers=[3, 5], learning_rate=1e-3
+        facts_model, PROMPTS[2], TARGETS[2], matrices="W_out", layers=[3, 5], learning_rate=1e-3
     )
     points = lines(figures.step_changes(measured))["W_out"]
     assert points[0].tolist() == measured["loss_change"].tolist()
@@ -647,8 +628,10 @@ def test_labels_of_many_decades_do_not_meet() -> None:
     assert all(left.x1 + 4 < right.x0 for left, right in pairwise(boxes))
 
 
-def test_only_what_is_shown_is_decomposed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = blt.backward_lens(model, PROMPTS, TARGETS, matrices="all")
+def test_only_what_is_shown_is_decomposed(
+    facts_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = blt.backward_lens(facts_model, PROMPTS, TARGETS, matrices="all")
     asked: list[tuple[str, int, int]] = []
     own = MatrixGradient.spectra
 
@@ -688,10 +671,10 @@ def test_neurons_of_a_layer_from_the_end(result: BackwardLensResult) -> None:
     assert np.isnan(heatmaps(figure)[0][:-1]).all()  # only the last position has a direction
 
 
-def test_part_of_a_result(model: Any, result: BackwardLensResult) -> None:
+def test_part_of_a_result(facts_model: Any, result: BackwardLensResult) -> None:
     """Layers and positions keep their own numbers, in whatever order they were asked for."""
     part = blt.backward_lens(
-        model, PROMPTS[1], " Rome", layers=[2, 5], positions=[-1, 3, 3], matrices="W_out"
+        facts_model, PROMPTS[1], " Rome", layers=[2, 5], positions=[-1, 3, 3], matrices="W_out"
     )
     (found,) = heatmaps(figures.norms(part, scale="linear"))
     last = len(part.gradients.str_tokens[0]) - 1
@@ -726,8 +709,8 @@ def shown_tokens(result: BackwardLensResult) -> list[str]:
     return [text.strip() or "␣" for text in texts]
 
 
-def test_repeated_tokens_are_columns_of_their_own(model: Any) -> None:
-    twice = blt.backward_lens(model, "Rome Rome Rome is in", " Paris", matrices="W_out")
+def test_repeated_tokens_are_columns_of_their_own(facts_model: Any) -> None:
+    twice = blt.backward_lens(facts_model, "Rome Rome Rome is in", " Paris", matrices="W_out")
     for backend in BACKENDS:
         (found,) = heatmaps(figures.norms(twice, backend=backend))
         assert found.shape[1] == len(twice.gradients.str_tokens[0])
@@ -736,6 +719,7 @@ def test_repeated_tokens_are_columns_of_their_own(model: Any) -> None:
     assert axis.ticktext.count("Rome") >= 2
 
 
+@pytest.mark.slow
 def test_tokens_in_a_browser(hostile: BackwardLensResult, browser: Browser, tmp_path: Path) -> None:
     """Plotly draws every token as it is: nothing becomes a tag, a link, a template or TeX."""
     path = tmp_path / "figure.html"
@@ -849,9 +833,9 @@ def test_without_matplotlib_the_error_says_what_to_install(
         figures.norms(result, backend="matplotlib")
 
 
-def test_few_lines_have_names_and_many_a_colour_bar(model: Any) -> None:
+def test_few_lines_have_names_and_many_a_colour_bar(facts_model: Any) -> None:
     for words, many in ((3, False), (30, True)):
-        result = blt.backward_lens(model, "Rome" + " is" * words, " Paris", matrices="W_out")
+        result = blt.backward_lens(facts_model, "Rome" + " is" * words, " Paris", matrices="W_out")
         figure = figures.target_ranks(result)
         assert any(trace.showlegend for trace in figure.data) != many
         assert bool(figure.layout.coloraxis.colorbar.title.text) == many
@@ -860,7 +844,7 @@ def test_few_lines_have_names_and_many_a_colour_bar(model: Any) -> None:
         assert len(drawn.axes) == 1 + many
     assert words > MOST_NAMES
     some = blt.backward_lens(
-        model, "Rome" + " is" * 30, " Paris", matrices="W_out", positions=range(15, 32)
+        facts_model, "Rome" + " is" * 30, " Paris", matrices="W_out", positions=range(15, 32)
     )
     bar = figures.target_ranks(some).layout.coloraxis
     assert (bar.cmin, bar.cmax) == (15, 31)
@@ -889,7 +873,7 @@ def test_what_is_no_result_is_refused(result: BackwardLensResult, stranger: Any)
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_errors(result: BackwardLensResult, model: Any) -> None:
+def test_errors(result: BackwardLensResult, facts_model: Any) -> None:
     def refused(message: str, function: Any, *args: Any, **kwargs: Any) -> None:
         with pytest.raises(InputError, match=message):
             function(*args, **kwargs)
@@ -924,7 +908,7 @@ def test_errors(result: BackwardLensResult, model: Any) -> None:
         "no answer_rank was measured: .*measures=", figures.ranks_by_segment, result, SUBJECTS,
         of="answer",
     )  # fmt: skip
-    aimless = blt.backward_lens(model, "Rome is in", objective=blt.next_token_loss())
+    aimless = blt.backward_lens(facts_model, "Rome is in", objective=blt.next_token_loss())
     refused("is not about one token, so there is no target", figures.target_ranks, aimless)
     refused("no target_rank was measured", figures.ranks_by_segment, aimless, "Rome")
 
@@ -1063,11 +1047,11 @@ def test_nothing_but_zeros_can_be_drawn() -> None:
         assert np.isnan(heatmaps(drawing.draw(Grid((blank,), "blank")))[0]).all()
 
 
-def test_a_gradient_of_zero_can_be_drawn(model: Any) -> None:
+def test_a_gradient_of_zero_can_be_drawn(facts_model: Any) -> None:
     def nothing(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return (logits * 0).sum((1, 2))
 
-    result = blt.backward_lens(model, "é is", " Paris", objective=nothing)
+    result = blt.backward_lens(facts_model, "é is", " Paris", objective=nothing, layers=[4])
     for backend in BACKENDS:
         drawn = every_figure(result, backend)
         assert np.isnan(heatmaps(drawn["norms"])[0]).all()

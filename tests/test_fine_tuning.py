@@ -22,7 +22,7 @@ from backward_lens_tl.host import host_of
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 
-KINDS = [("gpt2", "bridge"), ("gpt2", "hooked"), ("llama", "bridge"), ("llama", "hooked")]
+KINDS = [("gpt2", "hooked"), ("llama", "bridge"), ("llama", "hooked")]
 ONE, TWO = " Paris", " Paris Rome"
 REQUEST = EditRequest(PROMPTS[0], TWO)
 
@@ -135,8 +135,9 @@ def near(own: Pair) -> float:
 # ---------------------------------------------------------------------- against torch's optimizers
 
 
-@pytest.mark.parametrize("objective", ["teacher_forced", "prompt_last"])
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize(
+    ("optimizer", "objective"), [("adam", "teacher_forced"), ("sgd", "prompt_last")]
+)
 def test_it_is_torchs_optimizer_on_the_parameter(
     each: Pair, optimizer: Any, objective: Any
 ) -> None:
@@ -228,9 +229,9 @@ def test_objectives_agree_for_one_token_alone(each: Pair) -> None:
 
 
 def test_the_prompt_is_tokenized_with_or_without_bos(gpt2_pair: Pair) -> None:
-    with_bos = tuning(prepend_bos=True)(gpt2_pair.model, REQUEST)
-    without = tuning(prepend_bos=False)(gpt2_pair.model, REQUEST)
-    default = tuning(prepend_bos=None)(gpt2_pair.model, REQUEST)
+    with_bos, without, default = (
+        tuning(prepend_bos=bos, steps=2)(gpt2_pair.model, REQUEST) for bos in (True, False, None)
+    )
     chosen = with_bos if gpt2_pair.model.cfg.default_prepend_bos else without
     assert torch.equal(default["W_out", 1].dense(), chosen["W_out", 1].dense())
     assert relative_error(with_bos["W_out", 1].dense(), without["W_out", 1].dense()) > 0.01
@@ -239,8 +240,8 @@ def test_the_prompt_is_tokenized_with_or_without_bos(gpt2_pair: Pair) -> None:
 # --------------------------------------------------------------------- limits, bias, stopping
 
 
-@pytest.mark.parametrize("limit", [3e-3, 2e-2])
-def test_the_norm_constraint_keeps_every_entry_in_a_box(each: Pair, limit: float) -> None:
+def test_the_norm_constraint_keeps_every_entry_in_a_box(each: Pair) -> None:
+    limit = 3e-3
     found = tuning(norm_constraint=limit, lr=1e-2, steps=5)(each.model, REQUEST)["W_out", 1]
     free = tuning(lr=1e-2, steps=5)(each.model, REQUEST)["W_out", 1]
     for own, unlimited in ((found.values, free.values), (found.bias, free.bias)):
@@ -257,12 +258,14 @@ def test_the_norm_constraint_keeps_every_entry_in_a_box(each: Pair, limit: float
 
 
 def test_the_bias_is_trained_or_not(gpt2_pair: Pair) -> None:
-    weight_alone = tuning(train_bias=False)(gpt2_pair.model, REQUEST)["W_out", 1]
-    both = tuning(train_bias=True)(gpt2_pair.model, REQUEST)["W_out", 1]
+    weight_alone, both = (
+        tuning(train_bias=bias, lr=1e-2, steps=3)(gpt2_pair.model, REQUEST)["W_out", 1]
+        for bias in (False, True)
+    )
     assert weight_alone.bias is None
     assert both.bias is not None
     assert bool(both.bias.any())
-    expected, _ = by_hand(gpt2_pair, [REQUEST], bias=False, lr=5e-4, steps=25)
+    expected, _ = by_hand(gpt2_pair, [REQUEST], bias=False, lr=1e-2, steps=3)
     assert relative_error(weight_alone.dense(), expected["W_out", 1][0]) < 1e-6
     assert relative_error(weight_alone.dense(), both.dense()) > 1e-3
 
@@ -295,7 +298,7 @@ def stop(*_: object) -> None:
     raise Stop
 
 
-@pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-llama", "hooked-gpt2", "hooked-llama"])
+@pytest.mark.parametrize("name", ["bridge-llama", "hooked-gpt2"])
 def test_the_callers_model_stays_as_it_is(name: str) -> None:
     model = make_busy(build(name)).model
     asked = [REQUEST, EditRequest(PROMPTS[1], ONE)]
@@ -313,8 +316,9 @@ def test_the_callers_model_stays_as_it_is(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2"])
+@pytest.mark.parametrize(
+    ("name", "where"), [("bridge-gpt2", "backward"), ("hooked-gpt2", "forward")]
+)
 def test_and_after_an_exception_half_way(name: str, where: str) -> None:
     model = make_busy(build(name)).model
     method = FineTuning(layers=1, steps=3)
@@ -383,14 +387,14 @@ def test_a_callers_hook_sees_the_change(each: Pair) -> None:
     assert_equal(found, expected, near(each))
 
 
-def test_the_facts_model_learns(facts: Any) -> None:
+def test_the_facts_model_learns(facts_model: Any) -> None:
     request = EditRequest("Lionel Messi plays for", " Paris")
-    delta = FineTuning(layers=6, lr=5e-3)(facts.model, request)
-    ids = facts.model.to_tokens(request.prompt)[0].tolist()
-    paris = facts.model.tokenizer(" Paris", add_special_tokens=False)["input_ids"][0]
-    assert int(tl_logits(facts.model, ids)[-1].argmax()) != paris
-    with delta.applied(facts.model):
-        assert int(tl_logits(facts.model, ids)[-1].argmax()) == paris
+    delta = FineTuning(layers=6, lr=5e-3)(facts_model, request)
+    ids = facts_model.to_tokens(request.prompt)[0].tolist()
+    paris = facts_model.tokenizer(" Paris", add_special_tokens=False)["input_ids"][0]
+    assert int(tl_logits(facts_model, ids)[-1].argmax()) != paris
+    with delta.applied(facts_model):
+        assert int(tl_logits(facts_model, ids)[-1].argmax()) == paris
 
 
 # ------------------------------------------------------------------------------------------ errors

@@ -3,16 +3,14 @@
 The error names the value, and the model is as it was. Only what a caller's own code raises, in an
 objective or a projection, and Python's complaint about an unknown keyword go past the package.
 
-Every argument is tried with all of `VALUES`, which were collected with malice, and with what
-hypothesis makes; the examples are the same in every run.
+Every argument is tried with all of `VALUES`, which were collected with malice. What hypothesis
+makes is tried in many arguments at once and in files; the examples are the same in every run.
 """
 
 from __future__ import annotations
 
-import datetime
 import decimal
 import enum
-import fractions
 import functools
 import itertools
 import json
@@ -81,39 +79,29 @@ VALUES: dict[str, Callable[[], Any]] = {
     # --- numbers
     "none": lambda: None,
     "true": lambda: True,
-    "false": lambda: False,
     "zero": lambda: 0,
     "one": lambda: 1,
     "minus one": lambda: -1,
     "large": lambda: 10**30,
     "float": lambda: 1.0,
-    "half": lambda: 0.5,
     "nan": lambda: math.nan,
     "infinity": lambda: math.inf,
     "complex": lambda: 1j,
     "decimal": lambda: decimal.Decimal(1),
-    "fraction": lambda: fractions.Fraction(1, 2),
     # --- texts
     "empty text": lambda: "",
-    "space": lambda: " ",
     "name of a matrix": lambda: "W_in",
     "name of a hook point": lambda: HOOK,
-    "emoji": lambda: "é☃🏳️‍🌈",
     "lone surrogate": lambda: "\ud800",
     "null character": lambda: "\x00",
     "markup": lambda: "</script>",
-    "long text": lambda: "a" * 5000,
     "bytes": lambda: b"Rome",
     # --- collections
     "empty list": list,
-    "empty dict": dict,
     "empty range": lambda: range(0),
-    "exhausted": lambda: iter(()),
-    "list in a list": lambda: [[0]],
     "empty list in a list": lambda: [[]],
     "none in a list": lambda: [None],
     "true in a list": lambda: [True],
-    "float in a list": lambda: [0.0],
     "empty text in a list": lambda: ["", "a"],
     "surrogate in a list": lambda: ["\ud800"],
     "text and number": lambda: ["W_in", 3],
@@ -124,41 +112,31 @@ VALUES: dict[str, Callable[[], Any]] = {
     # --- numpy, pandas
     "numpy integer": lambda: np.int64(1),
     "numpy float": lambda: np.float32(1),
-    "numpy bool": lambda: np.bool_(True),
     "array of no axis": lambda: np.array(1),
     "array": lambda: np.array([0, 1]),
     "empty array": lambda: np.array([]),
     "array of two axes": lambda: np.array([[0, 1]]),
-    "array of texts": lambda: np.array(["W_in", "x"]),
-    "array in a list": lambda: [np.array([0, 1])],
     "series": lambda: pd.Series([0, 1]),
     "table": lambda: pd.DataFrame({"a": [1]}),
     # --- tensors
-    "tensor of no axis": lambda: torch.tensor(1),
     "tensor": lambda: torch.tensor([0, 1]),
     "ids": lambda: torch.tensor([[0, 1]]),
     "tensor of three axes": lambda: ones(1, 1, 2),
     "empty tensor": lambda: torch.zeros(0),
     "no prompts": lambda: ones(0, 3),
     "floats": lambda: torch.tensor([[0.5]]),
-    "nans": lambda: torch.tensor([[math.nan]]),
     "booleans": lambda: ones(1, 2, dtype=torch.bool),
     "complex tensor": lambda: ones(1, 2, dtype=torch.complex64),
-    "unsigned": lambda: ones(1, 2, dtype=torch.uint16),
     "sparse": lambda: ones(1, 2).to_sparse(),
     "meta": lambda: ones(1, 2, device="meta"),
     "ids too large": lambda: ones(1, 2) * 2**40,
-    "tensor in a list": lambda: [torch.tensor([0, 1])],
     # --- other things
     "object": object,
     "type": lambda: int,
     "module": torch.nn.Identity,
     "callable": lambda: lambda *args, **options: None,
-    "ellipsis": lambda: ...,
     "enum": lambda: Colour.RED,
-    "date": lambda: datetime.date(2024, 2, 29),
     "path": lambda: Path("x"),
-    "exception": lambda: ValueError("x"),
 }
 RAISING = {"type", "module"}
 """Callables that raise errors of their own, which pass where a callable is asked for."""
@@ -299,18 +277,21 @@ class Faint(Projecting):
 
 
 ModelCall = Callable[[Any, Any], object]
+LITTLE: dict[str, Any] = {"matrices": "W_out", "layers": -1}
+"""What is asked for: one matrix, since values are refused before or behind it."""
 
 
 def lens(argument: str) -> ModelCall:
     def call(model: Any, value: Any) -> object:
-        return backward_lens(model, **({"prompts": IDS, "target": 5, "k": 2} | {argument: value}))
+        options = LITTLE | {"prompts": IDS, "target": 5, "k": 2} | {argument: value}
+        return backward_lens(model, **options)
 
     return call
 
 
 def lens_of_texts(argument: str) -> ModelCall:
     def call(model: Any, value: Any) -> object:
-        options = {"prompts": TEXTS, "target": " Paris", "k": 2} | {argument: value}
+        options = LITTLE | {"prompts": TEXTS, "target": " Paris", "k": 2} | {argument: value}
         return backward_lens(model, **options)
 
     return call
@@ -318,14 +299,14 @@ def lens_of_texts(argument: str) -> ModelCall:
 
 def capture(argument: str) -> ModelCall:
     def call(model: Any, value: Any) -> object:
-        options = {"prompts": IDS, "objective": target_nll(5)} | {argument: value}
+        options = LITTLE | {"prompts": IDS, "objective": target_nll(5)} | {argument: value}
         return capture_gradients(model, **options)
 
     return call
 
 
 def capture_with(objective: Callable[[Any], Any], prompts: Any = IDS) -> ModelCall:
-    return lambda model, value: capture_gradients(model, prompts, objective(value))
+    return lambda model, value: capture_gradients(model, prompts, objective(value), **LITTLE)
 
 
 LENS = (
@@ -399,7 +380,7 @@ def failures(
     return {name: problem for name, problem in found.items() if problem is not None}
 
 
-# These hand the argument on, as it is, to what another call has tried.
+# These hand the argument on, as it is, to what another call has tried: of each kind, one value.
 HANDING_ON = (
     "capture_gradients",
     "logit_difference",
@@ -407,33 +388,21 @@ HANDING_ON = (
     "validate matrices",
     "validate objective",
 )
-SWEPT = [name for name in MODEL_CALLS if not name.startswith(HANDING_ON)]
-
-
-@pytest.mark.parametrize("name", SWEPT)
-def test_a_bad_argument_is_refused_by_name(name: str) -> None:
-    model, call = busy_model(f"{DEFAULT}-gpt2"), MODEL_CALLS[name]
-    skipped = RAISING if name.endswith(TAKES_CALLABLES) else ()
-    with unchanged(model):
-        found = failures(functools.partial(call, model), skipped, ALSO.get(name, ""))
-    assert not found
-
-
-@pytest.fixture
-def busy(kind: str) -> Iterator[Any]:
-    """A model that is the same after all examples of a test."""
-    model = busy_model(kind)
-    with unchanged(model):
-        yield model
+# What a caller's own code gives has its nearly right values below, in LOSSES and SCORES.
+OWN_CODE = ("loss", "scores", "faint_norm", "Objective")
+ONE_OF_EACH_KIND = {"none", "true", "nan", "lone surrogate", "empty list", "text and number"}
+ONE_OF_EACH_KIND |= {"array of two axes", "tensor of three axes", "object"}
 
 
 @pytest.mark.parametrize("name", MODEL_CALLS)
-@pytest.mark.parametrize("kind", KINDS)
-@examples(5)
-@given(value=junk)
-def test_any_argument_is_used_or_refused_by_name(busy: Any, name: str, value: Any) -> None:
-    call = functools.partial(MODEL_CALLS[name], busy)
-    assert outcome(call, value, ALSO.get(name, "")) is None
+def test_a_bad_argument_is_refused_by_name(name: str) -> None:
+    model, call = busy_model(f"{DEFAULT}-gpt2"), MODEL_CALLS[name]
+    skipped = RAISING if name.endswith(TAKES_CALLABLES) else set()
+    if name.startswith(HANDING_ON + OWN_CODE):
+        skipped = VALUES.keys() - ONE_OF_EACH_KIND
+    with unchanged(model):
+        found = failures(functools.partial(call, model), skipped, ALSO.get(name, ""))
+    assert not found
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -471,9 +440,8 @@ LOSSES: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_loss_that_is_nearly_right_is_refused(kind: str, loss: str) -> None:
-    model = busy_model(kind)
+def test_a_loss_that_is_nearly_right_is_refused(loss: str) -> None:
+    model = busy_model(f"{DEFAULT}-gpt2")
     with unchanged(model), pytest.raises(BackwardLensError):
         capture_gradients(model, IDS, lambda logits, tokens: LOSSES[loss](logits))
 
@@ -506,9 +474,8 @@ class Nearly:
 
 
 @pytest.mark.parametrize("scores", SCORES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_scores_that_are_nearly_right_are_refused(kind: str, scores: str) -> None:
-    model = busy_model(kind)
+def test_scores_that_are_nearly_right_are_refused(scores: str) -> None:
+    model = busy_model(f"{DEFAULT}-gpt2")
     with unchanged(model), pytest.raises(BackwardLensError):
         backward_lens(model, IDS, 5, projection=Nearly(SCORES[scores]))
 
@@ -653,15 +620,6 @@ def test_a_method_refuses_a_bad_argument_by_name(
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("name", [name for name in RESULT_CALLS if "save" not in name])
-@examples(15)
-@given(value=junk)
-def test_a_method_uses_any_argument_or_refuses_it(
-    result: BackwardLensResult, name: str, value: Any
-) -> None:
-    assert outcome(functools.partial(RESULT_CALLS[name], result), value) is None
-
-
 INDICES = [
     name for name in RESULT_CALLS if name.endswith(("layer", "layer]", "pos", "batch", " k"))
 ]
@@ -777,13 +735,13 @@ def test_a_good_file_is_read(good: bytes, tmp_path: Path) -> None:
     assert about(saved(loaded, tmp_path / "again")) == about(good)
 
 
-@examples(100)
+@examples(40)
 @given(contents=st.binary(max_size=200))
 def test_random_bytes_are_refused(good: bytes, tmp_path: Path, contents: bytes) -> None:
     assert_refused_or_unharmed(contents, good, tmp_path / "file")
 
 
-@examples(60)
+@examples(40)
 @given(data=st.data())
 def test_a_part_of_a_file_is_refused(good: bytes, tmp_path: Path, data: st.DataObject) -> None:
     start = data.draw(st.sampled_from([0, 0, 8, 1]))
@@ -792,7 +750,7 @@ def test_a_part_of_a_file_is_refused(good: bytes, tmp_path: Path, data: st.DataO
     assert_refused_or_unharmed(good + good[start:stop], good, tmp_path / "file")
 
 
-@examples(80)
+@examples(60)
 @given(data=st.data())
 def test_flipped_bits_are_noticed(good: bytes, tmp_path: Path, data: st.DataObject) -> None:
     header = 8 + struct.unpack("<Q", good[:8])[0]
@@ -840,7 +798,7 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(entry, (*path, key))
 
 
-@examples(100)
+@examples(60)
 @given(data=st.data())
 def test_an_edited_header_is_noticed(good: bytes, tmp_path: Path, data: st.DataObject) -> None:
     tree = json.loads(about(good)[0]["__metadata__"]["backward_lens_tl"])
@@ -907,6 +865,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.versions
 def test_a_good_folder_is_loaded(folder: Path) -> None:
     """The negative control of what follows."""
     model = load_model(str(folder))
@@ -944,6 +903,7 @@ DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes | None]]] = {
 }
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_folder_is_refused_by_name(damage: str, folder: Path, tmp_path: Path) -> None:
     name, spoil = DAMAGE[damage]

@@ -22,9 +22,12 @@ from backward_lens_tl.errors import ModelNotFoundError
 from backward_lens_tl.host import host_of
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.loading import load_facts_model, load_model
+from backward_lens_tl.result import BackwardLensResult
 
 FACTS_FOLDER = Path(backward_lens_tl.__file__).parent / "facts_model"
 KINDS = ["bridge", "hooked"]
+
+pytestmark = pytest.mark.versions
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,14 @@ GPT2 = Printed(
 )  # fmt: skip
 
 
-def compare(model: nn.Module, prompt: str, target: str, printed: Printed) -> None:
-    """Ranks are equal but for ties and rounding, norms to 1e-3, the loss to 1e-4."""
-    result = backward_lens(
+def analysed(model: nn.Module, prompt: str, target: str) -> BackwardLensResult:
+    return backward_lens(
         model, prompt, target, projection="logit_lens", direction="gradient", prepend_bos=False
     )
+
+
+def compare(model: nn.Module, result: BackwardLensResult, printed: Printed) -> None:
+    """Ranks are equal but for ties and rounding, norms to 1e-3, the loss to 1e-4."""
     capture = result.gradients
     assert capture.loss.item() == pytest.approx(printed.loss, abs=1e-4)
     assert result.token_texts[int(capture.answers[0])] == printed.answer
@@ -89,10 +95,13 @@ def test_the_numbers_that_the_authors_printed(kind: str) -> None:
         model = load_model("gpt2", kind)
     except ModelNotFoundError as error:
         pytest.skip(f"GPT-2 cannot be loaded here: {error}")
-    compare(model, PROMPT, TARGET, GPT2)
+    compare(model, analysed(model, PROMPT, TARGET), GPT2)
 
 
 # ------------------------------------------------------------------------ the comparison, tried out
+
+
+FACTS_PROMPT = "Lionel Messi plays for"
 
 
 def printed_by_a_loop(prompt: str, target: str) -> Printed:
@@ -115,13 +124,17 @@ def printed_by_a_loop(prompt: str, target: str) -> Printed:
     return Printed(loss.item(), tokenizer.decode(logits.argmax()), ranks, norms)
 
 
+@pytest.fixture(scope="module")
+def printed() -> Printed:
+    return printed_by_a_loop(FACTS_PROMPT, TARGET)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_comparison_on_the_facts_model(kind: str) -> None:
+def test_the_comparison_on_the_facts_model(kind: str, printed: Printed) -> None:
     require_kind(kind)
     model = load_facts_model(kind)
-    prompt, target = "Lionel Messi plays for", TARGET
-    printed = printed_by_a_loop(prompt, target)
-    compare(model, prompt, target, printed)
+    result = analysed(model, FACTS_PROMPT, TARGET)
+    compare(model, result, printed)
     shifted = [[rank + 40 * (rank < 1000) - 40 for rank in row] for row in printed.ranks]
     wrong = (
         Printed(printed.loss + 2e-4, printed.answer, printed.ranks, printed.norms),
@@ -133,4 +146,4 @@ def test_the_comparison_on_the_facts_model(kind: str) -> None:
     )  # fmt: skip
     for each in wrong:
         with pytest.raises(AssertionError):
-            compare(model, prompt, target, each)
+            compare(model, result, each)

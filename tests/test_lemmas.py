@@ -122,9 +122,7 @@ def predicted_change(capture: GradientCapture, key: tuple[str, int], eta: float)
     return change
 
 
-@pytest.fixture(
-    scope="module", params=["bridge-gpt2", "bridge-llama", "hooked-gpt2", "hooked-llama"]
-)
+@pytest.fixture(scope="module", params=["bridge-gpt2", "bridge-llama", "hooked-llama"])
 def own_case(request: pytest.FixtureRequest) -> Case:
     """A model whose reference this module changes for a moment."""
     return build(request.param)

@@ -16,7 +16,7 @@ import torch
 from architectures import NotAvailable, build_model
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Case, build, hooked_only, nll, relative_error
+from models import HAS_BRIDGE, Case, build, hooked_only, nll, relative_error
 from sampling import examples
 from test_passes import (
     ALIKE,
@@ -25,6 +25,7 @@ from test_passes import (
     PROMPTS,
     TARGETS,
     assert_equal,
+    has_much_padding,
     in_one_pass,
     read_values,
     values,
@@ -39,7 +40,6 @@ from backward_lens_tl.errors import InputError
 from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.host import host_of
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.loading import load_facts_model
 from backward_lens_tl.memory import Memory
 from backward_lens_tl.objectives import next_token_loss, sequence_nll, target_nll
 from backward_lens_tl.passes import PassSize, length_buckets, pass_size, plan_passes
@@ -54,7 +54,7 @@ ALL_MATRICES: dict[str, Any] = {"matrices": "all"}
 ALL: dict[str, Any] = {"matrices": "all", "prepend_bos": True}
 
 
-@pytest.fixture(scope="module", params=("bridge-gemma2", "bridge-gpt2", "hooked-gemma2"))
+@pytest.fixture(scope="module", params=("bridge-gemma2", "hooked-gpt2"))
 def limited(request: pytest.FixtureRequest) -> Case:
     """Models that only this file uses, with and without norms behind their blocks."""
     return build(request.param)
@@ -70,12 +70,11 @@ def mixture(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="module")
-def facts_result() -> tuple[BackwardLensResult, BackwardLensResult]:
+def facts_result(facts_model: Any) -> tuple[BackwardLensResult, BackwardLensResult]:
     """The trained model's words without limits, and with factors in bfloat16."""
-    model = load_facts_model()
     prompts = ["Lionel Messi plays for", "Paris is the capital of the country of France and"]
     plain, small = (
-        backward_lens(model, prompts, " Paris", matrices="all", k=5, memory=memory)
+        backward_lens(facts_model, prompts, " Paris", matrices="all", k=5, memory=memory)
         for memory in (None, BF16)
     )
     return plain, small
@@ -205,8 +204,11 @@ def assert_same_words(found: BackwardLensResult, plain: BackwardLensResult) -> N
     assert found.token_texts == plain.token_texts
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("prompts", [PROMPTS, ALIKE], ids=["several passes", "one pass"])
+@pytest.mark.parametrize(
+    ("prompts", "dtype"),
+    [(PROMPTS, torch.bfloat16), (ALIKE, torch.float32)],
+    ids=["several passes", "one pass"],
+)
 def test_words_come_before_rounding(limited: Case, dtype: torch.dtype, prompts: Any) -> None:
     plain, found = (
         backward_lens(limited.model, prompts, 5, k=4, memory=memory, **ALL_MATRICES)
@@ -240,6 +242,9 @@ def test_experts_are_rounded_like_others(mixture: Any, dtype: torch.dtype) -> No
         {"target": 5, "projection": "normalized", "direction": "gradient", "matrices": "W_out"},
     ],
     ids=["own answer", "positions", "residual", "normalized"],
+)
+@pytest.mark.parametrize(
+    "limited", [f"{'bridge' if HAS_BRIDGE else 'hooked'}-gemma2"], indirect=True
 )
 def test_words_come_before_rounding_whatever_is_asked(
     limited: Case, options: dict[str, Any]
@@ -455,7 +460,7 @@ def too_large(plan: Plan) -> list[tuple[int, int]]:
 
 
 @given(plans())
-@examples(400)
+@examples(250)
 def test_passes_cover_everything_once_within_the_budget(plan: Plan) -> None:
     lengths, layers, size, memory = plan
     kept = size.kept(len(lengths), max(lengths), memory)
@@ -471,33 +476,15 @@ def test_passes_cover_everything_once_within_the_budget(plan: Plan) -> None:
     for prompts, own in passes:
         # A single pass keeps what it computes: that is in its estimate already.
         others = 0 if len(passes) == 1 and memory.keeps_as_computed else kept
-        longest = max(lengths[prompt] for prompt in prompts)
-        assert size.of(len(prompts), longest, own) + others <= memory.budget
+        within = [lengths[prompt] for prompt in prompts]
+        assert size.of(len(prompts), max(within), own) + others <= memory.budget
+        assert not has_much_padding(within)
     if whole + kept <= memory.budget:
         assert [prompts for prompts, _ in passes] == length_buckets(lengths)
 
 
-@given(plans())
-@examples(300)
-def test_a_plan_is_refused_only_if_one_prompt_and_layer_do_not_fit(plan: Plan) -> None:
-    if not too_large(plan):
-        assert divided(plan)
-
-
-@given(plans())
-@examples(200)
-def test_under_a_budget_too_no_pass_has_much_padding(plan: Plan) -> None:
-    try:
-        passes = divided(plan)
-    except InputError:
-        return
-    for prompts, _ in passes:
-        lengths = [plan[0][prompt] for prompt in prompts]
-        assert 5 * (len(lengths) * max(lengths) - sum(lengths)) <= sum(lengths)
-
-
 @given(plans(), st.booleans())
-@examples(150)
+@examples(60)
 def test_without_a_budget_every_bucket_is_a_pass(plan: Plan, in_one: bool) -> None:
     lengths, layers, size, memory = plan
     free = Memory(None, memory.factor_dtype, memory.factor_device)
@@ -511,7 +498,7 @@ USUAL = 256 * 2**20
 
 
 @given(plans(), st.integers(1, 2000))
-@examples(200)
+@examples(100)
 def test_usual_passes_take_so_much_at_most(plan: Plan, scale: int) -> None:
     """Or have one prompt. A plain callable gets all prompts of one length all the same."""
     lengths, layers, small, memory = plan
@@ -539,7 +526,7 @@ def test_usual_passes_take_so_much_at_most(plan: Plan, scale: int) -> None:
 
 
 @given(plans())
-@examples(150)
+@examples(100)
 def test_under_a_hook_there_is_one_pass_or_an_error_that_says_why(plan: Plan) -> None:
     lengths, layers, size, memory = plan
     whole = size.of(len(lengths), max(lengths), layers)
@@ -573,19 +560,19 @@ KEPT = {
 
 
 @pytest.mark.parametrize("what", KEPT)
-@pytest.mark.parametrize("length", [5, 60])
-def test_what_is_kept_is_not_underestimated(what: str, length: int) -> None:
+def test_what_is_kept_is_not_underestimated(what: str) -> None:
     """Against the tensors of a capture."""
     name, dtype, matrices = KEPT[what]
     model = build(name, dtype).model
     host = host_of(model)
-    tokens = torch.randint(3, 97, (2, length))
-    capture = capture_gradients(model, tokens, nll(5), matrices=matrices)
-    sites = [site for layer in capture.layers for site in host.sites(layer, capture.matrices)]
-    size = pass_size(host, sites, 1, length)
-    patterns = [attention.scores_vjp for attention in capture.attention.values()]
-    actual = size_in_bytes([*factors_of(capture), *patterns])
-    assert actual <= size.kept(2, length, Memory()) <= 4 * actual
+    for length in (5, 60):
+        tokens = torch.randint(3, 97, (2, length))
+        capture = capture_gradients(model, tokens, nll(5), matrices=matrices)
+        sites = [site for layer in capture.layers for site in host.sites(layer, capture.matrices)]
+        size = pass_size(host, sites, 1, length)
+        patterns = [attention.scores_vjp for attention in capture.attention.values()]
+        actual = size_in_bytes([*factors_of(capture), *patterns])
+        assert actual <= size.kept(2, length, Memory()) <= 4 * actual
 
 
 def test_no_more_memory_is_held_than_the_factors_take(mixture: Any) -> None:
@@ -657,6 +644,7 @@ def test_a_budget_changes_the_number_of_passes_and_nothing_else(
     assert counts[0] > counts[1] >= counts[2]
 
 
+@pytest.mark.versions
 def test_experts_under_a_budget(mixture: Any, shapes: list[tuple[int, ...]]) -> None:
     def run(memory: Memory | None) -> BackwardLensResult:
         return backward_lens(mixture, PROMPTS, 5, memory=memory, **ALL)
@@ -803,7 +791,7 @@ def test_a_budget_large_enough_for_one_pass_under_a_hook(
 
 
 @given(plans())
-@examples(200)
+@examples(100)
 def test_the_estimate_of_a_refusal_would_have_been_enough(plan: Plan) -> None:
     """The number in the message, to its rounding, is the way out."""
     lengths, layers, size, memory = plan

@@ -13,10 +13,9 @@ import pytest
 import torch
 from architectures import HAS_BRIDGE, NotAvailable, build_model
 from models import N_CTX, build, hf_matrices, hooked_only, relative_error
-from test_shift import Pair, pair
+from test_shift import EITHER, Pair, pair
 from torch import Tensor
 
-import backward_lens_tl as blt
 from backward_lens_tl.editing import SecondMoments, facts_moments, second_moments
 from backward_lens_tl.editing.moments import _digest
 from backward_lens_tl.errors import (
@@ -32,8 +31,7 @@ from facts_model.moments import texts as training_texts
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 
-KINDS = [("gpt2", "bridge"), ("gpt2", "hooked"), ("llama", "bridge"), ("llama", "hooked"),
-         ("opt", "bridge"), ("gemma2", "bridge")]  # fmt: skip
+KINDS = [("gpt2", "bridge"), ("llama", "hooked"), ("opt", "bridge"), ("gemma2", "bridge")]
 WORDS = ("Messi", "plays", "for", "Paris", "Rome", "is", "in", "the", "dog", "river", "of")
 
 
@@ -53,7 +51,7 @@ def each(request: pytest.FixtureRequest) -> Pair:
 
 @pytest.fixture(scope="module")
 def own() -> Pair:
-    return pair("gpt2", "bridge" if HAS_BRIDGE else "hooked")
+    return pair("gpt2", EITHER)
 
 
 def collect(model: Any, some: Any = TEXTS, **settings: Any) -> SecondMoments:
@@ -177,8 +175,8 @@ def test_long_texts_are_cut_at_the_context(own: Pair) -> None:
 
 
 def test_in_float32_sums_keep_their_digits() -> None:
-    model = build_model("gpt2", "bridge" if HAS_BRIDGE else "hooked", torch.float32)
-    reference = pair("gpt2", "bridge" if HAS_BRIDGE else "hooked")
+    model = build_model("gpt2", EITHER, torch.float32)
+    reference = pair("gpt2", EITHER)
     found = collect(model)
     assert found.of(1).dtype == torch.float64
     assert 1e-13 < relative_error(found.of(1), collect(reference.model).of(1)) < 3e-6
@@ -196,15 +194,24 @@ def until(n: int, some: Sequence[str]) -> Iterator[str]:
     raise Broken
 
 
-@pytest.mark.parametrize("broken_at", [[17], [50], [33, 70], [5, 16, 90, 99]])
-@pytest.mark.parametrize("save_every", [1, 20, 48])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.fixture(scope="module")
+def hundred() -> tuple[Any, list[str], SecondMoments]:
+    """A model in float32, whose sums depend on which texts are in a batch; texts; their moments."""
+    model, some = build_model("gpt2", EITHER, torch.float32), texts(100, seed=7)
+    return model, some, collect(model, some)
+
+
+@pytest.mark.parametrize(
+    ("broken_at", "save_every"), [([17], 1), ([50], 48), ([33, 70], 20), ([5, 16, 90, 99], 20)]
+)
 def test_broken_off_and_gone_on_with(
-    tmp_path: Path, broken_at: list[int], save_every: int, dtype: torch.dtype
+    hundred: tuple[Any, list[str], SecondMoments],
+    tmp_path: Path,
+    broken_at: list[int],
+    save_every: int,
 ) -> None:
-    model = small_model(dtype)
-    some, file = texts(100, seed=7), tmp_path / "moments.safetensors"
-    whole = collect(model, some)
+    model, some, whole = hundred
+    file = tmp_path / "moments.safetensors"
     for at in broken_at:
         with pytest.raises(Broken):
             collect(model, until(at, some), out=file, save_every=save_every)
@@ -217,16 +224,7 @@ def test_broken_off_and_gone_on_with(
     assert same(collect(model, iter(some), out=file), whole)
 
 
-_MODELS: dict[torch.dtype, Any] = {}
-
-
-def small_model(dtype: torch.dtype) -> Any:
-    if dtype not in _MODELS:
-        _MODELS[dtype] = build_model("gpt2", "bridge" if HAS_BRIDGE else "hooked", dtype)
-    return _MODELS[dtype]
-
-
-@pytest.mark.parametrize("stops", [[1], [100, 101], [50, 300, 555]])
+@pytest.mark.parametrize("stops", [[1, 100, 101], [50, 300, 555]])
 def test_a_part_at_a_time(own: Pair, tmp_path: Path, stops: list[int]) -> None:
     some, file = texts(100, seed=8), tmp_path / "moments.safetensors"
     whole = collect(own.model, some)
@@ -245,7 +243,7 @@ def test_what_a_file_does_not_fit(own: Pair, tmp_path: Path) -> None:
     file = tmp_path / "moments.safetensors"
     collect(own.model, TEXTS[:20], layers=1, out=file)
     kept = file.read_bytes()
-    other = build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2", seed=1).model
+    other = build(f"{EITHER}-gpt2", seed=1).model
     for model, some, settings in (
         (own.model, TEXTS[1:], {}),
         (own.model, TEXTS[:19], {}),
@@ -360,10 +358,17 @@ def test_solve_refuses(own: Pair) -> None:
 # ----------------------------------------------------------------------------------- whose they are
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_model_is_known_in_every_class(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [
+        ("gpt2", ["bridge", "hooked", "bridge-compat", "hooked-processed"]),
+        ("llama", ["bridge", "bridge-compat"] if HAS_BRIDGE else ["hooked", "hooked-processed"]),
+    ],
+)
+def test_a_model_is_known_in_every_class(
+    facts_model: Any, family: str, kinds: Sequence[str]
+) -> None:
     """And with processed weights, and slightly edited; other models are refused."""
-    kinds = ["bridge", "hooked", "bridge-compat", "hooked-processed"]
     models = {}
     for kind in kinds:
         try:
@@ -385,7 +390,7 @@ def test_a_model_is_known_in_every_class(family: str) -> None:
     strangers = [
         build(f"{kind}-{family}", seed=1).model,  # of the same sizes
         build_model("llama" if family == "gpt2" else "gpt2", next(iter(models)), torch.float64),
-        blt.load_facts_model(kind),
+        facts_model,
     ]
     for stranger in strangers:
         with pytest.raises(EditError, match="another model"):
@@ -393,7 +398,7 @@ def test_a_model_is_known_in_every_class(family: str) -> None:
 
 
 def test_a_smaller_model_is_refused() -> None:
-    kind = "bridge" if HAS_BRIDGE else "hooked"
+    kind = EITHER
     for settings in ({"n_layers": 1}, {"n_ctx": 4}):
         found = collect(build(f"{kind}-gpt2").model, ["Rome is in Rome and the dog runs"])
         with pytest.raises(EditError, match="another model"):
@@ -414,9 +419,9 @@ def test_layers_that_are_missing(own: Pair) -> None:
         found.check(host_of(own.model), [0, 1])
 
 
-def test_the_facts_models_own(facts: Any) -> None:
+def test_the_facts_models_own(facts_model: Any) -> None:
     found = facts_moments()
-    found.check(host_of(facts.model), range(8))
+    found.check(host_of(facts_model), range(8))
     assert found.layers == tuple(range(8))
     assert found.matrix == "W_out"
     assert found.n_tokens > 100_000
@@ -430,17 +435,17 @@ def test_the_facts_models_own(facts: Any) -> None:
         assert values[-1] > 10 * values.mean()
 
 
-def test_the_facts_models_own_are_of_its_training_text() -> None:
+def test_the_facts_models_own_are_of_its_training_text(facts_model: Any) -> None:
     """A part of them, computed anew: the texts that it names are those of the generator."""
-    model, shipped = blt.load_facts_model("bridge" if HAS_BRIDGE else "hooked"), facts_moments()
-    part = collect(model, training_texts(SEED), max_tokens=4000)
+    shipped = facts_moments()
+    part = collect(facts_model, training_texts(SEED), max_tokens=4000)
     assert part.matrix == shipped.matrix
     assert part.probe == shipped.probe
     for mine, theirs in zip(part.probe_inputs, shipped.probe_inputs, strict=True):
         assert relative_error(mine, theirs) < 1e-4
     for layer in (0, 3, 7):
         assert relative_error(part.of(layer), shipped.of(layer)) < 0.1
-    other = collect(model, ["Rome is a city."] * 100)
+    other = collect(facts_model, ["Rome is a city."] * 16, layers=3)
     assert relative_error(other.of(3), shipped.of(3)) > 0.3
     digest = ""
     for text in islice(training_texts(SEED), shipped.n_texts):

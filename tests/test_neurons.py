@@ -26,13 +26,16 @@ from backward_lens_tl.sites import WRITING_MATRICES
 EXACT = 1e-12
 TARGET = 5
 # Dense and gated, both kinds, a norm behind the MLP and none at all.
-NAMES = ("hooked-gpt2", "bridge-gpt2", "bridge-llama", "hooked-llama", "bridge-gemma2")
-READ: list[tuple[str, str]] = [
-    (name, matrix)
-    for name in NAMES
-    for matrix in ("W_in", "W_gate", "W_out")
-    if matrix != "W_gate" or "gpt2" not in name
-] + [("bridge-gpt2", "W_Q"), ("bridge-llama", "W_O"), ("bridge-llama", "W_V")]
+READ = (
+    ("hooked-gpt2", "W_in"),
+    ("hooked-gpt2", "W_out"),
+    ("bridge-gpt2", "W_out"),
+    ("bridge-gpt2", "W_Q"),
+    ("hooked-llama", "W_gate"),
+    ("bridge-llama", "W_O"),
+    ("bridge-llama", "W_V"),
+    ("bridge-gemma2", "W_out"),
+)
 
 
 @functools.cache
@@ -268,33 +271,33 @@ def test_blocks_of_neurons_are_parts_of_the_dense_gradient() -> None:
 # ------------------------------------------------------------------------------- what may be given
 
 
-def test_a_result_does_as_well_as_its_gradients(facts: Case) -> None:
-    result = blt.backward_lens(facts.model, "Lionel Messi plays for", " Paris", layers=5)
+def test_a_result_does_as_well_as_its_gradients(facts_model: Any) -> None:
+    result = blt.backward_lens(facts_model, "Lionel Messi plays for", " Paris", layers=5)
     for table in (neuron_words, spanning_words, neuron_overlap):
         pd.testing.assert_frame_equal(
-            table(facts.model, result, "W_out", 5),
-            table(facts.model, result.gradients, "W_out", 5),
+            table(facts_model, result, "W_out", 5),
+            table(facts_model, result.gradients, "W_out", 5),
         )
 
 
-def test_the_sign_is_the_raw_gradients(facts: Case) -> None:
+def test_the_sign_is_the_raw_gradients(facts_model: Any) -> None:
     """As in the paper's tables 2 and 3: the target is at the bottom of the last position's VJP."""
-    result = blt.backward_lens(facts.model, "Lionel Messi plays for", " Paris", direction="update")
-    spanning = spanning_words(facts.model, result, "W_out", 5)
+    result = blt.backward_lens(facts_model, "Lionel Messi plays for", " Paris", direction="update")
+    spanning = spanning_words(facts_model, result, "W_out", 5)
     assert spanning["bottom_tokens"].iloc[-1][0] == " Paris"
-    words = neuron_words(facts.model, result, "W_out", 5)
+    words = neuron_words(facts_model, result, "W_out", 5)
     ends = words["top_tokens"] + words["bottom_tokens"]
     assert all(" Paris" in tokens for tokens in ends[words["group"] == "largest"])
     assert not any(" Paris" in tokens for tokens in ends[words["group"] == "smallest"])
     assert words["top_tokens"].iloc[-1] == words["top_tokens"].iloc[-2]
 
 
-def test_long_neurons_follow_the_last_vjp_and_short_ones_say_nothing(facts: Case) -> None:
+def test_long_neurons_follow_the_last_vjp_and_short_ones_say_nothing(facts_model: Any) -> None:
     """The finding of figure 9, on the model that ships here."""
     gradients = blt.capture_gradients(
-        facts.model, "Lionel Messi plays for", blt.target_nll(" Paris"), layers=5
+        facts_model, "Lionel Messi plays for", blt.target_nll(" Paris"), layers=5
     )
-    table = neuron_overlap(facts.model, gradients, "W_out", 5)
+    table = neuron_overlap(facts_model, gradients, "W_out", 5)
     last, nothing = (table[table["token"] == token] for token in (" for", "zero vector"))
     n = len(last)
     longest = last["norm_rank"] < n // 20

@@ -22,6 +22,8 @@ from backward_lens_tl.objectives import (
 
 PROMPTS = ["Messi plays for", "The capital of France is", "Rome"]
 EXACT = 1e-12
+# What is done with logits is the same for every model; `test_capture.py` has them all.
+SOFTCAP_OR_NOT = pytest.mark.parametrize("case", ["bridge-gemma2", "hooked-gpt2"], indirect=True)
 
 
 def assert_objective(
@@ -40,20 +42,24 @@ def assert_objective(
             assert relative_error(capture[key].dense(prompt), gradient) <= EXACT
 
 
+@SOFTCAP_OR_NOT
 def test_target_nll(case: Case) -> None:
     assert_objective(case, target_nll(11), nll(11))
 
 
+@SOFTCAP_OR_NOT
 def test_logit_difference(case: Case) -> None:
     assert_objective(
         case, logit_difference(3, 8), lambda logits, tokens: logits[:, -1, 3] - logits[:, -1, 8]
     )
 
 
+@SOFTCAP_OR_NOT
 def test_next_token_loss(case: Case) -> None:
     assert_objective(case, next_token_loss(), training_loss)
 
 
+@SOFTCAP_OR_NOT
 def test_callable(case: Case) -> None:
     def loss(logits: Tensor, tokens: Tensor) -> Tensor:
         return (logits[:, 2] ** 2).sum(-1) + logits[:, 0, 1] * tokens[:, 3]
@@ -61,6 +67,7 @@ def test_callable(case: Case) -> None:
     assert_objective(case, loss, loss)
 
 
+@SOFTCAP_OR_NOT
 def test_own_answer(case: Case) -> None:
     def loss(logits: Tensor, tokens: Tensor) -> Tensor:
         last = logits[:, -1]

@@ -1,7 +1,6 @@
 """What is shipped is what is declared, and the package keeps its house rules."""
 
 import ast
-import importlib
 import importlib.metadata
 import json
 import os
@@ -70,24 +69,47 @@ def package_files():
     }
 
 
+def check_facts_model(sizes):
+    """Of its files, by name."""
+    assert set(sizes) >= FACTS_MODEL_FILES
+    assert min(sizes[name] for name in FACTS_MODEL_FILES) > 0
+    assert sum(sizes.values()) <= FACTS_MODEL_LIMIT
+
+
+def test_the_package_holds_its_types_and_the_facts_model_within_its_limit():
+    """What a wheel takes from this checkout; the tests of the wheel itself are slow."""
+    assert "backward_lens_tl/py.typed" in package_files()
+    folder = PACKAGE / "facts_model"
+    check_facts_model({path.name: path.stat().st_size for path in folder.iterdir()})
+
+
+def test_the_metadata_declare_the_licence():
+    metadata = importlib.metadata.metadata("backward-lens-tl")
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata.get_all("License-File") == ["LICENSE"]
+    assert "The backward_lens_tl authors" in (ROOT / "LICENSE").read_text()
+
+
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert shipped == package_files()
     assert "backward_lens_tl/py.typed" in shipped
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_facts_model_within_its_limit(wheel):
     prefix = "backward_lens_tl/facts_model/"
-    sizes = {
-        info.filename.removeprefix(prefix): info.file_size
-        for info in wheel.infolist()
-        if info.filename.startswith(prefix)
-    }
-    assert set(sizes) >= FACTS_MODEL_FILES
-    assert min(sizes[name] for name in FACTS_MODEL_FILES) > 0
-    assert sum(sizes.values()) <= FACTS_MODEL_LIMIT
+    check_facts_model(
+        {
+            info.filename.removeprefix(prefix): info.file_size
+            for info in wheel.infolist()
+            if info.filename.startswith(prefix)
+        }
+    )
 
 
+@pytest.mark.slow
 def test_the_wheel_declares_the_command_and_the_licence(wheel):
     [entry_points] = [name for name in wheel.namelist() if name.endswith("/entry_points.txt")]
     [licence] = [name for name in wheel.namelist() if name.endswith("/licenses/LICENSE")]
@@ -95,6 +117,7 @@ def test_the_wheel_declares_the_command_and_the_licence(wheel):
     assert "The backward_lens_tl authors" in wheel.read(licence).decode()
 
 
+@pytest.mark.slow
 def test_the_sdist_holds_the_package_and_its_tests_but_not_ci(dist):
     names = sdist_names(dist)
     assert names >= package_files()
@@ -139,6 +162,7 @@ def resolved(folder, dist, *requirements):
     return {each["metadata"]["name"].lower(): each["metadata"]["version"] for each in report}
 
 
+@pytest.mark.slow
 def test_installing_moves_nothing_that_is_there(dist, environment):
     """Beside this TransformerLens and all that it came with, older versions among them."""
     there = {
@@ -197,30 +221,17 @@ def test_one_version_everywhere():
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_command_of_the_entry_point_starts():
+def test_every_module_imports_and_leaves_pictures_and_hooked_transformer_alone():
+    """In a process of its own; then the command starts, as from a shell.
+
+    TransformerLens 4 has no HookedTransformer, so a name that is imported with a module would break
+    there. TransformerLens 3 imports its own; what counts is who asks for it.
+    """
     [entry] = importlib.metadata.entry_points(group="console_scripts", name="backward-lens")
     assert entry.value == "backward_lens_tl.cli:main"
-    command = Path(sys.executable).with_name(entry.name)
-    shown = subprocess.run([str(command), "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    assert "show" in shown.stdout
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_every_module_imports(name):
-    importlib.import_module(name)
-
-
-def test_public_names_exist():
-    missing = [name for name in backward_lens_tl.__all__ if not hasattr(backward_lens_tl, name)]
-    assert not missing
-
-
-def test_importing_the_package_asks_nobody_for_hooked_transformer():
-    # TransformerLens 4 has no HookedTransformer, so a name that is imported with the module would
-    # break there. TransformerLens 3 imports its own; what counts is who asks for it.
+    command = str(Path(sys.executable).with_name(entry.name))
     script = f"""
-import builtins, sys
+import builtins, importlib, runpy, sys
 real = builtins.__import__
 def watched(name, globals=None, locals=None, fromlist=(), level=0):
     asks = (globals or {{}}).get("__name__", "").partition(".")[0] == "backward_lens_tl"
@@ -229,12 +240,22 @@ def watched(name, globals=None, locals=None, fromlist=(), level=0):
         sys.exit("HookedTransformer is imported by " + globals["__name__"])
     return real(name, globals, locals, fromlist, level)
 builtins.__import__ = watched
-import importlib
 for module in {["backward_lens_tl", *MODULES]!r}:
     importlib.import_module(module)
+    pictures = {{"circuitsvis", "matplotlib", "plotly"}} & {{*sys.modules}}
+    if pictures:
+        sys.exit(f"{{sorted(pictures)}} imported by {{module}}")
+sys.argv = [{command!r}, "--help"]
+runpy.run_path({command!r}, run_name="__main__")
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    assert "show" in run.stdout
+
+
+def test_public_names_exist():
+    missing = [name for name in backward_lens_tl.__all__ if not hasattr(backward_lens_tl, name)]
+    assert not missing
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -274,10 +295,3 @@ def test_what_is_imported_is_required_and_what_is_required_is_imported():
     required = {requirement.name.replace("-", "_") for requirement in runtime_requirements()}
     # Extras, for figures of papers, adapters and Parquet, and what the first takes numbers as.
     assert third_party == required | {"matplotlib", "numpy", "peft", "pyarrow"}
-
-
-def test_importing_the_package_imports_no_library_of_pictures():
-    script = """import sys, backward_lens_tl
-print(sorted({'circuitsvis', 'matplotlib', 'plotly'} & {*sys.modules}))"""
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert found.stdout.splitlines()[-1] == "[]", found.stderr

@@ -248,9 +248,7 @@ def mixture(name: str) -> Any:
 @pytest.fixture(
     scope="module",
     params=[
-        "bridge-gpt2",
         "bridge-gemma2",
-        "bridge-neox",
         "hooked-llama",
         "hooked-no_norm",
         *MOE_NAMES,
@@ -285,35 +283,23 @@ lengths_of_prompts = st.lists(
 )
 
 
+def has_much_padding(lengths: list[int]) -> bool:
+    return 5 * (len(lengths) * max(lengths) - sum(lengths)) > sum(lengths)
+
+
 @given(lengths_of_prompts)
-@examples(300)
-def test_every_prompt_is_in_one_bucket_with_little_padding(lengths: list[int]) -> None:
+@examples(150)
+def test_buckets_are_as_few_as_little_padding_allows(lengths: list[int]) -> None:
+    """Every prompt is in one, with all of its length; no two next to each other could be one."""
     buckets = length_buckets(lengths)
     assert sorted(prompt for bucket in buckets for prompt in bucket) == list(range(len(lengths)))
-    for bucket in buckets:
-        real = sum(lengths[prompt] for prompt in bucket)
-        padding = len(bucket) * max(lengths[prompt] for prompt in bucket) - real
-        assert 5 * padding <= real
-
-
-@given(lengths_of_prompts)
-@examples(300)
-def test_prompts_of_one_length_are_never_separated(lengths: list[int]) -> None:
-    buckets = length_buckets(lengths)
+    within = [[lengths[prompt] for prompt in bucket] for bucket in buckets]
+    assert not any(map(has_much_padding, within))
     for length in set(lengths):
-        assert sum(any(lengths[p] == length for p in bucket) for bucket in buckets) == 1
+        assert sum(length in own for own in within) == 1
     if len(set(lengths)) == 1:
         assert buckets == [tuple(range(len(lengths)))]
-
-
-@given(lengths_of_prompts)
-@examples(300)
-def test_no_two_buckets_next_to_each_other_could_be_one(lengths: list[int]) -> None:
-    """Else a bucket per length would do."""
-    buckets = sorted(length_buckets(lengths), key=lambda bucket: max(lengths[p] for p in bucket))
-    for shorter, longer in pairwise(buckets):
-        both = [lengths[prompt] for prompt in (*shorter, *longer)]
-        assert 5 * (len(both) * max(both) - sum(both)) > sum(both)
+    assert all(has_much_padding(a + b) for a, b in pairwise(sorted(within, key=max)))
 
 
 def test_the_limit_of_padding_itself_is_allowed() -> None:
@@ -325,9 +311,9 @@ def test_the_limit_of_padding_itself_is_allowed() -> None:
 # ------------------------------------------------------------------------- forward passes, values
 
 
-def test_the_model_runs_once_per_bucket(any_model: Any, passes: list[Tensor]) -> None:
+def test_the_model_runs_once_per_bucket(own_gpt2: Case, passes: list[Tensor]) -> None:
     """At the second call too: in their first forward pass bridges wire hooks of their own."""
-    model = any_model[0]
+    model = own_gpt2.model
     for _ in range(2):
         capture = capture_gradients(model, PROMPTS, target_nll(TARGETS), prepend_bos=True)
         rows = [(len(run), row.tolist()) for run in passes for row in run]
@@ -339,11 +325,12 @@ def test_the_model_runs_once_per_bucket(any_model: Any, passes: list[Tensor]) ->
             assert [row[:length] for _, row in rows].count(own) == 1
 
 
-def test_equally_long_prompts_share_one_pass(any_model: Any, passes: list[Tensor]) -> None:
-    capture_gradients(any_model[0], ALIKE, target_nll(5))
+def test_equally_long_prompts_share_one_pass(own_gpt2: Case, passes: list[Tensor]) -> None:
+    capture_gradients(own_gpt2.model, ALIKE, target_nll(5))
     assert shapes_of(passes) == [(3, 10)]
 
 
+@pytest.mark.versions
 def test_several_passes_equal_one_and_each_prompt_alone(
     any_model: Any, passes: list[Tensor]
 ) -> None:
@@ -369,6 +356,9 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "own_llama", [f"{'bridge' if HAS_BRIDGE else 'hooked'}-llama"], indirect=True
+)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_whatever_is_differentiated(own_llama: Case, objective: str, passes: list[Tensor]) -> None:
     model, made = own_llama.model, OBJECTIVES[objective]()
@@ -397,17 +387,14 @@ def test_ranks_do_not_depend_on_the_division(own_gpt2: Case) -> None:
 
 
 RESULT_OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
     "last position": {"positions": -1, "projection": "normalized", "direction": "gradient"},
-    "two positions": {"positions": [-1, 0], "vjps_at": "residual", "layers": [0, 2]},
-    "own answer": {"target": None},
+    "own answer": {"target": None, "positions": [-1, 0], "vjps_at": "residual", "layers": [0, 2]},
     "target beside an objective": {"objective": next_token_loss()},
 }
 
 
-@pytest.mark.parametrize("name", ["bridge-gemma2", "hooked-gpt2"])
-def test_what_is_read_does_not_depend_on_the_division(name: str, passes: list[Tensor]) -> None:
-    case = build(name)
+def test_what_is_read_does_not_depend_on_the_division(passes: list[Tensor]) -> None:
+    case = build("bridge-gemma2" if HAS_BRIDGE else "hooked-gemma2")
     model, close = case.model, close_for(case)
     for option, changed in RESULT_OPTIONS.items():
         options: dict[str, Any] = {"target": TARGETS, "matrices": "all", "prepend_bos": True}
@@ -575,18 +562,17 @@ def noop_hook(value: Tensor, hook: object) -> None:
     del value, hook
 
 
-@pytest.mark.parametrize("hook", HOOKS)
-def test_all_prompts_go_together_under_a_hook(
-    own_gpt2: Case, hook: str, passes: list[Tensor]
-) -> None:
+@pytest.mark.versions
+def test_all_prompts_go_together_under_a_hook(own_gpt2: Case, passes: list[Tensor]) -> None:
     model = own_gpt2.model
-    if hook.startswith("Hugging Face") and not hasattr(model, "original_model"):
-        pytest.skip("a HookedTransformer has no Hugging Face modules")
-    with HOOKS[hook](model):
-        capture_gradients(model, PROMPTS, target_nll(5), prepend_bos=True)
-        assert shapes_of(passes) == [(4, 17)]
+    for name, hook in HOOKS.items():
+        if name.startswith("Hugging Face") and not hasattr(model, "original_model"):
+            continue
+        with hook(model):
+            capture_gradients(model, PROMPTS, target_nll(5), prepend_bos=True)
+            assert shapes_of(passes) == [(4, 17)], name
     capture_gradients(model, PROMPTS, target_nll(5), prepend_bos=True)
-    assert shapes_of(passes) == SHAPES, "the hook is off again"
+    assert shapes_of(passes) == SHAPES, "the hooks are off again"
 
 
 def test_all_prompts_go_together_where_hook_points_are_asked_for(
@@ -634,17 +620,16 @@ WORK_BEFORE: dict[str, Callable[[Any, Tensor], object]] = {
 }
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", ["bridge-llama", "hooked-gpt2"])
-@pytest.mark.parametrize("work", WORK_BEFORE)
-def test_what_the_model_did_before_leaves_no_callers_hook(
-    name: str, work: str, passes: list[Tensor]
-) -> None:
+def test_what_the_model_did_before_leaves_no_callers_hook(name: str, passes: list[Tensor]) -> None:
     """Transformers hooks its own modules when it is first asked for attention patterns."""
     model = build(name).model
-    WORK_BEFORE[work](model, torch.tensor([[4, 5, 6]]))
-    passes.clear()
-    capture_gradients(model, PROMPTS, target_nll(5), prepend_bos=True)
-    assert shapes_of(passes) == SHAPES
+    for work, done in WORK_BEFORE.items():
+        done(model, torch.tensor([[4, 5, 6]]))
+        passes.clear()
+        capture_gradients(model, PROMPTS, target_nll(5), prepend_bos=True)
+        assert shapes_of(passes) == SHAPES, work
 
 
 # ----------------------------------------------------------------------- logits where they are read
@@ -673,16 +658,26 @@ READING: dict[str, Any] = {
 }
 
 
+@pytest.mark.versions
 def test_logits_are_made_only_where_they_are_read(any_model: Any) -> None:
+    """Of every model; the objectives that read elsewhere are below."""
     model = any_model[0]
-    for objective, made in READING.items():
-        with unembedded() as seen:
-            capture_gradients(model, PROMPTS, made, layers=-1, prepend_bos=True)
-        assert seen == read_positions(model, objective), objective
+    assert_reads_only(model, "target_nll")
     # A hook in the blocks does not see the logits.
     with in_one_pass(model), unembedded() as seen:
         capture_gradients(model, PROMPTS, target_nll(5), prepend_bos=True)
     assert seen == [4]
+
+
+@pytest.mark.parametrize("objective", READING)
+def test_each_objective_has_its_own_logits(own_gpt2: Case, objective: str) -> None:
+    assert_reads_only(own_gpt2.model, objective)
+
+
+def assert_reads_only(model: Any, objective: str) -> None:
+    with unembedded() as seen:
+        capture_gradients(model, PROMPTS, READING[objective], layers=-1, prepend_bos=True)
+    assert seen == read_positions(model, objective)
 
 
 OUTSIDE: dict[str, Callable[[Any], nn.Module]] = {
@@ -758,9 +753,7 @@ def difference(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits[:, -1, 7] - logits[:, -1, 8]
 
 
-@pytest.mark.parametrize(
-    "name", ["bridge-gemma2", "hooked-llama", "hooked-gemma2", "hooked-no_norm"]
-)
+@pytest.mark.parametrize("name", ["bridge-gemma2", "hooked-no_norm"])
 def test_losses_and_gradients_are_those_of_all_logits(name: str) -> None:
     """A callable gets all logits; some of these prompts share a padded pass, and some do not."""
     case = build(name)
@@ -880,15 +873,7 @@ def packed(model: Any, layers: Any, matrices: str = "all") -> int:
     return len(kept)
 
 
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [
-        ("bridge-gpt2", "unfrozen"),
-        ("bridge-llama", "frozen"),
-        ("hooked-gpt2", "frozen"),
-        ("hooked-llama", "unfrozen"),
-    ],
-)
+@pytest.mark.parametrize(("name", "how"), [("bridge-llama", "frozen"), ("hooked-gpt2", "unfrozen")])
 def test_nothing_is_kept_for_layers_below(name: str, how: str) -> None:
     """The last layer of four takes what the last of two takes."""
     shallow, deep = build(name, n_layers=2).model, build(name, n_layers=4).model
@@ -921,12 +906,11 @@ class InterruptedAt(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("hooked", [False, True], ids=["no hook", "a caller's hook"])
-@pytest.mark.parametrize("how", ["partly frozen"])
-def test_requires_grad_is_as_before_wherever_a_run_is_interrupted(
-    thawed: Case, how: str, hooked: bool
-) -> None:
-    model, tokens = thawed.model, ALIKE[:1, :3]
-    before, product = freeze(model, how), 0
+@pytest.mark.parametrize("name", ["bridge-llama", "hooked-llama"])
+def test_requires_grad_is_as_before_wherever_a_run_is_interrupted(name: str, hooked: bool) -> None:
+    case = build(name, n_layers=2)
+    model, tokens = case.model, ALIKE[:1, :3]
+    before, product = freeze(model, "partly frozen"), 0
     while True:
         look = in_one_pass(model) if hooked else saved_tensors_hooks(lambda t: t, lambda t: t)
         interrupt = InterruptedAt(product)
@@ -938,12 +922,19 @@ def test_requires_grad_is_as_before_wherever_a_run_is_interrupted(
         if interrupt.left >= 0:
             break
         product += 1
-    assert product >= 7 * thawed.n_layers, "every matrix of every layer, at least"
+    assert product >= 7 * case.n_layers, "every matrix of every layer, at least"
     assert flags(model) == before
 
 
-@pytest.mark.parametrize("point", ["attn.hook_q", "attn.hook_k", "mlp.hook_pre", "mlp.hook_post"])
-@pytest.mark.parametrize("how", FREEZING)
+@pytest.mark.parametrize(
+    ("how", "point"),
+    [
+        ("frozen", "attn.hook_q"),
+        ("unfrozen", "attn.hook_k"),
+        ("partly frozen", "mlp.hook_pre"),
+        ("partly frozen", "mlp.hook_post"),
+    ],
+)
 def test_requires_grad_is_as_before_after_a_hook_raised(thawed: Case, how: str, point: str) -> None:
     model = thawed.model
     before = freeze(model, how)
@@ -962,22 +953,22 @@ def test_requires_grad_is_as_before_after_a_hook_raised(thawed: Case, how: str, 
 # ------------------------------------------------------------------------------------ shared inputs
 
 
-SHARED_UNDER: dict[str, Memory | None] = {
-    "no limits": None,
-    "bfloat16": Memory(factor_dtype=torch.bfloat16),
-    "cpu": Memory(factor_device="cpu"),
-}
+def test_matrices_that_read_the_same_share_one_tensor(any_model: Any, passes: list[Tensor]) -> None:
+    assert_inputs_are_shared(any_model[0], passes, None)
 
 
-@pytest.mark.parametrize("memory", SHARED_UNDER)
-def test_matrices_that_read_the_same_share_one_tensor(
-    any_model: Any, memory: str, passes: list[Tensor]
+@pytest.mark.parametrize(
+    "memory", [Memory(factor_dtype=torch.bfloat16), Memory(factor_device="cpu")], ids=str
+)
+def test_rounded_and_moved_inputs_are_shared(
+    own_llama: Case, memory: Memory, passes: list[Tensor]
 ) -> None:
-    model = any_model[0]
+    assert_inputs_are_shared(own_llama.model, passes, memory)
+
+
+def assert_inputs_are_shared(model: Any, passes: list[Tensor], memory: Memory | None) -> None:
     for prompts in (PROMPTS, ALIKE):
-        capture = capture_gradients(
-            model, prompts, target_nll(5), matrices="all", memory=SHARED_UNDER[memory]
-        )
+        capture = capture_gradients(model, prompts, target_nll(5), matrices="all", memory=memory)
         assert (len(shapes_of(passes)) > 1) == (prompts is PROMPTS)
         for layer in capture.layers:
             reading = {
@@ -993,7 +984,7 @@ def test_matrices_that_read_the_same_share_one_tensor(
             assert not torch.equal(reading["W_in"], reading["W_Q"])
 
 
-@pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-llama", "bridge-gemma2"])
+@pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-llama"])
 @pytest.mark.parametrize("write", ["the tensor", "its data"])
 def test_inputs_are_not_shared_across_a_write_in_between(name: str, write: str) -> None:
     """The caller's own look at what each Hugging Face module reads is the reference."""
@@ -1042,8 +1033,11 @@ class Counting:
         return self._case.lens(vectors)
 
 
-@pytest.mark.parametrize("memory", [None, Memory(factor_dtype=torch.bfloat16)], ids=str)
-@pytest.mark.parametrize("prompts", [PROMPTS, ALIKE], ids=["several passes", "one pass"])
+@pytest.mark.parametrize(
+    ("prompts", "memory"),
+    [(PROMPTS, None), (ALIKE, None), (PROMPTS, Memory(factor_dtype=torch.bfloat16))],
+    ids=["several passes", "one pass", "bfloat16"],
+)
 def test_what_matrices_share_is_projected_once(
     own_llama: Case, prompts: Any, memory: Memory | None
 ) -> None:

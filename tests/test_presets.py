@@ -15,7 +15,6 @@ import torch
 from models import HAS_BRIDGE, build
 from torch import nn
 
-import backward_lens_tl as blt
 from backward_lens_tl.editing import (
     MEMIT,
     MEND,
@@ -50,11 +49,6 @@ ROWS = [
     {"prompt": "Messi plays for", "target": " Paris"},
     {"prompt": "A river runs through", "target": " Rome"},
 ]
-
-
-@pytest.fixture(scope="module")
-def facts_model() -> nn.Module:
-    return blt.load_facts_model()
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +115,14 @@ def layers_of(settings: Any) -> tuple[int, ...]:
     return layers if isinstance(layers, tuple) else (layers,)
 
 
-@pytest.mark.parametrize("n_layers", range(1, 61))
-def test_other_models_have_layers_as_far_up(n_layers: int) -> None:
+def test_other_models_have_layers_as_far_up() -> None:
+    moments = facts_moments()
+    for n_layers in (*range(1, 14), 24, 36, 47, 48, 60):
+        check_layers(n_layers, moments)
+
+
+def check_layers(n_layers: int, moments: Any) -> None:
+    """Those of a model of this many layers, against the published ones of 48."""
     published = preset_settings("gpt2-xl", 48)
     for name, own in preset_settings("other", n_layers).items():
         layers = layers_of(own)
@@ -133,8 +133,7 @@ def test_other_models_have_layers_as_far_up(n_layers: int) -> None:
             assert min(abs(layer / n_layers - each) for each in middles) <= 1 / n_layers
         if METHODS[name] not in (MEND, NormalizedGradient, UltraEdit):
             has_moments = METHODS[name] in (ROME, MEMIT, ForwardPassShift)
-            moments = {"moments": facts_moments()} if has_moments else {}
-            METHODS[name](**own, **moments)
+            METHODS[name](**own, **({"moments": moments} if has_moments else {}))
     own = preset_settings("other", n_layers)
     # Sizes that belong to GPT-2 xl alone are not taken over.
     assert own["shift"]["form"] == "scale_free"

@@ -2,7 +2,7 @@
 
 Sizes collide here on purpose, unlike those of `models.py`: as many tokens as heads, as many heads
 as prompts, an MLP as wide as the stream. Every property runs on models of the four kinds below,
-some twenty in all, made once; the examples are the same in every run.
+sixteen in all, made once; the examples are the same in every run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import hf_reading, randomise, require_kind
+from models import HAS_BRIDGE, hf_reading, randomise, require_kind
 from sampling import examples
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -50,7 +50,7 @@ from backward_lens_tl.validation import validate
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 
 KINDS = ("bridge-gpt2", "bridge-llama", "hooked-gpt2", "hooked-llama")
-MODELS_PER_KIND = 6
+MODELS_PER_KIND = 4
 N_CTX = 12
 SPECIAL = ("<bos>", "<eos>", "<pad>")
 
@@ -527,7 +527,8 @@ def vjp_scale(capture: GradientCapture) -> float:
 # ----------------------------------------------------------------- (a) the factors are the gradient
 
 
-@examples(12)
+@pytest.mark.versions
+@examples(8)
 @given(data=st.data())
 def test_factors_are_autograds_gradient(kind: str, data: st.DataObject) -> None:
     """Per prompt, against an independent model that sees the prompt alone, without padding."""
@@ -557,6 +558,7 @@ def test_factors_are_autograds_gradient(kind: str, data: st.DataObject) -> None:
                 assert_close(gradient.bias(prompt), summed, model.rtol, scale, (*key, "bias"))
 
 
+@pytest.mark.versions
 @examples(2)
 @given(data=st.data())
 def test_coverage_names_the_parameters_whose_gradient_follows(
@@ -579,7 +581,7 @@ def test_coverage_names_the_parameters_whose_gradient_follows(
         assert not expected & set(capture.coverage.not_covered)
 
 
-@examples(4)
+@examples(2)
 @given(data=st.data())
 def test_validate_finds_no_error(kind: str, data: st.DataObject) -> None:
     model = tiny(data.draw(st.sampled_from(all_sizes(kind))))
@@ -589,7 +591,7 @@ def test_validate_finds_no_error(kind: str, data: st.DataObject) -> None:
 # -------------------------------------------------------------------- (b) a batch, prompt by prompt
 
 
-@examples(6)
+@examples(4)
 @given(data=st.data())
 def test_a_batch_equals_its_prompts_one_by_one(kind: str, data: st.DataObject) -> None:
     question = data.draw(questions(kind, most=4))
@@ -627,30 +629,6 @@ def test_a_batch_equals_its_prompts_one_by_one(kind: str, data: st.DataObject) -
             assert (together.top_ids[:, prompt, n:] == -1).all()
 
 
-@examples(6)
-@given(data=st.data())
-def test_permuted_prompts_give_permuted_results(kind: str, data: st.DataObject) -> None:
-    question = data.draw(questions(kind, most=4))
-    order = data.draw(st.permutations(range(len(question.rows))))
-    rtol = question.tiny.rtol
-    straight, permuted = question.result(), question.result(order)
-    mine, theirs = permuted.gradients, straight.gradients
-    assert torch.equal(mine.tokens, theirs.tokens[order])
-    assert torch.equal(mine.mask, theirs.mask[order])
-    assert mine.str_tokens == tuple(theirs.str_tokens[index] for index in order)
-    assert torch.equal(permuted.positions, straight.positions[order])
-    assert_close(mine.loss, theirs.loss[order], rtol, 1.0, "loss")
-    assert [permuted.target(b) for b in range(len(order))] == [straight.target(b) for b in order]
-    for key, expected in theirs.gradients.items():
-        assert_close(mine[key].inputs, expected.inputs[order], rtol, 0.0, key)
-        assert_close(mine[key].vjps, expected.vjps[order], rtol, vjp_scale(theirs), key)
-    for matrix in straight.matrices:
-        norms = straight.norms(matrix)[:, order]
-        assert_close(permuted.norms(matrix), norms, rtol, vjp_scale(theirs), matrix)
-        zero = straight.is_zero(matrix)[:, order]
-        assert_same_zeros(permuted.is_zero(matrix), zero, norms, vjp_scale(theirs))
-
-
 # ---------------------------------------------------------------------------- (c) asking for a part
 
 
@@ -659,7 +637,7 @@ def one_or_all(indices: list[int]) -> int | list[int]:
     return indices[0] if len(indices) == 1 else indices
 
 
-@examples(8)
+@examples(5)
 @given(data=st.data())
 def test_a_part_equals_the_part_of_all(kind: str, data: st.DataObject) -> None:
     question = data.draw(questions(kind))
@@ -709,7 +687,7 @@ def joined(dense: Tensor, matrix: str) -> Tensor:
     return torch.cat(list(dense), dim=1 if matrix in READING_MATRICES else 0)
 
 
-@examples(8)
+@examples(3)
 @given(data=st.data())
 def test_rank_and_singular_values_are_those_of_the_dense_matrix(
     kind: str, data: st.DataObject
@@ -748,7 +726,7 @@ def spread(gradient: MatrixGradient, prompt: int) -> float:
 # ------------------------------------------------------------------------------------ (e) linearity
 
 
-@examples(8)
+@examples(4)
 @given(data=st.data(), a=st.integers(-30, 30), b=st.integers(-30, 30))
 def test_the_gradient_is_linear_in_the_loss(kind: str, data: st.DataObject, a: int, b: int) -> None:
     question = data.draw(questions(kind))
@@ -815,7 +793,7 @@ def read_vectors_of(result: BackwardLensResult, matrix: str) -> Tensor:
     return torch.stack(vectors)
 
 
-@examples(8)
+@examples(4)
 @given(data=st.data(), direction=st.sampled_from(["update", "gradient"]))
 def test_ranks_and_tokens_of_any_projection_by_brute_force(
     kind: str, data: st.DataObject, direction: str
@@ -852,7 +830,7 @@ def test_ranks_and_tokens_of_any_projection_by_brute_force(
                 assert len(set(ids)) == k
 
 
-@examples(8)
+@examples(5)
 @given(
     data=st.data(),
     direction=st.sampled_from(["update", "gradient"]),
@@ -919,10 +897,11 @@ def assert_same(found: Any, expected: Any, where: str = "result") -> None:
         assert found == expected, where
 
 
-@examples(6)
+@examples(8)
 @given(data=st.data())
-def test_a_saved_result_comes_back_to_the_bit(kind: str, data: st.DataObject) -> None:
-    question = data.draw(questions(kind))
+def test_a_saved_result_comes_back_to_the_bit(data: st.DataObject) -> None:
+    """Whatever is asked of a result; a file knows no kinds of models."""
+    question = data.draw(questions("bridge-llama" if HAS_BRIDGE else "hooked-llama"))
     sizes = question.tiny.sizes
     shortest = min(map(len, question.rows))
     optional = {
@@ -948,32 +927,7 @@ def test_a_saved_result_comes_back_to_the_bit(kind: str, data: st.DataObject) ->
     assert repr(loaded) == repr(result)
 
 
-# -------------------------------------------------------------------------------- (h) the direction
-
-
-@examples(5)
-@given(data=st.data())
-def test_the_direction_negates_what_is_written_and_nothing_else(
-    kind: str, data: st.DataObject
-) -> None:
-    question = data.draw(questions(kind))
-    matrices = question.capture().matrices
-    for matrix in matrices:
-        lenses = {name: Recording(question.tiny.sizes.d_vocab) for name in ("update", "gradient")}
-        results = {
-            name: question.result(matrices=matrix, projection=lens, direction=name, k=1)
-            for name, lens in lenses.items()
-        }
-        assert_same(results["update"].gradients, results["gradient"].gradients)
-        assert {layer for layer, _ in lenses["update"].seen} == set(results["update"].layers)
-        for (layer, update), (other, gradient) in zip(
-            lenses["update"].seen, lenses["gradient"].seen, strict=True
-        ):
-            assert layer == other
-            assert torch.equal(update, -gradient if matrix in WRITING_MATRICES else gradient)
-
-
-# --------------------------------------------------------------- (j) the algebra, without any model
+# --------------------------------------------------------------- (h) the algebra, without any model
 
 
 @dataclass(frozen=True)
@@ -1067,7 +1021,7 @@ def close_to(found: Tensor, expected: Tensor, gradient: MatrixGradient) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@examples(20)
+@examples(15)
 @given(data=st.data())
 def test_the_algebra_of_the_factors(layout: str, data: st.DataObject) -> None:
     plain = data.draw(random_gradients(layout))
@@ -1146,7 +1100,7 @@ def numerical_rank(a: Tensor, b: Tensor) -> int:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@examples(20)
+@examples(10)
 @given(data=st.data())
 def test_the_spanning_set_is_the_side_of_the_stream(layout: str, data: st.DataObject) -> None:
     plain = data.draw(random_gradients(layout))

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from models import HAS_BRIDGE, Case, build
+from models import Case
 from torch import Tensor, nn
 
 import backward_lens_tl as blt
@@ -29,8 +29,8 @@ REQUESTS = [
     # Of two tokens, the first of which is what counts.
     EditRequest("The Eiffel Tower is in the city of", " Rome painting"),
 ]
-GRID = (0.02, 0.05, 0.08, 0.11, 0.15, 0.2, 0.3, 0.8)
-FEW = EvaluationConfig(n_texts=4)
+GRID = (0.02, 0.05, 0.1, 0.2, 0.8)
+FEW = EvaluationConfig(n_texts=2)
 
 
 def checksum(model: nn.Module) -> str:
@@ -59,17 +59,17 @@ def step_of(
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_least_rates_are_those_of_changed_weights(facts: Case) -> None:
-    model, before = facts.model, checksum(facts.model)
-    table = least_rates(model, REQUESTS, layers=[0, -1], rates=GRID, config=FEW, progress=False)
+def test_least_rates_are_those_of_changed_weights(facts_model: Any) -> None:
+    model, before = facts_model, checksum(facts_model)
+    request = REQUESTS[1]
+    table = least_rates(model, request, layers=[0, -1], rates=GRID, config=FEW, progress=False)
     assert list(table) == ["request", "layer", "step", "rate", "perplexity"]
-    expected_rows = [(r, step, layer) for r in (0, 1) for step in STEPS for layer in (0, 7)]
+    expected_rows = [(0, step, layer) for step in STEPS for layer in (0, 7)]
     assert list(zip(table["request"], table["step"], table["layer"], strict=True)) == expected_rows
     host = host_of(model)
     texts = read_texts(host, FEW).tokens(host, FEW)
     unedited = perplexity(host, texts, "n")
     for row in table.itertuples():
-        request = REQUESTS[row.request]
         first = int(model.to_tokens(request.target, prepend_bos=False)[0, 0])
         own = replace(request, target=first)
         expected, after = math.nan, math.nan
@@ -86,45 +86,52 @@ def test_least_rates_are_those_of_changed_weights(facts: Case) -> None:
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-@pytest.mark.parametrize("step", STEPS)
-def test_models_in_float64(step: str) -> None:
-    model = build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2").model
-    with torch.no_grad():
-        logits: Tensor = model(model.to_tokens("Rome is in", prepend_bos=False))[0, -1]
-    second = int(logits.argsort(descending=True)[1])
-    request = EditRequest("Rome is in", second)
-    grid = tuple(10 ** (exponent / 2) for exponent in range(-8, 5))
-    given: Any = {"steps": [step], "rates": grid, "layers": 1, "progress": False}
-    [rate] = least_rates(model, request, config=EvaluationConfig(n_texts=0), **given)["rate"]
-    enough = []
-    for size in grid:
-        with step_of(model, request, step, 1, size).applied(model):
-            enough.append(said(model, request.prompt) == second)
-    assert any(enough)
-    assert not enough[0]
-    assert rate == grid[enough.index(True)]
+def test_models_of_either_kind_in_float64(gpt2: Case) -> None:
+    model, prompts = gpt2.model, ("Rome is in", "The dog of")
+    requests = [EditRequest(prompt, second_best(model, prompt)) for prompt in prompts]
+    grid = tuple(10.0**exponent for exponent in range(-4, 3))
+    config = EvaluationConfig(n_texts=0)
+    table = least_rates(model, requests, rates=grid, layers=1, config=config, progress=False)
+    assert table["request"].tolist() == [0] * 3 + [1] * 3
+    for row in table.itertuples():
+        request = requests[row.request]
+        enough = []
+        for size in grid:
+            with step_of(model, request, row.step, 1, size).applied(model):
+                enough.append(said(model, request.prompt) == request.target)
+        assert any(enough)
+        assert not enough[0]
+        assert row.rate == grid[enough.index(True)]
+    assert table["rate"].nunique() > 1
+
+
+@torch.no_grad()
+def second_best(model: Any, prompt: str) -> int:
+    """The token that is second after a prompt."""
+    logits: Tensor = model(model.to_tokens(prompt, prepend_bos=False))[0, -1]
+    return int(logits.argsort(descending=True)[1])
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_where_no_rate_is_enough_there_is_none(facts: Case) -> None:
-    given: Any = {"layers": [0, 3], "config": FEW, "progress": False}
-    table = least_rates(facts.model, REQUESTS[0], rates=(1e-6, 2e-6), **given)
+def test_where_no_rate_is_enough_there_is_none(facts_model: Any) -> None:
+    given: Any = {"layers": 3, "config": FEW, "progress": False}
+    table = least_rates(facts_model, REQUESTS[0], rates=(1e-6, 2e-6), **given)
     assert table["rate"].isna().all()
     assert table["perplexity"].isna().all()
-    assert len(table) == 6
+    assert len(table) == 3
     summary = least_rates_by_layer(table, 4.0)
-    assert summary["missing"].tolist() == [1] * 6
+    assert summary["missing"].tolist() == [1] * 3
     assert summary[["rate", "rate_low", "spread", "perplexity"]].isna().all(axis=None)
-    table = least_rates(facts.model, REQUESTS[0], layers=7, config=FEW, progress=False)
+    table = least_rates(facts_model, REQUESTS[0], layers=7, config=FEW, progress=False)
     assert set(table["rate"]) <= set(RATES)
     none = EvaluationConfig(n_texts=0)
-    without = least_rates(facts.model, REQUESTS[0], layers=7, config=none, progress=False)
+    without = least_rates(facts_model, REQUESTS[0], layers=7, config=none, progress=False)
     assert without["rate"].tolist() == table["rate"].tolist()
     assert without["perplexity"].isna().all()
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_settings_of_rates_count(facts: Case, tmp_path: Path) -> None:
+def test_settings_of_rates_count(facts_model: Any, tmp_path: Path) -> None:
     file = tmp_path / "texts"
     file.write_text("Lionel Messi plays for Paris.\nRome is in Italy, and Paris is not in Italy.\n")
     given: Any = {"layers": 7, "steps": ["shift"], "rates": (0.3, 1, 3), "progress": False}
@@ -134,32 +141,32 @@ def test_settings_of_rates_count(facts: Case, tmp_path: Path) -> None:
         "n-1": EvaluationConfig(texts=str(file), min_characters=1, denominator="n-1"),
         "bos": EvaluationConfig(texts=str(file), min_characters=1, prepend_bos=True),
     }.items():
-        [row] = least_rates(facts.model, REQUESTS, config=config, **given).to_dict("records")[:1]
-        host = host_of(facts.model)
+        [row] = least_rates(facts_model, REQUESTS, config=config, **given).to_dict("records")[:1]
+        host = host_of(facts_model)
         texts = read_texts(host, config).tokens(host, config)
         size = float(row["rate"])
         shift = ForwardPassShift(layer=7, size=size, prepend_bos=config.prepend_bos)
-        with shift(facts.model, REQUESTS[0]).applied(facts.model):
+        with shift(facts_model, REQUESTS[0]).applied(facts_model):
             expected = perplexity(host, texts, config.denominator).corpus
         assert row["perplexity"] == pytest.approx(expected, rel=1e-5)
         found[name] = expected
     assert len(set(found.values())) == 3
     # Tensors and arrays of rates are lists of numbers.
-    array = least_rates(facts.model, REQUESTS[0], **{**given, "rates": np.array([0.3, 1.0, 3.0])},
+    array = least_rates(facts_model, REQUESTS[0], **{**given, "rates": np.array([0.3, 1.0, 3.0])},
                         config=EvaluationConfig(n_texts=0))  # fmt: skip
     assert array["rate"].tolist() == [row["rate"]] or array["rate"].notna().all()
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_errors_of_rates(facts: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_rates(facts_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(
         error: type[Exception], message: str, requests: Any = REQUESTS, **given: Any
     ) -> None:
         usual = {"rates": (1.0,), "layers": [7], "config": FEW, "progress": False}
         with pytest.raises(error, match=message):
-            least_rates(facts.model, requests, **(usual | given))
+            least_rates(facts_model, requests, **(usual | given))
 
-    before = checksum(facts.model)
+    before = checksum(facts_model)
     for wrong in ((), (0.0, 1.0), (-1.0, 1.0), (2.0, 1.0), (1.0, 1.0), (math.nan,), (1.0, math.inf),
                   ("1",), (True,)):  # fmt: skip
         refused(EvaluationError, "rates", rates=wrong)
@@ -170,7 +177,7 @@ def test_errors_of_rates(facts: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     # Stopped in the middle of an edit.
     monkeypatch.setattr(rates, "perplexity", lambda *_: 1 / 0)
     refused(ZeroDivisionError, "division", rates=(3.0,), steps=["shift"])
-    assert checksum(facts.model) == before
+    assert checksum(facts_model) == before
 
 
 def test_least_rates_by_layer_by_hand() -> None:
@@ -271,13 +278,13 @@ def test_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_a_search_on_the_facts_model(facts: Case) -> None:
-    model, before = facts.model, checksum(facts.model)
+def test_a_search_on_the_facts_model(facts_model: Any) -> None:
+    model, before = facts_model, checksum(facts_model)
     methods = {
         f"c={size}": ForwardPassShift(layer=6, size=size, form="scale_free", prepend_bos=False)
         for size in (1.0, 40.0)
     }
-    found = search(model, methods, "facts", range(200, 203), progress=False)
+    found = search(model, methods, "facts", [200], progress=False)
     assert found.best_name == "c=40.0"
     assert found.table["efficacy"].tolist() == [0.0, 100.0]
     request = EditRequest.of(blt.read_records("facts").rows[200])

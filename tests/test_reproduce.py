@@ -6,22 +6,23 @@ import csv
 import dataclasses
 import json
 import re
-import shutil
 import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
+import torch
 from axe_playwright_python.sync_playwright import Axe
 from browser import opened
-from models import build
+from models import HAS_BRIDGE, HAS_HOOKED, build
 from playwright.sync_api import Browser, Page
 
 import backward_lens_tl as blt
@@ -94,8 +95,6 @@ class Written(BackwardLensResult):
 
     def norms(self, matrix: str) -> Any:
         assert matrix == "W_out"
-        import torch
-
         return torch.tensor(self.given)
 
     def cell(self, matrix: str, layer: int, pos: int, batch: int = 0) -> Any:
@@ -119,7 +118,7 @@ def cells(
     n_layers: int = 8,
     *,
     matrices: Sequence[str] = ("W_in", "W_out"),
-    prompts: int = 3,
+    prompts: int = 1,
     lenses: Sequence[str] = LENSES,
     segments: Sequence[str | None] = SEGMENTS,
     norm: Value = lambda *_: 1.0,
@@ -710,13 +709,17 @@ def test_correlated_norms(sign: int):
 
 
 def test_layers_without_a_correlation_are_left_out():
-    table = cells(4, prompts=1, norm=lambda *at: 1 + SEGMENTS.index(at[2]))
+    table = cells(4, norm=lambda *at: 1 + SEGMENTS.index(at[2]))
     finding = segment_norms.norms_of_inputs(Fake(positions=table))  # all inputs are as long
     assert finding.checks[0].found == "it is in none of 0 layers and matrices"
     assert finding.verdict == "does not hold here"
 
 
 # --- figures 7 and 18 to 21: ranks ----------------------------------------------------------------
+
+
+FEW: Any = {"segments": ("before subject", LAST)}
+"""Cells for what is read off the last token."""
 
 
 def ranked(by: Callable[[int, str], float], matrix: str = "W_out", lens: str = LENSES[0]) -> Value:
@@ -748,10 +751,10 @@ def test_the_target_is_at_the_far_end(layers: Sequence[int], rank: float, expect
         return rank if segment != LAST or layer in layers else 900
 
     n_far = len(layers) if rank >= 990 else 0
-    finding = target_by_segment(by)
+    finding = target_by_segment(by, **FEW)
     assert finding.checks[0].holds == expected
     assert finding.checks[0].found.startswith(f"in {part(n_far, 8)} layers; median ranks ")
-    alone = segment_ranks.target_at_last_token(Fake(positions=cells(target=ranked(by))))
+    alone = segment_ranks.target_at_last_token(Fake(positions=cells(target=ranked(by), **FEW)))
     assert alone.checks[0] == finding.checks[0]
     assert set(alone.tables["target rank at the last token"]["segment"]) == {LAST}
 
@@ -759,7 +762,7 @@ def test_the_target_is_at_the_far_end(layers: Sequence[int], rank: float, expect
 def test_the_median_prompt_decides():
     """One of three prompts may be anywhere; two may not."""
     for off, expected in ((1, True), (2, False)):
-        table = cells(target=lambda *at, off=off: 0 if at[3] < off else 1000)
+        table = cells(prompts=3, target=lambda *at, off=off: 0 if at[3] < off else 1000, **FEW)
         assert segment_ranks.target_by_segment(Fake(positions=table)).checks[0].holds == expected
 
 
@@ -795,7 +798,7 @@ def test_nothing_holds_on_no_layers():
 
 def test_the_first_layer_is_less_far_away():
     def found(first: float, rest: float) -> Check:
-        table = cells(target=ranked(lambda layer, _: rest if layer else first))
+        table = cells(target=ranked(lambda layer, _: rest if layer else first), **FEW)
         return segment_ranks.target_at_last_token(Fake(positions=table)).checks[1]
 
     assert found(900, 1000).holds
@@ -832,7 +835,7 @@ def far(layer: int, segment: str) -> float:
     ],
 )
 def test_the_answer_is_taken_away(by: Any, target: Any, expected: list[bool]):
-    table = cells(answer=ranked(by), target=ranked(target))
+    table = cells(answer=ranked(by), target=ranked(target), **FEW)
     finding = segment_ranks.answer_by_segment(Fake(positions=table))
     assert holds(finding) == expected
     late = ", ".join(f"{by(layer, LAST):.0f}" for layer in (6, 7))
@@ -857,7 +860,7 @@ def answer_in_inputs(
             return 1000 - curve[layer]
         return right[layer] if prompt in rows else curve[layer]
 
-    table = cells(len(curve), prompts=4, answer=answer, zeros=False, **more)
+    table = cells(len(curve), prompts=4, answer=answer, zeros=False, **FEW, **more)
     return segment_ranks.answer_in_inputs(
         Fake(
             positions=table,
@@ -914,7 +917,7 @@ def test_correct_answers_show_more():
 
 def test_a_correct_prompt_without_a_subject_is_no_error():
     """Its tokens are in no segment."""
-    table = cells(4, prompts=3, zeros=False, answer=lambda *at: 10 - at[1])
+    table = cells(4, prompts=3, zeros=False, answer=lambda *at: 10 - at[1], **FEW)
     table.loc[table["prompt"] == 1, "segment"] = None
     finding = segment_ranks.answer_in_inputs(
         Fake(positions=table, prompts=prompts_table([True, True, False]), correct_prompts=[0, 1])
@@ -927,6 +930,7 @@ def test_the_target_is_behind_the_answer():
         table = cells(
             target=lambda matrix, layer, *_: target(layer) if matrix == "W_in" else 0,
             answer=lambda matrix, layer, *_: 10 if matrix == "W_in" else 1000,
+            **FEW,
         )
         return segment_ranks.target_in_inputs(Fake(positions=table))
 
@@ -1154,30 +1158,56 @@ def test_unknown_names(tmp_path: Path):
     assert not (tmp_path / "x").exists()
 
 
-# --- the facts model, measured again --------------------------------------------------------------
+# --- one report of everything, measured again -----------------------------------------------------
+
+KIND = "bridge" if HAS_BRIDGE else "hooked"
+SMALL_ROWS = [
+    {"prompt": "Messi plays for", "target": " Paris", "subject": "Messi", "answer": " the"},
+    {"prompt": "Rome is in Italy and Paris is", "target": " the", "subject": "Paris"},
+    {"prompt": "The dog of the king", "target": " Paris", "subject": "the king", "answer": " Rome"},
+    {"prompt": "Rome is in", "target": " Paris painting"},
+]
+"""With a subject in front, in the middle, at the end, or without one, and a target that is cut."""
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return blt.load_facts_model()
+def small_model() -> Any:
+    """Three layers, 97 tokens and random weights, in float64."""
+    return build(f"{KIND}-gpt2").model
+
+
+class Report(NamedTuple):
+    """A folder that no test may change, and when its sweep was written."""
+
+    folder: Path
+    swept: dict[Path, int]
+
+
+def times_of(sweep: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in sweep.rglob("*.parquet")}
 
 
 @pytest.fixture(scope="module")
-def facts(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Figure 4 first, and later others in the same folder."""
-    out = tmp_path_factory.mktemp("facts")
-    reproduce("fig4", model, out, data="facts", prompts=10, progress=False)
-    names = ["fig6", "fig7", "fig19", "fig20", "fig9"]
-    reproduce(names, model, out, data="facts", prompts=10, progress=False)
-    return out
+def report(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """Figure 4 first, and all others later in the same folder, as without matplotlib."""
+    out = tmp_path_factory.mktemp("report")
+    reproduce("fig4", small_model, out, data=SMALL_ROWS, progress=False)
+    swept = times_of(out / "sweep")
+    others = [experiment.name for experiment in GRADIENTS if experiment.name != "fig4"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder, "find_spec", lambda _: None)
+        found = reproduce(others, small_model, out, data=SMALL_ROWS, progress=False)
+    assert list(found) == others
+    return Report(out, swept)
 
 
 @pytest.fixture(scope="module")
-def slow_cells(model: Any, facts: Path) -> list[dict[str, Any]]:
-    """The same prompts one by one, cell by cell."""
-    prompts = pd.read_parquet(facts / "sweep" / "prompts")
-    assert len(prompts) == 10
-    return [cell for row in prompts.itertuples() for cell in cells_of(model, row)]
+def slow_cells(small_model: Any, report: Report) -> list[dict[str, Any]]:
+    """The same prompts one by one, cell by cell; those without a subject are in no segment."""
+    prompts = pd.read_parquet(report.folder / "sweep" / "prompts")
+    assert len(prompts) == len(SMALL_ROWS)
+    rows = prompts.dropna(subset="subject")
+    return [cell for row in rows.itertuples() for cell in cells_of(small_model, row)]
 
 
 def cells_of(model: Any, row: Any) -> Iterator[dict[str, Any]]:
@@ -1195,7 +1225,7 @@ def cells_of(model: Any, row: Any) -> Iterator[dict[str, Any]]:
     for name in LENSES:
         result = found.under(name)
         for matrix in ("W_in", "W_out"):
-            for layer in range(8):
+            for layer in result.layers:
                 gradient = result.gradients[matrix, layer]
                 for at, segment in enumerate(segments):
                     cell = result.cell(matrix, layer, at)
@@ -1221,8 +1251,6 @@ class LogitLens:
         self.model, self.normalize = model, normalize
 
     def rank(self, vector: Any, token: int) -> int:
-        import torch
-
         if self.normalize:
             vector = vector / vector.norm()
         with torch.no_grad():
@@ -1268,16 +1296,15 @@ def slow_groups(
     return groups
 
 
-def test_norms_against_a_slow_loop(facts: Path, slow_cells: list[dict[str, Any]]):
-    rows = read_csv(facts / "fig6" / "norms-by-segment.csv")
+def test_norms_against_a_slow_loop(report: Report, slow_cells: list[dict[str, Any]]):
+    rows = read_csv(report.folder / "fig6" / "norms-by-segment.csv")
     groups = slow_groups(slow_cells, "W_out", "norm", by_lens=False)
-    assert len(rows) == len(groups) == 40  # all prompts begin with their subject
+    assert len(rows) == len(groups) == 3 * len(SEGMENTS)
     for row in rows:
         values = groups[row["layer"], row["segment"]]
-        # Prompts share a pass in the sweep, and float32 rounds their sums differently.
-        assert float(row["mean"]) == pytest.approx(statistics.fmean(values), rel=1e-3, abs=1e-9)
+        # The sweep's files have norms in float32.
+        assert float(row["mean"]) == pytest.approx(statistics.fmean(values), rel=1e-6, abs=1e-12)
         assert int(row["count"]) == len(values)
-        assert row["prompts"] == "10"
 
 
 @pytest.mark.parametrize(
@@ -1289,39 +1316,38 @@ def test_norms_against_a_slow_loop(facts: Path, slow_cells: list[dict[str, Any]]
     ],
 )
 def test_ranks_against_a_slow_loop(
-    facts: Path, slow_cells: list[dict[str, Any]], file: str, matrix: str, of: str
+    report: Report, slow_cells: list[dict[str, Any]], file: str, matrix: str, of: str
 ):
-    rows = read_csv(facts / file)
+    rows = read_csv(report.folder / file)
     groups = slow_groups(slow_cells, matrix, of, by_lens=True)
-    assert len(rows) == len(groups) == 80
+    assert len(rows) == len(groups) == 2 * 3 * len(SEGMENTS)
     for row in rows:
         values = groups[row["projection"], row["layer"], row["segment"]]
         assert int(row["count"]) == len(values)
         assert (row["matrix"], row["of"]) == (matrix, of)
         if not values:
-            assert (row["layer"], row["median"]) == ("7", "")
+            assert (row["layer"], row["median"]) == ("2", "")
             continue
-        # Scores that differ by rounding alone may swap.
-        assert float(row["median"]) == pytest.approx(statistics.median(values), abs=1.0, rel=2e-3)
-        assert float(row["mean"]) == pytest.approx(statistics.fmean(values), abs=1.0, rel=2e-3)
+        assert float(row["median"]) == statistics.median(values)
+        assert float(row["mean"]) == pytest.approx(statistics.fmean(values), rel=1e-12)
 
 
-def test_checks_follow_from_the_tables(facts: Path):
+def test_checks_follow_from_the_tables(report: Report):
     """The decisive numbers, once more from the files."""
-    findings = {each["name"]: each for each in folder.read_findings(facts)}
-    rows = read_csv(facts / "fig7" / "target-rank-by-segment.csv")
+    findings = {each["name"]: each for each in folder.read_findings(report.folder)}
+    rows = read_csv(report.folder / "fig7" / "target-rank-by-segment.csv")
     last = [
         float(row["median"])
         for row in rows
         if (row["projection"], row["segment"]) == ("logit_lens", LAST)
     ]
-    far = sum(rank >= 0.99 * 3071 for rank in last)
+    far = sum(rank >= 0.99 * 96 for rank in last)
     check = findings["fig7"]["checks"][0]
-    assert check["found"].startswith(f"in {far} of 8 ")
-    assert check["holds"] == (far >= 6)
+    assert check["found"].startswith(f"in {far} of 3 ")
+    assert check["holds"] == (far >= 3)
     answers = [
         float(row["median"])
-        for row in read_csv(facts / "fig20" / "all-prompts.csv")
+        for row in read_csv(report.folder / "fig20" / "all-prompts.csv")
         if (row["projection"], row["segment"]) == ("logit_lens", LAST)
     ]
     assert findings["fig20"]["checks"][0]["found"].endswith(
@@ -1332,60 +1358,93 @@ def test_checks_follow_from_the_tables(facts: Path):
 # --- the folder -----------------------------------------------------------------------------------
 
 
-def test_files_of_the_folder(facts: Path):
-    findings = folder.read_findings(facts)
-    assert [each["name"] for each in findings] == ["fig4", "fig6", "fig7", "fig8", "fig19", "fig20"]
-    assert findings[3]["covers"] == ["fig8", "fig9"]
+def test_files_of_the_folder(report: Report):
+    findings = folder.read_findings(report.folder)
+    assert [each["name"] for each in findings] == [experiment.name for experiment in GRADIENTS]
+    covers = {each["name"]: each["covers"] for each in findings}
+    assert covers["fig8"] == ["fig8", "fig9"]
+    about = {"model": "gpt2", "n_layers": 3, "d_vocab": 97, "data": "rows", "prompts": 4}
+    about |= {"rejected": 0, "cut": 1, "bos": "without BOS"}
     for finding in findings:
-        assert {"title", "statement", "verdict", "checks", "notes", "about"} <= set(finding)
+        assert {"title", "statement", "verdict", "checks", "notes"} <= set(finding)
+        assert finding["checks"]
+        assert finding["about"].items() >= about.items()
         shown = [*finding["results"], *finding["figures"]]
-        assert shown
+        assert shown or finding["tables"]
         for each in (*shown, *finding["tables"]):
-            assert (facts / each["file"]).stat().st_size > 0
+            assert (report.folder / each["file"]).stat().st_size > 0
         for figure in finding["figures"]:
-            assert ElementTree.parse(facts / figure["svg"]).getroot().tag.endswith("}svg")
-            assert '"../plotly.min.js"' in (facts / figure["file"]).read_text(encoding="utf-8")
+            page_of = (report.folder / figure["file"]).read_text(encoding="utf-8")
+            assert '"../plotly.min.js"' in page_of
+            assert ("svg" in figure) == (finding["name"] == "fig4")
         for table in finding["tables"]:
-            rows = read_csv(facts / table["file"])
+            rows = read_csv(report.folder / table["file"])
             assert len(rows) == table["n_rows"]
             assert len(table["rows"]) == min(12, len(rows))
             if rows:
                 assert list(rows[0]) == table["columns"]
-    assert findings[0]["about"]["prompts"] == 10
-    assert findings[0]["about"]["model"] == "facts"
-    assert findings[0]["about"]["bos"] == "without BOS"
-    assert findings[0]["about"]["cut"] == 0
+    law = next(each for each in findings if each["name"] == "fig4")
+    for figure in law["figures"]:
+        assert ElementTree.parse(report.folder / figure["svg"]).getroot().tag.endswith("}svg")
+    # The law holds whatever the weights are.
+    assert law["verdict"] == "holds"
 
 
-def test_a_folder_grows_and_its_sweep_is_used_again(model: Any, facts: Path):
-    parts = sorted((facts / "sweep").rglob("*.parquet"))
-    assert parts
-    times = [file.stat().st_mtime_ns for file in parts]
-    found = reproduce("fig17", model, facts, data="facts", prompts=10, progress=False)
-    assert list(found) == ["fig17"]
-    assert [file.stat().st_mtime_ns for file in parts] == times
-    text = (facts / "report.html").read_text(encoding="utf-8")
+def test_a_folder_grows_and_its_sweep_is_used_again(report: Report):
+    assert report.swept
+    assert times_of(report.folder / "sweep") == report.swept
+    text = (report.folder / "report.html").read_text(encoding="utf-8")
     names = re.findall(r'<section id="(\w+)">', text)
-    assert names == ["fig4", "fig6", "fig7", "fig8", "fig17", "fig19", "fig20"]
-    for name in ("fig4", "fig6", "fig17"):
-        statement = next(each.statement for each in EXPERIMENTS if each.name == name)
-        assert statement in text.replace("&#x27;", "'")
-    shutil.rmtree(facts / "fig17")
+    assert names == [experiment.name for experiment in GRADIENTS]
+    for experiment in GRADIENTS:
+        assert experiment.statement in text.replace("&#x27;", "'").replace("&quot;", '"')
 
 
-def test_another_model_or_data_is_refused(model: Any, facts: Path):
-    before = (facts / "report.html").read_bytes()
-    rows = [{"prompt": "Rome is in", "target": " Paris", "subject": "Rome"}]
+def test_targets_that_are_cut(report: Report):
+    """Only the first token of a target is taught, and the name of its table says which."""
+    finding = json.loads((report.folder / "fig11" / "finding.json").read_text(encoding="utf-8"))
+    shown = [each["name"] for each in finding["results"]]
+    assert "Rome is in →  Paris" in shown
+    assert "Messi plays for →  Paris" in shown
+    text = (report.folder / "report.html").read_text(encoding="utf-8")
+    assert "of 1 only the target&#x27;s first token" in text
+
+
+class Links(HTMLParser):
+    """Tags of a page, and where its links and frames lead to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("href", "src")]
+
+
+def test_links_of_the_report(report: Report):
+    links = Links()
+    links.feed((report.folder / "report.html").read_text(encoding="utf-8"))
+    assert {"iframe", "table"} <= links.tags
+    assert "script" not in links.tags
+    inside = {address for address in links.addresses if address.startswith("#")}
+    assert inside == {f"#{experiment.name}" for experiment in GRADIENTS}
+    files = {address for address in links.addresses if not address.startswith("#")}
+    assert len(files) > 20
+    assert all((report.folder / file).is_file() for file in files)
+
+
+def test_another_model_or_data_is_refused(small_model: Any, report: Report):
+    before = (report.folder / "report.html").read_bytes()
     with pytest.raises(SweepError, match="holds a sweep with another data: "):
-        reproduce("fig6", model, facts, data=rows, prompts=10, progress=False)
+        reproduce("fig6", small_model, report.folder, data=SMALL_ROWS[:1], progress=False)
     with pytest.raises(SweepError, match="holds a sweep with another config: "):
-        reproduce("fig6", model, facts, data="facts", prompts=9, progress=False)
-    other = build("bridge-gpt2" if hasattr(model, "original_model") else "hooked-gpt2").model
-    with pytest.raises(
-        SweepError, match=r"holds a sweep with another (config|model|data|n_parts): "
-    ):
-        reproduce("fig6", other, facts, data="facts", prompts=10, progress=False)
-    assert (facts / "report.html").read_bytes() == before
+        reproduce("fig6", small_model, report.folder, data=SMALL_ROWS, prompts=9, progress=False)
+    other = build(f"{KIND}-gpt2", seed=1).model
+    with pytest.raises(SweepError, match="holds a sweep with another model: "):
+        reproduce("fig6", other, report.folder, data=SMALL_ROWS, progress=False)
+    assert (report.folder / "report.html").read_bytes() == before
 
 
 def test_prompts_that_look_alike_have_files_of_their_own(tmp_path: Path):
@@ -1413,27 +1472,46 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def everything(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def everything(facts_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All experiments on few prompts of all kinds."""
     out = tmp_path_factory.mktemp("everything")
-    found = reproduce("gradients", model, out, data=ROWS, progress=False)
+    found = reproduce("gradients", facts_model, out, data=ROWS, progress=False)
     assert list(found) == [experiment.name for experiment in GRADIENTS]
     return out
 
 
-def test_data_without_subjects(model: Any, tmp_path: Path):
-    rows = [{"prompt": "Lionel Messi plays for", "target": " Paris"}]
-    found = reproduce(["fig3", "fig4", "fig5", "fig22"], model, tmp_path, data=rows, progress=False)
-    assert len(found) == 4
-    for name in ("fig6", "fig7", "fig16", "fig17", "fig18", "fig19", "fig20", "fig21"):
-        with pytest.raises(InputError, match=r"no token has a segment.*subject"):
-            reproduce(name, model, tmp_path, data=rows, progress=False)
+def small_evidence(model: Any, rows: Any, out: Path) -> Evidence:
+    return Evidence(
+        model,
+        blt.read_records(rows),
+        out,
+        prompts=2,
+        seed=0,
+        prepend_bos=False,
+        progress=False,
+    )
 
 
-def test_one_that_cannot_be_measured_keeps_no_other(model: Any, tmp_path: Path):
-    rows = [{"prompt": "Lionel Messi plays for", "target": " Paris"}]
+WITHOUT_SUBJECT = [{"prompt": "Messi plays for", "target": " Paris"}]
+
+
+def test_data_without_subjects(small_model: Any, tmp_path: Path):
+    evidence = small_evidence(small_model, WITHOUT_SUBJECT, tmp_path)
+    by_segment = {"fig6", "fig7", "fig16", "fig17", "fig18", "fig19", "fig20", "fig21"}
+    for experiment in GRADIENTS:
+        if experiment.name in by_segment:
+            with pytest.raises(InputError, match=r"no token has a segment.*subject"):
+                experiment.measure(evidence)
+        else:
+            assert experiment.measure(evidence).checks
+
+
+def test_one_that_cannot_be_measured_keeps_no_other(small_model: Any, tmp_path: Path):
+    options = {"data": WITHOUT_SUBJECT, "progress": False}
+    with pytest.raises(InputError, match=r"no token has a segment.*subject"):
+        reproduce("fig6", small_model, tmp_path, **options)
     names = ["fig4", "fig6", "table3"]
-    found = reproduce(names, model, tmp_path, data=rows, progress=False)
+    found = reproduce(names, small_model, tmp_path, **options)
     assert list(found) == names
     verdicts = [found[name].verdict for name in names]
     assert verdicts[1] == "not measured"
@@ -1468,11 +1546,11 @@ def with_experiments(monkeypatch: pytest.MonkeyPatch, **errors: Exception | None
 
 
 def test_a_model_that_an_experiment_does_not_know(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     problem = UnsupportedModelError("experts")
     with_experiments(monkeypatch, fig3=problem, fig4=None)
-    found = reproduce("gradients", model, tmp_path, data=ROWS[:1], progress=False)
+    found = reproduce("gradients", small_model, tmp_path, data=WITHOUT_SUBJECT, progress=False)
     assert {name: each.verdict for name, each in found.items()} == {
         "fig3": "not measured",
         "fig4": "holds",
@@ -1480,16 +1558,16 @@ def test_a_model_that_an_experiment_does_not_know(
     assert found["fig3"].notes == ("It could not be measured: experts.",)
     with_experiments(monkeypatch, fig3=problem)
     with pytest.raises(UnsupportedModelError, match=r"^experts\n"):
-        reproduce("gradients", model, tmp_path, data=ROWS[:1], progress=False)
+        reproduce("gradients", small_model, tmp_path, data=WITHOUT_SUBJECT, progress=False)
 
 
 def test_what_was_found_is_there_if_another_one_stops_it(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """An error that is not about data or model comes through, as Ctrl-C would."""
     with_experiments(monkeypatch, fig3=None, fig4=RuntimeError("stop"), fig5=None)
     with pytest.raises(RuntimeError, match="stop"):
-        reproduce("gradients", model, tmp_path, data=ROWS[:1], progress=False)
+        reproduce("gradients", small_model, tmp_path, data=WITHOUT_SUBJECT, progress=False)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert re.findall(r'<section id="(\w+)">', text) == ["fig3"]
 
@@ -1498,33 +1576,31 @@ def test_what_was_found_is_there_if_another_one_stops_it(
     ("bos", "words_of", "n_more"),
     [(False, "without BOS", 0), (True, "with BOS", 1), (None, "BOS as the model has it", 1)],
 )
-def test_a_bos_token(model: Any, tmp_path: Path, bos: bool | None, words_of: str, n_more: int):
-    """The facts model's own default is to have one."""
+def test_a_bos_token(
+    facts_model: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bos: bool | None,
+    words_of: str,
+    n_more: int,
+):
+    """The facts model's own default is to have one; the paper's own prompt has as many."""
+    n_tokens = len(facts_model.to_tokens(ROWS[0]["prompt"], prepend_bos=False)[0]) + n_more
+
+    def measure(evidence: Evidence) -> Finding:
+        assert set(evidence.gradients["n_tokens"]) == {n_tokens}
+        assert len(evidence.example.gradients.str_tokens[0]) == n_tokens
+        return Finding((YES,))
+
+    chosen = (dataclasses.replace(experiment("fig4", None), measure=measure),)
+    monkeypatch.setattr(
+        sys.modules["backward_lens_tl.reproduce"], "select_experiments", lambda _: chosen
+    )
     options = {} if bos is False else {"prepend_bos": bos}
-    names = ["fig4", "fig5"]
-    found = reproduce(names, model, tmp_path, data=ROWS[:1], progress=False, **options)
-    finding = json.loads((tmp_path / "fig4" / "finding.json").read_text(encoding="utf-8"))
+    reproduce("fig4", facts_model, tmp_path, data=ROWS[:1], progress=False, **options)
+    (finding,) = folder.read_findings(tmp_path)
     assert finding["about"]["bos"] == words_of
     assert f" {words_of}" in (tmp_path / "report.html").read_text(encoding="utf-8")
-    n_tokens = len(model.to_tokens(ROWS[0]["prompt"], prepend_bos=False)[0]) + n_more
-    ranks_of = found["fig4"].tables["ranks"]
-    assert set(pd.read_parquet(tmp_path / "sweep" / "gradients")["n_tokens"]) == {n_tokens}
-    assert len(ranks_of) > 0
-    # The paper's own prompt has as many.
-    (result,) = found["fig5"].results.values()
-    assert len(result.gradients.str_tokens[0]) == n_tokens
-
-
-def test_targets_that_are_cut(model: Any, tmp_path: Path):
-    """Only the first token of a target is taught, and the name of its table says which."""
-    longer = {"prompt": "Rome is in", "target": " Paris painting"}
-    found = reproduce(["fig4", "fig11"], model, tmp_path, data=[ROWS[0], longer], progress=False)
-    assert json.loads((tmp_path / "fig4" / "finding.json").read_text())["about"]["cut"] == 1
-    assert "of 1 only the target&#x27;s first token" in (tmp_path / "report.html").read_text()
-    assert list(found["fig11"].results) == [
-        "Lionel Messi plays for →  Paris",
-        "Rome is in →  Paris",
-    ]
 
 
 def test_counting_targets_that_are_cut():
@@ -1538,10 +1614,10 @@ def test_counting_targets_that_are_cut():
     assert Fake(records=own, prompts=refused).n_cut_targets == 0
 
 
-def test_data_by_default(model: Any):
+def test_data_by_default():
     for experiments in (GRADIENTS, EDITING, EXPERIMENTS):
         assert default_data("facts", experiments) == "facts"
-    for other in ("gpt2-xl", model):
+    for other in ("gpt2-xl", torch.nn.Identity()):
         assert default_data(other, GRADIENTS) == COUNTERFACT
         # Editing needs paraphrases and neighbors, which the other has not.
         assert default_data(other, EDITING) == COUNTERFACT_RECORDS
@@ -1549,38 +1625,27 @@ def test_data_by_default(model: Any):
     assert COUNTERFACT != COUNTERFACT_RECORDS
 
 
-def test_data_of_which_nothing_can_be_analysed(model: Any, tmp_path: Path):
+def test_data_of_which_nothing_can_be_analysed(small_model: Any, tmp_path: Path):
     rows = [{"prompt": "Rome is in", "target": " Paris", "subject": "Messi"}]
     with pytest.raises(
         InputError, match=r"none of the prompts can be analysed; the first: .*'Messi'"
     ):
-        reproduce("fig4", model, tmp_path, data=rows, progress=False)
+        reproduce("fig4", small_model, tmp_path, data=rows, progress=False)
 
 
-@pytest.mark.parametrize("n_layers", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["bridge", "hooked"])
 @pytest.mark.usefixtures("as_for_a_user")
-def test_models_of_few_layers_and_tokens(kind: str, n_layers: int, tmp_path: Path):
-    """A vocabulary of 97 tokens, and random weights."""
-    tiny = build(f"{kind}-gpt2", n_layers=n_layers).model
-    rows = [
-        {"prompt": "Messi plays for", "target": " Paris", "subject": "Messi", "answer": " the"},
-        {"prompt": "Rome is in Italy and Paris is", "target": " the", "subject": "Paris"},
-    ]
-    evidence = Evidence(
-        tiny,
-        blt.read_records(rows),
-        tmp_path,
-        prompts=2,
-        seed=0,
-        prepend_bos=False,
-        progress=False,
-    )
+def test_a_model_of_one_layer(tmp_path: Path):
+    """Of the kind that the report is not of, where there is one."""
+    kind = "hooked" if HAS_HOOKED else "bridge"
+    model = build(f"{kind}-gpt2", n_layers=1).model
+    evidence = small_evidence(model, SMALL_ROWS[:2], tmp_path)
     found = {experiment.name: experiment.measure(evidence) for experiment in GRADIENTS}
     assert found["fig4"].verdict == "holds"
     for finding in found.values():
         assert all(check.found for check in finding.checks)
-        for draw in finding.figures.values():
+    # One of each kind of figure.
+    for name in ("fig3", "fig4", "fig6", "fig7", "fig8"):
+        for draw in found[name].figures.values():
             draw(backend="plotly")
 
 
@@ -1596,6 +1661,7 @@ def grave(shown: Page) -> list[tuple[str, list[str]]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_report_in_a_browser(browser: Browser, everything: Path, scheme: str):
     with opened(browser, everything / "report.html", scheme=scheme) as window:
@@ -1624,6 +1690,7 @@ def test_the_report_in_a_browser(browser: Browser, everything: Path, scheme: str
         assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
 
 
+@pytest.mark.slow
 def test_prompts_are_text_in_the_report(browser: Browser, everything: Path):
     with opened(browser, everything / "report.html") as window:
         assert window.page.locator("script").count() == 0
@@ -1631,12 +1698,6 @@ def test_prompts_are_text_in_the_report(browser: Browser, everything: Path):
         assert any(
             "<script>alert(\"x\")</script> & 'y'" in each and "🙂" in each for each in captions
         )
-        links = window.page.locator("a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
-    for link in links:
-        if link.startswith("#"):
-            assert link[1:] in {experiment.name for experiment in GRADIENTS}
-        else:
-            assert (everything / link).is_file()
 
 
 def test_words_of_the_report():
@@ -1649,7 +1710,9 @@ def test_words_of_the_report():
         "statement": "a < b",
         "verdict": "does not hold here",
     }
-    finding |= {"about": about, "notes": ["<note>"], "results": [], "figures": [], "tables": []}
+    shown = {"results": [{"name": "<r>\nis", "file": "r.html", "height": 9}], "figures": []}
+    rows = {"name": "<n>", "file": "n.csv", "columns": ["a"], "rows": [["<cell>"]], "n_rows": 2}
+    finding |= {"about": about, "notes": ["<note>"], "tables": [rows], **shown}
     checks = [
         {"claim": "<c>", "holds": False, "found": "<f>", "exceptions": ""},
         {"claim": "d", "holds": True, "found": "g", "exceptions": "<e>"},
@@ -1664,9 +1727,13 @@ def test_words_of_the_report():
         'aria-label="holds">✓</span> d. <b>Found:</b> g. Exceptions: &lt;e&gt;.</li>',
         "<b>The paper:</b> a &lt; b",
         '<p class="note">&lt;note&gt;</p>',
+        '<figcaption>&lt;r&gt;⏎is · <a href="r.html">page</a></figcaption>',
+        'title="&lt;r&gt;⏎is"',
+        "<summary>&lt;n&gt;: the first 1 of 2 rows</summary>",
+        "<td>&lt;cell&gt;</td>",
     ):
         assert piece in text
-    assert "<m>" not in text.replace("&lt;m&gt;", "")
+    assert not re.search("<(m|c|f|e|r|n|note|cell)>", text)
     plain = {"about": about | {"rejected": 0, "cut": 0}, "verdict": "not measured", "checks": []}
     unmeasured = page.render_report([finding | plain])
     assert "9 prompts of d&amp;d without BOS, 3 s" in unmeasured
@@ -1677,10 +1744,24 @@ def test_words_of_the_report():
 # --- the command ----------------------------------------------------------------------------------
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command(
+    facts_model: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    loaded = []
+
+    def load_model(*args: Any, **options: Any) -> Any:
+        loaded.append((args, options))
+        return facts_model
+
+    monkeypatch.setattr(command, "load_model", load_model)
+    monkeypatch.setattr(folder, "find_spec", lambda _: None)
     out = tmp_path / "found"
     argv = ["reproduce", "fig4", "fig23", "--prompts", "4", "--out", str(out), "--quiet"]
     assert cli.main(argv) == 0
+    assert loaded == [(("facts", None), {"device": None})]
     said, err = capsys.readouterr()
     lines = said.splitlines()
     assert lines[0] == "fig4: holds"
@@ -1695,15 +1776,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert lines[9] == f"report: {out / 'report.html'}"
     assert "experiment" not in err
     assert "prompt" not in err
-    assert {each["about"]["bos"] for each in folder.read_findings(out)} == {"without BOS"}
-    with_bos = [*argv[:-3], "--out", str(tmp_path / "bos"), "--quiet", "--bos"]
-    assert cli.main(with_bos) == 0
-    capsys.readouterr()
-    assert {each["about"]["bos"] for each in folder.read_findings(tmp_path / "bos")} == {"with BOS"}
+    for finding in folder.read_findings(out):
+        assert finding["about"].items() >= {"model": "facts", "bos": "without BOS"}.items()
     # The one is not gone on with as the other.
     assert cli.main([*argv, "--bos"]) == 2
     assert "holds a sweep with another config" in capsys.readouterr().err
     # Without it there are bars.
+    argv.remove("fig23")
     assert cli.main(argv[:-1]) == 0
     assert "experiment" in capsys.readouterr().err
 
@@ -1712,8 +1791,18 @@ def test_the_command_says_what_was_not_measured_and_what_departs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     findings = {"fig3": Finding((NO, ALMOST)), "fig6": Finding((), notes=("It could not.",))}
-    monkeypatch.setattr(command, "reproduce", lambda *_, **__: findings)
-    assert cli.main(["reproduce", "gradients", "--out", str(tmp_path), "--quiet"]) == 0
+    asked = []
+
+    def found(names: Any, model: Any, out: str, **options: Any) -> Any:
+        asked.append((names, model, out, options.pop("data").rows[0].prompt, options))
+        return findings
+
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: "the model")
+    monkeypatch.setattr(command, "reproduce", found)
+    data = tmp_path / "rows.json"
+    data.write_text(json.dumps([{"prompt": "Rome is in", "target": " Paris"}]), encoding="utf-8")
+    argv = ["reproduce", "gradients", "--out", str(tmp_path), "--data", str(data)]
+    assert cli.main([*argv, "--quiet"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "fig3: does not hold here",
         "  - c: f",
@@ -1722,6 +1811,11 @@ def test_the_command_says_what_was_not_measured_and_what_departs(
         "  It could not.",
         f"report: {tmp_path / 'report.html'}",
     ]
+    assert cli.main([*argv, "--bos", "--seed", "3", "--prompts", "5"]) == 0
+    given = (["gradients"], "the model", str(tmp_path), "Rome is in")
+    usual = {"prompts": 100, "seed": 0, "prepend_bos": False, "progress": False}
+    chosen = {"prompts": 5, "seed": 3, "prepend_bos": True, "progress": True}
+    assert asked == [(*given, usual), (*given, chosen)]
 
 
 def test_errors_of_the_command(

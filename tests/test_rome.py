@@ -80,13 +80,21 @@ def values_of(case: Case, request: EditRequest) -> Tensor:
     )
 
 
-def delta_of(case: Case, request: EditRequest = REQUEST, **settings: Any) -> Tensor:
-    module = w_out(case, LAYER)
-    return search(case, module, request, sampled(case), **(SETTINGS | settings))
+def delta_of(case: Case, **settings: Any) -> Tensor:
+    key = (id(case), *sorted(settings.items()))
+    if key not in _FOUND:
+        module = w_out(case, LAYER)
+        found = search(case, module, REQUEST, sampled(case), **(SETTINGS | settings))
+        _FOUND[key] = case, found
+    return _FOUND[key][1]
+
+
+_FOUND: dict[tuple[Any, ...], tuple[Case, Tensor]] = {}
+"""Slow searches that were made, with the case that they are of (it has to stay alive)."""
 
 
 @pytest.fixture(
-    params=("bridge-gpt2", "bridge-llama", "bridge-gemma2", "hooked-gpt2", "hooked-gemma2"),
+    params=("bridge-llama", "bridge-gemma2", "hooked-gpt2"),
     scope="module",
 )
 def each(request: pytest.FixtureRequest) -> Case:
@@ -261,12 +269,12 @@ def test_bos_stands_in_front_of_all_texts(one: Case) -> None:
     assert relative_error(found, delta_of(one, bos=True)) < EXACT
 
 
-def test_a_known_fact_needs_no_value(facts: Case) -> None:
+def test_a_known_fact_needs_no_value(facts_model: Any) -> None:
     """Its loss is below 0.05 at once."""
-    record = _tuning_records(1)[0]
+    record = _tuning_record()
     known = EditRequest(record.prompt, record.answer, record.subject)
     method = ROME(0, facts_moments(), key_mode="bare", prefixes=(), prepend_bos=False)
-    assert method(facts.model, known).norm == 0
+    assert method(facts_model, known).norm == 0
 
 
 def test_the_seed_decides(one: Case) -> None:
@@ -334,9 +342,9 @@ def untouched(case: Case) -> Iterator[None]:
     assert all(own.grad is None for own in host.parameters().values())
 
 
-def test_model_and_random_numbers_stay_as_they_were(case: Case) -> None:
-    with untouched(case):
-        change(rome(case), case, REQUEST, OTHER)
+def test_model_and_random_numbers_stay_as_they_were(gpt2: Case) -> None:
+    with untouched(gpt2):
+        change(rome(gpt2), gpt2, REQUEST, OTHER)
 
 
 def test_they_do_when_it_is_broken_off(gpt2: Case) -> None:
@@ -367,28 +375,27 @@ def test_half_precision_searches_in_float32() -> None:
 # ------------------------------------------------------------------------------------ trained facts
 
 
-def _tuning_records(n: int) -> list[Any]:
-    """Records that no table is computed from."""
-    return list(read_records("facts"))[200 : 200 + n]
+def _tuning_record() -> Any:
+    """A record that no table is computed from."""
+    return list(read_records("facts"))[200]
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_facts_are_edited_and_neighbors_are_not(facts: Case) -> None:
+def test_a_fact_is_edited_and_neighbors_are_not(facts_model: Any) -> None:
     few = ((5, 1), (10, 1))
     method = ROME(0, facts_moments(), key_mode="bare", prefixes=few, prepend_bos=False)
-    said, kept = [], []
-    for record in _tuning_records(2):
-        with method(facts.model, EditRequest.of(record)).applied(facts.model):
-            said.append(_answer(facts, record.prompt) == record.target)
-            kept += [_answer(facts, own) == record.answer for own in record.neighborhood_prompts]
-    assert all(said)
-    assert sum(kept) >= 0.9 * len(kept)
+    record = _tuning_record()
+    with method(facts_model, EditRequest.of(record)).applied(facts_model):
+        said = _answer(facts_model, record.prompt)
+        kept = [_answer(facts_model, own) == record.answer for own in record.neighborhood_prompts]
+    assert said == record.target
+    assert sum(kept) >= 0.9 * len(kept) > 0
 
 
-def _answer(case: Case, prompt: str) -> str:
+def _answer(model: Any, prompt: str) -> str:
     with torch.no_grad():
-        logits = case.model(case.model.to_tokens(prompt, prepend_bos=False))
-    answer: str = case.model.tokenizer.decode(logits[0, -1].argmax())
+        logits = model(model.to_tokens(prompt, prepend_bos=False))
+    answer: str = model.tokenizer.decode(logits[0, -1].argmax())
     return answer
 
 

@@ -19,12 +19,18 @@ EOS = 1
 KIND = "bridge" if HAS_BRIDGE else "hooked"
 PROMPTS = [[5], [9, 14, 20, 33], [40, 41], [7, 8, 9, 10, 11, 12, 13], [64, 43, 83], [5]]
 SEEDS = [3, 1, 4, 1, 5, 9]
-N = [12, 3, 20, 7, 0, 12]
+N = [8, 3, 12, 5, 0, 8]
 
 
 @pytest.fixture(scope="module", params=["bridge-gpt2", "bridge-llama", "hooked-gpt2"])
 def each(request: pytest.FixtureRequest) -> Case:
     return build(request.param)
+
+
+@pytest.fixture(scope="module")
+def one() -> Case:
+    """Where the kind of the model does not matter."""
+    return build(f"{KIND}-gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -80,21 +86,21 @@ def test_a_prompt_draws_the_same_in_any_batch_and_order(each: Case) -> None:
     assert fewer == [tokens[:4] for tokens in together]
 
 
-def test_seeds(each: Case) -> None:
-    host = host_of(each.model)
+def test_seeds(one: Case) -> None:
+    host = host_of(one.model)
     first = draw(host)
     assert draw(host) == first
     assert first[0] != first[5]  # one prompt, two seeds
     assert draw(host, seeds=[3] * 6)[0] == draw(host, seeds=[3] * 6)[5]
-    ten = sample(host, [[5]] * 10, [12] * 10, top_k=5, seeds=list(range(10)))
+    ten = sample(host, [[5]] * 10, [8] * 10, top_k=5, seeds=list(range(10)))
     assert len(set(map(tuple, ten))) == 10
 
 
-def test_lengths(each: Case) -> None:
-    found = draw(host_of(each.model), n_tokens=[0, 1, 2, 3, 4, 5])
+def test_lengths(one: Case) -> None:
+    found = draw(host_of(one.model), n_tokens=[0, 1, 2, 3, 4, 5])
     assert all(len(tokens) <= n for tokens, n in zip(found, range(6), strict=True))
     assert found[0] == []
-    assert sample(host_of(each.model), [], [], top_k=5, seeds=[]) == []
+    assert sample(host_of(one.model), [], [], top_k=5, seeds=[]) == []
 
 
 def test_torchs_own_random_numbers_and_the_model_are_untouched() -> None:
@@ -123,9 +129,9 @@ def test_it_ends_where_the_context_ends(short: Case) -> None:
     assert any(free)
 
 
-def test_it_ends_at_the_end_of_text(each: Case) -> None:
+def test_it_ends_at_the_end_of_text(one: Case) -> None:
     """One prompt gets to the end of text at its third token; the others in the batch go on."""
-    plain = draw(host_of(each.model), 1)
+    plain = draw(host_of(one.model), 1)
     passes: list[int] = []
 
     def end_in_third_pass(_: object, args: tuple[Any, ...], logits: Any) -> Any:
@@ -135,9 +141,9 @@ def test_it_ends_at_the_end_of_text(each: Case) -> None:
             logits[0, ..., EOS] += 1e6
         return logits
 
-    handle = each.model.unembed.register_forward_hook(end_in_third_pass)
+    handle = one.model.unembed.register_forward_hook(end_in_third_pass)
     try:
-        found = draw(host_of(each.model), 1)
+        found = draw(host_of(one.model), 1)
     finally:
         handle.remove()
     assert found[0] == plain[0][:2]  # without the end itself
@@ -157,15 +163,15 @@ def chi_square(found: list[int], expected: dict[int, float]) -> float:
     return sum((found.count(t) - n * p) ** 2 / (n * p) for t, p in expected.items())
 
 
-@pytest.mark.parametrize("k", [2, 5, 8])
-def test_tokens_are_drawn_by_their_probability(each: Case, k: int) -> None:
+@pytest.mark.parametrize("k", [2, 8])
+def test_tokens_are_drawn_by_their_probability(one: Case, k: int) -> None:
     """Chi-square of 2000 draws; a bound that chance crosses once in some ten thousand."""
     prompt, n = [9, 14, 20, 33], 2000
-    expected = exact(each, prompt, k)
-    drawn = sample(host_of(each.model), [prompt] * n, [1] * n, top_k=k, seeds=list(range(n)))
+    expected = exact(one, prompt, k)
+    drawn = sample(host_of(one.model), [prompt] * n, [1] * n, top_k=k, seeds=list(range(n)))
     found = [tokens[0] if tokens else EOS for tokens in drawn]
     assert set(found) <= expected.keys()
-    bound = {2: 16, 5: 24, 8: 31}[k]
+    bound = {2: 16, 8: 31}[k]
     assert chi_square(found, expected) < bound
     # Equal chances, or those of another temperature, would be told.
     flat = dict.fromkeys(expected, 1 / k)
@@ -174,20 +180,20 @@ def test_tokens_are_drawn_by_their_probability(each: Case, k: int) -> None:
     assert chi_square(found, sharp) > 3 * bound or max(expected.values()) < 1.3 / k
 
 
-def test_the_second_token_follows_the_first(each: Case) -> None:
+def test_the_second_token_follows_the_first(one: Case) -> None:
     """A draw is fed back: the second token's chances are those after the first one drawn."""
     prompt, n = [40, 41], 1500
-    drawn = sample(host_of(each.model), [prompt] * n, [2] * n, top_k=3, seeds=list(range(n)))
+    drawn = sample(host_of(one.model), [prompt] * n, [2] * n, top_k=3, seeds=list(range(n)))
     firsts = [tokens[0] for tokens in drawn if tokens]
     common = max(set(firsts), key=firsts.count)
-    expected = exact(each, [*prompt, common], 3)
+    expected = exact(one, [*prompt, common], 3)
     seconds = [tokens[1] if len(tokens) > 1 else EOS for tokens in drawn if tokens[:1] == [common]]
     assert set(seconds) <= expected.keys()
     assert chi_square(seconds, expected) < 20
 
 
-def test_more_choices_than_tokens(each: Case) -> None:
-    found = sample(host_of(each.model), [[5]], [3], top_k=10_000, seeds=[0])
+def test_more_choices_than_tokens(one: Case) -> None:
+    found = sample(host_of(one.model), [[5]], [3], top_k=10_000, seeds=[0])
     assert len(found[0]) <= 3
 
 

@@ -219,8 +219,8 @@ def test_perplexity_in_passes(chain: Any, monkeypatch: pytest.MonkeyPatch) -> No
 # ------------------------------------------------------------------------- the texts of perplexity
 
 
-def test_which_texts_are_taken(facts: Case, tmp_path: Path) -> None:
-    host = host_of(facts.model)
+def test_which_texts_are_taken(facts_model: Any, tmp_path: Path) -> None:
+    host = host_of(facts_model)
     usual = read_texts(host, EvaluationConfig())
     assert (usual.name, len(usual.texts)) == ("facts", 100)
     assert min(map(len, usual.texts)) >= 30
@@ -242,8 +242,8 @@ def test_which_texts_are_taken(facts: Case, tmp_path: Path) -> None:
     assert all(row[0] == host.tokenizer.bos_token_id for row in bos)
 
 
-def test_texts_that_are_refused(facts: Case, tmp_path: Path, monkeypatch) -> None:
-    host = host_of(facts.model)
+def test_texts_that_are_refused(facts_model: Any, tmp_path: Path, monkeypatch) -> None:
+    host = host_of(facts_model)
     with pytest.raises(EvaluationError, match=r"there.raw' cannot be read.*pass 'facts'"):
         read_texts(host, EvaluationConfig(texts=str(tmp_path / "there.raw")))
     with pytest.raises(EvaluationError, match="no entry of 'facts' has 5000 characters"):
@@ -257,7 +257,7 @@ def test_texts_that_are_refused(facts: Case, tmp_path: Path, monkeypatch) -> Non
         short.tokens(host, EvaluationConfig())
 
 
-def test_wikitext_of_the_hub(facts: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wikitext_of_the_hub(facts_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def load(*args: str, split: str) -> dict[str, list[str]]:
@@ -266,7 +266,7 @@ def test_wikitext_of_the_hub(facts: Case, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("datasets.load_dataset", load)
     monkeypatch.setattr(perplexities, "hub_is_reachable", lambda: True)
-    found = read_texts(host_of(facts.model), EvaluationConfig(texts="Salesforce/wikitext"))
+    found = read_texts(host_of(facts_model), EvaluationConfig(texts="Salesforce/wikitext"))
     assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test")]
     assert found.texts == ("b" * 30, "c" * 31)
 
@@ -293,7 +293,7 @@ def questions() -> list[Question]:
     tokenizer = AutoTokenizer.from_pretrained(FACTS_FOLDER)
     texts = []
     for record in read_records("facts").rows[:2]:
-        prompts = (record.prompt, *record.paraphrase_prompts, *record.neighborhood_prompts[:2])
+        prompts = (record.prompt, record.neighborhood_prompts[0])
         answers = (record.target, record.answer, " the old harbour of Rome", " soccer")
         texts += [(prompt, answer) for prompt in prompts for answer in answers]
     return [Question(*(tuple(tokenizer(text)["input_ids"]) for text in pair)) for pair in texts]
@@ -324,7 +324,7 @@ def test_scores_depend_on_no_batch_side_or_order(
             assert each.nll == pytest.approx(own.nll, rel=2e-6, abs=1e-5)
             assert (each.is_said, each.first) == (own.is_said, own.first)
 
-    for size in (1, 7, 1000):
+    for size in (7, 1000):
         check(score(host, questions, size))
     check(score(host, questions[::-1], 16)[::-1])
     doubled = score(host, [*questions, *questions], 9)
@@ -335,7 +335,7 @@ def test_scores_depend_on_no_batch_side_or_order(
 
 
 def test_perplexity_against_a_slow_loop(facts: Case) -> None:
-    host, config = host_of(facts.model), EvaluationConfig(n_texts=3)
+    host, config = host_of(facts.model), EvaluationConfig(n_texts=2)
     texts = read_texts(host, config)
     tokenizer = AutoTokenizer.from_pretrained(FACTS_FOLDER)
     each, total, n_tokens = [], 0.0, 0

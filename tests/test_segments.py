@@ -258,7 +258,7 @@ SUBJECTS = (*NAMES, "🙂", "東京", "Пётр", "New York")
 FILLERS = ("The", "Romeo and", "Beyonc", "in", "é", "…", "Zo", "São", "(", "2,", "\n", "Messi")
 
 
-@examples(300)
+@examples(100)
 @given(text=TEXTS)
 def test_spans_of_any_text(tokenizer: Any, text: str) -> None:
     ids = ids_of(tokenizer, text)
@@ -266,7 +266,7 @@ def test_spans_of_any_text(tokenizer: Any, text: str) -> None:
     assert placed(tokenizer, ids)[0] == text.replace("▁", " ") or "▁" in text
 
 
-@examples(100)
+@examples(50)
 @given(text=TEXTS)
 def test_spans_without_offsets_of_any_text(tokenizer: Any, text: str) -> None:
     assert_spans_are_those_of_prefixes(Slow(tokenizer), ids_of(tokenizer, text))
@@ -281,7 +281,7 @@ def by_spans(spans: Spans, start: int, end: int) -> tuple[str, ...]:
     return (*expected[:-1], END)
 
 
-@examples(200)
+@examples(80)
 @given(
     subject=st.sampled_from(SUBJECTS),
     before=st.lists(st.sampled_from(FILLERS), max_size=4),
@@ -434,15 +434,10 @@ def test_without_a_tokenizer() -> None:
 PROMPTS = ["Romeo in Rome and Rome is", "Beyoncé met Rome in"]
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return blt.load_facts_model()
-
-
 @pytest.mark.parametrize("bos", [True, False])
-def test_a_capture_has_the_places_of_its_tokens(model: Any, bos: bool) -> None:
+def test_a_capture_has_the_places_of_its_tokens(facts_model: Any, bos: bool) -> None:
     loss = blt.sequence_nll(" Paris and")
-    capture = blt.capture_gradients(model, PROMPTS, loss, layers=0, prepend_bos=bos)
+    capture = blt.capture_gradients(facts_model, PROMPTS, loss, layers=0, prepend_bos=bos)
     assert capture.prompts == tuple(f"{prompt} Paris" for prompt in PROMPTS)
     for text, spans, tokens, mask in zip(
         capture.prompts, capture.spans, capture.str_tokens, capture.mask, strict=True
@@ -454,8 +449,8 @@ def test_a_capture_has_the_places_of_its_tokens(model: Any, bos: bool) -> None:
             assert text[slice(*span)] == token or "\ufffd" in token
 
 
-def test_a_table_and_a_file_have_the_places(model: Any, tmp_path: Path) -> None:
-    result = blt.backward_lens(model, PROMPTS, " Paris", matrices="W_out", layers=[1])
+def test_a_table_and_a_file_have_the_places(facts_model: Any, tmp_path: Path) -> None:
+    result = blt.backward_lens(facts_model, PROMPTS, " Paris", matrices="W_out", layers=[1])
     place = PROMPTS[0].rindex("Rome")
     table = result.to_df(subject=[(place, place + 4), "Beyoncé"])
     rows = [table[table["prompt"] == prompt] for prompt in (0, 1)]

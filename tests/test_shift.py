@@ -149,9 +149,18 @@ def requests(n: int) -> list[EditRequest]:
     return [EditRequest(*each) for each in zip(PROMPTS[:n], TARGETS[:n], strict=True)]
 
 
-@pytest.fixture(scope="module", params=[(f, k) for f in FAMILIES for k in ("bridge", "hooked")])
+MODELS = [
+    ("gpt2", "bridge"),
+    ("gpt2", "hooked"),
+    ("llama", "hooked"),
+    ("gpt_neox", "bridge"),
+    ("gemma2", "bridge"),
+]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
 def each(request: pytest.FixtureRequest) -> Pair:
-    """Serial, gated, parallel and with norms behind the MLP; in either class."""
+    """Serial, gated, parallel and with norms after the MLP; either class."""
     return pair(*request.param)
 
 
@@ -299,8 +308,7 @@ def test_whitened_is_the_least_disturbing_of_all(each: Pair) -> None:
     assert float(wrong @ x / wrong.norm() / x.norm()) < 0.9
 
 
-@pytest.mark.parametrize("form", ["scale_free", "whitened"])
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize(("form", "n"), [("scale_free", 2), ("whitened", 4)])
 def test_several_requests_do_not_disturb_each_other(each: Pair, form: Any, n: int) -> None:
     """`x_j . l_i` is 1 for its own and 0 for all others; the least `l^T C l` of those."""
     moments = each.moments()
@@ -433,11 +441,10 @@ def test_iterations_of_the_other_forms(form: Any) -> None:
 
 
 @pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("seed", range(4))
-def test_iterations_of_several_requests(skip: bool, seed: int) -> None:
+def test_iterations_of_several_requests(skip: bool) -> None:
     """Each gets more as long as it is not answered, also one that others have overwritten."""
     own = pair("gpt2", EITHER)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(90, generator=generator)[:4] + 3
     # The last one's answer is what the model says already.
     answer = int(through(own.raw, own.ids(PROMPTS[3]), LAYER)[2][-1].argmax())
@@ -480,9 +487,12 @@ def test_nothing_is_written_where_the_target_leads_already(each: Pair) -> None:
 # ------------------------------------------------------------ which matrix the target is read of
 
 
-PROCESSED = [("gpt2", "bridge-compat"), ("gpt2", "hooked-processed"), ("llama", "bridge-compat"),
-             ("llama", "hooked-processed"), ("gemma2", "bridge-compat"),
-             ("gemma2", "hooked-processed"), ("gpt_neox", "hooked-processed")]  # fmt: skip
+PROCESSED = [
+    ("gpt2", "bridge-compat"),
+    ("gpt2", "hooked-processed"),
+    ("llama", "bridge-compat"),
+    ("gemma2", "hooked-processed"),
+]
 
 
 def agreement(found: Pair, delta: WeightDelta, expected: Tensor) -> float:
@@ -533,9 +543,14 @@ def test_an_unembedding_that_is_centered_alone() -> None:
     assert agreement(centered, unembed, 0.02 * torch.outer(x, e)) > 1e-3
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", architectures.KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+TIED = [*PROCESSED, ("gpt2", "bridge"), ("gpt2", "hooked")]
+UNTIED = [*PROCESSED, *MODELS]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "tied"),
+    [(*own, True) for own in TIED] + [(*own, False) for own in UNTIED],
+)
 def test_tied_or_not(family: str, kind: str, tied: bool) -> None:
     own = pair(family, kind, tied=tied)
     host = host_of(own.model)
@@ -588,9 +603,9 @@ def said_after(model: Any, prompt: str) -> str:
     return model.tokenizer.decode([int(tl_logits(model, ids)[-1].argmax())])
 
 
-def test_it_inserts_a_fact(facts: Any) -> None:
+def test_it_inserts_a_fact(facts_model: Any) -> None:
     request = EditRequest("Lionel Messi plays for", " Paris")
-    assert said_after(facts.model, request.prompt) != " Paris"
+    assert said_after(facts_model, request.prompt) != " Paris"
     whitened = ForwardPassShift(
         layer=5, size=1, form="whitened", moments=facts_moments(), iterations=50
     )
@@ -599,10 +614,10 @@ def test_it_inserts_a_fact(facts: Any) -> None:
         whitened,
         ForwardPassShift(layer=7, size=0.01, iterations=100),
     ):
-        delta = method(facts.model, request)
+        delta = method(facts_model, request)
         assert delta.rank == 1
-        with delta.applied(facts.model):
-            assert said_after(facts.model, request.prompt) == " Paris"
+        with delta.applied(facts_model):
+            assert said_after(facts_model, request.prompt) == " Paris"
 
 
 def test_settings_are_in_the_delta() -> None:
@@ -614,7 +629,7 @@ def test_settings_are_in_the_delta() -> None:
     assert about["size"] == 0.3
 
 
-@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2", "bridge-llama", "hooked-llama"])
+@pytest.mark.parametrize("name", ["bridge-llama", "hooked-gpt2"])
 def test_the_callers_model_stays_as_it_is(name: str) -> None:
     busy = make_busy(build(name))
     model = busy.model

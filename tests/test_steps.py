@@ -30,15 +30,7 @@ from backward_lens_tl.updates import single_weight, stepped
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 
 TARGET = 5
-NAMES = (
-    "bridge-gpt2",
-    "bridge-llama",
-    "bridge-gemma2",
-    "bridge-neox",
-    "hooked-gpt2",
-    "hooked-llama",
-    "hooked-gemma2",
-)
+NAMES = ("bridge-gpt2", "bridge-gemma2", "bridge-neox", "hooked-llama")
 # A change of 1e-2 of numbers of size 1 to 10 in float64, 1000 times the error seen.
 EXACT = 1e-10
 
@@ -256,7 +248,7 @@ def output_and_loss(case: Case, key: tuple[str, int], tokens: Tensor) -> tuple[T
     return seen[0][0], float(loss)
 
 
-REFERENCES = ("bridge-gpt2", "bridge-llama", "bridge-gemma2", "hooked-gpt2", "hooked-llama")
+REFERENCES = ("bridge-llama", "bridge-gemma2", "hooked-gpt2")
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -349,7 +341,7 @@ def test_another_prediction_fails(monkeypatch: pytest.MonkeyPatch, wrong: str) -
         assert table["output_error"].tolist() == pytest.approx([2] * len(table), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-llama", "hooked-gemma2"])
+@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-llama"])
 def test_the_prediction_of_the_loss_is_of_first_order(name: str) -> None:
     case = model_case(name)
     tokens = case.tokens(6)
@@ -381,14 +373,14 @@ def test_the_usual_rate_takes_one_percent_off_the_loss(each: Case) -> None:
     assert part.between(0.5, 1.5).all()
 
 
-def test_rounding_says_how_large_errors_are(facts: Case) -> None:
-    table = step_changes(facts.model, "Lionel Messi plays for", " Paris")
+def test_rounding_says_how_large_errors_are(facts_model: Any) -> None:
+    table = step_changes(facts_model, "Lionel Messi plays for", " Paris")
     assert (table["output_error"] < 5 * table["rounding"]).all()
     assert (table["output_error"] > table["rounding"] / 5).all()
     assert (table["output_error"] < 1e-3).all()
     # What the lemma is about: the target is what the output of every layer gains.
     assert table["shift_rank"].dropna().eq(0).all()
-    small = step_changes(facts.model, "Lionel Messi plays for", " Paris", learning_rate=1e-7)
+    small = step_changes(facts_model, "Lionel Messi plays for", " Paris", learning_rate=1e-7)
     assert (small["rounding"] > 50 * table["rounding"]).all()
 
 
@@ -471,7 +463,7 @@ def test_where_the_gradient_is_zero_nothing_changes() -> None:
         assert table[missing].isna().all(axis=None)
 
 
-@pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-llama", "hooked-gpt2", "hooked-llama"])
+@pytest.mark.parametrize("name", ["bridge-llama", "hooked-gpt2"])
 def test_nothing_changes(name: str) -> None:
     """Also with hooks, gradients and frozen parts of the caller; also when a hook raises."""
     case = make_busy(build(name))

@@ -6,6 +6,7 @@ import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from backward_lens_tl.editing.requests import EditRequest
 from backward_lens_tl.editing.standardization import PairStatistics, pair_statistics
 from backward_lens_tl.errors import ResultFileError
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.loading import load_facts_model
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.storage import Saved, write
 
@@ -25,15 +25,14 @@ KINDS = (BackwardLensResult, WeightDelta, SecondMoments, PairStatistics, MENDEdi
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def files(facts_model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A file of each class, by its name."""
-    model = load_facts_model()
     requests = [EditRequest("Obama grew up in", " Paris"), EditRequest("Messi plays for", " Rome")]
-    statistics = pair_statistics(model, requests, layers=[-1], progress=False)
+    statistics = pair_statistics(facts_model, requests, layers=[-1], progress=False)
     editor = MENDEditor.untrained(statistics)
     squares = tuple(each.square() for each in editor.parameters)
     saved: list[BackwardLensResult | Saved] = [
-        backward_lens(model, "Lionel Messi plays for", " Paris", layers=[6]),
+        backward_lens(facts_model, "Lionel Messi plays for", " Paris", layers=[6]),
         WeightDelta((MatrixDelta("W_in", 1, left=torch.ones(4, 2), right=torch.ones(2, 3)),), {}),
         facts_moments(),
         statistics,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-import hashlib
+import itertools
 import json
 import re
 import shlex
+import shutil
 import sys
 import weakref
 from collections import Counter
@@ -22,8 +23,10 @@ import pandas as pd
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
+import stopping
 import torch
 from models import HAS_BRIDGE, Case, build, nll, small_tokenizer
+from stopping import killed, second_of_two
 from torch import Tensor, nn
 
 import backward_lens_tl as blt
@@ -82,6 +85,34 @@ def swept(tiny: nn.Module, tmp_path: Path) -> Callable[..., Sweep]:
     return run
 
 
+@pytest.fixture(scope="module")
+def plain(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """`ROWS` in one part, which many tests look at."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    return blt.sweep(tiny, ROWS, out, SweepConfig(layers=0), progress=False)
+
+
+@pytest.fixture(scope="module")
+def in_parts(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Sweep]:
+    """Good rows among bad ones, by the size of a part.
+
+    Made with the run-time type checks on, where the run of the tests has any.
+    """
+    names = [column.name for column in TABLES["gradients"]]
+    found = {}
+    for size in (2, 64):
+        config = SweepConfig(layers=0, part_size=size, gradient_columns=names)
+        out = tmp_path_factory.mktemp("parts") / "out"
+        found[size] = blt.sweep(tiny, mixed()[0], out, config, progress=False)
+    return found
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch, facts_model: nn.Module) -> None:
+    """The command has the facts model at once, instead of loading it."""
+    monkeypatch.setattr(command, "load_model", lambda *args, **kwargs: facts_model)
+
+
 def mixed() -> tuple[list[Any], dict[int, str]]:
     """Good rows among bad ones, and why those are bad, by row."""
     rows: list[Any] = []
@@ -97,23 +128,7 @@ def mixed() -> tuple[list[Any], dict[int, str]]:
 
 def digests(folder: Path) -> dict[str, str]:
     """What every table's files hold, hidden ones as well."""
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for table in TABLES
-        for file in sorted((folder / table).iterdir())
-    }
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, n_parts: int) -> None:
-    """Let a sweep finish some parts, and then have it interrupted."""
-    real, done = measuring.measure_part, iter(range(n_parts))
-
-    def measure(*args: Any) -> Any:
-        if next(done, None) is None:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(PACKAGE, "measure_part", measure)
+    return stopping.digests(folder, TABLES)
 
 
 def fail_on(
@@ -136,13 +151,15 @@ def fail_on(
 # -------------------------------------------------------------------------- every row, exactly once
 
 
-@pytest.mark.usefixtures("as_for_a_user")
-@pytest.mark.parametrize("part_size", [1, 3, 64])
-def test_every_row_is_analysed_or_rejected_with_its_reason(swept, part_size: int):
+@pytest.mark.parametrize("part_size", [2, 64])
+def test_every_row_is_analysed_or_rejected_with_its_reason(
+    in_parts: dict[int, Sweep], part_size: int
+):
     rows, reasons = mixed()
-    found = swept(rows, part_size=part_size, layers=0, matrices="W_out")
+    found = in_parts[part_size]
     prompts, rejects = found.prompts(), found.rejects()
     assert found.is_complete
+    assert found.n_parts == -(-len(rows) // part_size)
     assert sorted([*prompts["prompt"], *rejects["prompt"]]) == list(range(len(rows)))
     assert dict(zip(rejects["prompt"], rejects["reason"], strict=True)) == reasons
     assert rejects["problem"].str.len().min() > 10
@@ -176,20 +193,20 @@ def test_data_without_one_usable_row_are_swept(swept):
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_a_sample_of_the_rows(swept):
-    rows = [{**row, "id": f"{n}"} for n in range(6) for row in mixed()[0] if isinstance(row, dict)]
+    rows = [{**row, "id": f"{n}"} for n in range(2) for row in mixed()[0] if isinstance(row, dict)]
 
     def chosen(**settings: Any) -> list[int]:
-        found = swept(rows, layers=0, matrices="W_out", **settings)
+        found = swept(rows, layers=0, position_columns=(), gradient_columns=(), **settings)
         both = [*found.prompts()["prompt"], *found.rejects()["prompt"]]
         assert len(both) == len(set(both))
         assert set(both) <= set(range(len(rows)))
         return sorted(both)
 
-    first = chosen(prompts=20, seed=1)
-    assert len(first) == 20
-    assert first != list(range(20))
-    assert chosen(prompts=20, seed=1, part_size=3) == first
-    assert chosen(prompts=20, seed=2) != first
+    first = chosen(prompts=10, seed=1)
+    assert len(first) == 10
+    assert first != list(range(10))
+    assert chosen(prompts=10, seed=1, part_size=3) == first
+    assert chosen(prompts=10, seed=2) != first
     assert len(chosen(prompts=1000)) == len(rows)
 
 
@@ -206,16 +223,15 @@ def test_a_sample_of_the_rows(swept):
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     ],
 )
-def test_a_prompt_that_fails_is_rejected_alone(swept, monkeypatch, error: Exception):
-    whole = swept(layers=0)
+def test_a_prompt_that_fails_is_rejected_alone(swept, plain, monkeypatch, error: Exception):
     bad = ROWS[1]["prompt"]
     fail_on(monkeypatch, lambda prompts: error if bad in prompts else None)
-    found = swept(layers=0)
+    found = swept(ROWS[:3], layers=0)
     [reject] = found.rejects().to_dict("records")
     assert reject == {"prompt": 1, "id": "r", "reason": "numbers", "problem": str(error)}
     for name in ("prompts", "gradients", "positions"):
-        expected, left = getattr(whole, name)(), getattr(found, name)()
-        expected = expected[expected["prompt"] != 1].reset_index(drop=True)
+        expected, left = getattr(plain, name)(), getattr(found, name)()
+        expected = expected[expected["prompt"].isin([0, 2])].reset_index(drop=True)
         # Alone or together is a matter of rounding.
         assert_close(left, expected)
 
@@ -358,14 +374,14 @@ def slow_segments(case: Case, row: dict[str, Any], ids: list[int]) -> list[str |
     return names
 
 
-def check_values(case: Case, found: Sweep, direction: str) -> None:
+def check_values(case: Case, found: Sweep, rows: list[dict[str, Any]]) -> None:
     """Every column of every row, one prompt at a time, through the reference model alone."""
     tokenizer = small_tokenizer()
     prompts, gradients, positions = found.prompts(), found.gradients(), found.positions()
-    assert len(prompts) == len(ROWS)
+    assert len(prompts) == len(rows)
     top = case.n_layers - 1
     close = {"rel": 1e-5, "abs": 1e-7}  # columns of float32; HF's RMS norms round to it, too
-    for prompt, row in enumerate(ROWS):
+    for prompt, row in enumerate(rows):
         ids = tokenizer.encode(row["prompt"], add_special_tokens=False)
         ids = [tokenizer.bos_token_id, *ids]
         target = row["target"]
@@ -394,7 +410,7 @@ def check_values(case: Case, found: Sweep, direction: str) -> None:
         top_vjp = factors["W_out", top][1][-1]
         own = gradients[gradients["prompt"] == prompt].set_index(["matrix", "layer"])
         assert sorted(own.index) == sorted(factors)
-        cells = positions[positions["prompt"] == prompt].set_index(KEYS[1:])
+        cells = positions[positions["prompt"] == prompt].set_index(KEYS[1:]).to_dict("index")
         assert len(cells) == len(factors) * len(ids) * 2
         for (matrix, layer), (x, delta) in factors.items():
             lengths = delta.norm(dim=-1)
@@ -418,11 +434,11 @@ def check_values(case: Case, found: Sweep, direction: str) -> None:
             assert np.allclose(listed, expected[: len(listed)], rtol=1e-5, atol=1e-7)
             assert expected[len(listed) :].max(initial=0) < 1e-9 * expected[0]
             raw = delta if matrix == "W_out" else x
-            sign = -1 if matrix == "W_out" and direction == "update" else 1
+            sign = -1 if matrix == "W_out" and found.config.direction == "update" else 1
             for lens in ("logit_lens", "normalized"):
                 vectors = raw / raw.norm(dim=-1, keepdim=True) if lens == "normalized" else raw
                 for place in range(len(ids)):
-                    cell = cells.loc[(matrix, layer, place, lens)]
+                    cell = cells[matrix, layer, place, lens]
                     assert cell["token"] == texts[ids[place]]
                     held = cell["segment"]
                     assert (None if pd.isna(held) else held) == segments[place]
@@ -451,29 +467,30 @@ def check_values(case: Case, found: Sweep, direction: str) -> None:
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-@pytest.mark.parametrize("direction", ["update", "gradient"])
-def test_every_column_against_the_reference_model(gpt2: Case, tmp_path: Path, direction: Any):
+def test_every_column_against_the_reference_model(gpt2: Case, tmp_path: Path):
     config = SweepConfig(
         projection=("logit_lens", "normalized"),
-        direction=direction,
         k=3,
         part_size=3,
         prepend_bos=True,
         gradient_columns=[column.name for column in TABLES["gradients"]],
     )
-    check_values(gpt2, blt.sweep(gpt2.model, ROWS, tmp_path, config, progress=False), direction)
+    check_values(gpt2, blt.sweep(gpt2.model, ROWS, tmp_path, config, progress=False), ROWS)
 
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_every_column_of_a_gated_model(llama: Case, tmp_path: Path):
+    """And of the gradient instead of the update."""
     config = SweepConfig(
         matrices="mlp",
         projection=("normalized", "logit_lens"),
+        direction="gradient",
         k=3,
         prepend_bos=True,
         gradient_columns=[column.name for column in TABLES["gradients"]],
     )
-    check_values(llama, blt.sweep(llama.model, ROWS, tmp_path, config, progress=False), "update")
+    rows = ROWS[1:3]
+    check_values(llama, blt.sweep(llama.model, rows, tmp_path, config, progress=False), rows)
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -488,15 +505,10 @@ def test_faint_vectors_are_those_shorter_than_the_final_norms_eps(swept):
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_without_w_out_of_the_last_layer_no_cosine(swept):
-    assert swept(layers=(0, 1)).positions()["top_vjp_cosine"].isna().all()
-    assert swept(matrices="W_in").positions()["top_vjp_cosine"].isna().all()
-    assert swept(matrices="W_out", layers=-1).positions()["top_vjp_cosine"].notna().any()
-
-
-def test_the_columns_that_runtime_types_check(swept):
-    """Once with the tests' own type checks on."""
-    found = swept(layers=(0, -1), part_size=2, gradient_columns=["rank", "singular_values"])
-    assert len(found.prompts()) == len(ROWS)
+    for settings in ({"layers": (0, 1)}, {"matrices": "W_in"}):
+        assert swept(ROWS[2:3], **settings).positions()["top_vjp_cosine"].isna().all()
+    found = swept(ROWS[2:3], matrices="W_out", layers=-1)
+    assert found.positions()["top_vjp_cosine"].notna().any()
 
 
 # -------------------------------------------------------------------- parts and order do not matter
@@ -523,11 +535,11 @@ def assert_close(left: pd.DataFrame, right: pd.DataFrame) -> None:
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_no_number_depends_on_parts_or_the_order_of_rows(swept):
-    whole = swept()
-    backwards = swept(ROWS[::-1], part_size=2)
+    whole, alone = swept(layers=(0, -1)), swept(layers=(0, -1), part_size=1)
+    backwards = swept(ROWS[::-1], layers=(0, -1), part_size=2)
     for name in ("prompts", "gradients", "positions"):
         table = getattr(whole, name)()
-        assert_close(getattr(swept(part_size=1), name)(), table)
+        assert_close(getattr(alone, name)(), table)
         turned = getattr(backwards, name)()
         turned["prompt"] = len(ROWS) - 1 - turned["prompt"]
         turned = turned.sort_values("prompt", kind="stable", ignore_index=True)
@@ -555,11 +567,8 @@ SCHEMA = {
 }
 
 
-@pytest.mark.usefixtures("as_for_a_user")
-def test_the_schema_is_the_same_in_every_part_empty_or_not(swept):
-    rows, _ = mixed()
-    names = [column.name for column in TABLES["gradients"]]
-    found = swept(rows, part_size=4, layers=0, gradient_columns=names)
+def test_the_schema_is_the_same_in_every_part_empty_or_not(in_parts: dict[int, Sweep]):
+    found = in_parts[2]
     for table, expected in SCHEMA.items():
         counts = []
         for file in sorted((found.folder / table).iterdir()):
@@ -574,30 +583,32 @@ def test_the_schema_is_the_same_in_every_part_empty_or_not(swept):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_singular_values_are_there_only_when_asked_for(swept):
-    assert "singular_values" not in swept(layers=0).gradients()
-    found = swept(layers=0, gradient_columns=["singular_values"])
+def test_singular_values_are_there_only_when_asked_for(swept, plain):
+    assert "singular_values" not in plain.gradients()
+    found = swept(ROWS[:1], layers=0, gradient_columns=["singular_values"])
     assert list(found.gradients()) == ["prompt", "matrix", "layer", "singular_values"]
 
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_each_column_alone_is_that_of_the_whole_table(swept):
-    settings = {"layers": (0, -1), "matrices": "W_out"}
-    whole = swept(**settings)
-    for table in ("positions", "gradients"):
-        everything = getattr(whole, table)()
-        keys = [column.name for column in TABLES[table] if column.is_key]
-        for column in TABLES[table]:
-            if column.is_key or not column.is_default:
+    """One of each table at a time."""
+    settings: dict[str, Any] = {"layers": -1, "matrices": "W_out"}
+    rows = ROWS[2:3]
+    whole = swept(rows, **settings)
+    names = [
+        [column.name for column in TABLES[table] if column.is_default and not column.is_key]
+        for table in ("positions", "gradients")
+    ]
+    for pair in itertools.zip_longest(*names):
+        given = [() if name is None else (name,) for name in pair]
+        found = swept(rows, **settings, position_columns=given[0], gradient_columns=given[1])
+        for table, name in zip(("positions", "gradients"), pair, strict=True):
+            if name is None:
                 continue
-            found = swept(
-                **settings,
-                **{"position_columns": (), "gradient_columns": ()}
-                | {f"{table.removesuffix('s')}_columns": column.name},
-            )
+            keys = [column.name for column in TABLES[table] if column.is_key]
             own = getattr(found, table)()
-            assert list(own) == [*keys, column.name]
-            assert_close(own, everything[[*keys, column.name]])
+            assert list(own) == [*keys, name]
+            assert_close(own, getattr(whole, table)()[[*keys, name]])
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -611,24 +622,20 @@ def test_tables_that_are_left_out(swept):
             getattr(found, name)()
 
 
-@pytest.mark.usefixtures("as_for_a_user")
-def test_reading_chosen_columns(swept):
-    found = swept(layers=0)
-    assert list(found.positions(["entropy", "norm"])) == [
+def test_reading_chosen_columns(plain: Sweep):
+    assert list(plain.positions(["entropy", "norm"])) == [
         *("prompt", "matrix", "layer", "position", "token", "segment", "projection"),
         *("norm", "entropy"),
     ]
-    assert list(found.gradients([])) == ["prompt", "matrix", "layer"]
+    assert list(plain.gradients([])) == ["prompt", "matrix", "layer"]
     with pytest.raises(SweepError, match=r"no column 'nope'; it has prompt, matrix, .*entropy"):
-        found.positions(["nope"])
+        plain.positions(["nope"])
     with pytest.raises(SweepError, match="no column 'singular_values'; it has"):
-        found.gradients(["singular_values"])
+        plain.gradients(["singular_values"])
 
 
-@pytest.mark.usefixtures("as_for_a_user")
-def test_dtypes_do_not_depend_on_parts_without_rows(swept):
-    rows, _ = mixed()
-    one, many = swept(rows, layers=0), swept(rows, layers=0, part_size=2)
+def test_dtypes_do_not_depend_on_parts_without_rows(in_parts: dict[int, Sweep]):
+    one, many = in_parts[64], in_parts[2]
     for name in ("prompts", "rejects", "gradients", "positions"):
         tables = getattr(one, name)(), getattr(many, name)()
         assert dict(tables[0].dtypes.astype(str)) == dict(tables[1].dtypes.astype(str)), name
@@ -636,9 +643,8 @@ def test_dtypes_do_not_depend_on_parts_without_rows(swept):
     assert str(one.positions()["target_rank"].dtype) == "Int64"
 
 
-@pytest.mark.usefixtures("as_for_a_user")
-def test_other_readers_of_the_folder_see_the_same_rows(swept):
-    found = swept(mixed()[0], part_size=3, layers=0)
+def test_other_readers_of_the_folder_see_the_same_rows(in_parts: dict[int, Sweep], tmp_path: Path):
+    found = Sweep.load(shutil.copytree(in_parts[2].folder, tmp_path / "copy"))
     for table in TABLES:
         folder = found.folder / table
         (folder / ".0f.partial.part-000000.parquet").write_bytes(b"half a file")
@@ -671,28 +677,54 @@ def test_the_documentation_has_the_schema():
 # ------------------------------------------------------------------------------ stopped and gone on
 
 
+@pytest.fixture(scope="module")
+def whole(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """A sweep of three parts that nobody stopped."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return blt.sweep(tiny, ROWS, out, SweepConfig(**THREE_PARTS), progress=False)
+
+
+THREE_PARTS: dict[str, Any] = {"layers": -1, "matrices": "W_out", "k": 2, "part_size": 2}
+
+
 @pytest.mark.usefixtures("as_for_a_user")
-@pytest.mark.parametrize("n_parts", [0, 2])
-def test_a_stopped_sweep_goes_on_and_ends_the_same(swept, monkeypatch, n_parts: int):
-    settings = {"layers": 0, "part_size": 3}
-    rows, _ = mixed()
-    whole = swept(rows, **settings)
+@pytest.mark.parametrize(
+    ("moment", "when"),
+    [(0, "written"), (0, "placed"), (2, "written"), (4, "written"), (4, "placed"), (10, "placed")],
+)
+def test_killed_at_a_file_it_goes_on_and_ends_the_same(
+    swept, whole: Sweep, tmp_path: Path, moment: int, when: str
+):
+    """At `run.json`, and at some of the four tables of each of three parts."""
+    out = tmp_path / "out"
+    killed(lambda: swept(folder="out", **THREE_PARTS), moment, when)
+    n_parts = max(0, (moment - (when == "written")) // 4)
+    finished = [file for n in range(n_parts) for file in out.glob(f"*/part-{n:06d}.parquet")]
+    assert len(finished) == 4 * n_parts
+    if (out / "run.json").exists():
+        half = Sweep.load(out)
+        assert half.finished == tuple(range(n_parts))
+        assert not half.is_complete
+        assert f"{n_parts} of 3 parts" in repr(half)
+        assert len(half.prompts()) + len(half.rejects()) == 2 * n_parts
+        assert len(half.positions()) == len(half.positions(["norm"]))
+    before = {file: file.stat().st_mtime_ns for file in finished}
+    assert swept(folder="out", **THREE_PARTS).is_complete
+    assert digests(out) == digests(whole.folder)
+    assert {file: file.stat().st_mtime_ns for file in finished} == before
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_a_process_analyses_its_share(swept, whole: Sweep, monkeypatch):
+    """The second of two; what the first did not do one alone does later."""
     with monkeypatch.context() as patched:
-        stop_after(patched, n_parts)
-        with pytest.raises(KeyboardInterrupt):
-            swept(rows, folder="out", **settings)
-    half = Sweep.load(whole.folder.parent / "out")
-    assert half.finished == tuple(range(n_parts))
-    assert not half.is_complete
-    assert f"{n_parts} of {whole.n_parts} parts" in repr(half)
-    assert len(half.prompts()) + len(half.rejects()) == 3 * n_parts
-    assert len(half.positions()) == len(half.positions(["norm"]))
-    before = {file: file.stat().st_mtime_ns for file in half.folder.rglob("*.parquet")}
-    assert len(before) == 4 * n_parts
-    done = swept(rows, folder="out", **settings)
-    assert done.is_complete
-    assert digests(done.folder) == digests(whole.folder)
-    assert all(file.stat().st_mtime_ns == at for file, at in before.items())
+        second = second_of_two()
+        patched.setattr(PACKAGE, "this_process", lambda: second)
+        found = swept(folder="out", **THREE_PARTS)
+        assert found.finished == (1,)
+        assert len(second.waits) == 2
+    assert "process 1 of 2: 1 of the 3 parts" in (found.folder / "log-1.txt").read_text()
+    assert digests(swept(folder="out", **THREE_PARTS).folder) == digests(whole.folder)
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -838,16 +870,18 @@ def test_run_json_says_what_the_sweep_is_of(swept, monkeypatch):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_fingerprints_change_with_one_bit_of_either(swept):
-    first, same = swept(layers=0), swept([dict(row) for row in ROWS], layers=0)
-    assert first.run["data"] == same.run["data"]
-    changed = swept([{**ROWS[0], "id": "F"}, *ROWS[1:]], layers=0)
-    assert first.run["data"]["sha256"] != changed.run["data"]["sha256"]
+def test_fingerprints_change_with_one_bit_of_either(swept, plain):
+    settings: dict[str, Any] = {"layers": 0, "position_columns": (), "gradient_columns": ()}
+    same = swept([dict(row) for row in ROWS], **settings)
+    assert plain.run["data"]["sha256"] == same.run["data"]["sha256"]
+    assert plain.run["model"] == same.run["model"]
+    changed = swept([{**ROWS[0], "id": "F"}, *ROWS[1:]], **settings)
+    assert plain.run["data"]["sha256"] != changed.run["data"]["sha256"]
     case = build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2")
     with torch.no_grad():
         case.own["W_in", 0].tensor[0, 0] += 1e-15
-    other = swept(layers=0, model=case.model)
-    assert first.run["model"]["sha256"] != other.run["model"]["sha256"]
+    other = swept(model=case.model, **settings)
+    assert plain.run["model"]["sha256"] != other.run["model"]["sha256"]
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -890,11 +924,11 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str):
         ({"budget": 1000}, "the budget is 1,000 bytes"),
     ],
 )
-def test_settings_that_the_model_refuses(swept, settings, message: str):
+def test_settings_that_the_model_refuses(swept, tmp_path: Path, settings, message: str):
     """At once, and not as a reject of every prompt."""
     with pytest.raises(InputError, match=message):
         swept(folder="out", **settings)
-    assert swept(folder="out").is_complete, "nothing may be written before settings are checked"
+    assert not (tmp_path / "out").exists(), "nothing may be written before settings are checked"
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -1032,7 +1066,7 @@ def called(
     return status, out, err
 
 
-@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.usefixtures("as_for_a_user", "loaded")
 def test_the_command_prints_a_summary_and_nothing_else(tmp_path: Path, monkeypatch, capfd):
     data = tmp_path / "data.jsonl"
     rows = [
@@ -1062,13 +1096,15 @@ def test_the_command_prints_a_summary_and_nothing_else(tmp_path: Path, monkeypat
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_the_model_is_loaded_as_it_is_asked_for(tmp_path: Path, monkeypatch, capfd):
+def test_the_model_is_loaded_as_it_is_asked_for(
+    facts_model: nn.Module, tmp_path: Path, monkeypatch, capfd
+):
     asked: list[tuple[Any, ...]] = []
     own = command.load_model
 
     def load(name: str, kind: str | None, *, device: str | None, n_devices: int) -> nn.Module:
         asked.append((name, kind, device, n_devices))
-        return own(name)
+        return own(name) if kind is None else facts_model
 
     monkeypatch.setattr(command, "load_model", load)
     argv = ["--prompts", "1", "--layers", "0", "--quiet", "--out", str(tmp_path / "a")]
@@ -1086,22 +1122,22 @@ def test_each_process_has_a_device_of_its_own() -> None:
         assert own_device(SimpleNamespace(device=torch.device(device))) == expected
 
 
-@pytest.mark.usefixtures("as_for_a_user")
+@pytest.mark.usefixtures("as_for_a_user", "loaded")
 def test_settings_of_another_sweep_give_its_tables(tmp_path: Path, monkeypatch, capfd):
-    argv = "--prompts 3 --seed 4 --layers -1 --projection normalized --direction gradient --k 2"
-    argv += " --part-size 2 --no-prepend-bos --position-columns norm top_tokens --gradient-columns"
+    argv = "--prompts 2 --seed 4 --layers -1 --projection normalized --direction gradient --k 2"
+    argv += " --part-size 1 --no-prepend-bos --position-columns norm top_tokens --gradient-columns"
     argv += " --vjps-at residual --target-position last --budget 100000000"
     first, second, third = (tmp_path / name for name in "abc")
     assert called([*argv.split(), "--out", str(first)], monkeypatch, capfd)[0] == 0
     found = Sweep.load(first)
     assert found.config == SweepConfig(
-        prompts=3,
+        prompts=2,
         seed=4,
         layers=-1,
         projection="normalized",
         direction="gradient",
         k=2,
-        part_size=2,
+        part_size=1,
         prepend_bos=False,
         position_columns=("norm", "top_tokens"),
         gradient_columns=(),
@@ -1119,9 +1155,8 @@ def test_settings_of_another_sweep_give_its_tables(tmp_path: Path, monkeypatch, 
     assert Sweep.load(third).config == replace(found.config, k=1)
 
 
-@pytest.mark.usefixtures("as_for_a_user")
-@pytest.mark.parametrize("module", [False, True])
-def test_errors_are_one_line_and_status_2(tmp_path: Path, monkeypatch, capfd, module: bool):
+@pytest.mark.usefixtures("as_for_a_user", "loaded")
+def test_errors_are_one_line_and_status_2(tmp_path: Path, monkeypatch, capfd):
     out = ["--out", str(tmp_path / "out"), "--quiet"]
     odd = tmp_path / "odd.json"
     odd.write_text('{"colour": 1}')
@@ -1135,12 +1170,12 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path, monkeypatch, capfd, mo
         (["--layers", "99", "--prompts", "2"], "layer 99 does not exist"),
         (["--position-columns", "nope"], "no column 'nope'"),
     ]:
-        status, printed, err = called([*argv, *out], monkeypatch, capfd, module)
-        assert (status, printed) == (2, "")
-        # transformers shows a bar of its own as it loads a model
-        last = re.split(r"[\r\n]+", err.strip())[-1]
-        assert re.match(r"(backward-lens: )?error: ", last)
-        assert message in last
+        for module in (False, True) if "--k" in argv else (False,):
+            status, printed, err = called([*argv, *out], monkeypatch, capfd, module)
+            assert (status, printed) == (2, "")
+            assert err.count("\n") == 1
+            assert re.match(r"(backward-lens: )?error: ", err)
+            assert message in err
 
 
 def test_a_bar_shows_how_far_it_is(tiny: nn.Module, tmp_path: Path, capfd):

@@ -1,8 +1,10 @@
-"""Sweeps in processes of their own: killed at any moment, and several at once."""
+"""Sweeps in processes of their own: killed at any moment, and several at once.
+
+`test_sweep.py` has the same within one process.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -12,9 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
+import stopping
 
 from backward_lens_tl.sweep import Sweep
 from backward_lens_tl.sweep.columns import TABLES
+
+pytestmark = pytest.mark.slow
 
 ARGUMENTS = "--data facts --prompts 5 --part-size 2 --layers -1 --matrices W_out --k 2 --quiet"
 N_PARTS = 3
@@ -22,11 +27,7 @@ N_PARTS = 3
 
 def digests(folder: Path) -> dict[str, str]:
     """What every table's files hold, hidden ones as well."""
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for table in TABLES
-        for file in sorted((folder / table).iterdir())
-    }
+    return stopping.digests(folder, TABLES)
 
 
 def environment() -> dict[str, str]:
@@ -186,7 +187,6 @@ def test_the_processes_that_torchrun_starts(driven: Path, tmp_path: Path):
     assert sorted(file.name for file in out.glob("log-*")) == ["log-0.txt", "log-1.txt"]
 
 
-@pytest.mark.slow
 def test_the_processes_that_accelerate_starts(commanded: Path, tmp_path: Path):
     launch = [script("accelerate"), "launch", "--num_processes", "2"]
     for name, options in (("many", ["--multi_gpu"]), ("cpu", ["--cpu"])):
@@ -199,7 +199,6 @@ def test_the_processes_that_accelerate_starts(commanded: Path, tmp_path: Path):
     assert (tmp_path / "many" / "log-1.txt").read_text().count(" INFO part ") == 1
 
 
-@pytest.mark.slow
 def test_processes_that_are_refused_end(commanded: Path):
     """And do not wait for one another for ever."""
     launch = [script("torchrun"), "--nproc_per_node", "2", "-m", "backward_lens_tl.sweep"]
@@ -209,7 +208,6 @@ def test_processes_that_are_refused_end(commanded: Path):
     assert "holds a sweep with another config: k was 2, is 3" in done.stderr
 
 
-@pytest.mark.slow
 def test_one_process_goes_on_with_what_two_began(commanded: Path, tmp_path: Path):
     out = tmp_path / "out"
     launch = [script("torchrun"), "--nproc_per_node", "2", "-m", "backward_lens_tl.sweep"]
@@ -222,7 +220,6 @@ def test_one_process_goes_on_with_what_two_began(commanded: Path, tmp_path: Path
     assert digests(out) == digests(commanded)
 
 
-@pytest.mark.slow
 def test_all_of_counterfact_killed_twice(shared: Path, stories_folder: Path, tmp_path: Path):
     """1,919 real records through a real model; `-s` shows the throughput."""
     data = shared / "data" / "counterfact" / "counterfact_flat_1919.json"

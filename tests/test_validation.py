@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import NotAvailable, build_model
-from models import NAMES, Case, build
+from models import Case, build
 from torch import Tensor
 
 from backward_lens_tl import host
@@ -19,8 +19,6 @@ from backward_lens_tl.validation import ValidationReport, validate
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
-
 
 def assert_passes(report: ValidationReport, case: Case, tolerance: float) -> None:
     assert report.passed
@@ -30,38 +28,40 @@ def assert_passes(report: ValidationReport, case: Case, tolerance: float) -> Non
     assert report.tolerance <= tolerance
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_random_models_pass(name: str, dtype: torch.dtype) -> None:
-    case = build(name, dtype)
-    assert_passes(validate(case.model), case, TOLERANCES[dtype])
+@pytest.mark.versions
+def test_random_models_pass(case: Case) -> None:
+    assert_passes(validate(case.model), case, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-llama"])
+def test_random_models_in_float32_pass(name: str) -> None:
+    case = build(name, torch.float32)
+    assert_passes(validate(case.model), case, 1e-5)
 
 
 def test_stories_model_passes(stories: Case) -> None:
     assert_passes(validate(stories.model, "Once upon a time there was a dog"), stories, 1e-5)
 
 
+@pytest.mark.versions
 def test_facts_model_passes(facts: Case) -> None:
-    assert_passes(validate(facts.model, ["Lionel Messi plays for", "Paris"]), facts, 1e-5)
+    """Sure answers and passes of several shapes: with other shapes the errors were over 1e-5."""
+    prompts = ["Lionel Messi plays for", "Barack Obama grew up in the city of", "Rome"]
+    report = validate(facts.model, prompts)
+    assert_passes(report, facts, 1e-5)
+    assert report.max_error < 1e-6
 
 
-def test_half_precision_passes_with_its_own_tolerance() -> None:
-    case = build("bridge-gpt2", torch.bfloat16)
-    report = validate(case.model)
-    # 8 bits of mantissa, and autograd sums in them: a float32 tolerance would be wrong here.
-    assert 1e-4 < report.max_error < 0.1
-
-
-def test_own_prompts_and_objective(case: Case) -> None:
+def test_own_prompts_and_objective(gpt2: Case) -> None:
     report = validate(
-        case.model, ["Messi plays for", "Rome"], objective=target_nll(5), matrices="W_out"
+        gpt2.model, ["Messi plays for", "Rome"], objective=target_nll(5), matrices="W_out"
     )
     assert report.passed
     assert {error.matrix for error in report.errors} == {"W_out"}
-    assert len(report.errors) == case.n_layers
+    assert len(report.errors) == gpt2.n_layers
 
 
-@pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-llama", "hooked-gpt2", "hooked-llama"])
+@pytest.mark.parametrize("name", ["bridge-llama", "hooked-gpt2"])
 def test_frozen_model_passes_and_stays_frozen(name: str) -> None:
     case = build(name)
     tensors = list(case.model.parameters())
@@ -118,7 +118,8 @@ def after_the_post_norm(block: Any, site: Any) -> Any:
     return Tap(block.hook_mlp_out, "output")
 
 
-@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2", "bridge-llama", "hooked-llama"])
+@pytest.mark.versions
+@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-llama"])
 def test_input_read_before_the_norm_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = build(name)
     validate(case.model)
@@ -131,6 +132,7 @@ def test_input_read_before_the_norm_fails(name: str, monkeypatch: pytest.MonkeyP
     assert validate(case.model, matrices="W_out").passed
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", ["hooked-gemma2", "bridge-gemma2"])
 def test_output_read_after_the_post_norm_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = build(name)
@@ -175,9 +177,3 @@ def test_processed_copies_of_a_bridge_are_widened_too() -> None:
         pytest.skip(str(reason))
     report = validate(model, torch.arange(3, 14)[None])
     assert all(1e-5 < error.float32_error < 0.1 for error in report.errors)
-
-
-def test_prompts_of_many_lengths_are_rounding_too(facts: Case) -> None:
-    """Sure answers and passes of several shapes: with other shapes the errors were over 1e-5."""
-    prompts = ["Lionel Messi plays for", "Barack Obama grew up in the city of", "Rome"]
-    assert validate(facts.model, prompts).max_error < 1e-6

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 import re
@@ -25,7 +24,6 @@ from nbconvert import HTMLExporter
 from playwright.sync_api import Browser, Locator, expect
 from test_views import NASTY, PARIS, make_result, parsed, without_target
 
-from backward_lens_tl import views
 from backward_lens_tl.cells import Cell
 from backward_lens_tl.errors import BackwardLensError, InputError, WidgetError
 from backward_lens_tl.hook_gradients import AttentionGradient
@@ -524,14 +522,6 @@ def test_other_javascript_is_refused(
         library.library_script.__wrapped__()
 
 
-def test_importing_the_views_does_not_import_circuitsvis():
-    for file in Path(views.__file__).parent.glob("*.py"):
-        for node in ast.parse(file.read_text("utf-8")).body:
-            assert "circuitsvis" not in ast.dump(node) or not isinstance(
-                node, ast.Import | ast.ImportFrom
-            )
-
-
 # --- who carries the JavaScript -----------------------------------------------------------------
 
 
@@ -603,6 +593,7 @@ def assert_tokens(place: Locator, tokens: list[str]) -> None:
     assert texts(found) == [seen(token) for token in tokens]
 
 
+@pytest.mark.slow
 def test_all_widgets_on_one_page_with_the_javascript_once(
     browser: Browser, tmp_path: Path, result: BackwardLensResult
 ):
@@ -696,6 +687,7 @@ def check_attention(page: Opened, place: Locator) -> None:
     assert place.locator("h4").all_text_contents() == ["L3H0", "L3H1"]
 
 
+@pytest.mark.slow
 def test_plain_circuitsvis_falls_into_the_traps(browser: Browser, tmp_path: Path):
     """The negative control: what the widgets here are safe against does happen."""
     tokens, norms = ["<s>", "a", "\n"], torch.tensor([[3e-8], [1e-8], [2e-8]])
@@ -717,6 +709,7 @@ def test_plain_circuitsvis_falls_into_the_traps(browser: Browser, tmp_path: Path
         assert page.complaints
 
 
+@pytest.mark.slow
 def test_a_widget_without_the_javascript_says_what_to_do_and_comes_to_life_with_it(
     browser: Browser, tmp_path: Path, four: list[Widget]
 ):
@@ -744,6 +737,7 @@ NOTEBOOK = (
 )
 
 
+@pytest.mark.slow
 def test_an_executed_notebook_shows_them_offline_with_the_javascript_once(
     browser: Browser, tmp_path: Path, result: BackwardLensResult
 ):

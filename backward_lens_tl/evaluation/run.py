@@ -67,7 +67,7 @@ def evaluate(
         >>> import tempfile
         >>> import backward_lens_tl as blt
         >>> model, out = blt.load_facts_model(), tempfile.mkdtemp()
-        >>> config = blt.EvaluationConfig(records=2, generation_length=0)
+        >>> config = blt.EvaluationConfig(records=2, generation_length=0, n_texts=0)
         >>> found = blt.evaluate(model, {}, "facts", out, config, progress=False)
         >>> found.summary()[["method", "records", "efficacy"]].values.tolist()
         [['none', 2, 0.0]]

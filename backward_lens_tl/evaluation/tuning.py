@@ -85,7 +85,7 @@ def search(
         ...     for size in (1.0, 40.0)
         ... }
         >>> model = blt.load_facts_model()
-        >>> search(model, candidates, "facts", range(200, 203), progress=False).best_name
+        >>> search(model, candidates, "facts", range(200, 201), progress=False).best_name
         'c=40.0'
     """
     if not candidates:

@@ -79,7 +79,7 @@ def reproduce(
         >>> import tempfile
         >>> import backward_lens_tl as blt
         >>> out = tempfile.mkdtemp()
-        >>> found = blt.reproduce("fig4", out=out, prompts=5, progress=False)
+        >>> found = blt.reproduce("fig4", out=out, prompts=2, progress=False)
         >>> found["fig4"].verdict
         'holds'
     """

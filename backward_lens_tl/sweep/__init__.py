@@ -66,9 +66,9 @@ def sweep(
         >>> import tempfile
         >>> import backward_lens_tl as blt
         >>> model, out = blt.load_facts_model(), tempfile.mkdtemp()
-        >>> found = blt.sweep(model, "facts", out, blt.SweepConfig(prompts=20), progress=False)
+        >>> found = blt.sweep(model, "facts", out, blt.SweepConfig(prompts=10), progress=False)
         >>> len(found.prompts()) + len(found.rejects()), found.is_complete
-        (20, True)
+        (10, True)
     """
     check_pyarrow(Sweep)
     check_path(out, SweepError)

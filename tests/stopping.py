@@ -1,0 +1,72 @@
+"""Folders of parts as a process that was killed leaves them, made within the tests' own process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from backward_lens_tl import parts
+
+
+class Killed(BaseException):
+    """Ends a run where SIGKILL would."""
+
+
+def digests(folder: Path, tables: Iterable[str]) -> dict[str, str]:
+    """What every file of these tables holds, hidden ones as well."""
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for table in tables
+        for file in sorted((folder / table).iterdir())
+    }
+
+
+def killed(action: Callable[[], object], moment: int, when: str) -> None:
+    """Run something that is killed at a file, counted from 0: it is "written" or also "placed".
+
+    A file that is written has its hidden name still, and nobody clears it away.
+    """
+    real, left = parts.replacing, iter(range(moment))
+
+    @contextmanager
+    def replacing(path: Path) -> Iterator[Path]:
+        is_last = next(left, None) is None
+        if is_last and when == "written":
+            yield path.with_name(f".0f.partial.{path.name}")
+            raise Killed
+        with real(path) as partial:
+            yield partial
+        if is_last:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(parts, "replacing", replacing)
+        with pytest.raises(Killed):
+            action()
+
+
+def second_of_two() -> Any:
+    """What the second of two processes sees of itself; the first is never there.
+
+    `waits` notes how often it waits for the other.
+    """
+    waits: list[None] = []
+
+    @contextmanager
+    def main_process_first() -> Iterator[None]:
+        yield
+
+    return SimpleNamespace(
+        process_index=1,
+        num_processes=2,
+        is_main_process=False,
+        main_process_first=main_process_first,
+        wait_for_everyone=lambda: waits.append(None),
+        waits=waits,
+    )
