@@ -20,7 +20,7 @@ ENVIRONMENTS := .venv $(OTHERS:%=.venv-tl%)
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 # Each worker process takes some 1.5 GB of memory and one thread of torch.
 WORKERS ?= auto
-PYTEST := python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := python -m pytest -n $(WORKERS) --dist worksteal
 TESTS := --doctest-modules backward_lens_tl tests README.md docs
 # The shapes and types of signatures, checked at every call; a third more time.
 TYPES := --jaxtyping-packages=backward_lens_tl,beartype.beartype

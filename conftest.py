@@ -7,6 +7,7 @@ model each time.
 from __future__ import annotations
 
 import builtins
+import os
 import symtable
 from collections import defaultdict
 from functools import cached_property
@@ -19,6 +20,10 @@ import pytest
 from sybil import Example, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
+
+# One thread of torch, also in processes that tests start; torch reads this when it is imported.
+# Small models lose more to the hand-over between threads than they gain.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 BRIDGE = "transformer_lens.model_bridge"
 run = PythonEvaluator()
@@ -139,14 +144,6 @@ class Examples:
 
 
 NAMES = frozenset(name for name in vars(Examples) if not name.startswith("_"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread_of_torch() -> None:
-    """Small models lose more to the hand-over between threads than they gain."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
