@@ -11,17 +11,16 @@ TORCH ?= torch==2.13.0
 endif
 export PYTHON TORCH
 
-# An environment per TransformerLens: .venv has 3.9.0, and all that is no test runs in it; each of
-# the others has its own.
+# An environment per TransformerLens. .venv has 3.9.0; the others run tests only.
 OTHERS := 2.18.0 4.3.0
 ENVIRONMENTS := .venv $(OTHERS:%=.venv-tl%)
 
 # Tests never wait for a network; a user of the package may have one.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 # Each worker process takes some 1.5 GB of memory and one thread of torch.
-WORKERS ?= auto
+WORKERS ?= logical
 PYTEST := python -m pytest -n $(WORKERS) --dist worksteal
-TESTS := --doctest-modules backward_lens_tl tests README.md docs
+ALL := --doctest-modules backward_lens_tl tests README.md docs
 # The shapes and types of signatures, checked at every call; a third more time.
 TYPES := --jaxtyping-packages=backward_lens_tl,beartype.beartype
 
@@ -36,14 +35,14 @@ TYPES := --jaxtyping-packages=backward_lens_tl,beartype.beartype
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-environments: $(ENVIRONMENTS:%=%/installed) ## one per TransformerLens; `make -j2` makes two at a time
+environments: $(ENVIRONMENTS:%=%/installed) ## one per TransformerLens; the only target that gains from -j2
 
 demo: .venv/installed ## one prompt through the lens, with the model that ships here: demo.html
 	@.venv/bin/backward-lens show --model facts --prompt "Lionel Messi plays for" \
 	    --target " Paris" --html demo.html
 
 test: .venv/installed ## the tests to run before every commit, on TransformerLens 3.9.0
-	$(OFFLINE) .venv/bin/$(PYTEST) $(TESTS)
+	$(OFFLINE) .venv/bin/$(PYTEST) $(ALL)
 
 check-fast: .venv/installed ## format, lint, types, layers
 	.venv/bin/ruff format --check .
@@ -58,10 +57,10 @@ $(ENVIRONMENTS:%=versions-%): versions-%: %/installed
 check-all: check-fast $(ENVIRONMENTS:%=all-%) ## every test on every TransformerLens; needs Chromium
 all-.venv: PYTEST += $(TYPES)
 $(ENVIRONMENTS:%=all-%): all-%: %/installed
-	$(OFFLINE) $*/bin/$(PYTEST) $(TESTS) -m ""
+	$(OFFLINE) $*/bin/$(PYTEST) $(ALL) -m ""
 
 coverage: .venv/installed ## lines and branches of the package that `make test` reaches
-	$(OFFLINE) .venv/bin/$(PYTEST) $(TESTS) --cov --cov-report=term:skip-covered
+	$(OFFLINE) .venv/bin/$(PYTEST) $(ALL) --cov --cov-report=term:skip-covered
 
 # MODULES="backward_lens_tl/projection.py backward_lens_tl/host/*" for less than the core that
 # pyproject.toml lists, TESTS="tests/test_extremes.py ..." for less than the quick tier. LIMIT is how
@@ -101,15 +100,8 @@ gpu-wheels: .venv/installed ## wheels for gpu-check on a machine with a GPU and 
 	    b.prepare_metadata_for_build_wheel("gpu-wheels")'
 	@du -sh gpu-wheels
 
-# With wheels in the folder it is a machine without a network, whose own Python runs it.
-ifeq ($(wildcard gpu-wheels/*.whl),)
-gpu-check: .venv/installed
-gpu-check: GPU_CHECK_PYTHON = .venv/bin/python
-else
-gpu-check: GPU_CHECK_PYTHON = $(PYTHON)
-endif
-gpu-check: ## on one NVIDIA GPU, in seven minutes: tests there, then speed at large sizes
-	$(GPU_CHECK_PYTHON) -m benchmarks.gpu_check $(GPU_CHECK)
+gpu-check: .venv/installed ## on one NVIDIA GPU, in seven minutes: tests there, then speed at large sizes
+	.venv/bin/python -m benchmarks.gpu_check $(GPU_CHECK)
 
 notebooks: .venv/installed ## write the notebooks anew from their scripts, outputs included
 	@.venv/bin/jupytext -q --to ipynb notebooks/*.py

@@ -45,8 +45,8 @@ def run_with_those_before(snippet: Example) -> None:
     started = STARTED[snippet.path]
     for each in snippet.document.examples():
         if each.start <= snippet.start and each.start not in started and is_possible(each):
-            started.add(each.start)
             run(each)
+            started.add(each.start)
     if not is_possible(snippet):
         pytest.skip("TransformerBridge came with TransformerLens 3")
 

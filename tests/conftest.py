@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from models import (
+    HAS_HOOKED,
     NAMES,
     Case,
     Parameter,
@@ -73,6 +74,12 @@ def case(request: pytest.FixtureRequest) -> Case:
 def gpt2(request: pytest.FixtureRequest) -> Case:
     """A dense random model of either kind, in float64."""
     return build(request.param)
+
+
+@pytest.fixture(scope="session")
+def one_gpt2() -> Case:
+    """A dense random model of the kind that there is, for what does not depend on the class."""
+    return build("hooked-gpt2" if HAS_HOOKED else "bridge-gpt2")
 
 
 @pytest.fixture(scope="session", params=("bridge-llama", "hooked-llama"))

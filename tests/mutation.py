@@ -44,7 +44,7 @@ from mutmut.workers.isolation import ForkServerRunner
 
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.toml")
 STATISTICS = Path("mutants/mutmut-stats.json")
-WORKERS = 2
+WORKERS = os.cpu_count() or 1
 
 
 class Mutant(NamedTuple):
@@ -150,7 +150,7 @@ class Runner(PytestRunner):
         code = super().run_stats(tests=tests)
         for test in sorted(self._watch.failed):
             print("left out, fails without a mutant:", test, file=sys.__stderr__)
-            state().duration_by_test.pop(test)
+            state().duration_by_test.pop(test, None)
             for reach in state().tests_by_mangled_function_name.values():
                 reach.discard(test)
         return 0 if code == pytest.ExitCode.TESTS_FAILED else code
@@ -192,7 +192,7 @@ def tests_of(mutant: Mutant, seconds: float) -> tuple[list[str], int]:
 
 
 def run(runner: ForkServerRunner, tests: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
-    """Runs the tests of each mutant; yields its name and what came of it."""
+    """Runs the tests of each mutant; yields its name and its outcome."""
     waiting = [name for name in tests if tests[name]]
     yield from ((name, "no tests") for name in tests if not tests[name])
     runner.startup()
@@ -202,7 +202,9 @@ def run(runner: ForkServerRunner, tests: dict[str, list[str]]) -> Iterator[tuple
                 name = waiting.pop(0)
                 expected = sum(state().duration_by_test[test] for test in tests[name])
                 limit = (expected + config().timeout_constant) * config().timeout_multiplier
-                runner.submit(name, tests[name], int(2 * limit), expected)  # 2: of CPU time
+                runner.submit(
+                    name, tests[name], int(2 * limit), expected
+                )  # CPU time, of two threads
             else:
                 result = runner.wait_for_result()
                 yield result.mutant_name, status_by_exit_code[result.exit_code]
@@ -246,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.tests:
         config().pytest_add_cli_args_test_selection = options.tests
 
-    mutmut.print_status = lambda *_, **__: None  # a spinner, which a log keeps turn by turn
+    mutmut.print_status = lambda *_, **__: None  # its spinner would fill a log
     clock = time.monotonic()
     runner = ForkServerRunner(WORKERS, Runner, {})
     prepare(runner)

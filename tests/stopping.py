@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 
 from backward_lens_tl import parts
+from backward_lens_tl.sweep.columns import TABLES
 
 
 class Killed(BaseException):
     """Ends a run where SIGKILL would."""
 
 
-def digests(folder: Path, tables: Iterable[str]) -> dict[str, str]:
-    """What every file of these tables holds, hidden ones as well."""
+def digests(folder: Path, tables: Iterable[str] = TABLES) -> dict[str, str]:
+    """What every file of these tables, by default a sweep's, holds; hidden ones as well."""
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for table in tables

@@ -26,6 +26,15 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-11}
         ("bridge-gemma2", "right"),
         ("hooked-gpt2", "right"),
         ("hooked-llama", "left"),
+        *(
+            pytest.param(param, marks=pytest.mark.slow)
+            for param in [
+                ("bridge-gpt2", "right"),
+                ("bridge-llama", "left"),
+                ("bridge-neox", "left"),
+                ("hooked-gpt2", "left"),
+            ]
+        ),
     ],
     ids=lambda param: "-".join(param),
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import math
+import re
 import sys
 import time
 from dataclasses import replace
@@ -552,6 +554,12 @@ def test_the_grid_says_why_a_cell_is_left_out(bench):
         # Goals are judged by these, whatever they take.
         is_goal = (size, cell.about["dtype"], positions) == (GPT2, "float32", 10)
         assert (cell.skipped is None) == (fits or (is_goal and batch in (1, 32)))
+        if cell.skipped is not None:
+            why, about, rest = re.split(r"(?<=about )(\S+)", cell.skipped)
+            assert why == "one run of the floor would take about "
+            # In one digit.
+            assert float(about) == pytest.approx(floor_flops(size, batch, positions), rel=1 / 3)
+            assert rest == f" s, and the limit is {limit:g} s (--limit)"
 
 
 def test_scaling_takes_the_layers_that_fit(bench):
@@ -769,6 +777,32 @@ def test_a_second_machine_adds_columns_and_leaves_the_firsts(tmp_path):
     assert "time was up" in page
 
 
+def test_the_page_has_no_notes_where_everything_was_measured():
+    missing = results()
+    one, authors = missing["grid"][0], missing["peers"][1]
+    prompts, layers, _ = missing["scaling"]
+    whole = results(
+        grid=[one, one | {"batch": 32}],
+        peers=[authors, authors | {"peer": "tool"}],
+        scaling=[prompts, layers, layers | {"along": "positions"}],
+    )
+    page = report.render({"cpu": whole})
+    assert page.endswith("## No number\n\nEverything was measured.\n")
+    assert "[1]" not in page
+    assert "[1]" in report.render({"cpu": missing})
+
+
+def test_every_row_of_the_page_has_as_many_cells_as_its_head():
+    page = report.render({"cpu": results(), "cuda": results(date="later")})
+    width = None
+    for line in page.splitlines():
+        if not line.startswith("|"):
+            width = None
+            continue
+        width = width or line.count("|")
+        assert line.count("|") == width, line
+
+
 def test_the_committed_page_is_made_of_the_committed_results():
     machines = report.read_results(command.DOCS)
     if not machines:
@@ -900,22 +934,44 @@ def python(code):
     return [sys.executable, "-c", code]
 
 
+def is_soon_free(path, seconds=5):
+    """Whether no other process holds a lock on the file, or none does in a few seconds."""
+    end = time.monotonic() + seconds
+    with path.open() as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    return False
+                time.sleep(0.05)
+            else:
+                return True
+
+
 def test_steps_of_the_check_end_in_time(tmp_path):
     step = partial(gpu_check.run, "step", seconds=30, variables=gpu_check.environment(tmp_path))
     assert step(python("")).problem is None
     assert step(python("raise SystemExit(3)")).problem == "FAILED with status 3"
-    begun = tmp_path / "begun"
-    # It starts a process that would outlive it.
+    held = tmp_path / "held"
+    # It starts a process that would outlive it, and that holds a lock for as long as it runs.
+    outliving = f"""if True:
+        import fcntl, time
+        with open({str(held)!r}, "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            print("begun", file=held, flush=True)
+            time.sleep(60)
+    """
     endless = f"""if True:
-        import pathlib, subprocess, sys, time
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-        pathlib.Path({str(begun)!r}).touch()
+        import subprocess, time
+        subprocess.Popen({python(outliving)!r})
         time.sleep(60)
     """
     start = time.monotonic()
-    stopped = step(python(endless), seconds=1.5)
-    assert stopped.problem == "FAILED: stopped after 2 s"
-    assert begun.exists()
+    stopped = step(python(endless), seconds=3)
+    assert stopped.problem == "FAILED: stopped after 3 s"
+    assert held.read_text() == "begun\n"
+    assert is_soon_free(held)
     assert time.monotonic() - start < 20
     assert step(python(""), seconds=-1.0).problem == "not started: the time limit was reached"
 

@@ -310,10 +310,14 @@ PATCHES = [
     ("blocks.1.mlp.hook_pre", in_place),
     ("blocks.1.hook_mlp_out", in_place),
 ]
+PATCHED = ("bridge-llama", "bridge-gemma2", "hooked-gpt2", "hooked-gemma2")
+"""The models of the quick run; the complete one has all."""
 
 
 @pytest.mark.parametrize(
-    "case", ["bridge-llama", "bridge-gemma2", "hooked-gpt2", "hooked-gemma2"], indirect=True
+    "case",
+    [name if name in PATCHED else pytest.param(name, marks=pytest.mark.slow) for name in NAMES],
+    indirect=True,
 )
 @pytest.mark.parametrize(
     ("hook", "patch"), PATCHES, ids=[f"{hook}-{patch.__name__}" for hook, patch in PATCHES]

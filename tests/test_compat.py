@@ -99,7 +99,7 @@ def matrices(result: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def random_gpt2() -> Any:
-    """A random model that theirs accepts, in float64, of which both make float32."""
+    """A random model that theirs accepts, in float64; both compute in float32."""
     return build("bridge-gpt2").model
 
 

@@ -138,7 +138,7 @@ def lens(model: nn.Module, memory: Memory | None = None) -> BackwardLensResult:
     return blt.backward_lens(model, FACTS, TARGET, k=3, memory=memory, **ALL)
 
 
-def test_words_of_the_trained_model(facts_pair: tuple[nn.Module, nn.Module]) -> None:
+def test_top_tokens_of_the_trained_model(facts_pair: tuple[nn.Module, nn.Module]) -> None:
     expected, found = map(lens, facts_pair)
     errors = {
         name: relative_error(value.cpu(), factors(expected.gradients)[name])
@@ -256,7 +256,7 @@ def test_passes_under_a_budget(
     watch_forward(monkeypatch, lambda tokens: shapes.append(tuple(tokens.shape)))
     plain = blt.backward_lens(model, PROMPTS, 5, k=3)
     without = len(shapes)
-    # Just enough for one layer of the longest prompt, beside the factors of all.
+    # Just enough for one layer of the longest prompt, in addition to all factors.
     found = blt.backward_lens(model, PROMPTS, 5, k=3, memory=Memory(budget=850_000))
     assert len(shapes) > without + 1
     close = {"rtol": 1e-4, "atol": 1e-5} if case.logits_in_float32 else CLOSE

@@ -318,12 +318,7 @@ def test_names_say_what_is_there() -> None:
 # ------------------------------------------------------------------------------------ on a model
 
 
-@pytest.fixture(scope="module")
-def one() -> Case:
-    """A dense random model, for what does not depend on the class."""
-    return build("hooked-gpt2" if _has("hooked") else "bridge-gpt2")
-
-
+@pytest.mark.versions
 def test_applied_adds_to_the_weight_what_a_slow_sum_adds(case: Case) -> None:
     """Every MLP matrix, against the parameters found before TransformerLens wrapped the model."""
     for (matrix, layer), weight in case.own.items():
@@ -396,6 +391,7 @@ def test_heads_lie_side_by_side(case: Case, matrix: str) -> None:
     assert torch.equal(side_by_side(site, laid_out), dense)
 
 
+@pytest.mark.versions
 def test_applied_puts_back_every_bit(case: Case) -> None:
     delta = everything(case.model)
     tokens = case.tokens(6)
@@ -452,23 +448,23 @@ def test_a_wide_change_of_a_narrow_weight_is_rounded_once() -> None:
 
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
 def test_frozen_models_and_modes_without_gradients(
-    one: Case, mode: Callable[[], torch.no_grad]
+    one_gpt2: Case, mode: Callable[[], torch.no_grad]
 ) -> None:
-    delta, tokens = everything(one.model), one.tokens(4)
-    parameters = list(host_of(one.model).parameters().values())
+    delta, tokens = everything(one_gpt2.model), one_gpt2.tokens(4)
+    parameters = list(host_of(one_gpt2.model).parameters().values())
     trained = [parameter.requires_grad for parameter in parameters]
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
-        with unchanged(one.model):
+        with unchanged(one_gpt2.model):
             with mode():
-                with delta.applied(one.model):
-                    inside = one.model(tokens).clone()
-                delta.apply_(one.model)
-                assert torch.equal(one.model(tokens), inside)
-            delta.revert_(one.model)
-            with delta.applied(one.model):
-                assert torch.equal(one.model(tokens), inside)
+                with delta.applied(one_gpt2.model):
+                    inside = one_gpt2.model(tokens).clone()
+                delta.apply_(one_gpt2.model)
+                assert torch.equal(one_gpt2.model(tokens), inside)
+            delta.revert_(one_gpt2.model)
+            with delta.applied(one_gpt2.model):
+                assert torch.equal(one_gpt2.model(tokens), inside)
     finally:
         for parameter, flag in zip(parameters, trained, strict=True):
             parameter.requires_grad_(flag)

@@ -57,7 +57,8 @@ def holds(finding: Finding) -> list[bool]:
 def drawn(finding: Finding) -> None:
     assert finding.figures
     for draw in finding.figures.values():
-        draw(backend="plotly")
+        for backend in ("plotly", "matplotlib"):
+            draw(backend=backend)
 
 
 def summaries(methods: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
@@ -435,6 +436,7 @@ def test_whitening(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not torch.equal(own, above)
     assert torch.equal(control.moments.moments[-1], MOMENTS.moments[0])
     assert finding.checks[1].found == "; ".join(f"layer {layer}: 75 %" for layer in range(4))
+    assert finding.notes[0].startswith("Of 100 records. Each fact gets ")
     assert "efficacy is 99.0 % at least" in finding.notes[0]
     assert finding.tables["by layer"]["layer"].tolist() == [
         each for each in range(4) for _ in "abc"
@@ -688,7 +690,7 @@ def test_whitening_on_the_facts_model(
     table = found["whitening"].tables["by layer"]
     assert table["method"].tolist() == [PLAIN, WHITE, CONTROL] * 2
     assert table["layer"].tolist() == [0, 0, 0, 1, 1, 1]
-    assert "Of 1 record" in found["whitening"].notes[0]
+    assert found["whitening"].notes[0].startswith("Of 1 record. Each fact gets ")
     evaluation = blt.Evaluation.load(tmp_path / "edits" / "whitening")
     assert evaluation.is_complete
     assert evaluation.edits()["record"].unique().tolist() == [0]

@@ -305,6 +305,7 @@ def test_attention_only_model() -> None:
         backward_lens(attention_only_model(), IDS, 5)
 
 
+@pytest.mark.versions
 def test_models_that_cannot_be_found(tmp_path: Any) -> None:
     with pytest.raises(ModelNotFoundError, match="Hugging Face format") as raised:
         load_model(str(tmp_path))
@@ -315,6 +316,7 @@ def test_models_that_cannot_be_found(tmp_path: Any) -> None:
         load_model("facts", "both")
 
 
+@pytest.mark.versions
 @pytest.mark.skipif(
     not version("transformers").startswith("4."), reason="transformers 5 reads what it saves"
 )

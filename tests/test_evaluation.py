@@ -359,7 +359,7 @@ def test_failed_edits_count_as_not_edited(small: Small) -> None:
 
 
 def test_every_kind_of_failure_fails_alone(run) -> None:
-    """What a method may raise, numbers that are none, and, last, edits that do not fail."""
+    """What a method may raise, NaN, and, last, edits that do not fail."""
     raised = [
         EditError("no statistics"),
         torch.linalg.LinAlgError("singular"),

@@ -3,14 +3,17 @@
 The error names the value, and the model is as it was. Only what a caller's own code raises, in an
 objective or a projection, and Python's complaint about an unknown keyword go past the package.
 
-Every argument is tried with all of `VALUES`, which were collected with malice. What hypothesis
-makes is tried in many arguments at once and in files; the examples are the same in every run.
+Every argument is tried with all of `VALUES`, which were collected with malice, and in the complete
+run with all of `RARE`. What hypothesis makes is tried in many arguments at once and in files; the
+examples are the same in every run.
 """
 
 from __future__ import annotations
 
+import datetime
 import decimal
 import enum
+import fractions
 import functools
 import itertools
 import json
@@ -138,6 +141,36 @@ VALUES: dict[str, Callable[[], Any]] = {
     "enum": lambda: Colour.RED,
     "path": lambda: Path("x"),
 }
+RARE: dict[str, Callable[[], Any]] = {
+    # --- numbers
+    "false": lambda: False,
+    "half": lambda: 0.5,
+    "fraction": lambda: fractions.Fraction(1, 2),
+    # --- texts
+    "space": lambda: " ",
+    "emoji": lambda: "é☃🏳️‍🌈",
+    "long text": lambda: "a" * 5000,
+    # --- collections
+    "empty dict": dict,
+    "exhausted": lambda: iter(()),
+    "list in a list": lambda: [[0]],
+    "float in a list": lambda: [0.0],
+    # --- numpy
+    "numpy bool": lambda: np.bool_(True),
+    "array of texts": lambda: np.array(["W_in", "x"]),
+    "array in a list": lambda: [np.array([0, 1])],
+    # --- tensors
+    "tensor of no axis": lambda: torch.tensor(1),
+    "nans": lambda: torch.tensor([[math.nan]]),
+    "unsigned": lambda: ones(1, 2, dtype=torch.uint16),
+    "tensor in a list": lambda: [torch.tensor([0, 1])],
+    # --- other things
+    "ellipsis": lambda: ...,
+    "date": lambda: datetime.date(2024, 2, 29),
+    "exception": lambda: ValueError("x"),
+}
+"""What is near to some of `VALUES`; tried in the complete run."""
+
 RAISING = {"type", "module"}
 """Callables that raise errors of their own, which pass where a callable is asked for."""
 
@@ -278,7 +311,7 @@ class Faint(Projecting):
 
 ModelCall = Callable[[Any, Any], object]
 LITTLE: dict[str, Any] = {"matrices": "W_out", "layers": -1}
-"""What is asked for: one matrix, since values are refused before or behind it."""
+"""What is asked for: one matrix, since values are refused before or after the passes."""
 
 
 def lens(argument: str) -> ModelCall:
@@ -372,15 +405,18 @@ def unchanged(model: Any) -> Iterator[None]:
 
 
 def failures(
-    call: Callable[[Any], object], skipped: Iterable[str] = (), also: str = ""
+    call: Callable[[Any], object],
+    skipped: Iterable[str] = (),
+    also: str = "",
+    values: dict[str, Callable[[], Any]] = VALUES,
 ) -> dict[str, str]:
-    """What is wrong with the call's end for each of `VALUES`."""
-    tried = {name: make() for name, make in VALUES.items() if name not in skipped}
+    """What is wrong with the call's end for each of the values."""
+    tried = {name: make() for name, make in values.items() if name not in skipped}
     found = {name: outcome(call, value, also) for name, value in tried.items()}
     return {name: problem for name, problem in found.items() if problem is not None}
 
 
-# These hand the argument on, as it is, to what another call has tried: of each kind, one value.
+# These pass the argument, as it is, to what another call has tried: of each kind, one value.
 HANDING_ON = (
     "capture_gradients",
     "logit_difference",
@@ -402,6 +438,18 @@ def test_a_bad_argument_is_refused_by_name(name: str) -> None:
         skipped = VALUES.keys() - ONE_OF_EACH_KIND
     with unchanged(model):
         found = failures(functools.partial(call, model), skipped, ALSO.get(name, ""))
+    assert not found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODEL_CALLS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_argument_is_used_or_refused_by_name(kind: str, name: str) -> None:
+    model = busy_model(kind)
+    call = functools.partial(MODEL_CALLS[name], model)
+    skipped = RAISING if name.endswith(TAKES_CALLABLES) else set()
+    with unchanged(model):
+        found = failures(call, skipped, ALSO.get(name, ""), VALUES | RARE)
     assert not found
 
 
@@ -618,6 +666,17 @@ def test_a_method_refuses_a_bad_argument_by_name(
     assert not failures(functools.partial(RESULT_CALLS[name], result))
     assert about(saved(result, tmp_path / "after")) == before
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESULT_CALLS)
+def test_a_method_uses_any_argument_or_refuses_it(
+    result: BackwardLensResult, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = about(saved(result, tmp_path / "before"))
+    assert not failures(functools.partial(RESULT_CALLS[name], result), values=VALUES | RARE)
+    assert about(saved(result, tmp_path / "after")) == before
 
 
 INDICES = [

@@ -56,12 +56,6 @@ def dense_gradients(case: Case, request: EditRequest) -> dict[tuple[str, int], T
     return case.weight_gradients(row, lambda logits, tokens: mean_nll(logits, tokens, target))
 
 
-@pytest.fixture(scope="module")
-def one() -> Case:
-    """A dense random model, for what does not depend on the class."""
-    return build("hooked-gpt2" if HAS_HOOKED else "bridge-gpt2")
-
-
 def slow_pairs(
     case: Case, request: EditRequest, places: Iterable[tuple[str, int]] | None = None
 ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
@@ -154,17 +148,17 @@ def test_pairs_are_each_what_torchs_own_hooks_see(gpt2: Case) -> None:
             torch.testing.assert_close(own.vjps[at][own.mask[at]], vjps[real])
 
 
-def test_positions_of_the_last_layer_that_the_loss_does_not_see_are_dropped(one: Case) -> None:
-    host = host_of(one.model)
-    last = one.n_layers - 1
-    first, top = spanning_pairs(host, tokenized(one), mlp_sites(host, "W_out", [0, last]))
-    n_targets = [len(each.target) for each in tokenized(one)]
+def test_positions_of_the_last_layer_that_the_loss_does_not_see_are_dropped(one_gpt2: Case) -> None:
+    host = host_of(one_gpt2.model)
+    last = one_gpt2.n_layers - 1
+    first, top = spanning_pairs(host, tokenized(one_gpt2), mlp_sites(host, "W_out", [0, last]))
+    n_targets = [len(each.target) for each in tokenized(one_gpt2)]
     assert top.mask.sum(1).tolist() == n_targets
-    assert first.mask.sum(1).tolist() == [len(each.taught) for each in tokenized(one)]
+    assert first.mask.sum(1).tolist() == [len(each.taught) for each in tokenized(one_gpt2)]
 
 
-def test_answer_positions_are_those_where_the_targets_tokens_are_to_be_said(one: Case) -> None:
-    host, requests = host_of(one.model), tokenized(one)
+def test_answer_positions_are_those_where_the_targets_tokens_are_to_be_said(one_gpt2: Case) -> None:
+    host, requests = host_of(one_gpt2.model), tokenized(one_gpt2)
     [everywhere] = spanning_pairs(host, requests, mlp_sites(host, "W_in", [0]))
     [answers] = spanning_pairs(host, requests, mlp_sites(host, "W_in", [0]), "answer")
     for at, request in enumerate(requests):
@@ -174,10 +168,10 @@ def test_answer_positions_are_those_where_the_targets_tokens_are_to_be_said(one:
     assert len(answers.flat[0]) == sum(len(each.target) for each in requests)
 
 
-def test_pairs_of_many_requests_are_those_of_each_in_its_turn(one: Case) -> None:
+def test_pairs_of_many_requests_are_those_of_each_in_its_turn(one_gpt2: Case) -> None:
     """More than go through the model at once, of different lengths."""
-    host = host_of(one.model)
-    requests = tokenized(one, REQUESTS * 7)
+    host = host_of(one_gpt2.model)
+    requests = tokenized(one_gpt2, REQUESTS * 7)
     sites = mlp_sites(host, "mlp", [1])
     together = joined_pairs(host, requests, sites)
     single = [joined_pairs(host, [each], sites) for each in requests]
@@ -189,7 +183,7 @@ def test_pairs_of_many_requests_are_those_of_each_in_its_turn(one: Case) -> None
 # --- statistics -----------------------------------------------------------------------------------
 
 
-def test_statistics_are_numpys_mean_and_standard_deviation(one: Case) -> None:
+def test_statistics_are_numpys_mean_and_standard_deviation(one_gpt2: Case) -> None:
     """Of more requests than are captured at once."""
     requests = [
         replace(each, prompt=f"{word} {each.prompt}")
@@ -198,11 +192,11 @@ def test_statistics_are_numpys_mean_and_standard_deviation(one: Case) -> None:
     ]
     assert len(requests) > 16
     found = pair_statistics(
-        one.model, requests, matrices="mlp", layers=(0, -1), prepend_bos=False, progress=False
+        one_gpt2.model, requests, matrices="mlp", layers=(0, -1), prepend_bos=False, progress=False
     )
     assert found.places == (("W_in", 0), ("W_out", 0), ("W_in", 2), ("W_out", 2))
     assert found.n_requests == len(requests)
-    slow = [slow_pairs(one, each, found.places) for each in requests]
+    slow = [slow_pairs(one_gpt2, each, found.places) for each in requests]
     for place, mean, std, n, n_inputs in zip(
         found.places, found.mean, found.std, found.n_pairs, found.n_inputs, strict=True
     ):
@@ -215,12 +209,12 @@ def test_statistics_are_numpys_mean_and_standard_deviation(one: Case) -> None:
 
 
 def test_statistics_that_are_standardized_by_themselves_have_mean_0_and_variance_1(
-    one: Case,
+    one_gpt2: Case,
 ) -> None:
-    statistics = statistics_of(one)
-    host = host_of(one.model)
+    statistics = statistics_of(one_gpt2)
+    host = host_of(one_gpt2.model)
     sites = mlp_sites(host, "mlp", [0, 1, 2])
-    for site, pairs in zip(sites, joined_pairs(host, tokenized(one), sites), strict=True):
+    for site, pairs in zip(sites, joined_pairs(host, tokenized(one_gpt2), sites), strict=True):
         place = (site.matrix, site.layer)
         rows = statistics.standardized(place, *pairs)
         assert float(rows.mean(0).abs().max()) < 1e-6
@@ -232,8 +226,8 @@ def test_statistics_that_are_standardized_by_themselves_have_mean_0_and_variance
         assert vjps.shape == pairs[1].shape
 
 
-def test_a_coordinate_that_never_changed_becomes_0(one: Case) -> None:
-    statistics = statistics_of(one, layers=[0], matrices=("W_in",))
+def test_a_coordinate_that_never_changed_becomes_0(one_gpt2: Case) -> None:
+    statistics = statistics_of(one_gpt2, layers=[0], matrices=("W_in",))
     std = statistics.std[0].clone()
     std[5] = 0
     still = replace(statistics, std=(std,))
@@ -246,8 +240,8 @@ def test_a_coordinate_that_never_changed_becomes_0(one: Case) -> None:
     assert torch.equal(rows[:, rest], other[:, rest])
 
 
-def test_saved_statistics_come_back_bit_for_bit(one: Case, tmp_path: Path) -> None:
-    statistics = statistics_of(one, "answer")
+def test_saved_statistics_come_back_bit_for_bit(one_gpt2: Case, tmp_path: Path) -> None:
+    statistics = statistics_of(one_gpt2, "answer")
     statistics.save(tmp_path / "pairs.safetensors")
     again = PairStatistics.load(tmp_path / "pairs.safetensors")
     assert again.fingerprint == statistics.fingerprint
@@ -259,7 +253,7 @@ def test_saved_statistics_come_back_bit_for_bit(one: Case, tmp_path: Path) -> No
     method = UltraEdit(again, lr=0.1, prepend_bos=False)
     assert method.settings()["statistics"] == statistics.fingerprint
     assert "answer" in statistics.fingerprint
-    delta = method(one.model, REQUESTS[0])
+    delta = method(one_gpt2.model, REQUESTS[0])
     delta.save(tmp_path / "delta.safetensors")
     with pytest.raises(ResultFileError, match=r"read it with WeightDelta\.load"):
         PairStatistics.load(tmp_path / "delta.safetensors")
@@ -284,10 +278,13 @@ def standardized_slowly(
     return x, d
 
 
-def test_the_normalized_gradient_is_a_sum_of_standardized_outer_products(gpt2: Case) -> None:
-    statistics = statistics_of(gpt2, matrices=("W_in", "W_out"), layers=[0, 2])
-    delta = NormalizedGradient(statistics, lr=0.01, prepend_bos=False)(gpt2.model, REQUESTS[:2])
-    slow = [slow_pairs(gpt2, each, statistics.places) for each in REQUESTS[:2]]
+@pytest.mark.parametrize(
+    "case", ["hooked-gpt2", "bridge-gpt2", "hooked-llama", "bridge-gemma2"], indirect=True
+)
+def test_the_normalized_gradient_is_a_sum_of_standardized_outer_products(case: Case) -> None:
+    statistics = statistics_of(case, layers=[0, 2])
+    delta = NormalizedGradient(statistics, lr=0.01, prepend_bos=False)(case.model, REQUESTS[:2])
+    slow = [slow_pairs(case, each, statistics.places) for each in REQUESTS[:2]]
     assert [(each.matrix, each.layer) for each in delta.matrices] == list(statistics.places)
     for key in statistics.places:
         expected: Any = 0
@@ -302,35 +299,35 @@ def test_the_normalized_gradient_is_a_sum_of_standardized_outer_products(gpt2: C
 
 
 def test_a_small_step_makes_the_target_more_probable_and_the_opposite_one_less(
-    one: Case,
+    one_gpt2: Case,
 ) -> None:
     """With pairs that are only scaled, so that the step is one along the gradient's descent."""
-    statistics = statistics_of(one, layers=[1], matrices=("W_out",))
+    statistics = statistics_of(one_gpt2, layers=[1], matrices=("W_out",))
     scaled = replace(
         statistics,
         mean=tuple(map(torch.zeros_like, statistics.mean)),
         std=tuple(map(torch.ones_like, statistics.std)),
     )
-    target = ids(one, " Rome")
-    row = torch.tensor([ids(one, "Messi plays for")])
+    target = ids(one_gpt2, " Rome")
+    row = torch.tensor([ids(one_gpt2, "Messi plays for")])
 
     def loss() -> float:
         with torch.no_grad():
-            return float(mean_nll(one.model(row), row, target))
+            return float(mean_nll(one_gpt2.model(row), row, target))
 
     before = loss()
-    delta = NormalizedGradient(scaled, lr=1e-3, prepend_bos=False)(one.model, REQUESTS[1])
-    with delta.applied(one.model):
+    delta = NormalizedGradient(scaled, lr=1e-3, prepend_bos=False)(one_gpt2.model, REQUESTS[1])
+    with delta.applied(one_gpt2.model):
         assert loss() < before
-    with delta.scale(-1).applied(one.model):
+    with delta.scale(-1).applied(one_gpt2.model):
         assert loss() > before
 
 
-def test_parts_of_the_statistics_edit_parts_of_the_matrices(one: Case) -> None:
-    statistics = statistics_of(one)
-    whole = NormalizedGradient(statistics, prepend_bos=False)(one.model, REQUESTS[0])
+def test_parts_of_the_statistics_edit_parts_of_the_matrices(one_gpt2: Case) -> None:
+    statistics = statistics_of(one_gpt2)
+    whole = NormalizedGradient(statistics, prepend_bos=False)(one_gpt2.model, REQUESTS[0])
     part = NormalizedGradient(statistics, matrices=("W_out",), layers=(-1, 0), prepend_bos=False)
-    delta = part(one.model, REQUESTS[0])
+    delta = part(one_gpt2.model, REQUESTS[0])
     assert [(each.matrix, each.layer) for each in delta.matrices] == [("W_out", 0), ("W_out", 2)]
     for each in delta.matrices:
         key = (each.matrix, each.layer)
@@ -360,14 +357,18 @@ def targets(
     return np.array(rows), np.array(wanted)
 
 
-@pytest.mark.parametrize("ridge", [1.0, 0.01])
-def test_ultraedit_is_its_formula_and_the_least_of_its_objective(one: Case, ridge: float) -> None:
-    statistics = statistics_of(one, "answer")
+@pytest.mark.parametrize(
+    ("case", "ridge"),
+    [("hooked-gpt2", 1.0), ("bridge-gpt2", 0.01), ("hooked-llama", 0.01), ("bridge-gemma2", 1.0)],
+    indirect=["case"],
+)
+def test_ultraedit_is_its_formula_and_the_least_of_its_objective(case: Case, ridge: float) -> None:
+    statistics = statistics_of(case, "answer")
     method = UltraEdit(statistics, lr=0.02, ridge=ridge, prepend_bos=False)
-    delta = method(one.model, REQUESTS)
-    slow = [slow_pairs(one, each) for each in REQUESTS]
+    delta = method(case.model, REQUESTS)
+    slow = [slow_pairs(case, each) for each in REQUESTS]
     for key in statistics.places:
-        x, v = targets(one, statistics, slow, key, 0.02)
+        x, v = targets(case, statistics, slow, key, 0.02)
         expected = np.linalg.inv(x.T @ x + ridge * np.eye(x.shape[1])) @ x.T @ v
         found = delta_of(delta, key).numpy()
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9 * np.abs(expected).max())
@@ -381,11 +382,11 @@ def test_ultraedit_is_its_formula_and_the_least_of_its_objective(one: Case, ridg
     assert delta.rank <= len(statistics.places) * 7
 
 
-def test_ultraedit_solves_requests_jointly(one: Case) -> None:
-    statistics = statistics_of(one, "answer", layers=[1])
+def test_ultraedit_solves_requests_jointly(one_gpt2: Case) -> None:
+    statistics = statistics_of(one_gpt2, "answer", layers=[1])
     method = UltraEdit(statistics, lr=0.02, prepend_bos=False)
-    together = method(one.model, REQUESTS)
-    apart = [method(one.model, each) for each in REQUESTS]
+    together = method(one_gpt2.model, REQUESTS)
+    apart = [method(one_gpt2.model, each) for each in REQUESTS]
     added = apart[0] + apart[1] + apart[2]
     for key in statistics.places:
         difference = delta_of(together, key) - delta_of(added, key)
@@ -419,63 +420,63 @@ def test_an_edit_leaves_the_model_and_random_numbers_as_they_were(gpt2: Case, na
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_an_edit_does_not_depend_on_autocast_or_gradient_mode(one: Case, name: str) -> None:
-    method = METHODS[name](one)
-    expected = method(one.model, REQUESTS)
+def test_an_edit_does_not_depend_on_autocast_or_gradient_mode(one_gpt2: Case, name: str) -> None:
+    method = METHODS[name](one_gpt2)
+    expected = method(one_gpt2.model, REQUESTS)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        found = method(one.model, REQUESTS)
+        found = method(one_gpt2.model, REQUESTS)
     for own, other in zip(expected.matrices, found.matrices, strict=True):
         torch.testing.assert_close(own.dense(), other.dense())
 
 
-def test_an_edit_works_in_a_model_that_was_edited_before(one: Case) -> None:
-    method = NormalizedGradient(statistics_of(one), prepend_bos=False)
-    first = method(one.model, REQUESTS[0])
-    with first.applied(one.model):
-        second = method(one.model, REQUESTS[0])
+def test_an_edit_works_in_a_model_that_was_edited_before(one_gpt2: Case) -> None:
+    method = NormalizedGradient(statistics_of(one_gpt2), prepend_bos=False)
+    first = method(one_gpt2.model, REQUESTS[0])
+    with first.applied(one_gpt2.model):
+        second = method(one_gpt2.model, REQUESTS[0])
     key = ("W_out", 1)
     assert float((delta_of(first, key) - delta_of(second, key)).norm()) > 0
 
 
-def test_statistics_of_another_model_are_refused(one: Case) -> None:
+def test_statistics_of_another_model_are_refused(one_gpt2: Case) -> None:
     other = build("hooked-gpt2" if HAS_HOOKED else "bridge-gpt2", seed=1)
-    method = NormalizedGradient(statistics_of(one), prepend_bos=False)
+    method = NormalizedGradient(statistics_of(one_gpt2), prepend_bos=False)
     with pytest.raises(EditError, match="reads something else in the same prompt"):
         method(other.model, REQUESTS[0])
 
 
-def test_statistics_of_other_matrices_are_refused(one: Case) -> None:
-    statistics = statistics_of(one, layers=[0, 1], matrices=("W_out",))
+def test_statistics_of_other_matrices_are_refused(one_gpt2: Case) -> None:
+    statistics = statistics_of(one_gpt2, layers=[0, 1], matrices=("W_out",))
     with pytest.raises(EditError, match="no statistics of W_out in layer 2, but of W_out of laye"):
-        NormalizedGradient(statistics, layers=(2,))(one.model, REQUESTS[0])
+        NormalizedGradient(statistics, layers=(2,))(one_gpt2.model, REQUESTS[0])
     with pytest.raises(EditError, match="no statistics of W_in in layer 0"):
-        NormalizedGradient(statistics, matrices=("W_in",))(one.model, REQUESTS[0])
+        NormalizedGradient(statistics, matrices=("W_in",))(one_gpt2.model, REQUESTS[0])
     with pytest.raises(EditError, match="layer 9 does not exist"):
-        NormalizedGradient(statistics, layers=(9,))(one.model, REQUESTS[0])
+        NormalizedGradient(statistics, layers=(9,))(one_gpt2.model, REQUESTS[0])
 
 
-def test_statistics_of_other_positions_are_refused(one: Case) -> None:
+def test_statistics_of_other_positions_are_refused(one_gpt2: Case) -> None:
     with pytest.raises(EditError, match="positions 'answer', and the editor looks at 'all'"):
-        NormalizedGradient(statistics_of(one, "answer"))(one.model, REQUESTS[0])
+        NormalizedGradient(statistics_of(one_gpt2, "answer"))(one_gpt2.model, REQUESTS[0])
     with pytest.raises(EditError, match="positions 'all', and the editor looks at 'answer'"):
-        UltraEdit(statistics_of(one))(one.model, REQUESTS[0])
+        UltraEdit(statistics_of(one_gpt2))(one_gpt2.model, REQUESTS[0])
 
 
 @pytest.mark.usefixtures("as_for_a_user")
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), True])
-def test_sizes_that_are_no_positive_numbers_are_refused(one: Case, value: Any) -> None:
-    statistics = statistics_of(one, "answer", layers=[0])
+def test_sizes_that_are_no_positive_numbers_are_refused(one_gpt2: Case, value: Any) -> None:
+    statistics = statistics_of(one_gpt2, "answer", layers=[0])
     with pytest.raises(EditError, match="lr is"):
-        NormalizedGradient(statistics, lr=value)(one.model, REQUESTS[0])
+        NormalizedGradient(statistics, lr=value)(one_gpt2.model, REQUESTS[0])
     with pytest.raises(EditError, match="lr is"):
-        UltraEdit(statistics, lr=value)(one.model, REQUESTS[0])
+        UltraEdit(statistics, lr=value)(one_gpt2.model, REQUESTS[0])
     with pytest.raises(EditError, match="ridge is"):
-        UltraEdit(statistics, ridge=value)(one.model, REQUESTS[0])
+        UltraEdit(statistics, ridge=value)(one_gpt2.model, REQUESTS[0])
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_statistics_need_requests_and_matrices_of_the_mlp(one: Case) -> None:
-    model = one.model
+def test_statistics_need_requests_and_matrices_of_the_mlp(one_gpt2: Case) -> None:
+    model = one_gpt2.model
     with pytest.raises(EditError, match="there is no request"):
         pair_statistics(model, [])
     with pytest.raises(EditError, match="is one of attention"):

@@ -68,9 +68,12 @@ def assert_every_cell(case: Case, direction: Any) -> None:
     )
     assert (result.projections, result.direction, result.k) == (LENSES, direction, K)
     sign = -1 if direction == "update" else 1
+    zero = torch.zeros(case.n_layers, 2, 3, dtype=torch.bool)
+    zero[-1, :, :-1] = True  # of what the last layer writes, the loss reads the last position alone
     for lens, matrix in product(LENSES, case.matrices):
         under = result.under(lens)
         assert under.target_rank(matrix).shape == (case.n_layers, 2, 3)
+        assert torch.equal(result.is_zero(matrix), zero)
         for at in (~result.is_zero(matrix)).nonzero().tolist():
             layer, batch, pos = at
             gradient = result.gradients[matrix, layer]

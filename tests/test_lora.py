@@ -338,6 +338,7 @@ def test_the_same_weights_in_two_layers(
         EDITS["W_out"](facts_model).to_lora(tmp_path, facts_model, twins)
 
 
+@pytest.mark.versions
 @bridge_only
 def test_a_base_inside_of_a_bridge_is_refused(facts_base: nn.Module, tmp_path: Path) -> None:
     model = load_facts_model("bridge")
@@ -433,6 +434,7 @@ def test_centered_writing_weights(
     check_as_probabilities(delta, centered, facts_base, tmp_path, of_prompt(centered))
 
 
+@pytest.mark.versions
 @hooked_only
 def test_folded_norms(facts_base: nn.Module, tmp_path: Path) -> None:
     model = processed(fold_ln=True, center_writing_weights=True, center_unembed=True)
@@ -443,6 +445,7 @@ def test_folded_norms(facts_base: nn.Module, tmp_path: Path) -> None:
             edit(change(model, matrix, 1)).to_lora(tmp_path, model, facts_base)
 
 
+@pytest.mark.versions
 @bridge_only
 def test_a_bridge_in_compatibility_mode(facts_base: nn.Module, tmp_path: Path) -> None:
     model = load_facts_model("bridge")
@@ -455,6 +458,7 @@ def test_a_bridge_in_compatibility_mode(facts_base: nn.Module, tmp_path: Path) -
         edit(change(model, "W_in", 1)).to_lora(tmp_path, model, facts_base)
 
 
+@pytest.mark.versions
 @hooked_only
 def test_without_layer_norm_the_mean_counts(stories_folder: Path, tmp_path: Path) -> None:
     """Behind an RMS norm a centered matrix is another one, and is not found."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import HAS_HOOKED, Case, build, relative_error
+from models import Case, build, relative_error
 from slow_editing import (
     OTHER,
     REQUEST,
@@ -74,12 +74,6 @@ def wanted_of(case: Case, request: EditRequest, **settings: Any) -> Tensor:
 def each(request: pytest.FixtureRequest) -> Case:
     """Random models that write straight to the residual stream."""
     return build(request.param)
-
-
-@pytest.fixture(scope="module")
-def one() -> Case:
-    """A dense random model, for what does not depend on the class."""
-    return build("hooked-gpt2" if HAS_HOOKED else "bridge-gpt2")
 
 
 # ---------------------------------------------------------------------------------- the closed form
@@ -156,9 +150,9 @@ def test_it_is_its_closed_form(each: Case) -> None:
         assert relative_error(own.dense(), dense) < close
 
 
-def test_the_default_regularization_grows_with_the_width(one: Case) -> None:
-    delta = memit(one)(one.model, REQUEST)
-    same = memit(one, regularization=3 * 52.0)(one.model, REQUEST)
+def test_the_default_regularization_grows_with_the_width(one_gpt2: Case) -> None:
+    delta = memit(one_gpt2)(one_gpt2.model, REQUEST)
+    same = memit(one_gpt2, regularization=3 * 52.0)(one_gpt2.model, REQUEST)
     for layer in LAYERS:
         assert torch.equal(delta["W_out", layer].dense(), same["W_out", layer].dense())
 
@@ -182,14 +176,14 @@ def test_one_layer_and_one_request_become_rome(each: Case, fact_token: str) -> N
 
 
 @pytest.mark.parametrize("regularization", [0.5, 20.0, 3000.0])
-def test_the_part_that_is_written(one: Case, regularization: float) -> None:
+def test_the_part_that_is_written(one_gpt2: Case, regularization: float) -> None:
     """Of one key it is s / (lambda + s)."""
-    (row, *_), (at, *_) = contexts(one, REQUEST, (), "subject_last", False)
-    key = key_at(one, 1, row, at)
-    moments = with_moments(one, [1], [MOMENTS[0]])
+    (row, *_), (at, *_) = contexts(one_gpt2, REQUEST, (), "subject_last", False)
+    key = key_at(one_gpt2, 1, row, at)
+    moments = with_moments(one_gpt2, [1], [MOMENTS[0]])
     shared: dict[str, Any] = SETTINGS | {"moments": moments, "starts": (), "ridge": 0.0}
     method = MEMIT((1,), regularization=regularization, prepend_bos=False, **shared)
-    own = method(one.model, REQUEST)["W_out", 1]
+    own = method(one_gpt2.model, REQUEST)["W_out", 1]
     s = float(key @ torch.linalg.inv(MOMENTS[0]) @ key)
     wanted = own.factors[1][0]
     assert relative_error(key @ own.dense(), s / (regularization + s) * wanted) < 1e-10
@@ -211,19 +205,19 @@ def test_nothing_is_missing_without_regularization(each: Case) -> None:
         assert relative_error(cache[name][0, at], z) < close
 
 
-def test_a_lower_layer_writes_its_share_alone(one: Case) -> None:
+def test_a_lower_layer_writes_its_share_alone(one_gpt2: Case) -> None:
     """Each layer's share is that of the layers that are still to come."""
-    (row, *_), (at, *_) = contexts(one, REQUEST, (), "subject_last", False)
-    key = key_at(one, LAYERS[0], row, at)
-    delta = memit(one, starts=(), regularization=1e-9)(one.model, REQUEST)
-    z = search(one, block(one, LAYERS[-1]), REQUEST, (), **SETTINGS)
+    (row, *_), (at, *_) = contexts(one_gpt2, REQUEST, (), "subject_last", False)
+    key = key_at(one_gpt2, LAYERS[0], row, at)
+    delta = memit(one_gpt2, starts=(), regularization=1e-9)(one_gpt2.model, REQUEST)
+    z = search(one_gpt2, block(one_gpt2, LAYERS[-1]), REQUEST, (), **SETTINGS)
     assert relative_error(key @ delta["W_out", LAYERS[0]].dense(), z / 2) < 1e-7
 
 
-def test_identity_moments_are_ridge_regression(one: Case) -> None:
-    same = with_moments(one, LAYERS, [torch.eye(52, dtype=torch.float64)] * 2)
-    delta = memit(one, moments="identity", regularization=5.0)(one.model, REQUEST)
-    equal = memit(one, moments=same, regularization=5.0)(one.model, REQUEST)
+def test_identity_moments_are_ridge_regression(one_gpt2: Case) -> None:
+    same = with_moments(one_gpt2, LAYERS, [torch.eye(52, dtype=torch.float64)] * 2)
+    delta = memit(one_gpt2, moments="identity", regularization=5.0)(one_gpt2.model, REQUEST)
+    equal = memit(one_gpt2, moments=same, regularization=5.0)(one_gpt2.model, REQUEST)
     for layer in LAYERS:
         found, expected = delta["W_out", layer].dense(), equal["W_out", layer].dense()
         assert relative_error(found, expected) < 1e-10
@@ -298,17 +292,17 @@ def test_a_norm_behind_the_mlp_is_refused(kind: str) -> None:
     ],
 )
 @pytest.mark.usefixtures("as_for_a_user")
-def test_wrong_settings_are_told(one: Case, settings: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_told(one_gpt2: Case, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(EditError, match=message):
-        replace(memit(one), **settings)(one.model, REQUEST)
+        replace(memit(one_gpt2), **settings)(one_gpt2.model, REQUEST)
 
 
-def test_a_subject_is_needed(one: Case) -> None:
+def test_a_subject_is_needed(one_gpt2: Case) -> None:
     with pytest.raises(EditError, match="has no subject"):
-        memit(one)(one.model, [REQUEST, replace(OTHER, subject=None)])
+        memit(one_gpt2)(one_gpt2.model, [REQUEST, replace(OTHER, subject=None)])
 
 
-def test_statistics_of_w_in_are_refused(one: Case) -> None:
-    reading = second_moments(one.model, ["The capital"], matrix="W_in", progress=False)
+def test_statistics_of_w_in_are_refused(one_gpt2: Case) -> None:
+    reading = second_moments(one_gpt2.model, ["The capital"], matrix="W_in", progress=False)
     with pytest.raises(EditError, match="what W_in reads"):
-        memit(one, moments=reading)(one.model, REQUEST)
+        memit(one_gpt2, moments=reading)(one_gpt2.model, REQUEST)

@@ -71,12 +71,6 @@ SHORT = MENDTraining(
 )
 
 
-@pytest.fixture(scope="module")
-def one() -> Case:
-    """A dense random model, for what does not depend on the class."""
-    return build("hooked-gpt2" if HAS_HOOKED else "bridge-gpt2")
-
-
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -130,16 +124,16 @@ def same(first: MENDEditor, second: MENDEditor) -> bool:
 # --- the networks -----------------------------------------------------------------------------
 
 
-def test_an_untrained_editor_makes_the_edits_of_the_normalized_gradient(one: Case) -> None:
-    editor = untrained(one, lr=0.03)
-    found = MEND(editor, prepend_bos=False)(one.model, REQUESTS)
+def test_an_untrained_editor_makes_the_edits_of_the_normalized_gradient(one_gpt2: Case) -> None:
+    editor = untrained(one_gpt2, lr=0.03)
+    found = MEND(editor, prepend_bos=False)(one_gpt2.model, REQUESTS)
     plain = NormalizedGradient(editor.statistics, lr=0.03, prepend_bos=False)
-    expected = plain(one.model, REQUESTS)
+    expected = plain(one_gpt2.model, REQUESTS)
     assert len(found.matrices) == 6
     for own, other in zip(found.matrices, expected.matrices, strict=True):
         assert (own.matrix, own.layer) == (other.matrix, other.layer)
         assert torch.allclose(own.dense(), other.dense(), rtol=1e-6, atol=0)  # lr in float32
-    moved = MEND(learned(one), prepend_bos=False)(one.model, REQUESTS)
+    moved = MEND(learned(one_gpt2), prepend_bos=False)(one_gpt2.model, REQUESTS)
     difference = moved.matrices[0].dense() - expected.matrices[0].dense()
     assert float(difference.norm()) > 0.01 * float(expected.matrices[0].dense().norm())
 
@@ -178,8 +172,8 @@ def test_the_edit_is_what_a_loop_over_positions_makes_of_the_pairs(gpt2: Case) -
         np.testing.assert_allclose(found.dense().numpy(), expected, rtol=1e-7, atol=1e-10)
 
 
-def test_matrices_of_one_shape_share_a_network_but_not_scale_and_shift(one: Case) -> None:
-    editor = untrained(one)
+def test_matrices_of_one_shape_share_a_network_but_not_scale_and_shift(one_gpt2: Case) -> None:
+    editor = untrained(one_gpt2)
     assert [network.places for network in editor.networks] == [
         tuple(("W_in", layer) for layer in range(3)),
         tuple(("W_out", layer) for layer in range(3)),
@@ -190,8 +184,8 @@ def test_matrices_of_one_shape_share_a_network_but_not_scale_and_shift(one: Case
     assert editor.rates.dtype == editor.networks[0].layers[0].down.dtype == torch.float64
 
 
-def test_the_first_factor_has_variance_one_over_width_and_comes_of_the_seed(one: Case) -> None:
-    first, again, other = (untrained(one, seed=seed) for seed in (0, 0, 1))
+def test_the_first_factor_has_variance_one_over_width_and_comes_of_the_seed(one_gpt2: Case) -> None:
+    first, again, other = (untrained(one_gpt2, seed=seed) for seed in (0, 0, 1))
     layers = [layer for network in first.networks for layer in network.layers]
     for layer in layers:
         assert abs(float(layer.down.std()) * 76**0.5 - 1) < 0.05
@@ -244,11 +238,11 @@ def test_the_losses_are_those_of_models_whose_weights_are_really_edited(gpt2: Ca
     assert abs(at_rest[0] - found[0]) > 1e-3
 
 
-def test_the_gradient_through_the_edited_pass_is_that_of_finite_differences(one: Case) -> None:
-    host, _, data = drawn_from(one)
+def test_the_gradient_through_the_edited_pass_is_that_of_finite_differences(one_gpt2: Case) -> None:
+    host, _, data = drawn_from(one_gpt2)
     drawn = data.draw(replace(SHORT, edits_per_step=2, n_locality=2), 0, 0)
     sites = mlp_sites(host, ("W_in", "W_out"), [0, 1, 2])
-    start = learned(one)
+    start = learned(one_gpt2)
 
     def loss(parameters: Sequence[Tensor]) -> Tensor:
         edit, kept = edit_losses(host, sites, start.with_parameters(parameters), drawn)
@@ -278,12 +272,12 @@ def test_the_gradient_through_the_edited_pass_is_that_of_finite_differences(one:
 # --- training -----------------------------------------------------------------------------------
 
 
-def test_training_lowers_the_loss_and_changes_all_that_is_learned(one: Case) -> None:
+def test_training_lowers_the_loss_and_changes_all_that_is_learned(one_gpt2: Case) -> None:
     training = replace(SHORT, steps=10, edits_per_step=3, lr=3e-3, rate_lr=3e-3)
-    editor = train(one, training=training)
+    editor = train(one_gpt2, training=training)
     begun = MENDEditor.untrained(editor.statistics, lr=training.initial_rate, seed=3)
     assert len(editor.losses) == 10
-    host, drawn, _ = drawn_from(one)
+    host, drawn, _ = drawn_from(one_gpt2)
     sites = mlp_sites(host, ("W_in", "W_out"), [0, 2])
 
     def loss(editor: MENDEditor) -> float:
@@ -296,9 +290,9 @@ def test_training_lowers_the_loss_and_changes_all_that_is_learned(one: Case) -> 
         assert not torch.equal(own, before)
 
 
-def test_the_same_arguments_give_the_same_editor_and_another_seed_another(one: Case) -> None:
+def test_the_same_arguments_give_the_same_editor_and_another_seed_another(one_gpt2: Case) -> None:
     training = replace(SHORT, steps=2)
-    first, again, other = (train(one, training=training, seed=seed) for seed in (3, 3, 4))
+    first, again, other = (train(one_gpt2, training=training, seed=seed) for seed in (3, 3, 4))
     assert same(first, again)
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert not same(first, other)
@@ -331,10 +325,10 @@ class Interrupted(Exception):
 
 
 def test_an_interrupted_training_goes_on_to_the_same_editor(
-    one: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_gpt2: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = replace(SHORT, save_every=2, steps=5)
-    expected = train(one, training=training)
+    expected = train(one_gpt2, training=training)
     file = tmp_path / "mend.safetensors"
     step, done = mend_training._Training.step, 0
 
@@ -347,27 +341,27 @@ def test_an_interrupted_training_goes_on_to_the_same_editor(
 
     monkeypatch.setattr(mend_training._Training, "step", breaking)
     with pytest.raises(Interrupted):
-        train(one, training=training, out=file)
+        train(one_gpt2, training=training, out=file)
     with pytest.raises(EditError, match="a training after 2 steps, which has not come to its end"):
         MENDEditor.load(file)
     done = -10  # two of five steps are in the file: three are left
     with pytest.raises(EditError, match=r"holds a training with lr 0\.001, and 0\.5 is ask"):
-        train(one, training=replace(training, lr=0.5), out=file)
+        train(one_gpt2, training=replace(training, lr=0.5), out=file)
     with pytest.raises(EditError, match="holds a training with records"):
-        train(one, training=training, out=file, records=RECORDS[:2])
-    found = train(one, training=training, out=file)
+        train(one_gpt2, training=training, out=file, records=RECORDS[:2])
+    found = train(one_gpt2, training=training, out=file)
     assert done == -7
     assert same(found, expected)
-    again = train(one, training=training, out=file)
+    again = train(one_gpt2, training=training, out=file)
     assert done == -7
     assert same(again, expected)
     assert same(MENDEditor.load(file), expected)
 
 
 def test_a_saved_editor_comes_back_bit_for_bit_and_makes_the_same_edits(
-    one: Case, tmp_path: Path
+    one_gpt2: Case, tmp_path: Path
 ) -> None:
-    editor = train(one)
+    editor = train(one_gpt2)
     editor.save(tmp_path / "mend.safetensors")
     again = MENDEditor.load(tmp_path / "mend.safetensors")
     assert same(editor, again)
@@ -378,7 +372,7 @@ def test_a_saved_editor_comes_back_bit_for_bit_and_makes_the_same_edits(
     assert "after 4 steps" in editor.fingerprint
     assert editor.training["n_records"] == 3
     first, second = (
-        MEND(each, prepend_bos=False)(one.model, REQUESTS[0]) for each in (editor, again)
+        MEND(each, prepend_bos=False)(one_gpt2.model, REQUESTS[0]) for each in (editor, again)
     )
     for own, other in zip(first.matrices, second.matrices, strict=True):
         assert torch.equal(own.dense(), other.dense())
@@ -389,14 +383,14 @@ def test_a_saved_editor_comes_back_bit_for_bit_and_makes_the_same_edits(
     }
     editor.statistics.save(tmp_path / "statistics.safetensors")
     with pytest.raises(ResultFileError, match="holds a PairStatistics, no MENDEditor"):
-        train(one, out=tmp_path / "statistics.safetensors")
+        train(one_gpt2, out=tmp_path / "statistics.safetensors")
 
 
 # --- what is drawn --------------------------------------------------------------------------------
 
 
-def test_each_record_comes_once_per_epoch_with_its_own_neighbors(one: Case) -> None:
-    host, _, data = drawn_from(one)
+def test_each_record_comes_once_per_epoch_with_its_own_neighbors(one_gpt2: Case) -> None:
+    host, _, data = drawn_from(one_gpt2)
     training = replace(SHORT, edits_per_step=2, n_locality=4)
     drawn = [each for step in range(15) for each in data.draw(training, 7, step)]
     prompts = [each.request.request.prompt for each in drawn]
@@ -422,7 +416,7 @@ def test_each_record_comes_once_per_epoch_with_its_own_neighbors(one: Case) -> N
         assert len(set(own)) > 1
 
 
-def test_every_step_draws_anew(one: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_draws_anew(one_gpt2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     draw, asked = mend_training._Data.draw, []
 
     def watched(self: Any, training: MENDTraining, seed: int, step: int) -> list[Any]:
@@ -430,12 +424,12 @@ def test_every_step_draws_anew(one: Case, monkeypatch: pytest.MonkeyPatch) -> No
         return draw(self, training, seed, step)
 
     monkeypatch.setattr(mend_training._Data, "draw", watched)
-    train(one)
+    train(one_gpt2)
     assert asked == [(3, 0), (3, 1), (3, 2), (3, 3)]
 
 
-def test_texts_of_the_caller_are_left_alone_but_for_those_on_the_subject(one: Case) -> None:
-    host = host_of(one.model)
+def test_texts_of_the_caller_are_left_alone_but_for_those_on_the_subject(one_gpt2: Case) -> None:
+    host = host_of(one_gpt2.model)
     texts = ["The dog runs", "Messi runs", "The ball of France"]
     data = mend_training._Data.of(host, RECORDS, texts, False)
     drawn = [each for step in range(9) for each in data.draw(SHORT, 0, step)]
@@ -454,16 +448,16 @@ def test_texts_of_the_caller_are_left_alone_but_for_those_on_the_subject(one: Ca
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_training_needs_records(one: Case) -> None:
+def test_training_needs_records(one_gpt2: Case) -> None:
     with pytest.raises(EditError, match="there is no record to train on"):
-        train(one, records=[])
+        train(one_gpt2, records=[])
     with pytest.raises(EditError, match="is a EditRequest; pass Records"):
-        train(one, records=REQUESTS)
+        train(one_gpt2, records=REQUESTS)
     lonely = replace(RECORDS[0], neighborhood_prompts=(), generation_prompts=())
     with pytest.raises(EditError, match="nothing that the edit of 'The capital of France is' sho"):
-        train(one, records=[lonely])
+        train(one_gpt2, records=[lonely])
     with pytest.raises(EditError, match="locality is one text"):
-        train(one, locality="The dog runs")
+        train(one_gpt2, locality="The dog runs")
 
 
 @pytest.mark.parametrize(
@@ -489,19 +483,21 @@ def test_settings_that_are_no_positive_numbers_are_refused(name: str, value: Any
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_matrices_and_models_that_do_not_fit_are_refused(one: Case) -> None:
+def test_matrices_and_models_that_do_not_fit_are_refused(one_gpt2: Case) -> None:
     with pytest.raises(EditError, match="has no matrix 'W_gate'"):
-        train(one, matrices=("W_gate",))
+        train(one_gpt2, matrices=("W_gate",))
     with pytest.raises(EditError, match="is one of attention"):
-        train(one, matrices="W_V")
+        train(one_gpt2, matrices="W_V")
     with pytest.raises(EditError, match="layer -4 does not exist"):
-        train(one, layers=(-4,))
+        train(one_gpt2, layers=(-4,))
     with pytest.raises(EditError, match="seed is 'x'"):
-        train(one, seed="x")
+        train(one_gpt2, seed="x")
     other = build("hooked-gpt2" if HAS_HOOKED else "bridge-gpt2", seed=1)
     with pytest.raises(EditError, match="it is another model"):
-        MEND(untrained(one))(other.model, REQUESTS[0])
-    answers = pair_statistics(one.model, REQUESTS, layers=[0], positions="answer", progress=False)
+        MEND(untrained(one_gpt2))(other.model, REQUESTS[0])
+    answers = pair_statistics(
+        one_gpt2.model, REQUESTS, layers=[0], positions="answer", progress=False
+    )
     with pytest.raises(EditError, match="looks at 'all'"):
         MENDEditor.untrained(answers)
 

@@ -169,23 +169,24 @@ STATES: dict[str, Callable[[Any], list[Any]]] = {
 }
 
 
-def test_numbers_do_not_depend_on_what_needs_a_gradient(pair: Case) -> None:
+@pytest.mark.parametrize("pair", [*PAIR_NAMES, "bridge-gemma2", "bridge-neox"], indirect=True)
+@pytest.mark.parametrize("state", STATES)
+def test_numbers_do_not_depend_on_what_needs_a_gradient(pair: Case, state: str) -> None:
     tokens = pair.tokens(6, 6)
     expected = capture_all(pair.model, tokens)
-    for contexts in STATES.values():
-        with ExitStack() as stack:
-            for context in contexts(pair.model):
-                stack.enter_context(context)
-            before = snapshot(pair.model)
-            found = capture_all(pair.model, tokens)
-            assert_same(before, snapshot(pair.model))
-            alone = capture_all(pair.model, tokens, matrices=("W_K", "W_O"), layers=1)
-        assert_equal_captures(found, expected)
-        for key, gradient in alone.gradients.items():
-            torch.testing.assert_close(gradient.vjps, expected[key].vjps, rtol=1e-10, atol=1e-14)
-        torch.testing.assert_close(
-            alone.reversed_attention(1), expected.reversed_attention(1), rtol=1e-10, atol=1e-14
-        )
+    with ExitStack() as stack:
+        for context in STATES[state](pair.model):
+            stack.enter_context(context)
+        before = snapshot(pair.model)
+        found = capture_all(pair.model, tokens)
+        assert_same(before, snapshot(pair.model))
+        alone = capture_all(pair.model, tokens, matrices=("W_K", "W_O"), layers=1)
+    assert_equal_captures(found, expected)
+    for key, gradient in alone.gradients.items():
+        torch.testing.assert_close(gradient.vjps, expected[key].vjps, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(
+        alone.reversed_attention(1), expected.reversed_attention(1), rtol=1e-10, atol=1e-14
+    )
 
 
 # ---------------------------------------------------------------------------- dropout in train mode

@@ -153,6 +153,25 @@ def test_notebook_runs_and_shows_what_is_kept(path):
 
 
 @pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("clean  Paris  11.02", "clean Paris    11.03"),
+        ("(5.96e-08, 0.47100)", "(8.9e-08, 0.47103)"),
+        ("error 9e-08 0e+00", "error 0e+00 6e-06"),
+        ("size NaN", "size None"),
+        ("-0.00 [0.18, 0.5]", "0.00 [0.18, 0.51]"),
+        (
+            "a 084fa4646f96 b 624bfa53152c 084fa4646f96",
+            "a 00aa84646f96 b 5a770d91e3da 00aa84646f96",
+        ),
+        ("norm  seconds  \nsgd  \nA 1.0    0.12 \n", "norm  seconds  \nsgd  \nA 1.0   10.30 \n"),
+    ],
+)
+def test_outputs_that_are_the_same(text, other):
+    assert differences(text, other) == []
+
+
+@pytest.mark.parametrize(
     ("text", "other", "found"),
     [
         ("clean  Paris  11.02", "clean Paris 12.34", [("11.02", "12.34")]),

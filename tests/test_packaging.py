@@ -222,7 +222,7 @@ def test_one_version_everywhere():
 
 
 def test_every_module_imports_and_leaves_pictures_and_hooked_transformer_alone():
-    """In a process of its own; then the command starts, as from a shell.
+    """In a process of its own; then the command starts, through its script.
 
     TransformerLens 4 has no HookedTransformer, so a name that is imported with a module would break
     there. TransformerLens 3 imports its own; what counts is who asks for it.

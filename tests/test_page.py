@@ -769,6 +769,7 @@ def test_axe_finds_nothing_grave(browser: Browser, tmp_path: Path, messi: Backwa
         td_of(messi, figure_of(page, "W_out"), messi.cell("W_out", 0, 1)).click()
         assert grave(page) == []
         page.emulate_media(color_scheme="dark")
+        assert grave(page) == []
         choose(body, "end", "bottom")
         choose(body, "scale", "linear")
         page.set_viewport_size({"width": 400, "height": 800})

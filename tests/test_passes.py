@@ -252,6 +252,8 @@ def mixture(name: str) -> Any:
         "hooked-llama",
         "hooked-no_norm",
         *MOE_NAMES,
+        pytest.param("bridge-gpt2", marks=pytest.mark.slow),
+        pytest.param("bridge-neox", marks=pytest.mark.slow),
     ],
 )
 def any_model(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any]]:
@@ -624,8 +626,8 @@ WORK_BEFORE: dict[str, Callable[[Any, Tensor], object]] = {
 @pytest.mark.parametrize("name", ["bridge-llama", "hooked-gpt2"])
 def test_what_the_model_did_before_leaves_no_callers_hook(name: str, passes: list[Tensor]) -> None:
     """Transformers hooks its own modules when it is first asked for attention patterns."""
-    model = build(name).model
     for work, done in WORK_BEFORE.items():
+        model = build(name).model
         done(model, torch.tensor([[4, 5, 6]]))
         passes.clear()
         capture_gradients(model, PROMPTS, target_nll(5), prepend_bos=True)

@@ -107,7 +107,7 @@ def test_models_of_either_kind_in_float64(gpt2: Case) -> None:
 
 @torch.no_grad()
 def second_best(model: Any, prompt: str) -> int:
-    """The token that is second after a prompt."""
+    """The second most probable next token."""
     logits: Tensor = model(model.to_tokens(prompt, prepend_bos=False))[0, -1]
     return int(logits.argsort(descending=True)[1])
 

@@ -1635,7 +1635,7 @@ def test_data_of_which_nothing_can_be_analysed(small_model: Any, tmp_path: Path)
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_a_model_of_one_layer(tmp_path: Path):
-    """Of the kind that the report is not of, where there is one."""
+    """The other model class, where there is one."""
     kind = "hooked" if HAS_HOOKED else "bridge"
     model = build(f"{kind}-gpt2", n_layers=1).model
     evidence = small_evidence(model, SMALL_ROWS[:2], tmp_path)

@@ -56,6 +56,7 @@ def greedy(case: Case, prompt: list[int], n: int, n_ctx: int = 64) -> list[int]:
     return found
 
 
+@pytest.mark.versions
 def test_the_most_probable_token_each_time(each: Case) -> None:
     expected = [greedy(each, prompt, n) for prompt, n in zip(PROMPTS, N, strict=True)]
     assert draw(host_of(each.model), 1) == expected

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -493,6 +494,11 @@ PROCESSED = [
     ("llama", "bridge-compat"),
     ("gemma2", "hooked-processed"),
 ]
+RARE_PROCESSED = [
+    ("llama", "hooked-processed"),
+    ("gemma2", "bridge-compat"),
+    ("gpt_neox", "hooked-processed"),
+]
 
 
 def agreement(found: Pair, delta: WeightDelta, expected: Tensor) -> float:
@@ -505,7 +511,10 @@ def agreement(found: Pair, delta: WeightDelta, expected: Tensor) -> float:
     return float((own - reference).abs().max())
 
 
-@pytest.mark.parametrize(("family", "kind"), PROCESSED)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [*PROCESSED, *(pytest.param(*own, marks=pytest.mark.slow) for own in RARE_PROCESSED)],
+)
 def test_processed_weights_get_the_same_edit(family: str, kind: str) -> None:
     """A tied model, raw and with norms folded in; what it says afterwards is the same."""
     own = pair(family, kind, tied=True)
@@ -545,11 +554,20 @@ def test_an_unembedding_that_is_centered_alone() -> None:
 
 TIED = [*PROCESSED, ("gpt2", "bridge"), ("gpt2", "hooked")]
 UNTIED = [*PROCESSED, *MODELS]
+RARE_TIED_OR_NOT = [
+    (family, kind, tied)
+    for family, kind, tied in product(FAMILIES, architectures.KINDS, (True, False))
+    if (family, kind) not in (TIED if tied else UNTIED)
+]
 
 
 @pytest.mark.parametrize(
     ("family", "kind", "tied"),
-    [(*own, True) for own in TIED] + [(*own, False) for own in UNTIED],
+    [
+        *((*own, True) for own in TIED),
+        *((*own, False) for own in UNTIED),
+        *(pytest.param(*own, marks=pytest.mark.slow) for own in RARE_TIED_OR_NOT),
+    ],
 )
 def test_tied_or_not(family: str, kind: str, tied: bool) -> None:
     own = pair(family, kind, tied=tied)

@@ -23,10 +23,9 @@ import pandas as pd
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
-import stopping
 import torch
 from models import HAS_BRIDGE, Case, build, nll, small_tokenizer
-from stopping import killed, second_of_two
+from stopping import digests, killed, second_of_two
 from torch import Tensor, nn
 
 import backward_lens_tl as blt
@@ -96,7 +95,7 @@ def plain(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
 def in_parts(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Sweep]:
     """Good rows among bad ones, by the size of a part.
 
-    Made with the run-time type checks on, where the run of the tests has any.
+    Made with the run-time type checks on, if they are on.
     """
     names = [column.name for column in TABLES["gradients"]]
     found = {}
@@ -124,11 +123,6 @@ def mixed() -> tuple[list[Any], dict[int, str]]:
             rows.append(row)
         rows += ROWS[place : place + 1]
     return rows, reasons
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """What every table's files hold, hidden ones as well."""
-    return stopping.digests(folder, TABLES)
 
 
 def fail_on(

@@ -14,20 +14,14 @@ import time
 from pathlib import Path
 
 import pytest
-import stopping
+from stopping import digests
 
 from backward_lens_tl.sweep import Sweep
-from backward_lens_tl.sweep.columns import TABLES
 
 pytestmark = pytest.mark.slow
 
 ARGUMENTS = "--data facts --prompts 5 --part-size 2 --layers -1 --matrices W_out --k 2 --quiet"
 N_PARTS = 3
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """What every table's files hold, hidden ones as well."""
-    return stopping.digests(folder, TABLES)
 
 
 def environment() -> dict[str, str]:

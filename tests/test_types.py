@@ -22,11 +22,12 @@ def hook_is_active() -> bool:
     return hasattr(LogitLens.project, "__wrapped__")
 
 
-pytestmark = pytest.mark.skipif(
-    not hook_is_active(),
-    reason="jaxtyping's import hook is off: run pytest with --jaxtyping-packages=backward_lens_tl,"
-    "beartype.beartype",
-)
+@pytest.fixture(scope="module", autouse=True)
+def _hook(pytestconfig: pytest.Config) -> None:
+    if not pytestconfig.getoption("jaxtyping_packages"):
+        pytest.skip("run pytest with --jaxtyping-packages=backward_lens_tl,beartype.beartype")
+    assert hook_is_active(), "the option is given, and nothing is checked"
+
 
 X, DELTA = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)
 MASK = torch.ones(2, 3, dtype=torch.bool)

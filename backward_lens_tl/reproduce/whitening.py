@@ -54,14 +54,15 @@ def whitening(evidence: Evidence) -> Finding:
         checks.append(_controlled(table))
     if table["paraphrase"].notna().all():
         checks.append(_costs(table))
+    records = int(table["records"].max())
     return Finding(
         tuple(checks),
         {"by layer": table[columns]},
         {"whitening": partial(figures.edit_curves, table, "layer")},
         notes=(
-            f"Of {int(table['records'].max())} records. Each fact gets the least multiple of a "
-            "small size that makes its target the answer, so that all forms edit equally well as "
-            f"far as these multiples go: efficacy is {table['efficacy'].min():.1f} % at least.",
+            f"Of {records} record{'' if records == 1 else 's'}. Each fact gets the least multiple "
+            "of a small size that makes its target the answer, so that all forms edit equally well "
+            f"as far as these multiples go: efficacy is {table['efficacy'].min():.1f} % at least.",
             "The control takes C of the layer above, or of the first for the last one.",
         ),
     )
