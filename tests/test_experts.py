@@ -15,6 +15,7 @@ from torch import Tensor
 from backward_lens_tl.capture import capture_gradients
 from backward_lens_tl.captured import GradientCapture
 from backward_lens_tl.errors import UnsupportedModelError
+from backward_lens_tl.validation import validate
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("as_for_a_user")]
 
@@ -27,9 +28,9 @@ def loss(logits: Tensor, tokens: Tensor) -> Tensor:
     return -chosen.mean((1, 2))
 
 
-def mixture(kind: str, dtype: torch.dtype = torch.float64) -> Any:
+def mixture(kind: str, dtype: torch.dtype = torch.float64, family: str = "mixtral") -> Any:
     try:
-        return build_model("mixtral", kind, dtype)
+        return build_model(family, kind, dtype)
     except NotAvailable as reason:
         pytest.skip(str(reason))
 
@@ -92,6 +93,17 @@ def test_an_expert_in_both_slots_of_a_token(kind: str) -> None:
         assert relative_error(found, laid_out(own)) <= 1e-12
         assert not found[1:].any()
         assert gradient.expert(0).mask.all()
+
+
+# Stacks are stored as [expert, d_out, d_in] in Mixtral and as [expert, d_in, d_out] in gpt-oss.
+@pytest.mark.parametrize(
+    ("family", "kind"), [("mixtral", "hooked"), ("mixtral", "bridge"), ("gpt_oss", "bridge")]
+)
+def test_validate_lays_autograds_gradients_out_by_expert(family: str, kind: str) -> None:
+    report = validate(mixture(kind, family=family), TOKENS, objective=loss, matrices="mlp")
+    assert report.passed
+    assert {error.matrix for error in report.errors} == set(MATRICES)
+    assert max(error.relative_error for error in report.errors) < 1e-12
 
 
 @pytest.mark.parametrize("kind", ["hooked", "bridge"])

@@ -575,6 +575,15 @@ def test_what_is_kept_is_not_underestimated(what: str) -> None:
         assert actual <= size.kept(2, length, Memory()) <= 4 * actual
 
 
+@pytest.mark.parametrize(("matrices", "n_layers"), [(("W_Q", "W_O"), 2), (("W_in",), 0)])
+def test_one_pattern_is_kept_per_head_of_a_layer_with_attention(
+    matrices: tuple[str, ...], n_layers: int
+) -> None:
+    host = host_of(build("hooked-gpt2", torch.float64).model)
+    sites = [site for layer in (0, 2) for site in host.sites(layer, matrices)]
+    assert pass_size(host, sites, 1, 5).patterns == n_layers * 3 * 8  # heads, bytes
+
+
 def test_no_more_memory_is_held_than_the_factors_take(mixture: Any) -> None:
     """A view would hold the whole tensor that it is a part of."""
     for matrix in ("W_Q", "W_in", "W_gate", "W_out"):
