@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from models import HAS_BRIDGE, HAS_HOOKED
 from packaging.requirements import Requirement
 
 import backward_lens_tl
@@ -175,6 +176,13 @@ def test_installing_moves_nothing_that_is_there(dist, environment):
     assert set(found) == {"backward-lens-tl"}
 
 
+# What these make is the same whichever TransformerLens is installed, and takes minutes.
+once = pytest.mark.skipif(
+    not (HAS_BRIDGE and HAS_HOOKED), reason="does not depend on TransformerLens; run on 3.9.0"
+)
+
+
+@once
 @pytest.mark.slow
 def test_without_transformerlens_installing_still_moves_nothing(dist, environment):
     """As on Colab: a torch, a numpy and a transformers that the newest TransformerLens takes."""
@@ -184,6 +192,7 @@ def test_without_transformerlens_installing_still_moves_nothing(dist, environmen
     assert set(found) & {"torch", "numpy", "transformers"} == set()
 
 
+@once
 @pytest.mark.slow
 def test_the_report_shows_what_is_moved(dist, environment):
     """The control: a transformers that no TransformerLens here takes is replaced, and only that."""
@@ -193,6 +202,7 @@ def test_the_report_shows_what_is_moved(dist, environment):
     assert set(found) & {"torch", "numpy"} == set()
 
 
+@once
 @pytest.mark.slow
 def test_the_wheel_works_in_an_environment_of_its_own(dist, tmp_path):
     """The command, the facts model, the types, what the notebooks use; away from the checkout."""
