@@ -460,6 +460,8 @@ def test_foreign_statistics_are_refused(one_gpt2: Case) -> None:
     reading = second_moments(one_gpt2.model, texts, matrix="W_in", progress=False)
     elsewhere = second_moments(one_gpt2.model, texts, layers=[0], progress=False)
     few = second_moments(one_gpt2.model, texts, progress=False)
+    with pytest.raises(EditError, match=r"moments is 3; pass .*second_moments\(model"):
+        rome(one_gpt2, 3)(one_gpt2.model, REQUEST)
     with pytest.raises(EditError, match="what W_in reads, and W_out is edited"):
         rome(one_gpt2, reading)(one_gpt2.model, REQUEST)
     with pytest.raises(EditError, match="not of layer 1"):
