@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import jaxtyping
 import pytest
 import torch
-import transformers
 from models import (
     HAS_HOOKED,
     NAMES,
@@ -22,6 +20,7 @@ from models import (
     hf_reading,
     hf_weights,
     hooked_case,
+    readable,
     require_kind,
 )
 from transformers import AutoModelForCausalLM
@@ -94,13 +93,7 @@ def stories_folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = shared / "models" / "stories260K"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there; set BACKWARD_LENS_SHARED to the folder of test data")
-    if hasattr(transformers, "TokenizersBackend"):
-        return folder
-    # transformers 5 saved it, and transformers 4 knows the tokenizer's class by an older name.
-    copy = shutil.copytree(folder, tmp_path_factory.mktemp("shared") / folder.name)
-    config = copy / "tokenizer_config.json"
-    config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-    return copy
+    return readable(folder, tmp_path_factory)
 
 
 @pytest.fixture(scope="session", params=KINDS)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import copy
 import functools
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor, nn
@@ -202,6 +205,17 @@ def _tokenizer_folder() -> tempfile.TemporaryDirectory[str]:
 def small_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
     """A new tokenizer of 97 tokens: ` the` and ` Paris` are one, `the` is two."""
     return AutoTokenizer.from_pretrained(_tokenizer_folder().name, padding_side=padding_side)
+
+
+def readable(folder: Path, folders: pytest.TempPathFactory) -> Path:
+    """A folder that transformers 5 saved a tokenizer in, as the installed version reads it."""
+    if hasattr(transformers, "TokenizersBackend"):
+        return folder
+    # transformers 4 knows the tokenizer's class by an older name.
+    copy = shutil.copytree(folder, folders.mktemp("shared") / folder.name)
+    config = copy / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    return copy
 
 
 # --------------------------------------------------------------------------------- random weights

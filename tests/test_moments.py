@@ -456,7 +456,9 @@ def test_the_facts_models_own_are_of_its_training_text(facts_model: Any) -> None
 @pytest.mark.slow
 def test_the_facts_models_own_are_built_anew() -> None:
     found, shipped = build_moments(), facts_moments()
-    assert found.fingerprint == shipped.fingerprint
+    assert found.texts == shipped.texts
+    if HAS_BRIDGE:  # they ship as a bridge computes them, and a HookedTransformer rounds otherwise
+        assert found.fingerprint == shipped.fingerprint
     for mine, theirs in zip(found.moments, shipped.moments, strict=True):
         assert relative_error(mine, theirs) < 1e-5
 

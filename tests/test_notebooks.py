@@ -21,6 +21,7 @@ import tomllib
 import torch
 from browser import opened
 from IPython.core.formatters import DisplayFormatter
+from models import readable
 from nbconvert import HTMLExporter
 from packaging.requirements import Requirement
 from playwright.sync_api import expect
@@ -195,8 +196,11 @@ def other_model(shared, tmp_path_factory) -> Path:
     """A folder with GPT-2's own tokens, another number of layers, another width, random weights."""
     folder = tmp_path_factory.mktemp("other")
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_layer=5, n_embd=64, n_head=4)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(shared / "models" / "gpt2_tokenizer").save_pretrained(folder)
+    # n_ctx is in the config of GPT-2's own files, and TransformerLens 2 reads it.
+    config = GPT2Config(n_layer=5, n_embd=64, n_head=4, n_ctx=1024)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer = readable(shared / "models" / "gpt2_tokenizer", tmp_path_factory)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return folder
 
 

@@ -1363,7 +1363,8 @@ def test_files_of_the_folder(report: Report):
     assert [each["name"] for each in findings] == [experiment.name for experiment in GRADIENTS]
     covers = {each["name"]: each["covers"] for each in findings}
     assert covers["fig8"] == ["fig8", "fig9"]
-    about = {"model": "gpt2", "n_layers": 3, "d_vocab": 97, "data": "rows", "prompts": 4}
+    name = "gpt2" if HAS_BRIDGE else "random-gpt2"
+    about = {"model": name, "n_layers": 3, "d_vocab": 97, "data": "rows", "prompts": 4}
     about |= {"rejected": 0, "cut": 1, "bos": "without BOS"}
     for finding in findings:
         assert {"title", "statement", "verdict", "checks", "notes"} <= set(finding)
