@@ -396,6 +396,7 @@ def test_more_passes_are_more_of_the_forward_pass_and_not_of_the_reading():
 
 
 @reads_peaks
+@pytest.mark.slow  # resident memory of a process that does more than this test
 def test_the_peak_is_what_a_run_takes_at_once():
     size = 3 * 2**24  # more than the 32 MiB up to which the C library may keep what is freed
 
