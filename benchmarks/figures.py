@@ -157,7 +157,7 @@ def measure(bench: Bench, name: str) -> Iterator[Row]:
         row = cell.about | _numbers_or_reason(bench, cell)
         log.info("%s %s", name, row)
         yield row
-        # A model that is no longer needed goes before the next one comes.
+        # Free a model that is no longer needed before the next one is built.
         gc.collect()
         if bench.device == "cuda":
             torch.cuda.empty_cache()

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jaxtyping
 import pytest
 import torch
 from models import (
@@ -24,6 +23,7 @@ from models import (
     require_kind,
 )
 from transformers import AutoModelForCausalLM
+from type_checks import type_checks_off
 
 from backward_lens_tl.loading import load_facts_model, load_model
 
@@ -47,10 +47,8 @@ def as_for_a_user() -> Iterator[None]:
     They come before the package's own messages, beartype draws from Python's random numbers, and
     they make small models several times slower.
     """
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
+    with type_checks_off():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,11 @@ import time
 from dataclasses import replace
 from functools import partial
 
-import jaxtyping
 import pytest
 import torch
 from models import hooked_only, relative_error
 from torch.utils.flop_counter import FlopCounterMode
+from type_checks import type_checks_off
 
 from benchmarks import __main__ as command
 from benchmarks import contestants, estimates, figures, gpu_check, memory, report
@@ -462,12 +462,8 @@ def dry_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dry-run")
     python, option, module, *arguments = gpu_check.measurements(600, folder, dry_run=True)
     assert (python, option, module) == (sys.executable, "-m", "benchmarks")
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
+    with type_checks_off():
         command.main(arguments)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", before)
     return folder
 
 

@@ -25,12 +25,12 @@ import pytest
 import tomllib
 from browser import opened
 from pymdownx.slugs import slugify
+from test_examples import NAMESPACES
 from test_notebooks import BADGE, NOTEBOOKS, cells
 
 import backward_lens_tl
-from backward_lens_tl import analysis, cli, compat, editing, errors
+from backward_lens_tl import cli, errors
 from backward_lens_tl.compat import errors as compat_errors
-from backward_lens_tl.views import figures, widgets
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -149,12 +149,13 @@ def test_links_to_the_repository_lead_to_files_of_it(site):
         assert {path for path in paths if not is_there(ROOT / path)} == set()
 
 
-CODE = re.compile(r"^ *```.*?^ *```|(?<!`)`[^`\n]+`", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
+CODE = re.compile(rf"{FENCED.pattern}|(?<!`)`[^`\n]+`", FENCED.flags)
 
 
 def headings(path: Path) -> set[str]:
     """Anchors of a Markdown file's headings, as the site makes them."""
-    text = re.sub(r"^ *```.*?^ *```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    text = FENCED.sub("", path.read_text(encoding="utf-8"))
     lines = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     plain = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", line).replace("`", "") for line in lines)
     return set(map(partial(slugify(case="lower"), sep="-"), plain))
@@ -252,9 +253,6 @@ def asked_for() -> set[str]:
             own = getattr(thing, "__all__", ()) if inspect.ismodule(thing) else ()
             found |= {path.rpartition(".")[2], *own}
     return found
-
-
-NAMESPACES = (backward_lens_tl, editing, analysis, figures, widgets, compat)
 
 
 def public() -> set[str]:

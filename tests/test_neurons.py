@@ -25,7 +25,7 @@ from backward_lens_tl.sites import WRITING_MATRICES
 # Sums of a few products in float64, in another order.
 EXACT = 1e-12
 TARGET = 5
-# Dense and gated, both kinds, and a norm behind the MLP.
+# Dense and gated, both kinds, and a norm after the MLP.
 READ = (
     ("hooked-gpt2", "W_in"),
     ("hooked-gpt2", "W_out"),

@@ -9,12 +9,12 @@ from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import Opened, opened
 from playwright.sync_api import Browser, Locator, Page
 from test_views import NASTY, all_cells, make_result, shown
+from type_checks import type_checks_off
 
 from backward_lens_tl.cells import Cell, TokenScore
 from backward_lens_tl.lens import backward_lens
@@ -218,11 +218,9 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[BackwardLensResult, 
     """A long prompt in a deep model, and its page."""
     path = tmp_path_factory.mktemp("deep") / "page.html"
     words = tuple(f" w{index * 7919:x}" for index in range(300))
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    result = make_result(layers=48, pos=40, k=10, vocab=(*words, *NASTY))
-    result.save_html(path)
-    jaxtyping.config.update("jaxtyping_disable", before)
+    with type_checks_off():
+        result = make_result(layers=48, pos=40, k=10, vocab=(*words, *NASTY))
+        result.save_html(path)
     return result, path
 
 
