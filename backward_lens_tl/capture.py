@@ -23,7 +23,7 @@ from backward_lens_tl.objectives import (
     bind_to_prompts,
 )
 from backward_lens_tl.passes import Pass, pass_size, plan_passes
-from backward_lens_tl.prompts import PromptBatch, Prompts
+from backward_lens_tl.prompts import Prompt, PromptBatch, Prompts, tokenize_prompts
 from backward_lens_tl.selection import select_hook_points, select_layers, select_matrices
 from backward_lens_tl.sites import HookPointSite, Site
 
@@ -93,7 +93,8 @@ class CaptureWork:
 
     Attributes:
         host: The model.
-        batch: All prompts.
+        prompts: All prompts, with the objective's continuations.
+        batch: The same, as one batch.
         objective: What is differentiated.
         objective_name: How it was made.
         sites: The matrices, in model order.
@@ -104,6 +105,7 @@ class CaptureWork:
     """
 
     host: Host
+    prompts: tuple[Prompt, ...]
     batch: PromptBatch
     objective: BoundObjective
     objective_name: str
@@ -146,15 +148,13 @@ class CaptureWork:
             The captured gradients.
         """
         recorded, batch = gathering.recorded, self._kept_batch
-        ids = [row[real].tolist() for row, real in zip(batch.tokens, batch.mask, strict=True)]
-        texts, spans = zip(*map(self.host.vocabulary.spans, ids), strict=True)
         return GradientCapture(
             gradients=recorded.gradients,
             tokens=batch.tokens,
             mask=batch.mask,
-            str_tokens=tuple(map(self.host.vocabulary.texts, ids)),
-            prompts=texts,
-            spans=spans,
+            str_tokens=tuple(self.host.vocabulary.texts(prompt.ids) for prompt in self.prompts),
+            prompts=tuple(prompt.text for prompt in self.prompts),
+            spans=tuple(prompt.spans for prompt in self.prompts),
             loss=recorded.loss,
             targets=recorded.targets,
             answers=recorded.answers,
@@ -217,10 +217,13 @@ def plan_capture(
     sites = [site for layer in chosen for site in host.sites(layer, names)]
     check_sharing(host, sites)
     points = select_hook_points(hook_points, host)
-    bound, batch = bind_to_prompts(objective, host, prompts, prepend_bos)
+    bound, continued, batch = bind_to_prompts(
+        objective, host, tokenize_prompts(host, prompts, prepend_bos)
+    )
     lengths = batch.lengths.tolist()
     return CaptureWork(
         host=host,
+        prompts=continued,
         batch=batch,
         objective=bound,
         objective_name=objective.name,
@@ -237,6 +240,7 @@ def plan_capture(
                 limits,
                 in_one=bool(points or host.hooked_modules or bound.looks_at == "batch"),
                 by_prompt=bound.looks_at == "prompt",
+                kinds=[host.length_kind(length) for length in lengths],
             )
         ),
     )

@@ -66,8 +66,9 @@ class GradientCapture:
         hook_points: Activations and gradients at the hook points asked for, by name.
         attention: The backward pass through the pattern of each layer whose attention matrices
             were asked for, by layer.
-        prompts: Text of each prompt as a whole, continuation included, without special tokens.
-            Characters that `str_tokens` have split over several tokens are whole here.
+        prompts: Text of each prompt as the caller wrote it, continuation included; of a prompt
+            given as ids, what they decode to without special tokens. Characters that `str_tokens`
+            have split over several tokens are whole here.
         spans: Where in that text each real token stands: half-open spans of its characters, of no
             width for special tokens.
 

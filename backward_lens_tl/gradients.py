@@ -239,11 +239,11 @@ class MatrixGradient:
 
     # --- the gradient of one prompt ------------------------------------------------------------
 
-    def factored(self, batch: int = 0) -> FactoredMatrix:
+    def factored(self, batch: int | None = None) -> FactoredMatrix:
         """The gradient of one prompt as TransformerLens's `FactoredMatrix`.
 
         Args:
-            batch: Which prompt.
+            batch: Which prompt; may be left out where there is one.
 
         Returns:
             `A @ B` with `A = X^T`, `[d_in, n]`, and `B = Delta`, `[n, d_out]`; `n` is the
@@ -257,14 +257,14 @@ class MatrixGradient:
         inputs, vjps = self._joined(batch)
         return FactoredMatrix(inputs.T, vjps)
 
-    def dense(self, batch: int = 0) -> Float[Tensor, "*head d_in d_out"]:
+    def dense(self, batch: int | None = None) -> Float[Tensor, "*head d_in d_out"]:
         """The gradient of one prompt as a matrix.
 
         This is the only method that allocates `d_in * d_out` numbers: 9.4 MB for an MLP matrix of
         GPT-2 small in float32, 41 MB for GPT-2 xl.
 
         Args:
-            batch: Which prompt.
+            batch: Which prompt; may be left out where there is one.
 
         Returns:
             `X^T Delta`, with a first axis for heads or experts where there are any.
@@ -287,11 +287,11 @@ class MatrixGradient:
             dense: Tensor = einsum(inputs, vjps, pattern)
         return dense
 
-    def bias(self, batch: int = 0) -> Float[Tensor, "*head d_out"]:
+    def bias(self, batch: int | None = None) -> Float[Tensor, "*head d_out"]:
         """The gradient of one prompt with respect to the bias that is added to the output.
 
         Args:
-            batch: Which prompt.
+            batch: Which prompt; may be left out where there is one.
 
         Returns:
             `sum_i delta_i`, with a first axis for heads where `vjps` has one, or for experts. For a
@@ -310,12 +310,12 @@ class MatrixGradient:
             self._joined(batch)  # one bias for all heads, which have to agree
         return self._real(batch)[1].sum(0)
 
-    def neuron(self, index: int, batch: int = 0) -> Float[Tensor, "d_model"]:
+    def neuron(self, index: int, batch: int | None = None) -> Float[Tensor, "d_model"]:
         """One neuron of the gradient: the vector of width `d_model` that one hidden unit receives.
 
         Args:
             index: The hidden unit, from 0: of the MLP, or of all heads side by side.
-            batch: Which prompt.
+            batch: Which prompt; may be left out where there is one.
 
         Returns:
             For index `j`, column `j` of the gradient of a matrix that reads the residual stream,
@@ -334,7 +334,9 @@ class MatrixGradient:
         check_index("neuron", index, self._combination(batch)[0].shape[1])
         return self.neurons(int(index), int(index) + 1, batch)[0]
 
-    def neurons(self, start: int, stop: int, batch: int = 0) -> Float[Tensor, "n d_model"]:
+    def neurons(
+        self, start: int, stop: int, batch: int | None = None
+    ) -> Float[Tensor, "n d_model"]:
         """Neurons of the gradient side by side, for work on all of them block by block.
 
         All at once would be the `d_in x d_out` matrix itself.
@@ -342,7 +344,7 @@ class MatrixGradient:
         Args:
             start: The first hidden unit, from 0.
             stop: The hidden unit after the last one.
-            batch: Which prompt.
+            batch: Which prompt; may be left out where there is one.
 
         Returns:
             `neuron(j)` in row `j - start`.
@@ -360,14 +362,14 @@ class MatrixGradient:
         with self._own_precision():
             return einsum(coefficients[:, start:stop], vectors, "pos n, pos d_model -> n d_model")
 
-    def neuron_norms(self, batch: int = 0) -> Float[Tensor, "d_hidden"]:
+    def neuron_norms(self, batch: int | None = None) -> Float[Tensor, "d_hidden"]:
         """Length of each neuron of the gradient.
 
         The paper sorts neurons by it (appendix B, figures 8 to 10). Computed in float64, without
         the `d_in x d_out` matrix.
 
         Args:
-            batch: Which prompt.
+            batch: Which prompt; may be left out where there is one.
 
         Returns:
             `||neuron(j)||_2` at `j`; 0 where no position has a coefficient.
@@ -385,14 +387,14 @@ class MatrixGradient:
         norms: Tensor = torch.linalg.vector_norm(neurons, dim=0)
         return norms
 
-    def neuron_similarity(self, batch: int = 0) -> Float[Tensor, "d_hidden n"]:
+    def neuron_similarity(self, batch: int | None = None) -> Float[Tensor, "d_hidden n"]:
         """Cosine between each neuron of the gradient and each vector that spans it.
 
         How much a neuron of the gradient is one of the prompt's own `x_i` or `delta_i` (paper,
         appendix B, figures 8 to 10). Computed in float64, without the `d_in x d_out` matrix.
 
         Args:
-            batch: Which prompt.
+            batch: Which prompt; may be left out where there is one.
 
         Returns:
             The cosine of `neuron(j)` and the spanning vector of position `i` at `[j, i]`; NaN where
@@ -416,7 +418,7 @@ class MatrixGradient:
         return cosines.clamp(-1, 1)  # rounding alone would leave the interval
 
     def _in_span(
-        self, batch: int
+        self, batch: int | None
     ) -> tuple[Float[Tensor, "span d_hidden"], Float[Tensor, "span n"]]:
         """Neurons and spanning vectors in an orthonormal basis of the span, which keeps angles.
 
@@ -425,7 +427,7 @@ class MatrixGradient:
         with half the digits where the terms of a neuron cancel.
 
         Args:
-            batch: Which prompt.
+            batch: Which prompt; may be left out where there is one.
 
         Returns:
             Neurons and spanning vectors, as columns.
@@ -434,11 +436,11 @@ class MatrixGradient:
         basis = torch.linalg.qr(vectors.double().T, mode="r").R
         return basis @ coefficients.double(), basis
 
-    def singular_values(self, batch: int = 0) -> Float[Tensor, "rank_bound"]:
+    def singular_values(self, batch: int | None = None) -> Float[Tensor, "rank_bound"]:
         """Singular values of one prompt's gradient, largest first, computed in float64.
 
         Args:
-            batch: Which prompt.
+            batch: Which prompt; may be left out where there is one.
 
         Returns:
             The `min(n, d_in, d_out)` values that can differ from zero. Heads lie side by side in
@@ -454,7 +456,7 @@ class MatrixGradient:
         return values
 
     def spectra(
-        self, batch: int = 0
+        self, batch: int | None = None
     ) -> tuple[
         Float[Tensor, "rank_bound"], Float[Tensor, "input_bound"], Float[Tensor, "vjp_bound"]
     ]:
@@ -464,7 +466,7 @@ class MatrixGradient:
         factors say which side has linearly dependent vectors (lemma 4.1).
 
         Args:
-            batch: Which prompt.
+            batch: Which prompt; may be left out where there is one.
 
         Returns:
             As `singular_values`, and those of `X` and of `Delta`, each the largest first.
@@ -481,12 +483,12 @@ class MatrixGradient:
         return gradient, inputs, vjps
 
     def _cores(
-        self, batch: int
+        self, batch: int | None
     ) -> tuple[Float[Tensor, "input_bound n"], Float[Tensor, "vjp_bound n"]]:
         """`R_x` and `R_d` of the QR factorisations `X^T = Q_x R_x` and `Delta^T = Q_d R_d`.
 
         Args:
-            batch: Which prompt.
+            batch: Which prompt; may be left out where there is one.
 
         Returns:
             Both, at most `n x n` each. They have the factors' singular values, and `R_x R_d^T` the
@@ -497,11 +499,11 @@ class MatrixGradient:
         )
         return core_in, core_out
 
-    def rank(self, batch: int = 0, rtol: float | None = None) -> int:
+    def rank(self, batch: int | None = None, rtol: float | None = None) -> int:
         """Rank of one prompt's gradient.
 
         Args:
-            batch: Which prompt.
+            batch: Which prompt; may be left out where there is one.
             rtol: Singular values up to this part of the largest one count as zero. By default `n`
                 times the `eps` of the factors' dtype: what is smaller cannot be told from the
                 rounding of the backward pass. Give a larger one for a model in half precision.
@@ -516,11 +518,11 @@ class MatrixGradient:
         values = self.singular_values(batch)
         return numerical_rank(values, self.rounding(batch) if rtol is None else rtol)
 
-    def rounding(self, batch: int = 0) -> float:
+    def rounding(self, batch: int | None = None) -> float:
         """`n` times the `eps` of the factors' dtype, `rank`'s tolerance unless it is given one.
 
         Args:
-            batch: Which prompt.
+            batch: Which prompt; may be left out where there is one.
 
         Returns:
             The tolerance.
@@ -529,14 +531,14 @@ class MatrixGradient:
             >>> gradient.rounding() == 6 * torch.finfo(torch.float32).eps
             True
         """
-        return int(self.mask[batch].sum()) * torch.finfo(self.vjps.dtype).eps
+        return int(self.mask[self._prompt(batch)].sum()) * torch.finfo(self.vjps.dtype).eps
 
     def _own_precision(self) -> torch.autocast:
         """Keep a caller's autocast from rounding."""
         return torch.autocast(self.vjps.device.type, enabled=False)
 
     def _combination(
-        self, batch: int
+        self, batch: int | None
     ) -> tuple[Float[Tensor, "n d_hidden"], Float[Tensor, "n d_model"]]:
         """The coefficients of each neuron, and the vectors that they combine (equations 9, 10)."""
         inputs, vjps = self._joined(batch)
@@ -552,13 +554,27 @@ class MatrixGradient:
         return "head" if self.experts is None else "expert"
 
     def _real(
-        self, batch: int
+        self, batch: int | None
     ) -> tuple[Float[Tensor, "n *head d_in"], Float[Tensor, "n *head_ d_out"]]:
-        check_index("prompt", batch, len(self.mask))
-        real = self.mask[batch]
-        return at_least_float32(self.inputs[batch, real]), at_least_float32(self.vjps[batch, real])
+        prompt = self._prompt(batch)
+        real = self.mask[prompt]
+        inputs, vjps = self.inputs[prompt, real], self.vjps[prompt, real]
+        return at_least_float32(inputs), at_least_float32(vjps)
 
-    def _joined(self, batch: int) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
+    def _prompt(self, batch: int | None) -> int:
+        if batch is None and len(self.mask) > 1:
+            raise InputError(
+                f"there are {len(self.mask)} prompts, each with a gradient of its own; say which, "
+                "as in gradient.dense(batch=0). That of their summed loss is "
+                "sum(gradient.dense(batch) for batch in range(len(gradient.mask)))"
+            )
+        prompt = 0 if batch is None else batch
+        check_index("prompt", prompt, len(self.mask))
+        return prompt
+
+    def _joined(
+        self, batch: int | None
+    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """Both factors, with heads side by side."""
         inputs, vjps = self._real(batch)
         if not self.has_joint_factors:

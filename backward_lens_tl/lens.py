@@ -27,7 +27,7 @@ from backward_lens_tl.readout import (
     Reading,
     ReadoutGrid,
     VectorGroup,
-    check_k,
+    checked_k,
     read_vectors,
 )
 from backward_lens_tl.result import BackwardLensResult
@@ -67,7 +67,8 @@ def backward_lens(
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`; nothing of it is changed.
-        prompts: A text, several of any lengths, or token ids `[batch, pos]`.
+        prompts: A text, several of any lengths, token ids `[batch, pos]`, or what a tokenizer
+            returned (`input_ids` and `attention_mask`).
         target: What the model should say next: text or token id, or one per prompt. `None` is the
             model's own most probable token. Beside an `objective` it is only ranked.
         objective: What is differentiated; `target_nll(target)` by default.
@@ -81,7 +82,7 @@ def backward_lens(
         direction: `"update"` projects what a step of gradient descent adds, `-delta_i` for
             `W_out` and `W_O`; `"gradient"` projects the raw `delta_i`, as the paper does. Inputs
             `x_i` are projected as they are.
-        k: Tokens to keep at either end.
+        k: Tokens to keep at either end; all of them where the vocabulary has fewer.
         measures: What else is taken of each readout, for `to_df`: `"answer_rank"`, the rank of the
             model's own answer, `"entropy"`, or both. Each costs a pass over the scores.
         prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
@@ -112,7 +113,7 @@ def backward_lens(
     check_choice("vjps_at", vjps_at, get_args(VjpsAt))
     if isinstance(target, Objective) or callable(target):
         raise InputError("an objective goes by name: backward_lens(model, prompts, objective=...)")
-    check_k(k, host.d_vocab_out)
+    k = checked_k(k, host.d_vocab_out)
     projections = as_projections(projection, host)
     for measure in listed(measures):
         check_choice("measures", measure, get_args(Measure))
@@ -129,7 +130,7 @@ def backward_lens(
     batch = work.batch
     ids = None
     if objective is not None and target is not None:
-        asked = target_ids(target, host.vocabulary, len(batch.mask), target_position)
+        asked = target_ids(target, work.prompts, target_position)
         ids = torch.tensor(asked, device=batch.mask.device)
     places = select_positions(positions, batch.mask)
     grids = {name: ReadoutGrid(work.layers, places, work.kept_on) for name in projections}

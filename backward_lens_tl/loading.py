@@ -139,7 +139,9 @@ def _checked_kind(kind: str | None) -> Kind:
 
 def _load_folder(folder: Path, kind: Kind, device: str | None, n_devices: int) -> Any:
     try:
-        hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        hf_model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder)
     # A damaged file can make the libraries that read it raise anything.
     except Exception as error:

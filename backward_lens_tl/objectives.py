@@ -19,8 +19,8 @@ from torch import Tensor
 from backward_lens_tl.arguments import check_choice, plain, shown
 from backward_lens_tl.errors import ObjectiveError, TargetError
 from backward_lens_tl.host import Host
-from backward_lens_tl.prompts import PromptBatch, Prompts, pad_prompts, tokenize_prompts
-from backward_lens_tl.vocabulary import TargetPosition, Vocabulary
+from backward_lens_tl.prompts import Prompt, PromptBatch, pad_prompts
+from backward_lens_tl.vocabulary import TargetPosition
 
 _T = TypeVar("_T", str, str | int)
 
@@ -111,8 +111,7 @@ class Objective:
 
     Attributes:
         name: How it was made, for titles and saved results.
-        bind: Resolves texts into token ids, given the model's vocabulary and the number of
-            prompts.
+        bind: Resolves texts into token ids, as they continue the prompts.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -124,7 +123,7 @@ class Objective:
     """
 
     name: str
-    bind: Callable[[Vocabulary, int], BoundObjective]
+    bind: Callable[[Sequence[Prompt]], BoundObjective]
 
 
 def target_nll(
@@ -151,10 +150,10 @@ def target_nll(
     """
     check_target_position(target_position)
 
-    def bind(vocabulary: Vocabulary, n_prompts: int) -> BoundObjective:
+    def bind(prompts: Sequence[Prompt]) -> BoundObjective:
         if target is None:
             return _OwnAnswerNLL()
-        return _TargetNLL(target_ids(target, vocabulary, n_prompts, target_position))
+        return _TargetNLL(target_ids(target, prompts, target_position))
 
     name = "the model's own answer" if target is None else _name(target)
     return Objective(f"target_nll({name})", bind)
@@ -186,10 +185,9 @@ def logit_difference(
     """
     check_target_position(target_position)
 
-    def bind(vocabulary: Vocabulary, n_prompts: int) -> BoundObjective:
+    def bind(prompts: Sequence[Prompt]) -> BoundObjective:
         return _LogitDifference(
-            target_ids(a, vocabulary, n_prompts, target_position),
-            target_ids(b, vocabulary, n_prompts, target_position),
+            target_ids(a, prompts, target_position), target_ids(b, prompts, target_position)
         )
 
     return Objective(f"logit_difference({_name(a)}, {_name(b)})", bind)
@@ -215,9 +213,10 @@ def sequence_nll(targets: str | Sequence[str]) -> Objective:
         ('<|endoftext|>', 'The', ' cat', ' is', ' in', ' the')
     """
 
-    def bind(vocabulary: Vocabulary, n_prompts: int) -> BoundObjective:
-        texts = _one_per_prompt(targets, n_prompts)
-        return SequenceNLL([vocabulary.encode(text) for text in texts])
+    def bind(prompts: Sequence[Prompt]) -> BoundObjective:
+        texts = _one_per_prompt(targets, len(prompts))
+        pairs = zip(prompts, texts, strict=True)
+        return SequenceNLL([prompt.continuation(text) for prompt, text in pairs])
 
     return Objective(f"sequence_nll({_name(targets)})", bind)
 
@@ -236,7 +235,7 @@ def next_token_loss() -> Objective:
         >>> capture["W_out", 7].rank()  # in the last layer; 1 with a loss on the last position
         5
     """
-    return Objective("next_token_loss()", lambda vocabulary, n_prompts: _NextTokenLoss())
+    return Objective("next_token_loss()", lambda prompts: _NextTokenLoss())
 
 
 def as_objective(objective: Objective | LossFunction) -> Objective:
@@ -263,49 +262,47 @@ def as_objective(objective: Objective | LossFunction) -> Objective:
             "(logits, tokens) -> losses of shape [batch]"
         )
     name = getattr(objective, "__name__", type(objective).__name__)
-    return Objective(name, lambda vocabulary, n_prompts: _CallerLoss(objective))
+    return Objective(name, lambda prompts: _CallerLoss(objective))
 
 
 def bind_to_prompts(
-    objective: Objective, host: Host, prompts: Prompts, prepend_bos: bool | None
-) -> tuple[BoundObjective, PromptBatch]:
+    objective: Objective, host: Host, prompts: Sequence[Prompt]
+) -> tuple[BoundObjective, tuple[Prompt, ...], PromptBatch]:
     """Make the batch that a forward pass gets, and the objective for it.
 
     Args:
         objective: The objective.
         host: The model.
-        prompts: A text, several, or token ids.
-        prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
+        prompts: The prompts.
 
     Returns:
-        The objective with its token ids, and the prompts with its continuations.
+        The objective with its token ids, and the prompts with its continuations, also as a batch.
 
     Raises:
         ObjectiveError: If the objective does not bind.
     """
-    rows = tokenize_prompts(host, prompts, prepend_bos)
-    bound = objective.bind(host.vocabulary, len(rows)) if callable(objective.bind) else None
+    bound = objective.bind(prompts) if callable(objective.bind) else None
     if not isinstance(bound, BoundObjective):
         raise ObjectiveError(
-            f"{objective!r} does not bind: its bind(vocabulary, n_prompts) gave {bound!r} and must "
+            f"{objective!r} does not bind: its bind(prompts) gave {bound!r} and must "
             "return a BoundObjective; target_nll(...) and the others make such objectives"
         )
-    continued = [[*row, *bound.continuation(index)] for index, row in enumerate(rows)]
-    return bound, pad_prompts(host, continued)
+    continued = tuple(
+        prompt.extended(bound.continuation(index)) for index, prompt in enumerate(prompts)
+    )
+    return bound, continued, pad_prompts(host, [prompt.ids for prompt in continued])
 
 
 def target_ids(
     targets: Targets,
-    vocabulary: Vocabulary,
-    n_prompts: int,
+    prompts: Sequence[Prompt],
     target_position: TargetPosition | None = None,
 ) -> list[int]:
     """One target token per prompt.
 
     Args:
         targets: Text or token id, for all prompts or one per prompt.
-        vocabulary: The model's.
-        n_prompts: Number of prompts.
+        prompts: What they continue.
         target_position: Which token of a text of several stands for it.
 
     Returns:
@@ -314,10 +311,8 @@ def target_ids(
     Raises:
         TargetError: If the number of targets is not that of the prompts, or one is not a token.
     """
-    return [
-        vocabulary.token_id(target, target_position)
-        for target in _one_per_prompt(plain(targets), n_prompts)
-    ]
+    pairs = zip(prompts, _one_per_prompt(plain(targets), len(prompts)), strict=True)
+    return [prompt.token_id(target, target_position) for prompt, target in pairs]
 
 
 def check_target_position(target_position: object) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.host import Host
+from backward_lens_tl.host import Host, probe
 
 
 @runtime_checkable
@@ -64,9 +64,14 @@ class LogitLens:
 
     Args:
         host: The model.
+
+    Raises:
+        UnsupportedModelError: If the model's own logits are not this of its last residual stream.
     """
 
     def __init__(self, host: Host) -> None:
+        if (seen := probe(host)) is not None:
+            seen.check_readout(host)
         self._host = host
         self.faint_norm = host.faint_norm
 

@@ -2,18 +2,144 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from backward_lens_tl.arguments import check_choice, check_text, listed, plain
+from backward_lens_tl.arguments import check_choice, check_text, listed, plain, shown
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.host import Host
+from backward_lens_tl.vocabulary import Span, TargetPosition, Vocabulary
 
-Prompts = str | Sequence[str] | Int[Tensor, "batch pos"]
+Prompts = str | Sequence[str] | Int[Tensor, "batch pos"] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt in tokens.
+
+    Attributes:
+        ids: Token ids, BOS included where there is one.
+        text: What the caller wrote; of ids, or where the tokenizer has no offsets, what they
+            decode to.
+        spans: Where in the text each token stands; a token that was added to it has no width.
+        written: What the caller wrote, which targets continue; `None` for ids.
+        vocabulary: The model's.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    spans: tuple[Span, ...]
+    written: str | None
+    vocabulary: Vocabulary
+
+    @classmethod
+    def of_text(cls, host: Host, text: str, prepend_bos: bool | None) -> Prompt:
+        """Tokenise a text.
+
+        Args:
+            host: The model.
+            text: The text.
+            prepend_bos: Whether it gets a BOS token, as in `Host.tokenize`.
+
+        Returns:
+            The prompt.
+        """
+        ids = host.tokenize(text, prepend_bos) if text else []
+        spans = host.vocabulary.offsets(text, ids)
+        if spans is not None:
+            return cls(tuple(ids), text, spans, text, host.vocabulary)
+        decoded, spans = host.vocabulary.spans(ids)
+        return cls(tuple(ids), decoded, spans, text, host.vocabulary)
+
+    @classmethod
+    def of_ids(cls, host: Host, ids: Sequence[int]) -> Prompt:
+        """Take token ids as they are.
+
+        Args:
+            host: The model.
+            ids: The ids.
+
+        Returns:
+            The prompt.
+        """
+        text, spans = host.vocabulary.spans(ids)
+        return cls(tuple(ids), text, spans, None, host.vocabulary)
+
+    def continuation(self, text: str) -> list[int]:
+        """Token ids of a text that continues the prompt.
+
+        Args:
+            text: The continuation, such as `" Paris"`.
+
+        Returns:
+            The tokens that prompt and continuation, written as one text, have after the prompt's.
+
+        Raises:
+            TargetError: If there are none, or joining changes the prompt's own tokens.
+        """
+        return self.vocabulary.encode(text, self._joinable)
+
+    def token_id(self, target: str | int, target_position: TargetPosition | None = None) -> int:
+        """The one token that a target after the prompt stands for.
+
+        Args:
+            target: A text that continues the prompt, or a token id.
+            target_position: Which token of a text of several stands for it; `None` refuses such
+                a text.
+
+        Returns:
+            The token id.
+
+        Raises:
+            TargetError: If it is not one token, or cannot continue the prompt.
+        """
+        return self.vocabulary.token_id(target, target_position, self._joinable)
+
+    @property
+    def placed_text(self) -> str:
+        """The prompt's text, in which characters of what the caller wrote can be counted.
+
+        Raises:
+            InputError: If the tokens' places are only known in another text.
+        """
+        if self.text != self.written:
+            raise InputError(
+                f"the tokenizer does not say where in {self.written!r} its tokens stand, and they "
+                f"decode to {self.text!r}, so subject_start cannot be followed; leave it out, or "
+                "use a fast tokenizer"
+            )
+        return self.text
+
+    @property
+    def _joinable(self) -> str | None:
+        """The text that a continuation is joined to."""
+        return self.written if self.written is not None else self.vocabulary.text_of(self.ids)
+
+    def extended(self, ids: Sequence[int]) -> Prompt:
+        """The prompt with more tokens at its end, an answer's for example.
+
+        Args:
+            ids: The tokens.
+
+        Returns:
+            The longer prompt.
+        """
+        if not ids:
+            return self
+        text, spans = self.vocabulary.continued(ids)
+        n = len(self.text)
+        return Prompt(
+            (*self.ids, *ids),
+            self.text + text,
+            (*self.spans, *((n + start, n + end) for start, end in spans)),
+            self._joinable,
+            self.vocabulary,
+        )
 
 
 @dataclass(frozen=True)
@@ -83,42 +209,87 @@ class PromptBatch:
         return values[rows, (last + back).clamp_min(0)]
 
 
-def tokenize_prompts(host: Host, prompts: Prompts, prepend_bos: bool | None) -> list[list[int]]:
-    """Token ids of each prompt.
+def tokenize_prompts(
+    host: Host, prompts: Prompts, prepend_bos: bool | None = None
+) -> tuple[Prompt, ...]:
+    """Bring prompts into tokens.
 
     Args:
         host: The model.
-        prompts: A text, several, or token ids (taken as they are, all of them real).
-        prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
+        prompts: A text, several, token ids `[batch, pos]` (taken as they are, all of them real),
+            or what a tokenizer returned: a mapping with `input_ids` and perhaps `attention_mask`,
+            which says what is real.
+        prepend_bos: Whether texts get a BOS token, as in `Host.tokenize`.
 
     Returns:
-        One list of ids per prompt.
+        The prompts.
 
     Raises:
-        InputError: If a prompt is empty or not a text, there is no prompt, or ids have the wrong
-            shape or dtype, lie outside the vocabulary, or come with `prepend_bos`.
+        InputError: If a prompt is empty or not a text, there is no prompt, a token has no
+            embedding, or ids have the wrong shape or dtype or come with `prepend_bos`.
     """
+    if isinstance(prompts, Mapping):
+        rows = _rows_of_mapping(host, prompts, prepend_bos)
+        return tuple(Prompt.of_ids(host, row) for row in rows)
     if isinstance(prompts, Tensor):
-        return _checked_ids(host, prompts, prepend_bos)
+        return tuple(Prompt.of_ids(host, row) for row in _checked_ids(host, prompts, prepend_bos))
     check_choice("prepend_bos", prepend_bos, (True, False, None))
     texts = listed(prompts)
     if not texts:
         raise InputError("there is no prompt in the list; pass at least one")
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(
-                f"prompt {index} is {text!r}, a {type(text).__name__}; pass texts, or one tensor "
-                "of token ids of shape [batch, pos]"
-            )
-        check_text(f"prompt {index},", text)
-    rows = [host.tokenize(text, prepend_bos) if text else [] for text in texts]
-    for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
-        if not row:
-            raise InputError(
-                f"prompt {index}, {text!r}, is empty; a gradient needs at least one token: pass a "
-                "text, or the BOS token's id"
-            )
-    return rows
+    return tuple(_of_text(host, index, text, prepend_bos) for index, text in enumerate(texts))
+
+
+def _of_text(host: Host, index: int, text: object, prepend_bos: bool | None) -> Prompt:
+    if not isinstance(text, str):
+        raise InputError(
+            f"prompt {index} is {text!r}, a {type(text).__name__}; pass texts, one tensor of "
+            "token ids of shape [batch, pos], or what a tokenizer returned"
+        )
+    check_text(f"prompt {index},", text)
+    prompt = Prompt.of_text(host, text, prepend_bos)
+    if not prompt.ids:
+        raise InputError(
+            f"prompt {index}, {text!r}, is empty; a gradient needs at least one token: pass a "
+            "text, or the BOS token's id"
+        )
+    return prompt
+
+
+def _rows_of_mapping(
+    host: Host, encoded: Mapping[str, Any], prepend_bos: bool | None
+) -> list[list[int]]:
+    """The real tokens of what a tokenizer returned."""
+    if "input_ids" not in encoded:
+        raise InputError(
+            f"a mapping with {', '.join(map(repr, encoded)) or 'nothing'} is no prompt; pass "
+            "texts, or a tokenizer's output, which has 'input_ids'"
+        )
+    ids, mask = (_nested(encoded.get(name)) for name in ("input_ids", "attention_mask"))
+    mask = [[1] * len(row) for row in ids] if mask is None else mask
+    if list(map(len, mask)) != list(map(len, ids)):
+        raise InputError(
+            "input_ids and attention_mask have different shapes; pass both as the tokenizer gave "
+            "them"
+        )
+    rows = [
+        [token for token, is_real in zip(*pair, strict=True) if is_real]
+        for pair in zip(ids, mask, strict=True)
+    ]
+    if not rows or not all(rows):
+        raise InputError("input_ids hold no token, or a prompt of none; each needs at least one")
+    return [row for real in rows for row in _checked_ids(host, torch.tensor([real]), prepend_bos)]
+
+
+def _nested(rows: object) -> Any:
+    """Lists of lists, where a tokenizer may have returned tensors or a single row."""
+    rows = plain(rows)
+    if not isinstance(rows, list | tuple):
+        if rows is None:
+            return None
+        raise InputError(f"input_ids are {shown(rows)}; pass lists or tensors of token ids")
+    rows = [plain(row) for row in rows]
+    return rows if rows and all(isinstance(row, list | tuple) for row in rows) else [rows]
 
 
 def _checked_ids(host: Host, ids: Tensor, prepend_bos: bool | None) -> list[list[int]]:

@@ -245,18 +245,22 @@ def _read_chunk(
     return [found[index] for index in range(len(projections))]
 
 
-def check_k(k: int, d_vocab: int) -> None:
-    """Refuse a number of tokens that cannot be kept.
+def checked_k(k: int, d_vocab: int) -> int:
+    """How many tokens to keep at either end.
 
     Args:
-        k: How many tokens to keep at either end.
+        k: How many were asked for.
         d_vocab: Number of tokens.
 
+    Returns:
+        As many, or all tokens if there are fewer.
+
     Raises:
-        InputError: If `k` is not between 1 and `d_vocab`.
+        InputError: If `k` is no integer from 1 on.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= d_vocab:
-        raise InputError(f"k is {shown(k)}; allowed are 1 to {d_vocab}, the size of the vocabulary")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise InputError(f"k is {shown(k)}; pass an integer from 1 on")
+    return min(k, d_vocab)
 
 
 def _read_scores(

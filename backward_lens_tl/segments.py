@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 from backward_lens_tl.arguments import is_integer, listed, plain, shown
 from backward_lens_tl.errors import InputError
+from backward_lens_tl.vocabulary import Span
 
 Segment = Literal[
     "before subject",
@@ -25,9 +26,6 @@ Segment = Literal[
 
 SEGMENTS: tuple[Segment, ...] = get_args(Segment)
 """Names of the segments, in the order of a prompt."""
-
-Span = tuple[int, int]
-"""Where something stands in a text: its first character, and the one behind its last."""
 
 Subject = str | Span
 """What a prompt is about: a part of its text, as it is written or by where it stands."""
@@ -129,6 +127,8 @@ def subject_span(text: str, subject: Subject) -> Span:
 
     A subject that occurs as a word of its own is looked for before one inside a longer word
     ("Rome" before "Romeo"), and of several the first is taken; a span says that another is meant.
+    One that is not there as it is written is looked for up to Unicode's compatibility
+    normalisation, NFKC: "é" may be one character or two.
 
     Args:
         text: The prompt.
@@ -150,14 +150,35 @@ def subject_span(text: str, subject: Subject) -> Span:
         raise InputError(f"subject is {subject!r}; {_ALLOWED}")
     # In a lookahead, so that occurrences may overlap.
     starts = [match.start() for match in re.finditer(f"(?={re.escape(name)})", text)]
-    if not starts:
+    spans = [(start, start + len(name)) for start in starts] or _normalised_spans(text, name)
+    if not spans:
         raise InputError(
             f"subject {subject!r} is not in the prompt {text!r}; write it as it stands there"
         )
     # The smallest key is taken, the first one of those that are equal.
-    start = min(starts, key=lambda at: _inside_word(text, at, at + len(name)))
-    return start, start + len(name)
+    return min(spans, key=lambda span: _inside_word(text, *span))
 
+
+def _normalised_spans(text: str, name: str) -> list[Span]:
+    """Where a text holds a name up to normalisation."""
+    wanted = unicodedata.normalize("NFKC", name)
+    if wanted not in unicodedata.normalize("NFKC", text):
+        return []
+    spans: list[Span] = []
+    for start in range(len(text)):
+        for end in range(start + 1, len(text) + 1):
+            piece = unicodedata.normalize("NFKC", text[start:end])
+            # A mark that follows belongs to the last character.
+            if piece == wanted and not unicodedata.combining(text[end : end + 1] or " "):
+                spans.append((start, end))
+                break
+            if len(piece) > len(wanted) + _COMPOSED:
+                break
+    return spans
+
+
+_COMPOSED = 4
+"""How many characters a piece of text may still lose when more marks are added to it."""
 
 _ALLOWED = "pass a word or a name of the prompt, or the span (start, end) of its characters"
 

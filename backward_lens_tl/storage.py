@@ -84,9 +84,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
     # Hidden, since whoever reads all files of a folder is not to read this one.
     partial = file.with_name(f".{uuid4().hex}.partial.{file.name}")
     try:
+        partial.touch()
+        # Some writers make files that only their owner may read.
+        mode = (file if file.exists() else partial).stat().st_mode
         yield partial
         with partial.open("rb") as written:
             os.fsync(written.fileno())  # or the name could outlive the content in a power cut
+        partial.chmod(mode)
         partial.replace(file)
     except (OSError, ValueError, SafetensorError) as error:
         raise ResultFileError(f"{os.fspath(path)!r} cannot be written: {error}") from error

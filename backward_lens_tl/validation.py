@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from backward_lens_tl.arguments import listed
+from backward_lens_tl.backward import FEW_ROWS
 from backward_lens_tl.capture import capture_gradients, plan_capture
 from backward_lens_tl.errors import UnsupportedModelError, ValidationError
 from backward_lens_tl.gradients import MatrixGradient
-from backward_lens_tl.host import Host, host_of
+from backward_lens_tl.host import Host, host_of, logit_error, probe
 from backward_lens_tl.objectives import (
     BoundObjective,
     LossFunction,
@@ -25,7 +27,7 @@ from backward_lens_tl.objectives import (
     next_token_loss,
 )
 from backward_lens_tl.precision import at_least_float32
-from backward_lens_tl.prompts import PromptBatch, Prompts
+from backward_lens_tl.prompts import PromptBatch, Prompts, tokenize_prompts
 from backward_lens_tl.sites import MATRIX_NAMES, MatrixName, Site
 from backward_lens_tl.watching import hooked, requiring_grad
 
@@ -67,9 +69,13 @@ class ValidationReport:
         model_name: The model's name.
         errors: One entry per matrix and layer, in model order.
         readout_error: Largest difference between the model's logits and the Logit Lens of its
-            last residual stream, in standard deviations of the logits.
+            last residual stream, in units of the logits' spread.
         tolerance: The largest relative error that still is float rounding in the model's dtype.
         refused: What cannot be analysed on this model, `"attn"` or `"mlp"`, with the reason.
+        causality_error: Largest change of the logits before a token when that is another one, in
+            the same units; `None` with hooks of the caller on the model, which would see it.
+        forward_error: Largest difference between the logits that are analysed and those of the
+            model when it is simply called; likewise.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -83,6 +89,8 @@ class ValidationReport:
     readout_error: float
     tolerance: float
     refused: Mapping[str, str] = field(default_factory=dict)
+    causality_error: float | None = None
+    forward_error: float | None = None
 
     @property
     def max_error(self) -> float:
@@ -131,6 +139,14 @@ class ValidationReport:
         lines += [f"{group}: refused, {reason}" for group, reason in self.refused.items()]
         lines += [
             f"Logit Lens of the last residual stream against the logits: {self.readout_error:.1e}",
+            *(
+                f"{what}: {error:.1e}"
+                for what, error in (
+                    ("logits before a token when that is another one", self.causality_error),
+                    ("logits against those of the model when it is called", self.forward_error),
+                )
+                if error is not None
+            ),
             f"tolerance {self.tolerance:.0e}",
         ]
         return "\n".join(lines)
@@ -177,7 +193,7 @@ def validate(
     found, refused = _gradients(host, shown, chosen, matrices)
     sites = [host.sites(gradient.layer, (gradient.matrix,))[0] for gradient in found]
     expected, readout_error = weight_gradients(host, shown, chosen, sites)
-    dtype = sites[0].weights[0].dtype
+    dtype, seen = sites[0].weights[0].dtype, probe(host)
     widened = found if dtype in _TOLERANCES else _in_float32(host, shown, chosen, matrices)
     report = ValidationReport(
         model_name=host.name,
@@ -188,6 +204,8 @@ def validate(
         readout_error=readout_error,
         tolerance=_TOLERANCES.get(dtype, _HALF_PRECISION_TOLERANCE),
         refused=refused,
+        causality_error=None if seen is None else seen.causality_error,
+        forward_error=None if seen is None else seen.forward_error,
     )
     if not report.passed:
         raise ValidationError(
@@ -218,7 +236,7 @@ def _gradients(
 
 
 def _kept(prompts: Prompts) -> Prompts:
-    return prompts if isinstance(prompts, str | Tensor) else listed(prompts)
+    return prompts if isinstance(prompts, str | Tensor | Mapping) else listed(prompts)
 
 
 def _some_tokens(host: Host) -> Tensor:
@@ -234,7 +252,7 @@ def _in_float32(
     """The gradients of a float32 copy of the model."""
     # A bridge keeps its last attention pattern, and torch copies no tensor that has a graph.
     with torch.no_grad():
-        host.logits(bind_to_prompts(objective, host, prompts, prepend_bos=None)[1].tokens)
+        host.logits(bind_to_prompts(objective, host, tokenize_prompts(host, prompts))[2].tokens)
     widened = copy.deepcopy(host.model).float()
     for module in widened.modules():
         # Processed weights of a bridge's gated MLPs are no parameters.
@@ -285,7 +303,7 @@ def weight_gradients(
 
     Returns:
         Each matrix's gradient, all prompts summed, and the largest difference between the logits
-        and the Logit Lens of the last residual stream, in standard deviations of a pass's logits.
+        and the Logit Lens of the last residual stream, in units of the spread of a pass's logits.
     """
     work = plan_capture(
         host,
@@ -315,18 +333,22 @@ def _of_a_pass(
 ) -> tuple[list[Tensor], float]:
     """The gradient of each weight, and the readout's error, of prompts that go in together."""
     streams: list[Tensor] = []
+    # Products of fewer rows lose digits over a large vocabulary; padding is seen by no token.
+    n = batch.tokens.shape[1]
+    tokens = pad(batch.tokens, (0, max(0, min(FEW_ROWS, host.n_ctx) - n)))
     with (
         torch.enable_grad(),
         host.own_precision(),
         requiring_grad(weights, among=()),
         hooked(host.last_resid, streams.append),
     ):
-        logits = host.logits(batch.tokens).to(batch.tokens.device)
+        logits = host.logits(tokens)[:, :n].to(batch.tokens.device)
         n_read = objective.n_read(batch)
         read_at = logits if n_read is None else batch.ends(logits, n_read)
         losses = objective.losses(at_least_float32(read_at), batch)
         gradients = torch.autograd.grad(losses.sum(), weights, materialize_grads=True)
     with torch.no_grad():
-        read = host.unembed(streams[0].to(batch.mask.device)[batch.mask]).to(logits.device)
-        error = (read - logits[batch.mask]).abs().max() / logits.std()
-    return list(map(at_least_float32, gradients)), float(error)
+        stream = streams[0][:, :n].to(batch.mask.device)
+        read = host.unembed(stream[batch.mask]).to(logits.device)
+        error = logit_error(read, logits[batch.mask])
+    return list(map(at_least_float32, gradients)), error

@@ -15,6 +15,13 @@ _SENTENCEPIECE_SPACE = "▁"
 _PARTIAL = "\ufffd"
 """What bytes decode to that are no character."""
 
+_ANCHORS = ("\n", ".", "a", "0")
+"""Texts to put before a continuation whose prompt is unknown; the first that stays a token of its
+own is taken."""
+
+Span = tuple[int, int]
+"""A half-open span of a text's characters."""
+
 
 class Vocabulary:
     """The model's tokenizer, as far as targets and readouts need it.
@@ -53,8 +60,31 @@ class Vocabulary:
         )
         return text or "".join(self.texts(token_ids))
 
-    def spans(self, token_ids: Sequence[int]) -> tuple[str, tuple[tuple[int, int], ...]]:
-        """Text of a prompt as a whole, and where in it each token stands.
+    def offsets(self, text: str, token_ids: Sequence[int]) -> tuple[Span, ...] | None:
+        """Where in a text each of its tokens stands, by the tokenizer's own offsets.
+
+        Args:
+            text: The text.
+            token_ids: What it was tokenised to. Tokens that the tokenizer or the model adds before
+                or after the text, such as BOS, have spans of no width there.
+
+        Returns:
+            One span per token, or `None` if the tokenizer has no offsets or makes other tokens of
+            the text. Special tokens that are written in the text have the span of their characters.
+        """
+        encoded = self._with_offsets(text)
+        if encoded is None:
+            return None
+        ids, spans = encoded
+        for start in range(len(token_ids) - len(ids) + 1):
+            if list(token_ids[start : start + len(ids)]) == ids:
+                added = len(token_ids) - len(ids) - start
+                end = (len(text), len(text))
+                return ((0, 0),) * start + tuple(spans) + (end,) * added
+        return None
+
+    def spans(self, token_ids: Sequence[int]) -> tuple[str, tuple[Span, ...]]:
+        """Text of a prompt that is only known by its ids, and where in it each token stands.
 
         The spans are the tokenizer's own offsets. Where it has none, or where it would make other
         tokens of the text (ids need not come from a text), they are those of the tokens' texts
@@ -70,7 +100,7 @@ class Vocabulary:
             have spans of no width, and so has a space that SentencePiece puts in front of a text.
         """
         # Where nothing else is in a prompt, the special tokens are its text.
-        own = [i for i in token_ids if i not in self._special_ids] or token_ids
+        own = [i for i in token_ids if i not in self.special_ids] or token_ids
         text, own_spans = self._by_offsets(own) or self._side_by_side(own)
         hidden, rest = set(token_ids) - set(own), iter(own_spans)
         spans = [(0, 0)]
@@ -79,28 +109,60 @@ class Vocabulary:
             spans.append((end, end) if token_id in hidden else next(rest))
         return text, tuple(spans[1:])
 
-    def _by_offsets(self, token_ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]] | None:
+    def text_of(self, token_ids: Sequence[int]) -> str | None:
+        """The text whose tokens some ids are.
+
+        Args:
+            token_ids: A prompt, with or without a special token such as BOS in front.
+
+        Returns:
+            The text, without that token; `None` if the tokenizer makes these ids of no text.
+        """
+        if self._tokenizer is None:
+            return None
+        for own in (list(token_ids), list(token_ids[1:])):
+            text: str = self._tokenizer.decode(own, clean_up_tokenization_spaces=False)
+            if own and self._ids(text) == own:
+                return text
+        return None
+
+    def continued(self, token_ids: Sequence[int]) -> tuple[str, list[Span]]:
+        """Text of tokens that continue a text, and where in it each stands."""
+        return self._side_by_side(token_ids, in_front=False)
+
+    def _by_offsets(self, token_ids: Sequence[int]) -> tuple[str, list[Span]] | None:
         """A text and its tokens' spans, if the tokenizer makes these tokens of it."""
+        text = self.decode(token_ids)
+        encoded = self._with_offsets(text)
+        if encoded is None or encoded[0] != list(token_ids):
+            return None
+        return text, encoded[1]
+
+    def _with_offsets(self, text: str) -> tuple[list[int], list[Span]] | None:
+        """A text's own tokens and their offsets, if the tokenizer has any."""
         if not getattr(self._tokenizer, "is_fast", False):
             return None
-        text = self.decode(token_ids)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        if encoded["input_ids"] != list(token_ids):
-            return None
-        spans: list[tuple[int, int]] = [(start, end) for start, end in encoded["offset_mapping"]]
-        # The space in front of a text is not in it; its offsets are those of the first character.
-        if len(spans) > 1 and spans[0][0] == spans[1][0] and self.text(token_ids[0]).isspace():
-            spans[0] = (0, 0)
-        return text, spans
+        ids: list[int] = encoded["input_ids"]
+        spans: list[Span] = [(start, end) for start, end in encoded["offset_mapping"]]
+        for at in range(len(ids) - 1):
+            # The space that SentencePiece puts before a text, and after a special token, is not in
+            # it; its offsets are those of the character that follows.
+            start = spans[at][0]
+            if start == spans[at + 1][0] and self.text(ids[at]).isspace():
+                spans[at] = (start, start)
+        return ids, spans
 
-    def _side_by_side(self, token_ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+    def _side_by_side(
+        self, token_ids: Sequence[int], *, in_front: bool = True
+    ) -> tuple[str, list[Span]]:
         """The tokens' texts and their spans; those that only together are text share a span."""
         text = ""
-        spans: list[tuple[int, int]] = []
+        spans: list[Span] = []
         group: list[int] = []
         for index, token_id in enumerate(token_ids, start=1):
             group.append(token_id)
-            piece = self._running_text(group, in_front=not spans)
+            piece = self._running_text(group, in_front=in_front and not spans)
             if index == len(token_ids) or not piece.endswith(_PARTIAL):
                 spans += [(len(text), len(text) + len(piece))] * len(group)
                 text, group = text + piece, []
@@ -117,18 +179,22 @@ class Vocabulary:
             text = " " + text
         return text
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text that continues a prompt: no BOS, its own leading space.
+    def encode(self, text: str, after: str | None = None) -> list[int]:
+        """Token ids of a text that continues a prompt: those that the joined text has more.
+
+        Tokenizers treat the beginning of a text differently from its middle, and may merge
+        characters across the border, so a continuation is never tokenised alone.
 
         Args:
-            text: The continuation, such as `" Paris"`.
+            text: The continuation, such as `" Paris"` or `"."`.
+            after: The prompt's text; `None` if it is unknown.
 
         Returns:
             The ids.
 
         Raises:
-            TargetError: If it is no text, there is no tokenizer, or the text has no token or one
-                without a logit.
+            TargetError: If it is not a text, there is no tokenizer, the text has no token or one
+                without a logit, or the prompt's own tokens are others when it is joined.
         """
         if not isinstance(text, str):
             raise TargetError(f"target {text!r} is a {type(text).__name__}; pass a text")
@@ -137,41 +203,77 @@ class Vocabulary:
             raise TargetError(
                 f"target {text!r} is text, but the model has no tokenizer; pass an id"
             )
-        # SentencePiece puts a space in front of every text by itself.
-        bare = text[1:] if self._adds_space and text.startswith(" ") else text
-        ids: list[int] = self._tokenizer(bare, add_special_tokens=False)["input_ids"]
+        ids = self._behind_anchor(text) if after is None else self._joined(after, text)
         if not ids:
             raise TargetError(f"target {text!r} has no token; pass a word such as ' Paris'")
         return [self._checked(token_id) for token_id in ids]
 
-    def token_id(self, target: str | int, target_position: TargetPosition | None = None) -> int:
+    def _joined(self, prompt: str, text: str) -> list[int]:
+        before, both = self._ids(prompt), self._ids(prompt + text)
+        if both[: len(before)] == before:
+            return both[len(before) :]
+        differs = next(at for at, own in enumerate(before) if at == len(both) or both[at] != own)
+        raise TargetError(
+            f"target {text!r} changes the tokens of the prompt {prompt!r} that it continues: "
+            f"{self._pieces(before[differs:])} becomes {self._pieces(both[differs:])} in the "
+            "joined text, so the target has no probability after this prompt. "
+            f"{self._space_advice(prompt, text)}or pass the target as a token id"
+        )
+
+    def _space_advice(self, prompt: str, text: str) -> str:
+        if prompt[-1:].isspace():
+            return "End the prompt without a space and begin the target with it, "
+        if text[:1].isspace():
+            return "Move the border between prompt and target to one between words, "
+        return f"Begin the target with a space, as in {' ' + text!r}, if a new word is meant, "
+
+    def _behind_anchor(self, text: str) -> list[int]:
+        for anchor in _ANCHORS:
+            before, both = self._ids(anchor), self._ids(anchor + text)
+            if before and len(both) > len(before) and both[: len(before)] == before:
+                return both[len(before) :]
+        return self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def token_id(
+        self,
+        target: str | int,
+        target_position: TargetPosition | None = None,
+        after: str | None = None,
+    ) -> int:
         """The one token that a target stands for.
 
         Args:
             target: Text, or a token id.
             target_position: Which token of a text of several stands for it; `None` refuses such
                 a text.
+            after: The text of the prompt that it continues; `None` if it is unknown.
 
         Returns:
             The token id.
 
         Raises:
-            TargetError: If a text has several tokens and no `target_position` is given, or an id
-                is outside the vocabulary.
+            TargetError: If a text has several tokens and no `target_position` is given, it does
+                not continue the prompt, or an id is outside the vocabulary.
         """
         if not isinstance(target, str):
             return self._checked(target)
-        ids = self.encode(target)
+        ids = self.encode(target, after)
         if len(ids) == 1 or target_position == "first":
             return ids[0]
         if target_position == "last":
             return ids[-1]
-        pieces = " | ".join(repr(self.text(token_id)) for token_id in ids)
         raise TargetError(
-            f"target {target!r} is {len(ids)} tokens ({pieces}), and a gradient is read against "
-            f"one.{self._space_hint(target)} Ask for target_position='first' or 'last', pass a "
-            "token id, or differentiate all of them with objective=sequence_nll(...)"
+            f"target {target!r} is {len(ids)} tokens ({self._pieces(ids)}), and a gradient is read "
+            f"against one.{self._space_hint(target)} Ask for target_position='first' or 'last', "
+            "pass a token id, or differentiate all of them with objective=sequence_nll(...)"
         )
+
+    def _pieces(self, token_ids: Iterable[int]) -> str:
+        return " | ".join(repr(self.text(token_id)) for token_id in token_ids)
 
     def _space_hint(self, target: str) -> str:
         spaced = " " + target
@@ -191,16 +293,16 @@ class Vocabulary:
             )
         return token_id
 
+    def begins_with_bos(self, text: str) -> bool:
+        """Whether a text already begins with the BOS token, as chat templates do."""
+        bos = getattr(self._tokenizer, "bos_token_id", None)
+        return bos is not None and self._ids(text)[:1] == [bos]
+
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def special_ids(self) -> frozenset[int]:
         """The tokens that `decode` leaves out."""
         if self._tokenizer is None:
             return frozenset()
         added = self._tokenizer.added_tokens_decoder
         named = self._tokenizer.all_special_ids
         return frozenset((*named, *(token_id for token_id in added if added[token_id].special)))
-
-    @cached_property
-    def _adds_space(self) -> bool:
-        pieces = self._tokenizer.tokenize("a")
-        return bool(pieces) and str(pieces[0]).startswith(_SENTENCEPIECE_SPACE)

@@ -570,8 +570,8 @@ def test_rows_that_cannot_be_evaluated(run) -> None:
     bad = [
         ("row", {"prompt": "Rome is in"}),
         ("target", {"prompt": "Rome is in", "target": 97}),
-        ("tokens", {"prompt": "Rome is i", "target": "n the"}),
-        ("tokens", {**ROWS[0], "neighborhood_prompts": ["Rome is in", "Rome is in th"],
+        ("target", {"prompt": "Rome is i", "target": "n the"}),
+        ("target", {**ROWS[0], "neighborhood_prompts": ["Rome is in", "Rome is in th"],
                     "answer": "e"}),
         ("length", {"prompt": "the " * 70 + "the", "target": " the"}),
         ("length", {**ROWS[0], "generation_prompts": ["the " * 70]}),
@@ -583,7 +583,7 @@ def test_rows_that_cannot_be_evaluated(run) -> None:
     assert rejects["record"].tolist() == list(range(len(bad)))
     assert rejects["reason"].tolist() == [reason for reason, _ in bad]
     assert found.edits()["record"].tolist() == [len(bad)] * 2
-    assert "is not the tokens of 'Rome is i' and those of 'n the'" in rejects["problem"][2]
+    assert "'n the' changes the tokens of the prompt 'Rome is i'" in rejects["problem"][2]
     nothing = run({"nudge": Nudge()}, [row for _, row in bad], generation_length=4)
     assert nothing.is_complete
     assert len(nothing.rejects()) == len(bad)

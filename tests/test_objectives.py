@@ -184,3 +184,4 @@ def test_greedy_answer_of_a_trained_model(stories: Case) -> None:
 def test_of_many_targets_a_name_has_the_first() -> None:
     assert target_nll([" a", " b", " c"]).name == "target_nll([' a', ' b', ' c'])"
     assert target_nll([" a"] * 40).name == "target_nll([' a', ' a', ' a', ... 37 more])"
+    assert logit_difference(" a", [3, 4]).name == "logit_difference(' a', [3, 4])"

@@ -356,6 +356,7 @@ def test_settings_are_told(gpt2: Case) -> None:
     [
         ({"optimizer": "lion"}, "optimizer is 'lion'; allowed are 'sgd', 'adam', 'muon'"),
         ({"lr": 0}, "lr is 0; pass a positive number"),
+        ({"lr": float("inf")}, "lr is inf; pass a positive number"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"lr": True}, "lr is True"),
         ({"lr": "1"}, "lr is '1'"),

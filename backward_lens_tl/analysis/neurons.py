@@ -24,7 +24,7 @@ from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.host import Host, host_of
 from backward_lens_tl.precision import at_least_float32
 from backward_lens_tl.projection import Projection, as_projection
-from backward_lens_tl.readout import Readout, VectorGroup, check_k, read_vectors
+from backward_lens_tl.readout import Readout, VectorGroup, checked_k, read_vectors
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.tables import norm_ranks
 
@@ -253,8 +253,8 @@ class _Reader:
         self.host = host_of(model)
         self.capture = _capture_of(gradients)
         self.gradient = self.capture[matrix, layer]
-        self._projection, self._k = as_projection(projection, self.host), k
-        check_k(k, self.host.d_vocab_out)
+        self._projection = as_projection(projection, self.host)
+        self._k = checked_k(k, self.host.d_vocab_out)
         _check_width(self.gradient, self.host)
 
     @property

@@ -44,7 +44,7 @@ def sampled_prefixes(
     if first is None and "" in starts:
         raise EditError("the tokenizer has neither a BOS nor an EOS token to sample prefixes from")
     bare = [] if first is None else [int(first)]
-    prompts = [tokenize_prompts(host, start, False)[0] if start else bare for start in starts]
+    prompts = [tokenize_prompts(host, start, False)[0].ids if start else bare for start in starts]
     n_new = [max(1, n - len(prompt)) for n, prompt in zip(lengths, prompts, strict=True)]
     # Hashed, so that the next seed has no prefix in common with this one.
     seeds = [

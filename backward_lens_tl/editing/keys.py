@@ -19,8 +19,9 @@ from backward_lens_tl.editing.moments import SecondMoments
 from backward_lens_tl.editing.requests import EditRequest, TokenizedRequest, tokenize_request
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.host import Host
-from backward_lens_tl.segments import Span
+from backward_lens_tl.prompts import tokenize_prompts
 from backward_lens_tl.sites import MatrixSite
+from backward_lens_tl.vocabulary import Span
 
 FactToken = Literal["subject_last", "last"]
 """The token at which a fact is edited: its subject's last one, or the prompt's."""
@@ -76,21 +77,22 @@ class FactContexts:
         request = asked.request
         is_subject = fact_token == "subject_last"
         position = asked.needed_subject if is_subject else len(asked.prompt) - 1
-        text, spans = host.vocabulary.spans(asked.prompt)
-        behind = len(text) - spans[position][1]
+        behind = len(asked.text) - asked.spans[position][1]
         rows, positions = [asked.prompt], [position]
         for prefix in prefixes:
             longer = EditRequest(prefix + request.prompt, request.target)
-            row = tokenize_request(host, longer, prepend_bos).prompt
-            rows.append(row)
-            positions.append(_token_before(host, row, behind) if is_subject else len(row) - 1)
+            found = tokenize_request(host, longer, prepend_bos)
+            rows.append(found.prompt)
+            last = len(found.prompt) - 1
+            positions.append(_token_before(found.text, found.spans, behind) if is_subject else last)
         essence = None
         if request.subject is not None:
-            about = EditRequest(request.subject.strip() + _ESSENCE, request.target)
-            row = tokenize_request(host, about, prepend_bos).prompt
-            last = _token_before(host, row, len(_ESSENCE)) if is_subject else len(row) - 1
+            [about] = tokenize_prompts(host, request.subject.strip() + _ESSENCE, prepend_bos)
+            last = len(about.ids) - 1
+            if is_subject:
+                last = _token_before(about.text, about.spans, len(_ESSENCE))
             # No token sees those behind it, and nothing is read there.
-            essence = row[: last + 1]
+            essence = about.ids[: last + 1]
         return cls(tuple(rows), tuple(positions), asked.target, essence)
 
 
@@ -228,9 +230,8 @@ def w_out_sites(host: Host, layers: Sequence[int]) -> list[MatrixSite]:
     return sites
 
 
-def _token_before(host: Host, row: Sequence[int], behind: int) -> int:
+def _token_before(text: str, spans: Sequence[Span], behind: int) -> int:
     """The token of the last character that has so many characters behind it."""
-    text, spans = host.vocabulary.spans(row)
     character = len(text) - behind - 1
     covering = [at for at, span in enumerate(spans) if _is_in(character, span)]
     if not covering:

@@ -274,8 +274,8 @@ class _Data:
 
         def tokens(text: str) -> tuple[int, ...]:
             if text not in known:
-                [ids] = tokenize_prompts(host, text, prepend_bos)
-                known[text] = tuple(ids[: host.n_ctx])
+                [prompt] = tokenize_prompts(host, text, prepend_bos)
+                known[text] = prompt.ids[: host.n_ctx]
             return known[text]
 
         examples = []

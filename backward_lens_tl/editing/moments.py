@@ -354,7 +354,8 @@ class _Collected:
 
     def add(self, host: Host, texts: Sequence[str]) -> None:
         """Add what the matrix reads in some texts."""
-        rows = [row[: host.n_ctx] for row in tokenize_prompts(host, texts, self.about.prepend_bos)]
+        prompts = tokenize_prompts(host, texts, self.about.prepend_bos)
+        rows = [prompt.ids[: host.n_ctx] for prompt in prompts]
         sites = [mlp_site(host, self.about.matrix, layer) for layer in self.about.layers]
         if not self.about.probe:
             probe = tuple(rows[0][:PROBE_TOKENS])

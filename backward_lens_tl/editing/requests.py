@@ -9,9 +9,10 @@ from operator import index
 from backward_lens_tl.arguments import is_integer, listed, shown
 from backward_lens_tl.errors import EditError, InputError
 from backward_lens_tl.host import Host
-from backward_lens_tl.prompts import tokenize_prompts
+from backward_lens_tl.prompts import Prompt, tokenize_prompts
 from backward_lens_tl.records import Record
-from backward_lens_tl.segments import Span, covered_tokens
+from backward_lens_tl.segments import covered_tokens
+from backward_lens_tl.vocabulary import Span
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,16 @@ class TokenizedRequest:
         prompt: Ids of the prompt, BOS included where there is one.
         target: Ids of the target.
         subject_last: Index of the subject's last token in the prompt; `None` without a subject.
+        text: The prompt's text, in which its tokens have their spans.
+        spans: Where in the text each token stands.
     """
 
     request: EditRequest
     prompt: tuple[int, ...]
     target: tuple[int, ...]
     subject_last: int | None
+    text: str
+    spans: tuple[Span, ...]
 
     @property
     def taught(self) -> tuple[int, ...]:
@@ -150,51 +155,51 @@ def tokenize_request(
         )
     try:
         [prompt] = tokenize_prompts(host, request.prompt, prepend_bos)
-        target = target_ids(host, request.target)
-        subject_last = _subject_last(host, prompt, request)
+        target = target_ids(prompt, request.target)
+        subject_last = _subject_last(prompt, request)
     except EditError:
         raise
     except InputError as error:
         raise EditError(str(error)) from error
-    n_tokens = len(prompt) + len(target) - 1
+    n_tokens = len(prompt.ids) + len(target) - 1
     if n_tokens > host.n_ctx:
         raise EditError(
             f"prompt {request.prompt!r} and target {request.target!r} have {n_tokens} tokens; the "
             f"model's context holds {host.n_ctx}"
         )
-    return TokenizedRequest(request, tuple(prompt), tuple(target), subject_last)
+    return TokenizedRequest(
+        request, prompt.ids, tuple(target), subject_last, prompt.text, prompt.spans
+    )
 
 
-def target_ids(host: Host, target: str | int) -> list[int]:
+def target_ids(prompt: Prompt, target: str | int) -> list[int]:
     """Token ids of an answer.
 
     Args:
-        host: The model.
-        target: A text that continues a prompt, or a token id.
+        prompt: The prompt.
+        target: A text that continues it, or a token id.
 
     Returns:
         The ids, at least one.
     """
     if isinstance(target, str):
-        return host.vocabulary.encode(target)
-    return [host.vocabulary.token_id(target)]
+        return prompt.continuation(target)
+    return [prompt.token_id(target)]
 
 
-def _subject_last(host: Host, prompt: Sequence[int], request: EditRequest) -> int | None:
+def _subject_last(prompt: Prompt, request: EditRequest) -> int | None:
     subject, start = request.subject, request.subject_start
     if subject is None:
         if start is not None:
             raise EditError(f"subject_start is {shown(start)}, and there is no subject to begin")
         return None
-    text, spans = host.vocabulary.spans(prompt)
     if start is None:
-        return covered_tokens(text, spans, subject)[-1]
+        return covered_tokens(prompt.text, prompt.spans, subject)[-1]
     is_there = is_integer(start) and isinstance(subject, str) and index(start) >= 0
     if not is_there or not request.prompt[index(start) :].startswith(subject):
         raise EditError(
             f"subject_start is {shown(start)}, where the subject {shown(subject)} does not begin "
             f"in the prompt {request.prompt!r}; it counts characters from 0 and may be left out"
         )
-    # The place counts characters of the prompt; not all tokenizers give its text back.
     span: Span = (index(start), index(start) + len(subject))
-    return covered_tokens(text, spans, span if text == request.prompt else subject)[-1]
+    return covered_tokens(prompt.placed_text, prompt.spans, span)[-1]

@@ -109,7 +109,7 @@ class GradientStep(EditMethod):
             host.model,
             [request.request.prompt for request in requests],
             Objective(
-                "mean NLL of the targets", lambda vocabulary, n: SequenceNLL(targets, is_mean=True)
+                "mean NLL of the targets", lambda prompts: SequenceNLL(targets, is_mean=True)
             ),
             matrices=names,
             layers=layers,

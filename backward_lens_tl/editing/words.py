@@ -22,7 +22,7 @@ from backward_lens_tl.errors import EditError
 from backward_lens_tl.host import Host, host_of
 from backward_lens_tl.precision import at_least_float32
 from backward_lens_tl.projection import Projection, as_projection
-from backward_lens_tl.readout import Readout, VectorGroup, check_k, read_vectors
+from backward_lens_tl.readout import Readout, VectorGroup, checked_k, read_vectors
 from backward_lens_tl.sites import READING_MATRICES
 from backward_lens_tl.vocabulary import TargetPosition
 
@@ -93,7 +93,7 @@ def delta_words(
     import pandas as pd
 
     host = host_of(model)
-    reader = _Reader(host, as_projection(projection, host), k)
+    reader = _Reader(host, as_projection(projection, host), checked_k(k, host.d_vocab_out))
     check_choice("components", components, get_args(Components), EditError)
     if most is not None and (not is_integer(most) or int(most) < 1):
         raise EditError(f"most is {shown(most)}; pass a number of rows, or None for all")
@@ -163,7 +163,7 @@ def compare_words(
     import pandas as pd
 
     host = host_of(model)
-    reader = _Reader(host, as_projection(projection, host), k)
+    reader = _Reader(host, as_projection(projection, host), checked_k(k, host.d_vocab_out))
     wanted = -1 if target is None else host.vocabulary.token_id(target, target_position)
     if not deltas:
         raise EditError("there is no edit to compare; pass several by name")
@@ -216,9 +216,6 @@ class _Reader:
     host: Host
     projection: Projection
     k: int
-
-    def __post_init__(self) -> None:
-        check_k(self.k, self.host.d_vocab_out)
 
     def read(self, layer: int, vectors: Float[Tensor, "n d_model"], target: int) -> Readout:
         """Score every token for every vector, and keep the best and the smallest."""

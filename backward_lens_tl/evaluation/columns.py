@@ -43,7 +43,7 @@ GENERATIONS = (
 REJECTS = (
     _RECORD,
     _key("id", "string", "the data's own name for the row"),
-    _key("reason", "string", "row, prompt, length, target or tokens"),
+    _key("reason", "string", "row, prompt, length or target"),
     _key("problem", "string", "what was wrong, in a sentence"),
 )
 """One row per row of the data that was not evaluated."""

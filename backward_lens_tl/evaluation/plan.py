@@ -17,7 +17,7 @@ from backward_lens_tl.evaluation.columns import NONE
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.host import Host
 from backward_lens_tl.parts import Reject
-from backward_lens_tl.prompts import tokenize_prompts
+from backward_lens_tl.prompts import Prompt, tokenize_prompts
 from backward_lens_tl.records import BadRecord, Record, Records
 
 
@@ -165,76 +165,62 @@ def _planned(host: Host, row: Record | BadRecord, config: EvaluationConfig) -> I
 
 
 def _item(host: Host, record: Record, config: EvaluationConfig) -> Item:
-    new = _answer_ids(host, record.target)
     true = record.answer
     neighbor = true if record.neighborhood_answer is None else record.neighborhood_answer
     asked = [("rewrite", (record.prompt,), true), ("paraphrase", record.paraphrase_prompts, true)]
     asked.append(("neighborhood", record.neighborhood_prompts[: config.neighbors], neighbor))
     if config.attributes:
         asked.append(("attribute", record.attribute_prompts, true))
-    texts = [text for text in (true, neighbor) if text is not None]
-    answers = {text: _answer_ids(host, text) for text in texts}
     probes = tuple(
-        Probe(
-            kind, index, prompt, _ids(host, prompt, config), new, answers.get(answer or ""), answer
-        )
+        _probe(kind, index, _prompt(host, prompt, config), record.target, answer, host.n_ctx)
         for kind, prompts, answer in asked
         for index, prompt in enumerate(prompts)
     )
-    for probe in probes:
-        pairs = [(probe.true_text, probe.true)]
-        pairs += [(record.target, new)] if isinstance(record.target, str) else []
-        _check(host, probe, pairs, config)
     wanted = record.generation_prompts if config.generation_length else ()
-    generations = tuple(_ids(host, prompt, config) for prompt in wanted)
+    generations = tuple(_prompt(host, prompt, config).ids for prompt in wanted)
     text = record.target if isinstance(record.target, str) else host.vocabulary.text(record.target)
     return Item(record, text, probes, generations)
 
 
-def _ids(host: Host, prompt: str, config: EvaluationConfig) -> tuple[int, ...]:
+def _probe(
+    kind: str, index: int, prompt: Prompt, target: str | int, answer: str | None, n_ctx: int
+) -> Probe:
+    text = str(prompt.written)
+    return Probe(
+        kind,
+        index,
+        text,
+        prompt.ids,
+        new=_answer_ids(prompt, target, n_ctx),
+        true=None if answer is None else _answer_ids(prompt, answer, n_ctx),
+        true_text=answer,
+    )
+
+
+def _prompt(host: Host, text: str, config: EvaluationConfig) -> Prompt:
     try:
-        [ids] = tokenize_prompts(host, prompt, config.prepend_bos)
+        [prompt] = tokenize_prompts(host, text, config.prepend_bos)
     except InputError as error:
         raise _Refused("prompt", str(error)) from error
-    if len(ids) > host.n_ctx:
-        raise _too_long(host, prompt, len(ids))
-    return tuple(ids)
+    if len(prompt.ids) > host.n_ctx:
+        raise _too_long(text, len(prompt.ids), host.n_ctx)
+    return prompt
 
 
-def _answer_ids(host: Host, answer: str | int) -> tuple[int, ...]:
+def _answer_ids(prompt: Prompt, answer: str | int, n_ctx: int) -> tuple[int, ...]:
+    """The answer's tokens after a prompt."""
     try:
-        return tuple(target_ids(host, answer))
+        ids = tuple(target_ids(prompt, answer))
     except TargetError as error:
         raise _Refused("target", str(error)) from error
+    n_tokens = len(prompt.ids) + len(ids) - 1
+    if n_tokens > n_ctx:
+        raise _too_long(f"{prompt.written}{answer}", n_tokens, n_ctx)
+    return ids
 
 
-def _check(
-    host: Host,
-    probe: Probe,
-    answers: Iterable[tuple[str | None, tuple[int, ...] | None]],
-    config: EvaluationConfig,
-) -> None:
-    """Refuse a prompt to which an answer cannot be put as tokens."""
-    for text, ids in answers:
-        if text is None or ids is None:
-            continue
-        n_tokens = len(probe.ids) + len(ids) - 1
-        if n_tokens > host.n_ctx:
-            raise _too_long(host, probe.prompt + text, n_tokens)
-        together = host.tokenize(probe.prompt + text, config.prepend_bos)
-        if together != [*probe.ids, *ids]:
-            raise _Refused(
-                "tokens",
-                f"{probe.prompt + text!r} is not the tokens of {probe.prompt!r} and those of "
-                f"{text!r}, one after the other, so the answer has no probability of its own; "
-                "end the prompt without a space, and begin the answer with one",
-            )
-
-
-def _too_long(host: Host, text: str, n_tokens: int) -> _Refused:
-    return _Refused(
-        "length", f"{text!r} has {n_tokens} tokens; the model's context holds {host.n_ctx}"
-    )
+def _too_long(text: str, n_tokens: int, n_ctx: int) -> _Refused:
+    return _Refused("length", f"{text!r} has {n_tokens} tokens; the model's context holds {n_ctx}")
 
 
 def unused_records(records: Records, config: EvaluationConfig) -> tuple[Record, ...]:

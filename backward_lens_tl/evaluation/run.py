@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -59,8 +60,9 @@ def evaluate(
         The folder's tables; several processes return together.
 
     Raises:
-        EvaluationError: If the folder holds another evaluation, there is no method, or no row of
-            the data is chosen.
+        EvaluationError: If the folder holds another evaluation, there is no method or one that
+            edits with another `prepend_bos` than prompts are scored with, or no row of the data is
+            chosen.
         ModelStateError: If the model is not afterwards what it was before.
 
     Examples:
@@ -133,8 +135,8 @@ def _named_methods(
     progress: bool,
 ) -> dict[str, EditMethod]:
     if isinstance(methods, EditMethod):
-        return {methods.name: methods}
-    if isinstance(methods, Mapping):
+        named = {methods.name: methods}
+    elif isinstance(methods, Mapping):
         named = dict(methods)
     else:
         names = listed(methods)
@@ -160,4 +162,17 @@ def _named_methods(
             )
         if name == NONE:
             raise EvaluationError(f"{NONE!r} is the unedited model's own name; choose another")
-    return named
+    return {name: _with_bos(name, method, config) for name, method in named.items()}
+
+
+def _with_bos(name: str, method: EditMethod, config: EvaluationConfig) -> EditMethod:
+    """The method, editing prompts as they are scored: with a BOS token or without."""
+    if method.prepend_bos is None:
+        return replace(cast(Any, method), prepend_bos=config.prepend_bos)
+    if method.prepend_bos != config.prepend_bos:
+        raise EvaluationError(
+            f"method {name!r} edits with prepend_bos={method.prepend_bos}, and prompts are scored "
+            f"with prepend_bos={config.prepend_bos}; leave it out of the method, or set it in "
+            "EvaluationConfig(prepend_bos=...) too"
+        )
+    return method

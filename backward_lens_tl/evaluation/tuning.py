@@ -54,6 +54,7 @@ def search(
     rows: Sequence[int],
     *,
     least_efficacy: float = 95.0,
+    prepend_bos: bool | None = False,
     progress: bool = True,
 ) -> Search:
     """Try methods, or one method with several settings, on a tuning split.
@@ -69,6 +70,8 @@ def search(
         rows: Rows of the data to try them on. Keep them apart from those that are evaluated: what
             was chosen on a record says nothing about it.
         least_efficacy: In percent.
+        prepend_bos: Whether prompts get a BOS token when they are edited and scored; as in
+            `EvaluationConfig`.
         progress: Whether a bar shows how far it is.
 
     Returns:
@@ -90,7 +93,9 @@ def search(
     """
     if not candidates:
         raise EvaluationError("there is no candidate; pass methods by name")
-    config = EvaluationConfig(rows=tuple(rows), generation_length=0, n_texts=0)
+    config = EvaluationConfig(
+        rows=tuple(rows), generation_length=0, n_texts=0, prepend_bos=prepend_bos
+    )
     with _shared_folder() as folder:
         found = evaluate(model, candidates, data, folder, config, progress=progress)
         table = found.summary()

@@ -6,14 +6,17 @@ each weight matrix its site.
 
 from __future__ import annotations
 
+from os import PathLike
+
 from torch import nn
 
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.host.base import Host
 from backward_lens_tl.host.bridge import TransformerBridgeHost, has_bridge
 from backward_lens_tl.host.hooked import HookedTransformerHost
+from backward_lens_tl.host.probe import Probe, logit_error, probe
 
-__all__ = ["Host", "has_bridge", "host_of"]
+__all__ = ["Host", "Probe", "has_bridge", "host_of", "logit_error", "probe"]
 
 _HOSTS: dict[str, type[Host]] = {
     "HookedTransformer": HookedTransformerHost,
@@ -35,14 +38,39 @@ def host_of(model: object) -> Host:
 
     Raises:
         InputError: If it is neither.
+        UnsupportedModelError: If it is no causal decoder, or its passes are not what they seem.
+        ModelStateError: If it is in a state in which gradients would be wrong.
     """
     for base in type(model).__mro__:
         if base.__name__ in _HOSTS and isinstance(model, nn.Module) and hasattr(model, "cfg"):
             host = _HOSTS[base.__name__](model)
             host.check_state()
+            if (seen := probe(host)) is not None:
+                seen.check_forward(host)
             return host
     raise InputError(
-        f"model is a {type(model).__name__}; pass a transformer_lens HookedTransformer or "
-        "TransformerBridge (of a name or a folder: load_model(name); for a Hugging Face model: "
-        "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer))"
+        f"model is {_described(model)}; pass a transformer_lens HookedTransformer or "
+        f"TransformerBridge{_advice(model)}"
     )
+
+
+def _described(model: object) -> str:
+    if isinstance(model, str | PathLike):
+        return f"the {type(model).__name__} {str(model)!r}"
+    return f"a {type(model).__name__}"
+
+
+def _advice(model: object) -> str:
+    """How to come from what was passed to a model, where that can be told."""
+    if isinstance(model, str | PathLike):
+        return f": load_model({str(model)!r})"
+    hf_model = "model"
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        hf_model = "model.get_base_model()"
+    if isinstance(model, nn.Module):
+        return (
+            ": TransformerBridge.boot_transformers(name, hf_model="
+            f"{hf_model}, tokenizer=tokenizer), with the name of its architecture's hub model or "
+            "its folder"
+        )
+    return ", such as load_model(name) gives"

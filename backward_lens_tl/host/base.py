@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
@@ -116,7 +116,7 @@ class Host(ABC):
     @property
     def d_vocab(self) -> int:
         """Number of token ids that the model reads."""
-        return int(self.model.cfg.d_vocab)
+        return len(self.model.W_E)
 
     @property
     def d_vocab_out(self) -> int:
@@ -128,6 +128,22 @@ class Host(ABC):
         """The device that tokens are sent to."""
         device: torch.device = next(self.model.parameters()).device
         return device
+
+    def length_kind(self, length: int) -> Hashable:
+        """What prompts have to have in common to share a pass.
+
+        Args:
+            length: Tokens of a prompt.
+
+        Returns:
+            Its kind; the same for all lengths unless positions are rotated by the length of the
+            whole pass.
+
+        Raises:
+            InputError: If prompts of this length have no numbers of their own.
+        """
+        del length
+        return None
 
     # --- tokens ----------------------------------------------------------------------------
 
@@ -146,21 +162,34 @@ class Host(ABC):
 
         Args:
             prompt: The text.
-            prepend_bos: Whether a BOS token goes in front; `None` is the model's own default.
+            prepend_bos: Whether a BOS token goes in front; `None` is the model's own default, and
+                no second one where the text already begins with it.
 
         Returns:
             The ids, BOS included where there is one.
 
         Raises:
-            InputError: If the model has no tokenizer.
+            InputError: If the model has no tokenizer, or a token has no row in the embedding.
         """
         if self.tokenizer is None:
             raise InputError(
                 f"prompt {prompt!r} is text, but the model has no tokenizer; pass token ids of "
                 "shape [batch, pos], or set a tokenizer on the model"
             )
+        if prepend_bos is None and self.vocabulary.begins_with_bos(prompt):
+            prepend_bos = False
         tokens = self.model.to_tokens(prompt, prepend_bos=prepend_bos, truncate=False)
-        return [int(token) for token in tokens[0]]
+        ids = [int(token) for token in tokens[0]]
+        for token_id in ids:
+            if not 0 <= token_id < self.d_vocab:
+                raise InputError(
+                    f"the tokenizer makes token {token_id} ({self.vocabulary.text(token_id)!r}) of "
+                    f"{prompt!r}, and the model's embedding has the rows 0 to {self.d_vocab - 1}; "
+                    "resize it before the model is wrapped "
+                    "(hf_model.resize_token_embeddings(len(tokenizer))), leave the token out, or "
+                    "pass prepend_bos=False if it is the BOS"
+                )
+        return ids
 
     # --- the forward pass --------------------------------------------------------------------
 
@@ -174,13 +203,10 @@ class Host(ABC):
             The logits of every position that reaches the unembedding, connected to the autograd
             graph.
         """
-        # In a causal model no real token sees padding on its right, so nothing is masked. The mask
-        # is passed all the same: without one, HookedTransformer guesses it from the pad token
-        # whenever its tokenizer pads on the left. One that hides the padding would leave padded
-        # positions with nothing to see under a sliding window, and NaN in their gradients.
-        logits: Tensor = self.model(
-            tokens, return_type="logits", attention_mask=torch.ones_like(tokens)
-        )
+        # In a causal model no real token sees padding on its right, so nothing is masked. A mask
+        # that hides the padding would leave padded positions with nothing to see under a sliding
+        # window, and NaN in their gradients.
+        logits: Tensor = self.model(tokens, return_type="logits")
         return logits
 
     @abstractmethod
@@ -238,7 +264,7 @@ class Host(ABC):
             directions: The same, each times a positive number.
 
         Yields:
-            Logits of the vectors, and then, in the same memory, those of the directions.
+            Logits of the vectors, and then, perhaps in the same memory, those of the directions.
         """
         weight = self.model.W_U
         with self.own_precision():
@@ -251,23 +277,25 @@ class Host(ABC):
                 yield self._decoded(own)
                 yield self._decoded(along)
                 return
-            logits = self._logits(own)
-            yield self._output_transform(logits)
+            # The line is that of the products: a bias of the unembedding may be infinite.
+            products = _product(own, weight)
+            yield self._finished(products)
             close = part[:, 0] < _CLOSE
             beyond = 1 / part.masked_fill(close[:, None], 1)
-            torch.lerp(self._logits(nothing), logits, beyond, out=logits)
+            torch.lerp(_product(nothing, weight), products, beyond, out=products)
             for rows in close.nonzero()[:, 0].split(_PIECE):
-                logits[rows] = self._logits(along[rows])
-            yield self._output_transform(logits)
+                products[rows] = _product(along[rows], weight)
+            yield self._finished(products)
 
     def _decoded(self, normed: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
         """What the model makes of vectors behind its final norm."""
-        return self._output_transform(self._logits(normed))
+        return self._finished(_product(normed, self.model.W_U))
 
-    def _logits(self, normed: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
-        logits, bias = _product(normed, self.model.W_U), self.model.b_U
+    def _finished(self, products: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:
+        """Logits of the vectors' products with `W_U`."""
+        bias = self.model.b_U
         # Most models have no bias here, and adding zeros is a pass over all logits.
-        return logits + bias if bool(bias.any()) else logits
+        return self._output_transform(products + bias if bool(bias.any()) else products)
 
     def embedding_vector(self, token_id: int) -> Float[Tensor, "d_model"]:
         """A token's row of the embedding matrix, without a scale that belongs to no weight."""
@@ -299,11 +327,20 @@ class Host(ABC):
         """Length below which the final norm's `eps` outweighs a vector, `sqrt(d_model * eps)`.
 
         A shorter vector is not scaled up to the usual size, and what is read of it is more and
-        more the norm's bias. Without a final norm there is no such length, and this is 0.
+        more the bias of the norm and of the unembedding. Where there is neither, as with most
+        RMSNorms, length does not change the order of scores; then, and without a final norm, there
+        is no such length, and this is 0.
         """
-        if self.model.cfg.normalization_type is None:
+        if self.model.cfg.normalization_type is None or not self._has_readout_bias:
             return 0.0
         return math.sqrt(self.model.cfg.d_model * self.model.cfg.eps)
+
+    @cached_property
+    def _has_readout_bias(self) -> bool:
+        """Whether reading a zero vector tells tokens apart."""
+        nothing = torch.zeros_like(self.model.W_U[:, 0])[None]
+        with torch.no_grad(), self.own_precision():
+            return bool(self._final_norm(nothing).any()) or bool(self.model.b_U.any())
 
     @property
     def last_resid(self) -> Tap:
@@ -462,6 +499,16 @@ class Host(ABC):
     # --- states in which the answer would be wrong ---------------------------------------------
 
     @property
+    def attention_implementation(self) -> str | None:
+        """Which of several implementations of attention the model runs, if it has several."""
+        return None
+
+    @property
+    def causality_advice(self) -> str:
+        """What to do about a model that turns out not to be causal, for a message."""
+        return ""
+
+    @property
     @abstractmethod
     def is_causal(self) -> bool:
         """Whether every token sees only those before it."""
@@ -481,7 +528,7 @@ class Host(ABC):
         Raises:
             UnsupportedModelError: If tokens see those after them, or there are no blocks.
             ModelStateError: Inside `torch.inference_mode()`, if a parameter was made in it or is
-                on the meta device, or if dropout is active.
+                on the meta device, or if dropout or gradient checkpointing is active.
         """
         if not self.is_causal or not hasattr(self.model, "blocks"):
             raise UnsupportedModelError(
@@ -504,6 +551,12 @@ class Host(ABC):
                     f"parameter {name!r} is on the meta device and has no values; load the weights"
                 )
         for name, module in self._modules:
+            if module.training and getattr(module, "gradient_checkpointing", False):
+                raise ModelStateError(
+                    f"gradient checkpointing is on in {name!r} (the model is in train mode), which "
+                    "runs layers a second time where nothing is captured; call model.eval(), or "
+                    "gradient_checkpointing_disable() on the Hugging Face model"
+                )
             if module.training and _drops_values(module):
                 raise ModelStateError(
                     f"dropout is active in {name!r} (the model is in train mode), so the gradient "

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import product
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from backward_lens_tl.errors import UnsupportedModelError
+from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.host.base import Host, is_centered
-from backward_lens_tl.host.linear import linear_site
+from backward_lens_tl.host.linear import is_adapted, linear_site
 from backward_lens_tl.sites import (
     READING_MATRICES,
     WRITING_MATRICES,
@@ -72,12 +74,36 @@ class TransformerBridgeHost(Host):
                 "TransformerLens, or load a HookedTransformer: load_model(name, kind='hooked')"
             )
         super().check_state()
+        for layer, block in enumerate(self.model.blocks):
+            for branch, name in product(("attn", "mlp"), _FUSED):
+                fused = getattr(getattr(block, branch, None), name, None)
+                if is_adapted(getattr(fused, "original_component", None)):
+                    raise UnsupportedModelError(
+                        f"layer {layer} has an adapter of PEFT on a fused projection ({name} of "
+                        f"{branch}), which TransformerBridge splits without it; merge it before "
+                        "the model is wrapped: hf_model = peft_model.merge_and_unload()"
+                    )
 
     @property
     def is_causal(self) -> bool:
         """Whether every token sees only those before it."""
         config = self.model.original_model.config
         return bool(self.model.adapter.supports_causal_loss) and not config.is_encoder_decoder
+
+    @property
+    def attention_implementation(self) -> str | None:
+        """Which of Hugging Face's implementations of attention the model runs."""
+        return getattr(self.model.original_model.config, "_attn_implementation", None)
+
+    @property
+    def causality_advice(self) -> str:
+        """What to do about a bridge that turns out not to be causal, for a message."""
+        if self.attention_implementation == "eager":
+            return ""
+        return (
+            f" Its attention is {self.attention_implementation!r}; load the Hugging Face model "
+            "with attn_implementation='eager', as load_model and boot_transformers(name) do"
+        )
 
     def logits_of(
         self, tokens: Int[Tensor, "batch pos"], select: Callable[[Tensor], Tensor]
@@ -97,6 +123,32 @@ class TransformerBridgeHost(Host):
         finally:
             handle.remove()
         return logits if selected else select(logits)
+
+    def length_kind(self, length: int) -> Hashable:
+        """What prompts have to have in common to share a pass; see `Host.length_kind`."""
+        for limit in self._rotations["dynamic"]:
+            if length >= limit:
+                raise InputError(
+                    f"a prompt has {length} tokens, and this model's rotary angles (dynamic NTK) "
+                    f"depend from {limit} tokens on also on the prompts that it saw before; pass "
+                    f"at most {limit - 1}"
+                )
+        return tuple(length > limit for limit in self._rotations["longrope"])
+
+    @cached_property
+    def _rotations(self) -> dict[str, list[int]]:
+        """Lengths from which rotary angles change with the length of the pass, by their kind."""
+        found: dict[str, list[int]] = {"dynamic": [], "longrope": []}
+        for _, module in self._modules:
+            rotary: Any = module
+            own = getattr(rotary, "rope_type", None)
+            by_layer = own if isinstance(own, dict) else {None: own}
+            for layer_type, kind in by_layer.items():
+                if isinstance(kind, str) and "dynamic" in kind:
+                    found["dynamic"].append(int(rotary.original_max_seq_len))
+                elif kind == "longrope":
+                    found["longrope"].append(_original_context(rotary, layer_type))
+        return {kind: sorted(set(limits)) for kind, limits in found.items()}
 
     def _norm_module(self) -> Any:
         norm = getattr(self.model, "ln_final", None)
@@ -334,6 +386,14 @@ def _processed_copies(mlp: nn.Module) -> dict[int, Tensor]:
             if replaced is not None and isinstance(own, Tensor):
                 copies[id(replaced)] = own
     return copies
+
+
+def _original_context(rotary: Any, layer_type: str | None) -> int:
+    """The context from which on LongRoPE takes its long factors."""
+    settings = getattr(rotary.config, "rope_parameters", None) or rotary.config.rope_scaling
+    settings = settings if layer_type is None else settings[layer_type]
+    name = "original_max_position_embeddings"
+    return int(settings.get(name) or getattr(rotary.config, name))
 
 
 def _linear(projection: Any) -> Any:

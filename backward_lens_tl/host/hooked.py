@@ -34,6 +34,14 @@ class HookedTransformerHost(Host):
         """Whether every token sees only those before it."""
         return bool(self.model.cfg.attention_dir == "causal")
 
+    def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "rows read d_vocab"]:
+        """Run the model, with whatever hooks there are on it."""
+        # Without a mask it guesses one from the pad token whenever its tokenizer pads on the left.
+        logits: Tensor = self.model(
+            tokens, return_type="logits", attention_mask=torch.ones_like(tokens)
+        )
+        return logits
+
     def logits_of(
         self, tokens: Int[Tensor, "batch pos"], select: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "rows read d_vocab"]:

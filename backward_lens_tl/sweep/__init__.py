@@ -22,7 +22,7 @@ from backward_lens_tl.memory import Memory
 from backward_lens_tl.objectives import target_nll
 from backward_lens_tl.parts import Tables, about_run, check_pyarrow
 from backward_lens_tl.processes import own_device, this_process
-from backward_lens_tl.readout import check_k
+from backward_lens_tl.readout import checked_k
 from backward_lens_tl.records import Records, read_records
 from backward_lens_tl.sweep.config import SweepConfig
 from backward_lens_tl.sweep.folder import FORMAT_VERSION, Sweep
@@ -98,7 +98,7 @@ def sweep(
 
 def _check(host: Host, parts: tuple[Part, ...], config: SweepConfig) -> None:
     """Refuse settings that no prompt could be analysed with, before anything is written."""
-    check_k(config.k, host.d_vocab_out)
+    checked_k(config.k, host.d_vocab_out)
     if not parts:
         raise SweepError("the data have no rows; pass at least one prompt with its target")
     shortest = next((entry for part in parts for entry in part if isinstance(entry, Item)), None)

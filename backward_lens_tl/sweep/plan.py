@@ -15,10 +15,11 @@ from itertools import chain
 from backward_lens_tl.errors import InputError, TargetError
 from backward_lens_tl.host import Host
 from backward_lens_tl.parts import Reject
-from backward_lens_tl.prompts import tokenize_prompts
+from backward_lens_tl.prompts import Prompt, tokenize_prompts
 from backward_lens_tl.records import BadRecord, Record, Records
-from backward_lens_tl.segments import prompt_segments, subject_span
+from backward_lens_tl.segments import Subject, prompt_segments, subject_span
 from backward_lens_tl.sweep.config import SweepConfig
+from backward_lens_tl.vocabulary import Span
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Item:
     record: Record
     tokens: tuple[int, ...]
     target: int
-    subject: tuple[int, int] | None
+    subject: Span | None
     answer: int | None
 
     @property
@@ -111,39 +112,40 @@ def _planned(host: Host, row: Record | BadRecord, config: SweepConfig) -> Item |
         return Reject(row.index, row.id, reason, str(problem))
 
     try:
-        [ids] = tokenize_prompts(host, row.prompt, config.prepend_bos)
+        [prompt] = tokenize_prompts(host, row.prompt, config.prepend_bos)
     except InputError as error:
         return reject("prompt", error)
-    if len(ids) > host.n_ctx:
+    if len(prompt.ids) > host.n_ctx:
         return reject(
-            "length", f"{len(ids)} tokens; the model's context holds {host.n_ctx}: shorten it"
+            "length",
+            f"{len(prompt.ids)} tokens; the model's context holds {host.n_ctx}: shorten it",
         )
     try:
-        target = host.vocabulary.token_id(row.target, config.target_position)
+        target = prompt.token_id(row.target, config.target_position)
     except TargetError as error:
         return reject("target", error)
     try:
-        subject = _subject(host, ids, row)
+        subject = _subject(prompt, row)
     except InputError as error:
         return reject("subject", error)
-    return Item(row, tuple(ids), target, subject, _first_token(host, row.answer))
+    return Item(row, prompt.ids, target, subject, _first_token(prompt, row.answer))
 
 
-def _subject(host: Host, ids: Sequence[int], record: Record) -> tuple[int, int] | None:
+def _subject(prompt: Prompt, record: Record) -> Span | None:
     """Where in the prompt's text its subject stands; an error if it has no token there."""
     if record.subject is None:
         return None
-    text, spans = host.vocabulary.spans(ids)
-    # A template says which of several occurrences it is, if tokens give its text back.
-    is_placed = record.subject_start is not None and text == record.prompt
-    start = record.subject_start or 0
-    wanted = (start, start + len(record.subject)) if is_placed else record.subject
-    prompt_segments(text, spans, wanted)
+    wanted: Subject = record.subject
+    text = prompt.text
+    if record.subject_start is not None:  # a template says which of several occurrences it is
+        wanted = (record.subject_start, record.subject_start + len(record.subject))
+        text = prompt.placed_text
+    prompt_segments(text, prompt.spans, wanted)
     return subject_span(text, wanted)
 
 
-def _first_token(host: Host, answer: str | None) -> int | None:
+def _first_token(prompt: Prompt, answer: str | None) -> int | None:
     try:
-        return None if answer is None else host.vocabulary.token_id(answer, "first")
+        return None if answer is None else prompt.token_id(answer, "first")
     except TargetError:
         return None

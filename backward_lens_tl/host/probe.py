@@ -1,0 +1,188 @@
+"""A few tokens through a model, to see whether it is what the lens takes it for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from backward_lens_tl.errors import UnsupportedModelError
+from backward_lens_tl.host.base import Host
+
+_N_TOKENS = 6
+_CANDIDATES = 64
+
+_TO_NORMAL = 1.4826
+"""Standard deviations of a normal distribution in one median absolute deviation."""
+
+_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4}
+_HALF_PRECISION_TOLERANCE = 0.3
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few tokens through a model show. Errors are in spreads of the logits.
+
+    Attributes:
+        causality_error: Largest change of the logits before the last token when that is another
+            token.
+        forward_error: Largest difference between the logits that are analysed and those that the
+            model gives when it is simply called.
+        readout_error: Largest difference between the logits and what the final norm and the
+            unembedding make of the last residual stream; `None` if there is no final norm to read
+            with.
+        tolerance: The largest error that can be rounding in the model's dtype.
+    """
+
+    causality_error: float
+    forward_error: float
+    readout_error: float | None
+    tolerance: float
+
+    def check_forward(self, host: Host) -> None:
+        """Refuse a model whose factors would not be its gradients.
+
+        Args:
+            host: The model.
+
+        Raises:
+            UnsupportedModelError: If tokens see those after them, or the pass that is analysed is
+                not the one that the model makes when it is called.
+        """
+        if not self.causality_error <= self.tolerance:  # NaN fails
+            raise UnsupportedModelError(
+                f"{host.name!r} is not causal as it is loaded: another last token changes the "
+                f"logits before it by {self.causality_error:.1g} times their spread, so losses and "
+                f"gradients would be wrong.{host.causality_advice}"
+            )
+        if not self.forward_error <= self.tolerance:
+            raise UnsupportedModelError(
+                f"the forward pass that would be analysed is not the one that {host.name!r} makes "
+                f"when it is called: logits differ by {self.forward_error:.1g} times their spread"
+            )
+
+    def check_readout(self, host: Host) -> None:
+        """Refuse to read vectors in a way in which the model does not read its own stream.
+
+        Args:
+            host: The model.
+
+        Raises:
+            UnsupportedModelError: If its logits are not norm and unembedding of its last residual
+                stream.
+        """
+        if self.readout_error is not None and not self.readout_error <= self.tolerance:
+            raise UnsupportedModelError(
+                f"{host.name!r} does not read its last residual stream with its final norm and "
+                f"unembedding alone: these give logits that differ from its own by "
+                f"{self.readout_error:.1g} times their spread, so the Logit Lens would show wrong "
+                "tokens. capture_gradients gives the factors, and projection=... takes an object "
+                "of your own that reads them as the model does"
+            )
+
+
+def logit_error(found: Float[Tensor, "*n d_vocab"], expected: Float[Tensor, "*n d_vocab"]) -> float:
+    """The largest difference between two sets of logits, in units of their spread.
+
+    The spread is the median absolute deviation, as a normal distribution's standard deviation:
+    the logits of padded vocabularies, which may be minus infinity, do not widen it. Equal
+    infinities do not differ.
+
+    Args:
+        found: The logits.
+        expected: What they should be.
+
+    Returns:
+        The error; NaN if either holds NaN.
+    """
+    found, expected = found.double(), expected.double()
+    difference = (found - expected).abs().masked_fill(found == expected, 0).max()
+    real = expected[expected.isfinite()]
+    spread = (real - real.median()).abs().median() * _TO_NORMAL
+    return float(difference / spread.clamp_min(torch.finfo(spread.dtype).tiny))
+
+
+_PROBES: WeakKeyDictionary[nn.Module, tuple[object, Probe]] = WeakKeyDictionary()
+
+
+def probe(host: Host) -> Probe | None:
+    """Look at a model, the first time that it is asked about.
+
+    Args:
+        host: The model.
+
+    Returns:
+        What was seen; `None` of a model that gives NaN, and while there are hooks of the caller on
+        it, which would see these tokens.
+    """
+    state = (host.attention_implementation, host.model.W_U.dtype)
+    known = _PROBES.get(host.model)
+    if known is not None and known[0] == state:
+        return known[1]
+    if host.hooked_modules:
+        return None
+    seen = _probed(host)
+    if seen is not None:
+        _PROBES[host.model] = state, seen
+    return seen
+
+
+@torch.no_grad()
+def _probed(host: Host) -> Probe | None:
+    tokens = _tokens(host)
+    streams: list[Tensor] = []
+    with host.own_precision():
+        logits = _with_input(_read_at(host), streams.append, lambda: host.logits(tokens))
+        called = host.model(tokens, return_type="logits")
+        read = [host.unembed(stream.reshape(-1, host.d_model)) for stream in streams]
+    if bool(logits.isnan().any()):
+        return None  # what is computed of the user's own prompts says where it comes from
+    first, second = logits
+    return Probe(
+        causality_error=logit_error(first[:-1], second[:-1]) if len(first) > 1 else 0.0,
+        forward_error=logit_error(called.to(logits.device), logits),
+        readout_error=logit_error(read[0].to(logits.device), logits.flatten(0, 1))
+        if read
+        else None,
+        tolerance=_TOLERANCES.get(host.model.W_U.dtype, _HALF_PRECISION_TOLERANCE),
+    )
+
+
+def _read_at(host: Host) -> nn.Module | None:
+    """The module that the last residual stream goes into, if it can be read at all."""
+    try:
+        return host.last_resid.module
+    except UnsupportedModelError:
+        return None
+
+
+def _tokens(host: Host) -> Int[Tensor, "2 pos"]:
+    """Two prompts that differ in their last token only."""
+    n = min(_N_TOKENS, host.n_ctx)
+    some = range(0, host.d_vocab, max(1, host.d_vocab // _CANDIDATES))
+    # Of padding HookedTransformer may make a mask of its own.
+    usual = [token for token in some if token not in host.vocabulary.special_ids] or list(some)
+    *first, other = (usual[at * (len(usual) - 1) // n] for at in range(n + 1))
+    return torch.tensor([first, [*first[:-1], other]], device=host.device)
+
+
+def _with_input(
+    module: nn.Module | None, see: Callable[[Tensor], None], run: Callable[[], Tensor]
+) -> Tensor:
+    """Run something, and look at what goes into a module meanwhile."""
+    if module is None:
+        return run()
+
+    def of_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(next(iter((*args, *kwargs.values()))))
+
+    handle = module.register_forward_pre_hook(of_input, with_kwargs=True)
+    try:
+        return run()
+    finally:
+        handle.remove()

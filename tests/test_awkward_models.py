@@ -1,0 +1,619 @@
+"""Models that are easily analysed wrongly: what the package does about each, in numbers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import FAMILIES, hf_model
+from models import (
+    HAS_BRIDGE,
+    bridge_only,
+    build,
+    nll,
+    randomise,
+    relative_error,
+    small_tokenizer,
+    training_loss,
+)
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import backward_lens_tl as blt
+from backward_lens_tl.errors import InputError, UnsupportedModelError
+from backward_lens_tl.host import host_of, logit_error, probe
+
+D_VOCAB, N_HEADS = 97, 4
+SIZES: dict[str, Any] = {
+    "vocab_size": D_VOCAB,
+    "hidden_size": 24,
+    "intermediate_size": 52,
+    "num_hidden_layers": 2,
+    "num_attention_heads": N_HEADS,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "tie_word_embeddings": False,
+}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": N_HEADS,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "head_dim": 4,
+    "moe_intermediate_size": 12,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
+EXTRA: dict[str, dict[str, Any]] = {
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "openai-gpt": {"n_embd": 24, "n_layer": 2, "n_head": N_HEADS, "n_positions": 64},
+}
+
+
+def plain_model(architecture: str, attention: str = "eager", **settings: Any) -> Any:
+    """A random Hugging Face model, with the same weights at every call."""
+    if architecture in FAMILIES and not settings:
+        return hf_model(architecture)
+    config = AutoConfig.for_model(architecture, **SIZES | EXTRA.get(architecture, {}) | settings)
+    for name in list(vars(config)):
+        if "drop" in name or name.endswith("_pdrop"):
+            setattr(config, name, 0.0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model.config.architectures = [type(model).__name__]
+    randomise(model)
+    return model.float().eval()
+
+
+def bridged(raw: Any, name: str) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return TransformerBridge.boot_transformers(
+        name, hf_model=copy.deepcopy(raw), tokenizer=small_tokenizer(), device="cpu"
+    ).eval()
+
+
+def saved(raw: Any, folder: Path) -> Path:
+    raw.save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def some_tokens(n: int = 12, seed: int = 0) -> Tensor:
+    return torch.randint(3, D_VOCAB, (1, n), generator=torch.Generator().manual_seed(seed))
+
+
+# ----------------------------------------------------------------------------- models from folders
+
+
+@bridge_only
+@pytest.mark.versions
+@pytest.mark.parametrize("architecture", [*FAMILIES, *EXTRA])
+def test_a_model_from_a_folder_is_the_plain_model(architecture: str, tmp_path: Path) -> None:
+    raw = plain_model(architecture)
+    model = blt.load_model(str(saved(raw, tmp_path)), "bridge")
+    tokens = some_tokens()
+    with torch.no_grad():
+        expected = raw(tokens).logits
+        other = torch.cat([tokens[:, :-1], (tokens[:, -1:] + 1) % D_VOCAB], 1)
+        both = host_of(model).logits(torch.cat([tokens, other]))
+    assert logit_error(both[:1], expected) < 1e-4
+    assert logit_error(both[1, :-1], both[0, :-1]) < 1e-4
+    report = blt.validate(model)
+    assert report.causality_error is not None
+    assert report.forward_error is not None
+    assert report.causality_error < 1e-4
+    assert report.forward_error < 1e-4
+    assert "logits before a token when that is another one" in repr(report)
+
+
+@bridge_only
+@pytest.mark.parametrize("architecture", ["deepseek_v2", "deepseek_v3"])
+def test_latent_attention_that_is_not_causal_is_refused(architecture: str) -> None:
+    raw = plain_model(architecture, attention="sdpa")
+    model = bridged(raw, architecture)
+    tokens = some_tokens()
+    with torch.no_grad():
+        other = torch.cat([tokens[:, :-1], (tokens[:, -1:] + 1) % D_VOCAB], 1)
+        first, second = model(torch.cat([tokens, other]))
+    if logit_error(first[:-1], second[:-1]) < 1e-4:
+        pytest.skip("the installed TransformerLens masks latent attention under sdpa, too")
+    with pytest.raises(UnsupportedModelError, match=r"not causal.*attn_implementation='eager'"):
+        blt.backward_lens(model, tokens, 5)
+    with pytest.raises(UnsupportedModelError, match="not causal"):
+        blt.validate(model)
+
+
+@bridge_only
+def test_gpt1_is_causal_because_it_gets_no_mask() -> None:
+    raw = plain_model("openai-gpt")
+    model, tokens = bridged(raw, "openai-gpt"), some_tokens()
+    capture = blt.capture_gradients(model, tokens, blt.target_nll(5))
+    with torch.no_grad():
+        expected = float(nll(5)(raw(tokens).logits, tokens))
+    assert float(capture.loss) == pytest.approx(expected, rel=1e-5)
+
+
+class _SeesAhead(nn.Module):
+    """An attention output to which the mean over all positions is added."""
+
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.attn(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2"])
+def test_any_model_that_sees_ahead_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = build(name, torch.float32).model
+    attn = model.blocks[0].attn
+    before = attn.forward
+
+    def ahead(*args: Any, **kwargs: Any) -> Any:
+        found = before(*args, **kwargs)
+        own = found[0] if isinstance(found, tuple) else found
+        own = own + 0.1 * own.mean(1, keepdim=True)
+        return (own, *found[1:]) if isinstance(found, tuple) else own
+
+    monkeypatch.setattr(attn, "forward", ahead)
+    with pytest.raises(UnsupportedModelError, match="not causal"):
+        blt.capture_gradients(model, some_tokens(), blt.target_nll(5))
+    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda value, hook: value)]):
+        # Hooks of the caller would see tokens that are not theirs.
+        assert probe(host_of(model)) is None
+
+
+def test_a_model_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2", torch.float32).model
+    host_of(model)
+    passes: list[int] = []
+    with monkeypatch.context() as patch:
+        kind = type(host_of(model))
+        before = kind.logits
+        patch.setattr(kind, "logits", lambda self, ids: (passes.append(1), before(self, ids))[1])
+        for _ in range(3):
+            host_of(model)
+        assert not passes
+        other = copy.deepcopy(model)
+        host_of(other)
+        assert len(passes) == 1
+
+
+# ------------------------------------------------------------------------------------- the readout
+
+
+@bridge_only
+@pytest.mark.parametrize("architecture", ["modernbert-decoder", "nanochat"])
+def test_a_readout_that_is_not_norm_and_unembedding_is_refused(architecture: str) -> None:
+    try:
+        raw = plain_model(architecture)
+        model = bridged(raw, architecture)
+    except (ValueError, KeyError, NotImplementedError) as reason:
+        pytest.skip(f"not in the installed versions: {reason}")
+    tokens = some_tokens()
+    streams: list[Tensor] = []
+    host = host_of(model)
+    handle = host.last_resid.module.register_forward_pre_hook(
+        lambda module, args: streams.append(args[0])
+    )
+    with torch.no_grad():
+        logits = raw(tokens).logits[0]
+        model(tokens)
+        handle.remove()
+        read = host.unembed(streams[0][0])
+    if logit_error(read, logits) < 1e-4:
+        found = blt.backward_lens(model, tokens, 5)
+        assert found.target_rank("W_out").shape == (2, 1, 12)
+        return
+    with pytest.raises(UnsupportedModelError, match="does not read its last residual stream"):
+        blt.backward_lens(model, tokens, 5)
+    # The factors are right all the same.
+    assert blt.capture_gradients(model, tokens, blt.target_nll(5))["W_out", 1].rank() == 1
+
+
+@pytest.mark.parametrize("name", ["bridge-llama", "hooked-gpt2"])
+def test_a_readout_with_a_head_in_between_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = build(name, torch.float32).model
+    before = model.unembed.forward
+    turned = torch.eye(model.cfg.d_model) + 0.1 * torch.randn(
+        model.cfg.d_model, model.cfg.d_model, generator=torch.Generator().manual_seed(0)
+    )
+    monkeypatch.setattr(model.unembed, "forward", lambda x, *rest: before(x @ turned, *rest))
+    with pytest.raises(UnsupportedModelError, match="Logit Lens would show wrong tokens"):
+        blt.backward_lens(model, some_tokens(), 5)
+
+    class Own:
+        def project(self, vectors: Tensor, layer: int) -> Tensor:
+            return vectors @ turned @ model.W_U
+
+    found = blt.backward_lens(model, some_tokens(), 5, projection=Own())
+    assert found.projection == "Own"
+
+
+# ------------------------------------------------------------ angles that depend on the whole pass
+
+
+def long_rope(**settings: Any) -> Any:
+    width = 24 // N_HEADS // 2
+    factors = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * width,
+        "long_factor": [2.0, 5.0, 9.0][:width],
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 16,
+    }
+    return plain_model(
+        "phi3",
+        original_max_position_embeddings=16,
+        rope_parameters=factors,
+        rope_scaling=factors,
+        **settings,
+    )
+
+
+def dynamic_ntk() -> Any:
+    factors = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    return plain_model(
+        "llama", rope_parameters=factors, rope_scaling=factors, max_position_embeddings=16
+    )
+
+
+@bridge_only
+def test_prompts_on_both_sides_of_a_rotary_threshold() -> None:
+    """Each prompt of a call has the numbers that it has alone in plain transformers."""
+    raw = long_rope()
+    model = bridged(raw, "phi3")
+    rows = [some_tokens(n, seed=n)[0].tolist() for n in (16, 30, 5, 17, 29, 6)]
+    prompts = {
+        "input_ids": [row + [0] * (30 - len(row)) for row in rows],
+        "attention_mask": [[1] * len(row) + [0] * (30 - len(row)) for row in rows],
+    }
+    found = blt.capture_gradients(model, prompts, blt.target_nll(5))
+    weight = raw.model.layers[1].mlp.down_proj.weight
+    for at, row in enumerate(rows):
+        loss = nll(5)(raw(torch.tensor([row])).logits, torch.tensor([row]))
+        [expected] = torch.autograd.grad(loss.sum(), [weight])
+        assert float(found.loss[at]) == pytest.approx(float(loss), rel=1e-5)
+        assert relative_error(found["W_out", 1].dense(at), expected.T) < 1e-5
+    # The control: in one pass the short prompts would get the long prompts' angles.
+    together = torch.tensor([rows[2] + [0] * 25])
+    with torch.no_grad():
+        wrong = float(nll(5)(raw(together).logits[:, :5], together[:, :5]))
+    assert abs(wrong - float(found.loss[2])) > 1e-3
+
+
+@bridge_only
+def test_one_pass_over_both_sides_of_a_threshold_is_refused() -> None:
+    model = bridged(long_rope(), "phi3")
+    prompts = {"input_ids": [[5] * 30, [5] * 30], "attention_mask": [[1] * 30, [1] * 9 + [0] * 21]}
+    hook = ("blocks.0.hook_resid_pre", lambda value, hook: value)
+    with model.hooks(fwd_hooks=[hook]), pytest.raises(InputError, match="in separate calls"):
+        blt.capture_gradients(model, prompts, blt.target_nll(5))
+    requests = [blt.editing.EditRequest(text, 5) for text in ("Paris", "Paris is in France " * 9)]
+    assert blt.editing.GradientStep("sgd", lr=1.0)(model, requests).norm > 0
+
+
+@bridge_only
+def test_angles_that_depend_on_earlier_prompts_are_refused() -> None:
+    raw = dynamic_ntk()
+    model = bridged(raw, "llama")
+    tokens = some_tokens(12)
+    found = float(blt.capture_gradients(model, tokens, blt.target_nll(5)).loss)
+    with torch.no_grad():
+        assert found == pytest.approx(float(nll(5)(raw(tokens).logits, tokens)), rel=1e-5)
+        raw(some_tokens(40))
+        longer = some_tokens(20)
+        after = raw(longer).logits
+        raw(tokens)
+        assert float((raw(longer).logits - after).abs().max()) > 1e-3  # it depends on the past
+    with pytest.raises(InputError, match="has 20 tokens, and this model's rotary angles"):
+        blt.capture_gradients(model, longer, blt.target_nll(5))
+
+
+# ----------------------------------------------------------------------- a bias of the unembedding
+
+
+@pytest.mark.parametrize("name", ["hooked-gpt2", "bridge-phi"])
+@pytest.mark.parametrize("value", [float("-inf"), -1e30, -1e4])
+def test_an_unembedding_bias_that_hides_tokens(name: str, value: float) -> None:
+    """As of a vocabulary that is padded; both lenses against the slow way, vector by vector."""
+    if name.startswith("hooked"):
+        case = build(name)
+        bias, hidden, model = case.model.b_U, list(range(90, 97)), case.model
+    else:
+        if not HAS_BRIDGE:
+            pytest.skip("needs TransformerBridge")
+        model = bridged(plain_model("phi"), "phi")
+        bias, hidden = model.unembed.b_U, list(range(90, 97))
+    with torch.no_grad():
+        bias[hidden] = value
+    tokens = some_tokens()
+    try:
+        result = blt.backward_lens(model, tokens, 5, k=D_VOCAB)
+        host = host_of(model)
+        for lens, unit in (("logit_lens", False), ("normalized", True)):
+            read = result.under(lens)
+            for layer in range(2):
+                for pos in range(12):
+                    vector = -result.gradients["W_out", layer].vjps[0, pos][None]
+                    if not vector.any():
+                        continue
+                    with torch.no_grad():
+                        scores = host.unembed(vector / vector.norm() if unit else vector)[0]
+                    expected = int((scores > scores[5]).sum())
+                    assert int(read.target_rank("W_out")[layer, 0, pos]) == expected
+                    assert set(read.top_tokens("W_out", layer, pos, k=3)) == {
+                        host.vocabulary.text(int(token)) for token in scores.topk(3).indices
+                    }
+        report = blt.validate(model, tokens)
+        assert report.readout_error < 1e-4
+    finally:
+        with torch.no_grad():
+            bias[hidden] = 0.0
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "error"),
+    [
+        ([1.0, 2.0, 4.0], [1.0, 2.0, 4.0], 0.0),
+        ([1.0, float("-inf"), 4.0, 2.0], [1.0, float("-inf"), 4.0, 2.0], 0.0),
+        ([1.0, -9.0, 4.0, 2.0], [1.0, float("-inf"), 4.0, 2.0], float("inf")),
+        ([1.0, 2.0, 3.5, 0.0], [1.0, 2.0, 3.0, 0.0], 0.5 / 1.4826),
+    ],
+)
+def test_error_of_logits(found: list[float], expected: list[float], error: float) -> None:
+    assert logit_error(torch.tensor(found), torch.tensor(expected)) == pytest.approx(error)
+
+
+def test_error_of_logits_passes_nan_on() -> None:
+    assert logit_error(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0])) != 0
+
+
+# ----------------------------------------------------------------------------------- faint vectors
+
+
+@pytest.mark.parametrize("name", ["bridge-llama", "hooked-llama", "bridge-gpt2", "hooked-gpt2"])
+def test_faint_only_where_the_two_lenses_can_differ(name: str) -> None:
+    model: Any = build(name).model
+    result = blt.backward_lens(model, some_tokens(), 5, k=5)
+    tiny = result.gradients["W_out", 0].vjps[0] * 1e-9
+    host = host_of(model)
+    with torch.no_grad():
+        raw, unit = (host.unembed(each) for each in (tiny, tiny / tiny.norm(dim=-1, keepdim=True)))
+    differ = not torch.equal(raw.argsort(-1)[:, -5:], unit.argsort(-1)[:, -5:])
+    assert differ is name.endswith("gpt2")  # LayerNorm has a bias, RMSNorm none
+    assert (result.faint_norm > 0) is differ
+    if not differ:
+        assert not result.to_df()["is_faint"].any()
+        assert "italics" not in repr(result)
+
+
+def test_a_bias_of_the_unembedding_makes_short_vectors_faint() -> None:
+    if not HAS_BRIDGE:
+        pytest.skip("needs TransformerBridge")
+    host = host_of(bridged(plain_model("llama"), "llama"))
+    assert host.faint_norm == 0
+    host = host_of(bridged(plain_model("phi"), "phi"))
+    assert host.faint_norm > 0
+
+
+# ------------------------------------------------------------------------- several prompts at once
+
+
+@pytest.mark.parametrize("method", ["dense", "factored", "bias", "rank", "singular_values"])
+def test_which_prompt_has_to_be_said_where_there_are_several(method: str) -> None:
+    model: Any = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2").model
+    tokens = torch.cat([some_tokens(seed=0), some_tokens(seed=1)])
+    gradient = blt.capture_gradients(model, tokens, blt.target_nll(5))["W_out", 0]
+    with pytest.raises(InputError, match=r"there are 2 prompts.*sum\(gradient\.dense\(batch\)"):
+        getattr(gradient, method)()
+    getattr(gradient, method)(batch=1)
+    alone = blt.capture_gradients(model, tokens[1:], blt.target_nll(5))["W_out", 0]
+    torch.testing.assert_close(gradient.dense(1), alone.dense())
+
+
+def test_the_sum_that_the_message_names_is_the_gradient_of_the_summed_loss() -> None:
+    case = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2")
+    tokens = torch.cat([some_tokens(seed=0), some_tokens(seed=1)])
+    gradient = blt.capture_gradients(case.model, tokens, blt.target_nll(5))["W_out", 0]
+    total = sum(gradient.dense(batch) for batch in range(len(gradient.mask)))
+    assert isinstance(total, Tensor)
+    expected = case.weight_gradients(tokens, nll(5))["W_out", 0]
+    assert relative_error(total, expected) < 1e-10
+
+
+# ----------------------------------------------------------------------------------- LoRA adapters
+
+
+def with_lora(raw: Any, targets: list[str], **settings: Any) -> Any:
+    """The model inside PEFT, with an adapter that does something."""
+    import peft
+
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, **settings)
+    adapted = peft.get_peft_model(copy.deepcopy(raw), config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter_name, parameter in adapted.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
+LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
+
+
+@bridge_only
+def test_an_unmerged_adapter_is_analysed_like_the_merged_model() -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    raw, tokens = plain_model("llama"), some_tokens()
+    adapted = with_lora(raw, LLAMA_LINEARS)
+    with torch.no_grad():
+        expected_logits = adapted(tokens).logits
+    merged = bridged(copy.deepcopy(adapted).merge_and_unload(), "llama")
+    model = TransformerBridge.boot_transformers(
+        "llama", hf_model=adapted.get_base_model(), tokenizer=small_tokenizer(), device="cpu"
+    ).eval()
+    with torch.no_grad():
+        assert logit_error(model(tokens), expected_logits) < 1e-5
+    plain = blt.capture_gradients(bridged(raw, "llama"), tokens, blt.target_nll(5), matrices="all")
+    found, expected = (
+        blt.capture_gradients(each, tokens, blt.target_nll(5), matrices="all")
+        for each in (model, merged)
+    )
+    for own, wanted, without in zip(found, expected, plain, strict=True):
+        assert relative_error(own.inputs, wanted.inputs) < 1e-5
+        assert relative_error(own.vjps, wanted.vjps) < 1e-5
+        assert relative_error(without.vjps, wanted.vjps) > 1e-2  # the adapter matters
+    assert blt.validate(model, tokens).passed
+    read, wanted_read = (blt.backward_lens(each, tokens, 5) for each in (model, merged))
+    assert torch.equal(read.target_rank("W_out"), wanted_read.target_rank("W_out"))
+    # An edit adds to the effective weight.
+    edit = blt.editing.GradientStep("sgd", lr=0.1, layers=1)
+    request = blt.editing.EditRequest("Paris is", 5)
+    changes = edit(model, request).applied(model), edit(merged, request).applied(merged)
+    with changes[0], changes[1], torch.no_grad():
+        assert logit_error(model(tokens), merged(tokens)) < 1e-4
+
+
+@bridge_only
+def test_adapters_that_do_more_are_refused() -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    adapted = with_lora(plain_model("llama"), ["down_proj"], use_dora=True)
+    model = TransformerBridge.boot_transformers(
+        "llama", hf_model=adapted.get_base_model(), tokenizer=small_tokenizer(), device="cpu"
+    ).eval()
+    with pytest.raises(UnsupportedModelError, match=r"W_out of layer 0.*PEFT.*merge_and_unload"):
+        blt.backward_lens(model, some_tokens(), 5)
+    assert blt.backward_lens(model, some_tokens(), 5, matrices="W_in").target() is not None
+
+
+@bridge_only
+def test_an_adapter_on_a_fused_projection_is_refused() -> None:
+    """A bridge splits the base weight of a fused projection, and drops the adapter."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    adapted = with_lora(plain_model("gpt2"), ["c_attn"], fan_in_fan_out=True)
+    tokens = some_tokens()
+    with torch.no_grad():
+        expected = adapted(tokens).logits
+    try:
+        model = TransformerBridge.boot_transformers(
+            "gpt2", hf_model=adapted.get_base_model(), tokenizer=small_tokenizer(), device="cpu"
+        ).eval()
+    except Exception:
+        return  # refused by TransformerLens itself
+    with torch.no_grad():
+        if logit_error(model(tokens), expected) < 1e-4:
+            assert blt.validate(model, tokens, matrices="mlp").passed
+            return
+    with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
+        blt.backward_lens(model, tokens, 5)
+
+
+# ----------------------------------------------------------------------- what is no model, and BOS
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("gpt2", r"model is the str 'gpt2'.*: load_model\('gpt2'\)"),
+        (Path("some/folder"), r"model is the PosixPath 'some/folder'.*load_model"),
+        ({"a": 1}, r"model is a dict.*such as load_model\(name\) gives"),
+        (nn.Linear(2, 2), r"model is a Linear.*boot_transformers\(name, hf_model=model"),
+    ],
+)
+def test_what_is_no_model_has_the_way_to_one(model: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        blt.backward_lens(model, "Paris")
+
+
+def test_a_peft_model_has_the_way_to_a_bridge() -> None:
+    adapted = with_lora(plain_model("llama"), ["down_proj"])
+    with pytest.raises(InputError, match=r"hf_model=model\.get_base_model\(\)"):
+        blt.backward_lens(adapted, "Paris")
+
+
+@pytest.mark.parametrize("prepend_bos", [True, False, None])
+def test_a_method_edits_prompts_as_they_are_scored(
+    prepend_bos: bool | None, facts_model: Any, tmp_path: Path
+) -> None:
+    config = blt.EvaluationConfig(
+        rows=(0,), generation_length=0, n_texts=0, prepend_bos=prepend_bos
+    )
+    step = blt.editing.GradientStep("sgd", lr=0.1, layers=5)
+    found = blt.evaluate(
+        facts_model, {"step": step}, "facts", tmp_path / "own", config, progress=False
+    )
+    record = blt.read_records("facts").rows[0]
+    by_hand = blt.editing.GradientStep("sgd", lr=0.1, layers=5, prepend_bos=prepend_bos)
+    delta = by_hand(facts_model, blt.editing.EditRequest.of(record))
+    assert float(found.edits()["norm"][1]) == pytest.approx(float(delta.norm), rel=1e-5)
+    for other in {True, False, None} - {prepend_bos, None}:
+        chosen = blt.editing.GradientStep("sgd", lr=0.1, layers=5, prepend_bos=other)
+        with pytest.raises(blt.BackwardLensError, match=f"edits with prepend_bos={other}"):
+            blt.evaluate(
+                facts_model, {"step": chosen}, "facts", tmp_path / "x", config, progress=False
+            )
+
+
+# -------------------------------------------------------------------------- a single read position
+
+
+@pytest.mark.parametrize("name", ["bridge-llama", "hooked-gpt2"])
+def test_a_lone_prompt_is_as_precise_as_a_batch(name: str) -> None:
+    """One row over a large vocabulary, against the same model in float64."""
+    architecture = name.split("-")[1]
+    if name.startswith("bridge") and not HAS_BRIDGE:
+        pytest.skip("needs TransformerBridge")
+    if name.startswith("bridge"):
+        model = bridged(plain_model("llama", vocab_size=49_152), architecture)
+    else:
+        model = build(name, torch.float32, d_vocab=49_152).model
+    tokens = some_tokens()
+    exact = copy.deepcopy(model).to(torch.float64)
+    expected = blt.capture_gradients(exact, tokens, blt.target_nll(5))
+    for rows in (1, 2, 3, 5):
+        found = blt.capture_gradients(model, tokens.expand(rows, -1), blt.target_nll(5))
+        errors = [
+            relative_error(one.vjps[:1], other.vjps)
+            for one, other in zip(found, expected, strict=True)
+        ]
+        assert max(errors) < 3e-6, rows
+
+
+def test_prompts_of_few_tokens_have_enough_rows_too() -> None:
+    """The training loss reads all positions, of a short prompt two or three."""
+    case = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2")
+    for n in (2, 3, 4):
+        tokens = some_tokens(n)
+        found = blt.capture_gradients(case.model, tokens, blt.next_token_loss())
+        expected = case.weight_gradients(tokens, training_loss)
+        for key in (("W_in", 0), ("W_out", 1)):
+            assert relative_error(found[key].dense(), expected[key]) < 1e-10
+
+
+_SOME = [i if i % 9 == 0 else pytest.param(i, marks=pytest.mark.slow) for i in range(100)]
+
+
+@pytest.mark.parametrize("index", _SOME)
+def test_no_false_alarm_on_the_models_own_answers(index: int, facts_model: Any) -> None:
+    record = blt.read_records("facts").rows[index]
+    report = blt.validate(facts_model, record.prompt, objective=blt.target_nll())
+    assert report.passed
