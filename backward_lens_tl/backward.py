@@ -41,7 +41,7 @@ from backward_lens_tl.watching import (
     requiring_grad,
 )
 
-FEW_ROWS = 4
+_FEW_ROWS = 4
 """With fewer rows, products over a large vocabulary sum with fewer digits on some CPUs: 3e-5
 instead of 5e-7 of a VJP."""
 
@@ -140,7 +140,7 @@ def read_logits(
     """
     n = batch.tokens.shape[1] if n_read is None else n_read
     select = _unchanged if n_read is None else partial(batch.ends, n=n)
-    is_small = len(batch.tokens) * n < FEW_ROWS
+    is_small = len(batch.tokens) * n < _FEW_ROWS
     if not host.are_in_blocks([*host.hooked_modules, *(point.tap.module for point in points)]):
         logits = select(host.logits(batch.tokens))  # somebody looks on at the unembedding, or near
     elif n_read is None and not is_small:
@@ -157,7 +157,7 @@ def _unchanged(values: Tensor) -> Tensor:
 
 def _enough_rows(values: Float[Tensor, "batch read d"]) -> Float[Tensor, "batch more d"]:
     """Positions, the last one repeated where a product over them would lose digits."""
-    n_more = math.ceil(FEW_ROWS / len(values)) - values.shape[1]
+    n_more = math.ceil(_FEW_ROWS / len(values)) - values.shape[1]
     return values if n_more <= 0 else torch.cat([values, values[:, -1:].expand(-1, n_more, -1)], 1)
 
 

@@ -564,8 +564,8 @@ class MatrixGradient:
     def _prompt(self, batch: int | None) -> int:
         if batch is None and len(self.mask) > 1:
             raise InputError(
-                f"there are {len(self.mask)} prompts, each with a gradient of its own; say which, "
-                "as in gradient.dense(batch=0). That of their summed loss is "
+                f"batch is None, and there are {len(self.mask)} prompts, each with a gradient of its "
+                "own; say which, as in gradient.dense(batch=0). That of their summed loss is "
                 "sum(gradient.dense(batch) for batch in range(len(gradient.mask)))"
             )
         prompt = 0 if batch is None else batch
@@ -576,12 +576,12 @@ class MatrixGradient:
         self, batch: int | None
     ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """Both factors, with heads side by side."""
-        inputs, vjps = self._real(batch)
         if not self.has_joint_factors:
             raise InputError(
                 f"each {self._part} of {self.matrix} in layer {self.layer} has factors of its own; "
                 f"ask for one of them with .{self._part}(index)"
             )
+        inputs, vjps = self._real(batch)
         return inputs.flatten(1), vjps.flatten(1)
 
 

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from backward_lens_tl.arguments import listed
-from backward_lens_tl.backward import FEW_ROWS
+from backward_lens_tl.backward import read_logits
 from backward_lens_tl.capture import capture_gradients, plan_capture
 from backward_lens_tl.errors import UnsupportedModelError, ValidationError
 from backward_lens_tl.gradients import MatrixGradient
@@ -243,7 +242,9 @@ def _some_tokens(host: Host) -> Tensor:
     """Twelve different tokens, spread over the vocabulary."""
     # Ids that are both read and predicted, so that the training loss can be taken of them.
     size = min(host.d_vocab, host.d_vocab_out)
-    return (torch.arange(1, 1 + min(12, host.n_ctx)) * max(1, size // 13) % size)[None]
+    usual = host.model.b_U[:size].isfinite().nonzero()[:, 0]
+    places = torch.arange(1, 1 + min(12, host.n_ctx)) * max(1, len(usual) // 13) % len(usual)
+    return usual[places.to(usual.device)][None]
 
 
 def _in_float32(
@@ -333,22 +334,18 @@ def _of_a_pass(
 ) -> tuple[list[Tensor], float]:
     """The gradient of each weight, and the readout's error, of prompts that go in together."""
     streams: list[Tensor] = []
-    # Products of fewer rows lose digits over a large vocabulary; padding is seen by no token.
-    n = batch.tokens.shape[1]
-    tokens = pad(batch.tokens, (0, max(0, min(FEW_ROWS, host.n_ctx) - n)))
     with (
         torch.enable_grad(),
         host.own_precision(),
         requiring_grad(weights, among=()),
         hooked(host.last_resid, streams.append),
     ):
-        logits = host.logits(tokens)[:, :n].to(batch.tokens.device)
+        logits = read_logits(host, batch, None)
         n_read = objective.n_read(batch)
         read_at = logits if n_read is None else batch.ends(logits, n_read)
-        losses = objective.losses(at_least_float32(read_at), batch)
+        losses = objective.losses(read_at, batch)
         gradients = torch.autograd.grad(losses.sum(), weights, materialize_grads=True)
     with torch.no_grad():
-        stream = streams[0][:, :n].to(batch.mask.device)
-        read = host.unembed(stream[batch.mask]).to(logits.device)
+        read = host.unembed(streams[0].to(batch.mask.device)[batch.mask]).to(logits.device)
         error = logit_error(read, logits[batch.mask])
     return list(map(at_least_float32, gradients)), error

@@ -48,7 +48,7 @@ def both_lenses(model: Any, question: Question) -> BackwardLensResult:
 
 def lens_of_texts(model: Any, question: Question) -> BackwardLensResult:
     """This package with the one lens that everybody reads, on texts."""
-    return backward_lens(model, question.texts, question.target_text, projection="logit_lens")
+    return backward_lens(model, question.texts, question.target, projection="logit_lens")
 
 
 def capture(model: Any, question: Question) -> GradientCapture:

@@ -491,7 +491,7 @@ def test_no_weight_gradient_is_computed_and_no_matrix_allocated(case: Case) -> N
         for gradient in result.gradients:
             gradient.rank(1)
             gradient.singular_values(1)
-            gradient.neuron(3)
+            gradient.neuron(3, 1)
             gradient.factored(1)
             assert gradient.norms.shape == gradient.is_zero.shape
     assert lens.n_operations > 2 * forward.n_operations

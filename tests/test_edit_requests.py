@@ -17,6 +17,7 @@ from backward_lens_tl.editing.requests import (
 )
 from backward_lens_tl.errors import EditError, InputError
 from backward_lens_tl.host import Host, host_of
+from backward_lens_tl.prompts import tokenize_prompts
 from backward_lens_tl.records import BadRecord, read_records
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
@@ -137,10 +138,11 @@ def test_subjects_of_the_facts_model(facts_model: Any) -> None:
 
 def test_targets_are_taken_as_they_are(host: Host) -> None:
     """With their space or without: nothing is put in front, and no special token is added."""
-    assert target_ids(host, " the") == [61]
-    assert target_ids(host, "the") == [29, 36]
-    assert target_ids(host, " Paris Rome") == [40, 85]
-    assert target_ids(host, 7) == [7]
+    [prompt] = tokenize_prompts(host, "Rome is in")
+    assert target_ids(prompt, " the") == [61]
+    assert target_ids(prompt, "the") == [29, 36]
+    assert target_ids(prompt, " Paris Rome") == [40, 85]
+    assert target_ids(prompt, 7) == [7]
     assert tokenized(host, "Rome is in", "the", bos=True).target == (29, 36)
 
 

@@ -274,7 +274,7 @@ def check(found: object) -> None:
         for gradient in found:
             assert gradient.inputs.isfinite().all()
             assert gradient.vjps.isfinite().all()
-            assert gradient.rank() <= int(found.mask[0].sum())
+            assert gradient.rank(0) <= int(found.mask[0].sum())
     elif isinstance(found, ValidationReport):
         assert found.passed
 
@@ -584,7 +584,8 @@ def method(name: str) -> ResultCall:
             "dense": capture["W_in", 0],
             "heads": capture["W_O", 1],
         }
-        return getattr(parts[part], last)(value)
+        # Of which prompt a neuron is has to be said, too.
+        return getattr(parts[part], last)(value, *([0] if last == "neuron" else []))
 
     return call
 
@@ -696,7 +697,6 @@ def test_what_only_equals_an_index_is_none(
 PRINTED = {
     "backward_lens layers",
     "backward_lens positions",
-    "backward_lens k",
     "backward_lens target",
     "result.cell layer",
     "result.cell pos",

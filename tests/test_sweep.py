@@ -32,6 +32,7 @@ import backward_lens_tl as blt
 from backward_lens_tl import cli, parts
 from backward_lens_tl.errors import BackwardLensError, InputError, SweepError, UnsupportedModelError
 from backward_lens_tl.processes import own_device
+from backward_lens_tl.prompts import Prompt
 from backward_lens_tl.records import Record, Records
 from backward_lens_tl.sweep import Sweep, SweepConfig, __main__, command, measuring, plan
 from backward_lens_tl.sweep.columns import TABLES
@@ -758,8 +759,11 @@ def test_other_tokens_of_the_same_texts_do_not_go_on(swept, tiny: nn.Module, mon
     swept(folder="out", layers=0)
     tokenized = plan.tokenize_prompts
 
-    def with_bos(host: Any, prompts: Any, prepend_bos: Any) -> list[list[int]]:
-        return [[0, *ids] for ids in tokenized(host, prompts, prepend_bos)]
+    def with_bos(host: Any, prompts: Any, prepend_bos: Any) -> list[Prompt]:
+        return [
+            replace(own, ids=(0, *own.ids), spans=((0, 0), *own.spans))
+            for own in tokenized(host, prompts, prepend_bos)
+        ]
 
     monkeypatch.setattr(plan, "tokenize_prompts", with_bos)
     with pytest.raises(SweepError, match="another tokens: sha256 was"):
@@ -914,7 +918,6 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str):
         ({"matrices": "W_up"}, "unknown matrix 'W_up'; allowed are"),
         ({"matrices": ()}, "no matrix was asked for"),
         ({"layers": 3}, "layer 3 does not exist; allowed are -3 to 2"),
-        ({"k": 98}, "k is 98; allowed are 1 to 97, the size of the vocabulary"),
         ({"budget": 1000}, "the budget is 1,000 bytes"),
     ],
 )

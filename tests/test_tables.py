@@ -89,7 +89,7 @@ def test_neurons_against_the_dense_gradient(
 def test_with_one_position_every_neuron_is_the_vector_or_its_opposite() -> None:
     gradient = made("W_out", 1)
     signs = gradient.inputs[0, 0].sign().double()
-    torch.testing.assert_close(gradient.neuron_similarity()[:, 0], signs, rtol=0, atol=1e-14)
+    torch.testing.assert_close(gradient.neuron_similarity(0)[:, 0], signs, rtol=0, atol=1e-14)
 
 
 def test_similarities_have_an_angle() -> None:
@@ -98,7 +98,7 @@ def test_similarities_have_an_angle() -> None:
         gradient = made("W_out", 6, seed=seed)
         only = torch.zeros_like(gradient.inputs)
         only[:, 3] = gradient.inputs[:, 3]
-        similarity = replace(gradient, inputs=only).neuron_similarity()
+        similarity = replace(gradient, inputs=only).neuron_similarity(0)
         assert similarity[:, 3].abs().min() == pytest.approx(1, abs=1e-14)
         assert similarity.acos().isfinite().all()
 
@@ -114,7 +114,7 @@ def test_neurons_whose_terms_cancel_keep_their_digits() -> None:
     mask = torch.ones(1, 2, dtype=torch.bool)
     gradient = MatrixGradient("W_in", 0, vectors[None], coefficients[None], mask)
     # The basis is good to eps = 2e-16, which is 1e-6 of the neuron.
-    assert gradient.neuron_norms().item() == pytest.approx(tiny, rel=1e-5)
+    assert gradient.neuron_norms(0).item() == pytest.approx(tiny, rel=1e-5)
     gram = vectors @ vectors.T
     naive = float((coefficients.T @ gram @ coefficients).clamp_min(0).sqrt())
     assert naive != pytest.approx(tiny, rel=0.5)
@@ -125,8 +125,8 @@ def test_what_is_zero_has_no_direction() -> None:
     inputs, vjps = gradient.inputs.clone(), gradient.vjps.clone()
     inputs[0, :, 5], vjps[0, 2] = 0, 0
     gradient = replace(gradient, inputs=inputs, vjps=vjps)
-    similarity = gradient.neuron_similarity()
-    assert gradient.neuron_norms()[5] == 0
+    similarity = gradient.neuron_similarity(0)
+    assert gradient.neuron_norms(0)[5] == 0
     assert similarity.isnan().sum() == 4 + D_HIDDEN - 1
     assert similarity[5].isnan().all()
     assert similarity[:, 2].isnan().all()
@@ -148,7 +148,7 @@ def test_parts_with_factors_of_their_own_are_refused(method: str) -> None:
     patched = replace(patched, inputs=patched.inputs[:, :, None].repeat(1, 1, N_HEADS, 1))
     with pytest.raises(InputError, match=r"with \.head\(index\)"):
         getattr(patched, method)()
-    assert getattr(patched.head(0), method)().shape[0] == D_HIDDEN // N_HEADS
+    assert getattr(patched.head(0), method)(0).shape[0] == D_HIDDEN // N_HEADS
     with pytest.raises(InputError, match="prompt 2 does not exist"):
         getattr(made("W_in", 4), method)(2)
 

@@ -346,13 +346,13 @@ def test_tokens_without_an_embedding_are_rejects(tmp_path: Any) -> None:
     model = with_more_tokens_than_rows()
     rows = [{"prompt": "the <new>", "target": 5}, {"prompt": "the", "target": 5}]
     swept = blt.sweep(model, rows, tmp_path / "sweep", progress=False)
-    rejects = swept.read("rejects")
+    rejects = swept.rejects()
     assert rejects[["prompt", "reason"]].to_numpy().tolist() == [[0, "prompt"]]
     assert "rows 0 to 96" in rejects["problem"][0]
     config = blt.EvaluationConfig(generation_length=0, n_texts=0)
     step = blt.editing.GradientStep("sgd", lr=1.0)
     found = blt.evaluate(model, {"step": step}, rows, tmp_path / "ev", config, progress=False)
-    assert found.read("rejects")["reason"].tolist() == ["prompt"]
+    assert found.rejects()["reason"].tolist() == ["prompt"]
 
 
 @examples(60)

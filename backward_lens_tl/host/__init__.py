@@ -14,7 +14,7 @@ from backward_lens_tl.errors import InputError
 from backward_lens_tl.host.base import Host
 from backward_lens_tl.host.bridge import TransformerBridgeHost, has_bridge
 from backward_lens_tl.host.hooked import HookedTransformerHost
-from backward_lens_tl.host.probe import Probe, logit_error, probe
+from backward_lens_tl.host.probing import Probe, logit_error, probe
 
 __all__ = ["Host", "Probe", "has_bridge", "host_of", "logit_error", "probe"]
 

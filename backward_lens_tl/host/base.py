@@ -331,7 +331,7 @@ class Host(ABC):
         RMSNorms, length does not change the order of scores; then, and without a final norm, there
         is no such length, and this is 0.
         """
-        if self.model.cfg.normalization_type is None or not self._has_readout_bias:
+        if self._norm_module() is None or not self._has_readout_bias:
             return 0.0
         return math.sqrt(self.model.cfg.d_model * self.model.cfg.eps)
 

@@ -151,21 +151,20 @@ class TransformerBridgeHost(Host):
         return {kind: sorted(set(limits)) for kind, limits in found.items()}
 
     def _norm_module(self) -> Any:
-        norm = getattr(self.model, "ln_final", None)
-        if norm is None:
-            raise UnsupportedModelError(
-                "this bridge has no ln_final, so vectors cannot be read as the model reads its "
-                "last residual stream"
-            )
-        return norm
+        # Models whose blocks end in a norm have none. That nothing else comes in between is checked
+        # before vectors are read.
+        return getattr(self.model, "ln_final", None)
 
     def _roots(self) -> list[nn.Module]:
         # The Hugging Face model is not a submodule of its bridge.
         return [self.model, self.model.original_model]
 
     def _final_norm(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        norm = self._norm_module()
+        if norm is None:
+            return vectors
         # Hugging Face's own arithmetic, past the hooks of the bridge and of the module itself.
-        normed: Tensor = self._norm_module().original_component.forward(vectors)
+        normed: Tensor = norm.original_component.forward(vectors)
         return normed
 
     def _output_transform(self, logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:

@@ -34,14 +34,13 @@ class Probe:
         forward_error: Largest difference between the logits that are analysed and those that the
             model gives when it is simply called.
         readout_error: Largest difference between the logits and what the final norm and the
-            unembedding make of the last residual stream; `None` if there is no final norm to read
-            with.
+            unembedding make of the last residual stream.
         tolerance: The largest error that can be rounding in the model's dtype.
     """
 
     causality_error: float
     forward_error: float
-    readout_error: float | None
+    readout_error: float
     tolerance: float
 
     def check_forward(self, host: Host) -> None:
@@ -76,7 +75,7 @@ class Probe:
             UnsupportedModelError: If its logits are not norm and unembedding of its last residual
                 stream.
         """
-        if self.readout_error is not None and not self.readout_error <= self.tolerance:
+        if not self.readout_error <= self.tolerance:
             raise UnsupportedModelError(
                 f"{host.name!r} does not read its last residual stream with its final norm and "
                 f"unembedding alone: these give logits that differ from its own by "
@@ -137,28 +136,19 @@ def _probed(host: Host) -> Probe | None:
     tokens = _tokens(host)
     streams: list[Tensor] = []
     with host.own_precision():
-        logits = _with_input(_read_at(host), streams.append, lambda: host.logits(tokens))
+        module = host.last_resid.module
+        logits = _with_input(module, streams.append, lambda: host.logits(tokens))
         called = host.model(tokens, return_type="logits")
-        read = [host.unembed(stream.reshape(-1, host.d_model)) for stream in streams]
+        read = host.unembed(streams[0].reshape(-1, host.d_model))
     if bool(logits.isnan().any()):
         return None  # what is computed of the user's own prompts says where it comes from
     first, second = logits
     return Probe(
         causality_error=logit_error(first[:-1], second[:-1]) if len(first) > 1 else 0.0,
         forward_error=logit_error(called.to(logits.device), logits),
-        readout_error=logit_error(read[0].to(logits.device), logits.flatten(0, 1))
-        if read
-        else None,
+        readout_error=logit_error(read.to(logits.device), logits.flatten(0, 1)),
         tolerance=_TOLERANCES.get(host.model.W_U.dtype, _HALF_PRECISION_TOLERANCE),
     )
-
-
-def _read_at(host: Host) -> nn.Module | None:
-    """The module that the last residual stream goes into, if it can be read at all."""
-    try:
-        return host.last_resid.module
-    except UnsupportedModelError:
-        return None
 
 
 def _tokens(host: Host) -> Int[Tensor, "2 pos"]:
@@ -172,11 +162,9 @@ def _tokens(host: Host) -> Int[Tensor, "2 pos"]:
 
 
 def _with_input(
-    module: nn.Module | None, see: Callable[[Tensor], None], run: Callable[[], Tensor]
+    module: nn.Module, see: Callable[[Tensor], None], run: Callable[[], Tensor]
 ) -> Tensor:
     """Run something, and look at what goes into a module meanwhile."""
-    if module is None:
-        return run()
 
     def of_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         see(next(iter((*args, *kwargs.values()))))
