@@ -41,10 +41,6 @@ from backward_lens_tl.watching import (
     requiring_grad,
 )
 
-_FEW_ROWS = 4
-"""With fewer rows, products over a large vocabulary sum with fewer digits on some CPUs: 3e-5
-instead of 5e-7 of a VJP."""
-
 
 @dataclass(frozen=True)
 class Recorded:
@@ -138,27 +134,17 @@ def read_logits(
     Returns:
         The logits, in float32 at least, on the device of the tokens.
     """
-    n = batch.tokens.shape[1] if n_read is None else n_read
-    select = _unchanged if n_read is None else partial(batch.ends, n=n)
-    is_small = len(batch.tokens) * n < _FEW_ROWS
-    if not host.are_in_blocks([*host.hooked_modules, *(point.tap.module for point in points)]):
-        logits = select(host.logits(batch.tokens))  # somebody looks on at the unembedding, or near
-    elif n_read is None and not is_small:
-        logits = host.logits(batch.tokens)
-    else:
-        logits = host.logits_of(batch.tokens, lambda values: _enough_rows(select(values)))[:, :n]
+    select = _unchanged if n_read is None else partial(batch.ends, n=n_read)
+    if host.are_in_blocks([*host.hooked_modules, *(point.tap.module for point in points)]):
+        logits = host.logits_of(batch.tokens, select)
+    else:  # somebody looks on at the unembedding, or near it
+        logits = select(host.logits(batch.tokens))
     # On a model that is spread over devices the logits come out on the last one.
     return at_least_float32(logits).to(batch.tokens.device)
 
 
 def _unchanged(values: Tensor) -> Tensor:
     return values
-
-
-def _enough_rows(values: Float[Tensor, "batch read d"]) -> Float[Tensor, "batch more d"]:
-    """Positions, the last one repeated where a product over them would lose digits."""
-    n_more = math.ceil(_FEW_ROWS / len(values)) - values.shape[1]
-    return values if n_more <= 0 else torch.cat([values, values[:, -1:].expand(-1, n_more, -1)], 1)
 
 
 class _Run:

@@ -564,8 +564,8 @@ class MatrixGradient:
     def _prompt(self, batch: int | None) -> int:
         if batch is None and len(self.mask) > 1:
             raise InputError(
-                f"batch is None, and there are {len(self.mask)} prompts, each with a gradient of its "
-                "own; say which, as in gradient.dense(batch=0). That of their summed loss is "
+                f"batch is None, and there are {len(self.mask)} prompts, each with a gradient of "
+                "its own; say which, as in gradient.dense(batch=0). That of their summed loss is "
                 "sum(gradient.dense(batch) for batch in range(len(gradient.mask)))"
             )
         prompt = 0 if batch is None else batch

@@ -242,7 +242,7 @@ def _some_tokens(host: Host) -> Tensor:
     """Twelve different tokens, spread over the vocabulary."""
     # Ids that are both read and predicted, so that the training loss can be taken of them.
     size = min(host.d_vocab, host.d_vocab_out)
-    usual = host.model.b_U[:size].isfinite().nonzero()[:, 0]
+    usual: Tensor = host.model.b_U[:size].isfinite().nonzero()[:, 0]
     places = torch.arange(1, 1 + min(12, host.n_ctx)) * max(1, len(usual) // 13) % len(usual)
     return usual[places.to(usual.device)][None]
 
@@ -292,9 +292,10 @@ def weight_gradients(
 ) -> tuple[list[Float[Tensor, "*head d_in d_out"]], float]:
     """Autograd's own weight gradients, and how well the Logit Lens gives the model's logits.
 
-    The prompts go through the model in the passes of `capture_gradients`. In passes of other shapes
-    the activations round otherwise, and a softmax that is sure of itself makes much of that: what
-    `p - 1` has are the digits that `p` lost.
+    The prompts go through the model in the passes of `capture_gradients`, and logits are read at
+    the same positions. In products of other shapes activations and logits round otherwise, and a
+    softmax that is sure of itself makes much of that: what `p - 1` has are the digits that `p`
+    lost.
 
     Args:
         host: The model.
@@ -338,14 +339,10 @@ def _of_a_pass(
         torch.enable_grad(),
         host.own_precision(),
         requiring_grad(weights, among=()),
-        hooked(host.last_resid, streams.append),
     ):
-        logits = read_logits(host, batch, None)
-        n_read = objective.n_read(batch)
-        read_at = logits if n_read is None else batch.ends(logits, n_read)
-        losses = objective.losses(read_at, batch)
+        losses = objective.losses(read_logits(host, batch, objective.n_read(batch)), batch)
         gradients = torch.autograd.grad(losses.sum(), weights, materialize_grads=True)
-    with torch.no_grad():
+    with torch.no_grad(), host.own_precision(), hooked(host.last_resid, streams.append):
+        logits = host.logits(batch.tokens).to(batch.mask.device)[batch.mask]
         read = host.unembed(streams[0].to(batch.mask.device)[batch.mask]).to(logits.device)
-        error = logit_error(read, logits[batch.mask])
-    return list(map(at_least_float32, gradients)), error
+    return list(map(at_least_float32, gradients)), logit_error(read, logits)

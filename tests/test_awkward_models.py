@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import backward_lens_tl as blt
 from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.host import host_of, logit_error, probe
+from backward_lens_tl.host.unembedding import connected
 
 D_VOCAB, N_HEADS = 97, 4
 SIZES: dict[str, Any] = {
@@ -180,8 +181,13 @@ def test_a_model_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
     with monkeypatch.context() as patch:
         kind = type(host_of(model))
-        before = kind.logits
-        patch.setattr(kind, "logits", lambda self, ids: (passes.append(1), before(self, ids))[1])
+        before = kind.logits_of
+
+        def counted(self: Any, tokens: Tensor, select: Any) -> Tensor:
+            passes.append(1)
+            return before(self, tokens, select)
+
+        patch.setattr(kind, "logits_of", counted)
         for _ in range(3):
             host_of(model)
         assert not passes
@@ -599,7 +605,7 @@ def test_a_lone_prompt_is_as_precise_as_a_batch(name: str) -> None:
         assert max(errors) < 3e-6, rows
 
 
-def test_prompts_of_few_tokens_have_enough_rows_too() -> None:
+def test_prompts_of_few_tokens() -> None:
     """The training loss reads all positions, of a short prompt two or three."""
     case = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2")
     for n in (2, 3, 4):
@@ -608,6 +614,26 @@ def test_prompts_of_few_tokens_have_enough_rows_too() -> None:
         expected = case.weight_gradients(tokens, training_loss)
         for key in (("W_in", 0), ("W_out", 1)):
             assert relative_error(found[key].dense(), expected[key]) < 1e-10
+
+
+@pytest.mark.parametrize("rows", [(1,), (3,), (2, 5), (9,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_vjp_of_the_unembedding_keeps_its_digits(
+    rows: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Against float64, with the small differences of large numbers that a sure answer leaves."""
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.04 * torch.randn(64, 50_001, generator=generator, dtype=torch.float64) + 0.1
+    vectors = torch.randn(*rows, 64, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(*rows, 50_001, generator=generator, dtype=torch.float64).exp()
+    upstream -= upstream.mean(-1, keepdim=True)
+    own = vectors.to(dtype).requires_grad_()
+    logits = connected(own, own.detach() @ weight.to(dtype), weight.to(dtype))
+    assert torch.equal(logits, own.detach() @ weight.to(dtype))
+    [found] = torch.autograd.grad(logits, own, upstream.to(dtype))
+    expected = upstream.to(dtype).double() @ weight.to(dtype).double().T
+    assert found.shape == own.shape
+    assert relative_error(found, expected) < (2e-6 if dtype == torch.float32 else 1e-12)
 
 
 _SOME = [i if i % 9 == 0 else pytest.param(i, marks=pytest.mark.slow) for i in range(100)]

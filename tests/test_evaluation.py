@@ -811,7 +811,10 @@ def test_only_the_same_evaluation_goes_on(run, tmp_path: Path) -> None:
         ({"methods": {}}, "another methods"),
         ({"data": ROWS[:2]}, "another data"),
         ({"top_k": 3}, "another config: top_k was 5, is 3"),
-        ({"prepend_bos": True, "methods": {"nudge": Nudge(prepend_bos=True)}}, "another config: prepend_bos was False, is True"),
+        (
+            {"prepend_bos": True, "methods": {"nudge": Nudge(prepend_bos=True)}},
+            "another config: prepend_bos was False, is True",
+        ),
         ({"model": build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-llama").model}, "another model"),
     ):
         given = {"methods": {"nudge": Nudge()}, "data": ROWS[:1], **change}

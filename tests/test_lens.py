@@ -331,8 +331,8 @@ def test_both_lenses_cost_one_product_where_the_norm_allows_it(
     gpt2: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
-    product = base._product
-    monkeypatch.setattr(base, "_product", lambda v, w: rows.append(len(v)) or product(v, w))
+    product = base.product
+    monkeypatch.setattr(base, "product", lambda v, w: rows.append(len(v)) or product(v, w))
 
     def rows_multiplied(**how: Any) -> int:
         rows.clear()

@@ -647,15 +647,13 @@ ANSWERS = [" river runs", " Paris", ". Rome is in", " is"]
 
 
 def read_positions(model: Any, objective: str) -> list[int]:
-    """How many positions each pass over the default prompts reads: at least four."""
+    """How many positions each pass over the default prompts reads."""
     if objective == "sequence_nll":
         n = [len(model.tokenizer(a, add_special_tokens=False)["input_ids"]) for a in ANSWERS]
         lengths = [length + extra - 1 for length, extra in zip(LENGTHS, n, strict=True)]
-        found = [len(bucket) * max(n[p] for p in bucket) for bucket in length_buckets(lengths)]
-    else:
-        reads_last = objective in ("target_nll", "own answer", "logit_difference")
-        found = [n if reads_last else n * length for n, length in SHAPES]
-    return [max(4, n) for n in found]
+        return [len(bucket) * max(n[p] for p in bucket) for bucket in length_buckets(lengths)]
+    reads_last = objective in ("target_nll", "own answer", "logit_difference")
+    return [n if reads_last else n * length for n, length in SHAPES]
 
 
 READING: dict[str, Any] = {
@@ -778,8 +776,7 @@ def test_losses_and_gradients_are_those_of_all_logits(name: str) -> None:
             found = capture_gradients(model, prompts, objective, matrices="all", prepend_bos=True)
         with unembedded() as full:
             expected = capture_gradients(model, prompts, loss, matrices="all", prepend_bos=True)
-        assert 1 < len(few) < len(prompts)
-        assert few == [4] * len(few), "at least so many, for their digits"
+        assert sum(few) == len(prompts) > len(few) > 1
         assert sum(full) > int(found.mask.sum()), "padding as well"
         here, there = values(found), values(expected)
         here.pop("targets")

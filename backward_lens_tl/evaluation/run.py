@@ -168,7 +168,8 @@ def _named_methods(
 def _with_bos(name: str, method: EditMethod, config: EvaluationConfig) -> EditMethod:
     """The method, editing prompts as they are scored: with a BOS token or without."""
     if method.prepend_bos is None:
-        return replace(cast(Any, method), prepend_bos=config.prepend_bos)
+        own: EditMethod = replace(cast(Any, method), prepend_bos=config.prepend_bos)
+        return own
     if method.prepend_bos != config.prepend_bos:
         raise EvaluationError(
             f"method {name!r} edits with prepend_bos={method.prepend_bos}, and prompts are scored "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.host.base import Host, is_centered
 from backward_lens_tl.host.linear import is_adapted, linear_site
+from backward_lens_tl.host.unembedding import connected, needs_digits
 from backward_lens_tl.sites import (
     READING_MATRICES,
     WRITING_MATRICES,
@@ -109,19 +110,30 @@ class TransformerBridgeHost(Host):
         self, tokens: Int[Tensor, "batch pos"], select: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "rows read d_vocab"]:
         """Run the model, and multiply by `W_U` only where it is needed."""
-        selected: list[bool] = []
+        selected: list[Tensor] = []
+        weight = self.model.W_U
 
         def of_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if args[0].shape[:2] != tokens.shape:
                 return None
-            selected.append(True)
-            return (select(args[0]), *args[1:])
+            selected.append(select(args[0]))
+            own = selected[0]
+            return (own.detach() if needs_digits(own) else own, *args[1:])
 
-        handle = self.model.unembed.register_forward_pre_hook(of_input)
+        def of_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if not selected or not needs_digits(selected[0]):
+                return None
+            return connected(selected[0], output, weight)
+
+        handles = (
+            self.model.unembed.register_forward_pre_hook(of_input),
+            self.model.unembed.register_forward_hook(of_output),
+        )
         try:
             logits = self.logits(tokens)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         return logits if selected else select(logits)
 
     def length_kind(self, length: int) -> Hashable:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from backward_lens_tl.errors import UnsupportedModelError
 from backward_lens_tl.host.base import Host, is_centered
 from backward_lens_tl.host.linear import float_parameter, linear_site
+from backward_lens_tl.host.unembedding import connected, needs_digits, product
 from backward_lens_tl.sites import (
     READING_MATRICES,
     WRITING_MATRICES,
@@ -53,8 +54,14 @@ class HookedTransformerHost(Host):
             tokens, attention_mask=torch.ones_like(tokens), stop_at_layer=self.n_layers
         )
         norm = self._norm_module()
-        normed = select(resid if norm is None else norm(resid)).to(self.model.W_U.device)
-        logits: Tensor = self._decoded(normed.flatten(0, 1)).unflatten(0, normed.shape[:2])
+        weight = self.model.W_U
+        normed = select(resid if norm is None else norm(resid)).to(weight.device)
+        rows = normed.flatten(0, 1)
+        if needs_digits(rows):
+            products = connected(rows, product(rows.detach(), weight), weight)
+        else:
+            products = product(rows, weight)
+        logits: Tensor = self._finished(products).unflatten(0, normed.shape[:2])
         return logits
 
     @property

@@ -137,16 +137,18 @@ def _probed(host: Host) -> Probe | None:
     streams: list[Tensor] = []
     with host.own_precision():
         module = host.last_resid.module
-        logits = _with_input(module, streams.append, lambda: host.logits(tokens))
-        called = host.model(tokens, return_type="logits")
+        logits = host.logits_of(tokens, lambda values: values)
+        called = _with_input(
+            module, streams.append, lambda: host.model(tokens, return_type="logits")
+        )
         read = host.unembed(streams[0].reshape(-1, host.d_model))
     if bool(logits.isnan().any()):
         return None  # what is computed of the user's own prompts says where it comes from
     first, second = logits
     return Probe(
         causality_error=logit_error(first[:-1], second[:-1]) if len(first) > 1 else 0.0,
-        forward_error=logit_error(called.to(logits.device), logits),
-        readout_error=logit_error(read.to(logits.device), logits.flatten(0, 1)),
+        forward_error=logit_error(logits, called.to(logits.device)),
+        readout_error=logit_error(read.to(called.device), called.flatten(0, 1)),
         tolerance=_TOLERANCES.get(host.model.W_U.dtype, _HALF_PRECISION_TOLERANCE),
     )
 
