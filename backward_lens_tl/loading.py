@@ -12,14 +12,15 @@ from typing import Any, Literal
 
 import huggingface_hub
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from backward_lens_tl.arguments import check_choice, check_text
 from backward_lens_tl.errors import InputError, ModelNotFoundError, UnsupportedModelError
-from backward_lens_tl.host import has_bridge
+from backward_lens_tl.host import check_plain, has_bridge, host_of, probe_tokens
 from backward_lens_tl.hub import hub_is_reachable
+from backward_lens_tl.vocabulary import Vocabulary
 
 Kind = Literal["hooked", "bridge"]
 
@@ -76,7 +77,8 @@ def load_model(
 
     Raises:
         ModelNotFoundError: If there is no such model, or the hub cannot be reached.
-        UnsupportedModelError: If what is installed cannot load a folder, or not rightly.
+        UnsupportedModelError: If what is installed cannot load a folder, or not rightly: logits
+            are compared with those of the plain Hugging Face model.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -151,15 +153,33 @@ def _load_folder(folder: Path, kind: Kind, device: str | None, n_devices: int) -
             f"{FACTS_MODEL!r} is the model that ships with this package"
         ) from error
     _check_rope(folder, hf_model.config)
+    tokens = _tokens(hf_model, tokenizer)
+    with torch.no_grad():
+        expected = hf_model(tokens).logits  # before a bridge takes the model apart
     if kind == "bridge":
-        from transformer_lens.model_bridge import TransformerBridge
+        model = _bridge_from_folder(folder, hf_model, tokenizer, device or "cpu", n_devices)
+    else:
+        model = _hooked_from_folder(folder, hf_model, tokenizer, device or "cpu", n_devices)
+    check_plain(host_of(model.eval()), tokens, expected)
+    return model
 
-        # Layers are spread over devices as they are loaded.
-        loaded = {"hf_model": hf_model} if n_devices == 1 else {"n_devices": n_devices}
-        return TransformerBridge.boot_transformers(
-            str(folder), tokenizer=tokenizer, device=device or "cpu", **loaded
-        )
-    return _hooked_from_folder(folder, hf_model, tokenizer, device or "cpu", n_devices)
+
+def _tokens(hf_model: Any, tokenizer: Any) -> Tensor:
+    rows = hf_model.get_input_embeddings().weight.shape[0]
+    n_ctx = getattr(hf_model.config, "max_position_embeddings", None) or rows
+    return probe_tokens(rows, n_ctx, Vocabulary(tokenizer, rows).special_ids)
+
+
+def _bridge_from_folder(
+    folder: Path, hf_model: Any, tokenizer: Any, device: str, n_devices: int
+) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    # Layers are spread over devices as they are loaded.
+    loaded = {"hf_model": hf_model} if n_devices == 1 else {"n_devices": n_devices}
+    return TransformerBridge.boot_transformers(
+        str(folder), tokenizer=tokenizer, device=device, **loaded
+    )
 
 
 def _check_rope(folder: Path, config: Any) -> None:

@@ -16,7 +16,7 @@ from backward_lens_tl.backward import read_logits
 from backward_lens_tl.capture import capture_gradients, plan_capture
 from backward_lens_tl.errors import UnsupportedModelError, ValidationError
 from backward_lens_tl.gradients import MatrixGradient
-from backward_lens_tl.host import Host, host_of, logit_error, probe
+from backward_lens_tl.host import Host, host_of, logit_error, plain_error, probe
 from backward_lens_tl.objectives import (
     BoundObjective,
     LossFunction,
@@ -75,6 +75,8 @@ class ValidationReport:
             the same units; `None` with hooks of the caller on the model, which would see it.
         forward_error: Largest difference between the logits that are analysed and those of the
             model when it is simply called; likewise.
+        plain_error: Largest difference between the model's logits and those of the plain Hugging
+            Face model, when `load_model` loaded it from a folder; `None` for other models.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -90,6 +92,7 @@ class ValidationReport:
     refused: Mapping[str, str] = field(default_factory=dict)
     causality_error: float | None = None
     forward_error: float | None = None
+    plain_error: float | None = None
 
     @property
     def max_error(self) -> float:
@@ -143,6 +146,7 @@ class ValidationReport:
                 for what, error in (
                     ("logits before a token when that is another one", self.causality_error),
                     ("logits against those of the model when it is called", self.forward_error),
+                    ("logits against those of the plain Hugging Face model", self.plain_error),
                 )
                 if error is not None
             ),
@@ -205,6 +209,7 @@ def validate(
         refused=refused,
         causality_error=None if seen is None else seen.causality_error,
         forward_error=None if seen is None else seen.forward_error,
+        plain_error=plain_error(host.model),
     )
     if not report.passed:
         raise ValidationError(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from architectures import FAMILIES, hf_model
+from hypothesis import given
+from hypothesis import strategies as st
 from models import (
     HAS_BRIDGE,
     bridge_only,
@@ -16,16 +20,21 @@ from models import (
     nll,
     randomise,
     relative_error,
+    require_kind,
     small_tokenizer,
     training_loss,
 )
+from sampling import examples
+from tokenizer_kinds import KINDS, tokenizer_of
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import backward_lens_tl as blt
-from backward_lens_tl.errors import InputError, UnsupportedModelError
+from backward_lens_tl import loading
+from backward_lens_tl.errors import InputError, ModelStateError, UnsupportedModelError
 from backward_lens_tl.host import host_of, logit_error, probe
 from backward_lens_tl.host.unembedding import connected
+from conftest import FACTS_FOLDER
 
 D_VOCAB, N_HEADS = 97, 4
 SIZES: dict[str, Any] = {
@@ -122,7 +131,36 @@ def test_a_model_from_a_folder_is_the_plain_model(architecture: str, tmp_path: P
     assert report.forward_error is not None
     assert report.causality_error < 1e-4
     assert report.forward_error < 1e-4
+    assert report.plain_error is not None
+    assert report.plain_error < 1e-4
+    assert "those of the plain Hugging Face model" in repr(report)
     assert "logits before a token when that is another one" in repr(report)
+
+
+@pytest.mark.parametrize("kind", ["bridge", "hooked"])
+def test_a_model_that_is_not_the_plain_one_is_not_loaded(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when TransformerLens leaves out a scale that the configuration asks for."""
+    require_kind(kind)
+    folder = FACTS_FOLDER
+    kinds = {"bridge": "_bridge_from_folder", "hooked": "_hooked_from_folder"}
+    load = getattr(loading, kinds[kind])
+
+    def changed(*args: Any) -> Any:
+        model = load(*args)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".1." in name and "mlp" in name:
+                    parameter.mul_(1.01)
+        return model
+
+    blt.load_model(str(folder), kind)
+    monkeypatch.setattr(loading, kinds[kind], changed)
+    with pytest.raises(
+        UnsupportedModelError, match="differ from those of Hugging Face's own model"
+    ):
+        blt.load_model(str(folder), kind)
 
 
 @bridge_only
@@ -300,6 +338,36 @@ def test_prompts_on_both_sides_of_a_rotary_threshold() -> None:
     with torch.no_grad():
         wrong = float(nll(5)(raw(together).logits[:, :5], together[:, :5]))
     assert abs(wrong - float(found.loss[2])) > 1e-3
+
+
+@functools.cache
+def long_rope_of(kind: str) -> tuple[Any, Any]:
+    """A model whose angles depend on the length of the pass, with a tokenizer of a kind."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    tokenizer = tokenizer_of(kind)
+    raw = long_rope(vocab_size=len(tokenizer))
+    model = TransformerBridge.boot_transformers(
+        "phi3", hf_model=copy.deepcopy(raw), tokenizer=tokenizer, device="cpu"
+    )
+    return model.eval(), raw
+
+
+@bridge_only
+@examples(20)
+@given(
+    kind=st.sampled_from(KINDS),
+    words=st.lists(st.integers(1, 24), min_size=2, max_size=6),
+    text=st.sampled_from(("Rome is ", "Zoë, ", "12 ", "Once upon a time ")),
+)
+def test_texts_of_any_lengths_have_their_own_angles(kind: str, words: list[int], text: str) -> None:
+    model, raw = long_rope_of(kind)
+    prompts = [(text * n).rstrip()[:60] for n in words]
+    found = blt.capture_gradients(model, prompts, blt.target_nll(5), layers=-1, prepend_bos=False)
+    for row, real, loss in zip(found.tokens, found.mask, found.loss, strict=True):
+        ids = row[real][None]
+        with torch.no_grad():
+            assert float(loss) == pytest.approx(float(nll(5)(raw(ids).logits, ids)), rel=1e-4)
 
 
 @bridge_only
@@ -555,6 +623,81 @@ def test_a_peft_model_has_the_way_to_a_bridge() -> None:
     adapted = with_lora(plain_model("llama"), ["down_proj"])
     with pytest.raises(InputError, match=r"hf_model=model\.get_base_model\(\)"):
         blt.backward_lens(adapted, "Paris")
+
+
+@bridge_only
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_one_model_in_two_bridges_is_refused(architecture: str) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    raw = plain_model(architecture)
+    first, second = (
+        TransformerBridge.boot_transformers(
+            architecture, hf_model=raw, tokenizer=small_tokenizer(), device="cpu"
+        )
+        for _ in range(2)
+    )
+    with pytest.raises(UnsupportedModelError, match="load it anew for each"):
+        blt.backward_lens(second, some_tokens(), 5)
+    if architecture == "gpt2":
+        with pytest.raises(UnsupportedModelError, match="load it anew for each"):
+            blt.backward_lens(first, some_tokens(), 5)
+
+
+@bridge_only
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_is_refused_in_train_mode(reentrant: bool) -> None:
+    raw = plain_model("llama")
+    raw.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model, tokens = bridged(raw, "llama"), some_tokens()
+    expected = blt.backward_lens(model, tokens, 5)
+    model.original_model.train()
+    with pytest.raises(ModelStateError, match=r"checkpointing is on .*call model\.eval\(\)"):
+        blt.backward_lens(model, tokens, 5)
+    model.original_model.gradient_checkpointing_disable()
+    found = blt.backward_lens(model, tokens, 5)
+    assert torch.equal(found.target_rank("W_out"), expected.target_rank("W_out"))
+
+
+def test_saved_files_have_the_mode_that_the_umask_gives(facts_model: Any, tmp_path: Path) -> None:
+    result = blt.backward_lens(facts_model, "Rome is in", layers=-1)
+    before = os.umask(0o027)
+    try:
+        result.save(tmp_path / "result.safetensors")
+        result.save_html(tmp_path / "page.html")
+        (tmp_path / "shared.safetensors").touch(0o600)
+        result.save(tmp_path / "shared.safetensors")  # one that is there keeps its own
+    finally:
+        os.umask(before)
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()}
+    assert modes == {
+        "result.safetensors": "0o640",
+        "page.html": "0o640",
+        "shared.safetensors": "0o600",
+    }
+
+
+def test_a_vocabulary_smaller_than_k_is_shown_whole() -> None:
+    if not HAS_BRIDGE:
+        pytest.skip("needs TransformerBridge")
+    model = bridged(plain_model("llama", vocab_size=5), "llama")
+    result = blt.backward_lens(model, torch.tensor([[0, 1, 2, 3]]), 4)
+    assert result.readout("W_out").top_ids.shape[-1] == 5
+    assert sorted(result.readout("W_out").top_ids[0, 0, 0].tolist()) == list(range(5))
+
+
+def test_ranks_do_not_underflow_like_probabilities() -> None:
+    """The authors rank probabilities in float32, many of which are zero and tie."""
+
+    class Wide:
+        def project(self, vectors: Tensor, layer: int) -> Tensor:
+            return torch.arange(97.0).mul(10).expand(len(vectors), -1)
+
+    model: Any = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2", torch.float32).model
+    result = blt.backward_lens(model, some_tokens(), 40, projection=Wide())
+    assert (result.target_rank("W_out") == 56).all()  # 41 to 96 are larger
+    probabilities = (torch.arange(97.0) * 10).softmax(0)
+    assert int((probabilities > probabilities[40]).sum()) == 11  # the control: the others are 0
 
 
 @pytest.mark.parametrize("prepend_bos", [True, False, None])

@@ -14,9 +14,26 @@ from backward_lens_tl.errors import InputError
 from backward_lens_tl.host.base import Host
 from backward_lens_tl.host.bridge import TransformerBridgeHost, has_bridge
 from backward_lens_tl.host.hooked import HookedTransformerHost
-from backward_lens_tl.host.probing import Probe, logit_error, probe
+from backward_lens_tl.host.probing import (
+    Probe,
+    check_plain,
+    logit_error,
+    plain_error,
+    probe,
+    probe_tokens,
+)
 
-__all__ = ["Host", "Probe", "has_bridge", "host_of", "logit_error", "probe"]
+__all__ = [
+    "Host",
+    "Probe",
+    "check_plain",
+    "has_bridge",
+    "host_of",
+    "logit_error",
+    "plain_error",
+    "probe",
+    "probe_tokens",
+]
 
 _HOSTS: dict[str, type[Host]] = {
     "HookedTransformer": HookedTransformerHost,

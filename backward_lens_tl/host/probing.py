@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,8 @@ _TO_NORMAL = 1.4826
 
 _TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4}
 _HALF_PRECISION_TOLERANCE = 0.3
+_PLAIN_TOLERANCE = 1e-3
+"""TransformerLens computes some parts in another order, or in float32."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,43 @@ def logit_error(found: Float[Tensor, "*n d_vocab"], expected: Float[Tensor, "*n 
 
 
 _PROBES: WeakKeyDictionary[nn.Module, tuple[object, Probe]] = WeakKeyDictionary()
+_PLAIN: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+
+
+def check_plain(
+    host: Host, tokens: Int[Tensor, "2 pos"], expected: Float[Tensor, "2 pos d_vocab"]
+) -> None:
+    """Refuse a model that is not the plain Hugging Face model that it was made of.
+
+    Args:
+        host: The model.
+        tokens: As `probe_tokens` gives them.
+        expected: The plain model's logits.
+
+    Raises:
+        UnsupportedModelError: If its own logits differ by more than rounding.
+    """
+    with torch.no_grad():
+        error = logit_error(host.logits(tokens.to(host.device)).to(expected.device), expected)
+    if not error <= _PLAIN_TOLERANCE and not bool(expected.isnan().any()):
+        raise UnsupportedModelError(
+            f"{host.name!r} as TransformerLens {version('transformer-lens')} turns it into a "
+            f"{type(host.model).__name__} gives logits that differ from those of Hugging Face's "
+            f"own model by {error:.1g} times their spread; try the other kind, 'bridge' or 'hooked'"
+        )
+    _PLAIN[host.model] = error
+
+
+def plain_error(model: nn.Module) -> float | None:
+    """How far a model's logits were from the plain model's when it was loaded from a folder.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The error, in spreads of the logits; `None` if it was not loaded from a folder.
+    """
+    return _PLAIN.get(model)
 
 
 def probe(host: Host) -> Probe | None:
@@ -133,7 +173,7 @@ def probe(host: Host) -> Probe | None:
 
 @torch.no_grad()
 def _probed(host: Host) -> Probe | None:
-    tokens = _tokens(host)
+    tokens = probe_tokens(host.d_vocab, host.n_ctx, host.vocabulary.special_ids).to(host.device)
     streams: list[Tensor] = []
     with host.own_precision():
         module = host.last_resid.module
@@ -141,6 +181,12 @@ def _probed(host: Host) -> Probe | None:
         called = _with_input(
             module, streams.append, lambda: host.model(tokens, return_type="logits")
         )
+    if not streams:
+        raise UnsupportedModelError(
+            f"{host.name!r} does not run its own final norm; if its Hugging Face model was wrapped "
+            "by a second bridge, load it anew for each"
+        )
+    with host.own_precision():
         read = host.unembed(streams[0].reshape(-1, host.d_model))
     if bool(logits.isnan().any()):
         return None  # what is computed of the user's own prompts says where it comes from
@@ -153,14 +199,22 @@ def _probed(host: Host) -> Probe | None:
     )
 
 
-def _tokens(host: Host) -> Int[Tensor, "2 pos"]:
-    """Two prompts that differ in their last token only."""
-    n = min(_N_TOKENS, host.n_ctx)
-    some = range(0, host.d_vocab, max(1, host.d_vocab // _CANDIDATES))
-    # Of padding HookedTransformer may make a mask of its own.
-    usual = [token for token in some if token not in host.vocabulary.special_ids] or list(some)
+def probe_tokens(d_vocab: int, n_ctx: int, special_ids: Container[int]) -> Int[Tensor, "2 pos"]:
+    """Two prompts that differ in their last token only.
+
+    Args:
+        d_vocab: Number of token ids that the model reads.
+        n_ctx: Longest prompt that it accepts.
+        special_ids: Tokens to leave out; of padding HookedTransformer may make a mask of its own.
+
+    Returns:
+        Their ids.
+    """
+    n = min(_N_TOKENS, n_ctx)
+    some = range(0, d_vocab, max(1, d_vocab // _CANDIDATES))
+    usual = [token for token in some if token not in special_ids] or list(some)
     *first, other = (usual[at * (len(usual) - 1) // n] for at in range(n + 1))
-    return torch.tensor([first, [*first[:-1], other]], device=host.device)
+    return torch.tensor([first, [*first[:-1], other]])
 
 
 def _with_input(
