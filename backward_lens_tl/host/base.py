@@ -179,11 +179,12 @@ class Host(ABC):
             prepend_bos = False
         tokens = self.model.to_tokens(prompt, prepend_bos=prepend_bos, truncate=False)
         ids = [int(token) for token in tokens[0]]
+        rows = self.d_vocab
         for token_id in ids:
-            if not 0 <= token_id < self.d_vocab:
+            if not 0 <= token_id < rows:
                 raise InputError(
                     f"the tokenizer makes token {token_id} ({self.vocabulary.text(token_id)!r}) of "
-                    f"{prompt!r}, and the model's embedding has the rows 0 to {self.d_vocab - 1}; "
+                    f"{prompt!r}, and the model's embedding has the rows 0 to {rows - 1}; "
                     "resize it before the model is wrapped "
                     "(hf_model.resize_token_embeddings(len(tokenizer))), leave the token out, or "
                     "pass prepend_bos=False if it is the BOS"
