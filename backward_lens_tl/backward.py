@@ -133,7 +133,11 @@ def read_logits(
 
     Returns:
         The logits, in float32 at least, on the device of the tokens.
+
+    Raises:
+        InputError: If the prompts may not share a pass.
     """
+    host.check_lengths(batch.lengths.tolist())
     select = _unchanged if n_read is None else partial(batch.ends, n=n_read)
     if host.are_in_blocks([*host.hooked_modules, *(point.tap.module for point in points)]):
         logits = host.logits_of(batch.tokens, select)

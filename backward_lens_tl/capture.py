@@ -240,7 +240,7 @@ def plan_capture(
                 limits,
                 in_one=bool(points or host.hooked_modules or bound.looks_at == "batch"),
                 by_prompt=bound.looks_at == "prompt",
-                kinds=[host.length_kind(length) for length in lengths],
+                groups=host.length_groups(lengths),
             )
         ),
     )

@@ -143,7 +143,7 @@ def plan_passes(
     *,
     in_one: bool,
     by_prompt: bool,
-    kinds: Sequence[object] | None = None,
+    groups: Sequence[Sequence[int]] | None = None,
 ) -> list[Pass]:
     """Divide the work into passes.
 
@@ -154,24 +154,25 @@ def plan_passes(
         memory: The caller's limits.
         in_one: Whether there may be only one, because somebody looks on.
         by_prompt: Whether prompts of one length need not stay together, if there is no budget.
-        kinds: The kind of each prompt, if only those of one kind may share a pass.
+        groups: Prompts that may share a pass, if not all may.
 
     Returns:
         The passes; together they cover every prompt and layer once.
 
     Raises:
-        InputError: If the budget is too small for any pass, or one pass has to do for prompts of
-            several kinds.
+        InputError: If the budget is too small for any pass.
     """
-    kinds = [None] * len(lengths) if kinds is None else kinds
     all_layers, longest = tuple(layers), max(lengths)
     everything = size.of(len(lengths), longest, all_layers)
     if in_one:
         kept = 0 if memory.keeps_as_computed else size.kept(len(lengths), longest, memory)
         _check_one_pass(everything + kept, memory.budget)
-        check_kinds(kinds)
         return [Pass(tuple(range(len(lengths))), all_layers)]
-    buckets = _buckets(lengths, kinds)
+    buckets = [
+        tuple(prompts[at] for at in bucket)
+        for prompts in groups or [range(len(lengths))]
+        for bucket in length_buckets([lengths[prompt] for prompt in prompts])
+    ]
     if memory.budget is None and by_prompt:
         return _usual_passes(buckets, all_layers, lengths, size)
     if memory.budget is None:
@@ -185,33 +186,6 @@ def plan_passes(
         part
         for bucket in buckets
         for part in _passes(bucket, all_layers, lengths, size, memory.budget, kept)
-    ]
-
-
-def check_kinds(kinds: Sequence[object]) -> None:
-    """Refuse prompts that may not share a pass.
-
-    Args:
-        kinds: The kind of each prompt, as `Host.length_kind` gives it.
-
-    Raises:
-        InputError: If there are several.
-    """
-    if len(set(kinds)) > 1:
-        raise InputError(
-            "some prompts are longer than the context that the model was first trained with and "
-            "others are not; it rotates positions of both differently, and all prompts of a pass "
-            "alike. Pass them in separate calls"
-        )
-
-
-def _buckets(lengths: Sequence[int], kinds: Sequence[object]) -> list[tuple[int, ...]]:
-    """Batches of similar length, each of one kind."""
-    return [
-        tuple(prompts[at] for at in bucket)
-        for kind in dict.fromkeys(kinds)
-        for prompts in [[at for at, own in enumerate(kinds) if own == kind]]
-        for bucket in length_buckets([lengths[prompt] for prompt in prompts])
     ]
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index as as_index
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from backward_lens_tl.arguments import check_choice, check_text, listed, plain, shown
+from backward_lens_tl.arguments import check_choice, check_text, is_integer, listed, plain, shown
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.host import Host
 from backward_lens_tl.vocabulary import Span, TargetPosition, Vocabulary
+
+_TOKEN_IDS = 2**63
+"""torch has no larger ones."""
 
 Prompts = str | Sequence[str] | Int[Tensor, "batch pos"] | Mapping[str, Any]
 
@@ -131,15 +135,15 @@ class Prompt:
         """
         if not ids:
             return self
-        text, spans = self.vocabulary.continued(ids)
-        n = len(self.text)
-        return Prompt(
-            (*self.ids, *ids),
-            self.text + text,
-            (*self.spans, *((n + start, n + end) for start, end in spans)),
-            self._joinable,
-            self.vocabulary,
-        )
+        every = (*self.ids, *ids)
+        text, spans = self.vocabulary.spans(every)
+        if not text.startswith(self.text):  # special tokens, or a tokenizer that normalises
+            added, own = self.vocabulary.continued(ids)
+            n = len(self.text)
+            text = self.text + added
+            spans = (*self.spans, *((n + start, n + end) for start, end in own))
+        spans = (*self.spans, *spans[len(self.ids) :])
+        return Prompt(every, text, spans, self._joinable, self.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -265,31 +269,44 @@ def _rows_of_mapping(
             f"a mapping with {', '.join(map(repr, encoded)) or 'nothing'} is no prompt; pass "
             "texts, or a tokenizer's output, which has 'input_ids'"
         )
-    ids, mask = (_nested(encoded.get(name)) for name in ("input_ids", "attention_mask"))
-    mask = [[1] * len(row) for row in ids] if mask is None else mask
+    ids = _rows("input_ids", encoded["input_ids"])
+    mask = [[1] * len(row) for row in ids]
+    if encoded.get("attention_mask") is not None:
+        mask = _rows("attention_mask", encoded["attention_mask"])
     if list(map(len, mask)) != list(map(len, ids)):
         raise InputError(
             "input_ids and attention_mask have different shapes; pass both as the tokenizer gave "
             "them"
         )
-    rows = [
-        [token for token, is_real in zip(*pair, strict=True) if is_real]
-        for pair in zip(ids, mask, strict=True)
-    ]
-    if not rows or not all(rows):
-        raise InputError("input_ids hold no token, or a prompt of none; each needs at least one")
-    return [row for real in rows for row in _checked_ids(host, torch.tensor([real]), prepend_bos)]
+    real = [_real(row, own) for row, own in zip(ids, mask, strict=True)]
+    return [row for own in real for row in _checked_ids(host, torch.tensor([own]), prepend_bos)]
 
 
-def _nested(rows: object) -> Any:
-    """Lists of lists, where a tokenizer may have returned tensors or a single row."""
-    rows = plain(rows)
-    if not isinstance(rows, list | tuple):
-        if rows is None:
-            return None
-        raise InputError(f"input_ids are {shown(rows)}; pass lists or tensors of token ids")
-    rows = [plain(row) for row in rows]
-    return rows if rows and all(isinstance(row, list | tuple) for row in rows) else [rows]
+def _rows(name: str, values: object) -> list[list[int]]:
+    """One list per prompt, where a tokenizer may have returned tensors or a single row."""
+    rows = [] if is_integer(values) else [plain(row) for row in listed(values)]
+    if rows and all(map(is_integer, rows)):
+        rows = [rows]
+    if not rows or not all(isinstance(row, list | tuple) for row in rows):
+        raise InputError(f"{name} is {shown(values)}; pass lists or tensors of token ids")
+    for row in rows:
+        for value in row:
+            if not is_integer(value) or not 0 <= as_index(value) < _TOKEN_IDS:
+                raise InputError(f"{name} holds {shown(value)}; pass lists or tensors of token ids")
+    return [[as_index(value) for value in row] for row in rows]
+
+
+def _real(ids: list[int], mask: list[int]) -> list[int]:
+    """The tokens of one prompt without its padding, which is at one end."""
+    real = [at for at, is_real in enumerate(mask) if is_real]
+    if not real:
+        raise InputError("input_ids hold a prompt without a token; each needs at least one")
+    if len(real) != real[-1] - real[0] + 1:
+        raise InputError(
+            f"attention_mask hides tokens inside of a prompt ({mask}); leave them out of input_ids "
+            "if they do not belong to it"
+        )
+    return ids[real[0] : real[-1] + 1]
 
 
 def _checked_ids(host: Host, ids: Tensor, prepend_bos: bool | None) -> list[list[int]]:
@@ -323,10 +340,16 @@ def pad_prompts(host: Host, rows: Sequence[Sequence[int]]) -> PromptBatch:
         The batch, on the model's device.
 
     Raises:
-        InputError: If a prompt is longer than the model's context.
+        InputError: If a prompt is longer than the model's context, or has a token without a row in
+            its embedding.
     """
-    longest = max(len(row) for row in rows)
+    longest, d_vocab = max(len(row) for row in rows), host.d_vocab
     for index, row in enumerate(rows):
+        if max(row) >= d_vocab:
+            raise InputError(
+                f"prompt {index} has the token id {max(row)} (answer included); the model's "
+                f"embedding has the rows 0 to {d_vocab - 1}"
+            )
         if len(row) > host.n_ctx:
             raise InputError(
                 f"prompt {index} has {len(row)} tokens (answer included); the model's context "

@@ -25,6 +25,7 @@ import pandas as pd
 from backward_lens_tl.arguments import check_text, is_integer, listed, plain, shown
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.hub import hub_is_reachable
+from backward_lens_tl.segments import subject_at
 
 FACTS_RECORDS = "facts"
 """Name of the records that ship inside the package."""
@@ -571,7 +572,7 @@ def _subject_start(
     if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):  # CSV has only texts
         value = int(value)
     start = as_index(value) if is_integer(value) else -1
-    if start < 0 or not prompt[start:].startswith(subject):
+    if subject_at(prompt, subject, start) is None:
         raise InputError(
             f"{column!r} is {_cut(shown(value))}, where the subject {subject!r} does not begin in "
             f"the prompt {prompt!r}; it counts characters from 0 and may be left out"

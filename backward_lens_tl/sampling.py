@@ -55,11 +55,13 @@ def sample(
         ]
         if not left:
             break
-        batch = pad_prompts(host, [[*prompts[at], *drawn[at]] for at in left])
-        with host.own_precision():
-            logits = read_logits(host, batch, n_read=1)[:, -1].cpu()
-        for at, own in zip(left, logits, strict=True):
-            drawn[at].append(_drawn(own, top_k, generators[at]))
+        rows = [[*prompts[at], *drawn[at]] for at in left]
+        for group in host.length_groups(list(map(len, rows))):
+            batch = pad_prompts(host, [rows[place] for place in group])
+            with host.own_precision():
+                logits = read_logits(host, batch, n_read=1)[:, -1].cpu()
+            for place, own in zip(group, logits, strict=True):
+                drawn[left[place]].append(_drawn(own, top_k, generators[left[place]]))
     return [tokens[:-1] if tokens and tokens[-1] == end else tokens for tokens in drawn]
 
 

@@ -159,10 +159,26 @@ def subject_span(text: str, subject: Subject) -> Span:
     return min(spans, key=lambda span: _inside_word(text, *span))
 
 
+def subject_at(text: str, subject: str, start: int) -> Span | None:
+    """Where a subject that begins at a character of a text ends.
+
+    Args:
+        text: The prompt.
+        subject: Text of the subject, up to normalisation as it is written there.
+        start: Its first character.
+
+    Returns:
+        The span; `None` if the subject does not begin there.
+    """
+    if subject and start >= 0 and text[start:].startswith(subject):
+        return start, start + len(subject)
+    return next((span for span in _normalised_spans(text, subject) if span[0] == start), None)
+
+
 def _normalised_spans(text: str, name: str) -> list[Span]:
     """Where a text holds a name up to normalisation."""
     wanted = unicodedata.normalize("NFKC", name)
-    if wanted not in unicodedata.normalize("NFKC", text):
+    if not wanted or wanted not in unicodedata.normalize("NFKC", text):
         return []
     spans: list[Span] = []
     for start in range(len(text)):

@@ -212,10 +212,13 @@ def validate(
         plain_error=plain_error(host.model),
     )
     if not report.passed:
-        raise ValidationError(
-            f"the factors of this model are not its gradients, so do not trust the lens on it:\n"
-            f"{report!r}"
+        what = (
+            "the factors of this model are not its gradients, so do not trust the lens on it"
+            if not report.max_error <= report.tolerance
+            else "the factors are this model's gradients, and the Logit Lens does not read as it "
+            "does, so do not trust the tokens"
         )
+        raise ValidationError(f"{what}:\n{report!r}")
     return report
 
 

@@ -19,6 +19,9 @@ _ANCHORS = ("\n", ".", "a", "0")
 """Texts to put before a continuation whose prompt is unknown; the first that stays a token of its
 own is taken."""
 
+_SOME = 16
+"""Last tokens of a prompt that a continuation may be joined to, where all of them are no text."""
+
 Span = tuple[int, int]
 """A half-open span of a text's characters."""
 
@@ -110,17 +113,21 @@ class Vocabulary:
         return text, tuple(spans[1:])
 
     def text_of(self, token_ids: Sequence[int]) -> str | None:
-        """The text whose tokens some ids are.
+        """The text whose tokens some ids are, or the longest end of it that can be told.
 
         Args:
-            token_ids: A prompt, with or without a special token such as BOS in front.
+            token_ids: A prompt.
 
         Returns:
-            The text, without that token; `None` if the tokenizer makes these ids of no text.
+            A text that the tokenizer makes the last of these ids of: all of them if possible, else
+            those behind the last special token, else a few; `None` if there is none.
         """
         if self._tokenizer is None:
             return None
-        for own in (list(token_ids), list(token_ids[1:])):
+        n = len(token_ids)
+        last = max((at for at in range(n) if token_ids[at] in self.special_ids), default=-1)
+        for start in dict.fromkeys((0, last + 1, last, *range(max(0, n - _SOME), n))):
+            own = list(token_ids[max(0, start) :])
             text: str = self._tokenizer.decode(own, clean_up_tokenization_spaces=False)
             if own and self._ids(text) == own:
                 return text
@@ -268,16 +275,16 @@ class Vocabulary:
             return ids[-1]
         raise TargetError(
             f"target {target!r} is {len(ids)} tokens ({self._pieces(ids)}), and a gradient is read "
-            f"against one.{self._space_hint(target)} Ask for target_position='first' or 'last', "
-            "pass a token id, or differentiate all of them with objective=sequence_nll(...)"
+            f"against one.{self._space_hint(target, after)} Ask for target_position='first' or "
+            "'last', pass a token id, or differentiate all of them with objective=sequence_nll(...)"
         )
 
     def _pieces(self, token_ids: Iterable[int]) -> str:
         return " | ".join(repr(self.text(token_id)) for token_id in token_ids)
 
-    def _space_hint(self, target: str) -> str:
+    def _space_hint(self, target: str, after: str | None) -> str:
         spaced = " " + target
-        if target.startswith(" ") or len(self.encode(spaced)) > 1:
+        if target.startswith(" ") or len(self.encode(spaced, after)) > 1:
             return ""
         return f" With a leading space, {spaced!r} is one token: probably that is meant."
 

@@ -51,6 +51,12 @@ def as_for_a_user() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the passes by which a model is looked at when it is new; here the others count."""
+    monkeypatch.setattr("backward_lens_tl.host.probing._probed", lambda host: None)
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """A headless Chromium; skipped where there is none."""

@@ -51,7 +51,7 @@ from backward_lens_tl.passes import length_buckets
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.sites import READING_MATRICES
 
-pytestmark = pytest.mark.usefixtures("as_for_a_user")
+pytestmark = pytest.mark.usefixtures("as_for_a_user", "not_probed")
 
 # With BOS 5, 17, 2 and 4 tokens: the first and the last share a padded pass.
 PROMPTS = ["Messi plays for", "The capital of France is the dog of the king in", "Rome", "Paris is"]
@@ -199,12 +199,6 @@ def watch_forward(monkeypatch: pytest.MonkeyPatch, see: Callable[[Tensor], objec
 
     for kind in model_classes():
         watch(kind)
-
-
-@pytest.fixture(autouse=True)
-def _not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the pass by which a model is looked at when it is new; here the others count."""
-    monkeypatch.setattr("backward_lens_tl.host.probing._probed", lambda host: None)
 
 
 @pytest.fixture

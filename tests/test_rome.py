@@ -455,7 +455,7 @@ def test_prompts_with_prefixes_have_to_fit(one_gpt2: Case) -> None:
         rome(one_gpt2)(one_gpt2.model, long)
 
 
-def test_foreign_statistics_are_refused(one_gpt2: Case) -> None:
+def test_foreign_statistics_are_refused(one_gpt2: Case, as_for_a_user: None) -> None:
     texts = ["The capital of France", "Rome is in Italy"]
     reading = second_moments(one_gpt2.model, texts, matrix="W_in", progress=False)
     elsewhere = second_moments(one_gpt2.model, texts, layers=[0], progress=False)

@@ -47,7 +47,12 @@ def chain(monkeypatch: pytest.MonkeyPatch, as_for_a_user: None) -> Any:
 
     monkeypatch.setattr(continuations, "read_logits", read)
     return SimpleNamespace(
-        n_ctx=9, device=torch.device("cpu"), own_precision=nullcontext, passes=passes
+        n_ctx=9,
+        d_vocab=len(CHAIN),
+        device=torch.device("cpu"),
+        own_precision=nullcontext,
+        length_groups=lambda lengths: [tuple(range(len(lengths)))],
+        passes=passes,
     )
 
 

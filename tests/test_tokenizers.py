@@ -21,6 +21,7 @@ from backward_lens_tl.editing.requests import tokenize_request
 from backward_lens_tl.errors import BackwardLensError, InputError, TargetError
 from backward_lens_tl.host import host_of
 from backward_lens_tl.prompts import tokenize_prompts
+from backward_lens_tl.records import Record
 from backward_lens_tl.segments import covered_tokens, subject_span
 from backward_lens_tl.sweep.plan import Item, plan_parts
 
@@ -135,8 +136,11 @@ def test_any_continuation_is_that_of_the_joined_text_or_refused(
     if as_ids:
         [given_as] = tokenize_prompts(host, torch.tensor([written.ids]))
         known = host.vocabulary.text_of(written.ids)
-        # Ids that are the tokens of a text are continued as that text.
+        # Ids that are the tokens of a text, or end in some, are continued as that text.
         assume(known is not None)
+        assert own_ids(tokenizer, str(known)) == list(
+            written.ids[-len(own_ids(tokenizer, str(known))) :]
+        )
         expected = expected_continuation(tokenizer, str(known), text)
     if not expected:
         with pytest.raises(TargetError):
@@ -231,6 +235,51 @@ def last_token_of(tokenizer: Any, text: str, end: int) -> int:
     """The last token that has a character before `end`, by the tokens of ever longer texts."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return max(at for at, (start, _) in enumerate(offsets["offset_mapping"]) if start < end)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_normalised_subject_at_a_place(kind: str) -> None:
+    prompt = "Zoe\u0308 met Zoe\u0308 and"
+    host = host_of(wrapped(kind).model)
+    found = [
+        tokenize_request(host, blt.editing.EditRequest(prompt, " Paris", "Zoë", start), False)
+        for start in (0, 9)
+    ]
+    last = [each.subject_last for each in found]
+    tokenizer = host.tokenizer
+    assert last == [last_token_of(tokenizer, prompt, 4), last_token_of(tokenizer, prompt, 13)]
+    record = {"prompt": prompt, "target": " a", "subject": "Zoë", "subject_start": 9}
+    assert isinstance(blt.read_records([record]).rows[0], Record)
+    with pytest.raises(BackwardLensError, match="does not begin"):
+        tokenize_request(host, blt.editing.EditRequest(prompt, " Paris", "Zoë", 1), False)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["<bos>Once upon a time", "<bos><bos>Once upon a time", "Rome<eos> is old. The cat"]
+)
+def test_ids_behind_special_tokens_are_continued_like_their_text(prompt: str) -> None:
+    """On SentencePiece, which adds a space after a special token."""
+    host = host_of(wrapped("sentencepiece").model)
+    ids = own_ids(host.tokenizer, prompt)
+    [given] = tokenize_prompts(host, torch.tensor([ids]))
+    [written] = tokenize_prompts(host, prompt, False)
+    for text in CONTINUATIONS:
+        try:
+            expected = written.continuation(text)
+        except TargetError:
+            with pytest.raises(TargetError):
+                given.continuation(text)
+        else:
+            assert given.continuation(text) == expected
+
+
+def test_the_text_of_an_answer_has_its_spaces() -> None:
+    model = wrapped("wordpiece").model
+    loss = blt.sequence_nll(" time was a cat")
+    capture = blt.capture_gradients(model, "Once upon a", loss, layers=-1)
+    assert capture.prompts == ("Once upon a time was a",)
+    [spans] = capture.spans
+    assert capture.prompts[0][slice(*spans[-1])] == "a"
 
 
 @pytest.mark.parametrize(
@@ -399,10 +448,16 @@ def test_what_a_tokenizer_returned_is_a_prompt(kind: str) -> None:
     [
         ({"text": "Rome"}, "a mapping with 'text' is no prompt"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "different shapes"),
-        ({"input_ids": [[1, 2]], "attention_mask": [[0, 0]]}, "hold no token"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[0, 0]]}, "without a token"),
         ({"input_ids": [[1, 10_000]]}, "token ids run from 1 to 10000"),
         ({"input_ids": 3}, "pass lists or tensors"),
-        ({"input_ids": [[0.5]]}, "pass integers"),
+        ({"input_ids": [[0.5]]}, r"holds 0\.5; pass lists"),
+        ({"input_ids": None}, "pass lists or tensors"),
+        ({"input_ids": [["a"]]}, "holds 'a'"),
+        ({"input_ids": [[[1, 2], [3]]]}, "pass lists or tensors"),
+        ({"input_ids": [[1, 2], 3]}, "pass lists or tensors"),
+        ({"input_ids": [[1, 10**30]]}, "pass lists or tensors"),
+        ({"input_ids": [[1, 2, 3]], "attention_mask": [[1, 0, 1]]}, "hides tokens inside"),
     ],
 )
 def test_other_mappings_are_refused(prompt: Any, message: str) -> None:

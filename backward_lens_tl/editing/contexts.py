@@ -37,7 +37,7 @@ def sampled_prefixes(
         (
             token_id
             for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id)
-            if token_id is not None
+            if token_id is not None and 0 <= token_id < host.d_vocab
         ),
         None,
     )

@@ -494,6 +494,7 @@ def _real_logits(host: Host, batch: PromptBatch) -> Float[Tensor, "n d_vocab"]:
     def real(values: Tensor) -> Tensor:
         return values[batch.mask.to(values.device)][None]
 
+    host.check_lengths(batch.lengths.tolist())
     if host.are_in_blocks(host.hooked_modules):
         logits = host.logits_of(batch.tokens, real)
     else:  # somebody looks on at the unembedding, or near it

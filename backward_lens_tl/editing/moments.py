@@ -361,7 +361,10 @@ class _Collected:
             probe = tuple(rows[0][:PROBE_TOKENS])
             inputs = last_reads(host, sites, probe)
             self.about = replace(self.about, probe=probe, probe_inputs=inputs)
-        products = _grams(host, pad_prompts(host, rows), sites)
+        products = [torch.zeros((), dtype=torch.float64)] * len(sites)
+        for group in host.length_groups(list(map(len, rows))):
+            some = _grams(host, pad_prompts(host, [rows[at] for at in group]), sites)
+            products = [product + own for product, own in zip(products, some, strict=True)]
         before = self.n_tokens
         self.n_tokens += sum(map(len, rows))
         means = self.means or [torch.zeros_like(product) for product in products]

@@ -11,7 +11,7 @@ from backward_lens_tl.errors import EditError, InputError
 from backward_lens_tl.host import Host
 from backward_lens_tl.prompts import Prompt, tokenize_prompts
 from backward_lens_tl.records import Record
-from backward_lens_tl.segments import covered_tokens
+from backward_lens_tl.segments import covered_tokens, subject_at
 from backward_lens_tl.vocabulary import Span
 
 
@@ -195,11 +195,11 @@ def _subject_last(prompt: Prompt, request: EditRequest) -> int | None:
         return None
     if start is None:
         return covered_tokens(prompt.text, prompt.spans, subject)[-1]
-    is_there = is_integer(start) and isinstance(subject, str) and index(start) >= 0
-    if not is_there or not request.prompt[index(start) :].startswith(subject):
+    is_text = is_integer(start) and isinstance(subject, str)
+    span = subject_at(request.prompt, subject, index(start)) if is_text else None
+    if span is None:
         raise EditError(
             f"subject_start is {shown(start)}, where the subject {shown(subject)} does not begin "
             f"in the prompt {request.prompt!r}; it counts characters from 0 and may be left out"
         )
-    span: Span = (index(start), index(start) + len(subject))
     return covered_tokens(prompt.placed_text, prompt.spans, span)[-1]

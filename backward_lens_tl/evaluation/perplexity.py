@@ -157,7 +157,7 @@ def perplexity(host: Host, rows: Rows, denominator: Denominator) -> Perplexity:
         return Perplexity(math.nan, math.nan)
     less = 1 if denominator == "n-1" else 0
     sums, counts = [], []
-    for some in _passes(rows):
+    for some in _passes(host, rows):
         pairs = Continuations.of(host, [row[:1] for row in some], [row[1:] for row in some])
         with host.own_precision():
             terms = pairs.log_probs(pairs.logits(host))
@@ -174,12 +174,14 @@ def _exp(value: float) -> float:
         return math.inf
 
 
-def _passes(rows: Rows) -> Iterator[Rows]:
+def _passes(host: Host, rows: Rows) -> Iterator[Rows]:
     """Texts of similar length together, as many as one pass may have."""
-    together: list[tuple[int, ...]] = []
-    for row in sorted(rows, key=len):
-        if together and (len(together) + 1) * len(row) > _POSITIONS:
-            yield together
-            together = []
-        together.append(row)
-    yield together
+    # The last token is predicted, and not read.
+    for group in host.length_groups([len(row) - 1 for row in rows]):
+        together: list[tuple[int, ...]] = []
+        for row in sorted((rows[at] for at in group), key=len):
+            if together and (len(together) + 1) * len(row) > _POSITIONS:
+                yield together
+                together = []
+            together.append(row)
+        yield together

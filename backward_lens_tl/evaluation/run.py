@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -167,8 +167,8 @@ def _named_methods(
 
 def _with_bos(name: str, method: EditMethod, config: EvaluationConfig) -> EditMethod:
     """The method, editing prompts as they are scored: with a BOS token or without."""
-    if method.prepend_bos is None:
-        own: EditMethod = replace(cast(Any, method), prepend_bos=config.prepend_bos)
+    if method.prepend_bos is None and is_dataclass(method):
+        own: EditMethod = replace(method, prepend_bos=config.prepend_bos)
         return own
     if method.prepend_bos != config.prepend_bos:
         raise EvaluationError(

@@ -72,7 +72,10 @@ def score(host: Host, questions: Sequence[Question], batch_size: int) -> list[Sc
     # Prompts of similar length share a pass, so that little is padding.
     read = sorted(askers, key=lambda each: len(each[0]) + len(each[1]))
     found: dict[int, Score] = {}
-    for some in batches(read, batch_size):
+    groups = host.length_groups([len(prompt) + len(answer) for prompt, answer in read])
+    for some in (
+        some for group in groups for some in batches((read[at] for at in group), batch_size)
+    ):
         owners = [(row, place) for row, key in enumerate(some) for place in askers[key]]
         first = [questions[askers[key][0]] for key in some]
         own = [questions[place] for _, place in owners]

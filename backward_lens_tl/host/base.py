@@ -144,6 +144,36 @@ class Host(ABC):
         del length
         return None
 
+    def length_groups(self, lengths: Sequence[int]) -> list[tuple[int, ...]]:
+        """Divide prompts into those that may share a pass.
+
+        Args:
+            lengths: Number of tokens of each.
+
+        Returns:
+            Indices of the prompts of each group, in their own order.
+        """
+        groups: dict[Hashable, list[int]] = {}
+        for prompt, length in enumerate(lengths):
+            groups.setdefault(self.length_kind(length), []).append(prompt)
+        return [tuple(group) for group in groups.values()]
+
+    def check_lengths(self, lengths: Sequence[int]) -> None:
+        """Refuse prompts that may not share a pass.
+
+        Args:
+            lengths: Number of tokens of each.
+
+        Raises:
+            InputError: If they are of several kinds, or one of them of none.
+        """
+        if len(self.length_groups(lengths)) > 1:
+            raise InputError(
+                "some prompts are longer than the context that the model was first trained with "
+                "and others are not; it rotates positions of both differently, and all prompts of "
+                "a pass alike. Pass them in separate calls"
+            )
+
     # --- tokens ----------------------------------------------------------------------------
 
     @property

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.host.base import Host, is_centered
@@ -111,19 +112,20 @@ class TransformerBridgeHost(Host):
     ) -> Float[Tensor, "rows read d_vocab"]:
         """Run the model, and multiply by `W_U` only where it is needed."""
         selected: list[Tensor] = []
-        weight = self.model.W_U
+        linear = self._plain_unembedding
 
         def of_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if args[0].shape[:2] != tokens.shape:
                 return None
-            selected.append(select(args[0]))
-            own = selected[0]
-            return (own.detach() if needs_digits(own) else own, *args[1:])
+            own = select(args[0])
+            selected.append(own)
+            is_taken = linear is not None and needs_digits(own)
+            return (own.detach() if is_taken else own, *args[1:])
 
         def of_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if not selected or not needs_digits(selected[0]):
+            if linear is None or len(selected) != 1 or not needs_digits(selected[0]):
                 return None
-            return connected(selected[0], output, weight)
+            return connected(selected[0], output, linear.weight.T)
 
         handles = (
             self.model.unembed.register_forward_pre_hook(of_input),
@@ -134,7 +136,25 @@ class TransformerBridgeHost(Host):
         finally:
             for handle in handles:
                 handle.remove()
+        if len(selected) > 1:
+            raise UnsupportedModelError(
+                f"{self.name!r} uses its unembedding {len(selected)} times in a forward pass; the "
+                "lens knows models that use it once"
+            )
         return logits if selected else select(logits)
+
+    @property
+    def _plain_unembedding(self) -> nn.Linear | None:
+        """The linear module that alone makes logits of normed vectors; `None` if there is more."""
+        bridge = self.model.unembed
+        linear = getattr(bridge, "original_component", None)
+        is_usual = (
+            type(bridge).forward.__qualname__ == "UnembeddingBridge.forward"
+            and type(linear) is nn.Linear
+            and not {"forward"} & (vars(bridge).keys() | vars(linear).keys())
+            and not is_parametrized(linear)
+        )
+        return linear if is_usual else None
 
     def length_kind(self, length: int) -> Hashable:
         """What prompts have to have in common to share a pass; see `Host.length_kind`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -17,6 +17,11 @@ from backward_lens_tl.host.base import Host
 
 _N_TOKENS = 6
 _CANDIDATES = 64
+
+_ROUNDINGS = 4
+"""Roundings of a number's own size that are no difference."""
+
+_ROWS = 16
 
 _TO_NORMAL = 1.4826
 """Standard deviations of a normal distribution in one median absolute deviation."""
@@ -36,6 +41,7 @@ class Probe:
             token.
         forward_error: Largest difference between the logits that are analysed and those that the
             model gives when it is simply called.
+        vjp_error: Relative difference between the VJPs of both at the last residual stream.
         readout_error: Largest difference between the logits and what the final norm and the
             unembedding make of the last residual stream.
         tolerance: The largest error that can be rounding in the model's dtype.
@@ -43,6 +49,7 @@ class Probe:
 
     causality_error: float
     forward_error: float
+    vjp_error: float
     readout_error: float
     tolerance: float
 
@@ -62,10 +69,11 @@ class Probe:
                 f"logits before it by {self.causality_error:.1g} times their spread, so losses and "
                 f"gradients would be wrong.{host.causality_advice}"
             )
-        if not self.forward_error <= self.tolerance:
+        if not max(self.forward_error, self.vjp_error) <= self.tolerance:
             raise UnsupportedModelError(
                 f"the forward pass that would be analysed is not the one that {host.name!r} makes "
-                f"when it is called: logits differ by {self.forward_error:.1g} times their spread"
+                f"when it is called: logits differ by {self.forward_error:.1g} times their spread, "
+                f"and gradients by {self.vjp_error:.1g} of their size"
             )
 
     def check_readout(self, host: Host) -> None:
@@ -93,7 +101,7 @@ def logit_error(found: Float[Tensor, "*n d_vocab"], expected: Float[Tensor, "*n 
 
     The spread is the median absolute deviation, as a normal distribution's standard deviation:
     the logits of padded vocabularies, which may be minus infinity, do not widen it. Equal
-    infinities do not differ.
+    infinities do not differ, and neither do numbers that are equal up to their own rounding.
 
     Args:
         found: The logits.
@@ -102,11 +110,31 @@ def logit_error(found: Float[Tensor, "*n d_vocab"], expected: Float[Tensor, "*n 
     Returns:
         The error; NaN if either holds NaN.
     """
-    found, expected = found.double(), expected.double()
-    difference = (found - expected).abs().masked_fill(found == expected, 0).max()
-    real = expected[expected.isfinite()]
-    spread = (real - real.median()).abs().median() * _TO_NORMAL
-    return float(difference / spread.clamp_min(torch.finfo(spread.dtype).tiny))
+    roundings = _ROUNDINGS * torch.finfo(expected.dtype).eps
+    found, expected = (each.reshape(-1, each.shape[-1]) for each in (found, expected))
+    largest = torch.stack(
+        [
+            ((own - other).abs() - roundings * other.abs().nan_to_num(posinf=0))
+            .masked_fill(own == other, 0)
+            .max()
+            for own, other in zip(found.split(_ROWS), expected.split(_ROWS), strict=True)
+        ]
+    ).max()  # unlike Python's, it passes NaN on
+    return float(largest.clamp_min(0)) / _spread(expected[:_ROWS].double())
+
+
+def _spread(logits: Float[Tensor, "n d_vocab"]) -> float:
+    """How far apart logits are."""
+    real = logits[logits.isfinite()]
+    if not len(real):
+        return 1.0
+    spreads = (
+        float((real - real.median()).abs().median()) * _TO_NORMAL,
+        float(real.std(unbiased=False)),  # where more than half of the tokens have one logit
+        float(real.abs().max()),
+        1.0,
+    )
+    return next(spread for spread in spreads if spread > 0)
 
 
 _PROBES: WeakKeyDictionary[nn.Module, tuple[object, Probe]] = WeakKeyDictionary()
@@ -159,7 +187,7 @@ def probe(host: Host) -> Probe | None:
         What was seen; `None` of a model that gives NaN, and while there are hooks of the caller on
         it, which would see these tokens.
     """
-    state = (host.attention_implementation, host.model.W_U.dtype)
+    state = (host.attention_implementation, host.model.W_U.dtype, *_forwards(host))
     known = _PROBES.get(host.model)
     if known is not None and known[0] == state:
         return known[1]
@@ -171,9 +199,20 @@ def probe(host: Host) -> Probe | None:
     return seen
 
 
+def _forwards(host: Host) -> Iterator[object]:
+    """What would be run, as far as it is cheaply told; somebody may replace it."""
+    modules = (host.model, host.model.unembed, host.last_resid.module)
+    for module in (*modules, *(getattr(each, "original_component", None) for each in modules)):
+        yield type(module).forward if isinstance(module, nn.Module) else None
+        yield vars(module).get("forward") if isinstance(module, nn.Module) else None
+        yield type(module)
+
+
 @torch.no_grad()
 def _probed(host: Host) -> Probe | None:
     tokens = probe_tokens(host.d_vocab, host.n_ctx, host.vocabulary.special_ids).to(host.device)
+    # First: a bridge keeps its last attention pattern, and one with a graph cannot be copied.
+    vjp_error = _vjp_error(host, tokens)
     streams: list[Tensor] = []
     with host.own_precision():
         module = host.last_resid.module
@@ -194,9 +233,46 @@ def _probed(host: Host) -> Probe | None:
     return Probe(
         causality_error=logit_error(first[:-1], second[:-1]) if len(first) > 1 else 0.0,
         forward_error=logit_error(logits, called.to(logits.device)),
+        vjp_error=vjp_error,
         readout_error=logit_error(read.to(called.device), called.flatten(0, 1)),
         tolerance=_TOLERANCES.get(host.model.W_U.dtype, _HALF_PRECISION_TOLERANCE),
     )
+
+
+@torch.enable_grad()
+def _vjp_error(host: Host, tokens: Int[Tensor, "2 pos"]) -> float:
+    """How far the gradient at the last residual stream is from that of the model when called."""
+    point = host.hook_points[f"blocks.{host.n_layers - 1}.hook_resid_post"].tap.module
+    found: list[Tensor] = []
+    for run in (
+        lambda: host.logits_of(tokens, lambda values: values),
+        lambda: host.model(tokens, return_type="logits"),
+    ):
+        streams: list[Tensor] = []
+
+        def begin(
+            module: nn.Module, args: Any, output: Tensor, kept: list[Tensor] = streams
+        ) -> Tensor:
+            kept.append(output.detach().requires_grad_())
+            return kept[-1]
+
+        handle = point.register_forward_hook(begin)
+        try:
+            with host.own_precision():
+                logits = run()
+        finally:
+            handle.remove()
+        if not streams:
+            return 0.0  # this architecture does not show its stream there
+        # Any upstream will do that is another number for each token.
+        upstream = torch.linspace(-1, 1, logits.shape[-1], device=logits.device).exp()
+        real = logits.isfinite()
+        [vjp] = torch.autograd.grad(
+            logits.masked_fill(~real, 0), streams, (upstream * real).to(logits.dtype)
+        )
+        found.append(vjp.double())
+    difference, size = (found[0] - found[1]).norm(), found[1].norm()
+    return float(difference / size if size > 0 else difference)
 
 
 def probe_tokens(d_vocab: int, n_ctx: int, special_ids: Container[int]) -> Int[Tensor, "2 pos"]:

@@ -17,7 +17,7 @@ from backward_lens_tl.host import Host
 from backward_lens_tl.parts import Reject
 from backward_lens_tl.prompts import Prompt, tokenize_prompts
 from backward_lens_tl.records import BadRecord, Record, Records
-from backward_lens_tl.segments import Subject, prompt_segments, subject_span
+from backward_lens_tl.segments import Subject, prompt_segments, subject_at, subject_span
 from backward_lens_tl.sweep.config import SweepConfig
 from backward_lens_tl.vocabulary import Span
 
@@ -138,8 +138,8 @@ def _subject(prompt: Prompt, record: Record) -> Span | None:
     wanted: Subject = record.subject
     text = prompt.text
     if record.subject_start is not None:  # a template says which of several occurrences it is
-        wanted = (record.subject_start, record.subject_start + len(record.subject))
         text = prompt.placed_text
+        wanted = subject_at(text, record.subject, record.subject_start) or record.subject
     prompt_segments(text, prompt.spans, wanted)
     return subject_span(text, wanted)
 

@@ -188,8 +188,8 @@ def faint_note(cells: Sequence[Cell], faint_norm: float, mark: str = " (in itali
         return ""
     return (
         f"{faint} of {len(cells)} cells{mark} are read from vectors shorter than "
-        f"{number(faint_norm)}, where the final norm's eps and bias outweigh the gradient: compare "
-        "the normalized projection."
+        f"{number(faint_norm)}, where the final norm's eps and the model's bias outweigh the "
+        "gradient: compare the normalized projection."
     )
 
 
