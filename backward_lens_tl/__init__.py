@@ -2,65 +2,88 @@
 
 An implementation of "Backward Lens: Projecting Language Model Gradients into the Vocabulary Space"
 (Katz et al., EMNLP 2024) on TransformerLens.
+
+Names are imported when they are first used, so that importing the package is cheap.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-from backward_lens_tl import analysis, editing
-from backward_lens_tl.capture import capture_gradients
-from backward_lens_tl.captured import GradientCapture
-from backward_lens_tl.errors import BackwardLensError
-from backward_lens_tl.evaluation import Evaluation, EvaluationConfig, evaluate
-from backward_lens_tl.gradients import MatrixGradient
-from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.loading import load_facts_model, load_model
-from backward_lens_tl.memory import Memory
-from backward_lens_tl.objectives import (
-    Objective,
-    logit_difference,
-    next_token_loss,
-    sequence_nll,
-    target_nll,
-)
-from backward_lens_tl.projection import Projection
-from backward_lens_tl.records import Records, read_records
-from backward_lens_tl.reproduce import reproduce
-from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.sweep import Sweep, SweepConfig, sweep
-from backward_lens_tl.validation import ValidationReport, validate
-from backward_lens_tl.views import figures, widgets
+if TYPE_CHECKING:
+    from backward_lens_tl import analysis as analysis
+    from backward_lens_tl import editing as editing
+    from backward_lens_tl.capture.gradient_capture import GradientCapture as GradientCapture
+    from backward_lens_tl.capture.matrix_gradient import MatrixGradient as MatrixGradient
+    from backward_lens_tl.capture.memory import Memory as Memory
+    from backward_lens_tl.capture.objectives import Objective as Objective
+    from backward_lens_tl.capture.objectives import logit_difference as logit_difference
+    from backward_lens_tl.capture.objectives import next_token_loss as next_token_loss
+    from backward_lens_tl.capture.objectives import sequence_nll as sequence_nll
+    from backward_lens_tl.capture.objectives import target_nll as target_nll
+    from backward_lens_tl.capture.run import capture_gradients as capture_gradients
+    from backward_lens_tl.data.records import Records as Records
+    from backward_lens_tl.data.records import read_records as read_records
+    from backward_lens_tl.errors import BackwardLensError as BackwardLensError
+    from backward_lens_tl.evaluation import Evaluation as Evaluation
+    from backward_lens_tl.evaluation import EvaluationConfig as EvaluationConfig
+    from backward_lens_tl.evaluation import evaluate as evaluate
+    from backward_lens_tl.lens import backward_lens as backward_lens
+    from backward_lens_tl.models.loading import load_facts_model as load_facts_model
+    from backward_lens_tl.models.loading import load_model as load_model
+    from backward_lens_tl.readout.projections import Projection as Projection
+    from backward_lens_tl.reproduction import reproduce as reproduce
+    from backward_lens_tl.result import BackwardLensResult as BackwardLensResult
+    from backward_lens_tl.sweeps import Sweep as Sweep
+    from backward_lens_tl.sweeps import SweepConfig as SweepConfig
+    from backward_lens_tl.sweeps import sweep as sweep
+    from backward_lens_tl.validation import ValidationReport as ValidationReport
+    from backward_lens_tl.validation import validate as validate
+    from backward_lens_tl.views import figures as figures
+    from backward_lens_tl.views import widgets as widgets
 
 __version__ = version("backward-lens-tl")
 
-__all__ = [
-    "BackwardLensError",
-    "BackwardLensResult",
-    "Evaluation",
-    "EvaluationConfig",
-    "GradientCapture",
-    "MatrixGradient",
-    "Memory",
-    "Objective",
-    "Projection",
-    "Records",
-    "Sweep",
-    "SweepConfig",
-    "ValidationReport",
-    "analysis",
-    "backward_lens",
-    "capture_gradients",
-    "editing",
-    "evaluate",
-    "figures",
-    "load_facts_model",
-    "load_model",
-    "logit_difference",
-    "next_token_loss",
-    "read_records",
-    "reproduce",
-    "sequence_nll",
-    "sweep",
-    "target_nll",
-    "validate",
-    "widgets",
-]
+_HOMES = {
+    "analysis": ("analysis",),
+    "capture.gradient_capture": ("GradientCapture",),
+    "capture.matrix_gradient": ("MatrixGradient",),
+    "capture.memory": ("Memory",),
+    "capture.objectives": (
+        "Objective",
+        "logit_difference",
+        "next_token_loss",
+        "sequence_nll",
+        "target_nll",
+    ),
+    "capture.run": ("capture_gradients",),
+    "data.records": ("Records", "read_records"),
+    "editing": ("editing",),
+    "errors": ("BackwardLensError",),
+    "evaluation": ("Evaluation", "EvaluationConfig", "evaluate"),
+    "lens": ("backward_lens",),
+    "models.loading": ("load_facts_model", "load_model"),
+    "readout.projections": ("Projection",),
+    "reproduction": ("reproduce",),
+    "result": ("BackwardLensResult",),
+    "sweeps": ("Sweep", "SweepConfig", "sweep"),
+    "validation": ("ValidationReport", "validate"),
+    "views.figures": ("figures",),
+    "views.widgets": ("widgets",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = import_module(f"{__name__}.{_HOME_OF[name]}")
+    value = home if _HOME_OF[name].rpartition(".")[2] == name else getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -10,20 +10,29 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from backward_lens_tl.arguments import check_choice, listed
-from backward_lens_tl.backward import Recorded
-from backward_lens_tl.capture import CaptureWork, plan_capture
-from backward_lens_tl.captured import GradientCapture
+from backward_lens_tl._checks import check_choice, listed
+from backward_lens_tl.capture.batching import Pass
+from backward_lens_tl.capture.forward_backward import Recorded
+from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.memory import Memory
+from backward_lens_tl.capture.merging import Gathering
+from backward_lens_tl.capture.objectives import (
+    LossFunction,
+    Objective,
+    Targets,
+    target_ids,
+    target_nll,
+)
+from backward_lens_tl.capture.prompts import Prompts
+from backward_lens_tl.capture.run import CaptureWork, plan_capture
+from backward_lens_tl.capture.selection import select_positions
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.gathering import Gathering
-from backward_lens_tl.gradients import MatrixGradient
-from backward_lens_tl.host import host_of
-from backward_lens_tl.memory import Memory
-from backward_lens_tl.objectives import LossFunction, Objective, Targets, target_ids, target_nll
-from backward_lens_tl.passes import Pass
-from backward_lens_tl.projection import LogitLens, Projection, as_projections
-from backward_lens_tl.prompts import Prompts
-from backward_lens_tl.readout import (
+from backward_lens_tl.models import host_of
+from backward_lens_tl.models.sites import WRITING_MATRICES
+from backward_lens_tl.models.tokenizer import TargetPosition, Vocabulary
+from backward_lens_tl.readout.projections import LogitLens, Projection, as_projections
+from backward_lens_tl.readout.readout import (
     Reading,
     ReadoutGrid,
     VectorGroup,
@@ -31,9 +40,6 @@ from backward_lens_tl.readout import (
     read_vectors,
 )
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.selection import select_positions
-from backward_lens_tl.sites import WRITING_MATRICES
-from backward_lens_tl.vocabulary import TargetPosition, Vocabulary
 
 Direction = Literal["update", "gradient"]
 VjpsAt = Literal["matrix", "residual"]

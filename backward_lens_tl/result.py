@@ -18,25 +18,25 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from backward_lens_tl.arguments import check_index, is_index, is_integer, shown
-from backward_lens_tl.captured import Coverage, GradientCapture
-from backward_lens_tl.cells import Cell, TokenScore
-from backward_lens_tl.errors import InputError
-from backward_lens_tl.exports import write_csv, write_parquet
-from backward_lens_tl.gradients import MatrixGradient
-from backward_lens_tl.hook_gradients import (
+from backward_lens_tl._checks import check_index, is_index, is_integer, shown
+from backward_lens_tl.capture.gradient_capture import Coverage, GradientCapture
+from backward_lens_tl.capture.hook_points import (
     AttentionGradient,
     HookFunction,
     HookPointGradient,
     attention_patch,
 )
-from backward_lens_tl.precision import at_least_float32
-from backward_lens_tl.readout import Reading, Readout
-from backward_lens_tl.segments import Subject, batch_segments
-from backward_lens_tl.selection import position_index
-from backward_lens_tl.sites import MatrixName
-from backward_lens_tl.storage import read_one, replacing, write
-from backward_lens_tl.tables import PositionTable, gradient_table, neuron_table
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.selection import position_index
+from backward_lens_tl.data.segments import Subject, batch_segments
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.files.exports import write_csv, write_parquet
+from backward_lens_tl.files.storage import read_one, replacing, write
+from backward_lens_tl.models.precision import at_least_float32
+from backward_lens_tl.models.sites import MatrixName
+from backward_lens_tl.readout.cells import Cell, TokenScore
+from backward_lens_tl.readout.readout import Reading, Readout
+from backward_lens_tl.readout.tables import PositionTable, gradient_table, neuron_table
 
 if TYPE_CHECKING:
     import pandas as pd

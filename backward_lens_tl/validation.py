@@ -11,13 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from backward_lens_tl.arguments import listed
-from backward_lens_tl.backward import read_logits
-from backward_lens_tl.capture import capture_gradients, plan_capture
-from backward_lens_tl.errors import UnsupportedModelError, ValidationError
-from backward_lens_tl.gradients import MatrixGradient
-from backward_lens_tl.host import Host, host_of, logit_error, plain_error, probe
-from backward_lens_tl.objectives import (
+from backward_lens_tl._checks import listed
+from backward_lens_tl.capture.forward_backward import read_logits
+from backward_lens_tl.capture.hooks import hooked, requiring_grad
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.objectives import (
     BoundObjective,
     LossFunction,
     Objective,
@@ -25,10 +23,12 @@ from backward_lens_tl.objectives import (
     bind_to_prompts,
     next_token_loss,
 )
-from backward_lens_tl.precision import at_least_float32
-from backward_lens_tl.prompts import PromptBatch, Prompts, tokenize_prompts
-from backward_lens_tl.sites import MATRIX_NAMES, MatrixName, Site
-from backward_lens_tl.watching import hooked, requiring_grad
+from backward_lens_tl.capture.prompts import PromptBatch, Prompts, tokenize_prompts
+from backward_lens_tl.capture.run import capture_gradients, plan_capture
+from backward_lens_tl.errors import UnsupportedModelError, ValidationError
+from backward_lens_tl.models import Host, host_of, logit_error, plain_error, probe
+from backward_lens_tl.models.precision import at_least_float32
+from backward_lens_tl.models.sites import MATRIX_NAMES, MatrixName, Site
 
 if TYPE_CHECKING:
     import pandas as pd

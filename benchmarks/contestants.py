@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from backward_lens_tl import BackwardLensResult, GradientCapture, backward_lens, target_nll
 from backward_lens_tl import capture_gradients as capture_factors
-from backward_lens_tl.host import host_of
-from backward_lens_tl.projection import as_projection
-from backward_lens_tl.readout import Readout, VectorGroup, read_vectors
+from backward_lens_tl.models import host_of
+from backward_lens_tl.readout.projections import as_projection
+from backward_lens_tl.readout.readout import Readout, VectorGroup, read_vectors
 from benchmarks.sizes import Question, Size
 
 Contestant = Callable[[Any, Question], object]

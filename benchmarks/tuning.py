@@ -16,14 +16,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from backward_lens_tl.editing.mend_training import MENDTraining
-from backward_lens_tl.editing.method import EditMethod
-from backward_lens_tl.editing.presets import FACTS_TEST, FACTS_TUNING, METHODS, with_settings
+from backward_lens_tl.data.records import read_records
+from backward_lens_tl.editing.mend.training import MENDTraining
+from backward_lens_tl.editing.methods.method import EditMethod
+from backward_lens_tl.editing.methods.presets import (
+    FACTS_TEST,
+    FACTS_TUNING,
+    METHODS,
+    with_settings,
+)
 from backward_lens_tl.evaluation import EvaluationConfig, search
 from backward_lens_tl.evaluation.plan import unused_records
-from backward_lens_tl.loading import FACTS_MODEL, load_facts_model
-from backward_lens_tl.records import read_records
-from backward_lens_tl.storage import replacing
+from backward_lens_tl.files.storage import replacing
+from backward_lens_tl.models.loading import FACTS_MODEL, load_facts_model
 
 RESULTS = Path(__file__).parents[1] / "docs" / "editing" / "tuning.json"
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from backward_lens_tl.editing import SecondMoments, second_moments
-from backward_lens_tl.editing.moments import FACTS_MOMENTS
-from backward_lens_tl.loading import load_facts_model
+from backward_lens_tl.editing.statistics.moments import FACTS_MOMENTS
+from backward_lens_tl.models.loading import load_facts_model
 from facts_model.corpus import Corpus
 from facts_model.evaluate import SHIPPED
 

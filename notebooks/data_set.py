@@ -373,7 +373,7 @@ blt.backward_lens(model, record.text, record.target, matrices="W_out", prepend_b
 # ```sh
 # backward-lens sweep --model gpt2 --data counterfact.json --out sweep
 # accelerate launch --multi_gpu --num_processes 4 \
-#     -m backward_lens_tl.sweep --model gpt2 --data counterfact.json --out sweep
+#     -m backward_lens_tl sweep --model gpt2 --data counterfact.json --out sweep
 # ```
 #
 # `SweepConfig(budget=...)` keeps a part within so many bytes, and `prompts=1000` takes a random choice of

@@ -25,7 +25,7 @@ from models import (
 from transformers import AutoModelForCausalLM
 from type_checks import type_checks_off
 
-from backward_lens_tl.loading import load_facts_model, load_model
+from backward_lens_tl.models.loading import load_facts_model, load_model
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -54,7 +54,7 @@ def as_for_a_user() -> Iterator[None]:
 @pytest.fixture
 def not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the passes by which a model is looked at when it is new; here the others count."""
-    monkeypatch.setattr("backward_lens_tl.host.probing._probed", lambda host: None)
+    monkeypatch.setattr("backward_lens_tl.models.probing._probed", lambda host: None)
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from backward_lens_tl import parts
-from backward_lens_tl.sweep.columns import TABLES
+from backward_lens_tl.files import shards as parts
+from backward_lens_tl.sweeps.columns import TABLES
 
 
 class Killed(BaseException):

@@ -23,8 +23,8 @@ from backward_lens_tl.analysis.by_segment import (
     ranks_by_segment,
 )
 from backward_lens_tl.analysis.ranks import gradient_ranks, rank_exceptions
+from backward_lens_tl.data.segments import SEGMENTS
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.segments import SEGMENTS
 
 N_PROMPTS, N_SUBJECTS = 6, 4
 RECORDS = Path(blt.__file__).parent / "facts_model" / "records.json"

@@ -18,10 +18,10 @@ from architectures import NotAvailable, build_model, hf_model
 from models import Case, build, hooked_only, nll, relative_error, training_loss
 from torch import Tensor, nn
 
-from backward_lens_tl.capture import capture_gradients
-from backward_lens_tl.captured import GradientCapture
+from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.objectives import next_token_loss, target_nll
+from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.errors import BackwardLensError, InputError, UnsupportedModelError
-from backward_lens_tl.objectives import next_token_loss, target_nll
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("as_for_a_user")]
 

@@ -30,14 +30,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import backward_lens_tl as blt
-from backward_lens_tl import loading
-from backward_lens_tl.editing.contexts import sampled_prefixes
+from backward_lens_tl.capture.prompts import pad_prompts
+from backward_lens_tl.capture.sampling import sample
+from backward_lens_tl.editing.statistics.contexts import sampled_prefixes
 from backward_lens_tl.errors import InputError, ModelStateError, UnsupportedModelError
 from backward_lens_tl.evaluation.scoring import Question, score
-from backward_lens_tl.host import host_of, logit_error, probe
-from backward_lens_tl.host.unembedding import connected
-from backward_lens_tl.prompts import pad_prompts
-from backward_lens_tl.sampling import sample
+from backward_lens_tl.models import host_of, loading, logit_error, probe
+from backward_lens_tl.models.unembedding import connected
 from conftest import FACTS_FOLDER
 
 D_VOCAB, N_HEADS = 97, 4
@@ -827,7 +826,7 @@ def test_a_vjp_that_is_not_the_models_is_refused(
         return connected(vectors, logits, weight.flip(1))
 
     for place in ("bridge", "hooked"):
-        monkeypatch.setattr(f"backward_lens_tl.host.{place}.connected", wrong)
+        monkeypatch.setattr(f"backward_lens_tl.models.{place}.connected", wrong)
     with pytest.raises(UnsupportedModelError, match=r"gradients by .* of their size"):
         blt.capture_gradients(model, some_tokens(), blt.target_nll(5))
 

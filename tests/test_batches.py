@@ -7,9 +7,9 @@ import torch
 from models import Case, build, nll, relative_error
 from torch import Tensor
 
-from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.capture.objectives import next_token_loss, target_nll
+from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.objectives import next_token_loss, target_nll
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("as_for_a_user")]
 

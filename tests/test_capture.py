@@ -14,11 +14,11 @@ from models import HAS_BRIDGE, NAMES, Case, build, nll, relative_error, training
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backward_lens_tl.capture import capture_gradients
-from backward_lens_tl.captured import GradientCapture
+from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.objectives import next_token_loss, target_nll
+from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.errors import ModelStateError, UnsupportedModelError
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.objectives import next_token_loss, target_nll
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("as_for_a_user")]
 

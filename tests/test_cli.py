@@ -7,19 +7,22 @@ import logging
 import re
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import huggingface_hub
 import pytest
 from models import HAS_BRIDGE
 from transformers.utils import logging as transformers_logging
 
-import backward_lens_tl
-from backward_lens_tl import loading
+from backward_lens_tl import cli
 from backward_lens_tl.cli import main
 from backward_lens_tl.errors import InputError
+from backward_lens_tl.evaluation.config import Denominator
+from backward_lens_tl.models import loading
+from backward_lens_tl.sweeps.config import Lens
 
 PROMPT = "Once upon a time, there was a little"
 QUESTION = ("--prompt", "Lionel Messi plays for", "--target", " Paris")
@@ -190,16 +193,46 @@ def test_the_parser_answers_without_a_model(argv: list[str], status: int, capsys
 
 
 def test_the_command_imports_nothing_heavy_before_it_has_to():
-    folder = str(Path(backward_lens_tl.__file__).parent)
+    """Neither the package nor the command and its help."""
     code = (
-        "import sys, types\n"
-        "package = types.ModuleType('backward_lens_tl')\n"
-        f"package.__path__ = [{folder!r}]\n"
-        "sys.modules['backward_lens_tl'] = package\n"
-        "import backward_lens_tl.cli\n"
-        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'rich')))\n"
+        "import sys\n"
+        "from backward_lens_tl import cli\n"
+        "for argv in (['--help'], ['sweep', '--help'], ['evaluate', '--nothing']):\n"
+        "    try:\n"
+        "        cli.main(argv)\n"
+        "    except SystemExit:\n"
+        "        pass\n"
+        "heavy = ('torch', 'transformers', 'transformer_lens', 'pandas', 'datasets', 'rich')\n"
+        "found = [name for name in heavy if name in sys.modules]\n"
+        "sys.exit(f'imported: {found}' if found else 0)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: backward-lens" in done.stdout
+
+
+def test_the_package_and_its_help_are_there_at_once():
+    for arguments, most in (
+        (["-c", "import backward_lens_tl"], 0.3),
+        (["-m", "backward_lens_tl", "--help"], 1.0),
+    ):
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+        assert time.perf_counter() - begin < most
+
+
+def test_choices_of_the_command_are_those_of_the_settings():
+    """They are written in both, because the settings' own modules are heavy."""
+    parser = cli._parser()
+    for command, option, allowed in (
+        ("sweep", "--projection", get_args(Lens)),
+        ("evaluate", "--denominator", get_args(Denominator)),
+    ):
+        [commands] = [each for each in parser._actions if each.dest == "command"]
+        [action] = [
+            each for each in commands.choices[command]._actions if option in each.option_strings
+        ]
+        assert tuple(action.choices) == allowed
 
 
 @pytest.mark.slow

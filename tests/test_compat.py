@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config, T5ForConditionalGeneration
 
 from backward_lens_tl import compat
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.errors import BackwardLensError
-from backward_lens_tl.gradients import MatrixGradient
-from backward_lens_tl.loading import load_facts_model
+from backward_lens_tl.models.loading import load_facts_model
 
 theirs: ModuleType | None
 try:

@@ -10,9 +10,9 @@ import torch
 from models import HAS_BRIDGE, N_CTX, Case, build
 from torch import Tensor
 
-from backward_lens_tl.continuations import Continuations
+from backward_lens_tl.capture.continuations import Continuations
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.host import Host, host_of
+from backward_lens_tl.models import Host, host_of
 
 NAMES = ("bridge-gpt2", "bridge-llama", "bridge-gemma2", "hooked-gpt2", "hooked-llama")
 GPT2 = "bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2"

@@ -21,9 +21,9 @@ from test_sweep import ROWS, assert_close
 from torch import Tensor, nn
 
 import backward_lens_tl as blt
-from backward_lens_tl.captured import GradientCapture
+from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.memory import Memory
 from backward_lens_tl.editing import EditRequest, ForwardPassShift
-from backward_lens_tl.memory import Memory
 from backward_lens_tl.result import BackwardLensResult
 from benchmarks import memory as peaks
 from benchmarks.sizes import SMALL, bridge, hooked, question

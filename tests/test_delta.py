@@ -31,8 +31,8 @@ from backward_lens_tl.errors import (
     ModelStateError,
     ResultFileError,
 )
-from backward_lens_tl.host import host_of
-from backward_lens_tl.storage import write
+from backward_lens_tl.files.storage import write
+from backward_lens_tl.models import host_of
 
 ATTENTION = ("W_Q", "W_K", "W_V", "W_O")
 ROUNDING = 1e-12  # of a few hundred float64 operations

@@ -8,6 +8,8 @@ import pytest
 from models import N_CTX, build
 from transformers import AutoTokenizer
 
+from backward_lens_tl.capture.prompts import tokenize_prompts
+from backward_lens_tl.data.records import BadRecord, read_records
 from backward_lens_tl.editing import EditRequest, ForwardPassShift
 from backward_lens_tl.editing.requests import (
     TokenizedRequest,
@@ -16,9 +18,7 @@ from backward_lens_tl.editing.requests import (
     tokenize_request,
 )
 from backward_lens_tl.errors import EditError, InputError
-from backward_lens_tl.host import Host, host_of
-from backward_lens_tl.prompts import tokenize_prompts
-from backward_lens_tl.records import BadRecord, read_records
+from backward_lens_tl.models import Host, host_of
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 

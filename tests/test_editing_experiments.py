@@ -16,15 +16,15 @@ import torch
 from models import HAS_BRIDGE, build
 
 import backward_lens_tl as blt
+from backward_lens_tl.data.records import BadRecord
 from backward_lens_tl.editing import MEMIT, ForwardPassShift, GradientStep, facts_moments
 from backward_lens_tl.editing.words import compare_words
 from backward_lens_tl.errors import EvaluationError, InputError
 from backward_lens_tl.evaluation import least_rates_by_layer
 from backward_lens_tl.evaluation.summary import METRICS
-from backward_lens_tl.fingerprints import tensors_checksum
-from backward_lens_tl.host import host_of
-from backward_lens_tl.records import BadRecord
-from backward_lens_tl.reproduce import (
+from backward_lens_tl.models import host_of
+from backward_lens_tl.models.checksums import tensors_checksum
+from backward_lens_tl.reproduction import (
     Finding,
     editing_methods,
     folder,
@@ -34,8 +34,8 @@ from backward_lens_tl.reproduce import (
     several_facts,
     whitening,
 )
-from backward_lens_tl.reproduce import evidence as evidence_module
-from backward_lens_tl.reproduce.evidence import Evidence
+from backward_lens_tl.reproduction import evidence as evidence_module
+from backward_lens_tl.reproduction.evidence import Evidence
 
 WHITE, PLAIN, CONTROL = "whitened", "scale free", "whitened, another layer's C"
 

@@ -28,7 +28,13 @@ from torch.nn.utils.parametrize import register_parametrization
 from transformers import T5Config, T5ForConditionalGeneration
 
 from backward_lens_tl import errors
-from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.capture.objectives import (
+    logit_difference,
+    next_token_loss,
+    sequence_nll,
+    target_nll,
+)
+from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.errors import (
     BackwardLensError,
     InputError,
@@ -39,8 +45,7 @@ from backward_lens_tl.errors import (
     UnsupportedModelError,
 )
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.loading import load_model
-from backward_lens_tl.objectives import logit_difference, next_token_loss, sequence_nll, target_nll
+from backward_lens_tl.models.loading import load_model
 from backward_lens_tl.validation import validate
 
 IDS = torch.tensor([[3, 4, 5]])

@@ -25,17 +25,17 @@ from torch import nn
 
 import backward_lens_tl as blt
 from backward_lens_tl import cli
+from backward_lens_tl.capture.sampling import sample
 from backward_lens_tl.editing.delta import MatrixDelta
-from backward_lens_tl.editing.method import EditMethod
+from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.errors import EditError, EvaluationError, ModelStateError
-from backward_lens_tl.evaluation import Evaluation, EvaluationConfig, command, evaluate, measuring
+from backward_lens_tl.evaluation import Evaluation, EvaluationConfig, evaluate, measuring
 from backward_lens_tl.evaluation import run as run_module
 from backward_lens_tl.evaluation.columns import TABLES
 from backward_lens_tl.evaluation.metrics import ngram_entropy
 from backward_lens_tl.evaluation.summary import METRICS, summarize
-from backward_lens_tl.fingerprints import checksum, tensors_checksum
-from backward_lens_tl.host import host_of
-from backward_lens_tl.sampling import sample
+from backward_lens_tl.models import host_of, loading
+from backward_lens_tl.models.checksums import checksum, tensors_checksum
 
 ROWS = [
     {
@@ -870,7 +870,7 @@ import torch
 torch.set_num_threads(1)
 from test_evaluation import ROWS, Nudge
 from models import HAS_BRIDGE, build
-from backward_lens_tl import parts
+from backward_lens_tl.files import shards as parts
 from backward_lens_tl.evaluation import EvaluationConfig, evaluate
 
 out, texts = Path(sys.argv[1]), sys.argv[3]
@@ -1053,7 +1053,7 @@ def test_presets_learn_from_other_rows_and_keep_it_in_the_folder(run, tiny, monk
 @pytest.mark.usefixtures("as_for_a_user")
 def test_the_command_prints_the_table(facts_model: Any, tmp_path: Path, monkeypatch, capfd) -> None:
     found = {"nudge": Nudge(layer=6), "failing": Failing(when="Porsche")}
-    monkeypatch.setattr(command, "load_model", lambda *args, **kwargs: facts_model)
+    monkeypatch.setattr(loading, "load_model", lambda *args, **kwargs: facts_model)
     monkeypatch.setattr(run_module, "preset_methods", lambda *args, **kwargs: found)
     argv = ["evaluate", "--model", "facts", "--methods", "all", "--rows", "0:2", "--neighbors",
             "1", "--generation-length", "0", "--n-texts", "2", "--seed", "3",

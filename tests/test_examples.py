@@ -89,8 +89,8 @@ def test_everything_public_has_an_example_that_runs():
         "backward_lens_tl.editing.second_moments",  # decorated
         "backward_lens_tl.result.BackwardLensResult.load",  # a class method
         "backward_lens_tl.editing.delta.WeightDelta.applied",  # a context manager
-        "backward_lens_tl.parts.PartsFolder.load",  # inherited
-        "backward_lens_tl.editing.method.EditMethod.compute",  # abstract
+        "backward_lens_tl.files.shards.PartsFolder.load",  # inherited
+        "backward_lens_tl.editing.methods.method.EditMethod.compute",  # abstract
         "backward_lens_tl.views.figures.norms",  # of a namespace whose module defines it
     ],
 )
@@ -100,7 +100,7 @@ def test_the_walk_finds_names_of_every_kind(name: str):
 
 def test_overrides_and_errors_need_no_example():
     names = all_public()
-    assert "backward_lens_tl.editing.rome.ROME.compute" not in names
+    assert "backward_lens_tl.editing.methods.rome.ROME.compute" not in names
     assert "backward_lens_tl.BackwardLensError" not in names
 
 

@@ -12,8 +12,8 @@ from architectures import NotAvailable, build_model
 from models import relative_error
 from torch import Tensor
 
-from backward_lens_tl.capture import capture_gradients
-from backward_lens_tl.captured import GradientCapture
+from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.errors import UnsupportedModelError
 from backward_lens_tl.validation import validate
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from test_views import NASTY, make_result
 
 from backward_lens_tl.errors import InputError, ResultFileError
-from backward_lens_tl.exports import write_csv
+from backward_lens_tl.files.exports import write_csv
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.result import BackwardLensResult
 

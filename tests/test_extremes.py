@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from backward_lens_tl.extremes import count_beyond, extremes
+from backward_lens_tl.readout.topk import count_beyond, extremes
 
 # Fewer than a block, one block, blocks with a rest, blocks without, several slices.
 WIDTHS = (1, 5, 63, 64, 65, 128, 1000, 64 * 30, 9001)

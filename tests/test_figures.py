@@ -29,10 +29,10 @@ import backward_lens_tl as blt
 from backward_lens_tl.analysis import by_segment
 from backward_lens_tl.analysis.neurons import neuron_overlap
 from backward_lens_tl.analysis.steps import step_changes
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.data.segments import SEGMENTS, prompt_segments
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.segments import SEGMENTS, prompt_segments
 from backward_lens_tl.views import figures
 from backward_lens_tl.views.figures import draw_matplotlib, draw_plotly
 from backward_lens_tl.views.figures.charts import (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from backward_lens_tl.editing import EditRequest, FineTuning, WeightDelta
 from backward_lens_tl.errors import EditError
-from backward_lens_tl.host import host_of
+from backward_lens_tl.models import host_of
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 

@@ -40,17 +40,17 @@ from test_state import assert_same, make_busy, snapshot
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from backward_lens_tl.capture import capture_gradients
-from backward_lens_tl.captured import GradientCapture
-from backward_lens_tl.errors import BackwardLensError, ResultFileError
-from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.loading import load_facts_model, load_model
-from backward_lens_tl.objectives import (
+from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.objectives import (
     Objective,
     logit_difference,
     sequence_nll,
     target_nll,
 )
+from backward_lens_tl.capture.run import capture_gradients
+from backward_lens_tl.errors import BackwardLensError, ResultFileError
+from backward_lens_tl.lens import backward_lens
+from backward_lens_tl.models.loading import load_facts_model, load_model
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.validation import ValidationReport, validate
 

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import backward_lens_tl
 from backward_lens_tl.errors import ModelNotFoundError
-from backward_lens_tl.host import host_of
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.loading import load_facts_model, load_model
+from backward_lens_tl.models import host_of
+from backward_lens_tl.models.loading import load_facts_model, load_model
 from backward_lens_tl.result import BackwardLensResult
 
 FACTS_FOLDER = Path(backward_lens_tl.__file__).parent / "facts_model"

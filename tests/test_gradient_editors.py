@@ -15,14 +15,14 @@ from models import HAS_HOOKED, Case, attention_only_model, build, hooked_only
 from torch import Tensor
 
 from backward_lens_tl.editing.delta import WeightDelta
-from backward_lens_tl.editing.method import EditMethod
-from backward_lens_tl.editing.normalized_gradient import NormalizedGradient
+from backward_lens_tl.editing.methods.method import EditMethod
+from backward_lens_tl.editing.methods.normalized_gradient import NormalizedGradient
+from backward_lens_tl.editing.methods.ultraedit import UltraEdit
 from backward_lens_tl.editing.requests import EditRequest, tokenize_request
-from backward_lens_tl.editing.spanning import joined_pairs, mlp_sites, spanning_pairs
-from backward_lens_tl.editing.standardization import PairStatistics, pair_statistics
-from backward_lens_tl.editing.ultraedit import UltraEdit
+from backward_lens_tl.editing.statistics.spanning import joined_pairs, mlp_sites, spanning_pairs
+from backward_lens_tl.editing.statistics.standardization import PairStatistics, pair_statistics
 from backward_lens_tl.errors import EditError, ResultFileError, UnsupportedModelError
-from backward_lens_tl.host import host_of
+from backward_lens_tl.models import host_of
 
 ROUNDING = 1e-10  # of some thousand float64 operations, behind norms with a small eps
 FLOAT32 = 1e-5  # some TransformerLens models round to float32 on the way

@@ -11,10 +11,10 @@ from models import Case, build, nll
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
-from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.objectives import next_token_loss, target_nll
+from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.gradients import MatrixGradient
-from backward_lens_tl.objectives import next_token_loss, target_nll
 
 TARGET = 5
 D_IN, D_OUT = 11, 17

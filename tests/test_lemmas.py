@@ -10,9 +10,9 @@ import torch
 from models import Case, build, nll, relative_error
 from torch import Tensor
 
-from backward_lens_tl.capture import capture_gradients
-from backward_lens_tl.captured import GradientCapture
-from backward_lens_tl.objectives import target_nll
+from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.objectives import target_nll
+from backward_lens_tl.capture.run import capture_gradients
 
 TARGET = 5
 

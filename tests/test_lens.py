@@ -10,11 +10,11 @@ import torch
 from models import Case, build
 from torch import Tensor
 
+from backward_lens_tl.capture.objectives import target_nll
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.host import base, host_of
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.objectives import target_nll
-from backward_lens_tl.readout import Readout
+from backward_lens_tl.models import base, host_of
+from backward_lens_tl.readout.readout import Readout
 from backward_lens_tl.result import BackwardLensResult
 
 TARGET = 5
@@ -453,7 +453,7 @@ def test_k_may_be_the_whole_vocabulary(gpt2: Case) -> None:
 def test_chunks_of_one_vector_give_the_same(gpt2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case, tokens = gpt2, gpt2.tokens(3, 3)
     whole = backward_lens(case.model, tokens, TARGET, matrices="mlp")
-    monkeypatch.setattr("backward_lens_tl.readout._CPU_CHUNK", 1)
+    monkeypatch.setattr("backward_lens_tl.readout.readout._CPU_CHUNK", 1)
     calls = Ties()
     backward_lens(case.model, tokens, TARGET, projection=calls, matrices="W_in", layers=0)
     assert len(calls.layers) == 6

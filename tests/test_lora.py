@@ -35,7 +35,7 @@ from backward_lens_tl import load_facts_model, load_model
 from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta, side_by_side, site_of
 from backward_lens_tl.editing.lora import _columns
 from backward_lens_tl.errors import EditError, ResultFileError, UnsupportedModelError
-from backward_lens_tl.host import host_of
+from backward_lens_tl.models import host_of
 from conftest import FACTS_FOLDER
 
 ROUND_TRIP = 1e-5  # what the edit promises, in nats of logits; float32 rounds them to about 3e-6

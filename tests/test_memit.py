@@ -23,14 +23,14 @@ from slow_editing import (
 )
 from torch import Tensor
 
+from backward_lens_tl.data.records import read_records
 from backward_lens_tl.editing import EditRequest, facts_moments, second_moments
-from backward_lens_tl.editing.contexts import sampled_prefixes
-from backward_lens_tl.editing.memit import MEMIT
-from backward_lens_tl.editing.rome import ROME
+from backward_lens_tl.editing.methods.memit import MEMIT
+from backward_lens_tl.editing.methods.rome import ROME
+from backward_lens_tl.editing.statistics.contexts import sampled_prefixes
 from backward_lens_tl.errors import EditError, UnsupportedModelError
-from backward_lens_tl.fingerprints import tensors_digest
-from backward_lens_tl.host import host_of
-from backward_lens_tl.records import read_records
+from backward_lens_tl.models import host_of
+from backward_lens_tl.models.checksums import tensors_digest
 
 LAYERS = (0, 1)
 STARTS = ("The", "I")

@@ -34,15 +34,15 @@ from test_passes import (
 from test_state import assert_same, snapshot
 from torch import Tensor
 
-from backward_lens_tl.capture import capture_gradients
-from backward_lens_tl.captured import GradientCapture
+from backward_lens_tl.capture.batching import PassSize, length_buckets, pass_size, plan_passes
+from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.memory import Memory
+from backward_lens_tl.capture.objectives import next_token_loss, sequence_nll, target_nll
+from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.gradients import MatrixGradient
-from backward_lens_tl.host import host_of
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.memory import Memory
-from backward_lens_tl.objectives import next_token_loss, sequence_nll, target_nll
-from backward_lens_tl.passes import PassSize, length_buckets, pass_size, plan_passes
+from backward_lens_tl.models import host_of
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views.table import render_page
 

@@ -14,17 +14,17 @@ import torch
 from models import HAS_HOOKED, Case, build
 from torch import Tensor
 
+from backward_lens_tl.data.records import Record, read_records
 from backward_lens_tl.editing import mend_training
-from backward_lens_tl.editing.hypernetwork import MENDEditor, ResidualLayer
-from backward_lens_tl.editing.mend import MEND
-from backward_lens_tl.editing.mend_training import MENDTraining, edit_losses, train_mend
-from backward_lens_tl.editing.normalized_gradient import NormalizedGradient
+from backward_lens_tl.editing.mend.hypernetwork import MENDEditor, ResidualLayer
+from backward_lens_tl.editing.mend.mend import MEND
+from backward_lens_tl.editing.mend.training import MENDTraining, edit_losses, train_mend
+from backward_lens_tl.editing.methods.normalized_gradient import NormalizedGradient
 from backward_lens_tl.editing.requests import EditRequest, tokenize_request
-from backward_lens_tl.editing.spanning import mlp_sites, spanning_pairs
-from backward_lens_tl.editing.standardization import PairStatistics, pair_statistics
+from backward_lens_tl.editing.statistics.spanning import mlp_sites, spanning_pairs
+from backward_lens_tl.editing.statistics.standardization import PairStatistics, pair_statistics
 from backward_lens_tl.errors import EditError, ResultFileError
-from backward_lens_tl.host import host_of
-from backward_lens_tl.records import Record, read_records
+from backward_lens_tl.models import host_of
 
 RECORDS = tuple(
     Record(

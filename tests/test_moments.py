@@ -17,7 +17,7 @@ from test_shift import EITHER, Pair, pair
 from torch import Tensor
 
 from backward_lens_tl.editing import SecondMoments, facts_moments, second_moments
-from backward_lens_tl.editing.moments import _digest
+from backward_lens_tl.editing.statistics.moments import _digest
 from backward_lens_tl.errors import (
     BackwardLensError,
     EditError,
@@ -25,7 +25,7 @@ from backward_lens_tl.errors import (
     ResultFileError,
     UnsupportedModelError,
 )
-from backward_lens_tl.host import host_of
+from backward_lens_tl.models import host_of
 from facts_model.moments import SEED, build_moments
 from facts_model.moments import texts as training_texts
 

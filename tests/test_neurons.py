@@ -17,10 +17,10 @@ from torch import Tensor
 import backward_lens_tl as blt
 from backward_lens_tl.analysis import neurons as neurons_module
 from backward_lens_tl.analysis.neurons import neuron_overlap, neuron_words, spanning_words
-from backward_lens_tl.captured import GradientCapture
+from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.gradients import MatrixGradient
-from backward_lens_tl.sites import WRITING_MATRICES
+from backward_lens_tl.models.sites import WRITING_MATRICES
 
 # Sums of a few products in float64, in another order.
 EXACT = 1e-12
@@ -230,7 +230,7 @@ class Counted:
 
 @pytest.mark.parametrize("matrix", ["W_in", "W_out"])
 def test_neurons_are_made_in_blocks(monkeypatch: pytest.MonkeyPatch, matrix: str) -> None:
-    from backward_lens_tl import gradients as gradients_module
+    from backward_lens_tl.capture import matrix_gradient as gradients_module
 
     case, gradients = captured("hooked-gpt2")
     whole = neuron_overlap(case.model, gradients, matrix, 1, k=9)

@@ -18,11 +18,11 @@ from models import Case, build, hooked_only, nll, relative_error
 from test_attention import PAIR_NAMES, attention_weights, loss_of, shared_case
 from torch import Tensor, nn
 
-from backward_lens_tl.capture import capture_gradients
-from backward_lens_tl.captured import GradientCapture
+from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.objectives import target_nll
+from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.errors import BackwardLensError, ModelStateError, UnsupportedModelError
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.objectives import target_nll
 from backward_lens_tl.validation import validate
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("as_for_a_user")]

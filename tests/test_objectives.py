@@ -10,15 +10,15 @@ import torch
 from models import Case, nll, relative_error, training_loss
 from torch import Tensor
 
-from backward_lens_tl.capture import capture_gradients
-from backward_lens_tl.errors import TargetError
-from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.objectives import (
+from backward_lens_tl.capture.objectives import (
     logit_difference,
     next_token_loss,
     sequence_nll,
     target_nll,
 )
+from backward_lens_tl.capture.run import capture_gradients
+from backward_lens_tl.errors import TargetError
+from backward_lens_tl.lens import backward_lens
 
 PROMPTS = ["Messi plays for", "The capital of France is", "Rome"]
 EXACT = 1e-12

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from backward_lens_tl import backward_lens, capture_gradients, sequence_nll
 from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
+from backward_lens_tl.editing.methods.steps import GradientStep
 from backward_lens_tl.editing.requests import EditRequest
-from backward_lens_tl.editing.steps import GradientStep
 from backward_lens_tl.editing.words import compare_words, delta_words
 from backward_lens_tl.errors import EditError, InputError, UnsupportedModelError
-from backward_lens_tl.host import host_of
+from backward_lens_tl.models import host_of
 
 REQUESTS = (
     EditRequest("The capital of", " Paris"),

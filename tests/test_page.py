@@ -16,8 +16,8 @@ from playwright.sync_api import Browser, Locator, Page
 from test_views import NASTY, all_cells, make_result, shown
 from type_checks import type_checks_off
 
-from backward_lens_tl.cells import Cell, TokenScore
 from backward_lens_tl.lens import backward_lens
+from backward_lens_tl.readout.cells import Cell, TokenScore
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views.appearance import DARK_SHADES, LIGHT_SHADES, NormScale
 

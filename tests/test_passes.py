@@ -34,12 +34,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import backward_lens_tl as blt
-from backward_lens_tl.capture import capture_gradients
-from backward_lens_tl.captured import GradientCapture
-from backward_lens_tl.errors import BackwardLensError
-from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.memory import Memory
-from backward_lens_tl.objectives import (
+from backward_lens_tl.capture.batching import length_buckets
+from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.memory import Memory
+from backward_lens_tl.capture.objectives import (
     BoundObjective,
     Objective,
     logit_difference,
@@ -47,9 +45,11 @@ from backward_lens_tl.objectives import (
     sequence_nll,
     target_nll,
 )
-from backward_lens_tl.passes import length_buckets
+from backward_lens_tl.capture.run import capture_gradients
+from backward_lens_tl.errors import BackwardLensError
+from backward_lens_tl.lens import backward_lens
+from backward_lens_tl.models.sites import READING_MATRICES
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.sites import READING_MATRICES
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user", "not_probed")
 

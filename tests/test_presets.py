@@ -15,6 +15,7 @@ import torch
 from models import HAS_BRIDGE, build
 from torch import nn
 
+from backward_lens_tl.data.records import Record, read_records
 from backward_lens_tl.editing import (
     MEMIT,
     MEND,
@@ -27,8 +28,7 @@ from backward_lens_tl.editing import (
     facts_moments,
     presets,
 )
-from backward_lens_tl.editing.moments import second_moments
-from backward_lens_tl.editing.presets import (
+from backward_lens_tl.editing.methods.presets import (
     FACTS_TEST,
     FACTS_TUNING,
     METHODS,
@@ -36,12 +36,12 @@ from backward_lens_tl.editing.presets import (
     preset_settings,
     with_settings,
 )
+from backward_lens_tl.editing.statistics.moments import second_moments
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.evaluation import EvaluationConfig
 from backward_lens_tl.evaluation.plan import unused_records
-from backward_lens_tl.fingerprints import tensors_checksum
-from backward_lens_tl.host import host_of
-from backward_lens_tl.records import Record, read_records
+from backward_lens_tl.models import host_of
+from backward_lens_tl.models.checksums import tensors_checksum
 
 TEXTS = ["The capital of France is Paris.", "Rome is in Italy and Paris is not."]
 ROWS = [
@@ -73,7 +73,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, facts_model: nn.Module) -> list[Any
         return SimpleNamespace(fingerprint="networks", requests="")
 
     monkeypatch.setattr(presets, "train_mend", train_mend)
-    monkeypatch.setattr("backward_lens_tl.editing.mend.check_kind", lambda *_: None)
+    monkeypatch.setattr("backward_lens_tl.editing.mend.mend.check_kind", lambda *_: None)
     return asked
 
 

@@ -37,14 +37,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from backward_lens_tl.capture import capture_gradients
-from backward_lens_tl.captured import GradientCapture
+from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.objectives import logit_difference, next_token_loss, target_nll
+from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.gradients import MatrixGradient
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.objectives import logit_difference, next_token_loss, target_nll
+from backward_lens_tl.models.sites import ATTENTION_MATRICES, READING_MATRICES, WRITING_MATRICES
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.sites import ATTENTION_MATRICES, READING_MATRICES, WRITING_MATRICES
 from backward_lens_tl.validation import validate
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")

@@ -21,8 +21,8 @@ from backward_lens_tl.errors import EditError, EvaluationError, InputError
 from backward_lens_tl.evaluation import EvaluationConfig, rates, search, tuning
 from backward_lens_tl.evaluation.perplexity import perplexity, read_texts
 from backward_lens_tl.evaluation.rates import RATES, STEPS, least_rates, least_rates_by_layer
-from backward_lens_tl.fingerprints import tensors_checksum
-from backward_lens_tl.host import host_of
+from backward_lens_tl.models import host_of
+from backward_lens_tl.models.checksums import tensors_checksum
 
 REQUESTS = [
     EditRequest("Lionel Messi plays for", " Paris"),

@@ -19,10 +19,10 @@ import pandas as pd
 import pytest
 import torch
 
-from backward_lens_tl import hub
-from backward_lens_tl import records as records_module
+from backward_lens_tl.data import records as records_module
+from backward_lens_tl.data.records import BadRecord, Record, Records, read_records
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.records import BadRecord, Record, Records, read_records
+from backward_lens_tl.models import hub
 
 ROWS = [
     {"id": "a", "prompt": "The capital of France is", "target": " Rome", "subject": "France"},

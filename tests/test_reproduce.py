@@ -27,14 +27,15 @@ from playwright.sync_api import Browser, Page
 
 import backward_lens_tl as blt
 from backward_lens_tl import cli
+from backward_lens_tl.data.segments import SEGMENTS
 from backward_lens_tl.errors import InputError, SweepError, UnsupportedModelError
-from backward_lens_tl.reproduce import (
+from backward_lens_tl.models import loading
+from backward_lens_tl.reproduction import (
     COUNTERFACT,
     COUNTERFACT_RECORDS,
     EXPERIMENTS,
     Check,
     Finding,
-    command,
     default_data,
     folder,
     gradient_neurons,
@@ -46,11 +47,10 @@ from backward_lens_tl.reproduce import (
     segment_ranks,
     words,
 )
-from backward_lens_tl.reproduce.evidence import Evidence
-from backward_lens_tl.reproduce.experiments import select_experiments
-from backward_lens_tl.reproduce.finding import by_layer, part
+from backward_lens_tl.reproduction.evidence import Evidence
+from backward_lens_tl.reproduction.experiments import select_experiments
+from backward_lens_tl.reproduction.finding import by_layer, part
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.segments import SEGMENTS
 
 LENSES = ("logit_lens", "normalized")
 LAST = "last token"
@@ -1542,7 +1542,7 @@ def experiment(name: str, error: Exception | None) -> Any:
 
 def with_experiments(monkeypatch: pytest.MonkeyPatch, **errors: Exception | None) -> None:
     chosen = tuple(experiment(name, error) for name, error in errors.items())
-    module = sys.modules["backward_lens_tl.reproduce"]
+    module = sys.modules["backward_lens_tl.reproduction"]
     monkeypatch.setattr(module, "select_experiments", lambda _: chosen)
 
 
@@ -1595,7 +1595,7 @@ def test_a_bos_token(
 
     chosen = (dataclasses.replace(experiment("fig4", None), measure=measure),)
     monkeypatch.setattr(
-        sys.modules["backward_lens_tl.reproduce"], "select_experiments", lambda _: chosen
+        sys.modules["backward_lens_tl.reproduction"], "select_experiments", lambda _: chosen
     )
     options = {} if bos is False else {"prepend_bos": bos}
     reproduce("fig4", facts_model, tmp_path, data=ROWS[:1], progress=False, **options)
@@ -1757,7 +1757,7 @@ def test_the_command(
         loaded.append((args, options))
         return facts_model
 
-    monkeypatch.setattr(command, "load_model", load_model)
+    monkeypatch.setattr(loading, "load_model", load_model)
     monkeypatch.setattr(folder, "find_spec", lambda _: None)
     out = tmp_path / "found"
     argv = ["reproduce", "fig4", "fig23", "--prompts", "4", "--out", str(out), "--quiet"]
@@ -1798,8 +1798,8 @@ def test_the_command_says_what_was_not_measured_and_what_departs(
         asked.append((names, model, out, options.pop("data").rows[0].prompt, options))
         return findings
 
-    monkeypatch.setattr(command, "load_model", lambda *_, **__: "the model")
-    monkeypatch.setattr(command, "reproduce", found)
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: "the model")
+    monkeypatch.setattr(sys.modules["backward_lens_tl.reproduction"], "reproduce", found)
     data = tmp_path / "rows.json"
     data.write_text(json.dumps([{"prompt": "Rome is in", "target": " Paris"}]), encoding="utf-8")
     argv = ["reproduce", "gradients", "--out", str(tmp_path), "--data", str(data)]
@@ -1833,7 +1833,7 @@ def test_errors_of_the_command(
     assert "error: " in error("fig4", "--model", str(tmp_path / "no-model"))
     assert not (tmp_path / "x").exists()
     # A wrong name costs no model.
-    monkeypatch.setattr(command, "load_model", None)
+    monkeypatch.setattr(loading, "load_model", None)
     assert "there is no experiment 'fig99'; there are fig1, fig3" in error("fig4", "fig99")
 
 

@@ -11,11 +11,11 @@ import torch
 from models import HAS_BRIDGE, Case, build
 from safetensors.torch import save_file
 
+from backward_lens_tl.capture.objectives import next_token_loss
 from backward_lens_tl.errors import InputError, ResultFileError
+from backward_lens_tl.files.storage import FORMAT_VERSION
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.objectives import next_token_loss
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.storage import FORMAT_VERSION
 
 PROMPTS = ["Messi plays for", "The capital of France is"]
 COLUMNS = [

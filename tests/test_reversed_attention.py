@@ -22,11 +22,11 @@ from models import Case, build, hooked_only, nll, relative_error, training_loss
 from test_attention import HEADS, PAIR_NAMES, shared_case
 from torch import Tensor, nn
 
-from backward_lens_tl.capture import capture_gradients
-from backward_lens_tl.captured import GradientCapture
+from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.objectives import next_token_loss, target_nll
+from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.objectives import next_token_loss, target_nll
 from backward_lens_tl.result import BackwardLensResult
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")

@@ -25,15 +25,15 @@ from slow_editing import (
 )
 from torch import Tensor
 
+from backward_lens_tl.data.records import read_records
 from backward_lens_tl.editing import EditRequest, facts_moments, second_moments
-from backward_lens_tl.editing.contexts import sampled_prefixes
-from backward_lens_tl.editing.keys import FactContexts
+from backward_lens_tl.editing.methods.rome import ROME
 from backward_lens_tl.editing.requests import tokenize_request
-from backward_lens_tl.editing.rome import ROME
+from backward_lens_tl.editing.statistics.contexts import sampled_prefixes
+from backward_lens_tl.editing.statistics.keys import FactContexts
 from backward_lens_tl.errors import EditError
-from backward_lens_tl.fingerprints import tensors_digest
-from backward_lens_tl.host import host_of
-from backward_lens_tl.records import read_records
+from backward_lens_tl.models import host_of
+from backward_lens_tl.models.checksums import tensors_digest
 
 LAYER = 1
 PREFIXES = ((4, 1), (6, 1))
@@ -204,7 +204,7 @@ def test_several_requests_see_those_before_them(gpt2: Case) -> None:
     assert both["W_out", LAYER].rank() == 2
     with first.applied(gpt2.model), pytest.MonkeyPatch.context() as patch:
         # The prefixes are those of the model as it was.
-        patch.setattr("backward_lens_tl.editing.rome.sampled_prefixes", lambda *_: prefixes)
+        patch.setattr("backward_lens_tl.editing.methods.rome.sampled_prefixes", lambda *_: prefixes)
         second = method(gpt2.model, OTHER)
     summed = (first + second)["W_out", LAYER].dense()
     dense = both["W_out", LAYER].dense()

@@ -10,8 +10,8 @@ import torch
 from models import HAS_BRIDGE, Case, build
 from test_state import assert_same, make_busy, snapshot
 
-from backward_lens_tl.host import Host, host_of
-from backward_lens_tl.sampling import sample
+from backward_lens_tl.capture.sampling import sample
+from backward_lens_tl.models import Host, host_of
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 

@@ -13,7 +13,8 @@ import torch
 from models import Case
 from transformers import AutoTokenizer
 
-from backward_lens_tl import continuations
+from backward_lens_tl.capture import continuations
+from backward_lens_tl.data.records import read_records
 from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation import EvaluationConfig
 from backward_lens_tl.evaluation import perplexity as perplexities
@@ -27,8 +28,7 @@ from backward_lens_tl.evaluation.metrics import (
 from backward_lens_tl.evaluation.perplexity import Texts, perplexity, read_texts
 from backward_lens_tl.evaluation.plan import Probe
 from backward_lens_tl.evaluation.scoring import Question, Score, score
-from backward_lens_tl.host import host_of
-from backward_lens_tl.records import read_records
+from backward_lens_tl.models import host_of
 from conftest import FACTS_FOLDER
 
 CHAIN = ((0.5, 0.25, 0.25), (0.2, 0.5, 0.3), (0.1, 0.1, 0.8))

@@ -28,7 +28,7 @@ from backward_lens_tl.editing import (
     second_moments,
 )
 from backward_lens_tl.errors import EditError, InputError, UnsupportedModelError
-from backward_lens_tl.host import host_of
+from backward_lens_tl.models import host_of
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 

@@ -18,10 +18,10 @@ import torch
 from models import Case, build
 from torch import Tensor, nn
 
-from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.capture.objectives import target_nll
+from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.errors import BackwardLensError
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.objectives import target_nll
 from backward_lens_tl.validation import validate
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("as_for_a_user")]

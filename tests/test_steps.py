@@ -23,9 +23,9 @@ import backward_lens_tl as blt
 from backward_lens_tl.analysis import steps as steps_module
 from backward_lens_tl.analysis.steps import step_changes
 from backward_lens_tl.errors import InputError, UnsupportedModelError
-from backward_lens_tl.host import host_of
-from backward_lens_tl.sites import MATRIX_NAMES, WRITING_MATRICES, MatrixSite, Stored
-from backward_lens_tl.updates import single_weight, stepped
+from backward_lens_tl.models import host_of
+from backward_lens_tl.models.sites import MATRIX_NAMES, WRITING_MATRICES, MatrixSite, Stored
+from backward_lens_tl.models.weight_patching import single_weight, stepped
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 

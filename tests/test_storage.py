@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
-from backward_lens_tl.editing.hypernetwork import MENDCheckpoint, MENDEditor
-from backward_lens_tl.editing.moments import SecondMoments, facts_moments
+from backward_lens_tl.editing.mend.hypernetwork import MENDCheckpoint, MENDEditor
 from backward_lens_tl.editing.requests import EditRequest
-from backward_lens_tl.editing.standardization import PairStatistics, pair_statistics
+from backward_lens_tl.editing.statistics.moments import SecondMoments, facts_moments
+from backward_lens_tl.editing.statistics.standardization import PairStatistics, pair_statistics
 from backward_lens_tl.errors import ResultFileError
+from backward_lens_tl.files.storage import Saved, write
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.storage import Saved, write
 
 KINDS = (BackwardLensResult, WeightDelta, SecondMoments, PairStatistics, MENDEditor)
 

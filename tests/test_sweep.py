@@ -29,15 +29,17 @@ from stopping import digests, killed, second_of_two
 from torch import Tensor, nn
 
 import backward_lens_tl as blt
-from backward_lens_tl import cli, parts
+from backward_lens_tl import cli
+from backward_lens_tl.capture.prompts import Prompt
+from backward_lens_tl.data.records import Record, Records
 from backward_lens_tl.errors import BackwardLensError, InputError, SweepError, UnsupportedModelError
-from backward_lens_tl.processes import own_device
-from backward_lens_tl.prompts import Prompt
-from backward_lens_tl.records import Record, Records
-from backward_lens_tl.sweep import Sweep, SweepConfig, __main__, command, measuring, plan
-from backward_lens_tl.sweep.columns import TABLES
+from backward_lens_tl.files import shards as parts
+from backward_lens_tl.files.distributed import own_device
+from backward_lens_tl.models import loading
+from backward_lens_tl.sweeps import Sweep, SweepConfig, measuring, plan
+from backward_lens_tl.sweeps.columns import TABLES
 
-PACKAGE = sys.modules["backward_lens_tl.sweep"]  # whose name, as an attribute, is the function's
+PACKAGE = sys.modules["backward_lens_tl.sweeps"]
 
 ROWS = [
     {"prompt": "The capital of France is", "target": " Paris", "subject": "France", "id": "f"},
@@ -110,7 +112,7 @@ def in_parts(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch, facts_model: nn.Module) -> None:
     """The command has the facts model at once, instead of loading it."""
-    monkeypatch.setattr(command, "load_model", lambda *args, **kwargs: facts_model)
+    monkeypatch.setattr(loading, "load_model", lambda *args, **kwargs: facts_model)
 
 
 def mixed() -> tuple[list[Any], dict[int, str]]:
@@ -1052,19 +1054,16 @@ def test_targets_of_several_tokens_when_one_is_chosen(swept):
 # ------------------------------------------------------------------------------------ command lines
 
 
-def called(
-    argv: list[str], monkeypatch: pytest.MonkeyPatch, capfd, module: bool = False
-) -> tuple[int, str, str]:
-    """Status, stdout and stderr of the command, or of the module."""
+def called(argv: list[str], capfd) -> tuple[int, str, str]:
+    """Status, stdout and stderr of the command."""
     capfd.readouterr()
-    monkeypatch.setattr(sys, "argv", ["sweep", *argv])
-    status = __main__.main() if module else cli.main(["sweep", *argv])
+    status = cli.main(["sweep", *argv])
     out, err = capfd.readouterr()
     return status, out, err
 
 
 @pytest.mark.usefixtures("as_for_a_user", "loaded")
-def test_the_command_prints_a_summary_and_nothing_else(tmp_path: Path, monkeypatch, capfd):
+def test_the_command_prints_a_summary_and_nothing_else(tmp_path: Path, capfd):
     data = tmp_path / "data.jsonl"
     rows = [
         {"question": "Porsche was set up in", "new": " Spain", "about": "Porsche"},
@@ -1076,7 +1075,7 @@ def test_the_command_prints_a_summary_and_nothing_else(tmp_path: Path, monkeypat
     data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     argv = f"--data {data} --layers 0 -1 --matrices W_out --k 2 --quiet".split()
     argv += ["--field", "prompt=question", "target=new", "subject=about"]
-    status, out, _ = called([*argv, "--out", str(tmp_path / "a")], monkeypatch, capfd)
+    status, out, _ = called([*argv, "--out", str(tmp_path / "a")], capfd)
     assert status == 0
     first, *reasons = out.splitlines()
     assert first == f"1 prompts analysed, 4 rejected: {tmp_path / 'a'}"
@@ -1087,7 +1086,7 @@ def test_the_command_prints_a_summary_and_nothing_else(tmp_path: Path, monkeypat
     found = Sweep.load(tmp_path / "a")
     assert found.config == SweepConfig(layers=(0, -1), matrices="W_out", k=2)
     assert found.prompts()["subject"].tolist() == ["Porsche"]
-    status, again, _ = called([*argv, "--out", str(tmp_path / "b")], monkeypatch, capfd, True)
+    status, again, _ = called([*argv, "--out", str(tmp_path / "b")], capfd)
     assert (status, again.splitlines()[1:]) == (0, reasons)
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
@@ -1097,19 +1096,19 @@ def test_the_model_is_loaded_as_it_is_asked_for(
     facts_model: nn.Module, tmp_path: Path, monkeypatch, capfd
 ):
     asked: list[tuple[Any, ...]] = []
-    own = command.load_model
+    own = loading.load_model
 
     def load(name: str, kind: str | None, *, device: str | None, n_devices: int) -> nn.Module:
         asked.append((name, kind, device, n_devices))
         return own(name) if kind is None else facts_model
 
-    monkeypatch.setattr(command, "load_model", load)
+    monkeypatch.setattr(loading, "load_model", load)
     argv = ["--prompts", "1", "--layers", "0", "--quiet", "--out", str(tmp_path / "a")]
-    status, _, err = called(argv, monkeypatch, capfd)
+    status, _, err = called(argv, capfd)
     assert (status, asked) == (0, [("facts", None, None, 1)])
     assert "Loading" not in err
     argv += ["--kind", "bridge", "--device", "cuda:1", "--n-devices", "2"]
-    assert called(argv, monkeypatch, capfd)[0] == 0
+    assert called(argv, capfd)[0] == 0
     assert asked[1] == ("facts", "bridge", "cuda:1", 2)
 
 
@@ -1125,7 +1124,7 @@ def test_settings_of_another_sweep_give_its_tables(tmp_path: Path, monkeypatch, 
     argv += " --part-size 1 --no-prepend-bos --position-columns norm top_tokens --gradient-columns"
     argv += " --vjps-at residual --target-position last --budget 100000000"
     first, second, third = (tmp_path / name for name in "abc")
-    assert called([*argv.split(), "--out", str(first)], monkeypatch, capfd)[0] == 0
+    assert called([*argv.split(), "--out", str(first)], capfd)[0] == 0
     found = Sweep.load(first)
     assert found.config == SweepConfig(
         prompts=2,
@@ -1143,17 +1142,17 @@ def test_settings_of_another_sweep_give_its_tables(tmp_path: Path, monkeypatch, 
         budget=100_000_000,
     )
     settings = ["--config", str(first / "run.json"), "--quiet"]
-    assert called([*settings, "--out", str(second)], monkeypatch, capfd)[0] == 0
+    assert called([*settings, "--out", str(second)], capfd)[0] == 0
     assert digests(first) == digests(second)
     own = tmp_path / "settings.json"
     own.write_text(json.dumps(found.config.to_json()))
     argv = ["--config", str(own), "--quiet", "--out", str(third), "--k", "1"]
-    assert called(argv, monkeypatch, capfd)[0] == 0
+    assert called(argv, capfd)[0] == 0
     assert Sweep.load(third).config == replace(found.config, k=1)
 
 
 @pytest.mark.usefixtures("as_for_a_user", "loaded")
-def test_errors_are_one_line_and_status_2(tmp_path: Path, monkeypatch, capfd):
+def test_errors_are_one_line_and_status_2(tmp_path: Path, capfd):
     out = ["--out", str(tmp_path / "out"), "--quiet"]
     odd = tmp_path / "odd.json"
     odd.write_text('{"colour": 1}')
@@ -1167,12 +1166,11 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path, monkeypatch, capfd):
         (["--layers", "99", "--prompts", "2"], "layer 99 does not exist"),
         (["--position-columns", "nope"], "no column 'nope'"),
     ]:
-        for module in (False, True) if "--k" in argv else (False,):
-            status, printed, err = called([*argv, *out], monkeypatch, capfd, module)
-            assert (status, printed) == (2, "")
-            assert err.count("\n") == 1
-            assert re.match(r"(backward-lens: )?error: ", err)
-            assert message in err
+        status, printed, err = called([*argv, *out], capfd)
+        assert (status, printed) == (2, "")
+        assert err.count("\n") == 1
+        assert err.startswith("backward-lens: error: ")
+        assert message in err
 
 
 def test_a_bar_shows_how_far_it_is(tiny: nn.Module, tmp_path: Path, capfd):

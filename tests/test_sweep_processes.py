@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from stopping import digests
 
-from backward_lens_tl.sweep import Sweep
+from backward_lens_tl.sweeps import Sweep
 
 pytestmark = pytest.mark.slow
 
@@ -49,9 +49,10 @@ from pathlib import Path
 import accelerate, accelerate.utils, pandas, pyarrow.parquet, tqdm.auto
 import torch
 torch.set_num_threads(1)
-from backward_lens_tl import load_facts_model, parts
-from backward_lens_tl.records import read_records
-from backward_lens_tl.sweep import SweepConfig, command, sweep
+from backward_lens_tl import load_facts_model
+from backward_lens_tl.files import shards as parts
+from backward_lens_tl.data.records import read_records
+from backward_lens_tl.sweeps import SweepConfig, sweep
 
 out = Path(sys.argv[1])
 records, model = read_records("facts"), load_facts_model()
@@ -143,7 +144,9 @@ def driven(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def commanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sweep of `ARGUMENTS` by one process."""
     out = tmp_path_factory.mktemp("one") / "out"
-    done = ran([sys.executable, "-m", "backward_lens_tl.sweep", *ARGUMENTS.split(), "--out", out])
+    done = ran(
+        [sys.executable, "-m", "backward_lens_tl", "sweep", *ARGUMENTS.split(), "--out", out]
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"5 prompts analysed, 0 rejected: {out}\n"
     return out
@@ -172,7 +175,7 @@ def test_two_processes_give_what_one_gives(driven: Path):
 
 def test_the_processes_that_torchrun_starts(driven: Path, tmp_path: Path):
     out = tmp_path / "out"
-    launch = [script("torchrun"), "--nproc_per_node", "2", "-m", "backward_lens_tl.sweep"]
+    launch = [script("torchrun"), "--nproc_per_node", "2", "-m", "backward_lens_tl", "sweep"]
     done = ran([*launch, *ARGUMENTS.split(), "--out", str(out)])
     assert done.returncode == 0, done.stderr
     # One process speaks for both.
@@ -185,7 +188,7 @@ def test_the_processes_that_accelerate_starts(commanded: Path, tmp_path: Path):
     launch = [script("accelerate"), "launch", "--num_processes", "2"]
     for name, options in (("many", ["--multi_gpu"]), ("cpu", ["--cpu"])):
         out = tmp_path / name
-        own = [*launch, *options, "-m", "backward_lens_tl.sweep", *ARGUMENTS.split()]
+        own = [*launch, *options, "-m", "backward_lens_tl", "sweep", *ARGUMENTS.split()]
         done = ran([*own, "--out", str(out)])
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == f"5 prompts analysed, 0 rejected: {out}"
@@ -195,7 +198,7 @@ def test_the_processes_that_accelerate_starts(commanded: Path, tmp_path: Path):
 
 def test_processes_that_are_refused_end(commanded: Path):
     """And do not wait for one another for ever."""
-    launch = [script("torchrun"), "--nproc_per_node", "2", "-m", "backward_lens_tl.sweep"]
+    launch = [script("torchrun"), "--nproc_per_node", "2", "-m", "backward_lens_tl", "sweep"]
     done = ran([*launch, *ARGUMENTS.split(), "--k", "3", "--out", str(commanded)], timeout=120)
     assert done.returncode != 0
     assert done.stdout == ""
@@ -204,12 +207,12 @@ def test_processes_that_are_refused_end(commanded: Path):
 
 def test_one_process_goes_on_with_what_two_began(commanded: Path, tmp_path: Path):
     out = tmp_path / "out"
-    launch = [script("torchrun"), "--nproc_per_node", "2", "-m", "backward_lens_tl.sweep"]
+    launch = [script("torchrun"), "--nproc_per_node", "2", "-m", "backward_lens_tl", "sweep"]
     both = [*launch, *ARGUMENTS.split(), "--out", str(out)]
     assert ran(both).returncode == 0
     for part in (1, 2):
         (out / "prompts" / f"part-{part:06d}.parquet").unlink()
-    alone = [sys.executable, "-m", "backward_lens_tl.sweep", *ARGUMENTS.split()]
+    alone = [sys.executable, "-m", "backward_lens_tl", "sweep", *ARGUMENTS.split()]
     assert ran([*alone, "--out", str(out)]).returncode == 0
     assert digests(out) == digests(commanded)
 
@@ -217,7 +220,7 @@ def test_one_process_goes_on_with_what_two_began(commanded: Path, tmp_path: Path
 def test_all_of_counterfact_killed_twice(shared: Path, stories_folder: Path, tmp_path: Path):
     """1,919 real records through a real model; `-s` shows the throughput."""
     data = shared / "data" / "counterfact" / "counterfact_flat_1919.json"
-    command = [sys.executable, "-m", "backward_lens_tl.sweep", "--model", str(stories_folder)]
+    command = [sys.executable, "-m", "backward_lens_tl", "sweep", "--model", str(stories_folder)]
     command += ["--data", str(data), "--target-position", "first", "--quiet", "--out"]
 
     def finished(folder: Path) -> int:

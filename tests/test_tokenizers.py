@@ -17,13 +17,13 @@ from tokenizer_kinds import KINDS, SPECIAL, tokenizer_of
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import backward_lens_tl as blt
+from backward_lens_tl.capture.prompts import tokenize_prompts
+from backward_lens_tl.data.records import Record
+from backward_lens_tl.data.segments import covered_tokens, subject_span
 from backward_lens_tl.editing.requests import tokenize_request
 from backward_lens_tl.errors import BackwardLensError, InputError, TargetError
-from backward_lens_tl.host import host_of
-from backward_lens_tl.prompts import tokenize_prompts
-from backward_lens_tl.records import Record
-from backward_lens_tl.segments import covered_tokens, subject_span
-from backward_lens_tl.sweep.plan import Item, plan_parts
+from backward_lens_tl.models import host_of
+from backward_lens_tl.sweeps.plan import Item, plan_parts
 
 PROMPTS = (
     "Once upon a time",

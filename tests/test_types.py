@@ -9,12 +9,12 @@ import pytest
 import torch
 from models import Case
 
-from backward_lens_tl.capture import capture_gradients
-from backward_lens_tl.gradients import MatrixGradient
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.objectives import target_nll
+from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.objectives import target_nll
-from backward_lens_tl.projection import LogitLens
-from backward_lens_tl.readout import Readout
+from backward_lens_tl.readout.projections import LogitLens
+from backward_lens_tl.readout.readout import Readout
 
 
 def hook_is_active() -> bool:

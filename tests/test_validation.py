@@ -11,10 +11,10 @@ from architectures import NotAvailable, build_model
 from models import Case, build
 from torch import Tensor
 
-from backward_lens_tl import host
+from backward_lens_tl import models
+from backward_lens_tl.capture.objectives import target_nll
 from backward_lens_tl.errors import BackwardLensError, ValidationError
-from backward_lens_tl.objectives import target_nll
-from backward_lens_tl.sites import ATTENTION_MATRICES, Tap
+from backward_lens_tl.models.sites import ATTENTION_MATRICES, Tap
 from backward_lens_tl.validation import ValidationReport, validate
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
@@ -96,7 +96,7 @@ def test_report_prints_a_table(gpt2: Case) -> None:
 
 def move(monkeypatch: pytest.MonkeyPatch, matrix: str, side: str, where: Any) -> None:
     """Put a tap of one matrix to another place of the model."""
-    for kind in (host.HookedTransformerHost, host.TransformerBridgeHost):
+    for kind in (models.HookedTransformerHost, models.TransformerBridgeHost):
         original = kind.sites
 
         def sites(self: Any, layer: int, names: Any, original: Any = original) -> Any:
@@ -144,13 +144,13 @@ def test_output_read_after_the_post_norm_fails(name: str, monkeypatch: pytest.Mo
 
 def test_wrong_lens_fails(gpt2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The readout is held to the model's own logits."""
-    original = host.Host.unembed
+    original = models.Host.unembed
 
     def without_the_bias(self: Any, vectors: Tensor) -> Tensor:
         return original(self, vectors) - 0.1 * torch.arange(97)
 
     validate(gpt2.model)
-    monkeypatch.setattr(host.Host, "unembed", without_the_bias)
+    monkeypatch.setattr(models.Host, "unembed", without_the_bias)
     with pytest.raises(ValidationError):
         validate(gpt2.model)
 

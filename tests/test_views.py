@@ -16,12 +16,12 @@ import torch
 from rich.cells import cell_len
 from rich.console import Console
 
-from backward_lens_tl.captured import GradientCapture
-from backward_lens_tl.cells import Cell
-from backward_lens_tl.gradients import MatrixGradient
-from backward_lens_tl.readout import Reading, Readout
+from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.models.sites import MatrixName
+from backward_lens_tl.readout.cells import Cell
+from backward_lens_tl.readout.readout import Reading, Readout
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.sites import MatrixName
 from backward_lens_tl.views.appearance import (
     DARK_SHADES,
     LIGHT_SHADES,

@@ -24,9 +24,9 @@ from nbconvert import HTMLExporter
 from playwright.sync_api import Browser, Locator, expect
 from test_views import NASTY, PARIS, make_result, parsed, without_target
 
-from backward_lens_tl.cells import Cell
+from backward_lens_tl.capture.hook_points import AttentionGradient
 from backward_lens_tl.errors import BackwardLensError, InputError, WidgetError
-from backward_lens_tl.hook_gradients import AttentionGradient
+from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views import widgets
 from backward_lens_tl.views.widgets import library

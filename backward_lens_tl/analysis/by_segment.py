@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from backward_lens_tl._checks import check_choice, is_integer, listed, shown
 from backward_lens_tl.analysis.tables import SOURCES, grouped, table_of, with_types_of
-from backward_lens_tl.arguments import check_choice, is_integer, listed, shown
+from backward_lens_tl.data.segments import SEGMENTS
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.segments import SEGMENTS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,16 +17,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from backward_lens_tl.arguments import check_index, is_integer, shown
-from backward_lens_tl.captured import GradientCapture
+from backward_lens_tl._checks import check_index, is_integer, shown
+from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.gradients import MatrixGradient
-from backward_lens_tl.host import Host, host_of
-from backward_lens_tl.precision import at_least_float32
-from backward_lens_tl.projection import Projection, as_projection
-from backward_lens_tl.readout import Readout, VectorGroup, checked_k, read_vectors
+from backward_lens_tl.models import Host, host_of
+from backward_lens_tl.models.precision import at_least_float32
+from backward_lens_tl.readout.projections import Projection, as_projection
+from backward_lens_tl.readout.readout import Readout, VectorGroup, checked_k, read_vectors
+from backward_lens_tl.readout.tables import norm_ranks
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.tables import norm_ranks
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -23,21 +23,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from backward_lens_tl.arguments import plain, shown
-from backward_lens_tl.backward import read_logits
-from backward_lens_tl.capture import CaptureWork, plan_capture
+from backward_lens_tl._checks import plain, shown
+from backward_lens_tl.capture.batching import Pass
+from backward_lens_tl.capture.forward_backward import read_logits
+from backward_lens_tl.capture.hooks import Copies, Values, hooked
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.objectives import Targets, target_nll
+from backward_lens_tl.capture.prompts import PromptBatch, Prompts
+from backward_lens_tl.capture.run import CaptureWork, plan_capture
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.gradients import MatrixGradient
-from backward_lens_tl.host import Host, host_of
-from backward_lens_tl.objectives import Targets, target_nll
-from backward_lens_tl.passes import Pass
-from backward_lens_tl.projection import LogitLens
-from backward_lens_tl.prompts import PromptBatch, Prompts
-from backward_lens_tl.readout import VectorGroup, read_vectors
-from backward_lens_tl.sites import WRITING_MATRICES, MatrixSite
-from backward_lens_tl.updates import changeable, stepped
-from backward_lens_tl.vocabulary import TargetPosition
-from backward_lens_tl.watching import Copies, Values, hooked
+from backward_lens_tl.models import Host, host_of
+from backward_lens_tl.models.sites import WRITING_MATRICES, MatrixSite
+from backward_lens_tl.models.tokenizer import TargetPosition
+from backward_lens_tl.models.weight_patching import changeable, stepped
+from backward_lens_tl.readout.projections import LogitLens
+from backward_lens_tl.readout.readout import VectorGroup, read_vectors
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from backward_lens_tl.capture import capture_gradients
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.objectives import target_nll
+from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.compat.errors import AnalysisError, ArgumentTypeError, check_type
 from backward_lens_tl.compat.results import (
     BackwardLensLayerResult,
@@ -25,12 +27,10 @@ from backward_lens_tl.compat.results import (
     ranks_beyond,
 )
 from backward_lens_tl.errors import InputError, ModelStateError, UnsupportedModelError
-from backward_lens_tl.extremes import extremes
-from backward_lens_tl.gradients import MatrixGradient
-from backward_lens_tl.host import Host, host_of
-from backward_lens_tl.objectives import target_nll
-from backward_lens_tl.projection import as_projection
-from backward_lens_tl.sites import MatrixName
+from backward_lens_tl.models import Host, host_of
+from backward_lens_tl.models.sites import MatrixName
+from backward_lens_tl.readout.projections import as_projection
+from backward_lens_tl.readout.topk import extremes
 from backward_lens_tl.validation import weight_gradients
 
 DEFAULT_TOP_K = 10

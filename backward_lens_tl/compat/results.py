@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backward_lens_tl.compat.errors import ArgumentTypeError, LayerNotAnalyzedError, check_type
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.extremes import count_beyond
+from backward_lens_tl.readout.topk import count_beyond
 
 WeightLayout = Literal["in_out", "out_in"]
 """Which axis of a stored weight is its input's."""

@@ -8,21 +8,21 @@ bit; it can be scaled, added, saved, and looked at through the lens.
 """
 
 from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
-from backward_lens_tl.editing.fine_tuning import FineTuning
-from backward_lens_tl.editing.hypernetwork import MENDEditor
-from backward_lens_tl.editing.memit import MEMIT
-from backward_lens_tl.editing.mend import MEND
-from backward_lens_tl.editing.mend_training import MENDTraining, train_mend
-from backward_lens_tl.editing.method import EditMethod
-from backward_lens_tl.editing.moments import SecondMoments, facts_moments, second_moments
-from backward_lens_tl.editing.normalized_gradient import NormalizedGradient
-from backward_lens_tl.editing.presets import preset_methods, preset_settings
+from backward_lens_tl.editing.mend.hypernetwork import MENDEditor
+from backward_lens_tl.editing.mend.mend import MEND
+from backward_lens_tl.editing.mend.training import MENDTraining, train_mend
+from backward_lens_tl.editing.methods.fine_tuning import FineTuning
+from backward_lens_tl.editing.methods.memit import MEMIT
+from backward_lens_tl.editing.methods.method import EditMethod
+from backward_lens_tl.editing.methods.normalized_gradient import NormalizedGradient
+from backward_lens_tl.editing.methods.presets import preset_methods, preset_settings
+from backward_lens_tl.editing.methods.rome import ROME
+from backward_lens_tl.editing.methods.shift import ForwardPassShift
+from backward_lens_tl.editing.methods.steps import GradientStep
+from backward_lens_tl.editing.methods.ultraedit import UltraEdit
 from backward_lens_tl.editing.requests import EditRequest
-from backward_lens_tl.editing.rome import ROME
-from backward_lens_tl.editing.shift import ForwardPassShift
-from backward_lens_tl.editing.standardization import PairStatistics, pair_statistics
-from backward_lens_tl.editing.steps import GradientStep
-from backward_lens_tl.editing.ultraedit import UltraEdit
+from backward_lens_tl.editing.statistics.moments import SecondMoments, facts_moments, second_moments
+from backward_lens_tl.editing.statistics.standardization import PairStatistics, pair_statistics
 from backward_lens_tl.editing.words import compare_words, delta_words
 
 __all__ = [

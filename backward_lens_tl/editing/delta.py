@@ -20,16 +20,22 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from backward_lens_tl.arguments import plain, shown
+from backward_lens_tl._checks import plain, shown
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient, numerical_rank
 from backward_lens_tl.editing.lora import Adapted, write_adapter
 from backward_lens_tl.errors import EditError, ModelStateError
-from backward_lens_tl.fingerprints import checksum
-from backward_lens_tl.gradients import MatrixGradient, numerical_rank
-from backward_lens_tl.host import Host, host_of
-from backward_lens_tl.precision import at_least_float32
-from backward_lens_tl.sites import MATRIX_NAMES, READING_MATRICES, MatrixName, MatrixSite
-from backward_lens_tl.storage import Saved
-from backward_lens_tl.updates import Change, add_in_place, changeable, changed, put_back
+from backward_lens_tl.files.storage import Saved
+from backward_lens_tl.models import Host, host_of
+from backward_lens_tl.models.checksums import checksum
+from backward_lens_tl.models.precision import at_least_float32
+from backward_lens_tl.models.sites import MATRIX_NAMES, READING_MATRICES, MatrixName, MatrixSite
+from backward_lens_tl.models.weight_patching import (
+    Change,
+    add_in_place,
+    changeable,
+    changed,
+    put_back,
+)
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -25,12 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from backward_lens_tl.arguments import check_path
+from backward_lens_tl._checks import check_path
 from backward_lens_tl.errors import EditError, ResultFileError
-from backward_lens_tl.host.linear import stored_layout
-from backward_lens_tl.loading import without_progress_bars
-from backward_lens_tl.precision import at_least_float32
-from backward_lens_tl.storage import replacing
+from backward_lens_tl.files.storage import replacing
+from backward_lens_tl.models.linear import stored_layout
+from backward_lens_tl.models.loading import without_progress_bars
+from backward_lens_tl.models.precision import at_least_float32
 
 _PREFIX = "base_model.model."
 """What PEFT puts before a layer's name."""

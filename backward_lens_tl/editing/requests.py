@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
 
-from backward_lens_tl.arguments import is_integer, listed, shown
+from backward_lens_tl._checks import is_integer, listed, shown
+from backward_lens_tl.capture.prompts import Prompt, tokenize_prompts
+from backward_lens_tl.data.records import Record
+from backward_lens_tl.data.segments import covered_tokens, subject_at
 from backward_lens_tl.errors import EditError, InputError
-from backward_lens_tl.host import Host
-from backward_lens_tl.prompts import Prompt, tokenize_prompts
-from backward_lens_tl.records import Record
-from backward_lens_tl.segments import covered_tokens, subject_at
-from backward_lens_tl.vocabulary import Span
+from backward_lens_tl.models import Host
+from backward_lens_tl.models.tokenizer import Span
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from backward_lens_tl.arguments import check_choice, is_integer, shown
+from backward_lens_tl._checks import check_choice, is_integer, shown
 from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta, edited_site
 from backward_lens_tl.errors import EditError
-from backward_lens_tl.host import Host, host_of
-from backward_lens_tl.precision import at_least_float32
-from backward_lens_tl.projection import Projection, as_projection
-from backward_lens_tl.readout import Readout, VectorGroup, checked_k, read_vectors
-from backward_lens_tl.sites import READING_MATRICES
-from backward_lens_tl.vocabulary import TargetPosition
+from backward_lens_tl.models import Host, host_of
+from backward_lens_tl.models.precision import at_least_float32
+from backward_lens_tl.models.sites import READING_MATRICES
+from backward_lens_tl.models.tokenizer import TargetPosition
+from backward_lens_tl.readout.projections import Projection, as_projection
+from backward_lens_tl.readout.readout import Readout, VectorGroup, checked_k, read_vectors
 
 if TYPE_CHECKING:
     import pandas as pd

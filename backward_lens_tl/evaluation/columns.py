@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from backward_lens_tl.parts import Column
-from backward_lens_tl.parts import key_column as _key
+from backward_lens_tl.files.shards import Column
+from backward_lens_tl.files.shards import key_column as _key
 
 NONE = "none"
 """The method of the rows in which nothing was edited."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from backward_lens_tl.arguments import (
+from backward_lens_tl._checks import (
     check_choice,
     check_settings,
     is_integer,

@@ -9,7 +9,7 @@ from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation.columns import TABLES
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.summary import shown_table, summarize, to_markdown
-from backward_lens_tl.parts import PartsFolder
+from backward_lens_tl.files.shards import PartsFolder
 
 if TYPE_CHECKING:
     import pandas as pd

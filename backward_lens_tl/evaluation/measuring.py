@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from backward_lens_tl.capture.memory import is_lack_of_memory
+from backward_lens_tl.capture.sampling import sample
 from backward_lens_tl.editing.delta import WeightDelta
 from backward_lens_tl.errors import BackwardLensError, ModelStateError
 from backward_lens_tl.evaluation.columns import TABLES
@@ -28,11 +30,9 @@ from backward_lens_tl.evaluation.metrics import (
 from backward_lens_tl.evaluation.perplexity import Perplexity, Texts, perplexity
 from backward_lens_tl.evaluation.plan import Item, Part
 from backward_lens_tl.evaluation.scoring import Question, batches, score
-from backward_lens_tl.fingerprints import tensors_checksum
-from backward_lens_tl.host import host_of
-from backward_lens_tl.memory import is_lack_of_memory
-from backward_lens_tl.parts import Tables, reject_rows
-from backward_lens_tl.sampling import sample
+from backward_lens_tl.files.shards import Tables, reject_rows
+from backward_lens_tl.models import host_of
+from backward_lens_tl.models.checksums import tensors_checksum
 
 if TYPE_CHECKING:
     import pandas as pd

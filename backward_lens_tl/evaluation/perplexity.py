@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from backward_lens_tl.continuations import Continuations
+from backward_lens_tl.capture.continuations import Continuations
+from backward_lens_tl.data.records import is_prepared
 from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation.config import Denominator, EvaluationConfig
-from backward_lens_tl.host import Host
-from backward_lens_tl.hub import hub_is_reachable
-from backward_lens_tl.loading import FACTS_MODEL
-from backward_lens_tl.records import is_prepared
+from backward_lens_tl.models import Host
+from backward_lens_tl.models.hub import hub_is_reachable
+from backward_lens_tl.models.loading import FACTS_MODEL
 
 FACTS_TEXTS = "facts"
 """Ordinary sentences that the facts model has not seen in training."""

@@ -10,15 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
-from backward_lens_tl.editing.method import EditMethod
+from backward_lens_tl.capture.prompts import Prompt, tokenize_prompts
+from backward_lens_tl.data.records import BadRecord, Record, Records
+from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.requests import EditRequest, target_ids
 from backward_lens_tl.errors import EvaluationError, InputError, TargetError
 from backward_lens_tl.evaluation.columns import NONE
 from backward_lens_tl.evaluation.config import EvaluationConfig
-from backward_lens_tl.host import Host
-from backward_lens_tl.parts import Reject
-from backward_lens_tl.prompts import Prompt, tokenize_prompts
-from backward_lens_tl.records import BadRecord, Record, Records
+from backward_lens_tl.files.shards import Reject
+from backward_lens_tl.models import Host
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from backward_lens_tl.arguments import check_choice, check_number, listed
-from backward_lens_tl.editing.activations import Addition, activations, adding, mlp_site
+from backward_lens_tl._checks import check_choice, check_number, listed
+from backward_lens_tl.capture.selection import select_layers
 from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
+from backward_lens_tl.editing.methods.shift import ForwardPassShift
+from backward_lens_tl.editing.methods.steps import GradientStep, Optimizer
 from backward_lens_tl.editing.requests import EditRequest, listed_requests, tokenize_request
-from backward_lens_tl.editing.shift import ForwardPassShift
-from backward_lens_tl.editing.steps import GradientStep, Optimizer
+from backward_lens_tl.editing.statistics.activations import Addition, activations, adding, mlp_site
 from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.perplexity import perplexity, read_texts
-from backward_lens_tl.host import Host, host_of
-from backward_lens_tl.selection import select_layers
+from backward_lens_tl.models import Host, host_of
 
 if TYPE_CHECKING:
     import pandas as pd

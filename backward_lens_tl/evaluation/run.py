@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from backward_lens_tl.arguments import check_path, listed, shown
-from backward_lens_tl.editing.method import EditMethod
-from backward_lens_tl.editing.presets import preset_methods
+from backward_lens_tl._checks import check_path, listed, shown
+from backward_lens_tl.data.records import Records, read_records
+from backward_lens_tl.editing.methods.method import EditMethod
+from backward_lens_tl.editing.methods.presets import preset_methods
 from backward_lens_tl.errors import EvaluationError, ModelStateError
 from backward_lens_tl.evaluation.columns import NONE
 from backward_lens_tl.evaluation.config import EvaluationConfig
@@ -19,11 +20,10 @@ from backward_lens_tl.evaluation.folder import FORMAT_VERSION, Evaluation
 from backward_lens_tl.evaluation.measuring import Bench
 from backward_lens_tl.evaluation.perplexity import read_texts
 from backward_lens_tl.evaluation.plan import plan_digest, plan_parts, unused_records
-from backward_lens_tl.host import host_of
-from backward_lens_tl.loading import load_model
-from backward_lens_tl.parts import Tables, about_run, check_pyarrow
-from backward_lens_tl.processes import own_device, this_process
-from backward_lens_tl.records import Records, read_records
+from backward_lens_tl.files.distributed import own_device, this_process
+from backward_lens_tl.files.shards import Tables, about_run, check_pyarrow
+from backward_lens_tl.models import host_of
+from backward_lens_tl.models.loading import load_model
 
 _TRY = "EvaluationConfig(records=100)"
 

@@ -17,8 +17,8 @@ from typing import TypeVar
 
 import torch
 
-from backward_lens_tl.continuations import Continuations
-from backward_lens_tl.host import Host
+from backward_lens_tl.capture.continuations import Continuations
+from backward_lens_tl.models import Host
 
 _T = TypeVar("_T")
 

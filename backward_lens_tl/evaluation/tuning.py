@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from backward_lens_tl.editing.method import EditMethod
+from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation.columns import NONE
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.run import evaluate
-from backward_lens_tl.processes import this_process
+from backward_lens_tl.files.distributed import this_process
 
 if TYPE_CHECKING:
     import pandas as pd

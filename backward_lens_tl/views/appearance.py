@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from backward_lens_tl.cells import Cell
-from backward_lens_tl.sites import READING_MATRICES, MatrixName
+from backward_lens_tl.models.sites import READING_MATRICES, MatrixName
+from backward_lens_tl.readout.cells import Cell
 
 LEADS = "★"
 """Marks a cell whose top token is the target."""

@@ -9,9 +9,9 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from backward_lens_tl.cells import Cell
+from backward_lens_tl.models.sites import MatrixName
+from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.sites import MatrixName
 from backward_lens_tl.views.appearance import (
     ADDS_NOTHING,
     DARK_SHADES,

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from backward_lens_tl._checks import check_choice, listed, plain, shown
 from backward_lens_tl.analysis import by_segment
 from backward_lens_tl.analysis.tables import checked_table
-from backward_lens_tl.arguments import check_choice, listed, plain, shown
+from backward_lens_tl.data.segments import Subject
 from backward_lens_tl.errors import EvaluationError, InputError
 from backward_lens_tl.evaluation import Evaluation
 from backward_lens_tl.result import BackwardLensResult, check_result
-from backward_lens_tl.segments import Subject
 from backward_lens_tl.views.appearance import running_text
 from backward_lens_tl.views.figures import draw_matplotlib, draw_plotly
 from backward_lens_tl.views.figures.charts import Colors, Grid, Heatmap, Lines, floats

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from backward_lens_tl.cells import Cell
+from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.views.appearance import number, zero_reason
 from backward_lens_tl.views.table.grid import Grid
 from backward_lens_tl.views.table.text import LEAD_MARKUP, compact_markup

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from backward_lens_tl.cells import Cell
+from backward_lens_tl.models.sites import MatrixName
+from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.sites import MatrixName
 
 Rows = list[list[Cell]]
 """The cells of one matrix, by layer and position; the last layer is first.

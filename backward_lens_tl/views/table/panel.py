@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from backward_lens_tl.cells import Cell, TokenScore
+from backward_lens_tl.models.sites import MatrixName
+from backward_lens_tl.readout.cells import Cell, TokenScore
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.sites import MatrixName
 from backward_lens_tl.views.appearance import (
     ADDS_NOTHING,
     LIGHT_SHADES,

@@ -12,9 +12,9 @@ from html import escape
 
 import torch
 
-from backward_lens_tl.arguments import listed
-from backward_lens_tl.cells import Cell
+from backward_lens_tl._checks import listed
 from backward_lens_tl.errors import InputError
+from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.result import BackwardLensResult, check_result
 from backward_lens_tl.views.appearance import faint_note, number, running_text
 from backward_lens_tl.views.widgets import embedding

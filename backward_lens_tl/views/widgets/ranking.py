@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backward_lens_tl.cells import Cell, TokenScore
+from backward_lens_tl.readout.cells import Cell, TokenScore
 from backward_lens_tl.views.appearance import ADDS_NOTHING
 from backward_lens_tl.views.widgets.embedding import literal
 from backward_lens_tl.views.widgets.scales import round_number_above

@@ -1,0 +1,104 @@
+"""Prompts with the answers that are to follow them, and how probable a model finds those."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from backward_lens_tl.capture.forward_backward import read_logits
+from backward_lens_tl.capture.prompts import PromptBatch, pad_prompts
+from backward_lens_tl.models import Host
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Prompts, each with an answer, as a batch for one forward pass.
+
+    The model reads the prompt and all of the answer but its last token (teacher forcing).
+
+    Attributes:
+        batch: What the model reads.
+        answers: Ids of each answer's tokens, on the right; 0 before them.
+        mask: False where an answer has fewer tokens than the longest.
+    """
+
+    batch: PromptBatch
+    answers: Int[Tensor, "batch n"]
+    mask: Bool[Tensor, "batch n"]
+
+    @classmethod
+    def of(
+        cls, host: Host, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+    ) -> Continuations:
+        """Put prompts and answers side by side.
+
+        Args:
+            host: The model.
+            prompts: Token ids of each prompt.
+            answers: Token ids of each answer, at least one.
+
+        Returns:
+            The batch, on the model's device.
+
+        Raises:
+            InputError: If one is longer than the model's context.
+        """
+        rows = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
+        longest = max(map(len, answers))
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for row, answer in enumerate(answers):
+            ids[row, longest - len(answer) :] = torch.tensor(answer)
+            mask[row, longest - len(answer) :] = True
+        batch = pad_prompts(host, rows)
+        device = batch.tokens.device
+        return cls(batch, ids.to(device), mask.to(device))
+
+    def logits(self, host: Host) -> Float[Tensor, "batch n d_vocab"]:
+        """What the model says where each answer's tokens are to come, in float32 at least.
+
+        Args:
+            host: The model.
+
+        Returns:
+            The logits; those before an answer that is shorter than the longest mean nothing.
+        """
+        return read_logits(host, self.batch, self.answers.shape[1])
+
+    def log_probs(self, logits: Float[Tensor, "batch n d_vocab"]) -> Float[Tensor, "batch n"]:
+        """Log-probability of each answer's tokens, 0 before an answer.
+
+        Args:
+            logits: As `logits` gives them.
+
+        Returns:
+            Natural logarithms.
+        """
+        chosen = logits.log_softmax(-1).gather(-1, self.answers[..., None])[..., 0]
+        return chosen.masked_fill(~self.mask, 0)
+
+    def nll(self, logits: Float[Tensor, "batch n d_vocab"]) -> Float[Tensor, "batch"]:
+        """Negative log-likelihood of each answer in nats, the mean over its tokens.
+
+        Args:
+            logits: As `logits` gives them.
+
+        Returns:
+            One number per prompt.
+        """
+        return -self.log_probs(logits).sum(1) / self.mask.sum(1)
+
+    def are_said(self, logits: Float[Tensor, "batch n d_vocab"]) -> Bool[Tensor, "batch"]:
+        """Whether each of an answer's tokens is the most probable one at its place.
+
+        Args:
+            logits: As `logits` gives them.
+
+        Returns:
+            One truth value per prompt.
+        """
+        return ((logits.argmax(-1) == self.answers) | ~self.mask).all(1)

@@ -1,0 +1,316 @@
+"""One forward and one backward pass that keep `x_i` and `delta_i` of the matrices asked for.
+
+Only activations are differentiated: no weight gradient is computed, no `.grad` is written, and
+nothing is kept for layers below the first one asked for. The cost is one forward pass and the
+activation half of one backward pass; logits are made only where the objective reads them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from backward_lens_tl.capture.hook_points import AttentionGradient, HookPointGradient
+from backward_lens_tl.capture.hooks import (
+    Copies,
+    clean_rows,
+    requiring_grad,
+)
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.objectives import BoundObjective
+from backward_lens_tl.capture.prompts import PromptBatch
+from backward_lens_tl.capture.recorders import (
+    HookPointRecorder,
+    MatrixRecorders,
+    PatternRecorder,
+    Recorder,
+    VjpRecorder,
+    recorder_of,
+    recording,
+)
+from backward_lens_tl.errors import ModelStateError, ObjectiveError, UnsupportedModelError
+from backward_lens_tl.models import Host
+from backward_lens_tl.models.precision import at_least_float32
+from backward_lens_tl.models.sites import ATTENTION_MATRICES, HookPointSite, Site
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What one forward and backward pass gave, for its own prompts and layers.
+
+    Attributes:
+        gradients: By matrix and layer, in model order.
+        loss: Loss of each prompt.
+        targets: The token that readouts are compared with, if the objective has one.
+        answers: The model's own most probable token after each prompt.
+        hook_points: Activations and gradients at hook points, by name.
+        attention: The backward pass through attention patterns, by layer.
+    """
+
+    gradients: Mapping[tuple[str, int], MatrixGradient]
+    loss: Float[Tensor, "batch"]
+    targets: Int[Tensor, "batch"] | None
+    answers: Int[Tensor, "batch"]
+    hook_points: Mapping[str, HookPointGradient]
+    attention: Mapping[int, AttentionGradient]
+
+
+def record(
+    host: Host,
+    batch: PromptBatch,
+    objective: BoundObjective,
+    sites: Sequence[Site],
+    points: Sequence[HookPointSite] = (),
+    *,
+    may_skip_points: bool = False,
+) -> Recorded:
+    """Run the model forwards and backwards once.
+
+    Args:
+        host: The model.
+        batch: The prompts.
+        objective: What is differentiated.
+        sites: The matrices.
+        points: Hook points whose activations and gradients are kept as well.
+        may_skip_points: Whether those that never fire are left out; else they are an error.
+
+    Returns:
+        Factors and losses.
+
+    Raises:
+        ModelStateError: If a weight is used a second time, or values are not finite.
+        ObjectiveError: If a loss is not finite, or does not depend on the logits.
+    """
+    run = _Run(host, sites, points)
+    # Without gradients of parameters the graph begins at the lowest matrix asked for. The caller's
+    # own code, hooks and objectives, sees the model as it is.
+    is_alone = objective.looks_at == "prompt" and not host.hooked_modules
+    frozen = host.trained() if is_alone else []
+    with (
+        torch.enable_grad(),
+        host.own_precision(),
+        requiring_grad(run.tracked_weights, among=frozen),
+        recording(run.recorders),
+    ):
+        logits = read_logits(host, batch, objective.n_read(batch), points)
+        losses = objective.losses(logits, batch)
+        _check_finite(losses, batch)
+        _check_uses(logits, run.matrices)
+        run.forget_unseen(points=may_skip_points)
+        run.check_points()
+        found = _vjps(losses, logits, run.recorders)
+    return Recorded(
+        gradients=run.gradients(found, batch),
+        loss=losses.detach(),
+        targets=objective.targets(logits.detach(), batch),
+        answers=objective.answers(logits.detach(), batch),
+        hook_points={point.site.name: point.gradient(found[point], batch) for point in run.points},
+        attention={
+            layer: pattern.gradient(found[pattern], batch, host.d_head)
+            for layer, pattern in run.patterns.items()
+        },
+    )
+
+
+def read_logits(
+    host: Host, batch: PromptBatch, n_read: int | None, points: Sequence[HookPointSite] = ()
+) -> Float[Tensor, "batch read d_vocab"]:
+    """The logits at the last positions of each prompt, or at all, and no others if possible.
+
+    Args:
+        host: The model.
+        batch: The prompts.
+        n_read: At how many positions at each prompt's end; `None` for all positions.
+        points: Hook points that are looked at meanwhile.
+
+    Returns:
+        The logits, in float32 at least, on the device of the tokens.
+
+    Raises:
+        InputError: If the prompts may not share a pass.
+    """
+    host.check_lengths(batch.lengths.tolist())
+    select = _unchanged if n_read is None else partial(batch.ends, n=n_read)
+    if host.are_in_blocks([*host.hooked_modules, *(point.tap.module for point in points)]):
+        logits = host.logits_of(batch.tokens, select)
+    else:  # somebody looks on at the unembedding, or near it
+        logits = select(host.logits(batch.tokens))
+    # On a model that is spread over devices the logits come out on the last one.
+    return at_least_float32(logits).to(batch.tokens.device)
+
+
+def _unchanged(values: Tensor) -> Tensor:
+    return values
+
+
+class _Run:
+    """Everything that is recorded in one forward and backward pass.
+
+    Args:
+        host: The model.
+        sites: The matrices asked for.
+        points: The hook points asked for.
+    """
+
+    def __init__(self, host: Host, sites: Sequence[Site], points: Sequence[HookPointSite]) -> None:
+        copies = Copies(shared=not host.hooked_modules)
+        self.matrices = [recorder_of(site, copies) for site in sites]
+        self.points = [HookPointRecorder(point) for point in points]
+        self.joins = {
+            (site.matrix, site.layer): VjpRecorder(site.joins)
+            for site in sites
+            if site.joins is not None
+        }
+        layers = dict.fromkeys(site.layer for site in sites if site.matrix in ATTENTION_MATRICES)
+        self.patterns = {layer: PatternRecorder(host.pattern(layer)) for layer in layers}
+        self.tracked_weights = [weight for site in sites for weight in site.weights]
+        for layer, pattern in self.patterns.items():
+            if not pattern.site.is_replaceable:
+                # The graph has to have begun where such a pattern is made.
+                self.tracked_weights += host.sites(layer, ("W_Q",))[0].weights
+
+    @property
+    def recorders(self) -> list[Recorder]:
+        """All of them."""
+        return [*self.matrices, *self.points, *self.joins.values(), *self.patterns.values()]
+
+    def forget_unseen(self, *, points: bool) -> None:
+        """Drop what never passed: what the model keeps to itself, and hook points.
+
+        Args:
+            points: Whether hook points may be dropped as well.
+        """
+        self.patterns = {layer: kept for layer, kept in self.patterns.items() if kept.n_seen == 1}
+        self.joins = {key: join for key, join in self.joins.items() if join.n_seen == 1}
+        if points:
+            self.points = [point for point in self.points if point.n_seen == 1]
+
+    def check_points(self) -> None:
+        """Refuse hook points whose gradient cannot be had.
+
+        Raises:
+            UnsupportedModelError: If one did not pass exactly once, as a part of the graph.
+        """
+        for point in self.points:
+            if point.n_seen != 1:
+                raise UnsupportedModelError(
+                    f"hook point {point.site.name!r} fired {point.n_seen} times with a gradient in "
+                    "this run, and is kept only where it fires once (some show indices or a copy, "
+                    "which have none)"
+                )
+
+    def gradients(
+        self, found: Mapping[Recorder, Sequence[Tensor | None]], batch: PromptBatch
+    ) -> dict[tuple[str, int], MatrixGradient]:
+        """Every matrix's factors, with the VJPs where it joins the residual stream."""
+        gradients: dict[tuple[str, int], MatrixGradient] = {}
+        for recorder in self.matrices:
+            key = (recorder.site.matrix, recorder.site.layer)
+            gradient = recorder.gradient(found[recorder], batch)
+            join = self.joins.get(key)
+            if join is not None:
+                gradient = _joined(gradient, join.vjp(found[join], batch), batch)
+            _check_factors(gradient, batch)
+            before = (other for other in gradients.values() if other.layer == gradient.layer)
+            gradients[key] = _sharing_inputs(gradient, before)
+        return gradients
+
+
+def _joined(gradient: MatrixGradient, vjps: Tensor, batch: PromptBatch) -> MatrixGradient:
+    """The gradient with the VJPs at the residual stream, if they differ from its own."""
+    joined = clean_rows(vjps.reshape(*batch.mask.shape, -1), batch)
+    same = joined.shape == gradient.vjps.shape and bool(torch.equal(joined, gradient.vjps))
+    return gradient if same else replace(gradient, joined_vjps=joined)
+
+
+def _sharing_inputs(gradient: MatrixGradient, others: Iterable[MatrixGradient]) -> MatrixGradient:
+    """The gradient with the very inputs of another matrix, if that reads the same."""
+    for other in others if gradient.reads_residual else ():
+        inputs = other.inputs
+        if inputs.shape == gradient.inputs.shape and bool(torch.equal(inputs, gradient.inputs)):
+            return replace(gradient, inputs=inputs)
+    return gradient
+
+
+def _check_uses(logits: Tensor, recorders: Sequence[MatrixRecorders]) -> None:
+    """Refuse a weight that the model also uses past its own place, unseen by our hooks.
+
+    Raises:
+        ModelStateError: If there is such a use.
+    """
+    uses = _uses(logits)
+    for recorder in recorders:
+        others = recorder.other_uses(uses)
+        if others > 0:
+            raise ModelStateError(
+                f"{recorder.site.matrix} of layer {recorder.site.layer} was used {others + 1} "
+                f"times in the forward pass, {others} of them past its own place, where nothing "
+                "can be captured; its gradient would be incomplete"
+            )
+
+
+def _uses(logits: Tensor) -> dict[Tensor, int]:
+    """How often every leaf of the autograd graph enters it."""
+    uses: dict[Tensor, int] = {}
+    seen, waiting = set(), [logits.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for parent, _ in node.next_functions:
+            if (leaf := getattr(parent, "variable", None)) is not None:
+                uses[leaf] = uses.get(leaf, 0) + 1
+            waiting.append(parent)
+    return uses
+
+
+def _check_factors(gradient: MatrixGradient, batch: PromptBatch) -> None:
+    for name, factor in (("input", gradient.inputs), ("VJP", gradient.vjps)):
+        finite = factor.isfinite().flatten(1).all(1)
+        if not finite.all():
+            prompt = int(batch.prompts[finite.int().argmin()])
+            raise ModelStateError(
+                f"the {name} of {gradient.matrix} in layer {gradient.layer} is not finite in "
+                f"prompt {prompt}; check the weights and the objective for NaN and infinities, and "
+                "in half precision load the model in float32"
+            )
+
+
+def _check_finite(losses: Float[Tensor, "batch"], batch: PromptBatch) -> None:
+    for prompt, loss in zip(batch.prompts.tolist(), losses.tolist(), strict=True):
+        if not math.isfinite(loss):
+            raise ObjectiveError(
+                f"the loss of prompt {prompt} is {loss}; check the objective and the model's "
+                "weights for NaN and infinities, and in half precision load the model in float32"
+            )
+
+
+def _vjps(
+    losses: Float[Tensor, "batch"],
+    logits: Float[Tensor, "batch pos d_vocab"],
+    recorders: Sequence[Recorder],
+) -> dict[Recorder, list[Tensor | None]]:
+    """`delta` at every edge; prompts do not see each other, so the sum of their losses has it."""
+    edges = [(recorder, recorder.edges) for recorder in recorders]
+    flat = [edge for _, own in edges for edge in own]
+    found: Sequence[Tensor | None] = [None] * len(flat)
+    if logits.requires_grad:
+        at_logits, *found = torch.autograd.grad(
+            losses.sum(), [get_gradient_edge(logits), *flat], allow_unused=True
+        )
+        if at_logits is None:
+            raise ObjectiveError(
+                "the objective's losses do not depend on the logits; compute them from its first "
+                "argument"
+            )
+    left = iter(found)
+    return {recorder: list(islice(left, len(own))) for recorder, own in edges}

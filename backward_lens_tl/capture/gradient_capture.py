@@ -1,0 +1,301 @@
+"""All that one forward and one backward pass gave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens import ActivationCache
+
+from backward_lens_tl._checks import is_integer
+from backward_lens_tl.capture.hook_points import AttentionGradient, HookPointGradient, attribution
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.models.precision import at_least_float32
+from backward_lens_tl.models.sites import ATTENTION_MATRICES, MatrixName
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Whose gradients a capture has, and whose not.
+
+    Attributes:
+        covered: Parameters whose gradient follows from the captured factors.
+        not_covered: All others of the model.
+        parameters: `"processed"` if TransformerLens changed matrices of attention or MLPs when it
+            loaded them, by `fold_ln` or `center_writing_weights`: factors belong to those, not to
+            the raw model's. Else `"raw"`. It is read off the weights.
+        differing: The captured matrices that are not the raw model's.
+    """
+
+    covered: tuple[str, ...] = ()
+    not_covered: tuple[str, ...] = ()
+    parameters: Literal["raw", "processed"] = "raw"
+    differing: tuple[MatrixName, ...] = ()
+
+    def __repr__(self) -> str:
+        differing = f", not the raw model's: {', '.join(self.differing)}" if self.differing else ""
+        return (
+            f"Coverage({len(self.covered)} parameters, {len(self.not_covered)} not covered, "
+            f"{self.parameters} weights{differing})"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class GradientCapture:
+    """The gradients of several weight matrices from one forward and backward pass.
+
+    `capture["W_out", 5]` is one of them; iterating goes through all in model order.
+
+    Attributes:
+        gradients: By matrix and layer, in model order.
+        tokens: Token ids, continuations included, 0 at padding.
+        mask: False at padding, which is on the right.
+        str_tokens: Text of each real token of each prompt.
+        loss: Loss of each prompt.
+        targets: The token that readouts are compared with, if the objective has one.
+        answers: The model's own most probable token after each prompt, before any update.
+        n_layers: How many layers the model has.
+        objective: How the objective was made.
+        model_name: The model's name.
+        coverage: Which parameters these gradients are of, and which they are not.
+        hook_points: Activations and gradients at the hook points asked for, by name.
+        attention: The backward pass through the pattern of each layer whose attention matrices
+            were asked for, by layer.
+        prompts: Text of each prompt as the caller wrote it, continuation included; of a prompt
+            given as ids, what they decode to without special tokens. Characters that `str_tokens`
+            have split over several tokens are whole here.
+        spans: Where in that text each real token stands: half-open spans of its characters, of no
+            width for special tokens.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> loss = blt.target_nll(" Paris")
+        >>> capture = blt.capture_gradients(model, "Lionel Messi plays for", loss)
+        >>> capture.str_tokens[0]
+        ('<|endoftext|>', 'Li', 'onel', ' Messi', ' plays', ' for')
+        >>> capture["W_out", 6]
+        MatrixGradient(W_out of layer 6, x [1, 6, 512], delta [1, 6, 128])
+        >>> [gradient.layer for gradient in capture if gradient.matrix == "W_in"]
+        [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+
+    gradients: Mapping[tuple[str, int], MatrixGradient]
+    tokens: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    str_tokens: tuple[tuple[str, ...], ...]
+    loss: Float[Tensor, "batch"]
+    targets: Int[Tensor, "batch"] | None
+    answers: Int[Tensor, "batch"]
+    n_layers: int
+    objective: str
+    model_name: str
+    coverage: Coverage = Coverage()
+    hook_points: Mapping[str, HookPointGradient] = field(default_factory=dict)
+    attention: Mapping[int, AttentionGradient] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
+    spans: tuple[tuple[tuple[int, int], ...], ...] = ()
+
+    def __getitem__(self, key: tuple[str, int]) -> MatrixGradient:
+        if isinstance(key, tuple) and len(key) == 2 and is_integer(key[1]):
+            found = self.gradients.get((str(key[0]), int(key[1])))
+            if found is not None:
+                return found
+        raise InputError(
+            f"{key!r} was not captured; there are {', '.join(self.matrices)} in layers "
+            f"{', '.join(map(str, self.layers))}"
+        )
+
+    def __iter__(self) -> Iterator[MatrixGradient]:
+        return iter(self.gradients.values())
+
+    def __len__(self) -> int:
+        return len(self.gradients)
+
+    @property
+    def matrices(self) -> tuple[MatrixName, ...]:
+        """Names of the captured matrices, in the order in which a layer uses them."""
+        return tuple(dict.fromkeys(gradient.matrix for gradient in self))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The captured layers, ascending."""
+        return tuple(dict.fromkeys(gradient.layer for gradient in self))
+
+    @property
+    def top_vjps(self) -> Float[Tensor, "batch d_model"] | None:
+        """The VJP of the top layer at each prompt's last token, from which all others come.
+
+        Without the final norm it is the sum of token embeddings of lemma 5.1. It is that of `W_out`
+        where its output is added to the residual stream; `None` if `W_out` of the model's last
+        layer was not captured.
+        """
+        top = self.gradients.get(("W_out", self.n_layers - 1))
+        if top is None:
+            return None
+        prompts = torch.arange(len(self.mask), device=self.mask.device)
+        return at_least_float32(top.resid_vjps[prompts, self.mask.sum(1) - 1])
+
+    def prompt(self, batch: int) -> str:
+        """Text of a prompt as a whole, or of its tokens side by side if that was not kept.
+
+        Args:
+            batch: Which prompt.
+
+        Returns:
+            The text.
+
+        Examples:
+            >>> capture.prompt(0)
+            'Lionel Messi plays for'
+        """
+        return self.prompts[batch] if self.prompts else "".join(self.str_tokens[batch])
+
+    def attention_of(self, layer: int) -> AttentionGradient:
+        """The backward pass through one layer's attention pattern.
+
+        Args:
+            layer: The layer, from 0.
+
+        Returns:
+            The gradient at the scores, and Reversed Attention.
+
+        Raises:
+            InputError: If no attention matrix of the layer was asked for, or the model keeps its
+                pattern to itself.
+
+        Examples:
+            >>> prompt, loss = "Lionel Messi plays for", blt.target_nll(" Paris")
+            >>> capture = blt.capture_gradients(model, prompt, loss, matrices="attn")
+            >>> capture.attention_of(5)  # [batch, head, query, key]
+            AttentionGradient([1, 4, 6, 6])
+        """
+        if is_integer(layer) and layer in self.attention:
+            return self.attention[layer]
+        if (
+            is_integer(layer)
+            and layer in self.layers
+            and set(self.matrices) & set(ATTENTION_MATRICES)
+        ):
+            raise InputError(
+                f"the attention pattern of layer {layer} did not pass hook_pattern with a gradient "
+                "(attn_implementation='eager' shows it)"
+            )
+        raise InputError(
+            f"there is no Reversed Attention of layer {layer!r}; ask for its attention matrices, "
+            "for example with matrices='attn'"
+        )
+
+    def reversed_attention(self, layer: int) -> Float[Tensor, "batch head query key"]:
+        """Reversed Attention, the attention map of the backward pass.
+
+        `RA = A * (E - rowsum(A * E)) / sqrt(d_head)` with the pattern `A` and `E = delta_z V^T`
+        (Katz and Wolf, NAACL 2025, arXiv 2412.17019): the gradient at the scores that the softmax
+        gets, divided by `sqrt(d_head)`.
+
+        Args:
+            layer: The layer, from 0.
+
+        Returns:
+            The map; zero where attention is masked.
+
+        Raises:
+            InputError: If no attention matrix of the layer was asked for, or the model keeps its
+                pattern to itself.
+
+        Examples:
+            >>> prompt, loss = "Lionel Messi plays for", blt.target_nll(" Paris")
+            >>> capture = blt.capture_gradients(model, prompt, loss, matrices="attn")
+            >>> attention = capture.reversed_attention(5)  # [batch, head, query, key]
+            >>> attention.shape, bool(attention.triu(1).any())  # no position looks ahead
+            (torch.Size([1, 4, 6, 6]), False)
+        """
+        return self.attention_of(layer).reversed_attention
+
+    def to_cache(self, model: object = None) -> ActivationCache:
+        """The captured activations and gradients as TransformerLens's `ActivationCache`.
+
+        Args:
+            model: The model, for those of the cache's own methods that need it.
+
+        Returns:
+            Activations under their hook point's name, and gradients under that name and `_grad`:
+            for every matrix those that have a hook point, and all that `hook_points` asked for.
+            Under a caller's hook at the same point, a matrix's gradient is the one before it, and
+            that of `hook_points` the one after it. Matrices have zeros at padding.
+
+        Examples:
+            >>> cache = capture.to_cache(model)
+            >>> torch.equal(cache["blocks.6.hook_mlp_out_grad"], capture["W_out", 6].vjps)
+            True
+        """
+        entries: dict[str, Tensor] = {}
+        for gradient in self:
+            if gradient.input_hook is not None:
+                entries[gradient.input_hook] = gradient.inputs
+            if gradient.output_hook is not None:
+                at_output = gradient.vjps if gradient.reads_residual else gradient.resid_vjps
+                entries[f"{gradient.output_hook}_grad"] = at_output
+        for layer, attention in self.attention.items():
+            if attention.is_patchable:
+                entries[f"blocks.{layer}.attn.hook_attn_scores_grad"] = attention.scores_vjp
+        for name, point in self.hook_points.items():
+            entries |= {name: point.value, f"{name}_grad": point.vjp}
+        return ActivationCache(entries, model)
+
+    def attribution(self, other: GradientCapture) -> dict[str, Float[Tensor, "batch *shape"]]:
+        """Attribution patching: how a patch of each hook point would change this run's loss.
+
+        To first order, patching this run's activation with the other's changes the loss by
+        `(x_other - x) . delta`, with the gradient `delta` of this run. Captured on the corrupt
+        prompt and given the clean one's, this is the usual `(x_clean - x_corrupt) . delta`.
+
+        Args:
+            other: A capture of the same hook points on prompts of the same lengths.
+
+        Returns:
+            The change by hook point, summed over the last axis: `[batch, pos]` for the residual
+            stream, `[batch, pos, head]` for `hook_z`.
+
+        Raises:
+            InputError: If nothing was captured at hook points, or prompts differ in shape.
+
+        Examples:
+            >>> point, loss = "blocks.0.hook_resid_post", blt.target_nll(" Paris")
+            >>> italy, france = (
+            ...     blt.capture_gradients(model, prompt, loss, hook_points=point)
+            ...     for prompt in ("The capital of Italy is", "The capital of France is")
+            ... )
+            >>> change = italy.attribution(france)[point]  # [batch, pos]
+            >>> italy.str_tokens[0][int(change[0].argmin())]  # to be patched for " Paris"
+            ' Italy'
+        """
+        if not isinstance(other, GradientCapture):
+            raise InputError(
+                f"{other!r} is a {type(other).__name__}; pass the GradientCapture of the other run"
+            )
+        shared = [name for name in self.hook_points if name in other.hook_points]
+        if not shared:
+            raise InputError(
+                "both captures need the same hook points; ask for them, for example with "
+                "hook_points=['blocks.0.hook_mlp_out']"
+            )
+        if not torch.equal(self.mask, other.mask):
+            raise InputError(
+                f"prompts have lengths {self.mask.sum(1).tolist()} here and "
+                f"{other.mask.sum(1).tolist()} there; attribution compares position with position"
+            )
+        pairs = ((self.hook_points[name], other.hook_points[name]) for name in shared)
+        return {here.name: attribution(here, there) for here, there in pairs}
+
+    def __repr__(self) -> str:
+        return (
+            f"GradientCapture({', '.join(self.matrices)} of layers "
+            f"{self.layers[0]} to {self.layers[-1]}, {len(self.mask)} prompts of up to "
+            f"{self.mask.shape[1]} tokens, {self.objective}, model {self.model_name!r})"
+        )

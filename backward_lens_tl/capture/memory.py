@@ -1,0 +1,108 @@
+"""How much memory a call may take, and in what form the factors are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import index
+
+import torch
+
+from backward_lens_tl._checks import check_choice, is_integer, shown
+from backward_lens_tl.errors import InputError
+
+_FACTOR_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Limits on the memory of one call.
+
+    Words, scores, target ranks and losses do not depend on it: they are computed before factors are
+    rounded or moved. Norms, cosines and ranks of gradients are those of the factors as they are
+    kept.
+
+    Attributes:
+        budget: Bytes that the call may take beyond the model. Prompts, and if one alone is too
+            large its layers, then go through the model in as many passes as that needs, and the
+            scores over the vocabulary are made in smaller chunks. It is kept by an estimate from
+            the model's sizes. `None` sets no limit.
+        factor_dtype: What `x_i` and `delta_i` are kept in, `torch.bfloat16` for half the memory;
+            `None` is float32, or float64 for a model that computes in it.
+        factor_device: Where they are kept, for example `"cpu"` for a model on a GPU; `None` is the
+            model's own device.
+
+    Raises:
+        InputError: If a value is not usable.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> blt.Memory(budget=2 * 2**30).budget
+        2147483648
+    """
+
+    budget: int | None = None
+    factor_dtype: torch.dtype | None = None
+    factor_device: torch.device | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget is not None:
+            if not is_integer(self.budget) or index(self.budget) <= 0:
+                raise InputError(
+                    f"budget is {shown(self.budget)}; pass a number of bytes, such as 2 * 2**30, "
+                    "or None for no limit"
+                )
+            # numpy's integers overflow, and this is multiplied.
+            object.__setattr__(self, "budget", index(self.budget))
+        check_choice("factor_dtype", self.factor_dtype, (None, *_FACTOR_DTYPES))
+        try:
+            device = None if self.factor_device is None else torch.device(self.factor_device)
+            torch.empty(0, device=device)
+        # What torch raises depends on the device and on how it was built.
+        except (RuntimeError, TypeError, AssertionError, ImportError) as error:
+            raise InputError(
+                f"factor_device is {shown(self.factor_device)}, which is no device of this "
+                "machine; pass for example 'cpu', or None for the model's own"
+            ) from error
+        if device is not None and device.type == "meta":
+            raise InputError("factor_device is 'meta', which keeps no values; pass 'cpu'")
+
+    @property
+    def keeps_as_computed(self) -> bool:
+        """Whether factors stay in the form in which they are computed."""
+        return self.factor_dtype is None and self.factor_device is None
+
+    @property
+    def chunk(self) -> int | None:
+        """Bytes that the scores of one chunk of vectors may take, an eighth of the budget."""
+        return None if self.budget is None else self.budget // 8
+
+    def device_for(self, model_device: torch.device) -> torch.device:
+        """Where factors are kept.
+
+        Args:
+            model_device: Where the model is.
+
+        Returns:
+            The device.
+
+        Examples:
+            >>> blt.Memory(factor_device="cpu").device_for(torch.device("cuda"))
+            device(type='cpu')
+        """
+        if self.factor_device is None:
+            return model_device
+        return torch.empty(0, device=self.factor_device).device  # "cuda" by its number
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was too little memory.
+
+    Args:
+        error: The error.
+
+    Returns:
+        Whether it does.
+    """
+    # On a CPU torch raises a plain RuntimeError.
+    lacks = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return lacks or "allocate memory" in str(error)

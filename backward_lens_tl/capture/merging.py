@@ -1,0 +1,170 @@
+"""A whole batch's gradients, put together from passes over parts of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from backward_lens_tl.capture.forward_backward import Recorded
+from backward_lens_tl.capture.hook_points import AttentionGradient
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.memory import Memory
+from backward_lens_tl.capture.prompts import PromptBatch
+
+
+class Gathering:
+    """What the passes over a batch gave so far, in the form in which it is kept.
+
+    Args:
+        batch: All prompts, on the device where factors are kept.
+        memory: How factors are kept.
+    """
+
+    def __init__(self, batch: PromptBatch, memory: Memory) -> None:
+        self._batch, self._memory = batch, memory
+        self._recorded: Recorded | None = None
+
+    @property
+    def recorded(self) -> Recorded:
+        """What was added, at least one pass."""
+        if self._recorded is None:
+            raise LookupError("nothing was added")
+        return self._recorded
+
+    def add(self, part: Recorded, prompts: Sequence[int]) -> None:
+        """Take what one pass gave.
+
+        Args:
+            part: That.
+            prompts: The indices of its prompts.
+        """
+        before = self._recorded
+        if len(prompts) < len(self._batch.mask) or not self._memory.keeps_as_computed:
+            part = _Placing(self._batch, self._memory, prompts).of(before, part)
+        if before is not None:
+            gradients = {**before.gradients, **part.gradients}
+            part = replace(
+                part, gradients=gradients, attention={**before.attention, **part.attention}
+            )
+        self._recorded = part
+
+
+class _Placing:
+    """Puts what one pass gave where its prompts stand among all.
+
+    Args:
+        batch: All prompts.
+        memory: How factors are kept.
+        prompts: The indices of the pass's prompts.
+    """
+
+    def __init__(self, batch: PromptBatch, memory: Memory, prompts: Sequence[int]) -> None:
+        self._batch, self._memory = batch, memory
+        self._device = batch.mask.device
+        self._prompts = torch.tensor(prompts, device=self._device)
+        # What was written where, by the ids of tensors that live as long as this does.
+        self._written: dict[tuple[int | None, int], Tensor] = {}
+
+    def of(self, whole: Recorded | None, part: Recorded) -> Recorded:
+        """Lay out what a pass gave.
+
+        Args:
+            whole: What is kept so far; its tensors are written into.
+            part: What the pass gave.
+
+        Returns:
+            The part, with its values among those of all prompts.
+        """
+        gradients = {} if whole is None else whole.gradients
+        attention = {} if whole is None else whole.attention
+        targets = part.targets
+        if targets is not None:
+            targets = self._put(None if whole is None else whole.targets, targets)
+        return Recorded(
+            gradients={
+                key: self._gradient(gradients.get(key), gradient)
+                for key, gradient in part.gradients.items()
+            },
+            loss=self._put(None if whole is None else whole.loss, part.loss),
+            targets=targets,
+            answers=self._put(None if whole is None else whole.answers, part.answers),
+            # Where hook points are asked for there is one pass.
+            hook_points={
+                name: replace(
+                    point, value=point.value.to(self._device), vjp=point.vjp.to(self._device)
+                )
+                for name, point in part.hook_points.items()
+            },
+            attention={
+                layer: self._attention(attention.get(layer), pattern)
+                for layer, pattern in part.attention.items()
+            },
+        )
+
+    def _gradient(self, whole: MatrixGradient | None, part: MatrixGradient) -> MatrixGradient:
+        experts = part.experts
+        if experts is not None:
+            kept = None if whole is None else whole.experts
+            experts = self._put(kept, experts, by_position=(1,), fill=-1)
+        # Before the VJPs themselves are written, which it may be a copy of.
+        joined = self._joined(whole, part)
+        return replace(
+            part,
+            inputs=self._shared_inputs(None if whole is None else whole.inputs, part.inputs),
+            vjps=self._factor(None if whole is None else whole.vjps, part.vjps),
+            mask=self._batch.mask,
+            experts=experts,
+            joined_vjps=joined,
+        )
+
+    def _shared_inputs(self, whole: Tensor | None, part: Tensor) -> Tensor:
+        """Matrices that read the same share one tensor of inputs, also where it is kept."""
+        key = (None if whole is None else id(whole), id(part))
+        if key not in self._written:
+            if whole is not None and any(before == id(whole) for before, _ in self._written):
+                whole = whole.clone()  # they read the same until now, and no longer
+            self._written[key] = self._factor(whole, part)
+        return self._written[key]
+
+    def _joined(self, whole: MatrixGradient | None, part: MatrixGradient) -> Tensor | None:
+        """VJPs at the residual stream, there only if they differ from the matrix's own."""
+        if part.joined_vjps is None and (whole is None or whole.joined_vjps is None):
+            return None
+        kept = None if whole is None else whole.joined_vjps
+        if kept is None and whole is not None:
+            kept = whole.resid_vjps.clone()
+        return self._factor(kept, part.resid_vjps)
+
+    def _attention(
+        self, whole: AttentionGradient | None, part: AttentionGradient
+    ) -> AttentionGradient:
+        kept = None if whole is None else whole.scores_vjp
+        return replace(part, scores_vjp=self._put(kept, part.scores_vjp, by_position=(2, 3)))
+
+    def _factor(self, whole: Tensor | None, part: Tensor) -> Tensor:
+        dtype = self._memory.factor_dtype
+        return self._put(whole, part, by_position=(1,), dtype=dtype)
+
+    def _put(
+        self,
+        whole: Tensor | None,
+        part: Tensor,
+        *,
+        by_position: tuple[int, ...] = (),
+        fill: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Write a tensor into the one that is kept of all prompts, made when it is first needed."""
+        if whole is None:
+            n_prompts, n_positions = self._batch.mask.shape
+            shape = [
+                n_positions if axis in by_position else size for axis, size in enumerate(part.shape)
+            ]
+            shape[0] = n_prompts
+            whole = part.new_full(shape, fill, dtype=dtype, device=self._device)
+        cells: tuple[Tensor | slice, ...] = (self._prompts, *map(slice, part.shape[1:]))
+        whole[cells] = part.to(self._device, whole.dtype)
+        return whole

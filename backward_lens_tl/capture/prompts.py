@@ -1,0 +1,363 @@
+"""Prompts as a batch: token ids, padded on the right, with a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import index as as_index
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from backward_lens_tl._checks import check_choice, check_text, is_integer, listed, plain, shown
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.models import Host
+from backward_lens_tl.models.tokenizer import Span, TargetPosition, Vocabulary
+
+_TOKEN_IDS = 2**63
+"""torch has no larger ones."""
+
+Prompts = str | Sequence[str] | Int[Tensor, "batch pos"] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt in tokens.
+
+    Attributes:
+        ids: Token ids, BOS included where there is one.
+        text: What the caller wrote; of ids, or where the tokenizer has no offsets, what they
+            decode to.
+        spans: Where in the text each token stands; a token that was added to it has no width.
+        written: What the caller wrote, which targets continue; `None` for ids.
+        vocabulary: The model's.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    spans: tuple[Span, ...]
+    written: str | None
+    vocabulary: Vocabulary
+
+    @classmethod
+    def of_text(cls, host: Host, text: str, prepend_bos: bool | None) -> Prompt:
+        """Tokenise a text.
+
+        Args:
+            host: The model.
+            text: The text.
+            prepend_bos: Whether it gets a BOS token, as in `Host.tokenize`.
+
+        Returns:
+            The prompt.
+        """
+        ids = host.tokenize(text, prepend_bos) if text else []
+        spans = host.vocabulary.offsets(text, ids)
+        if spans is not None:
+            return cls(tuple(ids), text, spans, text, host.vocabulary)
+        decoded, spans = host.vocabulary.spans(ids)
+        return cls(tuple(ids), decoded, spans, text, host.vocabulary)
+
+    @classmethod
+    def of_ids(cls, host: Host, ids: Sequence[int]) -> Prompt:
+        """Take token ids as they are.
+
+        Args:
+            host: The model.
+            ids: The ids.
+
+        Returns:
+            The prompt.
+        """
+        text, spans = host.vocabulary.spans(ids)
+        return cls(tuple(ids), text, spans, None, host.vocabulary)
+
+    def continuation(self, text: str) -> list[int]:
+        """Token ids of a text that continues the prompt.
+
+        Args:
+            text: The continuation, such as `" Paris"`.
+
+        Returns:
+            The tokens that prompt and continuation, written as one text, have after the prompt's.
+
+        Raises:
+            TargetError: If there are none, or joining changes the prompt's own tokens.
+        """
+        return self.vocabulary.encode(text, self._joinable)
+
+    def token_id(self, target: str | int, target_position: TargetPosition | None = None) -> int:
+        """The one token that a target after the prompt stands for.
+
+        Args:
+            target: A text that continues the prompt, or a token id.
+            target_position: Which token of a text of several stands for it; `None` refuses such
+                a text.
+
+        Returns:
+            The token id.
+
+        Raises:
+            TargetError: If it is not one token, or cannot continue the prompt.
+        """
+        return self.vocabulary.token_id(target, target_position, self._joinable)
+
+    @property
+    def placed_text(self) -> str:
+        """The prompt's text, in which characters of what the caller wrote can be counted.
+
+        Raises:
+            InputError: If the tokens' places are only known in another text.
+        """
+        if self.text != self.written:
+            raise InputError(
+                f"the tokenizer does not say where in {self.written!r} its tokens stand, and they "
+                f"decode to {self.text!r}, so subject_start cannot be followed; leave it out, or "
+                "use a fast tokenizer"
+            )
+        return self.text
+
+    @property
+    def _joinable(self) -> str | None:
+        """The text that a continuation is joined to."""
+        return self.written if self.written is not None else self.vocabulary.text_of(self.ids)
+
+    def extended(self, ids: Sequence[int]) -> Prompt:
+        """The prompt with more tokens at its end, an answer's for example.
+
+        Args:
+            ids: The tokens.
+
+        Returns:
+            The longer prompt.
+        """
+        if not ids:
+            return self
+        every = (*self.ids, *ids)
+        text, spans = self.vocabulary.spans(every)
+        if not text.startswith(self.text):  # special tokens, or a tokenizer that normalises
+            added, own = self.vocabulary.continued(ids)
+            n = len(self.text)
+            text = self.text + added
+            spans = (*self.spans, *((n + start, n + end) for start, end in own))
+        spans = (*self.spans, *spans[len(self.ids) :])
+        return Prompt(every, text, spans, self._joinable, self.vocabulary)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts of one forward pass.
+
+    Padding is always on the right, whatever the tokenizer's habit: in a causal model no real
+    token sees it, so a prompt in a batch gives the same numbers as the prompt alone.
+
+    Attributes:
+        tokens: Token ids; 0 at padding.
+        mask: False at padding.
+        prompts: Index of each prompt among all that the caller gave.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    prompts: Int[Tensor, "batch"]
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any prompt is shorter than the longest."""
+        return not bool(self.mask.all())
+
+    @property
+    def lengths(self) -> Int[Tensor, "batch"]:
+        """Number of real tokens of each prompt."""
+        return self.mask.sum(dim=1)
+
+    @property
+    def last(self) -> Int[Tensor, "batch"]:
+        """Index of the last real token of each prompt."""
+        return self.lengths - 1
+
+    def part(self, prompts: Int[Tensor, "part"]) -> PromptBatch:
+        """Some of the prompts, padded to the longest of them.
+
+        Args:
+            prompts: Their indices in this batch.
+
+        Returns:
+            The smaller batch.
+        """
+        longest = int(self.lengths[prompts].max())
+        return PromptBatch(
+            self.tokens[prompts, :longest], self.mask[prompts, :longest], self.prompts[prompts]
+        )
+
+    def to(self, device: torch.device) -> PromptBatch:
+        """The same on a device."""
+        return PromptBatch(self.tokens.to(device), self.mask.to(device), self.prompts.to(device))
+
+    def ends(self, values: Float[Tensor, "batch pos d"], n: int) -> Float[Tensor, "batch n d"]:
+        """What lies at the last `n` positions of each prompt.
+
+        Args:
+            values: Something per prompt and position.
+            n: How many positions, at most as many as the longest prompt has.
+
+        Returns:
+            The values, so that `[:, -1]` is the last token's. For a prompt of fewer positions the
+            first is repeated in front.
+        """
+        back = torch.arange(1 - n, 1, device=values.device)
+        last = self.last.to(values.device)[:, None]
+        rows = torch.arange(len(values), device=values.device)[:, None]
+        return values[rows, (last + back).clamp_min(0)]
+
+
+def tokenize_prompts(
+    host: Host, prompts: Prompts, prepend_bos: bool | None = None
+) -> tuple[Prompt, ...]:
+    """Bring prompts into tokens.
+
+    Args:
+        host: The model.
+        prompts: A text, several, token ids `[batch, pos]` (taken as they are, all of them real),
+            or what a tokenizer returned: a mapping with `input_ids` and perhaps `attention_mask`,
+            which says what is real.
+        prepend_bos: Whether texts get a BOS token, as in `Host.tokenize`.
+
+    Returns:
+        The prompts.
+
+    Raises:
+        InputError: If a prompt is empty or not a text, there is no prompt, a token has no
+            embedding, or ids have the wrong shape or dtype or come with `prepend_bos`.
+    """
+    if isinstance(prompts, Mapping):
+        rows = _rows_of_mapping(host, prompts, prepend_bos)
+        return tuple(Prompt.of_ids(host, row) for row in rows)
+    if isinstance(prompts, Tensor):
+        return tuple(Prompt.of_ids(host, row) for row in _checked_ids(host, prompts, prepend_bos))
+    check_choice("prepend_bos", prepend_bos, (True, False, None))
+    texts = listed(prompts)
+    if not texts:
+        raise InputError("there is no prompt in the list; pass at least one")
+    return tuple(_of_text(host, index, text, prepend_bos) for index, text in enumerate(texts))
+
+
+def _of_text(host: Host, index: int, text: object, prepend_bos: bool | None) -> Prompt:
+    if not isinstance(text, str):
+        raise InputError(
+            f"prompt {index} is {text!r}, a {type(text).__name__}; pass texts, one tensor of "
+            "token ids of shape [batch, pos], or what a tokenizer returned"
+        )
+    check_text(f"prompt {index},", text)
+    prompt = Prompt.of_text(host, text, prepend_bos)
+    if not prompt.ids:
+        raise InputError(
+            f"prompt {index}, {text!r}, is empty; a gradient needs at least one token: pass a "
+            "text, or the BOS token's id"
+        )
+    return prompt
+
+
+def _rows_of_mapping(
+    host: Host, encoded: Mapping[str, Any], prepend_bos: bool | None
+) -> list[list[int]]:
+    """The real tokens of what a tokenizer returned."""
+    if "input_ids" not in encoded:
+        raise InputError(
+            f"a mapping with {', '.join(map(repr, encoded)) or 'nothing'} is no prompt; pass "
+            "texts, or a tokenizer's output, which has 'input_ids'"
+        )
+    ids = _rows("input_ids", encoded["input_ids"])
+    mask = [[1] * len(row) for row in ids]
+    if encoded.get("attention_mask") is not None:
+        mask = _rows("attention_mask", encoded["attention_mask"])
+    if list(map(len, mask)) != list(map(len, ids)):
+        raise InputError(
+            "input_ids and attention_mask have different shapes; pass both as the tokenizer gave "
+            "them"
+        )
+    real = [_real(row, own) for row, own in zip(ids, mask, strict=True)]
+    return [row for own in real for row in _checked_ids(host, torch.tensor([own]), prepend_bos)]
+
+
+def _rows(name: str, values: object) -> list[list[int]]:
+    """One list per prompt, where a tokenizer may have returned tensors or a single row."""
+    rows = [] if is_integer(values) else [plain(row) for row in listed(values)]
+    if rows and all(map(is_integer, rows)):
+        rows = [rows]
+    if not rows or not all(isinstance(row, list | tuple) for row in rows):
+        raise InputError(f"{name} is {shown(values)}; pass lists or tensors of token ids")
+    for row in rows:
+        for value in row:
+            if not is_integer(value) or not 0 <= as_index(value) < _TOKEN_IDS:
+                raise InputError(f"{name} holds {shown(value)}; pass lists or tensors of token ids")
+    return [[as_index(value) for value in row] for row in rows]
+
+
+def _real(ids: list[int], mask: list[int]) -> list[int]:
+    """The tokens of one prompt without its padding, which is at one end."""
+    real = [at for at, is_real in enumerate(mask) if is_real]
+    if not real:
+        raise InputError("input_ids hold a prompt without a token; each needs at least one")
+    if len(real) != real[-1] - real[0] + 1:
+        raise InputError(
+            f"attention_mask hides tokens inside of a prompt ({mask}); leave them out of input_ids "
+            "if they do not belong to it"
+        )
+    return ids[real[0] : real[-1] + 1]
+
+
+def _checked_ids(host: Host, ids: Tensor, prepend_bos: bool | None) -> list[list[int]]:
+    is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if ids.ndim != 2 or ids.numel() == 0 or not is_integer:
+        raise InputError(
+            f"token ids have shape {tuple(ids.shape)} and dtype {ids.dtype}; pass integers of "
+            "shape [batch, pos] with at least one prompt and one token (ids[None] adds the batch)"
+        )
+    if prepend_bos is not None:
+        raise InputError(
+            "prepend_bos is for texts; put the BOS id into the token ids yourself, or leave it out"
+        )
+    rows: list[list[int]] = plain(ids)
+    lowest, highest = min(map(min, rows)), max(map(max, rows))
+    if lowest < 0 or highest >= host.d_vocab:
+        raise InputError(
+            f"token ids run from {lowest} to {highest}; allowed are 0 to {host.d_vocab - 1}"
+        )
+    return rows
+
+
+def pad_prompts(host: Host, rows: Sequence[Sequence[int]]) -> PromptBatch:
+    """Put token ids of different lengths into one batch.
+
+    Args:
+        host: The model, for its context length and device.
+        rows: Token ids of each prompt.
+
+    Returns:
+        The batch, on the model's device.
+
+    Raises:
+        InputError: If a prompt is longer than the model's context, or has a token without a row in
+            its embedding.
+    """
+    longest, d_vocab = max(len(row) for row in rows), host.d_vocab
+    for index, row in enumerate(rows):
+        if max(row) >= d_vocab:
+            raise InputError(
+                f"prompt {index} has the token id {max(row)} (answer included); the model's "
+                f"embedding has the rows 0 to {d_vocab - 1}"
+            )
+        if len(row) > host.n_ctx:
+            raise InputError(
+                f"prompt {index} has {len(row)} tokens (answer included); the model's context "
+                f"holds {host.n_ctx}. Shorten it, or pass a part of it"
+            )
+    tokens = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = True
+    return PromptBatch(tokens, mask, torch.arange(len(rows))).to(host.device)

@@ -1,0 +1,75 @@
+"""Continuations drawn from a model, each prompt with random numbers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from backward_lens_tl.capture.forward_backward import read_logits
+from backward_lens_tl.capture.prompts import pad_prompts
+from backward_lens_tl.models import Host
+
+
+@torch.no_grad()
+def sample(
+    host: Host,
+    prompts: Sequence[Sequence[int]],
+    n_tokens: Sequence[int],
+    *,
+    top_k: int,
+    seeds: Sequence[int],
+) -> list[list[int]]:
+    """Draw continuations of prompts.
+
+    Each prompt has a generator of its own, on the CPU, so that what it draws depends neither on the
+    prompts beside it nor on the device, and torch's own random numbers stay as they were. Every
+    token takes a forward pass over all that is before it: caches differ between TransformerLens's
+    classes, and hooks of the caller see whole prompts this way.
+
+    Args:
+        host: The model.
+        prompts: Token ids of each prompt, at least one token each.
+        n_tokens: How many tokens each prompt gets; fewer where the model's context ends (the last
+            one is drawn when it is full), or after the tokenizer's end of text.
+        top_k: Tokens that are drawn among; 1 takes the most probable one, and so does a model whose
+            logits are not finite.
+        seeds: One for each prompt.
+
+    Returns:
+        The continuations, without their prompts and without the end of text.
+    """
+    end = getattr(host.tokenizer, "eos_token_id", None)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    drawn: list[list[int]] = [[] for _ in prompts]
+    left = list(range(len(prompts)))
+    while True:
+        left = [
+            at
+            for at in left
+            if len(drawn[at]) < n_tokens[at]
+            and len(prompts[at]) + len(drawn[at]) <= host.n_ctx
+            and not (drawn[at] and drawn[at][-1] == end)
+        ]
+        if not left:
+            break
+        rows = [[*prompts[at], *drawn[at]] for at in left]
+        for group in host.length_groups(list(map(len, rows))):
+            batch = pad_prompts(host, [rows[place] for place in group])
+            with host.own_precision():
+                logits = read_logits(host, batch, n_read=1)[:, -1].cpu()
+            for place, own in zip(group, logits, strict=True):
+                drawn[left[place]].append(_drawn(own, top_k, generators[left[place]]))
+    return [tokens[:-1] if tokens and tokens[-1] == end else tokens for tokens in drawn]
+
+
+def _drawn(logits: Float[Tensor, "d_vocab"], top_k: int, generator: torch.Generator) -> int:
+    """A token among the most probable ones, in proportion to its probability."""
+    # Of a model that a huge edit has disabled nothing can be drawn.
+    if top_k == 1 or not bool(logits.isfinite().all()):
+        return int(logits.argmax())
+    best, tokens = logits.topk(min(top_k, len(logits)))
+    place = torch.multinomial(best.double().softmax(-1), 1, generator=generator)
+    return int(tokens[place])

@@ -1,0 +1,154 @@
+"""Which matrices, layers and positions are asked for: names and indices, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from backward_lens_tl._checks import is_index, listed, shown
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.models import Host
+from backward_lens_tl.models.sites import MATRIX_NAMES, HookPointSite, MatrixName
+
+
+def select_matrices(matrices: str | Sequence[str], host: Host) -> tuple[MatrixName, ...]:
+    """Resolve the `matrices` argument.
+
+    Args:
+        matrices: Names among `W_Q`, `W_K`, `W_V`, `W_O`, `W_in`, `W_gate`, `W_out`, or the groups
+            `"attn"`, `"mlp"` (those that the model has) and `"all"`, alone or in a sequence.
+        host: The model.
+
+    Returns:
+        Names without repeats, in the order in which a layer uses them.
+
+    Raises:
+        InputError: If a name is unknown, or nothing is asked for.
+    """
+    asked = listed(matrices)
+    wanted: set[str] = set()
+    for name in asked:
+        if not isinstance(name, str) or name not in (*MATRIX_NAMES, "attn", "mlp", "all"):
+            raise InputError(
+                f"unknown matrix {name!r}; allowed are {', '.join(MATRIX_NAMES)} and the groups "
+                "'attn', 'mlp' and 'all'"
+            )
+        if name in ("attn", "all"):
+            wanted.update(host.matrices("attn"))
+        if name == "mlp" or (name == "all" and host.has_mlp):
+            wanted.update(host.matrices("mlp"))
+        wanted.add(name)
+    if not wanted:
+        raise InputError("no matrix was asked for; name one, for example matrices=('W_out',)")
+    return tuple(name for name in MATRIX_NAMES if name in wanted)
+
+
+def select_hook_points(
+    hook_points: str | Sequence[str] | Callable[[str], bool] | None, host: Host
+) -> list[HookPointSite]:
+    """Resolve the `hook_points` argument.
+
+    Args:
+        hook_points: A name, several, or a function of the name; `None` for none.
+        host: The model.
+
+    Returns:
+        The hook points.
+
+    Raises:
+        InputError: If the model has no such hook point.
+    """
+    if hook_points is None:
+        return []
+    if callable(hook_points):
+        return [site for name, site in host.hook_points.items() if hook_points(name)]
+    asked = listed(hook_points)
+    for name in asked:
+        if not isinstance(name, str) or name not in host.hook_points:
+            near = get_close_matches(str(name), host.hook_points, n=3)
+            raise InputError(
+                f"the model has no hook point {name!r}"
+                + (f"; did you mean {', '.join(near)}?" if near else "; model.hook_dict lists them")
+            )
+    return [host.hook_points[name] for name in dict.fromkeys(asked)]
+
+
+def select_layers(layers: int | Sequence[int] | None, host: Host) -> tuple[int, ...]:
+    """Resolve the `layers` argument.
+
+    Args:
+        layers: Indices, negative ones from the end, or `None` for all.
+        host: The model.
+
+    Returns:
+        Indices from 0, ascending, without repeats.
+
+    Raises:
+        InputError: If an index is out of range, or nothing is asked for.
+    """
+    n = host.n_layers
+    if layers is None:
+        return tuple(range(n))
+    asked = listed(layers)
+    for layer in asked:
+        if not is_index(layer, n):
+            raise InputError(f"layer {shown(layer)} does not exist; allowed are {-n} to {n - 1}")
+    if not asked:
+        raise InputError("no layer was asked for; leave `layers` out for all of them")
+    return tuple(sorted({int(layer) % n for layer in asked}))
+
+
+def select_positions(
+    positions: int | Sequence[int] | None, mask: Bool[Tensor, "batch pos"]
+) -> Int[Tensor, "batch selected"]:
+    """Resolve the `positions` argument, prompt by prompt.
+
+    Args:
+        positions: Indices into each prompt, negative ones from that prompt's own end, or `None`
+            for all.
+        mask: False at padding, which is on the right.
+
+    Returns:
+        Indices from 0, in the order asked for; -1 where a shorter prompt has no such position
+        because all were asked for.
+
+    Raises:
+        InputError: If a prompt has no such position, or nothing is asked for.
+    """
+    if positions is None:
+        everywhere = torch.arange(mask.shape[1], device=mask.device)
+        return torch.where(mask, everywhere, torch.full_like(everywhere, -1))
+    asked = listed(positions)
+    if not asked:
+        raise InputError("no position was asked for; leave `positions` out for all of them")
+    rows = [
+        [position_index(position, int(length), prompt) for position in asked]
+        for prompt, length in enumerate(mask.sum(dim=1))
+    ]
+    return torch.tensor(rows, device=mask.device)
+
+
+def position_index(position: int, length: int, prompt: int) -> int:
+    """Turn one position of one prompt into an index from 0.
+
+    Args:
+        position: The index, negative from the end.
+        length: Number of tokens of the prompt.
+        prompt: Which prompt of the batch, for the message.
+
+    Returns:
+        The index from 0.
+
+    Raises:
+        InputError: If the prompt has no such position.
+    """
+    if not is_index(position, length):
+        raise InputError(
+            f"position {shown(position)} does not exist in prompt {prompt}, which has {length} "
+            f"tokens; allowed are {-length} to {length - 1}"
+        )
+    return int(position) % length

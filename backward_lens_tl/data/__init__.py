@@ -1,0 +1,1 @@
+"""Data sets of prompts and targets, and the segments of a prompt."""

@@ -1,0 +1,1 @@
+"""MEND: its networks, how they are trained, and the method."""

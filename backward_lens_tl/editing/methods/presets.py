@@ -1,0 +1,393 @@
+"""Every method with settings for a model: tuned, published, or by depth; and what methods need.
+
+Settings of the facts model were chosen on rows of its records that the benchmark does not use
+(`FACTS_TUNING`); `make tune` does it again and docs/editing.md shows what was tried. Those of
+GPT-2 xl are the published ones. Other models have layers as far up as GPT-2 xl's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from backward_lens_tl.data.records import Record
+from backward_lens_tl.editing.mend.hypernetwork import MENDEditor
+from backward_lens_tl.editing.mend.mend import MEND
+from backward_lens_tl.editing.mend.training import MENDTraining, train_mend
+from backward_lens_tl.editing.methods.fine_tuning import FineTuning
+from backward_lens_tl.editing.methods.memit import MEMIT
+from backward_lens_tl.editing.methods.method import EditMethod
+from backward_lens_tl.editing.methods.normalized_gradient import NormalizedGradient
+from backward_lens_tl.editing.methods.rome import ROME
+from backward_lens_tl.editing.methods.shift import ForwardPassShift
+from backward_lens_tl.editing.methods.steps import GradientStep
+from backward_lens_tl.editing.methods.ultraedit import UltraEdit
+from backward_lens_tl.editing.requests import EditRequest, tokenize_request
+from backward_lens_tl.editing.statistics.moments import SecondMoments, facts_moments, second_moments
+from backward_lens_tl.editing.statistics.standardization import (
+    EDITED_LAYERS,
+    PairStatistics,
+    pair_statistics,
+    requests_digest,
+)
+from backward_lens_tl.errors import EditError
+from backward_lens_tl.models import host_of
+from backward_lens_tl.models.hub import hub_is_reachable
+from backward_lens_tl.models.loading import FACTS_MODEL
+
+FACTS_TEST = range(200)
+"""Rows of the facts model's records that no setting was chosen on."""
+
+FACTS_TUNING = range(200, 250)
+"""Rows on which the facts model's settings were chosen."""
+
+_GPT2_XL_LAYERS = 48
+_WIKITEXT = "Salesforce/wikitext"
+_STATISTICS_TOKENS = 100_000
+_STATISTICS_REQUESTS = 300
+_TRAINING_RECORDS = 1000
+
+Settings = Mapping[str, Any]
+
+METHODS: Mapping[str, type[EditMethod]] = {
+    "ft_first": FineTuning,
+    "ft_late": FineTuning,
+    "ft_constrained": FineTuning,
+    "sgd_step": GradientStep,
+    "adam_step": GradientStep,
+    "muon_step": GradientStep,
+    "mend": MEND,
+    "normalized_gradient": NormalizedGradient,
+    "ultraedit": UltraEdit,
+    "rome": ROME,
+    "memit": MEMIT,
+    "shift": ForwardPassShift,
+    "shift_iterated": ForwardPassShift,
+    "shift_whitened": ForwardPassShift,
+}
+"""The presets, in the order of tables: the paper's rivals, their relatives, the shift's forms."""
+
+_FACTS: Mapping[str, Settings] = {
+    "ft_first": {"layers": 0, "lr": 5e-4},
+    "ft_late": {"layers": 6, "lr": 2e-3},
+    "ft_constrained": {"layers": 0, "lr": 2e-3, "norm_constraint": 7e-3},
+    "sgd_step": {"optimizer": "sgd", "layers": 6, "lr": 2.0},
+    "adam_step": {"optimizer": "adam", "layers": 6, "lr": 0.08},
+    "muon_step": {"optimizer": "muon", "layers": 6, "lr": 3.0},
+    "mend": {"layers": 0, "training": MENDTraining(lr=1e-3)},
+    "normalized_gradient": {"layers": (5, 6, 7), "lr": 3e-3},
+    "ultraedit": {"layers": (6,), "lr": 3e-3},
+    "rome": {"layer": 0, "key_mode": "bare", "prefixes": ((5, 3), (10, 3))},
+    "memit": {"layers": (0, 1), "regularization": 5.0},
+    "shift": {"layer": 6, "size": 1.0},
+    "shift_iterated": {"layer": 7, "size": 4.0, "form": "scale_free", "iterations": 25},
+    "shift_whitened": {"layer": 6, "size": 4.0, "form": "whitened", "iterations": 25},
+}
+
+_GPT2_XL: Mapping[str, Settings] = {
+    "ft_first": {"layers": 0, "objective": "prompt_last"},
+    "ft_late": {"layers": 35, "objective": "prompt_last"},
+    "ft_constrained": {"layers": 0, "norm_constraint": 5e-4, "objective": "prompt_last"},
+    "sgd_step": {"optimizer": "sgd", "layers": 35, "lr": 0.1},
+    "adam_step": {"optimizer": "adam", "layers": 35, "lr": 1e-3},
+    "muon_step": {"optimizer": "muon", "layers": 35, "lr": 1.0},
+    "mend": {"layers": (45, 46, 47)},
+    "normalized_gradient": {"lr": 1e-3},
+    "ultraedit": {},
+    "rome": {"layer": 17, "key_mode": "rome"},
+    "memit": {"layers": (13, 14, 15, 16, 17), "regularization": 20000.0},
+    "shift": {"layer": 35, "size": 0.24, "skip_if_answered": True},
+    "shift_iterated": {"layer": 35, "size": 4.0, "form": "scale_free", "iterations": 15},
+    "shift_whitened": {"layer": 35, "size": 4.0, "form": "whitened", "iterations": 15},
+}
+
+
+def preset_methods(
+    model: nn.Module,
+    names: str | Sequence[str] = "all",
+    *,
+    folder: str | Path,
+    training: Iterable[Record] = (),
+    prepend_bos: bool | None = False,
+    progress: bool = True,
+) -> dict[str, EditMethod]:
+    """Methods with settings for a model, and with the statistics and networks that they need.
+
+    Those are made when a method first needs them, kept in the folder, and read from there the next
+    time. The facts model's second moments ship with it; for other models they are collected from
+    WikiText-103 on the Hugging Face hub.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`.
+        names: Of `METHODS`, or `"all"`.
+        folder: For `second_moments.safetensors`, `pairs.safetensors`, `pairs-answer.safetensors`
+            and `mend.safetensors`; it has to be there.
+        training: Records for MEND's training, and for the statistics of gradients; not those that
+            the methods are tested on.
+        prepend_bos: Whether prompts get a BOS token; the paper's had none.
+        progress: Whether bars show how far it is.
+
+    Returns:
+        The methods by name, in the order of `METHODS`.
+
+    Raises:
+        EditError: If there is no such preset, or what a method needs cannot be had.
+
+    Examples:
+        >>> import tempfile
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> names, folder = ["rome", "shift_iterated"], tempfile.mkdtemp()
+        >>> methods = blt.editing.preset_methods(model, names, folder=folder, progress=False)
+        >>> request = blt.editing.EditRequest("Lionel Messi plays for", " Paris", "Lionel Messi")
+        >>> with methods["rome"](model, request).applied(model):
+        ...     blt.backward_lens(model, request.prompt).target()
+        ' Paris'
+    """
+    asked = [names] if isinstance(names, str) else list(names)
+    for name in asked:
+        _check_name(name, (*METHODS, "all"))
+    host = host_of(model)
+    needs = _Needs(model, Path(folder), tuple(training), prepend_bos, progress)
+    settings = preset_settings(host.name, host.n_layers)
+    return {
+        name: _with_needs(METHODS[name], settings[name], needs)
+        for name in METHODS
+        if name in asked or "all" in asked
+    }
+
+
+def with_settings(
+    model: nn.Module,
+    name: str,
+    settings: Settings,
+    *,
+    folder: str | Path,
+    training: Iterable[Record] = (),
+    prepend_bos: bool | None = False,
+    progress: bool = False,
+) -> EditMethod:
+    """A preset's method with other settings.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`.
+        name: The preset.
+        settings: Arguments of its class, but for statistics and networks.
+        folder: As in `preset_methods`.
+        training: Likewise.
+        prepend_bos: Likewise.
+        progress: Likewise.
+
+    Returns:
+        The method.
+
+    Raises:
+        EditError: As in `preset_methods`.
+    """
+    _check_name(name, tuple(METHODS))
+    needs = _Needs(model, Path(folder), tuple(training), prepend_bos, progress)
+    return _with_needs(METHODS[name], settings, needs)
+
+
+def _check_name(name: object, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise EditError(f"there is no method {name!r}; there are {', '.join(known)}")
+
+
+def preset_settings(model: str, n_layers: int) -> Mapping[str, Settings]:
+    """The settings of each preset, without statistics and networks.
+
+    Args:
+        model: The model's name, with or without that of its owner.
+        n_layers: How many layers it has.
+
+    Returns:
+        Arguments of the method's class, or for MEND of its training, by the preset's name.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> settings = blt.editing.preset_settings(model.cfg.model_name, model.cfg.n_layers)
+        >>> blt.editing.ROME(moments=blt.editing.facts_moments(), **settings["rome"]).layer
+        0
+    """
+    if model == FACTS_MODEL:
+        return _FACTS
+    if model.rpartition("/")[2] == "gpt2-xl":
+        return _GPT2_XL
+    return {name: _by_depth(own, n_layers) for name, own in _GPT2_XL.items()}
+
+
+def _by_depth(settings: Settings, n_layers: int) -> Settings:
+    """GPT-2 xl's settings with layers as far up in another model."""
+
+    def scaled(layer: int) -> int:
+        return min(n_layers - 1, round(layer * n_layers / _GPT2_XL_LAYERS))
+
+    own = {**settings}
+    for name in ("layer", "layers"):
+        if isinstance(own.get(name), int):
+            own[name] = scaled(own[name])
+        elif name in own:
+            own[name] = tuple(dict.fromkeys(map(scaled, own[name])))
+    if own.pop("regularization", None) is not None:
+        own["regularization"] = None  # which scales with the width
+    if own.get("form", "paper") == "paper" and "size" in own:
+        # The paper's eta is one of GPT-2 xl alone.
+        own |= {"form": "scale_free", "size": 30.0}
+    return own
+
+
+class _Needs:
+    """What methods are made from, each when it is first asked for.
+
+    Args:
+        model: The model.
+        folder: Where it is kept.
+        training: Records that may be trained on.
+        prepend_bos: Whether texts and prompts get a BOS token.
+        progress: Whether bars show how far it is.
+
+    Attributes:
+        prepend_bos: As given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: Path,
+        training: tuple[Record, ...],
+        prepend_bos: bool | None,
+        progress: bool,
+    ) -> None:
+        self._model, self._folder, self._progress = model, folder, progress
+        self.prepend_bos = prepend_bos
+        self._training = training[:_TRAINING_RECORDS]
+
+    @cached_property
+    def moments(self) -> SecondMoments:
+        """Second moments of what `W_out` reads."""
+        if host_of(self._model).name == FACTS_MODEL:
+            return facts_moments()
+        file = self._folder / "second_moments.safetensors"
+        if file.exists():
+            found = SecondMoments.load(file)
+            if found.n_tokens >= _STATISTICS_TOKENS:
+                return found
+        # A collection that was stopped goes on.
+        return second_moments(
+            self._model,
+            _wikitext(),
+            max_tokens=_STATISTICS_TOKENS,
+            prepend_bos=self.prepend_bos,
+            out=file,
+            progress=self._progress,
+        )
+
+    @cached_property
+    def pairs(self) -> PairStatistics:
+        """Mean and deviation of the pairs at all positions."""
+        return self._pairs("all", "pairs.safetensors")
+
+    @cached_property
+    def answer_pairs(self) -> PairStatistics:
+        """Mean and deviation of the pairs where the target's tokens are to be said."""
+        return self._pairs("answer", "pairs-answer.safetensors")
+
+    @property
+    def last_layers(self) -> tuple[int, ...]:
+        """The layers that editors of gradients edit if nobody says."""
+        n_layers = host_of(self._model).n_layers
+        return tuple(range(max(0, n_layers - len(EDITED_LAYERS)), n_layers))
+
+    def _pairs(self, positions: Any, name: str) -> PairStatistics:
+        file = self._folder / name
+        requests = list(map(EditRequest.of, islice(self._needed_training, _STATISTICS_REQUESTS)))
+        if file.exists():
+            return self._kept(file, requests)
+        found = pair_statistics(
+            self._model,
+            requests,
+            layers=range(host_of(self._model).n_layers),
+            positions=positions,
+            prepend_bos=self.prepend_bos,
+            progress=self._progress,
+        )
+        found.save(file)
+        return found
+
+    def _kept(self, file: Path, requests: Sequence[EditRequest]) -> PairStatistics:
+        """Those of a file, unless they are of others: maybe of records that are tested on now."""
+        found, host = PairStatistics.load(file), host_of(self._model)
+        tokenized = [tokenize_request(host, request, self.prepend_bos) for request in requests]
+        if found.requests != requests_digest(tokenized):
+            raise EditError(
+                f"{str(file)!r} holds statistics of other records than those that may be learnt "
+                "from here; choose another folder"
+            )
+        return found
+
+    def editor(self, **settings: Any) -> MENDEditor:
+        """MEND's trained networks.
+
+        Args:
+            **settings: Of the training.
+
+        Returns:
+            The networks.
+        """
+        return train_mend(
+            self._model,
+            self._needed_training,
+            **settings,
+            prepend_bos=self.prepend_bos,
+            out=self._folder / "mend.safetensors",
+            progress=self._progress,
+        )
+
+    @property
+    def _needed_training(self) -> tuple[Record, ...]:
+        if not self._training:
+            raise EditError(
+                "MEND and the other editors of gradients need records to learn from, apart from "
+                "those that are evaluated, and there are none left; evaluate fewer records, or "
+                "pass methods that need none, such as 'shift'"
+            )
+        return self._training
+
+
+_OF_CLASS: Mapping[type[EditMethod], Callable[[_Needs], Settings]] = {
+    NormalizedGradient: lambda needs: {"statistics": needs.pairs, "layers": needs.last_layers},
+    UltraEdit: lambda needs: {"statistics": needs.answer_pairs, "layers": needs.last_layers},
+    ROME: lambda needs: {"moments": needs.moments},
+    MEMIT: lambda needs: {"moments": needs.moments},
+}
+
+
+def _with_needs(kind: type[EditMethod], settings: Settings, needs: _Needs) -> EditMethod:
+    if kind is MEND:  # the networks are all that it has, and the settings are of their training
+        return MEND(needs.editor(**settings), prepend_bos=needs.prepend_bos)
+    needed = _OF_CLASS[kind](needs) if kind in _OF_CLASS else {}
+    if settings.get("form") == "whitened":
+        needed = {"moments": needs.moments}
+    make: Callable[..., EditMethod] = kind
+    return make(**{**needed, **settings}, prepend_bos=needs.prepend_bos)
+
+
+def _wikitext() -> Iterator[str]:
+    """Paragraphs of WikiText-103, streamed."""
+    if not hub_is_reachable():
+        raise EditError(
+            f"second moments are collected from {_WIKITEXT!r} on the Hugging Face hub, which "
+            "cannot be reached; collect them from other texts with second_moments(model, texts), "
+            "and pass methods that have them"
+        )
+    import datasets
+
+    data = datasets.load_dataset(_WIKITEXT, "wikitext-103-raw-v1", split="train", streaming=True)
+    yield from (row["text"] for row in data if row["text"].strip())

@@ -1,0 +1,156 @@
+"""One step of an optimizer on weight matrices, as an edit.
+
+With the gradient `G = sum_i x_i^T delta_i` of the loss, from the lens's own capture:
+
+    sgd     -lr G                   as many outer products as positions, exactly
+    adam    -lr G / (|G| + eps)     torch's first step: nearly the sign of each entry
+    muon    -lr U V^T               from the singular value decomposition G = U S V^T
+
+SGD writes what the gradient's factors say. Adam's step on one number knows nothing of the others,
+so it has full rank as a rule and is held as a matrix. Muon's has the gradient's row and column
+space, and all directions there count alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from backward_lens_tl._checks import check_choice, plain, shown
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.objectives import Objective, SequenceNLL
+from backward_lens_tl.capture.run import capture_gradients
+from backward_lens_tl.capture.selection import select_layers, select_matrices
+from backward_lens_tl.editing.delta import MatrixDelta, site_of
+from backward_lens_tl.editing.methods.method import EditMethod
+from backward_lens_tl.editing.requests import TokenizedRequest
+from backward_lens_tl.errors import EditError, InputError
+from backward_lens_tl.models import Host
+
+Optimizer = Literal["sgd", "adam", "muon"]
+
+_ADAM_EPS = 1e-8
+"""torch's default."""
+
+
+@dataclass(frozen=True)
+class GradientStep(EditMethod):
+    """One step of an optimizer from the model's weights, on some matrices alone.
+
+    The loss is the mean over requests of the mean negative log-likelihood of the target's tokens,
+    each read behind the true ones before it (teacher forcing). Biases stay as they are. No weight
+    decay.
+
+    - `"sgd"` is `torch.optim.SGD`, held as outer products: `left` has what the matrix read at each
+      position of each request, `right` the VJPs times `-lr`. Positions that add nothing are left
+      out.
+    - `"adam"` is the first step of `torch.optim.Adam` with its default betas and `eps` 1e-8. Both
+      bias corrections undo what the betas do to the first gradient. Dense: it makes the
+      `d_in x d_out` matrix.
+    - `"muon"` orthogonalises the gradient, heads side by side: every singular value that is more
+      than rounding becomes `lr`. There is no further factor, so the step's spectral norm is `lr`
+      for any size of matrix. `torch.optim.Muon` comes near by five Newton-Schulz iterations, which
+      leave singular values of about 0.7 to 1.2 and do not lift those that are far smaller than the
+      largest; it computes in bfloat16, whose rounding they lift in all other directions. And it
+      multiplies by `sqrt(max(1, rows / columns))` of the stored matrix, or by
+      `0.2 sqrt(max(rows, columns))` with `adjust_lr_fn="match_rms_adamw"`.
+
+    Attributes:
+        optimizer: `"sgd"`, `"adam"` or `"muon"`.
+        lr: The learning rate.
+        matrices: Names or groups, as in `capture_gradients`.
+        layers: Layers, negative ones from the end; `None` for all.
+        prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> request = blt.editing.EditRequest("Lionel Messi plays for", " Paris")
+        >>> step = blt.editing.GradientStep("sgd", lr=1.0, matrices="W_out", layers=[5, 7])
+        >>> delta = step(model, request)
+        >>> [each.rank() for each in delta]
+        [6, 1]
+        >>> with delta.applied(model):
+        ...     blt.backward_lens(model, request.prompt).target()
+        ' Paris'
+    """
+
+    optimizer: Optimizer
+    lr: int | float
+    matrices: str | Sequence[str] = ("W_out",)
+    layers: int | Sequence[int] | None = None
+    prepend_bos: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("optimizer", self.optimizer, get_args(Optimizer), EditError)
+        lr = plain(self.lr)
+        if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
+            raise EditError(f"lr is {shown(self.lr)}; pass a positive number")
+
+    def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> Sequence[MatrixDelta]:
+        """What the step adds to each matrix."""
+        try:
+            names, layers = select_matrices(self.matrices, host), select_layers(self.layers, host)
+        except EditError:
+            raise
+        except InputError as error:
+            raise EditError(str(error)) from error
+        for layer in layers:
+            for name in names:
+                site_of(host, name, layer)  # refuses a mixture of experts before any pass
+        targets = [request.target for request in requests]
+        capture = capture_gradients(
+            host.model,
+            [request.request.prompt for request in requests],
+            Objective(
+                "mean NLL of the targets", lambda prompts: SequenceNLL(targets, is_mean=True)
+            ),
+            matrices=names,
+            layers=layers,
+            prepend_bos=self.prepend_bos,
+        )
+        return [self._step(gradient) for gradient in capture]
+
+    def _step(self, gradient: MatrixGradient) -> MatrixDelta:
+        left, right = _mean_over_prompts(gradient)
+        # A step of learning rate 1 down the gradient.
+        descent = MatrixDelta(gradient.matrix, gradient.layer, left=left, right=-right)
+        if self.optimizer == "sgd":
+            return descent.scale(self.lr)
+        if self.optimizer == "adam":
+            dense = descent.dense()
+            step = self.lr * dense / (dense.abs() + _ADAM_EPS)
+            return MatrixDelta(gradient.matrix, gradient.layer, values=step)
+        u, _, vh = descent.svd()
+        return MatrixDelta(
+            gradient.matrix,
+            gradient.layer,
+            left=u.to(left.dtype),
+            right=(self.lr * vh).to(right.dtype),
+        )
+
+
+def _mean_over_prompts(
+    gradient: MatrixGradient,
+) -> tuple[Float[Tensor, "d_in n"], Float[Tensor, "n d_out"]]:
+    """Factors of the mean over all prompts, heads side by side, without positions that add nothing.
+
+    Args:
+        gradient: The gradient of every prompt.
+
+    Returns:
+        What was read, as columns, and the VJPs by the number of prompts, as rows.
+    """
+    left, right = [], []
+    for prompt in range(len(gradient.mask)):
+        factors = gradient.factored(prompt)
+        counts = ~gradient.is_zero[prompt, gradient.mask[prompt]]
+        left.append(factors.A[:, counts])
+        right.append(factors.B[counts])
+    return torch.cat(left, dim=1), torch.cat(right) / len(gradient.mask)

@@ -1,0 +1,161 @@
+"""The pairs `(x_i, delta_i)` that span the gradients of requests: what editors make an edit of.
+
+The gradient of a request's loss is `dL/dW = sum_i outer(x_i, delta_i)` over the positions that the
+model reads (paper, equation 8). Editors that transform gradients transform these vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from backward_lens_tl._checks import listed
+from backward_lens_tl.capture.continuations import Continuations
+from backward_lens_tl.capture.forward_backward import record
+from backward_lens_tl.capture.objectives import SequenceNLL
+from backward_lens_tl.capture.run import check_sharing
+from backward_lens_tl.editing.requests import TokenizedRequest
+from backward_lens_tl.editing.statistics.activations import mlp_site
+from backward_lens_tl.errors import EditError
+from backward_lens_tl.models import Host
+from backward_lens_tl.models.sites import MATRIX_NAMES, MatrixName, MatrixSite
+
+Positions = Literal["all", "answer"]
+"""`"all"` that the model reads, or those alone at which a token of the target is to be said."""
+
+_BATCH = 16
+
+
+@dataclass(frozen=True, repr=False)
+class SpanningPairs:
+    """What spans the gradient of one matrix, for each of some requests.
+
+    Attributes:
+        matrix: TransformerLens's name of the matrix.
+        layer: The layer, from 0.
+        inputs: `x_i`, what the matrix reads.
+        vjps: `delta_i`, the gradient of the request's loss at what it writes. The loss is the mean
+            over the target's tokens, in nats.
+        mask: False at padding, where a factor is all zero, and at positions not asked for.
+    """
+
+    matrix: MatrixName
+    layer: int
+    inputs: Float[Tensor, "request pos d_in"]
+    vjps: Float[Tensor, "request pos d_out"]
+    mask: Bool[Tensor, "request pos"]
+
+    @property
+    def flat(self) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
+        """The pairs of all requests, one after the other, without those that the mask hides."""
+        return self.inputs[self.mask], self.vjps[self.mask]
+
+    def __repr__(self) -> str:
+        n = int(self.mask.sum())
+        return (
+            f"SpanningPairs({self.matrix} of layer {self.layer}, {n} of {len(self.mask)} requests)"
+        )
+
+
+def mlp_sites(
+    host: Host, matrices: str | Sequence[str], layers: int | Sequence[int]
+) -> list[MatrixSite]:
+    """Matrices of MLPs that can be changed.
+
+    Args:
+        host: The model.
+        matrices: Their names; `"mlp"` is all that the model's MLPs have.
+        layers: Their layers; negative ones count from the end.
+
+    Returns:
+        Where they are, each once, in the order of a forward pass.
+
+    Raises:
+        EditError: If there is none, or the model lacks one.
+        UnsupportedModelError: If one cannot be changed, or several modules share it.
+    """
+    asked = listed(matrices)
+    names = [name for each in asked for name in (host.matrices("mlp") if each == "mlp" else [each])]
+    found = {}
+    for layer in listed(layers):
+        for name in names:
+            site = mlp_site(host, name, layer)
+            found[site.layer, MATRIX_NAMES.index(site.matrix)] = site
+    if not found:
+        raise EditError(
+            "no matrix is to be edited; name at least one, for example matrices=('W_out',), "
+            "layers=(-1,)"
+        )
+    sites = [found[key] for key in sorted(found)]
+    check_sharing(host, sites)
+    return sites
+
+
+def spanning_pairs(
+    host: Host,
+    requests: Sequence[TokenizedRequest],
+    sites: Sequence[MatrixSite],
+    positions: Positions = "all",
+) -> list[SpanningPairs]:
+    """Capture the pairs of some requests in one forward and one backward pass.
+
+    Args:
+        host: The model.
+        requests: What it is to be taught; it reads the targets, too (teacher forcing).
+        sites: The matrices.
+        positions: Which positions' pairs are wanted.
+
+    Returns:
+        The pairs of each matrix, in float32, or in float64 if the model computes in it.
+    """
+    prompts = Continuations.of(
+        host, [each.prompt for each in requests], [each.target for each in requests]
+    )
+    objective = SequenceNLL([each.target for each in requests], is_mean=True)
+    gradients = record(host, prompts.batch, objective, sites).gradients
+    wanted = prompts.batch.mask
+    if positions == "answer":
+        device = wanted.device
+        first = torch.tensor([len(each.prompt) - 1 for each in requests], device=device)
+        wanted = wanted & (torch.arange(wanted.shape[1], device=device) >= first[:, None])
+    found = []
+    for site in sites:
+        own = gradients[site.matrix, site.layer]
+        mask = wanted.to(own.inputs.device) & ~own.is_zero
+        found.append(SpanningPairs(site.matrix, site.layer, own.inputs, own.vjps, mask))
+    return found
+
+
+def joined_pairs(
+    host: Host,
+    requests: Sequence[TokenizedRequest],
+    sites: Sequence[MatrixSite],
+    positions: Positions = "all",
+) -> list[tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]]:
+    """Capture the pairs of any number of requests, in as many passes as they need.
+
+    Args:
+        host: The model.
+        requests: What it is to be taught.
+        sites: The matrices.
+        positions: Which positions' pairs are wanted.
+
+    Returns:
+        All `x_i` and all `delta_i` of each matrix.
+    """
+    # A caller's hooks, such as an activation patch, may be made for all prompts at once.
+    size = len(requests) if host.hooked_modules else _BATCH
+    parts = [
+        spanning_pairs(host, requests[start : start + size], sites, positions)
+        for start in range(0, len(requests), size)
+    ]
+    joined = []
+    for own in zip(*parts, strict=True):
+        inputs, vjps = zip(*(each.flat for each in own), strict=True)
+        joined.append((torch.cat(inputs), torch.cat(vjps)))
+    return joined

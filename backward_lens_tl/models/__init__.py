@@ -1,0 +1,93 @@
+"""What `HookedTransformer` and `TransformerBridge` look like inside; nothing else knows.
+
+Everything after it sees a [`Host`][backward_lens_tl.models.adapter.Host]: tokens in, logits out,
+and for each weight matrix its site.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+
+from torch import nn
+
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.models.adapter import Host
+from backward_lens_tl.models.hooked_transformer import HookedTransformerHost
+from backward_lens_tl.models.probing import (
+    Probe,
+    check_plain,
+    logit_error,
+    plain_error,
+    probe,
+    probe_tokens,
+)
+from backward_lens_tl.models.transformer_bridge import TransformerBridgeHost, has_bridge
+
+__all__ = [
+    "Host",
+    "Probe",
+    "check_plain",
+    "has_bridge",
+    "host_of",
+    "logit_error",
+    "plain_error",
+    "probe",
+    "probe_tokens",
+]
+
+_HOSTS: dict[str, type[Host]] = {
+    "HookedTransformer": HookedTransformerHost,
+    "TransformerBridge": TransformerBridgeHost,
+}
+
+
+def host_of(model: object) -> Host:
+    """Wrap a TransformerLens model that can be analysed, in a state in which it can be.
+
+    The class is recognised by name along the inheritance chain, because `HookedTransformer`
+    cannot be imported from TransformerLens 4.
+
+    Args:
+        model: A `HookedTransformer` or a `TransformerBridge`.
+
+    Returns:
+        The model's host.
+
+    Raises:
+        InputError: If it is neither.
+        UnsupportedModelError: If it is no causal decoder, or its passes are not what they seem.
+        ModelStateError: If it is in a state in which gradients would be wrong.
+    """
+    for base in type(model).__mro__:
+        if base.__name__ in _HOSTS and isinstance(model, nn.Module) and hasattr(model, "cfg"):
+            host = _HOSTS[base.__name__](model)
+            host.check_state()
+            if (seen := probe(host)) is not None:
+                seen.check_forward(host)
+            return host
+    raise InputError(
+        f"model is {_described(model)}; pass a transformer_lens HookedTransformer or "
+        f"TransformerBridge{_advice(model)}"
+    )
+
+
+def _described(model: object) -> str:
+    if isinstance(model, str | PathLike):
+        return f"the {type(model).__name__} {str(model)!r}"
+    return f"a {type(model).__name__}"
+
+
+def _advice(model: object) -> str:
+    """How to come from what was passed to a model, where that can be told."""
+    if isinstance(model, str | PathLike):
+        return f": load_model({str(model)!r})"
+    hf_model = "model"
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        hf_model = "model.get_base_model()"
+    if isinstance(model, nn.Module):
+        return (
+            ": TransformerBridge.boot_transformers(name, hf_model="
+            f"{hf_model}, tokenizer=tokenizer), with the name of its architecture's hub model or "
+            "its folder"
+        )
+    return ", such as load_model(name) gives"

@@ -1,0 +1,119 @@
+"""Weights that lie in linear modules, torch's or Hugging Face's."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from backward_lens_tl.errors import UnsupportedModelError
+from backward_lens_tl.models.sites import MatrixName, MatrixSite, Stored, Tap
+
+
+def linear_site(matrix: MatrixName, layer: int, linear: nn.Module, **details: Any) -> MatrixSite:
+    """A matrix that a linear module multiplies by, tapped at that module.
+
+    Args:
+        matrix: TransformerLens's name of the matrix.
+        layer: The layer.
+        linear: The module.
+        **details: Further fields of the site.
+
+    Returns:
+        The site.
+    """
+    base = _base_layer(linear, matrix, layer)
+    found: dict[str, Any] = {
+        "input": Tap(linear, "input"),
+        "output": Tap(linear, "output"),
+        "weight": Stored(
+            float_parameter(base.weight, matrix, layer), stored_layout(base, matrix, layer)
+        ),
+        "bias": base.bias,
+    }
+    return MatrixSite(matrix, layer, **(found | details))
+
+
+def is_adapted(linear: object) -> bool:
+    """Whether PEFT has put an adapter around a module."""
+    return isinstance(linear, nn.Module) and hasattr(linear, "base_layer")
+
+
+def _base_layer(linear: Any, matrix: MatrixName, layer: int) -> Any:
+    """The linear module that holds a matrix: itself, or the one inside a LoRA adapter.
+
+    With `y = x @ (W + s A B) + b`, the gradient of the effective weight is that of `W`.
+
+    Returns:
+        The module.
+
+    Raises:
+        UnsupportedModelError: If an adapter does anything else than add to the weight.
+    """
+    if not is_adapted(linear):
+        return linear
+    is_lora = hasattr(linear, "lora_A") and hasattr(linear, "lora_B")
+    is_plain = not any(getattr(linear, "use_dora", {}).values())
+    is_plain = is_plain and not getattr(linear, "lora_variant", None)
+    if is_lora and is_plain:
+        return linear.base_layer
+    raise UnsupportedModelError(
+        f"{matrix} of layer {layer} has an adapter of PEFT ({type(linear).__name__}) that does "
+        "more than add a low-rank matrix to it; merge it into the weight before the model is "
+        "wrapped: hf_model = peft_model.merge_and_unload()"
+    )
+
+
+def stored_layout(linear: nn.Module, matrix: str, layer: int) -> Literal["in_out", "out_in"]:
+    """How a linear module keeps its weight, by its class.
+
+    Args:
+        linear: The module.
+        matrix: Whose weight it is, for the message.
+        layer: Whose weight it is, for the message.
+
+    Returns:
+        `"out_in"` for torch's `Linear`, `"in_out"` for Hugging Face's `Conv1D`.
+
+    Raises:
+        UnsupportedModelError: If it is neither, or its weight is computed on the way.
+    """
+    if not is_parametrized(linear):
+        if isinstance(linear, nn.Linear):
+            return "out_in"
+        if type(linear).__name__ == "Conv1D":
+            return "in_out"
+    if hasattr(linear, "original_component"):
+        raise UnsupportedModelError(
+            f"{matrix} of layer {layer} is inside two bridges: its Hugging Face model was wrapped "
+            "twice; load it anew for each TransformerBridge"
+        )
+    raise UnsupportedModelError(
+        f"{matrix} of layer {layer} is a {type(linear).__module__}.{type(linear).__qualname__}; "
+        "the lens knows torch.nn.Linear and transformers' Conv1D, without parametrizations, and "
+        "LoRA adapters around them"
+    )
+
+
+def float_parameter(weight: object, matrix: str, layer: int) -> Tensor:
+    """A weight that has a gradient.
+
+    Args:
+        weight: What the model holds.
+        matrix: Whose it is, for the message.
+        layer: Whose it is, for the message.
+
+    Returns:
+        The weight.
+
+    Raises:
+        UnsupportedModelError: If it is not a tensor of real numbers, as a quantised one is not.
+    """
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return weight
+    kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+    raise UnsupportedModelError(
+        f"{matrix} of layer {layer} is stored as {kind}, which has no gradient; load the model "
+        "without quantisation"
+    )

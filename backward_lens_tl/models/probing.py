@@ -1,0 +1,308 @@
+"""A few tokens through a model, to see whether it is what the lens takes it for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from backward_lens_tl.errors import UnsupportedModelError
+from backward_lens_tl.models.adapter import Host
+
+_N_TOKENS = 6
+_CANDIDATES = 64
+
+_ROUNDINGS = 4
+"""Roundings of a number's own size that are no difference."""
+
+_ROWS = 16
+
+_TO_NORMAL = 1.4826
+"""Standard deviations of a normal distribution in one median absolute deviation."""
+
+_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4}
+_HALF_PRECISION_TOLERANCE = 0.3
+_PLAIN_TOLERANCE = 1e-3
+"""TransformerLens computes some parts in another order, or in float32."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few tokens through a model show. Errors are in spreads of the logits.
+
+    Attributes:
+        causality_error: Largest change of the logits before the last token when that is another
+            token.
+        forward_error: Largest difference between the logits that are analysed and those that the
+            model gives when it is simply called.
+        vjp_error: Relative difference between the VJPs of both at the last residual stream.
+        readout_error: Largest difference between the logits and what the final norm and the
+            unembedding make of the last residual stream.
+        tolerance: The largest error that can be rounding in the model's dtype.
+    """
+
+    causality_error: float
+    forward_error: float
+    vjp_error: float
+    readout_error: float
+    tolerance: float
+
+    def check_forward(self, host: Host) -> None:
+        """Refuse a model whose factors would not be its gradients.
+
+        Args:
+            host: The model.
+
+        Raises:
+            UnsupportedModelError: If tokens see those after them, or the pass that is analysed is
+                not the one that the model makes when it is called.
+        """
+        if not self.causality_error <= self.tolerance:  # NaN fails
+            raise UnsupportedModelError(
+                f"{host.name!r} is not causal as it is loaded: another last token changes the "
+                f"logits before it by {self.causality_error:.1g} times their spread, so losses and "
+                f"gradients would be wrong.{host.causality_advice}"
+            )
+        if not max(self.forward_error, self.vjp_error) <= self.tolerance:
+            raise UnsupportedModelError(
+                f"the forward pass that would be analysed is not the one that {host.name!r} makes "
+                f"when it is called: logits differ by {self.forward_error:.1g} times their spread, "
+                f"and gradients by {self.vjp_error:.1g} of their size"
+            )
+
+    def check_readout(self, host: Host) -> None:
+        """Refuse to read vectors in a way in which the model does not read its own stream.
+
+        Args:
+            host: The model.
+
+        Raises:
+            UnsupportedModelError: If its logits are not norm and unembedding of its last residual
+                stream.
+        """
+        if not self.readout_error <= self.tolerance:
+            raise UnsupportedModelError(
+                f"{host.name!r} does not read its last residual stream with its final norm and "
+                f"unembedding alone: these give logits that differ from its own by "
+                f"{self.readout_error:.1g} times their spread, so the Logit Lens would show wrong "
+                "tokens. capture_gradients gives the factors, and projection=... takes an object "
+                "of your own that reads them as the model does"
+            )
+
+
+def logit_error(found: Float[Tensor, "*n d_vocab"], expected: Float[Tensor, "*n d_vocab"]) -> float:
+    """The largest difference between two sets of logits, in units of their spread.
+
+    The spread is the median absolute deviation, as a normal distribution's standard deviation:
+    the logits of padded vocabularies, which may be minus infinity, do not widen it. Equal
+    infinities do not differ, and neither do numbers that are equal up to their own rounding.
+
+    Args:
+        found: The logits.
+        expected: What they should be.
+
+    Returns:
+        The error; NaN if either holds NaN.
+    """
+    roundings = _ROUNDINGS * torch.finfo(expected.dtype).eps
+    found, expected = (each.reshape(-1, each.shape[-1]) for each in (found, expected))
+    largest = torch.stack(
+        [
+            ((own - other).abs() - roundings * other.abs().nan_to_num(posinf=0))
+            .masked_fill(own == other, 0)
+            .max()
+            for own, other in zip(found.split(_ROWS), expected.split(_ROWS), strict=True)
+        ]
+    ).max()  # unlike Python's, it passes NaN on
+    return float(largest.clamp_min(0)) / _spread(expected[:_ROWS].double())
+
+
+def _spread(logits: Float[Tensor, "n d_vocab"]) -> float:
+    """How far apart logits are."""
+    real = logits[logits.isfinite()]
+    if not len(real):
+        return 1.0
+    spreads = (
+        float((real - real.median()).abs().median()) * _TO_NORMAL,
+        float(real.std(unbiased=False)),  # where more than half of the tokens have one logit
+        float(real.abs().max()),
+        1.0,
+    )
+    return next(spread for spread in spreads if spread > 0)
+
+
+_PROBES: WeakKeyDictionary[nn.Module, tuple[object, Probe]] = WeakKeyDictionary()
+_PLAIN: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+
+
+def check_plain(
+    host: Host, tokens: Int[Tensor, "2 pos"], expected: Float[Tensor, "2 pos d_vocab"]
+) -> None:
+    """Refuse a model that is not the plain Hugging Face model that it was made of.
+
+    Args:
+        host: The model.
+        tokens: As `probe_tokens` gives them.
+        expected: The plain model's logits.
+
+    Raises:
+        UnsupportedModelError: If its own logits differ by more than rounding.
+    """
+    with torch.no_grad():
+        error = logit_error(host.logits(tokens.to(host.device)).to(expected.device), expected)
+    if not error <= _PLAIN_TOLERANCE and not bool(expected.isnan().any()):
+        raise UnsupportedModelError(
+            f"{host.name!r} as TransformerLens {version('transformer-lens')} turns it into a "
+            f"{type(host.model).__name__} gives logits that differ from those of Hugging Face's "
+            f"own model by {error:.1g} times their spread; try the other kind, 'bridge' or 'hooked'"
+        )
+    _PLAIN[host.model] = error
+
+
+def plain_error(model: nn.Module) -> float | None:
+    """How far a model's logits were from the plain model's when it was loaded from a folder.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The error, in spreads of the logits; `None` if it was not loaded from a folder.
+    """
+    return _PLAIN.get(model)
+
+
+def probe(host: Host) -> Probe | None:
+    """Look at a model, the first time that it is asked about.
+
+    Args:
+        host: The model.
+
+    Returns:
+        What was seen; `None` of a model that gives NaN, and while there are hooks of the caller on
+        it, which would see these tokens.
+    """
+    state = (host.attention_implementation, host.model.W_U.dtype, *_forwards(host))
+    known = _PROBES.get(host.model)
+    if known is not None and known[0] == state:
+        return known[1]
+    if host.hooked_modules:
+        return None
+    seen = _probed(host)
+    if seen is not None:
+        _PROBES[host.model] = state, seen
+    return seen
+
+
+def _forwards(host: Host) -> Iterator[object]:
+    """What would be run, as far as it is cheaply told; somebody may replace it."""
+    modules = (host.model, host.model.unembed, host.last_resid.module)
+    for module in (*modules, *(getattr(each, "original_component", None) for each in modules)):
+        yield type(module).forward if isinstance(module, nn.Module) else None
+        yield vars(module).get("forward") if isinstance(module, nn.Module) else None
+        yield type(module)
+
+
+@torch.no_grad()
+def _probed(host: Host) -> Probe | None:
+    tokens = probe_tokens(host.d_vocab, host.n_ctx, host.vocabulary.special_ids).to(host.device)
+    # First: a bridge keeps its last attention pattern, and one with a graph cannot be copied.
+    vjp_error = _vjp_error(host, tokens)
+    streams: list[Tensor] = []
+    with host.own_precision():
+        module = host.last_resid.module
+        logits = host.logits_of(tokens, lambda values: values)
+        called = _with_input(
+            module, streams.append, lambda: host.model(tokens, return_type="logits")
+        )
+    if not streams:
+        raise UnsupportedModelError(
+            f"{host.name!r} does not run its own final norm; if its Hugging Face model was wrapped "
+            "by a second bridge, load it anew for each"
+        )
+    with host.own_precision():
+        read = host.unembed(streams[0].reshape(-1, host.d_model))
+    if bool(logits.isnan().any()):
+        return None  # what is computed of the user's own prompts says where it comes from
+    first, second = logits
+    return Probe(
+        causality_error=logit_error(first[:-1], second[:-1]) if len(first) > 1 else 0.0,
+        forward_error=logit_error(logits, called.to(logits.device)),
+        vjp_error=vjp_error,
+        readout_error=logit_error(read.to(called.device), called.flatten(0, 1)),
+        tolerance=_TOLERANCES.get(host.model.W_U.dtype, _HALF_PRECISION_TOLERANCE),
+    )
+
+
+@torch.enable_grad()
+def _vjp_error(host: Host, tokens: Int[Tensor, "2 pos"]) -> float:
+    """How far the gradient at the last residual stream is from that of the model when called."""
+    point = host.hook_points[f"blocks.{host.n_layers - 1}.hook_resid_post"].tap.module
+    found: list[Tensor] = []
+    for run in (
+        lambda: host.logits_of(tokens, lambda values: values),
+        lambda: host.model(tokens, return_type="logits"),
+    ):
+        streams: list[Tensor] = []
+
+        def begin(
+            module: nn.Module, args: Any, output: Tensor, kept: list[Tensor] = streams
+        ) -> Tensor:
+            kept.append(output.detach().requires_grad_())
+            return kept[-1]
+
+        handle = point.register_forward_hook(begin)
+        try:
+            with host.own_precision():
+                logits = run()
+        finally:
+            handle.remove()
+        if not streams:
+            return 0.0  # this architecture does not show its stream there
+        # Any upstream will do that is another number for each token.
+        upstream = torch.linspace(-1, 1, logits.shape[-1], device=logits.device).exp()
+        real = logits.isfinite()
+        [vjp] = torch.autograd.grad(
+            logits.masked_fill(~real, 0), streams, (upstream * real).to(logits.dtype)
+        )
+        found.append(vjp.double())
+    difference, size = (found[0] - found[1]).norm(), found[1].norm()
+    return float(difference / size if size > 0 else difference)
+
+
+def probe_tokens(d_vocab: int, n_ctx: int, special_ids: Container[int]) -> Int[Tensor, "2 pos"]:
+    """Two prompts that differ in their last token only.
+
+    Args:
+        d_vocab: Number of token ids that the model reads.
+        n_ctx: Longest prompt that it accepts.
+        special_ids: Tokens to leave out; of padding HookedTransformer may make a mask of its own.
+
+    Returns:
+        Their ids.
+    """
+    n = min(_N_TOKENS, n_ctx)
+    some = range(0, d_vocab, max(1, d_vocab // _CANDIDATES))
+    usual = [token for token in some if token not in special_ids] or list(some)
+    *first, other = (usual[at * (len(usual) - 1) // n] for at in range(n + 1))
+    return torch.tensor([first, [*first[:-1], other]])
+
+
+def _with_input(
+    module: nn.Module, see: Callable[[Tensor], None], run: Callable[[], Tensor]
+) -> Tensor:
+    """Run something, and look at what goes into a module meanwhile."""
+
+    def of_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(next(iter((*args, *kwargs.values()))))
+
+    handle = module.register_forward_pre_hook(of_input, with_kwargs=True)
+    try:
+        return run()
+    finally:
+        handle.remove()

@@ -1,0 +1,315 @@
+"""Tokens as words: from a target's text to its token ids, and from ids to text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+from backward_lens_tl._checks import check_text, shown
+from backward_lens_tl.errors import TargetError
+
+TargetPosition = Literal["first", "last"]
+
+_SENTENCEPIECE_SPACE = "▁"
+_PARTIAL = "\ufffd"
+"""What bytes decode to that are no character."""
+
+_ANCHORS = ("\n", ".", "a", "0")
+"""Texts to put before a continuation whose prompt is unknown; the first that stays a token of its
+own is taken."""
+
+_SOME = 16
+"""Last tokens of a prompt that a continuation may be joined to, where all of them are no text."""
+
+Span = tuple[int, int]
+"""A half-open span of a text's characters."""
+
+
+class Vocabulary:
+    """The model's tokenizer, as far as targets and readouts need it.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer, or `None`; without one, targets are token ids and
+            the text of token 7 is `<7>`.
+        size: Number of logits.
+    """
+
+    def __init__(self, tokenizer: Any, size: int) -> None:
+        self._tokenizer = tokenizer
+        self.size = size
+
+    def text(self, token_id: int) -> str:
+        """Text of one token as it stands in running text, with its leading space if it has one."""
+        return self._running_text([token_id])
+
+    def texts(self, token_ids: Iterable[int]) -> tuple[str, ...]:
+        """Text of each token."""
+        return tuple(self.text(token_id) for token_id in token_ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a prompt as a whole, without its special tokens.
+
+        Args:
+            token_ids: The prompt.
+
+        Returns:
+            The text; unlike the tokens' texts, it has characters that several tokens share.
+        """
+        if self._tokenizer is None:
+            return "".join(self.texts(token_ids))
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text or "".join(self.texts(token_ids))
+
+    def offsets(self, text: str, token_ids: Sequence[int]) -> tuple[Span, ...] | None:
+        """Where in a text each of its tokens stands, by the tokenizer's own offsets.
+
+        Args:
+            text: The text.
+            token_ids: What it was tokenised to. Tokens that the tokenizer or the model adds before
+                or after the text, such as BOS, have spans of no width there.
+
+        Returns:
+            One span per token, or `None` if the tokenizer has no offsets or makes other tokens of
+            the text. Special tokens that are written in the text have the span of their characters.
+        """
+        encoded = self._with_offsets(text)
+        if encoded is None:
+            return None
+        ids, spans = encoded
+        for start in range(len(token_ids) - len(ids) + 1):
+            if list(token_ids[start : start + len(ids)]) == ids:
+                added = len(token_ids) - len(ids) - start
+                end = (len(text), len(text))
+                return ((0, 0),) * start + tuple(spans) + (end,) * added
+        return None
+
+    def spans(self, token_ids: Sequence[int]) -> tuple[str, tuple[Span, ...]]:
+        """Text of a prompt that is only known by its ids, and where in it each token stands.
+
+        The spans are the tokenizer's own offsets. Where it has none, or where it would make other
+        tokens of the text (ids need not come from a text), they are those of the tokens' texts
+        side by side.
+
+        Args:
+            token_ids: The prompt.
+
+        Returns:
+            The text, as `decode` gives it but for ids of no text, and for each token a half-open
+            span of its characters. Tokens that share a character each have it in their span;
+            whether a token's leading space is in its span depends on the tokenizer. Special tokens
+            have spans of no width, and so has a space that SentencePiece puts in front of a text.
+        """
+        # Where nothing else is in a prompt, the special tokens are its text.
+        own = [i for i in token_ids if i not in self.special_ids] or token_ids
+        text, own_spans = self._by_offsets(own) or self._side_by_side(own)
+        hidden, rest = set(token_ids) - set(own), iter(own_spans)
+        spans = [(0, 0)]
+        for token_id in token_ids:
+            end = spans[-1][1]
+            spans.append((end, end) if token_id in hidden else next(rest))
+        return text, tuple(spans[1:])
+
+    def text_of(self, token_ids: Sequence[int]) -> str | None:
+        """The text whose tokens some ids are, or the longest end of it that can be told.
+
+        Args:
+            token_ids: A prompt.
+
+        Returns:
+            A text that the tokenizer makes the last of these ids of: all of them if possible, else
+            those behind the last special token, else a few; `None` if there is none.
+        """
+        if self._tokenizer is None:
+            return None
+        n = len(token_ids)
+        last = max((at for at in range(n) if token_ids[at] in self.special_ids), default=-1)
+        for start in dict.fromkeys((0, last + 1, last, *range(max(0, n - _SOME), n))):
+            own = list(token_ids[max(0, start) :])
+            text: str = self._tokenizer.decode(own, clean_up_tokenization_spaces=False)
+            if own and self._ids(text) == own:
+                return text
+        return None
+
+    def continued(self, token_ids: Sequence[int]) -> tuple[str, list[Span]]:
+        """Text of tokens that continue a text, and where in it each stands."""
+        return self._side_by_side(token_ids, in_front=False)
+
+    def _by_offsets(self, token_ids: Sequence[int]) -> tuple[str, list[Span]] | None:
+        """A text and its tokens' spans, if the tokenizer makes these tokens of it."""
+        text = self.decode(token_ids)
+        encoded = self._with_offsets(text)
+        if encoded is None or encoded[0] != list(token_ids):
+            return None
+        return text, encoded[1]
+
+    def _with_offsets(self, text: str) -> tuple[list[int], list[Span]] | None:
+        """A text's own tokens and their offsets, if the tokenizer has any."""
+        if not getattr(self._tokenizer, "is_fast", False):
+            return None
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids: list[int] = encoded["input_ids"]
+        spans: list[Span] = [(start, end) for start, end in encoded["offset_mapping"]]
+        for at in range(len(ids) - 1):
+            # The space that SentencePiece puts before a text, and after a special token, is not in
+            # it; its offsets are those of the character that follows.
+            start = spans[at][0]
+            if start == spans[at + 1][0] and self.text(ids[at]).isspace():
+                spans[at] = (start, start)
+        return ids, spans
+
+    def _side_by_side(
+        self, token_ids: Sequence[int], *, in_front: bool = True
+    ) -> tuple[str, list[Span]]:
+        """The tokens' texts and their spans; those that only together are text share a span."""
+        text = ""
+        spans: list[Span] = []
+        group: list[int] = []
+        for index, token_id in enumerate(token_ids, start=1):
+            group.append(token_id)
+            piece = self._running_text(group, in_front=in_front and not spans)
+            if index == len(token_ids) or not piece.endswith(_PARTIAL):
+                spans += [(len(text), len(text) + len(piece))] * len(group)
+                text, group = text + piece, []
+        return text, spans
+
+    def _running_text(self, token_ids: Sequence[int], *, in_front: bool = False) -> str:
+        """Text of tokens as it stands in running text, or in front of it."""
+        if self._tokenizer is None:
+            return "".join(f"<{token_id}>" for token_id in token_ids)
+        text: str = self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+        # SentencePiece decoders drop the space in front of a text, so a lone token loses its own.
+        piece = self._tokenizer.convert_ids_to_tokens(token_ids[0]) or ""
+        if not in_front and piece.startswith(_SENTENCEPIECE_SPACE) and not text.startswith(" "):
+            text = " " + text
+        return text
+
+    def encode(self, text: str, after: str | None = None) -> list[int]:
+        """Token ids of a text that continues a prompt: those that the joined text has more.
+
+        Tokenizers treat the beginning of a text differently from its middle, and may merge
+        characters across the border, so a continuation is never tokenised alone.
+
+        Args:
+            text: The continuation, such as `" Paris"` or `"."`.
+            after: The prompt's text; `None` if it is unknown.
+
+        Returns:
+            The ids.
+
+        Raises:
+            TargetError: If it is not a text, there is no tokenizer, the text has no token or one
+                without a logit, or the prompt's own tokens are others when it is joined.
+        """
+        if not isinstance(text, str):
+            raise TargetError(f"target {text!r} is a {type(text).__name__}; pass a text")
+        check_text("target", text, TargetError)
+        if self._tokenizer is None:
+            raise TargetError(
+                f"target {text!r} is text, but the model has no tokenizer; pass an id"
+            )
+        ids = self._behind_anchor(text) if after is None else self._joined(after, text)
+        if not ids:
+            raise TargetError(f"target {text!r} has no token; pass a word such as ' Paris'")
+        return [self._checked(token_id) for token_id in ids]
+
+    def _joined(self, prompt: str, text: str) -> list[int]:
+        before, both = self._ids(prompt), self._ids(prompt + text)
+        if both[: len(before)] == before:
+            return both[len(before) :]
+        differs = next(at for at, own in enumerate(before) if at == len(both) or both[at] != own)
+        raise TargetError(
+            f"target {text!r} changes the tokens of the prompt {prompt!r} that it continues: "
+            f"{self._pieces(before[differs:])} becomes {self._pieces(both[differs:])} in the "
+            "joined text, so the target has no probability after this prompt. "
+            f"{self._space_advice(prompt, text)}or pass the target as a token id"
+        )
+
+    def _space_advice(self, prompt: str, text: str) -> str:
+        if prompt[-1:].isspace():
+            return "End the prompt without a space and begin the target with it, "
+        if text[:1].isspace():
+            return "Move the border between prompt and target to one between words, "
+        return f"Begin the target with a space, as in {' ' + text!r}, if a new word is meant, "
+
+    def _behind_anchor(self, text: str) -> list[int]:
+        for anchor in _ANCHORS:
+            before, both = self._ids(anchor), self._ids(anchor + text)
+            if before and len(both) > len(before) and both[: len(before)] == before:
+                return both[len(before) :]
+        return self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def token_id(
+        self,
+        target: str | int,
+        target_position: TargetPosition | None = None,
+        after: str | None = None,
+    ) -> int:
+        """The one token that a target stands for.
+
+        Args:
+            target: Text, or a token id.
+            target_position: Which token of a text of several stands for it; `None` refuses such
+                a text.
+            after: The text of the prompt that it continues; `None` if it is unknown.
+
+        Returns:
+            The token id.
+
+        Raises:
+            TargetError: If a text has several tokens and no `target_position` is given, it does
+                not continue the prompt, or an id is outside the vocabulary.
+        """
+        if not isinstance(target, str):
+            return self._checked(target)
+        ids = self.encode(target, after)
+        if len(ids) == 1 or target_position == "first":
+            return ids[0]
+        if target_position == "last":
+            return ids[-1]
+        raise TargetError(
+            f"target {target!r} is {len(ids)} tokens ({self._pieces(ids)}), and a gradient is read "
+            f"against one.{self._space_hint(target, after)} Ask for target_position='first' or "
+            "'last', pass a token id, or differentiate all of them with objective=sequence_nll(...)"
+        )
+
+    def _pieces(self, token_ids: Iterable[int]) -> str:
+        return " | ".join(repr(self.text(token_id)) for token_id in token_ids)
+
+    def _space_hint(self, target: str, after: str | None) -> str:
+        spaced = " " + target
+        if target.startswith(" ") or len(self.encode(spaced, after)) > 1:
+            return ""
+        return f" With a leading space, {spaced!r} is one token: probably that is meant."
+
+    def _checked(self, token_id: int) -> int:
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise TargetError(
+                f"target {shown(token_id)} is a {type(token_id).__name__}; pass text or a token id"
+            )
+        if not 0 <= token_id < self.size:
+            raise TargetError(
+                f"token id {shown(token_id)} is not in the vocabulary; allowed are 0 to "
+                f"{self.size - 1}"
+            )
+        return token_id
+
+    def begins_with_bos(self, text: str) -> bool:
+        """Whether a text already begins with the BOS token, as chat templates do."""
+        bos = getattr(self._tokenizer, "bos_token_id", None)
+        return bos is not None and self._ids(text)[:1] == [bos]
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that `decode` leaves out."""
+        if self._tokenizer is None:
+            return frozenset()
+        added = self._tokenizer.added_tokens_decoder
+        named = self._tokenizer.all_special_ids
+        return frozenset((*named, *(token_id for token_id in added if added[token_id].special)))

@@ -1,0 +1,1 @@
+"""From vectors of the residual stream's width to tokens, ranks and tables."""

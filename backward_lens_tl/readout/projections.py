@@ -1,0 +1,243 @@
+"""From vectors of the residual stream's width to scores over the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.models import Host, probe
+
+
+@runtime_checkable
+class Projection(Protocol):
+    """Anything that reads vectors as scores over the vocabulary.
+
+    A text under its attribute `name` is what results call it; else they call it by its class.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> class Unembedding:  # without the final norm
+        ...     name = "unembedding"
+        ...
+        ...     def project(self, vectors, layer):
+        ...         return vectors @ model.W_U
+        >>> isinstance(Unembedding(), blt.Projection)
+        True
+        >>> result = blt.backward_lens(
+        ...     model, "Lionel Messi plays for", " Paris", projection=Unembedding()
+        ... )
+        >>> result.projection, result.top_tokens("W_out", layer=6, pos=-1, k=1)
+        ('unembedding', [' Paris'])
+    """
+
+    def project(
+        self, vectors: Float[Tensor, "n d_model"], layer: int
+    ) -> Float[Tensor, "n d_vocab"]:
+        """Score every token for every vector.
+
+        Args:
+            vectors: Vectors of the residual stream's width.
+            layer: The layer that they come from.
+
+        Returns:
+            Scores; larger is more promoted.
+
+        Examples:
+            >>> from backward_lens_tl.models import host_of
+            >>> from backward_lens_tl.readout.projections import as_projection
+            >>> lens = as_projection("normalized", host_of(model))
+            >>> lens.project(-gradient.vjps[0], layer=6).shape  # [n, d_vocab]
+            torch.Size([6, 3072])
+        """
+
+
+class LogitLens:
+    """The model's own decoding, `LL(v) = softmax(ln_final(v) @ W_U + b_U)` (paper, section 3.3).
+
+    Scores are the logits, before the softmax, which changes neither order nor ranks. The norm's
+    statistics are computed afresh for each vector; logit softcap and scale are the model's own.
+
+    Args:
+        host: The model.
+
+    Raises:
+        UnsupportedModelError: If the model's own logits are not this of its last residual stream.
+    """
+
+    def __init__(self, host: Host) -> None:
+        if (seen := probe(host)) is not None:
+            seen.check_readout(host)
+        self._host = host
+        self.faint_norm = host.faint_norm
+
+    def project(
+        self, vectors: Float[Tensor, "n d_model"], layer: int
+    ) -> Float[Tensor, "n d_vocab"]:
+        """Score every token for every vector; the same in all layers."""
+        del layer
+        return self._host.unembed(vectors)
+
+    def project_both(
+        self, vectors: Float[Tensor, "n d_model"]
+    ) -> Iterator[Float[Tensor, "n d_vocab"]]:
+        """Score every token for every vector, and then for its direction.
+
+        Args:
+            vectors: Vectors of the residual stream's width.
+
+        Yields:
+            Scores of this lens, and then, in the same memory, of the normalized one.
+        """
+        yield from self._host.unembed_both(vectors, _directions(vectors))
+
+
+class NormalizedLogitLens(LogitLens):
+    """The Logit Lens of `v / ||v||_2` (paper, appendix F); a zero vector stays zero.
+
+    It differs from the Logit Lens where a vector is so short that the final norm's `eps` counts,
+    as VJPs often are.
+
+    Args:
+        host: The model.
+    """
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host)
+        self.faint_norm = 0.0
+
+    def project(
+        self, vectors: Float[Tensor, "n d_model"], layer: int
+    ) -> Float[Tensor, "n d_vocab"]:
+        """Score every token for every vector's direction; the same in all layers."""
+        return super().project(_directions(vectors), layer)
+
+
+_SHORTEST = 1e-15
+
+
+def _directions(vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+    # The shortest are brought to a largest part of 1 first: in float32 their squares would be zero.
+    largest = vectors.abs().amax(-1, keepdim=True)
+    is_long = (largest > _SHORTEST) | (largest == 0)
+    even = vectors / largest.masked_fill(is_long, 1)
+    norms: Tensor = even.norm(dim=-1, keepdim=True)
+    return even / norms.masked_fill(norms == 0, 1)
+
+
+_BY_NAME: dict[str, type[LogitLens]] = {"logit_lens": LogitLens, "normalized": NormalizedLogitLens}
+
+
+def as_projections(
+    projection: str | Projection | Sequence[str | Projection], host: Host
+) -> dict[str, Projection]:
+    """Resolve a `projection` argument that may name several.
+
+    Args:
+        projection: One, or several, each as `as_projection` takes it.
+        host: The model.
+
+    Returns:
+        The projections by name, in the order given; an object's is its attribute `name`, or else
+        that of its class.
+
+    Raises:
+        InputError: If there is none, one is not usable, or two have the same name.
+    """
+    wanted: Sequence[str | Projection]
+    if isinstance(projection, str) or not isinstance(projection, Sequence):
+        wanted = [projection]
+    else:
+        wanted = projection
+    found = [(_name(each), as_projection(each, host)) for each in wanted]
+    by_name = dict(found)
+    if not found or len(by_name) < len(found):
+        raise InputError(
+            f"projection is {projection!r}; pass one, or several that differ in name, such as "
+            "('logit_lens', 'normalized')"
+        )
+    return by_name
+
+
+def _name(projection: str | Projection) -> str:
+    if isinstance(projection, str):
+        return projection
+    name = getattr(projection, "name", None)
+    return name if isinstance(name, str) else type(projection).__name__
+
+
+def as_projection(projection: str | Projection, host: Host) -> Projection:
+    """Resolve the `projection` argument.
+
+    Args:
+        projection: `"logit_lens"`, `"normalized"`, or an object with
+            `project(vectors, layer) -> logits`.
+        host: The model.
+
+    Returns:
+        The projection.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    if isinstance(projection, str) and projection in _BY_NAME:
+        return _BY_NAME[projection](host)
+    if (
+        isinstance(projection, Projection)
+        and not isinstance(projection, type)
+        and callable(projection.project)
+    ):
+        return projection
+    raise InputError(
+        f"unknown projection {projection!r}; allowed are {', '.join(map(repr, _BY_NAME))}, or an "
+        "object with project(vectors, layer) -> logits"
+    )
+
+
+def scores_by_each(
+    projections: Sequence[Projection], vectors: Float[Tensor, "n d_model"], layer: int
+) -> Iterator[tuple[int, Float[Tensor, "n d_vocab"]]]:
+    """Score vectors by several projections, one after the other.
+
+    The two lenses need one product together.
+
+    Args:
+        projections: The projections.
+        vectors: Vectors of the residual stream's width.
+        layer: The layer that they come from.
+
+    Yields:
+        Index of a projection and its scores, in any order; the next may overwrite them.
+    """
+    by_kind = {type(lens): (index, lens) for index, lens in enumerate(projections)}
+    raw_at, raw = by_kind.get(LogitLens, (-1, None))
+    normalized_at, normalized = by_kind.get(NormalizedLogitLens, (-1, None))
+    shared: tuple[int, ...] = ()
+    if (
+        isinstance(raw, LogitLens)
+        and isinstance(normalized, LogitLens)
+        and raw._host is normalized._host
+    ):
+        shared = raw_at, normalized_at
+        yield from zip(shared, raw.project_both(vectors), strict=True)
+    for index, projection in enumerate(projections):
+        if index not in shared:
+            # A caller's projection may work in place, and others come after it.
+            own = vectors if len(projections) == 1 else vectors.clone()
+            yield index, projection.project(own, layer)
+
+
+def reads_layers_alike(projection: Projection) -> bool:
+    """Whether vectors of several layers may be projected in one call.
+
+    Args:
+        projection: The projection.
+
+    Returns:
+        True for this package's own; a caller's is asked layer by layer.
+    """
+    return type(projection) in _BY_NAME.values()
