@@ -129,7 +129,7 @@ class Examples:
     def evaluation(self) -> Any:
         config = self.blt.EvaluationConfig(records=2, generation_length=12, n_texts=5)
         methods = {"shift": self._shift(layer=7, iterations=25)}
-        return self.blt.evaluate(self.model, methods, "facts", self.folder, config, progress=False)
+        return self.blt.evaluate(self.model, "facts", self.folder, methods, config, progress=False)
 
     @cached_property
     def analyzed(self) -> Any:

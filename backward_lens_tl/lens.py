@@ -30,7 +30,7 @@ from backward_lens_tl.capture.selection import select_positions
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.sites import WRITING_MATRICES
-from backward_lens_tl.models.tokenizer import TargetPosition, Vocabulary
+from backward_lens_tl.models.tokenizer import MultiToken, Vocabulary
 from backward_lens_tl.readout.projections import LogitLens, Projection, as_projections
 from backward_lens_tl.readout.readout import (
     Reading,
@@ -60,7 +60,7 @@ def backward_lens(
     k: int = 10,
     measures: Measure | Sequence[Measure] = (),
     prepend_bos: bool | None = None,
-    target_position: TargetPosition | None = None,
+    multi_token: MultiToken | None = None,
     vjps_at: VjpsAt = "matrix",
     hook_points: str | Sequence[str] | Callable[[str], bool] | None = None,
     memory: Memory | None = None,
@@ -92,7 +92,7 @@ def backward_lens(
         measures: What else is taken of each readout, for `to_df`: `"answer_rank"`, the rank of the
             model's own answer, `"entropy"`, or both. Each costs a pass over the scores.
         prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
-        target_position: Which token of a text of several stands for it, `"first"` or `"last"`.
+        multi_token: Which token of a text of several stands for it, `"first"` or `"last"`.
         vjps_at: Which VJPs of `W_out` and `W_O` are projected: `"matrix"`, those at its own output,
             which span the gradient, or `"residual"`, those where its output is added to the
             residual stream. They differ where a norm comes in between, as in Gemma 2 and OLMo 2.
@@ -126,7 +126,7 @@ def backward_lens(
     work = plan_capture(
         host,
         prompts,
-        target_nll(target, target_position) if objective is None else objective,
+        target_nll(target, multi_token) if objective is None else objective,
         matrices=matrices,
         layers=layers,
         prepend_bos=prepend_bos,
@@ -136,7 +136,7 @@ def backward_lens(
     batch = work.batch
     ids = None
     if objective is not None and target is not None:
-        asked = target_ids(target, work.prompts, target_position)
+        asked = target_ids(target, work.prompts, multi_token)
         ids = torch.tensor(asked, device=batch.mask.device)
     places = select_positions(positions, batch.mask)
     grids = {name: ReadoutGrid(work.layers, places, work.kept_on) for name in projections}

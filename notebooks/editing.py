@@ -253,7 +253,7 @@ methods["shift, least"] = ForwardPassShift(layer=layer, size=4.0, form="scale_fr
 config = blt.EvaluationConfig(
     records=6, prepend_bos=None, generation_length=0, texts="facts", n_texts=50
 )
-scores = blt.evaluate(model, methods, records, tempfile.mkdtemp(), config, progress=False)
+scores = blt.evaluate(model, records, tempfile.mkdtemp(), methods, config, progress=False)
 columns = ["efficacy", "paraphrase", "neighborhood", "corpus_perplexity", "norm", "seconds"]
 scores.summary().set_index("method")[columns].round(2)
 

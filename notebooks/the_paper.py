@@ -125,7 +125,7 @@ config = blt.SweepConfig(
     projection=["logit_lens", "normalized"],
     k=1,
     prepend_bos=False,
-    target_position="first",  # of a target of several tokens, as in the paper
+    multi_token="first",  # of a target of several tokens, as in the paper
 )
 sweep = blt.sweep(model, "facts", tempfile.mkdtemp(), config, progress=False)
 sweep.prompts()[["text", "target", "answer", "n_tokens", "loss"]].head(4).round(2)
@@ -396,7 +396,7 @@ analysis.spanning_words(model, result, "W_out", layer, k=3).round({"norm": 3})
 # probable tokens the two share (0 to 1); below, the cosine.
 
 # %%
-overlap = analysis.neuron_overlap(model, result, "W_out", layer)
+overlap = analysis.neuron_overlap(model, result, "W_out", layer, k=100)
 figures.neuron_overlap(overlap, "W_out", layer, backend="matplotlib")
 
 # %% [markdown]
@@ -421,7 +421,7 @@ neurons.groupby("quarter").agg({"cosine": "median", "energy": "sum"}).round(3)
 # them. Figure 10 is the same for `W_in` and its inputs:
 
 # %%
-overlap = analysis.neuron_overlap(model, result, "W_in", layer)
+overlap = analysis.neuron_overlap(model, result, "W_in", layer, k=100)
 figures.neuron_overlap(overlap, "W_in", layer, backend="matplotlib")
 
 # %% [markdown]
@@ -500,7 +500,7 @@ edited.assign(after=after)
 # %%
 names = ["fig4", "fig5", "fig6", "fig7", "fig8", "fig10", "fig17", "fig18", "fig20", "fig22"]
 out = tempfile.mkdtemp()
-found = blt.reproduce(names, model, out, data="facts", prompts=config.prompts, progress=False)
+found = blt.reproduce(model, "facts", out, names, prompts=config.prompts, progress=False)
 pd.DataFrame(
     [
         (name, finding.verdict, sum(check.holds for check in finding.checks), len(finding.checks))

@@ -713,7 +713,7 @@ def test_a_method_edits_prompts_as_they_are_scored(
     )
     step = blt.editing.GradientStep("sgd", lr=0.1, layers=5)
     found = blt.evaluate(
-        facts_model, {"step": step}, "facts", tmp_path / "own", config, progress=False
+        facts_model, "facts", tmp_path / "own", {"step": step}, config, progress=False
     )
     record = blt.read_records("facts").rows[0]
     by_hand = blt.editing.GradientStep("sgd", lr=0.1, layers=5, prepend_bos=prepend_bos)
@@ -723,7 +723,7 @@ def test_a_method_edits_prompts_as_they_are_scored(
         chosen = blt.editing.GradientStep("sgd", lr=0.1, layers=5, prepend_bos=other)
         with pytest.raises(blt.BackwardLensError, match=f"edits with prepend_bos={other}"):
             blt.evaluate(
-                facts_model, {"step": chosen}, "facts", tmp_path / "x", config, progress=False
+                facts_model, "facts", tmp_path / "x", {"step": chosen}, config, progress=False
             )
 
 
@@ -915,7 +915,7 @@ def test_a_method_that_is_no_dataclass_is_evaluated(facts_model: Any, tmp_path: 
             return {"method": "Nothing"}
 
     config = blt.EvaluationConfig(rows=(0,), generation_length=0, n_texts=0)
-    found = blt.evaluate(facts_model, {"x": Nothing()}, "facts", tmp_path, config, progress=False)
+    found = blt.evaluate(facts_model, "facts", tmp_path, {"x": Nothing()}, config, progress=False)
     assert found.edits()["error"].isna().all()
 
 

@@ -74,7 +74,7 @@ def test_facts_are_shown_with_an_explanation(capsys: pytest.CaptureFixture[str])
 def test_options_reach_the_lens(stories_path: str, tmp_path: Path, capsys):
     page = tmp_path / "page.html"
     options = "--layers -1 0 --positions -1 1 --k 3 --matrices W_out --projection normalized"
-    options += " --direction gradient --no-bos --target-position last"
+    options += " --direction gradient --no-bos --multi-token last"
     options += f" --kind {'bridge' if HAS_BRIDGE else 'hooked'}"
     argv = ["show", "--model", stories_path, "--prompt", PROMPT, "--target", " girl"]
     assert main([*argv, *options.split(), "--html", str(page)]) == 0
@@ -157,7 +157,7 @@ def test_a_hub_name_without_network_points_to_facts(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target", " some words that make many tokens"], "target_position"),
+        (["--target", " some words that make many tokens"], "multi_token"),
         (["--layers", "99"], "layer 99"),
         (["--positions", "99"], "position 99"),
         (["--matrices", "W_Z"], "unknown matrix 'W_Z'"),

@@ -580,7 +580,7 @@ def test_what_is_taught_are_the_first_rows(facts_model: Any, tmp_path: Path) -> 
     with pytest.raises(InputError, match="none of the first rows"):
         _ = evidence_of(facts_model, rows, tmp_path, prompts=1).requests
     with pytest.raises(InputError, match="none of the first rows"):
-        reproduce("optimizers", facts_model, tmp_path, data=rows, prompts=1, progress=False)
+        reproduce(facts_model, rows, tmp_path, "optimizers", prompts=1, progress=False)
     # A prompt that ends in a space leaves the answer no tokens of its own.
     row = {"prompt": "Rome is in ", "target": "Paris"}
     with pytest.raises(
@@ -627,7 +627,7 @@ def test_optimizers_on_a_small_model(tmp_path: Path) -> None:
         {"prompt": "Rome is in", "target": " the"},
         {"prompt": "The dog of the king", "target": " Paris"},
     ]
-    found = reproduce("optimizers", model, tmp_path, data=rows, prompts=2, progress=False)
+    found = reproduce(model, rows, tmp_path, "optimizers", prompts=2, progress=False)
     finding = found["optimizers"]
     steps = finding.tables["steps"]
     assert len(steps) == 2 * 2 * 3 * 3
@@ -635,7 +635,7 @@ def test_optimizers_on_a_small_model(tmp_path: Path) -> None:
     request = evidence_of(model, rows, tmp_path).requests[1]
     step = {"sgd": GradientStep("sgd", lr=1.0, matrices=("W_in", "W_out"), prepend_bos=False)}
     own = compare_words(
-        model, {"sgd": step["sgd"](model, request)}, target=request.target, target_position="first"
+        model, {"sgd": step["sgd"](model, request)}, target=request.target, multi_token="first"
     )
     again = steps[(steps["request"] == 1) & (steps["edit"] == "sgd")]
     assert again["rank"].tolist() == own["rank"].tolist()
@@ -659,7 +659,7 @@ def test_figure_24_on_the_facts_model(
         return measured(*args, **given, layers=(0, 7), rates=(0.1, 1.0, 10.0))
 
     monkeypatch.setattr(least_learning_rates, "least_rates", few)
-    found = reproduce("fig24", facts_model, tmp_path, data="facts", prompts=2, progress=False)
+    found = reproduce(facts_model, "facts", tmp_path, "fig24", prompts=2, progress=False)
     finding = found["fig24"]
     table = finding.tables["rates"]
     assert len(table) == 2 * 3 * 2
@@ -686,7 +686,7 @@ def test_whitening_on_the_facts_model(
     monkeypatch.setattr(whitening, "_MOST_RECORDS", 1)
     monkeypatch.setattr(Evidence, "n_layers", 2)
     options: dict[str, Any] = {"data": "facts", "prompts": 5, "progress": False}
-    found = reproduce("whitening", facts_model, tmp_path, **options)
+    found = reproduce(facts_model, None, tmp_path, "whitening", **options)
     table = found["whitening"].tables["by layer"]
     assert table["method"].tolist() == [PLAIN, WHITE, CONTROL] * 2
     assert table["layer"].tolist() == [0, 0, 0, 1, 1, 1]
@@ -697,4 +697,4 @@ def test_whitening_on_the_facts_model(
     # The same folder is not gone on with as another evaluation.
     monkeypatch.setattr(whitening, "_MOST_RECORDS", 2)
     with pytest.raises(EvaluationError, match="another config"):
-        reproduce("whitening", facts_model, tmp_path, **options)
+        reproduce(facts_model, None, tmp_path, "whitening", **options)

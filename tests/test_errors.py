@@ -98,7 +98,7 @@ REFUSALS: dict[str, tuple[Callable[[Any], object], type[Exception], list[str]]] 
     "target of several tokens": (
         lens("Rome", " river of"),
         TargetError,
-        ["' river of'", "' of'", "target_position", "sequence_nll"],
+        ["' river of'", "' of'", "multi_token", "sequence_nll"],
     ),
     "target without its space": (lens("Rome", "the"), TargetError, ["'the'", "' the'", "leading"]),
     "empty target": (lens("Rome", ""), TargetError, ["''"]),
@@ -115,7 +115,7 @@ REFUSALS: dict[str, tuple[Callable[[Any], object], type[Exception], list[str]]] 
     ),
     "empty answer": (capture("Rome", sequence_nll("")), TargetError, ["''"]),
     "unknown target position": (
-        lens("Rome", " river of", target_position="middle"),
+        lens("Rome", " river of", multi_token="middle"),
         TargetError,
         ["'middle'", "'first'", "'last'"],
     ),

@@ -135,7 +135,7 @@ def run(tiny: nn.Module, texts: str, tmp_path: Path, as_for_a_user: None) -> Cal
     ) -> Evaluation:
         out = tmp_path / (folder or f"e{len(list(tmp_path.iterdir()))}")
         return evaluate(
-            model or tiny, methods, data, out, small_config(texts, **given), progress=False
+            model or tiny, data, out, methods, small_config(texts, **given), progress=False
         )
 
     return evaluated
@@ -173,7 +173,7 @@ def small(tiny: nn.Module, texts: str, tmp_path_factory: pytest.TempPathFactory)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", ["my script", "--fast"])
         out = tmp_path_factory.mktemp("small") / "out"
-        found = evaluate(tiny, methods, ROWS, out, config, progress=False)
+        found = evaluate(tiny, ROWS, out, methods, config, progress=False)
     return Small(found, nudge, before, state_of(tiny))
 
 
@@ -192,7 +192,7 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
 def whole(tiny: nn.Module, texts: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What the files of an evaluation hold that nobody stopped: two records by one method."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    evaluate(tiny, {"nudge": Nudge()}, ROWS[:2], out, small_config(texts), progress=False)
+    evaluate(tiny, ROWS[:2], out, {"nudge": Nudge()}, small_config(texts), progress=False)
     return digests(out)
 
 
@@ -271,7 +271,7 @@ def test_scores_under_an_edit_against_a_changed_model(gpt2: Case, tmp_path: Path
     before = host_of(gpt2.model).fingerprint()
     config = EvaluationConfig(generation_length=0, n_texts=0)
     methods = {"n": Nudge(size=6.0)}
-    found = evaluate(gpt2.model, methods, ROWS[:2], tmp_path, config, progress=False)
+    found = evaluate(gpt2.model, ROWS[:2], tmp_path, methods, config, progress=False)
     assert host_of(gpt2.model).fingerprint() == before
     tokenizer, prompts = small_tokenizer(), found.prompts()
     weight = gpt2.weights["W_out", 1]
@@ -1014,7 +1014,7 @@ def test_methods_that_are_refused(run) -> None:
     with pytest.raises(EvaluationError, match="the data have no rows"):
         run({}, blt.Records("empty", (), "0"))
     with pytest.raises(EvaluationError, match="config is a dict; pass an EvaluationConfig"):
-        evaluate("facts", {}, ROWS, "out", {"records": 3})  # type: ignore[arg-type]
+        evaluate("facts", ROWS, "out", {}, {"records": 3})  # type: ignore[arg-type]
 
 
 def test_one_method_goes_by_its_own_name(run) -> None:

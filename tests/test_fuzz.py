@@ -352,7 +352,7 @@ LENS = (
     "projection",
     "direction",
     "k",
-    "target_position",
+    "multi_token",
     "vjps_at",
     "hook_points",
 )
@@ -360,7 +360,7 @@ MODEL_CALLS: dict[str, ModelCall] = {
     **{f"backward_lens {argument}": lens(argument) for argument in LENS},
     **{
         f"backward_lens of texts, {argument}": lens_of_texts(argument)
-        for argument in ("target", "prepend_bos", "target_position")
+        for argument in ("target", "prepend_bos", "multi_token")
     },
     **{
         f"capture_gradients {argument}": capture(argument)

@@ -152,7 +152,7 @@ def test_target_of_several_tokens_by_position(gpt2: Case, position: Any, index: 
     text = " river of Rome"
     ids = text_ids(gpt2, text)
     assert len(ids) > 1
-    result = backward_lens(gpt2.model, PROMPTS, text, target_position=position)
+    result = backward_lens(gpt2.model, PROMPTS, text, multi_token=position)
     expected = backward_lens(gpt2.model, PROMPTS, ids[index])
     assert torch.equal(result.gradients.loss, expected.gradients.loss)
     assert torch.equal(result.target_rank("W_out"), expected.target_rank("W_out"))

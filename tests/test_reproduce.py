@@ -1152,9 +1152,9 @@ def test_names_of_figures_and_tables():
 def test_unknown_names(tmp_path: Path):
     there = r"there are fig1, fig3, .*table5, .*optimizers, gradients, editing, all\n"
     with pytest.raises(InputError, match=rf"no experiment 'fig2'; {there}"):
-        reproduce("fig2", out=tmp_path / "x")
+        reproduce("facts", None, tmp_path / "x", "fig2")
     with pytest.raises(InputError, match="no experiment was asked for; there are fig1"):
-        reproduce([], out=tmp_path / "x")
+        reproduce("facts", None, tmp_path / "x", [])
     assert not (tmp_path / "x").exists()
 
 
@@ -1191,12 +1191,12 @@ def times_of(sweep: Path) -> dict[Path, int]:
 def report(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Report:
     """Figure 4 first, and all others later in the same folder, as without matplotlib."""
     out = tmp_path_factory.mktemp("report")
-    reproduce("fig4", small_model, out, data=SMALL_ROWS, progress=False)
+    reproduce(small_model, SMALL_ROWS, out, "fig4", progress=False)
     swept = times_of(out / "sweep")
     others = [experiment.name for experiment in GRADIENTS if experiment.name != "fig4"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folder, "find_spec", lambda _: None)
-        found = reproduce(others, small_model, out, data=SMALL_ROWS, progress=False)
+        found = reproduce(small_model, SMALL_ROWS, out, others, progress=False)
     assert list(found) == others
     return Report(out, swept)
 
@@ -1439,12 +1439,12 @@ def test_links_of_the_report(report: Report):
 def test_another_model_or_data_is_refused(small_model: Any, report: Report):
     before = (report.folder / "report.html").read_bytes()
     with pytest.raises(SweepError, match="holds a sweep with another data: "):
-        reproduce("fig6", small_model, report.folder, data=SMALL_ROWS[:1], progress=False)
+        reproduce(small_model, SMALL_ROWS[:1], report.folder, "fig6", progress=False)
     with pytest.raises(SweepError, match="holds a sweep with another config: "):
-        reproduce("fig6", small_model, report.folder, data=SMALL_ROWS, prompts=9, progress=False)
+        reproduce(small_model, SMALL_ROWS, report.folder, "fig6", prompts=9, progress=False)
     other = build(f"{KIND}-gpt2", seed=1).model
     with pytest.raises(SweepError, match="holds a sweep with another model: "):
-        reproduce("fig6", other, report.folder, data=SMALL_ROWS, progress=False)
+        reproduce(other, SMALL_ROWS, report.folder, "fig6", progress=False)
     assert (report.folder / "report.html").read_bytes() == before
 
 
@@ -1476,7 +1476,7 @@ ROWS = [
 def everything(facts_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All experiments on few prompts of all kinds."""
     out = tmp_path_factory.mktemp("everything")
-    found = reproduce("gradients", facts_model, out, data=ROWS, progress=False)
+    found = reproduce(facts_model, ROWS, out, "gradients", progress=False)
     assert list(found) == [experiment.name for experiment in GRADIENTS]
     return out
 
@@ -1510,9 +1510,9 @@ def test_data_without_subjects(small_model: Any, tmp_path: Path):
 def test_one_that_cannot_be_measured_keeps_no_other(small_model: Any, tmp_path: Path):
     options = {"data": WITHOUT_SUBJECT, "progress": False}
     with pytest.raises(InputError, match=r"no token has a segment.*subject"):
-        reproduce("fig6", small_model, tmp_path, **options)
+        reproduce(small_model, None, tmp_path, "fig6", **options)
     names = ["fig4", "fig6", "table3"]
-    found = reproduce(names, small_model, tmp_path, **options)
+    found = reproduce(small_model, None, tmp_path, names, **options)
     assert list(found) == names
     verdicts = [found[name].verdict for name in names]
     assert verdicts[1] == "not measured"
@@ -1551,7 +1551,7 @@ def test_a_model_that_an_experiment_does_not_know(
 ):
     problem = UnsupportedModelError("experts")
     with_experiments(monkeypatch, fig3=problem, fig4=None)
-    found = reproduce("gradients", small_model, tmp_path, data=WITHOUT_SUBJECT, progress=False)
+    found = reproduce(small_model, WITHOUT_SUBJECT, tmp_path, "gradients", progress=False)
     assert {name: each.verdict for name, each in found.items()} == {
         "fig3": "not measured",
         "fig4": "holds",
@@ -1559,7 +1559,7 @@ def test_a_model_that_an_experiment_does_not_know(
     assert found["fig3"].notes == ("It could not be measured: experts.",)
     with_experiments(monkeypatch, fig3=problem)
     with pytest.raises(UnsupportedModelError, match=r"^experts\n"):
-        reproduce("gradients", small_model, tmp_path, data=WITHOUT_SUBJECT, progress=False)
+        reproduce(small_model, WITHOUT_SUBJECT, tmp_path, "gradients", progress=False)
 
 
 def test_what_was_found_is_there_if_another_one_stops_it(
@@ -1568,7 +1568,7 @@ def test_what_was_found_is_there_if_another_one_stops_it(
     """An error that is not about data or model comes through, as Ctrl-C would."""
     with_experiments(monkeypatch, fig3=None, fig4=RuntimeError("stop"), fig5=None)
     with pytest.raises(RuntimeError, match="stop"):
-        reproduce("gradients", small_model, tmp_path, data=WITHOUT_SUBJECT, progress=False)
+        reproduce(small_model, WITHOUT_SUBJECT, tmp_path, "gradients", progress=False)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert re.findall(r'<section id="(\w+)">', text) == ["fig3"]
 
@@ -1598,7 +1598,7 @@ def test_a_bos_token(
         sys.modules["backward_lens_tl.reproduction"], "select_experiments", lambda _: chosen
     )
     options = {} if bos is False else {"prepend_bos": bos}
-    reproduce("fig4", facts_model, tmp_path, data=ROWS[:1], progress=False, **options)
+    reproduce(facts_model, ROWS[:1], tmp_path, "fig4", progress=False, **options)
     (finding,) = folder.read_findings(tmp_path)
     assert finding["about"]["bos"] == words_of
     assert f" {words_of}" in (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -1631,7 +1631,7 @@ def test_data_of_which_nothing_can_be_analysed(small_model: Any, tmp_path: Path)
     with pytest.raises(
         InputError, match=r"none of the prompts can be analysed; the first: .*'Messi'"
     ):
-        reproduce("fig4", small_model, tmp_path, data=rows, progress=False)
+        reproduce(small_model, rows, tmp_path, "fig4", progress=False)
 
 
 @pytest.mark.usefixtures("as_for_a_user")

@@ -441,10 +441,10 @@ def test_the_models_own_answer_stays_the_target() -> None:
 
 def test_texts_of_several_tokens() -> None:
     case = model_case("hooked-gpt2")
-    with pytest.raises(InputError, match="Ask for target_position='first' or 'last'"):
+    with pytest.raises(InputError, match="Ask for multi_token='first' or 'last'"):
         step_changes(case.model, "Rome is", "the river")
     first, last = (
-        step_changes(case.model, "Rome is", "the river", target_position=position, layers=1)
+        step_changes(case.model, "Rome is", "the river", multi_token=position, layers=1)
         for position in ("first", "last")
     )
     assert first["loss"].iloc[0] != last["loss"].iloc[0]
@@ -555,7 +555,7 @@ def test_wrong_arguments() -> None:
         ("layer 3 does not exist; allowed are -3 to 2", {"layers": 3}),
         ("has no W_gate", {"matrices": "W_gate"}),
         ("unknown matrix 'W_up'", {"matrices": "W_up"}),
-        ("target_position is 'middle'", {"target_position": "middle"}),
+        ("multi_token is 'middle'", {"multi_token": "middle"}),
         ("there are 2 targets for 1 prompts", {"target": [1, 2]}),
         ("there is no prompt", {"prompts": []}),
     ]

@@ -894,7 +894,7 @@ def test_fingerprints_change_with_one_bit_of_either(swept, plain):
         ({"direction": "up"}, "direction is 'up'; allowed are 'update', 'gradient'"),
         ({"vjps_at": "mlp"}, "vjps_at is 'mlp'; allowed are 'matrix', 'residual'"),
         ({"prepend_bos": "yes"}, "prepend_bos is 'yes'; allowed are True, False, None"),
-        ({"target_position": "middle"}, "target_position is 'middle'; allowed are 'first', 'last'"),
+        ({"multi_token": "middle"}, "multi_token is 'middle'; allowed are 'first', 'last'"),
         ({"position_columns": "nope"}, "the table of positions has no column 'nope'; it has prom"),
         ({"gradient_columns": ("rank", 3)}, "the table of gradients has no column 3; it has prom"),
         ({"k": 0}, "k is 0; pass an integer from 1 on"),
@@ -1047,7 +1047,7 @@ def test_targets_of_several_tokens_when_one_is_chosen(swept):
     assert len(encoded) > 1
     assert swept(rows).rejects()["reason"].tolist() == ["target"]
     for position, token in (("first", encoded[0]), ("last", encoded[-1])):
-        found = swept(rows, target_position=position)
+        found = swept(rows, multi_token=position)
         assert found.prompts()["target_id"].tolist() == [token]
 
 
@@ -1122,7 +1122,7 @@ def test_each_process_has_a_device_of_its_own() -> None:
 def test_settings_of_another_sweep_give_its_tables(tmp_path: Path, monkeypatch, capfd):
     argv = "--prompts 2 --seed 4 --layers -1 --projection normalized --direction gradient --k 2"
     argv += " --part-size 1 --no-prepend-bos --position-columns norm top_tokens --gradient-columns"
-    argv += " --vjps-at residual --target-position last --budget 100000000"
+    argv += " --vjps-at residual --multi-token last --budget 100000000"
     first, second, third = (tmp_path / name for name in "abc")
     assert called([*argv.split(), "--out", str(first)], capfd)[0] == 0
     found = Sweep.load(first)
@@ -1138,7 +1138,7 @@ def test_settings_of_another_sweep_give_its_tables(tmp_path: Path, monkeypatch, 
         position_columns=("norm", "top_tokens"),
         gradient_columns=(),
         vjps_at="residual",
-        target_position="last",
+        multi_token="last",
         budget=100_000_000,
     )
     settings = ["--config", str(first / "run.json"), "--quiet"]

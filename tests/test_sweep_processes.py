@@ -221,7 +221,7 @@ def test_all_of_counterfact_killed_twice(shared: Path, stories_folder: Path, tmp
     """1,919 real records through a real model; `-s` shows the throughput."""
     data = shared / "data" / "counterfact" / "counterfact_flat_1919.json"
     command = [sys.executable, "-m", "backward_lens_tl", "sweep", "--model", str(stories_folder)]
-    command += ["--data", str(data), "--target-position", "first", "--quiet", "--out"]
+    command += ["--data", str(data), "--multi-token", "first", "--quiet", "--out"]
 
     def finished(folder: Path) -> int:
         return len(list((folder / "prompts").glob("part-*.parquet")))

@@ -224,7 +224,7 @@ def test_subject_start_counts_the_callers_characters(
     last = tokenize_request(host_of(case.model), request, prepend_bos=False).subject_last
     assert last is not None
     assert last == last_token_of(case.model.tokenizer, prompt, starts[nth] + len(subject))
-    config = blt.SweepConfig(prepend_bos=False, target_position="first")
+    config = blt.SweepConfig(prepend_bos=False, multi_token="first")
     row = {"prompt": prompt, "target": " Paris", "subject": subject, "subject_start": starts[nth]}
     [[item]] = plan_parts(host_of(case.model), blt.read_records([row]), config)
     assert isinstance(item, Item)
@@ -400,7 +400,7 @@ def test_tokens_without_an_embedding_are_rejects(tmp_path: Any) -> None:
     assert "rows 0 to 96" in rejects["problem"][0]
     config = blt.EvaluationConfig(generation_length=0, n_texts=0)
     step = blt.editing.GradientStep("sgd", lr=1.0)
-    found = blt.evaluate(model, {"step": step}, rows, tmp_path / "ev", config, progress=False)
+    found = blt.evaluate(model, rows, tmp_path / "ev", {"step": step}, config, progress=False)
     assert found.rejects()["reason"].tolist() == ["prompt"]
 
 

@@ -46,7 +46,7 @@ def neuron_words(
     batch: int = 0,
     *,
     per_group: int = 3,
-    k: int = 3,
+    k: int = 10,
     projection: str | Projection = "logit_lens",
 ) -> pd.DataFrame:
     """What neurons of one gradient say, grouped by their length (paper, tables 2 and 4).
@@ -112,7 +112,7 @@ def spanning_words(
     layer: int,
     batch: int = 0,
     *,
-    k: int = 3,
+    k: int = 10,
     projection: str | Projection = "logit_lens",
 ) -> pd.DataFrame:
     """What the vectors say that span one gradient (paper, tables 3 and 5).
@@ -165,7 +165,7 @@ def neuron_overlap(
     layer: int,
     batch: int = 0,
     *,
-    k: int = 100,
+    k: int = 10,
     projection: str | Projection = "logit_lens",
 ) -> pd.DataFrame:
     """How much each neuron of one gradient says what a spanning vector says (figures 8 to 10).

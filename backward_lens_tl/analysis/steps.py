@@ -34,7 +34,7 @@ from backward_lens_tl.capture.run import CaptureWork, plan_capture
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.sites import WRITING_MATRICES, MatrixSite
-from backward_lens_tl.models.tokenizer import TargetPosition
+from backward_lens_tl.models.tokenizer import MultiToken
 from backward_lens_tl.models.weight_patching import changeable, stepped
 from backward_lens_tl.readout.projections import LogitLens
 from backward_lens_tl.readout.readout import VectorGroup, read_vectors
@@ -56,7 +56,7 @@ def step_changes(
     matrices: str | Sequence[str] = ("W_in", "W_out"),
     layers: int | Sequence[int] | None = None,
     prepend_bos: bool | None = None,
-    target_position: TargetPosition | None = None,
+    multi_token: MultiToken | None = None,
 ) -> pd.DataFrame:
     """Take a step of gradient descent on each matrix alone, and measure what it changes.
 
@@ -75,7 +75,7 @@ def step_changes(
         matrices: As in `backward_lens`.
         layers: Layers, negative ones from the end; `None` for all.
         prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
-        target_position: Which token of a text of several stands for it, `"first"` or `"last"`.
+        multi_token: Which token of a text of several stands for it, `"first"` or `"last"`.
 
     Returns:
         One row per prompt, matrix and layer, in the order of a forward pass:
@@ -120,7 +120,7 @@ def step_changes(
     work = plan_capture(
         host_of(model),
         prompts,
-        target_nll(target, target_position),
+        target_nll(target, multi_token),
         matrices=matrices,
         layers=layers,
         prepend_bos=prepend_bos,

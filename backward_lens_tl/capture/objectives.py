@@ -20,7 +20,7 @@ from backward_lens_tl._checks import check_choice, plain, shown
 from backward_lens_tl.capture.prompts import Prompt, PromptBatch, pad_prompts
 from backward_lens_tl.errors import ObjectiveError, TargetError
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.tokenizer import TargetPosition
+from backward_lens_tl.models.tokenizer import MultiToken
 
 _T = TypeVar("_T", str, str | int)
 
@@ -126,16 +126,14 @@ class Objective:
     bind: Callable[[Sequence[Prompt]], BoundObjective]
 
 
-def target_nll(
-    target: Targets | None = None, target_position: TargetPosition | None = None
-) -> Objective:
+def target_nll(target: Targets | None = None, multi_token: MultiToken | None = None) -> Objective:
     """Negative log-likelihood of a target right after the prompt (paper, equations 2 and 3).
 
     `L = -log p[t]`, where `p` is the softmax of the logits at the prompt's last position.
 
     Args:
         target: Text or token id, or one per prompt; `None` is the model's most probable token.
-        target_position: Which token of a text of several stands for it, `"first"` or `"last"`.
+        multi_token: Which token of a text of several stands for it, `"first"` or `"last"`.
 
     Returns:
         The objective.
@@ -148,20 +146,18 @@ def target_nll(
         >>> bool(capture.loss[0] < capture.loss[1])  # the model's own answer is likelier
         True
     """
-    check_target_position(target_position)
+    check_multi_token(multi_token)
 
     def bind(prompts: Sequence[Prompt]) -> BoundObjective:
         if target is None:
             return _OwnAnswerNLL()
-        return _TargetNLL(target_ids(target, prompts, target_position))
+        return _TargetNLL(target_ids(target, prompts, multi_token))
 
     name = "the model's own answer" if target is None else _name(target)
     return Objective(f"target_nll({name})", bind)
 
 
-def logit_difference(
-    a: Targets, b: Targets, target_position: TargetPosition | None = None
-) -> Objective:
+def logit_difference(a: Targets, b: Targets, multi_token: MultiToken | None = None) -> Objective:
     """Logit of `a` minus logit of `b`, right after the prompt.
 
     The value is the one that circuit analyses report. An update lowers it: to read what promotes
@@ -170,7 +166,7 @@ def logit_difference(
     Args:
         a: Text or token id, or one per prompt.
         b: Likewise.
-        target_position: Which token of a text of several stands for it, `"first"` or `"last"`.
+        multi_token: Which token of a text of several stands for it, `"first"` or `"last"`.
 
     Returns:
         The objective. Readouts are compared with `b`, which its update promotes.
@@ -183,11 +179,11 @@ def logit_difference(
         >>> result.top_tokens("W_out", layer=6, pos=-1, k=1)
         [' Paris']
     """
-    check_target_position(target_position)
+    check_multi_token(multi_token)
 
     def bind(prompts: Sequence[Prompt]) -> BoundObjective:
         return _LogitDifference(
-            target_ids(a, prompts, target_position), target_ids(b, prompts, target_position)
+            target_ids(a, prompts, multi_token), target_ids(b, prompts, multi_token)
         )
 
     return Objective(f"logit_difference({_name(a)}, {_name(b)})", bind)
@@ -296,14 +292,14 @@ def bind_to_prompts(
 def target_ids(
     targets: Targets,
     prompts: Sequence[Prompt],
-    target_position: TargetPosition | None = None,
+    multi_token: MultiToken | None = None,
 ) -> list[int]:
     """One target token per prompt.
 
     Args:
         targets: Text or token id, for all prompts or one per prompt.
         prompts: What they continue.
-        target_position: Which token of a text of several stands for it.
+        multi_token: Which token of a text of several stands for it.
 
     Returns:
         Token ids.
@@ -312,19 +308,19 @@ def target_ids(
         TargetError: If the number of targets is not that of the prompts, or one is not a token.
     """
     pairs = zip(prompts, _one_per_prompt(plain(targets), len(prompts)), strict=True)
-    return [prompt.token_id(target, target_position) for prompt, target in pairs]
+    return [prompt.token_id(target, multi_token) for prompt, target in pairs]
 
 
-def check_target_position(target_position: object) -> None:
-    """Refuse a `target_position` that does not exist.
+def check_multi_token(multi_token: object) -> None:
+    """Refuse a `multi_token` that does not exist.
 
     Args:
-        target_position: What was asked for.
+        multi_token: What was asked for.
 
     Raises:
         TargetError: If it is neither `"first"` nor `"last"` nor `None`.
     """
-    check_choice("target_position", target_position, ("first", "last", None), TargetError)
+    check_choice("multi_token", multi_token, ("first", "last", None), TargetError)
 
 
 def _one_per_prompt(targets: _T | Sequence[_T], n_prompts: int) -> list[_T]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from backward_lens_tl._checks import check_choice, check_text, is_integer, listed, plain, shown
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.tokenizer import Span, TargetPosition, Vocabulary
+from backward_lens_tl.models.tokenizer import MultiToken, Span, Vocabulary
 
 _TOKEN_IDS = 2**63
 """torch has no larger ones."""
@@ -88,12 +88,12 @@ class Prompt:
         """
         return self.vocabulary.encode(text, self._joinable)
 
-    def token_id(self, target: str | int, target_position: TargetPosition | None = None) -> int:
+    def token_id(self, target: str | int, multi_token: MultiToken | None = None) -> int:
         """The one token that a target after the prompt stands for.
 
         Args:
             target: A text that continues the prompt, or a token id.
-            target_position: Which token of a text of several stands for it; `None` refuses such
+            multi_token: Which token of a text of several stands for it; `None` refuses such
                 a text.
 
         Returns:
@@ -102,7 +102,7 @@ class Prompt:
         Raises:
             TargetError: If it is not one token, or cannot continue the prompt.
         """
-        return self.vocabulary.token_id(target, target_position, self._joinable)
+        return self.vocabulary.token_id(target, multi_token, self._joinable)
 
     @property
     def placed_text(self) -> str:

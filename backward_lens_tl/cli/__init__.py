@@ -123,7 +123,7 @@ def _add_show(show: argparse.ArgumentParser) -> None:
         help="whether the prompt gets a BOS token (default: as the model does)",
     )
     show.add_argument(
-        "--target-position",
+        "--multi-token",
         choices=["first", "last"],
         help="which token stands for a target of several",
     )
@@ -182,7 +182,7 @@ def _result(args: argparse.Namespace) -> BackwardLensResult:
         vjps_at=args.vjps_at,
         k=args.k,
         prepend_bos=args.bos,
-        target_position=args.target_position,
+        multi_token=args.multi_token,
     )
 
 

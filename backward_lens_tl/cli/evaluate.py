@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
     state = this_process()
     with without_progress_bars() if args.quiet else nullcontext():
         model = load_model(args.model, args.kind, device=args.device or own_device(state))
-    found = evaluate(model, args.methods, records, args.out, config, progress=not args.quiet)
+    found = evaluate(model, records, args.out, args.methods, config, progress=not args.quiet)
     if state.is_main_process:
         sys.stdout.write(f"{found.to_markdown()}\n\n{_said(found)}\n")
 

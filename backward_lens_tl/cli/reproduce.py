@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> None:
     with without_progress_bars() if args.quiet else nullcontext():
         model = load_model(args.model, args.kind, device=args.device)
     found = reproduce(
-        args.names,
         model,
+        read_records(data, split=args.split),
         args.out,
-        data=read_records(data, split=args.split),
+        args.names,
         prompts=args.prompts,
         seed=args.seed,
         prepend_bos=args.bos,

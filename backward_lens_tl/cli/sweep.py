@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     settings.add_argument("--direction", choices=("update", "gradient"), help="default: update")
     settings.add_argument("--vjps-at", choices=("matrix", "residual"), help="default: matrix")
-    settings.add_argument("--k", type=int, help="tokens kept at either end (default: 5)")
+    settings.add_argument("--k", type=int, help="tokens kept at either end (default: 10)")
     settings.add_argument(
         "--position-columns", nargs="*", metavar="NAME", help="none leaves the table out"
     )
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whether prompts get a BOS token (default: as the model does)",
     )
     settings.add_argument(
-        "--target-position",
+        "--multi-token",
         choices=("first", "last"),
         help="which token stands for a target of several (default: such a row is rejected)",
     )

@@ -11,13 +11,13 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.resources import files
 from operator import index as as_index
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import huggingface_hub
 import pandas as pd
@@ -96,7 +96,7 @@ class BadRecord:
 
 
 @dataclass(frozen=True)
-class Records:
+class Records(Sequence[Record | BadRecord]):
     """All rows of a data set, in its order: a record each, or what is wrong with it.
 
     Args:
@@ -111,7 +111,7 @@ class Records:
         >>> records = blt.read_records(rows)
         >>> [type(record).__name__ for record in records]
         ['Record', 'BadRecord']
-        >>> records.rows[1].problem
+        >>> records[1].problem
         "'prompt' is missing or empty; there is 'target'"
     """
 
@@ -122,8 +122,12 @@ class Records:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[Record | BadRecord]:
-        return iter(self.rows)
+    @overload
+    def __getitem__(self, index: int) -> Record | BadRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Record | BadRecord, ...]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        return self.rows[index]
 
 
 @dataclass(frozen=True)

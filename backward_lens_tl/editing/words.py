@@ -22,7 +22,7 @@ from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.sites import READING_MATRICES
-from backward_lens_tl.models.tokenizer import TargetPosition
+from backward_lens_tl.models.tokenizer import MultiToken
 from backward_lens_tl.readout.projections import Projection, as_projection
 from backward_lens_tl.readout.readout import Readout, VectorGroup, checked_k, read_vectors
 
@@ -41,7 +41,7 @@ def delta_words(
     projection: str | Projection = "logit_lens",
     *,
     target: str | int | None = None,
-    target_position: TargetPosition | None = None,
+    multi_token: MultiToken | None = None,
     components: Components = "made",
     most: int | None = 10,
 ) -> pd.DataFrame:
@@ -60,7 +60,7 @@ def delta_words(
         k: Tokens to show at either end.
         projection: As in `backward_lens`, but one alone.
         target: A text or token id whose rank is told.
-        target_position: Which token of a text of several stands for it, `"first"` or `"last"`.
+        multi_token: Which token of a text of several stands for it, `"first"` or `"last"`.
         components: `"made"` for the outer products that the method made, one per position or
             request; `"singular"` for the singular vectors. Each pair of these is so signed that
             the entry of the left one that is largest in size is positive: for `W_out` it tells
@@ -97,7 +97,7 @@ def delta_words(
     check_choice("components", components, get_args(Components), EditError)
     if most is not None and (not is_integer(most) or int(most) < 1):
         raise EditError(f"most is {shown(most)}; pass a number of rows, or None for all")
-    wanted = -1 if target is None else host.vocabulary.token_id(target, target_position)
+    wanted = -1 if target is None else host.vocabulary.token_id(target, multi_token)
     rows = [row for each in delta for row in _rows(reader, each, wanted, components, _whole(most))]
     columns = [*_COLUMNS, *([] if target is None else ["target_rank"])]
     return pd.DataFrame(rows, columns=columns)
@@ -110,7 +110,7 @@ def compare_words(
     *,
     k: int = 10,
     projection: str | Projection = "normalized",
-    target_position: TargetPosition | None = None,
+    multi_token: MultiToken | None = None,
 ) -> pd.DataFrame:
     """Rank and readable tokens of several edits of the same matrices, side by side.
 
@@ -123,7 +123,7 @@ def compare_words(
         k: Top tokens that are compared.
         projection: As in `backward_lens`, but one alone. Edits differ in length, so by default it
             is the direction that is read.
-        target_position: Which token of a text of several stands for it, `"first"` or `"last"`.
+        multi_token: Which token of a text of several stands for it, `"first"` or `"last"`.
 
     Returns:
         One row per matrix and edit:
@@ -164,7 +164,7 @@ def compare_words(
 
     host = host_of(model)
     reader = _Reader(host, as_projection(projection, host), checked_k(k, host.d_vocab_out))
-    wanted = -1 if target is None else host.vocabulary.token_id(target, target_position)
+    wanted = -1 if target is None else host.vocabulary.token_id(target, multi_token)
     if not deltas:
         raise EditError("there is no edit to compare; pass several by name")
     first, *others = deltas.values()

@@ -32,7 +32,7 @@ class Evaluation(PartsFolder):
         >>> import backward_lens_tl as blt
         >>> model, out = blt.load_facts_model(), tempfile.mkdtemp()
         >>> config = blt.EvaluationConfig(records=1, neighbors=1, generation_length=0, n_texts=0)
-        >>> evaluation = blt.evaluate(model, {}, "facts", out, config, progress=False)
+        >>> evaluation = blt.evaluate(model, "facts", out, {}, config, progress=False)
         >>> blt.Evaluation.load(out).is_complete  # later, without model or data
         True
     """

@@ -32,9 +32,9 @@ Methods = EditMethod | Mapping[str, EditMethod] | str | Sequence[str]
 
 def evaluate(
     model: nn.Module | str,
-    methods: Methods,
     data: Any,
     out: str | Path,
+    methods: Methods,
     config: EvaluationConfig | None = None,
     *,
     progress: bool = True,
@@ -48,11 +48,11 @@ def evaluate(
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`, or a name as `load_model` takes it.
+        data: What `read_records` reads: a file of CounterFact, `"facts"`, rows; or its result.
+        out: The folder; it is made if it is not there.
         methods: Methods by the names that tables call them; one method; or names of presets, such
             as `"all"` or `["shift", "rome"]`. What presets need to have learnt, they learn from
             rows that are not evaluated, and keep in `out`.
-        data: What `read_records` reads: a file of CounterFact, `"facts"`, rows; or its result.
-        out: The folder; it is made if it is not there.
         config: The settings; by default those of `EvaluationConfig()`, which takes all records.
         progress: Whether a bar shows how far it is.
 
@@ -70,7 +70,7 @@ def evaluate(
         >>> import backward_lens_tl as blt
         >>> model, out = blt.load_facts_model(), tempfile.mkdtemp()
         >>> config = blt.EvaluationConfig(records=2, generation_length=0, n_texts=0)
-        >>> found = blt.evaluate(model, {}, "facts", out, config, progress=False)
+        >>> found = blt.evaluate(model, "facts", out, {}, config, progress=False)
         >>> found.summary()[["method", "records", "efficacy"]].values.tolist()
         [['none', 2, 0.0]]
     """

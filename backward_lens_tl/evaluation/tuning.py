@@ -97,7 +97,7 @@ def search(
         rows=tuple(rows), generation_length=0, n_texts=0, prepend_bos=prepend_bos
     )
     with _shared_folder() as folder:
-        found = evaluate(model, candidates, data, folder, config, progress=progress)
+        found = evaluate(model, data, folder, candidates, config, progress=progress)
         table = found.summary()
     table = table[table["method"] != NONE].rename(columns={"method": "name"})
     table["score"] = [_harmonic_mean(row) for row in table[list(_METRICS)].to_numpy().tolist()]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from backward_lens_tl._checks import check_text, shown
 from backward_lens_tl.errors import TargetError
 
-TargetPosition = Literal["first", "last"]
+MultiToken = Literal["first", "last"]
 
 _SENTENCEPIECE_SPACE = "▁"
 _PARTIAL = "\ufffd"
@@ -248,14 +248,14 @@ class Vocabulary:
     def token_id(
         self,
         target: str | int,
-        target_position: TargetPosition | None = None,
+        multi_token: MultiToken | None = None,
         after: str | None = None,
     ) -> int:
         """The one token that a target stands for.
 
         Args:
             target: Text, or a token id.
-            target_position: Which token of a text of several stands for it; `None` refuses such
+            multi_token: Which token of a text of several stands for it; `None` refuses such
                 a text.
             after: The text of the prompt that it continues; `None` if it is unknown.
 
@@ -263,19 +263,19 @@ class Vocabulary:
             The token id.
 
         Raises:
-            TargetError: If a text has several tokens and no `target_position` is given, it does
+            TargetError: If a text has several tokens and no `multi_token` is given, it does
                 not continue the prompt, or an id is outside the vocabulary.
         """
         if not isinstance(target, str):
             return self._checked(target)
         ids = self.encode(target, after)
-        if len(ids) == 1 or target_position == "first":
+        if len(ids) == 1 or multi_token == "first":
             return ids[0]
-        if target_position == "last":
+        if multi_token == "last":
             return ids[-1]
         raise TargetError(
             f"target {target!r} is {len(ids)} tokens ({self._pieces(ids)}), and a gradient is read "
-            f"against one.{self._space_hint(target, after)} Ask for target_position='first' or "
+            f"against one.{self._space_hint(target, after)} Ask for multi_token='first' or "
             "'last', pass a token id, or differentiate all of them with objective=sequence_nll(...)"
         )
 

@@ -36,11 +36,11 @@ COUNTERFACT_RECORDS = "azhx/counterfact"
 
 
 def reproduce(
+    model: nn.Module | str,
+    data: Any,
+    out: str | Path,
     names: str | Sequence[str],
-    model: nn.Module | str = FACTS_MODEL,
-    out: str | Path = "reproduced",
     *,
-    data: Any = None,
     prompts: int = 100,
     seed: int = 0,
     prepend_bos: bool | None = False,
@@ -53,12 +53,13 @@ def reproduce(
     gone on with if it was stopped.
 
     Args:
+        model: A `HookedTransformer` or `TransformerBridge`, or a name as `load_model` takes it.
+        data: What `read_records` reads; `None` for the facts model's own records with `"facts"`,
+            and CounterFact from the hub with other models. Editing takes the first rows, the others
+            any.
+        out: The folder; it is made if it is not there.
         names: Figures and tables, such as `"fig4"` or `["fig6", "table2"]`; `"gradients"`,
             `"editing"` (which takes minutes), or `"all"`.
-        model: A `HookedTransformer` or `TransformerBridge`, or a name as `load_model` takes it.
-        out: The folder; it is made if it is not there.
-        data: What `read_records` reads. By default the facts model's own records for `"facts"`, and
-            CounterFact from the hub for other models. Editing takes the first rows, the others any.
         prompts: How many prompts are taken from the data.
         seed: Of their choice.
         prepend_bos: Whether prompts get a BOS token; the paper's had none. `None` is the model's
@@ -79,7 +80,7 @@ def reproduce(
         >>> import tempfile
         >>> import backward_lens_tl as blt
         >>> out = tempfile.mkdtemp()
-        >>> found = blt.reproduce("fig4", out=out, prompts=2, progress=False)
+        >>> found = blt.reproduce("facts", "facts", out, "fig4", prompts=2, progress=False)
         >>> found["fig4"].verdict
         'holds'
     """

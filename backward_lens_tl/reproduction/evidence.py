@@ -20,7 +20,7 @@ from backward_lens_tl.evaluation.perplexity import perplexity, read_texts
 from backward_lens_tl.evaluation.plan import unused_records
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.models import host_of
-from backward_lens_tl.models.tokenizer import TargetPosition
+from backward_lens_tl.models.tokenizer import MultiToken
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.sweeps import Sweep, SweepConfig, sweep
 from backward_lens_tl.sweeps.config import Lens
@@ -33,6 +33,7 @@ EXAMPLE = ("Lionel Messi plays for", " Paris")
 
 _LENSES: tuple[Lens, ...] = get_args(Lens)
 _END = 0.01
+_KEPT = 5
 _NORMS = ("norm", "input_norm", "is_zero")
 
 
@@ -142,7 +143,8 @@ class Evidence:
             prepend_bos=self.prepend_bos,
             # Datasets have answers of several tokens, whose first one is taught, as in the paper's
             # own editing.
-            target_position="first",
+            multi_token="first",
+            k=_KEPT,
             prompts=self.prompts_asked,
             seed=self.seed,
             **settings,
@@ -226,7 +228,7 @@ class Evidence:
         config = self.evaluation_config(**settings)
         out = self._folder / "edits" / name
         out.mkdir(parents=True, exist_ok=True)
-        found = evaluate(self.model, methods, self.records, out, config, progress=self.progress)
+        found = evaluate(self.model, self.records, out, methods, config, progress=self.progress)
         if found.edits().empty:
             problem = found.rejects()["problem"].iloc[0]
             raise InputError(f"none of the records can be evaluated; the first: {problem}")
@@ -311,7 +313,7 @@ class Evidence:
             return self._result(prompt, target, "first")
 
     def _result(
-        self, prompt: str, target: str | int, position: TargetPosition | None
+        self, prompt: str, target: str | int, position: MultiToken | None
     ) -> BackwardLensResult:
         return backward_lens(
             self.model,
@@ -319,5 +321,5 @@ class Evidence:
             target,
             projection=_LENSES,
             prepend_bos=self.prepend_bos,
-            target_position=position,
+            multi_token=position,
         )

@@ -18,6 +18,7 @@ _LIKE = 0.7
 _MOST = 0.9
 _PART = 0.01
 _TOP = 100
+_SHOWN = 3
 _TIMES_MORE = 5
 """Of a small vocabulary at most a fifth is compared: all of it is the same for every vector."""
 
@@ -54,7 +55,7 @@ def imprint_similarity(evidence: Evidence) -> Finding:
 
 def _words(evidence: Evidence, matrix: str) -> Finding:
     layer = evidence.example_layer
-    table = neuron_words(evidence.model, evidence.example, matrix, layer)
+    table = neuron_words(evidence.model, evidence.example, matrix, layer, k=_SHOWN)
     # The update of W_out is towards the target; W_in gets the inputs, which need not be.
     target = evidence.example.target() if matrix == "W_out" else None
     return Finding(
@@ -83,7 +84,7 @@ def _largest_agree(table: pd.DataFrame, target: str | None) -> Check:
 
 def _vectors(evidence: Evidence, matrix: str) -> Finding:
     layer = evidence.example_layer
-    table = spanning_words(evidence.model, evidence.example, matrix, layer)
+    table = spanning_words(evidence.model, evidence.example, matrix, layer, k=_SHOWN)
     return Finding(
         (_few_say_it_all(_overlap(evidence, matrix)),),
         {f"spanning set of {matrix}, layer {layer}": table},

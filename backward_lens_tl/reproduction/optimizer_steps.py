@@ -29,7 +29,7 @@ def optimizer_steps(evidence: Evidence) -> Finding:
             )(evidence.model, request)
             for optimizer in _OPTIMIZERS
         }
-        own = compare_words(evidence.model, steps, target=request.target, target_position="first")
+        own = compare_words(evidence.model, steps, target=request.target, multi_token="first")
         found.append(own.assign(request=place))
     table = pd.concat(found, ignore_index=True)
     means = table.groupby(["matrix", "edit"], sort=False)[

@@ -19,7 +19,7 @@ from backward_lens_tl._checks import (
 )
 from backward_lens_tl.errors import SweepError
 from backward_lens_tl.lens import Direction, VjpsAt
-from backward_lens_tl.models.tokenizer import TargetPosition
+from backward_lens_tl.models.tokenizer import MultiToken
 from backward_lens_tl.sweeps.columns import TABLES
 
 Lens = Literal["logit_lens", "normalized"]
@@ -43,7 +43,7 @@ class SweepConfig:
         gradient_columns: Likewise of the table of gradients; `None` for all but the list of
             singular values.
         prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
-        target_position: Which token of a target of several stands for it; `None` rejects such a
+        multi_token: Which token of a target of several stands for it; `None` rejects such a
             target.
         prompts: How many rows of the data are taken, at random; `None` for all.
         seed: Of that choice.
@@ -65,11 +65,11 @@ class SweepConfig:
     projection: Lens | Sequence[Lens] = ("logit_lens",)
     direction: Direction = "update"
     vjps_at: VjpsAt = "matrix"
-    k: int = 5
+    k: int = 10
     position_columns: str | Sequence[str] | None = None
     gradient_columns: str | Sequence[str] | None = None
     prepend_bos: bool | None = None
-    target_position: TargetPosition | None = None
+    multi_token: MultiToken | None = None
     prompts: int | None = None
     seed: int = 0
     part_size: int = 64
@@ -91,8 +91,8 @@ class SweepConfig:
         check_choice("direction", self.direction, get_args(Direction), SweepError)
         check_choice("vjps_at", self.vjps_at, get_args(VjpsAt), SweepError)
         check_choice("prepend_bos", self.prepend_bos, (True, False, None), SweepError)
-        positions = (*get_args(TargetPosition), None)
-        check_choice("target_position", self.target_position, positions, SweepError)
+        positions = (*get_args(MultiToken), None)
+        check_choice("multi_token", self.multi_token, positions, SweepError)
         for name in ("positions", "gradients"):
             _check_columns(name, self._asked(name))
         for name in ("part_size", "prompts", "budget", "k"):

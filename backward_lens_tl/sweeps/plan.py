@@ -121,7 +121,7 @@ def _planned(host: Host, row: Record | BadRecord, config: SweepConfig) -> Item |
             f"{len(prompt.ids)} tokens; the model's context holds {host.n_ctx}: shorten it",
         )
     try:
-        target = prompt.token_id(row.target, config.target_position)
+        target = prompt.token_id(row.target, config.multi_token)
     except TargetError as error:
         return reject("target", error)
     try:

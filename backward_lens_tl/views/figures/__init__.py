@@ -636,7 +636,7 @@ def edit_scores(evaluation: Evaluation, *, backend: Backend = "plotly") -> Any:
         >>> import backward_lens_tl as blt
         >>> model, out = blt.load_facts_model(), tempfile.mkdtemp()
         >>> config = blt.EvaluationConfig(records=1, neighbors=1, generation_length=0, n_texts=0)
-        >>> evaluation = blt.evaluate(model, {}, "facts", out, config, progress=False)
+        >>> evaluation = blt.evaluate(model, "facts", out, {}, config, progress=False)
         >>> figure = blt.figures.edit_scores(evaluation)
         >>> [title.text for title in figure.layout.annotations]
         ['The wanted answer leads (paper)', 'The wanted answer is the likelier one (ROME)']
@@ -724,7 +724,7 @@ def edit_curves(
         ...     for layer in (6, 7)
         ... }
         >>> config = blt.EvaluationConfig(records=1, neighbors=1, generation_length=0, n_texts=0)
-        >>> found = blt.evaluate(model, methods, "facts", out, config, progress=False)
+        >>> found = blt.evaluate(model, "facts", out, methods, config, progress=False)
         >>> table = found.summary()[1:].assign(method="shift", layer=[6, 7])  # without "none"
         >>> figure = blt.figures.edit_curves(table, along="layer")
         >>> figure.layout.title.text, [line.name for line in figure.data]
