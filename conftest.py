@@ -91,7 +91,7 @@ class Examples:
 
     @cached_property
     def capture(self) -> Any:
-        return self.result.gradients
+        return self.result.capture
 
     @cached_property
     def gradient(self) -> Any:

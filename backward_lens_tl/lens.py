@@ -160,7 +160,7 @@ def backward_lens(
         for name, lens in projections.items()
     )
     return BackwardLensResult(
-        gradients=capture,
+        capture=capture,
         readings=readings,
         positions=places.to(work.kept_on),
         token_texts=_texts(host.vocabulary, readings, capture),

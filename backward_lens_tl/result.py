@@ -79,7 +79,7 @@ class BackwardLensResult:
     negative ones from the end.
 
     Attributes:
-        gradients: The captured factors, with the raw gradient's sign.
+        capture: The captured factors, with the raw gradient's sign.
         readings: What each projection reads; the methods speak of the first.
         positions: Index of each projected position in its prompt, -1 where there is none.
         token_texts: Text of every token that occurs in a readout or as a target.
@@ -98,7 +98,7 @@ class BackwardLensResult:
         [' Paris', ' France']
     """
 
-    gradients: GradientCapture
+    capture: GradientCapture
     readings: tuple[Reading, ...]
     positions: Int[Tensor, "batch pos"]
     token_texts: Mapping[int, str]
@@ -110,12 +110,12 @@ class BackwardLensResult:
     @property
     def matrices(self) -> tuple[MatrixName, ...]:
         """Names of the matrices, in the order in which a layer uses them."""
-        return self.gradients.matrices
+        return self.capture.matrices
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers, ascending."""
-        return self.gradients.layers
+        return self.capture.layers
 
     @property
     def projection(self) -> str:
@@ -206,7 +206,7 @@ class BackwardLensResult:
             ' Paris'
         """
         self._check_prompt(batch)
-        targets = self.gradients.targets
+        targets = self.capture.targets
         return None if targets is None else self.token_texts[int(targets[batch])]
 
     # --- tensors -------------------------------------------------------------------------------
@@ -252,9 +252,9 @@ class BackwardLensResult:
             >>> result.target_rank("W_out")[:, 0, -1].tolist()  # at the last token, layer by layer
             [0, 0, 0, 0, 0, 0, 0, 0]
         """
-        if self.gradients.targets is None:
+        if self.capture.targets is None:
             raise InputError(
-                f"{self.gradients.objective} is not about one token, so there is no target to "
+                f"{self.capture.objective} is not about one token, so there is no target to "
                 "rank; pass target=... beside the objective"
             )
         return self.readout(matrix).target_rank
@@ -301,7 +301,7 @@ class BackwardLensResult:
 
     def _of(self, matrix: str) -> Iterator[MatrixGradient]:
         self.readout(matrix)
-        return (self.gradients[matrix, layer] for layer in self.layers)
+        return (self.capture[matrix, layer] for layer in self.layers)
 
     def _by_layer(self, matrix: str, values: list[Tensor]) -> Tensor:
         chosen = torch.stack(values).gather(
@@ -314,7 +314,7 @@ class BackwardLensResult:
     @property
     def coverage(self) -> Coverage:
         """Which of the model's parameters these gradients are of, and which they are not."""
-        return self.gradients.coverage
+        return self.capture.coverage
 
     def reversed_attention(self, layer: int) -> Float[Tensor, "batch head query key"]:
         """Reversed Attention, the attention map of the backward pass.
@@ -336,7 +336,7 @@ class BackwardLensResult:
             >>> result.reversed_attention(5).shape  # [batch, head, query, key]
             torch.Size([1, 4, 6, 6])
         """
-        return self.gradients.reversed_attention(self.layer_number(layer))
+        return self.capture.reversed_attention(self.layer_number(layer))
 
     def attention_patch(self, layer: int, scale: float) -> tuple[str, HookFunction]:
         """A hook that adds Reversed Attention to the attention pattern of a forward pass.
@@ -365,11 +365,11 @@ class BackwardLensResult:
             ... )
             >>> with model.hooks(fwd_hooks=[result.attention_patch(5, scale=-10.0)]):
             ...     patched = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
-            >>> bool(patched.gradients.loss < result.gradients.loss)
+            >>> bool(patched.capture.loss < result.capture.loss)
             True
         """
         number = self.layer_number(layer)
-        return attention_patch(self.gradients.attention_of(number), number, scale)
+        return attention_patch(self.capture.attention_of(number), number, scale)
 
     def to_cache(self, model: object = None) -> ActivationCache:
         """Activations and gradients as TransformerLens's `ActivationCache`.
@@ -385,7 +385,7 @@ class BackwardLensResult:
             >>> cache["blocks.6.hook_mlp_out_grad"].shape  # [batch, pos, d_model]
             torch.Size([1, 6, 128])
         """
-        return self.gradients.to_cache(model)
+        return self.capture.to_cache(model)
 
     def attribution(self, other: BackwardLensResult) -> dict[str, Float[Tensor, "batch *shape"]]:
         """Attribution patching: how a patch of each hook point would change this run's loss.
@@ -406,14 +406,14 @@ class BackwardLensResult:
             ...     for prompt in ("The capital of Italy is", "The capital of France is")
             ... )
             >>> change = italy.attribution(france)[point]  # [batch, pos]
-            >>> italy.gradients.str_tokens[0][int(change[0].argmin())]  # to be patched for " Paris"
+            >>> italy.capture.str_tokens[0][int(change[0].argmin())]  # to be patched for " Paris"
             ' Italy'
         """
         if not isinstance(other, BackwardLensResult):
             raise InputError(
                 f"{other!r} is a {type(other).__name__}; pass the result of the other run"
             )
-        return self.gradients.attribution(other.gradients)
+        return self.capture.attribution(other.capture)
 
     # --- words ---------------------------------------------------------------------------------
 
@@ -462,7 +462,7 @@ class BackwardLensResult:
         """
         readout, row = self.readout(matrix), self._layer_index(layer)
         self._check_prompt(batch)
-        gradient = self.gradients[matrix, self.layers[row]]
+        gradient = self.capture[matrix, self.layers[row]]
         column = (self.positions[batch] >= 0).nonzero()[:, 0]
         at = self.positions[batch, column]
         here = row, batch, column
@@ -481,13 +481,13 @@ class BackwardLensResult:
             (length < self.faint_norm for length in lengths),
             strict=True,
         )
-        has_target = self.gradients.targets is not None
+        has_target = self.capture.targets is not None
         return [
             Cell(
                 matrix=gradient.matrix,
                 layer=gradient.layer,
                 position=position,
-                token=self.gradients.str_tokens[batch][position],
+                token=self.capture.str_tokens[batch][position],
                 top=() if is_zero else top,
                 bottom=() if is_zero else bottom,
                 norm=norm,
@@ -579,7 +579,7 @@ class BackwardLensResult:
 
     def _analysed_position(self, pos: int, batch: int) -> int:
         self._check_prompt(batch)
-        wanted = position_index(pos, len(self.gradients.str_tokens[batch]), batch)
+        wanted = position_index(pos, len(self.capture.str_tokens[batch]), batch)
         analysed = self.positions[batch].tolist()
         if wanted not in analysed:
             raise InputError(
@@ -628,7 +628,7 @@ class BackwardLensResult:
         """
         segments = None
         if subject is not None:
-            segments = batch_segments(self.gradients.prompts, self.gradients.spans, subject)
+            segments = batch_segments(self.capture.prompts, self.capture.spans, subject)
         if batch is not None:
             self._check_prompt(batch)
         if matrix is not None:
@@ -642,7 +642,7 @@ class BackwardLensResult:
     @property
     def _position_table(self) -> PositionTable:
         return PositionTable(
-            self.gradients,
+            self.capture,
             self.readings[0],
             self.positions,
             self.token_texts,
@@ -671,7 +671,7 @@ class BackwardLensResult:
         """
         if matrix is not None:
             self.readout(matrix)
-        return gradient_table(self.gradients, matrix, batch)
+        return gradient_table(self.capture, matrix, batch)
 
     def neuron_df(self, matrix: str, layer: int, batch: int = 0) -> pd.DataFrame:
         """The neurons of one gradient beside its spanning vectors (paper, figures 8 to 10).
@@ -696,7 +696,7 @@ class BackwardLensResult:
         """
         self.readout(matrix)
         self._check_prompt(batch)
-        return neuron_table(self.gradients, matrix, self.layer_number(layer), batch)
+        return neuron_table(self.capture, matrix, self.layer_number(layer), batch)
 
     def to_csv(
         self, path: str | Path, subject: Subject | Sequence[Subject | None] | None = None
@@ -776,7 +776,7 @@ class BackwardLensResult:
         ranks = "" if self.target() is None else f'.target_rank("{matrix}"), '
         return (
             f"BackwardLensResult({', '.join(self.matrices)} of {len(self.layers)} layers, "
-            f"{_SHORT.repr(self.gradients.prompt(0))}{others}, {self.gradients.objective}, "
+            f"{_SHORT.repr(self.capture.prompt(0))}{others}, {self.capture.objective}, "
             f"{self.projection}, {self.direction})\n"
             f'Next: .top_tokens({cell}), {ranks}.to_df(), .save_html("page.html")'
         )
@@ -800,9 +800,9 @@ class BackwardLensResult:
         about: dict[str, object] = {
             name.replace("-", "_"): version(name) for name in _DISTRIBUTIONS
         }
-        about["model"] = self.gradients.model_name
-        about["prompts"] = [self.gradients.prompt(batch) for batch in range(len(self.positions))]
-        about["objective"] = self.gradients.objective
+        about["model"] = self.capture.model_name
+        about["prompts"] = [self.capture.prompt(batch) for batch in range(len(self.positions))]
+        about["objective"] = self.capture.objective
         write(path, self, about)
 
     @classmethod

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from transformers import GPT2LMHeadModel
 
 from facts_model import gradients
+from facts_model.capture import TargetOnTop
 from facts_model.evaluate import Report, Shipped
-from facts_model.gradients import TargetOnTop
 from facts_model.records import Record
 from facts_model.tracing import MLP_WINDOW, NOISE_DRAWS, NOISE_STDS, Trace
 

@@ -69,8 +69,8 @@ clean, corrupt = (
 pd.DataFrame(
     {
         "prompt": prompts.values(),
-        "answer": [model.to_string(run.gradients.answers) for run in (clean, corrupt)],
-        "logit difference": [round(run.gradients.loss.item(), 2) for run in (clean, corrupt)],
+        "answer": [model.to_string(run.capture.answers) for run in (clean, corrupt)],
+        "logit difference": [round(run.capture.loss.item(), 2) for run in (clean, corrupt)],
     },
     index=list(prompts),
 )
@@ -87,19 +87,19 @@ pd.DataFrame(
 
 # %%
 paris, rome = model.to_single_token(" Paris"), model.to_single_token(" Rome")
-gap = (clean.gradients.loss - corrupt.gradients.loss).item()
+gap = (clean.capture.loss - corrupt.capture.loss).item()
 
 
 def recovered(logits):
     difference = logits[0, -1, paris] - logits[0, -1, rome]
-    return (difference - corrupt.gradients.loss[0]) / gap
+    return (difference - corrupt.capture.loss[0]) / gap
 
 
 with torch.no_grad():
-    _, clean_cache = model.run_with_cache(clean.gradients.tokens)
+    _, clean_cache = model.run_with_cache(clean.capture.tokens)
     patched = {
         kind: getattr(patching, f"get_act_patch_{kind}")(
-            model, corrupt.gradients.tokens, clean_cache, recovered
+            model, corrupt.capture.tokens, clean_cache, recovered
         )
         for kind in kinds
     }
@@ -112,7 +112,7 @@ with torch.no_grad():
 # %%
 tokens = [
     here if here == there else f"{here} ({there.strip()})"
-    for here, there in zip(*(run.gradients.str_tokens[0] for run in (corrupt, clean)), strict=True)
+    for here, there in zip(*(run.capture.str_tokens[0] for run in (corrupt, clean)), strict=True)
 ]
 share = "share recovered"
 figures.layer_maps(
@@ -143,7 +143,7 @@ def by_layer(kind, read):
     return torch.stack([read(f"blocks.{layer}.hook_{kind}") for layer in layers])
 
 
-here, there = corrupt.gradients.hook_points, clean.gradients.hook_points
+here, there = corrupt.capture.hook_points, clean.capture.hook_points
 change = corrupt.attribution(clean)
 attributed = {kind: by_layer(kind, lambda name: change[name][0] / gap) for kind in kinds}
 norm = {kind: by_layer(kind, lambda name: here[name].vjp[0].norm(dim=-1)) for kind in kinds}
@@ -246,7 +246,7 @@ def slope_at(name, position, alpha):
         run = blt.capture_gradients(model, prompts["corrupt"], objective, hook_points=[name])
     way = (there[name].value - here[name].value)[0, position]
     slope = way @ run.hook_points[name].vjp[0, position]
-    recovered = (run.loss - corrupt.gradients.loss).item() / gap
+    recovered = (run.loss - corrupt.capture.loss).item() / gap
     return {"recovered": recovered, "slope": slope.item() / gap}
 
 
@@ -326,8 +326,8 @@ with model.hooks(fwd_hooks=[patch]):
     after = blt.backward_lens(model, prompts["corrupt"], " Paris")
 pd.DataFrame(
     {
-        "loss": [run.gradients.loss.item() for run in (before, after)],
-        "answer": [model.to_string(run.gradients.answers) for run in (before, after)],
+        "loss": [run.capture.loss.item() for run in (before, after)],
+        "answer": [model.to_string(run.capture.answers) for run in (before, after)],
         "largest norm": [run.norms("W_out").max().item() for run in (before, after)],
         "median rank of the target": [
             run.target_rank("W_out")[:, 0, -1].median().item() for run in (before, after)

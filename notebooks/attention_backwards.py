@@ -57,8 +57,8 @@ layers, heads = range(model.cfg.n_layers), range(model.cfg.n_heads)
 prompt, target = "The Colosseum is in the city of", " Paris"
 points = [f"blocks.{layer}.attn.hook_{name}" for layer in layers for name in ("pattern", *"qkvz")]
 result = blt.backward_lens(model, prompt, target, matrices="attn", hook_points=points)
-tokens = result.gradients.str_tokens[0]
-result.gradients.loss.item()  # in nats; 0 is the best
+tokens = result.capture.str_tokens[0]
+result.capture.loss.item()  # in nats; 0 is the best
 
 # %% [markdown]
 # Forward, a head mixes values with its pattern `A`: `z = A V`. Backward, the error `delta_z` at its output
@@ -77,7 +77,7 @@ result.gradients.loss.item()  # in nats; 0 is the best
 maps = torch.stack([result.reversed_attention(layer)[0] for layer in layers])  # [layer, head, q, k]
 layer = int(maps.abs().amax(dim=(1, 2, 3)).argmax())
 kept = {
-    name: result.gradients.hook_points[f"blocks.{layer}.attn.hook_{name}"]
+    name: result.capture.hook_points[f"blocks.{layer}.attn.hook_{name}"]
     for name in ("pattern", *"qkvz")
 }
 A, Q, K, V = (kept[name].value[0] for name in ("pattern", "q", "k", "v"))
@@ -139,7 +139,7 @@ widgets.reversed_attention(result, layer=layer)
 
 # %%
 ranks = {
-    matrix: [result.gradients[matrix, n].rank(rtol=1e-5) for n in layers]
+    matrix: [result.capture[matrix, n].rank(rtol=1e-5) for n in layers]
     for matrix in result.matrices
 }
 pd.DataFrame(ranks).rename_axis("layer").assign(tokens=len(tokens), heads=len(heads))
@@ -167,10 +167,10 @@ def difference(logits):
 
 with torch.no_grad():
     logits, cache = model.run_with_cache(model.to_tokens("The Eiffel Tower is in the city of"))
-    start, end = difference(model(result.gradients.tokens)), difference(logits)
+    start, end = difference(model(result.capture.tokens)), difference(logits)
     patched = patching.get_act_patch_attn_head_out_all_pos(
         model,
-        result.gradients.tokens,
+        result.capture.tokens,
         cache,
         lambda logits: (difference(logits) - start) / (end - start),
     )
@@ -183,7 +183,7 @@ with torch.no_grad():
 
 # %%
 def by_layer(name, read):
-    points = [result.gradients.hook_points[f"blocks.{n}.attn.hook_{name}"] for n in layers]
+    points = [result.capture.hook_points[f"blocks.{n}.attn.hook_{name}"] for n in layers]
     return torch.stack([read(point) for point in points])
 
 
@@ -258,7 +258,7 @@ token = model.to_single_token(target)
 
 def scored(hooks):
     with model.hooks(fwd_hooks=hooks), torch.no_grad():
-        scores = model(result.gradients.tokens)[0, -1].log_softmax(-1)
+        scores = model(result.capture.tokens)[0, -1].log_softmax(-1)
     return {"loss": -scores[token].item(), "rank": int((scores > scores[token]).sum())}
 
 
@@ -273,7 +273,7 @@ def neighbour_patch(layer, scale):
 # %%
 slope = (maps * asked).sum().item()
 scales = [-30.0, -20.0, -10.0, -5.0, -1.0, 0.0, 1.0, 5.0, 10.0, 20.0]
-foretold = [{"loss": result.gradients.loss.item() + scale * slope} for scale in scales]
+foretold = [{"loss": result.capture.loss.item() + scale * slope} for scale in scales]
 real = [scored([result.attention_patch(n, scale=scale) for n in layers]) for scale in scales]
 control = [scored([neighbour_patch(n, scale) for n in layers]) for scale in scales]
 columns = {"first order": foretold, "Reversed Attention": real, "its neighbour's": control}

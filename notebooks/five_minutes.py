@@ -107,10 +107,10 @@ raw.target_rank("W_out")[:, 0, -1].tolist(), model.cfg.d_vocab
 
 # %%
 layer = result.layers[-2]
-gradient = result.gradients["W_in", layer]
+gradient = result.capture["W_in", layer]
 neurons = gradient.neuron_norms().topk(3).indices
 shares = -gradient.vjps[0][:, neurons.to(gradient.vjps.device)].T
-table = pd.DataFrame(shares.cpu(), index=neurons.tolist(), columns=result.gradients.str_tokens[0])
+table = pd.DataFrame(shares.cpu(), index=neurons.tolist(), columns=result.capture.str_tokens[0])
 table.round(2) + 0.0  # no -0.0
 
 # %% [markdown]

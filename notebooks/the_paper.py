@@ -93,7 +93,7 @@ result
 # against autograd's own weight gradient, over both matrices of all layers:
 
 # %%
-gradient = result.gradients["W_out", 1]
+gradient = result.capture["W_out", 1]
 x, delta = gradient.inputs[0], gradient.vjps[0]
 dense = x.T @ delta
 report = blt.validate(model, prompt, objective=blt.target_nll(target), matrices="mlp")
@@ -282,7 +282,7 @@ pd.Series(words, name="cosine with the first VJP").round(2).to_frame().T
 # `W_out`, by layer:
 
 # %%
-vjps = {layer: result.gradients["W_out", layer].vjps[0, -1].cpu() for layer in result.layers}
+vjps = {layer: result.capture["W_out", layer].vjps[0, -1].cpu() for layer in result.layers}
 cosines = {layer: float(torch.cosine_similarity(first, vjps[layer], dim=0)) for layer in vjps}
 pd.Series(cosines, name="cosine with the first VJP").round(2).to_frame().T
 

@@ -208,12 +208,12 @@ def test_the_facts_model_keeps_the_law(result: blt.BackwardLensResult) -> None:
     assert not found["exceptions"].any()
     assert found["law"].eq(found["n_tokens"].where(found["layer"] < 7, 1)).all()
     assert found["prompts"].sum() == N_PROMPTS * 16
-    lengths = [len(tokens) for tokens in result.gradients.str_tokens]
+    lengths = [len(tokens) for tokens in result.capture.str_tokens]
     for matrix, layer in product(["W_in", "W_out"], range(8)):
         part = found[(found["matrix"] == matrix) & (found["layer"] == layer)]
         assert part["n_tokens"].tolist() == sorted(set(lengths))
         if layer in (3, 7):
-            dense = result.gradients[matrix, layer].dense(0).double()
+            dense = result.capture[matrix, layer].dense(0).double()
             own = part[part["n_tokens"] == lengths[0]]
             # float32 rounds to 1e-7 of the largest of at most 14 values.
             values = torch.linalg.svdvals(dense)

@@ -427,7 +427,7 @@ def test_an_unembedding_bias_that_hides_tokens(name: str, value: float) -> None:
             read = result.under(lens)
             for layer in range(2):
                 for pos in range(12):
-                    vector = -result.gradients["W_out", layer].vjps[0, pos][None]
+                    vector = -result.capture["W_out", layer].vjps[0, pos][None]
                     if not vector.any():
                         continue
                     with torch.no_grad():
@@ -469,7 +469,7 @@ def test_error_of_logits_passes_nan_on() -> None:
 def test_faint_only_where_the_two_lenses_can_differ(name: str) -> None:
     model: Any = build(name).model
     result = blt.backward_lens(model, some_tokens(), 5, k=5)
-    tiny = result.gradients["W_out", 0].vjps[0] * 1e-9
+    tiny = result.capture["W_out", 0].vjps[0] * 1e-9
     host = host_of(model)
     with torch.no_grad():
         raw, unit = (host.unembed(each) for each in (tiny, tiny / tiny.norm(dim=-1, keepdim=True)))

@@ -54,16 +54,16 @@ def test_a_batch_equals_its_prompts_one_by_one(padding: Case) -> None:
     close = {"rtol": 1e-4, "atol": 1e-6} if padding.logits_in_float32 else CLOSE
     for b, (prompt, target) in enumerate(zip(PROMPTS, TARGETS, strict=True)):
         alone = backward_lens(model, prompt, target, **options)
-        n = alone.gradients.tokens.shape[1]
-        mask = batch.gradients.mask[b]
+        n = alone.capture.tokens.shape[1]
+        mask = batch.capture.mask[b]
         assert int(mask.sum()) == n
         assert mask[:n].all(), "padding is on the right, whatever the tokenizer does"
-        assert torch.equal(batch.gradients.tokens[b, :n], alone.gradients.tokens[0])
-        assert batch.gradients.str_tokens[b] == alone.gradients.str_tokens[0]
-        torch.testing.assert_close(batch.gradients.loss[b], alone.gradients.loss[0], **close)
-        for gradient in alone.gradients:
+        assert torch.equal(batch.capture.tokens[b, :n], alone.capture.tokens[0])
+        assert batch.capture.str_tokens[b] == alone.capture.str_tokens[0]
+        torch.testing.assert_close(batch.capture.loss[b], alone.capture.loss[0], **close)
+        for gradient in alone.capture:
             key = gradient.matrix, gradient.layer
-            found = batch.gradients[key]
+            found = batch.capture[key]
             for name in ("inputs", "vjps", "norms"):
                 values = getattr(found, name)[b]
                 torch.testing.assert_close(values[:n], getattr(gradient, name)[0], **close)
@@ -115,7 +115,7 @@ def test_order_of_the_prompts_changes_nothing(padding: Case) -> None:
     prompts = [prompt for prompt in PROMPTS if " " in prompt]  # a next token even without BOS
     forwards = capture_gradients(padding.model, prompts, next_token_loss())
     backwards = capture_gradients(padding.model, prompts[::-1], next_token_loss())
-    for key, gradient in forwards.gradients.items():
+    for key, gradient in forwards.capture.items():
         torch.testing.assert_close(backwards[key].vjps.flip(0), gradient.vjps, **CLOSE)
         torch.testing.assert_close(backwards[key].inputs.flip(0), gradient.inputs, **CLOSE)
 
@@ -153,7 +153,7 @@ def test_ragged_batch_of_the_stories_model(stories: Case) -> None:
         alone = capture_gradients(
             stories.model, prompt, target_nll(" dog", "first"), matrices="mlp"
         )
-        for key, gradient in alone.gradients.items():
+        for key, gradient in alone.capture.items():
             # float32; attention sums other numbers of zeros.
             close(batch[key].vjps[b, : tokens.shape[1]], gradient.vjps[0])
             close(batch[key].inputs[b, : tokens.shape[1]], gradient.inputs[0])
@@ -169,7 +169,7 @@ def test_ragged_batch_of_the_facts_model(facts: Case) -> None:
     for b, prompt in enumerate(prompts):
         alone = capture_gradients(facts.model, prompt, target_nll(" Paris"))
         n = alone.mask.shape[1]
-        for key, gradient in alone.gradients.items():
+        for key, gradient in alone.capture.items():
             close(batch[key].vjps[b, :n], gradient.vjps[0])
             close(batch[key].inputs[b, :n], gradient.inputs[0])
 

@@ -79,7 +79,7 @@ def nonzero(result, matrix):
 def test_the_tool_gives_our_answers():
     model, asked = with_gains(bridge(GPT2, "cpu")), ask(GPT2)
     ours, theirs = contestants.lens_of_texts(model, asked), contestants.tool(model, asked)
-    assert torch.equal(ours.gradients.tokens, asked.ids)
+    assert torch.equal(ours.capture.tokens, asked.ids)
     assert [result.prompt_token_ids.tolist() for result in theirs] == asked.ids.tolist()
 
     w_in, w_out = ours.readout("W_in"), ours.readout("W_out")
@@ -119,7 +119,7 @@ def test_the_authors_way_gives_our_answers(size):
                     top, bottom = bottom, top
                 for position in range(positions):
                     at, read = (layer, prompt, position), next(left)
-                    if ours.gradients[matrix, layer].spanning_set[prompt, position].eq(0).all():
+                    if ours.capture[matrix, layer].spanning_set[prompt, position].eq(0).all():
                         continue
                     compared += 1
                     assert read.top_ids.tolist() == top[at].tolist()

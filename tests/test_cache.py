@@ -518,7 +518,7 @@ def test_readouts_agree_with_transformer_lenss(name: str, dtype: torch.dtype) ->
     for matrix in result.matrices:
         ours = result.readout(matrix)
         for index, layer in enumerate(result.layers):
-            vectors = result.gradients[matrix, layer].spanning_set
+            vectors = result.capture[matrix, layer].spanning_set
             top = logit_readout(case.model, vectors, top_k=7)
             ranked = logit_readout(case.model, vectors, targets=TARGET)
             close = {"rtol": 1e-5, "atol": 1e-5}

@@ -141,8 +141,8 @@ def lens(model: nn.Module, memory: Memory | None = None) -> BackwardLensResult:
 def test_top_tokens_of_the_trained_model(facts_pair: tuple[nn.Module, nn.Module]) -> None:
     expected, found = map(lens, facts_pair)
     errors = {
-        name: relative_error(value.cpu(), factors(expected.gradients)[name])
-        for name, value in factors(found.gradients).items()
+        name: relative_error(value.cpu(), factors(expected.capture)[name])
+        for name, value in factors(found.capture).items()
         if value.any()
     }
     assert max(errors.values()) < FLOAT32
@@ -180,8 +180,8 @@ def test_a_model_in_half_precision(device: str, kind: str, dtype: torch.dtype) -
     require_kind(kind)
     model, half = blt.load_facts_model(kind), blt.load_facts_model(kind, device).to(dtype)
     expected, found = (blt.backward_lens(each, PROMPT, TARGET, k=3) for each in (model, half))
-    wanted = factors(expected.gradients)
-    for name, factor in factors(found.gradients).items():
+    wanted = factors(expected.capture)
+    for name, factor in factors(found.capture).items():
         assert factor.dtype == torch.float32
         if wanted[name].any():
             assert relative_error(factor.cpu(), wanted[name]) < HALVES[dtype], name
@@ -204,7 +204,7 @@ def test_factors_kept_on_the_cpu(pair: tuple[Case, nn.Module], device: str) -> N
         for memory in (None, Memory(factor_device="cpu"))
     )
     close = {"rtol": 1e-4, "atol": 1e-5} if case.logits_in_float32 else CLOSE
-    kept, whole = factors(found.gradients), factors(plain.gradients)
+    kept, whole = factors(found.capture), factors(plain.capture)
     assert {tensor.device.type for tensor in kept.values()} == {"cpu"}
     assert_equal(kept, on_cpu(whole, device), close)
     here, there = (
@@ -213,7 +213,7 @@ def test_factors_kept_on_the_cpu(pair: tuple[Case, nn.Module], device: str) -> N
     )
     assert_equal(here, there, close)
     # What is computed of them is computed where they are.
-    assert found.gradients["W_out", 2].dense(0).device.type == "cpu"
+    assert found.capture["W_out", 2].dense(0).device.type == "cpu"
     assert found.to_df().shape == plain.to_df().shape
 
 

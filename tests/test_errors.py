@@ -280,7 +280,7 @@ def test_without_a_tokenizer_ids_work_and_texts_are_refused(name: str) -> None:
     case = build(name)
     case.model.tokenizer = None
     result = backward_lens(case.model, IDS, 5)
-    assert result.gradients.str_tokens == (("<3>", "<4>", "<5>"),)
+    assert result.capture.str_tokens == (("<3>", "<4>", "<5>"),)
     with pytest.raises(InputError, match=r"'Rome'.*tokenizer"):
         backward_lens(case.model, "Rome", 5)
     with pytest.raises(TargetError, match=r"' Paris'.*tokenizer"):

@@ -145,7 +145,7 @@ def test_gradients_as_a_table(result: BackwardLensResult) -> None:
     table = result.gradient_df()
     assert len(table) == len(PROMPTS) * len(result.matrices) * len(result.layers)
     for row in table.itertuples():
-        dense = result.gradients[row.matrix, row.layer].dense(row.prompt)
+        dense = result.capture[row.matrix, row.layer].dense(row.prompt)
         assert row.norm == pytest.approx(float(torch.linalg.matrix_norm(dense)), rel=1e-9)
         assert row.rank == int(torch.linalg.matrix_rank(dense, rtol=1e-9))
 
@@ -153,7 +153,7 @@ def test_gradients_as_a_table(result: BackwardLensResult) -> None:
 def test_neurons_as_a_table(result: BackwardLensResult) -> None:
     table = result.neuron_df("W_out", -1, batch=1)
     last = result.layers[-1]
-    dense = result.gradients["W_out", last].dense(1)
+    dense = result.capture["W_out", last].dense(1)
     norms = table.drop_duplicates("neuron")["neuron_norm"]
     wanted = torch.linalg.vector_norm(dense, dim=1)
     torch.testing.assert_close(torch.tensor(norms.to_numpy()), wanted, rtol=1e-9, atol=1e-12)
@@ -187,7 +187,7 @@ def test_the_metadata_can_be_read_without_this_package(
         about = json.loads(file.metadata()["backward_lens_tl"])
     for name in ("backward-lens-tl", "transformer-lens", "torch"):
         assert about[name.replace("-", "_")] == version(name)
-    assert about["model"] == result.gradients.model_name
+    assert about["model"] == result.capture.model_name
     for prompt, own in zip(about["prompts"], PROMPTS, strict=True):
         assert prompt.endswith(own)
-    assert about["objective"] == result.gradients.objective
+    assert about["objective"] == result.capture.objective

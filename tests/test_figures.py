@@ -83,8 +83,8 @@ def every_figure(result: BackwardLensResult, backend: Any) -> dict[str, Any]:
         "step_changes": figures.step_changes(STEPS, backend=backend),
         "compare": figures.compare(result, result, batch=(0, prompts - 1), backend=backend),
         "layer_maps": figures.layer_maps(
-            {HOSTILE: result.norms("W_out")[:, 0, : len(result.gradients.str_tokens[0])]},
-            result.gradients.str_tokens[0],
+            {HOSTILE: result.norms("W_out")[:, 0, : len(result.capture.str_tokens[0])]},
+            result.capture.str_tokens[0],
             HOSTILE,
             columns=HOSTILE,
             rows=HOSTILE,
@@ -150,11 +150,11 @@ def assert_equal(found: Any, expected: Any) -> None:
 
 def vjp_norms(result: BackwardLensResult, matrix: str, batch: int) -> np.ndarray:
     """`||delta_i||` by layer and position, from the factors one by one; NaN where it is zero."""
-    n = len(result.gradients.str_tokens[batch])
+    n = len(result.capture.str_tokens[batch])
     norms = np.full((len(result.layers), n), np.nan)
     for row, layer in enumerate(result.layers):
         for position in range(n):
-            vjp = result.gradients[matrix, layer].vjps[batch, position]
+            vjp = result.capture[matrix, layer].vjps[batch, position]
             if vjp.any():
                 norms[row, position] = math.sqrt(sum(x * x for x in vjp.tolist()))
     return norms
@@ -205,9 +205,9 @@ def test_compare_has_one_scale(result: BackwardLensResult, backend: Any) -> None
 
 
 def test_compare_names_the_models_where_they_differ(result: BackwardLensResult) -> None:
-    other = replace(result, gradients=replace(result.gradients, model_name="another"))
+    other = replace(result, capture=replace(result.capture, model_name="another"))
     said = [note.text for note in figures.compare(result, other).layout.annotations]
-    assert [text.split(":")[0] for text in said] == [result.gradients.model_name, "another"]
+    assert [text.split(":")[0] for text in said] == [result.capture.model_name, "another"]
     named = figures.compare(result, other, names=("&lt;", "<i>two")).layout.annotations
     assert [note.text for note in named] == ["&amp;lt;", "&lt;i&gt;two"]
 
@@ -314,12 +314,12 @@ def test_norms_by_segment(result: BackwardLensResult, backend: Any, of: Any) -> 
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(result.layers)))
     counts: dict[str, int] = defaultdict(int)
     for batch, (text, spans, subject) in enumerate(
-        zip(PROMPTS, result.gradients.spans, SUBJECTS, strict=True)
+        zip(PROMPTS, result.capture.spans, SUBJECTS, strict=True)
     ):
         for position, segment in enumerate(prompt_segments(text, spans, subject)):
             counts[segment] += 1
             for layer in result.layers:
-                gradient = result.gradients["W_out", layer]
+                gradient = result.capture["W_out", layer]
                 factor = gradient.vjps if of == "vjp" else gradient.inputs
                 sums[segment][layer] += factor[batch, position].norm().item()
     figure = figures.norms_by_segment(result, SUBJECTS, of=of, backend=backend)
@@ -352,13 +352,13 @@ def test_target_ranks(result: BackwardLensResult, facts_model: Any, backend: Any
     """Against the model's own final norm and unembedding of every vector."""
     batch = 2
     found = lines(figures.target_ranks(result, batch=batch, backend=backend))
-    tokens = result.gradients.str_tokens[batch]
-    target = int(result.gradients.targets[batch])
+    tokens = result.capture.str_tokens[batch]
+    target = int(result.capture.targets[batch])
     assert [name.split(":")[0] for name in found] == [str(i) for i in range(len(tokens))]
     for position, (layers, places) in enumerate(found.values()):
         assert layers.tolist() == list(result.layers)
         for layer, place in zip(result.layers, places, strict=True):
-            update = -result.gradients["W_out", layer].vjps[batch, position]
+            update = -result.capture["W_out", layer].vjps[batch, position]
             scores = facts_model.unembed(facts_model.ln_final(update[None, None]))[0, 0]
             if not update.any():
                 assert math.isnan(place)
@@ -376,7 +376,7 @@ def test_target_ranks(result: BackwardLensResult, facts_model: Any, backend: Any
 def test_gradient_ranks(result: BackwardLensResult, backend: Any) -> None:
     """The paper's figure 4: rank n in all layers but the last, which has rank 1."""
     figure = figures.gradient_ranks(result, backend=backend)
-    lengths = {len(tokens) for tokens in result.gradients.str_tokens}
+    lengths = {len(tokens) for tokens in result.capture.str_tokens}
     assert len(lengths) == 3
     last = result.layers[-1]
     for panel, matrix in enumerate(result.matrices):
@@ -387,10 +387,10 @@ def test_gradient_ranks(result: BackwardLensResult, backend: Any) -> None:
         assert every == {(n, n) for n in lengths}
         assert top == {(n, 1) for n in lengths}
         for batch in range(len(PROMPTS)):
-            dense = result.gradients[matrix, 3].dense(batch).double()
+            dense = result.capture[matrix, 3].dense(batch).double()
             # float32 rounds to 1e-7 of the largest of at most 12 values.
             assert int(torch.linalg.matrix_rank(dense, rtol=1e-6)) == len(
-                result.gradients.str_tokens[batch]
+                result.capture.str_tokens[batch]
             )
     only = figures.gradient_ranks(result, "W_in", backend=backend)
     assert list(lines(only)) == list(found)
@@ -400,10 +400,10 @@ def test_gradient_ranks(result: BackwardLensResult, backend: Any) -> None:
 def test_singular_values(result: BackwardLensResult, backend: Any) -> None:
     found = lines(figures.singular_values(result, "W_in", 2, backend=backend))
     assert list(found) == [f"layer {layer}" for layer in result.layers]
-    n = len(result.gradients.str_tokens[2])
+    n = len(result.capture.str_tokens[2])
     for layer in (0, 4, 7):
         index, values = found[f"layer {layer}"]
-        dense = result.gradients["W_in", layer].dense(2).double()
+        dense = result.capture["W_in", layer].dense(2).double()
         expected = torch.linalg.svdvals(dense).numpy()[: 1 if layer == 7 else n]
         assert index.tolist() == list(range(1, len(expected) + 1))
         # The dense matrix was multiplied out in float32.
@@ -520,10 +520,10 @@ def same(one: Any, other: Any) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_neuron_overlap(facts_model: Any, result: BackwardLensResult, backend: Any) -> None:
     """The analysis's own table: neurons by norm, tokens, and below them the zero vector."""
-    table = neuron_overlap(facts_model, result.gradients, "W_out", 4, k=20)
+    table = neuron_overlap(facts_model, result.capture, "W_out", 4, k=20)
     table = table.sample(frac=1, random_state=0)
     figure = figures.neuron_overlap(table, "W_out", 4, backend=backend)
-    tokens = result.gradients.str_tokens[0]
+    tokens = result.capture.str_tokens[0]
     overlap, cosine = heatmaps(figure)
     assert overlap.shape == cosine.shape == (len(tokens) + 1, 512)
     for row in table.sample(300, random_state=1).to_dict("records"):
@@ -651,8 +651,8 @@ def test_only_what_is_shown_is_decomposed(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("matrix", ["W_in", "W_out"])
 def test_neuron_similarity(result: BackwardLensResult, backend: Any, matrix: str) -> None:
-    gradient = result.gradients[matrix, 3]
-    n = len(result.gradients.str_tokens[1])
+    gradient = result.capture[matrix, 3]
+    n = len(result.capture.str_tokens[1])
     dense = gradient.inputs[1, :n].double().T @ gradient.vjps[1, :n].double()
     neurons, vectors = (
         (dense.T, gradient.inputs[1, :n]) if matrix == "W_in" else (dense, gradient.vjps[1, :n])
@@ -677,11 +677,11 @@ def test_part_of_a_result(facts_model: Any, result: BackwardLensResult) -> None:
         facts_model, PROMPTS[1], " Rome", layers=[2, 5], positions=[-1, 3, 3], matrices="W_out"
     )
     (found,) = heatmaps(figures.norms(part, scale="linear"))
-    last = len(part.gradients.str_tokens[0]) - 1
+    last = len(part.capture.str_tokens[0]) - 1
     assert_equal(found, vjp_norms(result, "W_out", 1)[[2, 5]][:, [3, last]])
     figure = figures.norms(part)
     assert figure.layout.yaxis.ticktext == ("2", "5")
-    tokens = result.gradients.str_tokens[1]
+    tokens = result.capture.str_tokens[1]
     named = tuple(f"{tokens[position].strip()} ({position})" for position in (3, last))
     drawn = figures.norms(part, backend="matplotlib").axes[0]
     both = figures.compare(part, part, batch=(0, 0)).layout
@@ -705,7 +705,7 @@ def test_part_of_a_result(facts_model: Any, result: BackwardLensResult) -> None:
 
 def shown_tokens(result: BackwardLensResult) -> list[str]:
     special = {"\n": "⏎", "\t": "⇥"}
-    texts = ["".join(special.get(c, c) for c in t) for t in result.gradients.str_tokens[0]]
+    texts = ["".join(special.get(c, c) for c in t) for t in result.capture.str_tokens[0]]
     return [text.strip() or "␣" for text in texts]
 
 
@@ -713,7 +713,7 @@ def test_repeated_tokens_are_columns_of_their_own(facts_model: Any) -> None:
     twice = blt.backward_lens(facts_model, "Rome Rome Rome is in", " Paris", matrices="W_out")
     for backend in BACKENDS:
         (found,) = heatmaps(figures.norms(twice, backend=backend))
-        assert found.shape[1] == len(twice.gradients.str_tokens[0])
+        assert found.shape[1] == len(twice.capture.str_tokens[0])
     axis = figures.norms(twice).layout.xaxis
     assert axis.tickvals == tuple(range(found.shape[1]))
     assert axis.ticktext.count("Rome") >= 2

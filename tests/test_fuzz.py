@@ -261,7 +261,7 @@ def outcome(call: Callable[[Any], object], value: Any, also: str = "") -> str | 
 def check(found: object) -> None:
     """That an answer can be used, whatever it is."""
     if isinstance(found, BackwardLensResult):
-        check(found.gradients)
+        check(found.capture)
         assert len(found.to_df()) > 0
         assert found._repr_html_()
         assert "BackwardLensResult" in repr(found)
@@ -550,7 +550,7 @@ def test_projections_and_objectives_that_write_into_what_they_get_change_nothing
 
     spoilt = backward_lens(
         model, IDS, objective=loss, projection=Writing(lambda scores: scores)
-    ).gradients
+    ).capture
     clean = capture_gradients(model, IDS, target_nll(5))
     assert torch.equal(spoilt.tokens, IDS)
     for gradient in clean:
@@ -577,7 +577,7 @@ def method(name: str) -> ResultCall:
     part, _, last = name.rpartition(".")
 
     def call(result: BackwardLensResult, value: Any) -> object:
-        capture = result.gradients
+        capture = result.capture
         parts = {
             "result": result,
             "capture": capture,
@@ -648,13 +648,13 @@ RESULT_CALLS: dict[str, ResultCall] = {
         }.items()
         for argument in arguments
     },
-    "capture[matrix]": lambda result, value: result.gradients[value, 0],
-    "capture[layer]": lambda result, value: result.gradients["W_in", value],
+    "capture[matrix]": lambda result, value: result.capture[value, 0],
+    "capture[layer]": lambda result, value: result.capture["W_in", value],
     "result.save_html batch": lambda result, value: result.save_html("page.html", value),
     "result.attention_patch layer": lambda result, value: result.attention_patch(value, 1.0),
     "result.attention_patch scale": patched,
     "pattern": lambda result, value: result.attention_patch(0, 1.0)[1](value, None),
-    "dense.neuron batch": lambda result, value: result.gradients["W_in", 0].neuron(0, value),
+    "dense.neuron batch": lambda result, value: result.capture["W_in", 0].neuron(0, value),
 }
 
 
@@ -724,7 +724,7 @@ def test_parts_that_a_matrix_does_not_have_are_refused(
 def test_attribution_between_models_of_different_widths_is_refused(
     result: BackwardLensResult,
 ) -> None:
-    capture = result.gradients
+    capture = result.capture
     narrow = {
         name: replace(point, value=point.value[..., :-1], vjp=point.vjp[..., :-1])
         for name, point in capture.hook_points.items()
@@ -752,9 +752,9 @@ def good(result: BackwardLensResult, tmp_path_factory: pytest.TempPathFactory) -
     """A saved result of one layer."""
     small = replace(
         result,
-        gradients=replace(
-            result.gradients,
-            gradients={key: g for key, g in result.gradients.gradients.items() if key[1] == 0},
+        capture=replace(
+            result.capture,
+            gradients={key: g for key, g in result.capture.gradients.items() if key[1] == 0},
         ),
         readings=tuple(
             replace(

@@ -70,7 +70,7 @@ def analysed(model: nn.Module, prompt: str, target: str) -> BackwardLensResult:
 
 def compare(model: nn.Module, result: BackwardLensResult, printed: Printed) -> None:
     """Ranks are equal but for ties and rounding, norms to 1e-3, the loss to 1e-4."""
-    capture = result.gradients
+    capture = result.capture
     assert capture.loss.item() == pytest.approx(printed.loss, abs=1e-4)
     assert result.token_texts[int(capture.answers[0])] == printed.answer
     norms = result.norms("W_out")[:, 0].T

@@ -76,7 +76,7 @@ def assert_every_cell(case: Case, direction: Any) -> None:
         assert torch.equal(result.is_zero(matrix), zero)
         for at in (~result.is_zero(matrix)).nonzero().tolist():
             layer, batch, pos = at
-            gradient = result.gradients[matrix, layer]
+            gradient = result.capture[matrix, layer]
             is_written = matrix == "W_out"
             vector = sign * gradient.vjps[batch, pos] if is_written else gradient.inputs[batch, pos]
             assert_reads(under, matrix, (layer, batch, pos), slow_scores(case, vector, lens))
@@ -112,11 +112,11 @@ def test_lens_of_the_facts_model(facts: Case) -> None:
 
 def assert_lens_of_a_trained_model(case: Case, prompt: str) -> None:
     result = backward_lens(case.model, prompt, TARGET, matrices="mlp", k=1)
-    n = result.gradients.tokens.shape[1]
+    n = result.capture.tokens.shape[1]
     last = case.n_layers - 1
     for layer, pos in [(0, 0), (1, n - 1), (2, 1), (last, n - 1)]:
         for matrix in case.matrices:
-            gradient = result.gradients[matrix, layer]
+            gradient = result.capture[matrix, layer]
             vector = -gradient.vjps[0, pos] if matrix == "W_out" else gradient.inputs[0, pos]
             scores = case.lens(vector[None])[0]
             assert int(result.readout(matrix).top_ids[layer, 0, pos, 0]) == int(scores.argmax())
@@ -163,8 +163,8 @@ def test_direction_leaves_the_inputs_and_the_stored_factors_alone(llama: Case) -
         assert torch.equal(update.readout(matrix).top_ids, raw.readout(matrix).top_ids)
         assert torch.equal(update.target_rank(matrix), raw.target_rank(matrix))
     assert not torch.equal(update.readout("W_out").top_ids, raw.readout("W_out").top_ids)
-    for gradient in raw.gradients:
-        assert torch.equal(update.gradients[gradient.matrix, gradient.layer].vjps, gradient.vjps)
+    for gradient in raw.capture:
+        assert torch.equal(update.capture[gradient.matrix, gradient.layer].vjps, gradient.vjps)
 
 
 # ---------------------------------------------------------------------------------- zero vectors
@@ -212,7 +212,7 @@ def test_layers_and_positions_are_slices_of_everything(gpt2: Case) -> None:
 def test_negative_positions_count_from_each_prompts_own_end(gpt2: Case) -> None:
     full = backward_lens(gpt2.model, PROMPTS, TARGET)
     last = backward_lens(gpt2.model, PROMPTS, TARGET, positions=-1)
-    lengths = full.gradients.mask.sum(1).tolist()
+    lengths = full.capture.mask.sum(1).tolist()
     assert len(set(lengths)) == 3
     assert last.positions.tolist() == [[n - 1] for n in lengths]
     for matrix in ("W_in", "W_out"):
@@ -234,7 +234,7 @@ def test_norms_are_those_of_the_vjps(llama: Case) -> None:
         for row, layer in enumerate((1, 2)):
             for b in range(2):
                 for pos in range(3):
-                    delta = result.gradients[matrix, layer].vjps[b, pos].tolist()
+                    delta = result.capture[matrix, layer].vjps[b, pos].tolist()
                     length = sum(value**2 for value in delta) ** 0.5
                     found = float(result.norms(matrix)[row, b, pos])
                     assert found == pytest.approx(length, rel=1e-12)
@@ -290,7 +290,7 @@ def test_own_projection_gets_the_oriented_vectors(gpt2: Case) -> None:
     keep = Keep()
     tokens = gpt2.tokens(4)
     result = backward_lens(gpt2.model, tokens, TARGET, projection=keep, matrices="W_out", layers=1)
-    assert torch.equal(torch.cat(keep.seen), -result.gradients["W_out", 1].vjps[0])
+    assert torch.equal(torch.cat(keep.seen), -result.capture["W_out", 1].vjps[0])
 
 
 # -------------------------------------------------------------------------- several projections
@@ -427,7 +427,7 @@ def test_the_direction_of_the_shortest_vectors_is_read(facts_model: Any) -> None
         for objective in (short, target_nll(TARGET))
     )
     at = "W_out", -2, -1
-    assert 0 < float(tiny.gradients["W_out", 6].vjps.abs().max()) < 1e-26
+    assert 0 < float(tiny.capture["W_out", 6].vjps.abs().max()) < 1e-26
     assert tiny.top_tokens(*at) == usual.top_tokens(*at)
 
 
@@ -475,10 +475,10 @@ def test_without_a_target_it_is_the_models_own_answer(case: Case) -> None:
     result = backward_lens(case.model, tokens, layers=0)
     with torch.no_grad():
         answers = case.logits(tokens)[:, -1].argmax(-1)
-    assert result.gradients.targets is not None
-    assert torch.equal(result.gradients.targets, answers)
+    assert result.capture.targets is not None
+    assert torch.equal(result.capture.targets, answers)
     explicit = backward_lens(case.model, tokens, answers, layers=0)
-    assert torch.equal(result.gradients.loss, explicit.gradients.loss)
+    assert torch.equal(result.capture.loss, explicit.capture.loss)
     assert torch.equal(result.target_rank("W_out"), explicit.target_rank("W_out"))
 
 
@@ -490,7 +490,7 @@ def test_a_target_beside_an_objective_is_only_ranked(gpt2: Case) -> None:
 
     ranked = backward_lens(gpt2.model, tokens, 9, objective=loss)
     other = backward_lens(gpt2.model, tokens, 3, objective=loss)
-    assert torch.equal(ranked.gradients["W_in", 0].vjps, other.gradients["W_in", 0].vjps)
+    assert torch.equal(ranked.capture["W_in", 0].vjps, other.capture["W_in", 0].vjps)
     assert not torch.equal(ranked.target_rank("W_out"), other.target_rank("W_out"))
     silent = backward_lens(gpt2.model, tokens, objective=loss)
     assert silent.target() is None
@@ -507,7 +507,7 @@ def test_targets_one_per_prompt_as_texts_and_ids(gpt2: Case) -> None:
     by_tensor = backward_lens(gpt2.model, PROMPTS, torch.tensor(ids))
     assert [by_text.target(b) for b in range(3)] == words
     for other in (by_id, by_tensor):
-        assert torch.equal(other.gradients.loss, by_text.gradients.loss)
+        assert torch.equal(other.capture.loss, by_text.capture.loss)
         assert torch.equal(other.target_rank("W_out"), by_text.target_rank("W_out"))
 
 
@@ -525,7 +525,7 @@ def test_faint_cells_are_those_in_which_the_final_norms_eps_outweighs_the_vector
     prompt = "Lionel Messi plays for"
     sure = backward_lens(facts_model, prompt)
     for layer in sure.layers:
-        delta = sure.gradients["W_out", layer].vjps[0, -1]
+        delta = sure.capture["W_out", layer].vjps[0, -1]
         centred = delta - delta.mean()
         assert centred.square().mean() < 1e-5, "the model's layer_norm_epsilon"
         assert sure.cell("W_out", layer, -1).is_faint

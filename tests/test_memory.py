@@ -171,8 +171,8 @@ def test_what_is_no_memory_is_refused_and_changes_nothing(gpt2: Case, memory: An
 
 def assert_rounded(found: GradientCapture, plain: GradientCapture, dtype: torch.dtype) -> None:
     """Factors are rounded and nothing else is; what is computed of them is in float32 at least."""
-    assert found.gradients.keys() == plain.gradients.keys()
-    for key, gradient in plain.gradients.items():
+    assert found.capture.keys() == plain.capture.keys()
+    for key, gradient in plain.capture.items():
         here = found[key]
         for name in ("inputs", "vjps", "joined_vjps"):
             whole, rounded = getattr(gradient, name), getattr(here, name)
@@ -214,10 +214,10 @@ def test_words_come_before_rounding(limited: Case, dtype: torch.dtype, prompts: 
         backward_lens(limited.model, prompts, 5, k=4, memory=memory, **ALL_MATRICES)
         for memory in (None, Memory(factor_dtype=dtype))
     )
-    assert plain.gradients["W_in", 0].inputs.dtype == torch.float64
-    assert_rounded(found.gradients, plain.gradients, dtype)
+    assert plain.capture["W_in", 0].inputs.dtype == torch.float64
+    assert_rounded(found.capture, plain.capture, dtype)
     assert_same_words(found, plain)
-    full, half = (size_in_bytes(factors_of(result.gradients)) for result in (plain, found))
+    full, half = (size_in_bytes(factors_of(result.capture)) for result in (plain, found))
     assert half * 8 == full * dtype.itemsize
 
 
@@ -228,8 +228,8 @@ def test_experts_are_rounded_like_others(mixture: Any, dtype: torch.dtype) -> No
         backward_lens(mixture, PROMPTS, 5, memory=memory, **options)
         for memory in (None, Memory(factor_dtype=dtype))
     )
-    assert plain.gradients["W_in", 0].experts is not None
-    assert_rounded(found.gradients, plain.gradients, dtype)
+    assert plain.capture["W_in", 0].experts is not None
+    assert_rounded(found.capture, plain.capture, dtype)
     assert_same_words(found, plain)
 
 
@@ -253,7 +253,7 @@ def test_words_come_before_rounding_whatever_is_asked(
         backward_lens(limited.model, PROMPTS, memory=memory, **ALL | options)
         for memory in (None, BF16)
     )
-    assert_rounded(found.gradients, plain.gradients, torch.bfloat16)
+    assert_rounded(found.capture, plain.capture, torch.bfloat16)
     assert_same_words(found, plain)
 
 
@@ -333,10 +333,10 @@ def test_factors_on_the_models_own_device_are_as_without(limited: Case, prompts:
         for memory in (None, Memory(factor_device=torch.device("cpu")))
     )
     # Norms add in the order in which their numbers lie in memory.
-    assert_equal(values(found.gradients), values(plain.gradients), CLOSE)
+    assert_equal(values(found.capture), values(plain.capture), CLOSE)
     assert_equal(read_values(found), read_values(plain), CLOSE)
-    for gradient in plain.gradients:
-        here = found.gradients[gradient.matrix, gradient.layer]
+    for gradient in plain.capture:
+        here = found.capture[gradient.matrix, gradient.layer]
         for name in ("inputs", "vjps", "joined_vjps"):
             factor = getattr(gradient, name)
             assert factor is None or torch.equal(getattr(here, name), factor), name
@@ -366,13 +366,13 @@ def test_a_result_in_bfloat16_is_saved_and_loaded(facts_result: Any, tmp_path: P
         result.save(path)
         sizes.append(path.stat().st_size)
         loaded = BackwardLensResult.load(path)
-        assert_equal(values(loaded.gradients), values(result.gradients), EXACT)
+        assert_equal(values(loaded.capture), values(result.capture), EXACT)
         assert_equal(read_values(loaded), read_values(result), EXACT)
         assert render_page(loaded, 1) == render_page(result, 1)
-        kept = loaded.gradients
+        kept = loaded.capture
         assert kept["W_K", 0].inputs is kept["W_Q", 0].inputs
-        assert len(factors_of(kept)) == len(factors_of(result.gradients))
-    assert small.gradients["W_in", 3].inputs.dtype == torch.bfloat16
+        assert len(factors_of(kept)) == len(factors_of(result.capture))
+    assert small.capture["W_in", 3].inputs.dtype == torch.bfloat16
     assert sizes[1] < 0.7 * sizes[0]
 
 
@@ -386,8 +386,8 @@ def test_views_show_a_result_in_bfloat16(facts_result: Any) -> None:
     plain, small = facts_result
     assert_same_words(small, plain)
     assert repr(small) == repr(plain)
-    assert repr(small.gradients) == repr(plain.gradients)
-    assert [repr(g) for g in small.gradients] == [repr(g) for g in plain.gradients]
+    assert repr(small.capture) == repr(plain.capture)
+    assert [repr(g) for g in small.capture] == [repr(g) for g in plain.capture]
     assert "Paris" in visible(small._repr_html_())
     assert visible(small._repr_html_()) == visible(plain._repr_html_())
     assert visible(render_page(small, 1)) == visible(render_page(plain, 1))
@@ -642,8 +642,8 @@ def test_a_budget_changes_the_number_of_passes_and_nothing_else(
         counts.append(len(shapes))
         if budget == smallest:
             assert shapes.count((1, 17)) > 1, "the layers of the longest prompt are divided"
-        assert_equal(values(found.gradients), values(plain.gradients), close_factors)
-        assert list(found.gradients.gradients) == list(plain.gradients.gradients)
+        assert_equal(values(found.capture), values(plain.capture), close_factors)
+        assert list(found.capture.gradients) == list(plain.capture.gradients)
         here, there = read_values(found), read_values(plain)
         for name in [name for name in there if name.endswith(" norms")]:
             torch.testing.assert_close(here.pop(name), there.pop(name), **close_factors)
@@ -663,10 +663,10 @@ def test_experts_under_a_budget(mixture: Any, shapes: list[tuple[int, ...]]) -> 
     shapes.clear()
     found = run(Memory(budget=smallest))
     assert shapes.count((1, 17)) > 1
-    assert list(found.gradients.gradients) == list(plain.gradients.gradients)
+    assert list(found.capture.gradients) == list(plain.capture.gradients)
     # In float32; sums over other numbers of masked positions.
     close: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-5}
-    assert_equal(values(found.gradients), values(plain.gradients), close)
+    assert_equal(values(found.capture), values(plain.capture), close)
 
 
 def test_equally_long_prompts_are_separated_under_a_budget(

@@ -276,7 +276,7 @@ def test_a_result_does_as_well_as_its_gradients(facts_model: Any) -> None:
     for table in (neuron_words, spanning_words, neuron_overlap):
         pd.testing.assert_frame_equal(
             table(facts_model, result, "W_out", 5),
-            table(facts_model, result.gradients, "W_out", 5),
+            table(facts_model, result.capture, "W_out", 5),
         )
 
 

@@ -117,7 +117,7 @@ def test_sequence_nll_reads_every_token_of_the_answer(gpt2: Case, answers: Any) 
 def test_sequence_of_one_token_is_target_nll(gpt2: Case) -> None:
     sequence = capture_gradients(gpt2.model, PROMPTS, sequence_nll(" Paris"))
     single = capture_gradients(gpt2.model, PROMPTS, target_nll(" Paris"))
-    for key, gradient in single.gradients.items():
+    for key, gradient in single.capture.items():
         torch.testing.assert_close(sequence[key].vjps, gradient.vjps, rtol=1e-10, atol=1e-14)
 
 
@@ -134,7 +134,7 @@ def test_callable_sees_prompts_without_padding(gpt2: Case) -> None:
     builtin = capture_gradients(gpt2.model, prompts, target_nll(7))
     assert sum(rows for rows, _ in seen) == 5
     torch.testing.assert_close(own.loss, builtin.loss)
-    for key, gradient in builtin.gradients.items():
+    for key, gradient in builtin.capture.items():
         torch.testing.assert_close(own[key].vjps, gradient.vjps, rtol=1e-10, atol=1e-14)
 
 
@@ -154,10 +154,10 @@ def test_target_of_several_tokens_by_position(gpt2: Case, position: Any, index: 
     assert len(ids) > 1
     result = backward_lens(gpt2.model, PROMPTS, text, multi_token=position)
     expected = backward_lens(gpt2.model, PROMPTS, ids[index])
-    assert torch.equal(result.gradients.loss, expected.gradients.loss)
+    assert torch.equal(result.capture.loss, expected.capture.loss)
     assert torch.equal(result.target_rank("W_out"), expected.target_rank("W_out"))
     capture = capture_gradients(gpt2.model, PROMPTS, target_nll(text, position))
-    assert torch.equal(capture.loss, expected.gradients.loss)
+    assert torch.equal(capture.loss, expected.capture.loss)
 
 
 def test_sentencepiece_targets(stories: Case) -> None:
@@ -165,8 +165,8 @@ def test_sentencepiece_targets(stories: Case) -> None:
     tokenizer = stories.model.tokenizer
     wanted = tokenizer.convert_tokens_to_ids("▁the")
     result = backward_lens(stories.model, "Once upon a time", " the")
-    assert result.gradients.targets is not None
-    assert result.gradients.targets.tolist() == [wanted]
+    assert result.capture.targets is not None
+    assert result.capture.targets.tolist() == [wanted]
     assert result.target() == " the"
     with pytest.raises(TargetError, match="tokens"):
         backward_lens(stories.model, "Once upon a time", " Barcelona")
@@ -177,8 +177,8 @@ def test_greedy_answer_of_a_trained_model(stories: Case) -> None:
     tokens = stories.model.to_tokens("Once upon a")
     with torch.no_grad():
         answer = int(stories.logits(tokens)[0, -1].argmax())
-    assert result.gradients.targets is not None
-    assert result.gradients.targets.tolist() == [answer]
+    assert result.capture.targets is not None
+    assert result.capture.targets.tolist() == [answer]
 
 
 def test_of_many_targets_a_name_has_the_first() -> None:

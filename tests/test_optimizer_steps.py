@@ -401,7 +401,7 @@ def test_words_of_a_step_are_those_of_the_gradient(facts_model: Any) -> None:
         facts_model, MESSI.prompt, " Paris", k=4, projection="normalized", prepend_bos=False
     )
     for each in delta:
-        gradient = result.gradients[each.matrix, each.layer]
+        gradient = result.capture[each.matrix, each.layer]
         counts = (~gradient.is_zero[0]).nonzero()[:, 0].tolist()
         rows = words[(words["matrix"] == each.matrix) & (words["layer"] == each.layer)]
         assert len(rows) == len(counts)

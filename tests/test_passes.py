@@ -407,7 +407,7 @@ def test_what_is_read_does_not_depend_on_the_division(passes: list[Tensor]) -> N
             one = backward_lens(model, PROMPTS, **options)
         assert shapes_of(passes) == [(4, 17)]
         assert_equal(read_values(result), read_values(one), close)
-        assert_equal(values(result.gradients), values(one.gradients), close)
+        assert_equal(values(result.capture), values(one.capture), close)
         assert result.token_texts == one.token_texts
         assert repr(result) == repr(one)
         found, expected = result.to_df(), one.to_df()
@@ -1047,7 +1047,7 @@ def test_what_matrices_share_is_projected_once(
     result = backward_lens(
         own_llama.model, prompts, 5, matrices="all", projection=projection, k=2, memory=memory
     )
-    cells = int(result.gradients.mask.sum())
+    cells = int(result.capture.mask.sum())
     for layer in result.layers:
         rows = sum(len(vectors) for at, vectors in projection.asked if at == layer)
         assert rows == 4 * cells, "attention's input, W_O, the MLP's input, W_out"
@@ -1074,7 +1074,7 @@ def test_a_callers_projection_gets_vectors_of_one_layer(
         direction="gradient",
     )
     there: dict[int, set[tuple[float, ...]]] = {layer: set() for layer in result.layers}
-    for gradient in result.gradients:
+    for gradient in result.capture:
         rows = gradient.spanning_set[gradient.mask]
         there[gradient.layer] |= {tuple(row) for row in rows.tolist()}
     assert {layer for layer, _ in projection.asked} == set(result.layers)

@@ -600,11 +600,11 @@ def test_a_batch_equals_its_prompts_one_by_one(kind: str, data: st.DataObject) -
     for prompt, row in enumerate(question.rows):
         alone = question.result([prompt])
         n = len(row)
-        assert batch.gradients.str_tokens[prompt] == alone.gradients.str_tokens[0]
-        assert_close(batch.gradients.loss[prompt], alone.gradients.loss[0], rtol, 1.0, "loss")
-        scale = vjp_scale(alone.gradients)
-        for key, expected in alone.gradients.gradients.items():
-            found = batch.gradients[key]
+        assert batch.capture.str_tokens[prompt] == alone.capture.str_tokens[0]
+        assert_close(batch.capture.loss[prompt], alone.capture.loss[0], rtol, 1.0, "loss")
+        scale = vjp_scale(alone.capture)
+        for key, expected in alone.capture.gradients.items():
+            found = batch.capture[key]
             for name in ("inputs", "vjps"):
                 values = getattr(found, name)[prompt]
                 assert (values[n:] == 0).all(), key
@@ -658,10 +658,10 @@ def test_a_part_equals_the_part_of_all(kind: str, data: st.DataObject) -> None:
     assert part.matrices == tuple(name for name in full.matrices if name in matrices)
     expected = [[index % len(row) for index in columns] for row in question.rows]
     assert part.positions.tolist() == expected
-    scale = vjp_scale(full.gradients)
-    for gradient in part.gradients:
+    scale = vjp_scale(full.capture)
+    for gradient in part.capture:
         key = gradient.matrix, gradient.layer
-        assert_same_gradient(gradient, full.gradients[key], model.rtol, scale)
+        assert_same_gradient(gradient, full.capture[key], model.rtol, scale)
     for matrix, row, prompt in itertools.product(
         part.matrices, range(len(rows)), range(len(question.rows))
     ):
@@ -786,7 +786,7 @@ def read_vectors_of(result: BackwardLensResult, matrix: str) -> Tensor:
     sign = -1 if matrix in WRITING_MATRICES and result.direction == "update" else 1
     vectors = []
     for layer in result.layers:
-        gradient = result.gradients[matrix, layer]
+        gradient = result.capture[matrix, layer]
         factor = gradient.inputs if matrix in READING_MATRICES else gradient.vjps
         at = result.positions.clamp_min(0)[..., None].expand(-1, -1, factor.shape[-1])
         vectors.append(sign * factor.gather(1, at))

@@ -81,7 +81,7 @@ class Written(BackwardLensResult):
         norms_of = pd.DataFrame(norms).to_numpy()[:, None]
         self.__dict__.update(layers=tuple(range(len(norms))), ranks=ranks, by_lens=by_lens)
         self.__dict__.update(given=norms_of, prompt="a prompt")
-        self.__dict__.update(gradients=SimpleNamespace(prompt=lambda batch: self.prompt))
+        self.__dict__.update(capture=SimpleNamespace(prompt=lambda batch: self.prompt))
 
     def called(self, prompt: str) -> Written:
         self.__dict__["prompt"] = prompt
@@ -1007,10 +1007,10 @@ def similarity(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Finding]]:
             return table
 
         monkeypatch.setattr(gradient_neurons, "neuron_overlap", overlap)
-        monkeypatch.setattr(gradient_neurons, "neuron_words", lambda *_: words_of)
-        monkeypatch.setattr(gradient_neurons, "spanning_words", lambda *_: words_of)
+        monkeypatch.setattr(gradient_neurons, "neuron_words", lambda *_, **__: words_of)
+        monkeypatch.setattr(gradient_neurons, "spanning_words", lambda *_, **__: words_of)
         example = SimpleNamespace(
-            gradients=SimpleNamespace(prompt=lambda _: "a prompt"), target=lambda: "c"
+            capture=SimpleNamespace(prompt=lambda _: "a prompt"), target=lambda: "c"
         )
         evidence = Fake(example=example, d_vocab=d_vocab)
         measures = {
@@ -1220,13 +1220,13 @@ def cells_of(model: Any, row: Any) -> Iterator[dict[str, Any]]:
         k=1,
         prepend_bos=False,
     )
-    segments = segments_of(found.gradients.str_tokens[0], row.text, row.subject)
+    segments = segments_of(found.capture.str_tokens[0], row.text, row.subject)
     lens = {"logit_lens": LogitLens(model, False), "normalized": LogitLens(model, True)}
     for name in LENSES:
         result = found.under(name)
         for matrix in ("W_in", "W_out"):
             for layer in result.layers:
-                gradient = result.gradients[matrix, layer]
+                gradient = result.capture[matrix, layer]
                 for at, segment in enumerate(segments):
                     cell = result.cell(matrix, layer, at)
                     vector = gradient.spanning_set[0, at]
@@ -1590,7 +1590,7 @@ def test_a_bos_token(
 
     def measure(evidence: Evidence) -> Finding:
         assert set(evidence.gradients["n_tokens"]) == {n_tokens}
-        assert len(evidence.example.gradients.str_tokens[0]) == n_tokens
+        assert len(evidence.example.capture.str_tokens[0]) == n_tokens
         return Finding((YES,))
 
     chosen = (dataclasses.replace(experiment("fig4", None), measure=measure),)

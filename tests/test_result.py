@@ -69,8 +69,8 @@ def test_values_of_the_table(gpt2: Case, result: BackwardLensResult) -> None:
     tokenizer = gpt2.model.tokenizer
     for row in result.to_df().itertuples():
         at = row.layer, row.prompt, row.position
-        gradient = result.gradients[row.matrix, row.layer]
-        token = int(result.gradients.tokens[row.prompt, row.position])
+        gradient = result.capture[row.matrix, row.layer]
+        token = int(result.capture.tokens[row.prompt, row.position])
         assert row.token == tokenizer.decode([token])
         delta = gradient.vjps[row.prompt, row.position]
         assert row.norm == pytest.approx(float((delta**2).sum() ** 0.5), rel=1e-12)
@@ -122,15 +122,15 @@ def assert_equal_results(found: BackwardLensResult, expected: BackwardLensResult
         expected.k,
     )
     assert torch.equal(found.positions, expected.positions)
-    mine, theirs = found.gradients, expected.gradients
+    mine, theirs = found.capture, expected.capture
     assert (mine.objective, mine.model_name) == (theirs.objective, theirs.model_name)
     assert mine.str_tokens == theirs.str_tokens
     for name in ("tokens", "mask", "loss", "targets"):
         one, other = getattr(mine, name), getattr(theirs, name)
         assert (one is None and other is None) or torch.equal(one, other)
         assert one is None or one.dtype == other.dtype
-    assert list(mine.gradients) == list(theirs.gradients)
-    for key, gradient in theirs.gradients.items():
+    assert list(mine.capture) == list(theirs.capture)
+    for key, gradient in theirs.capture.items():
         assert torch.equal(mine[key].inputs, gradient.inputs)
         assert torch.equal(mine[key].vjps, gradient.vjps)
         assert mine[key].inputs.dtype == gradient.inputs.dtype
@@ -277,7 +277,7 @@ def test_repr_says_what_it_is_and_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not has_target:
-        prompts = [result.gradients.prompt(batch) for batch in range(2)]
+        prompts = [result.capture.prompt(batch) for batch in range(2)]
         result = backward_lens(gpt2.model, prompts, objective=next_token_loss())
     what, following = repr(result).splitlines()
     for word in ("BackwardLensResult", "W_in, W_out", "and 1 more", "Messi plays for", "update"):
@@ -297,7 +297,7 @@ def test_repr_is_short(gpt2: Case) -> None:
 
 
 def test_repr_of_a_capture_holds_no_numbers(result: BackwardLensResult) -> None:
-    shown = repr(result.gradients)
+    shown = repr(result.capture)
     assert "GradientCapture" in shown
     assert "tensor(" not in shown
 
@@ -305,7 +305,7 @@ def test_repr_of_a_capture_holds_no_numbers(result: BackwardLensResult) -> None:
 def test_cells_are_in_words(result: BackwardLensResult) -> None:
     cell = result.cell("W_out", 1, -1, batch=1)
     assert (cell.matrix, cell.layer) == ("W_out", 1)
-    assert cell.position == len(result.gradients.str_tokens[1]) - 1
+    assert cell.position == len(result.capture.str_tokens[1]) - 1
     assert cell.token == " is"
     scores = [entry.score for entry in cell.top]
     assert scores == sorted(scores, reverse=True)
@@ -313,7 +313,7 @@ def test_cells_are_in_words(result: BackwardLensResult) -> None:
     assert scores == sorted(scores)
     assert [entry.token for entry in cell.top] == result.top_tokens("W_out", 1, -1, batch=1)
     assert result.cell("W_out", -1, 0).layer == 2
-    assert len(result.cells("W_in", 0, batch=1)) == len(result.gradients.str_tokens[1])
+    assert len(result.cells("W_in", 0, batch=1)) == len(result.capture.str_tokens[1])
     with pytest.raises(InputError, match="k is 4"):
         result.top_tokens("W_out", 1, -1, k=4)
     with pytest.raises(InputError, match="k is 0"):

@@ -579,7 +579,7 @@ def test_a_patch_changes_the_loss_as_predicted_to_first_order(pair: Case) -> Non
         measured = (loss(layer, step) - loss(layer, -step)) / (2 * step)
         assert measured == pytest.approx(slope, rel=1e-2 if pair.logits_in_float32 else 1e-5)
         assert loss(layer, -step) < loss(layer, 0.0) < loss(layer, step)
-        assert loss(layer, 0.0) == pytest.approx(float(result.gradients.loss), rel=1e-12)
+        assert loss(layer, 0.0) == pytest.approx(float(result.capture.loss), rel=1e-12)
 
 
 def test_patches_of_several_layers_act_together(pair: Case) -> None:
@@ -593,7 +593,7 @@ def test_patches_of_several_layers_act_together(pair: Case) -> None:
     hooks = [result.attention_patch(layer, step) for layer in range(pair.n_layers)]
     with torch.no_grad(), pair.model.hooks(fwd_hooks=hooks):
         after = float(nll(TARGET)(run(pair.model, tokens), tokens))
-    assert after - float(result.gradients.loss) == pytest.approx(-1e-2, rel=0.1)
+    assert after - float(result.capture.loss) == pytest.approx(-1e-2, rel=0.1)
 
 
 def test_a_patch_fits_copies_of_one_prompt_and_no_other_prompts(pair: Case) -> None:
@@ -660,7 +660,7 @@ def test_a_patched_run_can_be_analysed_again(pair: Case) -> None:
     for layer in range(pair.n_layers):
         expected = scores_gradient(pair.model, layer, tokens, patches=[hook]) / math.sqrt(d_head)
         assert difference(again.reversed_attention(layer), expected) <= tolerance_of(pair)
-    assert not torch.equal(again.gradients.loss, result.gradients.loss)
+    assert not torch.equal(again.capture.loss, result.capture.loss)
 
 
 def test_a_patch_of_a_model_in_half_precision_keeps_its_dtype() -> None:
@@ -703,7 +703,7 @@ def test_a_hooked_transformer_takes_the_patch_that_its_bridge_refuses(family: st
     slope = float((at_pattern * result.reversed_attention(1)).sum())
     with torch.no_grad(), model.hooks(fwd_hooks=[result.attention_patch(1, -1e-3 / slope)]):
         after = float(nll(TARGET)(run(model, tokens), tokens))
-    assert after - float(result.gradients.loss) == pytest.approx(-1e-3, rel=0.05)
+    assert after - float(result.capture.loss) == pytest.approx(-1e-3, rel=0.05)
 
 
 @pytest.mark.versions
@@ -718,7 +718,7 @@ def test_a_patch_on_sinks_and_softcaps(family: str, kind: str) -> None:
     with torch.no_grad(), model.hooks(fwd_hooks=[result.attention_patch(0, -1e-3 / slope)]):
         after = float(nll(TARGET)(run(model, tokens), tokens))
     # The rest is of second order, and Hugging Face's float32.
-    assert after - float(result.gradients.loss) == pytest.approx(-1e-3, rel=0.05)
+    assert after - float(result.capture.loss) == pytest.approx(-1e-3, rel=0.05)
 
 
 def test_the_reference_sees_a_wrong_gradient(gpt2: Case) -> None:

@@ -456,13 +456,13 @@ def test_a_table_and_a_file_have_the_places(facts_model: Any, tmp_path: Path) ->
     rows = [table[table["prompt"] == prompt] for prompt in (0, 1)]
     of_subject = [own[own["segment"].str.contains("subject token")] for own in rows]
     assert list(of_subject[0]["token"]) == [" Rome"]
-    assert of_subject[0]["position"].item() == result.gradients.str_tokens[0].index(" and") + 1
+    assert of_subject[0]["position"].item() == result.capture.str_tokens[0].index(" and") + 1
     assert "".join(of_subject[1]["token"]).startswith("Beyonc")
     assert list(of_subject[1]["segment"])[0::6] == [FIRST, LAST]
     result.save(tmp_path / "result")
     loaded = BackwardLensResult.load(tmp_path / "result")
-    assert loaded.gradients.prompts == result.gradients.prompts
-    assert loaded.gradients.spans == result.gradients.spans
+    assert loaded.capture.prompts == result.capture.prompts
+    assert loaded.capture.spans == result.capture.spans
     assert loaded.to_df(subject=(0, 5)).equals(result.to_df(subject=(0, 5)))
     with pytest.raises(InputError, match=r"allowed are spans .* <= 19"):
         result.to_df(subject=(place, place + 4))

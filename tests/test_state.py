@@ -142,8 +142,8 @@ def test_nothing_changes_without_grad(busy: Case) -> None:
 def test_two_runs_give_the_same_bits(busy: Case) -> None:
     first = backward_lens(busy.model, "Messi plays for", " Paris")
     second = backward_lens(busy.model, "Messi plays for", " Paris")
-    for gradient in first.gradients:
-        again = second.gradients[gradient.matrix, gradient.layer]
+    for gradient in first.capture:
+        again = second.capture[gradient.matrix, gradient.layer]
         assert torch.equal(again.vjps, gradient.vjps)
         assert torch.equal(again.inputs, gradient.inputs)
     assert torch.equal(first.readout("W_out").top_ids, second.readout("W_out").top_ids)

@@ -76,11 +76,11 @@ def test_public_functions_are_checked() -> None:
 
 def test_result_has_the_promised_dtypes_and_axes(gpt2: Case) -> None:
     result = backward_lens(gpt2.model, ["Messi plays", "Rome"], " Paris", k=3)
-    n = result.gradients.tokens.shape[1]
+    n = result.capture.tokens.shape[1]
     ranks, norms = result.target_rank("W_out"), result.norms("W_out")
     assert ranks.shape == norms.shape == (3, 2, n)
     assert ranks.dtype == torch.int64
     assert norms.dtype == torch.float64
-    assert result.gradients.mask.dtype == torch.bool
-    assert result.gradients.loss.shape == (2,)
+    assert result.capture.mask.dtype == torch.bool
+    assert result.capture.loss.shape == (2,)
     assert result.readout("W_in").top_ids.shape == (3, 2, n, 3)

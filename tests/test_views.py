@@ -94,7 +94,7 @@ def make_result(
             )
         readings.append(Reading(lens, readouts))
     return BackwardLensResult(
-        gradients=capture,
+        capture=capture,
         readings=tuple(readings),
         positions=torch.arange(pos).expand(batch, pos),
         token_texts=dict(enumerate(vocab)),
@@ -103,7 +103,7 @@ def make_result(
 
 
 def without_target(result: BackwardLensResult) -> BackwardLensResult:
-    return replace(result, gradients=replace(result.gradients, targets=None))
+    return replace(result, capture=replace(result.capture, targets=None))
 
 
 def all_cells(result: BackwardLensResult, matrix: str) -> list[Cell]:
@@ -231,9 +231,9 @@ def test_zero_cells_hold_no_word_but_a_reason(page: Node, result: BackwardLensRe
 def test_a_zero_input_is_another_reason():
     whole = make_result(layers=1, pos=2)
     inputs = torch.zeros(1, 2, 6)
-    gradient = replace(whole.gradients["W_in", 0], inputs=inputs, vjps=inputs + 1)
-    gradients = {**whole.gradients.gradients, ("W_in", 0): gradient}
-    result = replace(whole, gradients=replace(whole.gradients, gradients=gradients))
+    gradient = replace(whole.capture["W_in", 0], inputs=inputs, vjps=inputs + 1)
+    gradients = {**whole.capture.gradients, ("W_in", 0): gradient}
+    result = replace(whole, gradients=replace(whole.capture, gradients=gradients))
     assert "adds nothing: x_i is zero, the matrix read nothing" in render_page(result)
 
 

@@ -48,11 +48,11 @@ OFFLINE = {
 
 def with_attention(result: BackwardLensResult, heads: int = 2) -> BackwardLensResult:
     """Random maps of both signs, causal; padding is one position longer than the prompt."""
-    batch, pos = result.gradients.mask.shape
+    batch, pos = result.capture.mask.shape
     random = torch.Generator().manual_seed(1)
     maps = torch.randn(batch, heads, pos + 1, pos + 1, generator=random).tril() * 1e-4
     attention = {layer: AttentionGradient(maps, 4, is_patchable=True) for layer in result.layers}
-    return replace(result, gradients=replace(result.gradients, attention=attention))
+    return replace(result, capture=replace(result.capture, attention=attention))
 
 
 def with_reading(result: BackwardLensResult, **changes: Any) -> BackwardLensResult:
@@ -62,9 +62,9 @@ def with_reading(result: BackwardLensResult, **changes: Any) -> BackwardLensResu
 def with_norms_times(result: BackwardLensResult, factor: float) -> BackwardLensResult:
     gradients = {
         key: replace(gradient, vjps=gradient.vjps * factor)
-        for key, gradient in result.gradients.gradients.items()
+        for key, gradient in result.capture.gradients.items()
     }
-    return replace(result, gradients=replace(result.gradients, gradients=gradients))
+    return replace(result, capture=replace(result.capture, gradients=gradients))
 
 
 def plain(text: str) -> str:

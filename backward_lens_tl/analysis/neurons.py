@@ -284,7 +284,7 @@ class _Reader:
 
 def _capture_of(gradients: object) -> GradientCapture:
     if isinstance(gradients, BackwardLensResult):
-        return gradients.gradients
+        return gradients.capture
     if isinstance(gradients, GradientCapture):
         return gradients
     raise InputError(

@@ -118,7 +118,7 @@ class Objective:
         >>> model = blt.load_facts_model()
         >>> objective = blt.logit_difference(" Rome", " Paris")
         >>> result = blt.backward_lens(model, "The capital of Italy is", objective=objective)
-        >>> result.gradients.objective, result.target()
+        >>> result.capture.objective, result.target()
         ("logit_difference(' Rome', ' Paris')", ' Paris')
     """
 

@@ -189,11 +189,11 @@ def _result(args: argparse.Namespace) -> BackwardLensResult:
 def _heading(result: BackwardLensResult) -> str:
     from backward_lens_tl.views.appearance import number
 
-    prompt = result.gradients.prompt(0)
-    loss = number(float(result.gradients.loss[0]))
+    prompt = result.capture.prompt(0)
+    loss = number(float(result.capture.loss[0]))
     return (
         f"{prompt!r}, target {result.target()!r}: loss {loss} "
-        f"({result.projection}, {result.direction}, {result.gradients.model_name})\n"
+        f"({result.projection}, {result.direction}, {result.capture.model_name})\n"
     )
 
 

@@ -165,7 +165,7 @@ def _overlap_checks(table: pd.DataFrame, matrix: str) -> tuple[Check, ...]:
 
 
 def _note(evidence: Evidence) -> str:
-    prompt = evidence.example.gradients.prompt(0)
+    prompt = evidence.example.capture.prompt(0)
     return (
         f"Of {prompt!r}, taught {evidence.example.target()!r}, in layer {evidence.example_layer} "
         f"of {evidence.n_layers}; the paper shows layer 14 of the 24 of GPT2-medium."

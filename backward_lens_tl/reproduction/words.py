@@ -34,7 +34,7 @@ def more_tables(evidence: Evidence) -> Finding:
 def _tables(results: Sequence[BackwardLensResult], lens: str) -> Finding:
     shown: dict[str, BackwardLensResult] = {}
     for result in results:
-        name = f"{result.gradients.prompt(0)} → {result.target()}"
+        name = f"{result.capture.prompt(0)} → {result.target()}"
         # Data may have a prompt twice.
         shown[f"{name} (again)" if name in shown else name] = result.under(lens)
     return Finding(

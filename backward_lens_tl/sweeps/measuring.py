@@ -106,7 +106,7 @@ def _position_rows(result: BackwardLensResult, items: Sequence[Item]) -> pd.Data
 def _prompt_rows(result: BackwardLensResult, items: Sequence[Item]) -> pd.DataFrame:
     import pandas as pd
 
-    capture, texts = result.gradients, result.token_texts
+    capture, texts = result.capture, result.token_texts
     rows: list[dict[str, Any]] = [
         {
             "prompt": place,

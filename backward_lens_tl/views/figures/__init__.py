@@ -490,7 +490,7 @@ def singular_values(
     if table["rank"].isna().any():
         raise InputError(
             f"heads or experts of {matrix} have factors of their own, so it has no singular values "
-            "as a whole; result.gradients[matrix, layer] has .head(index) or .expert(index)"
+            "as a whole; result.capture[matrix, layer] has .head(index) or .expert(index)"
         )
     title = f"{matrix}: singular values of the gradient{_towards(result, batch)}"
     return _drawn(backend, title, spectrum_lines(table))
@@ -531,7 +531,7 @@ def neuron_similarity(
     """
     _check(result, backend)
     chart = similarity_map(result.neuron_df(matrix, layer, batch))
-    vectors = "x_i" if result.gradients[matrix, result.layers[0]].reads_residual else "δ_i"
+    vectors = "x_i" if result.capture[matrix, result.layers[0]].reads_residual else "δ_i"
     own = result.layer_number(layer)
     title = f"{matrix} of layer {own}: neurons of the gradient and the {vectors} that span it"
     return _drawn(backend, title, chart)
@@ -817,7 +817,7 @@ def _check_there(matrix: object, there: Sequence[str]) -> None:
 def _norm_map(
     result: BackwardLensResult, batch: int, table: pd.DataFrame, colors: Colors, title: str = ""
 ) -> Heatmap:
-    return norm_map(table, colors, len(result.gradients.str_tokens[batch]), title)
+    return norm_map(table, colors, len(result.capture.str_tokens[batch]), title)
 
 
 def _map_rows(maps: object, width: int) -> dict[str, _Rows]:
@@ -858,9 +858,9 @@ def _names(
     one: BackwardLensResult, other: BackwardLensResult, left: int, right: int
 ) -> tuple[str, str]:
     """What tells two prompts apart."""
-    models = one.gradients.model_name, other.gradients.model_name
+    models = one.capture.model_name, other.capture.model_name
     prompts = (
-        f"“{''.join(result.gradients.str_tokens[batch])}”{_towards(result, batch)}"
+        f"“{''.join(result.capture.str_tokens[batch])}”{_towards(result, batch)}"
         for result, batch in ((one, left), (other, right))
     )
     first, second = prompts

@@ -73,7 +73,7 @@ def render_page(result: BackwardLensResult, batch: int = 0) -> str:
     Returns:
         An HTML document that fetches nothing.
     """
-    title = escape(f"{running_text(result.gradients.prompt(batch)).strip()} · Backward Lens")
+    title = escape(f"{running_text(result.capture.prompt(batch)).strip()} · Backward Lens")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -147,16 +147,16 @@ def _choice(title: str, name: str, labels: Mapping[str, str]) -> str:
 def _heading(result: BackwardLensResult, batch: int) -> str:
     target = result.target(batch)
     arrow = "" if target is None else f' <span class="to">→</span> <q>{isolated_run(target)}</q>'
-    return f"<q>{isolated_run(result.gradients.prompt(batch))}</q>{arrow}"
+    return f"<q>{isolated_run(result.capture.prompt(batch))}</q>{arrow}"
 
 
 def _facts(result: BackwardLensResult, batch: int) -> str:
     target = result.target(batch)
     facts = {
         "Target": "none" if target is None else isolated(target),
-        "Loss": f"{number(float(result.gradients.loss[batch]))} "
-        f"<small>{isolated_run(result.gradients.objective)}</small>",
-        "Model": isolated_run(result.gradients.model_name),
+        "Loss": f"{number(float(result.capture.loss[batch]))} "
+        f"<small>{isolated_run(result.capture.objective)}</small>",
+        "Model": isolated_run(result.capture.model_name),
         "Projection": "".join(_lens_fact(result, name) for name in result.projections),
         "Direction": isolated_run(_DIRECTIONS[result.direction]),
     }
@@ -176,7 +176,7 @@ def _shown_prompts(result: BackwardLensResult) -> int:
 
 
 def _prompt_section(result: BackwardLensResult, batch: int) -> str:
-    loss = number(float(result.gradients.loss[batch]))
+    loss = number(float(result.capture.loss[batch]))
     return (
         f'<p class="prompt"><strong>{_heading(result, batch)}</strong> <small>loss {loss}</small>'
         f"</p>{_panels(result, batch)}"

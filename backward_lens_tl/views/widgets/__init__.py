@@ -264,7 +264,7 @@ def reversed_attention(result: BackwardLensResult, layer: int, batch: int = 0) -
     described = _of_prompt(result, batch)
     maps = result.reversed_attention(layer)[batch]
     index = result.layer_number(layer)
-    tokens = result.gradients.str_tokens[batch]
+    tokens = result.capture.str_tokens[batch]
     maps = maps[:, : len(tokens), : len(tokens)].detach().to("cpu", torch.float64)
     bound = float(maps.abs().max())
     rendered = attention_heads(
@@ -359,7 +359,7 @@ def _of_prompt(result: BackwardLensResult, batch: int) -> str:
 
 def _only(result: BackwardLensResult, batch: int, cells: Sequence[Cell]) -> str:
     """Which positions are shown, where these are not all of the prompt's."""
-    length = len(result.gradients.str_tokens[batch])
+    length = len(result.capture.str_tokens[batch])
     if [cell.position for cell in cells] == list(range(length)):
         return ""
     shown = ", ".join(f"{cell.position} {_quoted(cell.token)}" for cell in cells)
