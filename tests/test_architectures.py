@@ -153,7 +153,7 @@ def expected_gradients(family: str, kind: str) -> dict[tuple[str, int], Tensor]:
         weight = find_weight(model_in(family, kind), family, *key)
         # An expert that no token goes to has no part in the graph. Nor has a weight that was looked
         # up in the wrong place, but then the error is infinite or NaN.
-        own = [run.capture.get(id(each), torch.zeros_like(each)) for each in weight.tensors]
+        own = [run.gradients.get(id(each), torch.zeros_like(each)) for each in weight.tensors]
         expected[key] = weight.turn(*own)
     return expected
 
@@ -288,7 +288,7 @@ def test_numbers_are_rounded_up(error: float, shown: float) -> None:
 @models(("gpt2", "llama", "mixtral"))
 def test_factor_shifted_by_one_position_is_not_the_gradient(family: str, kind: str) -> None:
     expected = expected_gradients(family, kind)
-    for key, gradient in captured(family, kind).capture.items():
+    for key, gradient in captured(family, kind).gradients.items():
         right = expected[key]
         shifted = replace(gradient, inputs=gradient.inputs.roll(1, dims=1))
         assert relative_error(summed(gradient), right) <= tolerance_of(family, kind)
@@ -434,7 +434,7 @@ def test_coverage_is_every_parameter_that_is_used(family: str, kind: str) -> Non
     named = named_parameters(model)
     listed = [*coverage.covered, *coverage.not_covered]
     ids = {id(named[name]): name for name in listed}
-    used = plain_run(family, kind).capture.keys() & {id(tensor) for tensor in named.values()}
+    used = plain_run(family, kind).gradients.keys() & {id(tensor) for tensor in named.values()}
     assert len(ids) == len(listed)
     assert used <= ids.keys()
     idle = [ids[key] for key in ids.keys() - used]
@@ -467,7 +467,7 @@ def test_coverage_has_the_captured_weights_and_the_biases_that_follow(
     family: str, kind: str
 ) -> None:
     model, capture = model_in(family, kind), captured(family, kind)
-    named, gradients = named_parameters(model), plain_run(family, kind).capture
+    named, gradients = named_parameters(model), plain_run(family, kind).gradients
     used = gradients.keys() & {id(tensor) for tensor in named.values()}
     expected = set()
     for key, gradient in capture.gradients.items():

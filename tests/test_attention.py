@@ -302,7 +302,7 @@ def test_prompts_of_different_lengths_are_as_if_alone(pair: Case) -> None:
         alone = attention_of(pair.model, prompt)
         n = alone.mask.shape[1]
         assert int(batch.mask[index].sum()) == n
-        for key, expected in alone.capture.items():
+        for key, expected in alone.gradients.items():
             gradient = batch[key]
             for found, wanted in (
                 (gradient.inputs[index], expected.inputs[0]),

@@ -19,6 +19,7 @@ from models import (
     build,
     nll,
     randomise,
+    readable,
     relative_error,
     require_kind,
     small_tokenizer,
@@ -825,7 +826,7 @@ def test_a_vjp_that_is_not_the_models_is_refused(
     def wrong(vectors: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
         return connected(vectors, logits, weight.flip(1))
 
-    for place in ("bridge", "hooked"):
+    for place in ("transformer_bridge", "hooked_transformer"):
         monkeypatch.setattr(f"backward_lens_tl.models.{place}.connected", wrong)
     with pytest.raises(UnsupportedModelError, match=r"gradients by .* of their size"):
         blt.capture_gradients(model, some_tokens(), blt.target_nll(5))
@@ -925,8 +926,10 @@ SMOLLM2 = os.environ.get("BACKWARD_LENS_SMOLLM2", "")
 @pytest.mark.slow
 @pytest.mark.skipif(not SMOLLM2, reason="BACKWARD_LENS_SMOLLM2 names no folder of SmolLM2-135M")
 @pytest.mark.parametrize("objective", ["training", "own answer"])
-def test_no_false_alarm_on_a_real_model(objective: str) -> None:
-    model = blt.load_model(SMOLLM2)
+def test_no_false_alarm_on_a_real_model(
+    objective: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = blt.load_model(str(readable(Path(SMOLLM2), tmp_path_factory)))
     chosen = blt.target_nll() if objective == "own answer" else blt.next_token_loss()
     for record in blt.read_records("facts").rows[:20]:
         assert blt.validate(model, record.prompt, objective=chosen, matrices="mlp").passed

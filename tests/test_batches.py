@@ -115,7 +115,7 @@ def test_order_of_the_prompts_changes_nothing(padding: Case) -> None:
     prompts = [prompt for prompt in PROMPTS if " " in prompt]  # a next token even without BOS
     forwards = capture_gradients(padding.model, prompts, next_token_loss())
     backwards = capture_gradients(padding.model, prompts[::-1], next_token_loss())
-    for key, gradient in forwards.capture.items():
+    for key, gradient in forwards.gradients.items():
         torch.testing.assert_close(backwards[key].vjps.flip(0), gradient.vjps, **CLOSE)
         torch.testing.assert_close(backwards[key].inputs.flip(0), gradient.inputs, **CLOSE)
 
@@ -153,7 +153,7 @@ def test_ragged_batch_of_the_stories_model(stories: Case) -> None:
         alone = capture_gradients(
             stories.model, prompt, target_nll(" dog", "first"), matrices="mlp"
         )
-        for key, gradient in alone.capture.items():
+        for key, gradient in alone.gradients.items():
             # float32; attention sums other numbers of zeros.
             close(batch[key].vjps[b, : tokens.shape[1]], gradient.vjps[0])
             close(batch[key].inputs[b, : tokens.shape[1]], gradient.inputs[0])
@@ -169,7 +169,7 @@ def test_ragged_batch_of_the_facts_model(facts: Case) -> None:
     for b, prompt in enumerate(prompts):
         alone = capture_gradients(facts.model, prompt, target_nll(" Paris"))
         n = alone.mask.shape[1]
-        for key, gradient in alone.capture.items():
+        for key, gradient in alone.gradients.items():
             close(batch[key].vjps[b, :n], gradient.vjps[0])
             close(batch[key].inputs[b, :n], gradient.inputs[0])
 

@@ -105,7 +105,7 @@ def test_one_matrix_of_one_layer_equals_its_part_of_all(case: Case) -> None:
         alone = capture_gradients(
             case.model, tokens, target_nll(TARGET), matrices=key[0], layers=key[1]
         )
-        assert list(alone.capture) == [key]
+        assert list(alone.gradients) == [key]
         torch.testing.assert_close(alone[key].vjps, everything[key].vjps, rtol=1e-12, atol=1e-14)
         assert torch.equal(alone[key].inputs, everything[key].inputs)
 
@@ -393,7 +393,7 @@ def test_an_input_overwritten_later_is_kept_as_the_matrix_read_it() -> None:
         with case.model.hooks(fwd_hooks=[(hook, in_place)]):
             found = capture_gradients(case.model, tokens, target_nll(TARGET), matrices="mlp")
     assert not torch.equal(expected["W_gate", 1].inputs, expected["W_in", 1].inputs)
-    for key, gradient in expected.capture.items():
+    for key, gradient in expected.gradients.items():
         torch.testing.assert_close(found[key].inputs, gradient.inputs, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(found[key].vjps, gradient.vjps, rtol=1e-6, atol=1e-6)
 

@@ -685,8 +685,8 @@ def test_whitening_on_the_facts_model(
     )
     monkeypatch.setattr(whitening, "_MOST_RECORDS", 1)
     monkeypatch.setattr(Evidence, "n_layers", 2)
-    options: dict[str, Any] = {"data": "facts", "prompts": 5, "progress": False}
-    found = reproduce(facts_model, None, tmp_path, "whitening", **options)
+    options: dict[str, Any] = {"prompts": 5, "progress": False}
+    found = reproduce(facts_model, "facts", tmp_path, "whitening", **options)
     table = found["whitening"].tables["by layer"]
     assert table["method"].tolist() == [PLAIN, WHITE, CONTROL] * 2
     assert table["layer"].tolist() == [0, 0, 0, 1, 1, 1]
@@ -697,4 +697,4 @@ def test_whitening_on_the_facts_model(
     # The same folder is not gone on with as another evaluation.
     monkeypatch.setattr(whitening, "_MOST_RECORDS", 2)
     with pytest.raises(EvaluationError, match="another config"):
-        reproduce(facts_model, None, tmp_path, "whitening", **options)
+        reproduce(facts_model, "facts", tmp_path, "whitening", **options)

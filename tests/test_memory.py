@@ -171,8 +171,8 @@ def test_what_is_no_memory_is_refused_and_changes_nothing(gpt2: Case, memory: An
 
 def assert_rounded(found: GradientCapture, plain: GradientCapture, dtype: torch.dtype) -> None:
     """Factors are rounded and nothing else is; what is computed of them is in float32 at least."""
-    assert found.capture.keys() == plain.capture.keys()
-    for key, gradient in plain.capture.items():
+    assert found.gradients.keys() == plain.gradients.keys()
+    for key, gradient in plain.gradients.items():
         here = found[key]
         for name in ("inputs", "vjps", "joined_vjps"):
             whole, rounded = getattr(gradient, name), getattr(here, name)

@@ -283,9 +283,9 @@ def test_a_result_does_as_well_as_its_gradients(facts_model: Any) -> None:
 def test_the_sign_is_the_raw_gradients(facts_model: Any) -> None:
     """As in the paper's tables 2 and 3: the target is at the bottom of the last position's VJP."""
     result = blt.backward_lens(facts_model, "Lionel Messi plays for", " Paris", direction="update")
-    spanning = spanning_words(facts_model, result, "W_out", 5)
+    spanning = spanning_words(facts_model, result, "W_out", 5, k=3)
     assert spanning["bottom_tokens"].iloc[-1][0] == " Paris"
-    words = neuron_words(facts_model, result, "W_out", 5)
+    words = neuron_words(facts_model, result, "W_out", 5, k=3)
     ends = words["top_tokens"] + words["bottom_tokens"]
     assert all(" Paris" in tokens for tokens in ends[words["group"] == "largest"])
     assert not any(" Paris" in tokens for tokens in ends[words["group"] == "smallest"])
@@ -297,7 +297,7 @@ def test_long_neurons_follow_the_last_vjp_and_short_ones_say_nothing(facts_model
     gradients = blt.capture_gradients(
         facts_model, "Lionel Messi plays for", blt.target_nll(" Paris"), layers=5
     )
-    table = neuron_overlap(facts_model, gradients, "W_out", 5)
+    table = neuron_overlap(facts_model, gradients, "W_out", 5, k=100)
     last, nothing = (table[table["token"] == token] for token in (" for", "zero vector"))
     n = len(last)
     longest = last["norm_rank"] < n // 20
@@ -310,7 +310,7 @@ def test_long_neurons_follow_the_last_vjp_and_short_ones_say_nothing(facts_model
 def test_other_projections() -> None:
     case, gradients = captured("hooked-gpt2")
     raw, normalized = (
-        neuron_words(case.model, gradients, "W_out", 0, projection=name)
+        neuron_words(case.model, gradients, "W_out", 0, k=3, projection=name)
         for name in ("logit_lens", "normalized")
     )
     assert list(raw["neuron"].dropna()) == list(normalized["neuron"].dropna())
@@ -318,7 +318,7 @@ def test_other_projections() -> None:
     for row in normalized.dropna().itertuples():
         vector = neurons[row.neuron]
         assert row.top_tokens == texts(case, by_score(case, vector / vector.norm())[:3])
-    words = spanning_words(case.model, gradients, "W_in", 1, projection=Counted(97))
+    words = spanning_words(case.model, gradients, "W_in", 1, k=3, projection=Counted(97))
     x = gradients["W_in", 1].inputs[0]
     repeated = x[0].repeat(5)[:97].tolist()
     best = sorted(range(97), key=lambda token: -repeated[token])[:1]

@@ -116,9 +116,9 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 def assert_equal_captures(found: GradientCapture, expected: GradientCapture) -> None:
     """Up to the order in which autograd adds what several readers of the stream send back."""
-    assert list(found.capture) == list(expected.capture)
+    assert list(found.gradients) == list(expected.gradients)
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-12, atol=0)
-    for key, gradient in expected.capture.items():
+    for key, gradient in expected.gradients.items():
         assert gradient.vjps.any(), key
         assert torch.equal(found[key].inputs, gradient.inputs), key
         torch.testing.assert_close(found[key].vjps, gradient.vjps, rtol=1e-10, atol=1e-14)
@@ -182,7 +182,7 @@ def test_numbers_do_not_depend_on_what_needs_a_gradient(pair: Case, state: str) 
         assert_same(before, snapshot(pair.model))
         alone = capture_all(pair.model, tokens, matrices=("W_K", "W_O"), layers=1)
     assert_equal_captures(found, expected)
-    for key, gradient in alone.capture.items():
+    for key, gradient in alone.gradients.items():
         torch.testing.assert_close(gradient.vjps, expected[key].vjps, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(
         alone.reversed_attention(1), expected.reversed_attention(1), rtol=1e-10, atol=1e-14

@@ -117,7 +117,7 @@ def test_sequence_nll_reads_every_token_of_the_answer(gpt2: Case, answers: Any) 
 def test_sequence_of_one_token_is_target_nll(gpt2: Case) -> None:
     sequence = capture_gradients(gpt2.model, PROMPTS, sequence_nll(" Paris"))
     single = capture_gradients(gpt2.model, PROMPTS, target_nll(" Paris"))
-    for key, gradient in single.capture.items():
+    for key, gradient in single.gradients.items():
         torch.testing.assert_close(sequence[key].vjps, gradient.vjps, rtol=1e-10, atol=1e-14)
 
 
@@ -134,7 +134,7 @@ def test_callable_sees_prompts_without_padding(gpt2: Case) -> None:
     builtin = capture_gradients(gpt2.model, prompts, target_nll(7))
     assert sum(rows for rows, _ in seen) == 5
     torch.testing.assert_close(own.loss, builtin.loss)
-    for key, gradient in builtin.capture.items():
+    for key, gradient in builtin.gradients.items():
         torch.testing.assert_close(own[key].vjps, gradient.vjps, rtol=1e-10, atol=1e-14)
 
 

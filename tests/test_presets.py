@@ -26,8 +26,8 @@ from backward_lens_tl.editing import (
     NormalizedGradient,
     UltraEdit,
     facts_moments,
-    presets,
 )
+from backward_lens_tl.editing.methods import presets
 from backward_lens_tl.editing.methods.presets import (
     FACTS_TEST,
     FACTS_TUNING,

@@ -227,7 +227,7 @@ def searched(
             ]
             return pd.DataFrame(rows).assign(seconds=1.0, failed=0, rank=7)
 
-    def evaluate(model: Any, methods: Any, data: Any, out: Any, config: Any, **more: Any) -> Made:
+    def evaluate(model: Any, data: Any, out: Any, methods: Any, config: Any, **more: Any) -> Made:
         asked.append((model, methods, data, config, more))
         return Made()
 

@@ -1794,8 +1794,8 @@ def test_the_command_says_what_was_not_measured_and_what_departs(
     findings = {"fig3": Finding((NO, ALMOST)), "fig6": Finding((), notes=("It could not.",))}
     asked = []
 
-    def found(names: Any, model: Any, out: str, **options: Any) -> Any:
-        asked.append((names, model, out, options.pop("data").rows[0].prompt, options))
+    def found(model: Any, data: Any, out: str, names: Any, **options: Any) -> Any:
+        asked.append((names, model, out, data.rows[0].prompt, options))
         return findings
 
     monkeypatch.setattr(loading, "load_model", lambda *_, **__: "the model")

@@ -129,8 +129,8 @@ def assert_equal_results(found: BackwardLensResult, expected: BackwardLensResult
         one, other = getattr(mine, name), getattr(theirs, name)
         assert (one is None and other is None) or torch.equal(one, other)
         assert one is None or one.dtype == other.dtype
-    assert list(mine.capture) == list(theirs.capture)
-    for key, gradient in theirs.capture.items():
+    assert list(mine.gradients) == list(theirs.gradients)
+    for key, gradient in theirs.gradients.items():
         assert torch.equal(mine[key].inputs, gradient.inputs)
         assert torch.equal(mine[key].vjps, gradient.vjps)
         assert mine[key].inputs.dtype == gradient.inputs.dtype

@@ -233,7 +233,7 @@ def test_a_zero_input_is_another_reason():
     inputs = torch.zeros(1, 2, 6)
     gradient = replace(whole.capture["W_in", 0], inputs=inputs, vjps=inputs + 1)
     gradients = {**whole.capture.gradients, ("W_in", 0): gradient}
-    result = replace(whole, gradients=replace(whole.capture, gradients=gradients))
+    result = replace(whole, capture=replace(whole.capture, gradients=gradients))
     assert "adds nothing: x_i is zero, the matrix read nothing" in render_page(result)
 
 

@@ -144,10 +144,9 @@ class Evidence:
             # Datasets have answers of several tokens, whose first one is taught, as in the paper's
             # own editing.
             multi_token="first",
-            k=_KEPT,
             prompts=self.prompts_asked,
             seed=self.seed,
-            **settings,
+            **{"k": _KEPT, **settings},
         )
         out = self._folder / name
         return sweep(self.model, self.records, out, config, progress=self.progress)
