@@ -1508,11 +1508,10 @@ def test_data_without_subjects(small_model: Any, tmp_path: Path):
 
 
 def test_one_that_cannot_be_measured_keeps_no_other(small_model: Any, tmp_path: Path):
-    options = {"data": WITHOUT_SUBJECT, "progress": False}
     with pytest.raises(InputError, match=r"no token has a segment.*subject"):
-        reproduce(small_model, None, tmp_path, "fig6", **options)
+        reproduce(small_model, WITHOUT_SUBJECT, tmp_path, "fig6", progress=False)
     names = ["fig4", "fig6", "table3"]
-    found = reproduce(small_model, None, tmp_path, names, **options)
+    found = reproduce(small_model, WITHOUT_SUBJECT, tmp_path, names, progress=False)
     assert list(found) == names
     verdicts = [found[name].verdict for name in names]
     assert verdicts[1] == "not measured"
