@@ -53,6 +53,7 @@ _GLOBAL_HOOKS = (
 """torch's own collections of the hooks that act on every module."""
 
 _LIBRARIES = ("transformer_lens", "transformers", "accelerate")
+_WIRING = "transformer_lens.model_bridge"
 
 
 class Host(ABC):
@@ -639,8 +640,25 @@ def _hooks(module: nn.Module) -> Iterator[object]:
 
 def _is_callers(hook: object, module: nn.Module) -> bool:
     """Whether a hook is not one of those that libraries put on their own modules."""
-    library = str(getattr(hook, "__module__", "")).partition(".")[0]
-    return isinstance(module, HookPoint) or library not in _LIBRARIES
+    if isinstance(module, HookPoint):
+        # Of the functions that TransformerLens hooks, its bridges' own wiring alone is nobody's:
+        # those of run_with_cache look at the caller's run.
+        return not _module_of(_hooked_function(hook)).startswith(_WIRING)
+    return _module_of(hook).partition(".")[0] not in _LIBRARIES
+
+
+def _hooked_function(hook: object) -> object:
+    """The function that a hook point calls through a wrapper of its own."""
+    names = getattr(getattr(hook, "__code__", None), "co_freevars", ())
+    cells = getattr(hook, "__closure__", None) or ()
+    return next(
+        (cell.cell_contents for name, cell in zip(names, cells, strict=True) if name == "hook"),
+        hook,
+    )
+
+
+def _module_of(function: object) -> str:
+    return str(getattr(function, "__module__", ""))
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
