@@ -892,7 +892,7 @@ def forked(action):
 
 
 def whole(name):
-    evaluate(model, {"nudge": Nudge()}, ROWS, out / name, config, progress=False)
+    evaluate(model, ROWS, out / name, {"nudge": Nudge()}, config, progress=False)
 
 
 def killed(name, moment, when):
