@@ -12,6 +12,9 @@ from torch import Tensor
 
 from backward_lens_tl.errors import InputError
 
+_TOKEN_IDS = 2**63
+"""torch has no larger ones."""
+
 
 def plain(value: object) -> Any:
     """Numbers and lists instead of tensors and arrays; anything else as it is.
@@ -91,6 +94,11 @@ def is_integer(value: object) -> TypeGuard[SupportsIndex]:
     # numpy's arrays of no axis index like integers; unlike its integers, they are not hashable.
     is_array = isinstance(value, Tensor) or type(value).__hash__ is None
     return isinstance(value, SupportsIndex) and not isinstance(value, bool | type) and not is_array
+
+
+def is_token_id(value: object) -> TypeGuard[SupportsIndex]:
+    """Whether a value is an integer that torch can hold as a token's id, of whatever model."""
+    return is_integer(value) and 0 <= index(value) < _TOKEN_IDS
 
 
 def is_index(value: object, size: int) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from backward_lens_tl._checks import listed
 from backward_lens_tl.capture.forward_backward import read_logits
-from backward_lens_tl.capture.hooks import hooked, requiring_grad
+from backward_lens_tl.capture.hooks import requiring_grad
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.objectives import (
     BoundObjective,
@@ -29,6 +29,7 @@ from backward_lens_tl.errors import UnsupportedModelError, ValidationError
 from backward_lens_tl.models import Host, host_of, logit_error, plain_error, probe
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.sites import MATRIX_NAMES, MatrixName, Site
+from backward_lens_tl.models.taps import hooked
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from backward_lens_tl._checks import plain, shown
 from backward_lens_tl.capture.batching import Pass
 from backward_lens_tl.capture.forward_backward import read_logits
-from backward_lens_tl.capture.hooks import Copies, Values, hooked
+from backward_lens_tl.capture.hooks import Copies, Values
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.objectives import Targets, target_nll
 from backward_lens_tl.capture.prompts import PromptBatch, Prompts
@@ -34,6 +34,7 @@ from backward_lens_tl.capture.run import CaptureWork, plan_capture
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.sites import WRITING_MATRICES, MatrixSite
+from backward_lens_tl.models.taps import hooked
 from backward_lens_tl.models.tokenizer import MultiToken
 from backward_lens_tl.models.weight_patching import changeable, stepped
 from backward_lens_tl.readout.projections import LogitLens

@@ -8,7 +8,7 @@ activation half of one backward pass; logits are made only where the objective r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -137,8 +137,32 @@ def read_logits(
     Raises:
         InputError: If the prompts may not share a pass.
     """
-    host.check_lengths(batch.lengths.tolist())
     select = _unchanged if n_read is None else partial(batch.ends, n=n_read)
+    return selected_logits(host, batch, select, points)
+
+
+def selected_logits(
+    host: Host,
+    batch: PromptBatch,
+    select: Callable[[Tensor], Tensor],
+    points: Sequence[HookPointSite] = (),
+) -> Float[Tensor, "rows read d_vocab"]:
+    """The logits at chosen positions, and no others if possible.
+
+    Args:
+        host: The model.
+        batch: The prompts.
+        select: From something per position, `[batch, pos, d]`, to that at the positions that are
+            needed, `[rows, read, d]`.
+        points: Hook points that are looked at meanwhile.
+
+    Returns:
+        The logits, in float32 at least, on the device of the tokens.
+
+    Raises:
+        InputError: If the prompts may not share a pass.
+    """
+    host.check_lengths(batch.lengths.tolist())
     if host.are_in_blocks([*host.hooked_modules, *(point.tap.module for point in points)]):
         logits = host.logits_of(batch.tokens, select)
     else:  # somebody looks on at the unembedding, or near it

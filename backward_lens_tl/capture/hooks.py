@@ -7,19 +7,17 @@ comes from.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from backward_lens_tl.capture.prompts import PromptBatch
 from backward_lens_tl.errors import ModelStateError
 from backward_lens_tl.models.precision import at_least_float32
-from backward_lens_tl.models.sites import Tap
 
 _T = TypeVar("_T")
 
@@ -118,32 +116,6 @@ class Edges:
 
 
 @contextmanager
-def hooked(
-    tap: Tap, see: Callable[[Tensor], Tensor | None], *, before_others: bool = False
-) -> Iterator[None]:
-    """Show every tensor that passes a tap to a function, which may replace it.
-
-    Args:
-        tap: Where.
-        see: Gets the tensor; returns what takes its place, or `None` to leave it.
-        before_others: Whether the function comes before the hooks that are there already.
-
-    Yields:
-        Nothing; the hook is there inside the context.
-    """
-    if tap.side == "input":
-        handle = tap.module.register_forward_pre_hook(
-            partial(_see_input, see, tap.argument), prepend=before_others, with_kwargs=True
-        )
-    else:
-        handle = tap.module.register_forward_hook(partial(_see_output, see), prepend=before_others)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
 def requiring_grad(parameters: Iterable[Tensor], *, among: Iterable[Tensor]) -> Iterator[None]:
     """Let some parameters alone require gradients, and put everything back afterwards.
 
@@ -178,31 +150,6 @@ def clean_rows(factor: Float[Tensor, "*shape"], batch: PromptBatch) -> Float[Ten
         return factor
     padding = ~batch.mask.reshape(*batch.mask.shape, *(1,) * (factor.ndim - 2))
     return factor.masked_fill(padding, 0)
-
-
-def _see_input(
-    see: Callable[[Tensor], Tensor | None],
-    argument: int | str,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if isinstance(argument, str):
-        replaced = see(kwargs[argument])
-        return None if replaced is None else (args, kwargs | {argument: replaced})
-    replaced = see(args[argument])
-    if replaced is None:
-        return None
-    return (*args[:argument], replaced, *args[argument + 1 :]), kwargs
-
-
-def _see_output(
-    see: Callable[[Tensor], Tensor | None],
-    module: nn.Module,
-    args: tuple[Any, ...],
-    output: Tensor,
-) -> Tensor | None:
-    return see(output)
 
 
 def _only(seen: Sequence[_T], name: str) -> _T:

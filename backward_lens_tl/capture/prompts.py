@@ -11,13 +11,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from backward_lens_tl._checks import check_choice, check_text, is_integer, listed, plain, shown
+from backward_lens_tl._checks import (
+    check_choice,
+    check_text,
+    is_integer,
+    is_token_id,
+    listed,
+    plain,
+    shown,
+)
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.tokenizer import MultiToken, Span, Vocabulary
-
-_TOKEN_IDS = 2**63
-"""torch has no larger ones."""
 
 Prompts = str | Sequence[str] | Int[Tensor, "batch pos"] | Mapping[str, Any]
 
@@ -291,7 +296,7 @@ def _rows(name: str, values: object) -> list[list[int]]:
         raise InputError(f"{name} is {shown(values)}; pass lists or tensors of token ids")
     for row in rows:
         for value in row:
-            if not is_integer(value) or not 0 <= as_index(value) < _TOKEN_IDS:
+            if not is_token_id(value):
                 raise InputError(f"{name} holds {shown(value)}; pass lists or tensors of token ids")
     return [[as_index(value) for value in row] for row in rows]
 

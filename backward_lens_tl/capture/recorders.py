@@ -23,7 +23,6 @@ from backward_lens_tl.capture.hooks import (
     Edges,
     Values,
     clean_rows,
-    hooked,
 )
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.prompts import PromptBatch
@@ -38,6 +37,7 @@ from backward_lens_tl.models.sites import (
     StackedExpertsSite,
     Tap,
 )
+from backward_lens_tl.models.taps import hooked
 
 Watched = tuple[Tap, Callable[[Any], Tensor | None], bool]
 

@@ -22,7 +22,7 @@ from typing import Any, overload
 import huggingface_hub
 import pandas as pd
 
-from backward_lens_tl._checks import check_text, is_integer, listed, plain, shown
+from backward_lens_tl._checks import check_text, is_integer, is_token_id, listed, plain, shown
 from backward_lens_tl.data.segments import subject_at
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models.hub import hub_is_reachable
@@ -40,8 +40,6 @@ _EVALUATED = (
     "generation_prompts",
 )
 _ROW_CHARACTERS = 200
-_TOKEN_IDS = 2**63
-"""torch has no larger ones."""
 
 
 @dataclass(frozen=True)
@@ -556,13 +554,12 @@ def _target(row: Mapping[str, object], column: str) -> str | int:
     value = _integral(_cell(row, column))
     if value is None or isinstance(value, str):
         return _needed_text(row, column)
-    token_id = as_index(value) if is_integer(value) else -1
-    if not 0 <= token_id < _TOKEN_IDS:
+    if not is_token_id(value):
         raise InputError(
             f"{column!r} is {_cut(shown(value))}, a {type(value).__name__}; a text, or a token id "
             "from 0 up, is needed"
         )
-    return token_id
+    return as_index(value)
 
 
 def _subject_start(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeVar
 
 import torch
@@ -73,9 +73,8 @@ def score(host: Host, questions: Sequence[Question], batch_size: int) -> list[Sc
     read = sorted(askers, key=lambda each: len(each[0]) + len(each[1]))
     found: dict[int, Score] = {}
     groups = host.length_groups([len(prompt) + len(answer) for prompt, answer in read])
-    for some in (
-        some for group in groups for some in batches((read[at] for at in group), batch_size)
-    ):
+    passes = [batches((read[at] for at in group), batch_size) for group in groups]
+    for some in chain.from_iterable(passes):
         owners = [(row, place) for row, key in enumerate(some) for place in askers[key]]
         first = [questions[askers[key][0]] for key in some]
         own = [questions[place] for _, place in owners]

@@ -55,7 +55,7 @@ def host_of(model: object) -> Host:
 
     Raises:
         InputError: If it is neither.
-        UnsupportedModelError: If it is no causal decoder, or its passes are not what they seem.
+        UnsupportedModelError: If it is not a causal decoder, or the analysed pass is not its own.
         ModelStateError: If it is in a state in which gradients would be wrong.
     """
     for base in type(model).__mro__:

@@ -359,8 +359,8 @@ class Host(ABC):
 
         A shorter vector is not scaled up to the usual size, and what is read of it is more and
         more the bias of the norm and of the unembedding. Where there is neither, as with most
-        RMSNorms, length does not change the order of scores; then, and without a final norm, there
-        is no such length, and this is 0.
+        RMSNorms, length does not change the order of scores; then, and without a final norm, this
+        is 0.
         """
         if self._norm_module() is None or not self._has_readout_bias:
             return 0.0

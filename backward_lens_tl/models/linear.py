@@ -54,9 +54,10 @@ def _base_layer(linear: Any, matrix: MatrixName, layer: int) -> Any:
     if not is_adapted(linear):
         return linear
     is_lora = hasattr(linear, "lora_A") and hasattr(linear, "lora_B")
-    is_plain = not any(getattr(linear, "use_dora", {}).values())
-    is_plain = is_plain and not getattr(linear, "lora_variant", None)
-    if is_lora and is_plain:
+    is_variant = any(getattr(linear, "use_dora", {}).values()) or bool(
+        getattr(linear, "lora_variant", None)
+    )
+    if is_lora and not is_variant:
         return linear.base_layer
     raise UnsupportedModelError(
         f"{matrix} of layer {layer} has an adapter of PEFT ({type(linear).__name__}) that does "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from backward_lens_tl.errors import UnsupportedModelError
 from backward_lens_tl.models.adapter import Host
+from backward_lens_tl.models.taps import hooked
 
 _N_TOKENS = 6
 _CANDIDATES = 64
@@ -215,11 +215,9 @@ def _probed(host: Host) -> Probe | None:
     vjp_error = _vjp_error(host, tokens)
     streams: list[Tensor] = []
     with host.own_precision():
-        module = host.last_resid.module
         logits = host.logits_of(tokens, lambda values: values)
-        called = _with_input(
-            module, streams.append, lambda: host.model(tokens, return_type="logits")
-        )
+        with hooked(host.last_resid, streams.append):
+            called = host.model(tokens, return_type="logits")
     if not streams:
         raise UnsupportedModelError(
             f"{host.name!r} does not run its own final norm; if its Hugging Face model was wrapped "
@@ -239,40 +237,37 @@ def _probed(host: Host) -> Probe | None:
     )
 
 
-@torch.enable_grad()
 def _vjp_error(host: Host, tokens: Int[Tensor, "2 pos"]) -> float:
     """How far the gradient at the last residual stream is from that of the model when called."""
-    point = host.hook_points[f"blocks.{host.n_layers - 1}.hook_resid_post"].tap.module
-    found: list[Tensor] = []
-    for run in (
-        lambda: host.logits_of(tokens, lambda values: values),
-        lambda: host.model(tokens, return_type="logits"),
-    ):
-        streams: list[Tensor] = []
-
-        def begin(
-            module: nn.Module, args: Any, output: Tensor, kept: list[Tensor] = streams
-        ) -> Tensor:
-            kept.append(output.detach().requires_grad_())
-            return kept[-1]
-
-        handle = point.register_forward_hook(begin)
-        try:
-            with host.own_precision():
-                logits = run()
-        finally:
-            handle.remove()
-        if not streams:
-            return 0.0  # this architecture does not show its stream there
-        # Any upstream will do that is another number for each token.
-        upstream = torch.linspace(-1, 1, logits.shape[-1], device=logits.device).exp()
-        real = logits.isfinite()
-        [vjp] = torch.autograd.grad(
-            logits.masked_fill(~real, 0), streams, (upstream * real).to(logits.dtype)
-        )
-        found.append(vjp.double())
-    difference, size = (found[0] - found[1]).norm(), found[1].norm()
+    analysed = _stream_vjp(host, lambda: host.logits_of(tokens, lambda values: values))
+    called = _stream_vjp(host, lambda: host.model(tokens, return_type="logits"))
+    if analysed is None or called is None:
+        return 0.0  # this architecture does not show its stream there
+    difference, size = (analysed - called).norm(), called.norm()
     return float(difference / size if size > 0 else difference)
+
+
+@torch.enable_grad()
+def _stream_vjp(host: Host, run: Callable[[], Tensor]) -> Tensor | None:
+    """The VJP of logits at the last block's output; `None` where that is not to be seen."""
+    streams: list[Tensor] = []
+
+    def begin(stream: Tensor) -> Tensor:
+        streams.append(stream.detach().requires_grad_())
+        return streams[-1]
+
+    site = host.hook_points[f"blocks.{host.n_layers - 1}.hook_resid_post"]
+    with hooked(site.tap, begin), host.own_precision():
+        logits = run()
+    if not streams:
+        return None
+    # Any upstream will do that is another number for each token.
+    upstream = torch.linspace(-1, 1, logits.shape[-1], device=logits.device).exp()
+    real = logits.isfinite()
+    [vjp] = torch.autograd.grad(
+        logits.masked_fill(~real, 0), streams, (upstream * real).to(logits.dtype)
+    )
+    return vjp.double()
 
 
 def probe_tokens(d_vocab: int, n_ctx: int, special_ids: Container[int]) -> Int[Tensor, "2 pos"]:
@@ -291,18 +286,3 @@ def probe_tokens(d_vocab: int, n_ctx: int, special_ids: Container[int]) -> Int[T
     usual = [token for token in some if token not in special_ids] or list(some)
     *first, other = (usual[at * (len(usual) - 1) // n] for at in range(n + 1))
     return torch.tensor([first, [*first[:-1], other]])
-
-
-def _with_input(
-    module: nn.Module, see: Callable[[Tensor], None], run: Callable[[], Tensor]
-) -> Tensor:
-    """Run something, and look at what goes into a module meanwhile."""
-
-    def of_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(next(iter((*args, *kwargs.values()))))
-
-    handle = module.register_forward_pre_hook(of_input, with_kwargs=True)
-    try:
-        return run()
-    finally:
-        handle.remove()

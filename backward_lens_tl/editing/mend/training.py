@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from backward_lens_tl._checks import check_choice, check_number, is_integer, shown
 from backward_lens_tl.capture.continuations import Continuations
+from backward_lens_tl.capture.forward_backward import selected_logits
 from backward_lens_tl.capture.hooks import requiring_grad
 from backward_lens_tl.capture.prompts import PromptBatch, pad_prompts, tokenize_prompts
 from backward_lens_tl.data.records import Record
@@ -41,7 +42,6 @@ from backward_lens_tl.editing.statistics.standardization import (
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.files import storage
 from backward_lens_tl.models import Host, host_of
-from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.sites import MatrixSite
 
 
@@ -494,12 +494,7 @@ def _real_logits(host: Host, batch: PromptBatch) -> Float[Tensor, "n d_vocab"]:
     def real(values: Tensor) -> Tensor:
         return values[batch.mask.to(values.device)][None]
 
-    host.check_lengths(batch.lengths.tolist())
-    if host.are_in_blocks(host.hooked_modules):
-        logits = host.logits_of(batch.tokens, real)
-    else:  # somebody looks on at the unembedding, or near it
-        logits = real(host.logits(batch.tokens))
-    return at_least_float32(logits[0]).to(batch.mask.device)
+    return selected_logits(host, batch, real)[0]
 
 
 def _divergence(

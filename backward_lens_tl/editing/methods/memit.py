@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from backward_lens_tl._checks import check_choice, check_number
-from backward_lens_tl.capture.hooks import Values, hooked
+from backward_lens_tl.capture.hooks import Values
 from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
@@ -38,6 +38,7 @@ from backward_lens_tl.editing.statistics.values import ValueSearch
 from backward_lens_tl.errors import EditError, UnsupportedModelError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.sites import MatrixSite
+from backward_lens_tl.models.taps import hooked
 
 _STARTS = ("The", "Therefore", "Because", "I", "You")
 _PER_WIDTH = 3.0

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from backward_lens_tl._checks import is_integer, shown
 from backward_lens_tl.capture.forward_backward import read_logits
-from backward_lens_tl.capture.hooks import Copies, Values, hooked
+from backward_lens_tl.capture.hooks import Copies, Values
 from backward_lens_tl.capture.prompts import PromptBatch, pad_prompts
 from backward_lens_tl.editing.delta import site_of
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.sites import ATTENTION_MATRICES, MatrixName, MatrixSite, Tap
+from backward_lens_tl.models.taps import hooked
 
 Addition = Callable[[Float[Tensor, "*rows d_in"]], Float[Tensor, "*rows d_out"]]
 """From what a matrix reads to what is added to its output."""

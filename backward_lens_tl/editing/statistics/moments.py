@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 
 from backward_lens_tl._checks import is_integer, shown
 from backward_lens_tl.capture.forward_backward import read_logits
-from backward_lens_tl.capture.hooks import hooked
 from backward_lens_tl.capture.prompts import PromptBatch, pad_prompts, tokenize_prompts
 from backward_lens_tl.capture.selection import select_layers
 from backward_lens_tl.editing.statistics.activations import mlp_site
@@ -34,6 +33,7 @@ from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.checksums import tensors_digest
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.sites import MatrixName, MatrixSite
+from backward_lens_tl.models.taps import hooked
 
 RIDGE = 1e-6
 """Part of the mean variance that is added to every direction, so that the inverse exists."""
