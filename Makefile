@@ -63,7 +63,7 @@ coverage: .venv/installed ## lines and branches of the package that `make test` 
 	$(OFFLINE) .venv/bin/$(PYTEST) $(ALL) --cov --cov-report=term:skip-covered
 
 # MODULES="backward_lens_tl/readout/projections.py backward_lens_tl/host/*" for less than the core that
-# pyproject.toml lists, TESTS="tests/test_extremes.py ..." for less than the quick tier. LIMIT is how
+# pyproject.toml lists, TESTS="tests/readout/test_extremes.py ..." for less than the quick tier. LIMIT is how
 # many seconds of tests one mutant gets. What reaches what is kept in mutants/.
 SAMPLE ?= 150
 SEED ?= 0

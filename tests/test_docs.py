@@ -205,7 +205,7 @@ def turned(hook: ModuleType, text: str, uri: str = "howto.md") -> str:
         ("sweeps.md#tables", "sweeps.md#tables"),
         ("../notebooks/editing.ipynb", "notebooks/editing.ipynb"),
         ("../Makefile", "https://repository/blob/main/Makefile"),
-        ("../tests/browser.py#L10", "https://repository/blob/main/tests/browser.py#L10"),
+        ("../tests/conftest.py#L10", "https://repository/blob/main/tests/conftest.py#L10"),
         ("site_pages.py", "https://repository/blob/main/docs/site_pages.py"),
         ("../tests/", "https://repository/tree/main/tests"),
         ("../docs/images", "https://repository/tree/main/docs/images"),
@@ -328,7 +328,8 @@ def test_tests_that_are_named_exist():
     }
     assert len(named) > 20
     for file, test in named:
-        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (file, test)
+        [found] = (ROOT / "tests").rglob(file)
+        assert f"def {test}(" in found.read_text(encoding="utf-8"), (file, test)
 
 
 def test_snippets_are_where_they_are_run():

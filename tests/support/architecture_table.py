@@ -1,6 +1,6 @@
 """Measures `X^T Delta` against autograd on every architecture, and writes docs/architectures.md.
 
-    python tests/architecture_table.py
+    python tests/support/architecture_table.py
 
 measures with the TransformerLens that is installed and writes docs/architectures/tl-VERSION.json;
 the page is made of all of these. `test_architectures.py` holds every cell to its tolerance.
@@ -43,7 +43,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # sides see the same rounded `x`, and their `delta` goes back through the same operations.
 TOLERANCES = {"float32": 1e-5, "float64": 1e-12}
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGE, PARTS = DOCS / "architectures.md", DOCS / "architectures"
 
 Cells = dict[str, float | str]
@@ -272,9 +272,9 @@ CLASS_NAMES = {
 HEAD = """\
 # Architectures
 
-Generated, do not edit: `python tests/architecture_table.py` measures with the TransformerLens that
+Generated, do not edit: `python tests/support/architecture_table.py` measures with the TransformerLens that
 is installed, writes `docs/architectures/tl-VERSION.json`, and makes this page of all such files.
-`tests/test_architectures.py` holds every number to its tolerance:
+`tests/models/test_architectures.py` holds every number to its tolerance:
 {tolerances}.
 
 Each number is the relative Frobenius error `||X^T Delta - dL/dW|| / ||dL/dW||` of the captured

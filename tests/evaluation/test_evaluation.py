@@ -864,7 +864,7 @@ import os, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2].split(os.pathsep)
 import accelerate, pandas, pyarrow.parquet
 import torch
 torch.set_num_threads(1)
@@ -946,7 +946,9 @@ assert second == os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 0
 @pytest.mark.slow
 def test_killed_at_any_moment_it_loses_no_finished_record(tmp_path: Path, texts: str) -> None:
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", DRIVER, str(tmp_path), str(Path(__file__).parent), texts]
+    here = Path(__file__).parent
+    shared = os.pathsep.join(map(str, (here, here.with_name("support"))))
+    command = [sys.executable, "-c", DRIVER, str(tmp_path), shared, texts]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **own}, check=False
     )
@@ -1078,7 +1080,7 @@ def test_the_command_prints_the_table(facts_model: Any, tmp_path: Path, monkeypa
 
 
 def test_the_documentation_has_the_schema() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     for name, columns in TABLES.items():
         section = text.split(f"### `{name}`\n")[1].split("\n### ")[0].split("\n## ")[0]
         rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \| (.+) \|$", section, re.MULTILINE)

@@ -1888,7 +1888,7 @@ def test_the_documentation_has_every_experiment():
 
 
 def section(title: str) -> str:
-    text = (Path(__file__).parents[1] / "docs" / "reproducing.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "reproducing.md").read_text(encoding="utf-8")
     return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 

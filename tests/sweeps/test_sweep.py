@@ -655,7 +655,7 @@ def test_other_readers_of_the_folder_see_the_same_rows(in_parts: dict[int, Sweep
 
 
 def test_the_documentation_has_the_schema():
-    page = (Path(__file__).parents[1] / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="utf-8")
     parts = re.findall(r"^### `(\w+)`(.*?)(?=^##|\Z)", page, flags=re.M | re.S)
     assert [name for name, _ in parts] == list(TABLES)[::-1]
     for name, text in parts:

@@ -368,7 +368,7 @@ def test_a_preset_s_method_with_other_settings(facts_model: Any, tmp_path: Path)
 
 
 def test_the_facts_models_settings_are_those_that_were_chosen_on_the_tuning_split():
-    file = Path(__file__).parents[1] / "docs" / "editing" / "tuning.json"
+    file = Path(__file__).parents[2] / "docs" / "editing" / "tuning.json"
     tried = json.loads(file.read_text())
     settings = preset_settings("facts", 8)
     assert set(tried) == set(METHODS) == set(settings)
