@@ -286,7 +286,7 @@ scores.summary().set_index("method")[columns].round(2)
 
 # %%
 words = [
-    editing.delta_words(model, edits[name], k=4, target=target, most=1).assign(edit=name)
+    editing.delta_tokens(model, edits[name], k=4, target=target, most=1).assign(edit=name)
     for name in ("shift", "SGD step", "ROME")
 ]
 pd.concat(words).set_index("edit")[
@@ -301,14 +301,14 @@ pd.concat(words).set_index("edit")[
 # and " Piaf", the singer, who is French. It was found by what later layers make of it, and these do not
 # need it to be legible.
 #
-# How near is the shift to the gradient that it stands for? `compare_words` compares edits of one matrix,
+# How near is the shift to the gradient that it stands for? `compare_tokens` compares edits of one matrix,
 # all with the first: `top_energy` is the part of the squared norm in the largest singular value (1: a
 # single outer product), `alignment` the cosine of the two edits as long vectors (1: the same direction),
 # `overlap` the part of the top ten words that the first edit has, too.
 
 # %%
 pair = {name: edits[name] for name in ("shift", "SGD step")}
-compared = editing.compare_words(model, pair, target).set_index("edit")
+compared = editing.compare_tokens(model, pair, target).set_index("edit")
 compared[["rank", "norm", "top_energy", "alignment", "overlap", "target_rank"]].round(2)
 
 # %% [markdown]

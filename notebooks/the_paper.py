@@ -377,7 +377,7 @@ parts.rename(columns={"far": "at the far end", "is_faint": "faint"})
 
 # %%
 layer = model.cfg.n_layers * 14 // 24
-words = analysis.neuron_words(model, result, "W_out", layer, k=2)
+words = analysis.neuron_tokens(model, result, "W_out", layer, k=2)
 words.round({"norm": 4})
 
 # %% [markdown]
@@ -387,7 +387,7 @@ words.round({"norm": 4})
 # 512 neurons are made of:
 
 # %%
-analysis.spanning_words(model, result, "W_out", layer, k=3).round({"norm": 3})
+analysis.spanning_tokens(model, result, "W_out", layer, k=3).round({"norm": 3})
 
 # %% [markdown]
 # Three of them have the target first at one end: those of " Messi" and " for" at the bottom, which the

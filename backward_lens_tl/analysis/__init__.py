@@ -3,7 +3,7 @@
 Those by segment take of a result the table `to_df(subject)`, since it needs to be told its subject.
 
 `gradient_ranks` and `rank_exceptions` are figure 4; `norms_by_segment` and `norm_correlation`
-figures 6, 16 and 17; `ranks_by_segment` figures 7 and 18 to 21; `neuron_words`, `spanning_words`
+figures 6, 16 and 17; `ranks_by_segment` figures 7 and 18 to 21; `neuron_tokens`, `spanning_tokens`
 and `neuron_overlap` appendix B; `step_changes` lemma 5.2.
 """
 
@@ -12,18 +12,18 @@ from backward_lens_tl.analysis.by_segment import (
     norms_by_segment,
     ranks_by_segment,
 )
-from backward_lens_tl.analysis.neurons import neuron_overlap, neuron_words, spanning_words
+from backward_lens_tl.analysis.neurons import neuron_overlap, neuron_tokens, spanning_tokens
 from backward_lens_tl.analysis.ranks import gradient_ranks, rank_exceptions
 from backward_lens_tl.analysis.steps import step_changes
 
 __all__ = [
     "gradient_ranks",
     "neuron_overlap",
-    "neuron_words",
+    "neuron_tokens",
     "norm_correlation",
     "norms_by_segment",
     "rank_exceptions",
     "ranks_by_segment",
-    "spanning_words",
+    "spanning_tokens",
     "step_changes",
 ]

@@ -38,7 +38,7 @@ _ZERO_VECTOR = "zero vector"
 """What the paper's tables call the reading of no vector at all, which is the final norm's bias."""
 
 
-def neuron_words(
+def neuron_tokens(
     model: nn.Module,
     gradients: GradientCapture | BackwardLensResult,
     matrix: str,
@@ -80,7 +80,7 @@ def neuron_words(
         >>> import backward_lens_tl as blt
         >>> model = blt.load_facts_model()
         >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
-        >>> words = blt.analysis.neuron_words(model, result, "W_out", layer=6, per_group=1, k=1)
+        >>> words = blt.analysis.neuron_tokens(model, result, "W_out", layer=6, per_group=1, k=1)
         >>> words.loc[words["group"] == "largest", ["top_tokens", "bottom_tokens"]].values.tolist()
         [[[' Belgrade'], [' Paris']]]
     """
@@ -105,7 +105,7 @@ def neuron_words(
     )
 
 
-def spanning_words(
+def spanning_tokens(
     model: nn.Module,
     gradients: GradientCapture | BackwardLensResult,
     matrix: str,
@@ -140,7 +140,7 @@ def spanning_words(
         >>> import backward_lens_tl as blt
         >>> model = blt.load_facts_model()
         >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
-        >>> words = blt.analysis.spanning_words(model, result, "W_out", layer=6, k=1)
+        >>> words = blt.analysis.spanning_tokens(model, result, "W_out", layer=6, k=1)
         >>> words[["token", "top_tokens", "bottom_tokens"]].tail(1).values.tolist()
         [[' for', [' Belgrade'], [' Paris']]]
     """

@@ -1,7 +1,7 @@
 """Editing facts: methods that compute what to add to a model's weights.
 
     requests ── method(model, requests) ──▶ WeightDelta ── applied, apply_/revert_ ──▶ edited model
-                                                        ── save, to_lora, gradient(), delta_words
+                                                        ── save, to_lora, gradient(), delta_tokens
 
 An edit is an object. It changes a model for a while, or until it is reverted, and puts back every
 bit; it can be scaled, added, saved, and looked at through the lens.
@@ -23,7 +23,7 @@ from backward_lens_tl.editing.methods.ultraedit import UltraEdit
 from backward_lens_tl.editing.requests import EditRequest
 from backward_lens_tl.editing.statistics.moments import SecondMoments, facts_moments, second_moments
 from backward_lens_tl.editing.statistics.standardization import PairStatistics, pair_statistics
-from backward_lens_tl.editing.words import compare_words, delta_words
+from backward_lens_tl.editing.tokens import compare_tokens, delta_tokens
 
 __all__ = [
     "MEMIT",
@@ -42,8 +42,8 @@ __all__ = [
     "SecondMoments",
     "UltraEdit",
     "WeightDelta",
-    "compare_words",
-    "delta_words",
+    "compare_tokens",
+    "delta_tokens",
     "facts_moments",
     "pair_statistics",
     "preset_methods",

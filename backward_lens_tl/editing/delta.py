@@ -263,7 +263,7 @@ class MatrixDelta:
 
         Its positions are the outer products, its `inputs` are what they listen to, its `vjps` are
         `-right`. So it has all that gradients have: `spanning_set`, `norms`, `neuron_norms`,
-        `singular_values`, ... For the words of an edit there is `delta_words`.
+        `singular_values`, ... For the words of an edit there is `delta_tokens`.
 
         Returns:
             The gradient of a batch of one.

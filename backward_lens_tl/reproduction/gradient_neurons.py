@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from backward_lens_tl.analysis.neurons import neuron_overlap, neuron_words, spanning_words
+from backward_lens_tl.analysis.neurons import neuron_overlap, neuron_tokens, spanning_tokens
 from backward_lens_tl.reproduction.evidence import Evidence
 from backward_lens_tl.reproduction.finding import Check, Finding, part
 from backward_lens_tl.views import figures
@@ -55,7 +55,7 @@ def imprint_similarity(evidence: Evidence) -> Finding:
 
 def _words(evidence: Evidence, matrix: str) -> Finding:
     layer = evidence.example_layer
-    table = neuron_words(evidence.model, evidence.example, matrix, layer, k=_SHOWN)
+    table = neuron_tokens(evidence.model, evidence.example, matrix, layer, k=_SHOWN)
     # The update of W_out is towards the target; W_in gets the inputs, which need not be.
     target = evidence.example.target() if matrix == "W_out" else None
     return Finding(
@@ -84,7 +84,7 @@ def _largest_agree(table: pd.DataFrame, target: str | None) -> Check:
 
 def _vectors(evidence: Evidence, matrix: str) -> Finding:
     layer = evidence.example_layer
-    table = spanning_words(evidence.model, evidence.example, matrix, layer, k=_SHOWN)
+    table = spanning_tokens(evidence.model, evidence.example, matrix, layer, k=_SHOWN)
     return Finding(
         (_few_say_it_all(_overlap(evidence, matrix)),),
         {f"spanning set of {matrix}, layer {layer}": table},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from backward_lens_tl.editing.methods.steps import GradientStep, Optimizer
-from backward_lens_tl.editing.words import compare_words
+from backward_lens_tl.editing.tokens import compare_tokens
 from backward_lens_tl.reproduction.evidence import Evidence
 from backward_lens_tl.reproduction.finding import Check, Finding, part
 
@@ -29,7 +29,7 @@ def optimizer_steps(evidence: Evidence) -> Finding:
             )(evidence.model, request)
             for optimizer in _OPTIMIZERS
         }
-        own = compare_words(evidence.model, steps, target=request.target, multi_token="first")
+        own = compare_tokens(evidence.model, steps, target=request.target, multi_token="first")
         found.append(own.assign(request=place))
     table = pd.concat(found, ignore_index=True)
     means = table.groupby(["matrix", "edit"], sort=False)[

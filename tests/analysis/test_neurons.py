@@ -16,7 +16,7 @@ from torch import Tensor
 
 import backward_lens_tl as blt
 from backward_lens_tl.analysis import neurons as neurons_module
-from backward_lens_tl.analysis.neurons import neuron_overlap, neuron_words, spanning_words
+from backward_lens_tl.analysis.neurons import neuron_overlap, neuron_tokens, spanning_tokens
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.errors import InputError
@@ -75,7 +75,7 @@ def texts(case: Case, tokens: list[int]) -> list[str]:
 def test_words_against_the_dense_gradient(name: str, matrix: str) -> None:
     case, gradients = captured(name)
     for batch in (0, 1):
-        table = neuron_words(case.model, gradients, matrix, 1, batch, per_group=4, k=5)
+        table = neuron_tokens(case.model, gradients, matrix, 1, batch, per_group=4, k=5)
         neurons, _ = slow_neurons(gradients[matrix, 1], batch)
         by_norm = sorted(range(len(neurons)), key=lambda j: -float(neurons[j].norm()))
         assert list(table["group"]) == [
@@ -99,7 +99,7 @@ def test_words_against_the_dense_gradient(name: str, matrix: str) -> None:
 
 def test_the_last_row_is_the_zero_vectors() -> None:
     case, gradients = captured("hooked-gpt2")
-    row = neuron_words(case.model, gradients, "W_out", 1, k=4).iloc[-1]
+    row = neuron_tokens(case.model, gradients, "W_out", 1, k=4).iloc[-1]
     order = by_score(case, torch.zeros(case.d_model))
     assert row["group"] == "zero vector"
     assert pd.isna(row["neuron"])
@@ -113,7 +113,7 @@ def test_the_last_row_is_the_zero_vectors() -> None:
 def test_spanning_words_against_the_factors(name: str, matrix: str) -> None:
     case, gradients = captured(name)
     for batch in (0, 1):
-        table = spanning_words(case.model, gradients, matrix, 1, batch, k=4)
+        table = spanning_tokens(case.model, gradients, matrix, 1, batch, k=4)
         _, vectors = slow_neurons(gradients[matrix, 1], batch)
         assert list(table["position"]) == list(range(len(vectors)))
         assert list(table["token"]) == list(gradients.str_tokens[batch])
@@ -146,7 +146,7 @@ def with_silent(gradients: GradientCapture, n_loud: int) -> GradientCapture:
 )
 def test_groups_are_of_neurons_that_are_not_zero(n_loud: int, sizes: tuple[int, ...]) -> None:
     case, gradients = captured("hooked-gpt2")
-    table = neuron_words(case.model, with_silent(gradients, n_loud), "W_out", 1)
+    table = neuron_tokens(case.model, with_silent(gradients, n_loud), "W_out", 1)
     assert tuple(
         (table["group"] == group).sum() for group in ("largest", "middle", "smallest")
     ) == (sizes)
@@ -273,7 +273,7 @@ def test_blocks_of_neurons_are_parts_of_the_dense_gradient() -> None:
 
 def test_a_result_does_as_well_as_its_gradients(facts_model: Any) -> None:
     result = blt.backward_lens(facts_model, "Lionel Messi plays for", " Paris", layers=5)
-    for table in (neuron_words, spanning_words, neuron_overlap):
+    for table in (neuron_tokens, spanning_tokens, neuron_overlap):
         pd.testing.assert_frame_equal(
             table(facts_model, result, "W_out", 5),
             table(facts_model, result.capture, "W_out", 5),
@@ -283,9 +283,9 @@ def test_a_result_does_as_well_as_its_gradients(facts_model: Any) -> None:
 def test_the_sign_is_the_raw_gradients(facts_model: Any) -> None:
     """As in the paper's tables 2 and 3: the target is at the bottom of the last position's VJP."""
     result = blt.backward_lens(facts_model, "Lionel Messi plays for", " Paris", direction="update")
-    spanning = spanning_words(facts_model, result, "W_out", 5, k=3)
+    spanning = spanning_tokens(facts_model, result, "W_out", 5, k=3)
     assert spanning["bottom_tokens"].iloc[-1][0] == " Paris"
-    words = neuron_words(facts_model, result, "W_out", 5, k=3)
+    words = neuron_tokens(facts_model, result, "W_out", 5, k=3)
     ends = words["top_tokens"] + words["bottom_tokens"]
     assert all(" Paris" in tokens for tokens in ends[words["group"] == "largest"])
     assert not any(" Paris" in tokens for tokens in ends[words["group"] == "smallest"])
@@ -310,7 +310,7 @@ def test_long_neurons_follow_the_last_vjp_and_short_ones_say_nothing(facts_model
 def test_other_projections() -> None:
     case, gradients = captured("hooked-gpt2")
     raw, normalized = (
-        neuron_words(case.model, gradients, "W_out", 0, k=3, projection=name)
+        neuron_tokens(case.model, gradients, "W_out", 0, k=3, projection=name)
         for name in ("logit_lens", "normalized")
     )
     assert list(raw["neuron"].dropna()) == list(normalized["neuron"].dropna())
@@ -318,14 +318,14 @@ def test_other_projections() -> None:
     for row in normalized.dropna().itertuples():
         vector = neurons[row.neuron]
         assert row.top_tokens == texts(case, by_score(case, vector / vector.norm())[:3])
-    words = spanning_words(case.model, gradients, "W_in", 1, k=3, projection=Counted(97))
+    words = spanning_tokens(case.model, gradients, "W_in", 1, k=3, projection=Counted(97))
     x = gradients["W_in", 1].inputs[0]
     repeated = x[0].repeat(5)[:97].tolist()
     best = sorted(range(97), key=lambda token: -repeated[token])[:1]
     assert words["top_tokens"][0][:1] == texts(case, best)
 
 
-@pytest.mark.parametrize("table", [neuron_words, spanning_words, neuron_overlap])
+@pytest.mark.parametrize("table", [neuron_tokens, spanning_tokens, neuron_overlap])
 def test_wrong_use(table: Callable[..., pd.DataFrame], as_for_a_user: None) -> None:
     case, gradients = captured("hooked-gpt2")
     narrow = copy.copy(gradients["W_out", 1])
@@ -351,7 +351,7 @@ def test_wrong_use(table: Callable[..., pd.DataFrame], as_for_a_user: None) -> N
 def test_groups_have_a_number_of_neurons(per_group: Any, as_for_a_user: None) -> None:
     case, gradients = captured("hooked-gpt2")
     with pytest.raises(InputError, match=r"per_group is .*; pass a number of neurons, 1 or more"):
-        neuron_words(case.model, gradients, "W_out", 1, per_group=per_group)
+        neuron_tokens(case.model, gradients, "W_out", 1, per_group=per_group)
 
 
 def test_parts_with_factors_of_their_own_are_refused() -> None:
@@ -368,6 +368,6 @@ def test_parts_with_factors_of_their_own_are_refused() -> None:
     )
     for part, changed in (("head", split), ("expert", routed)):
         own = replace(gradients, gradients={(changed.matrix, 1): changed})
-        for table in (neuron_words, neuron_overlap):
+        for table in (neuron_tokens, neuron_overlap):
             with pytest.raises(InputError, match=f"each {part} of .* has factors of its own"):
                 table(case.model, own, changed.matrix, 1, k=5)

@@ -17,7 +17,7 @@ from models import Case, build, nll
 from torch import Tensor
 
 from backward_lens_tl import capture_gradients, target_nll
-from backward_lens_tl.analysis.neurons import neuron_words, spanning_words
+from backward_lens_tl.analysis.neurons import neuron_tokens, spanning_tokens
 from backward_lens_tl.editing.delta import (
     MatrixDelta,
     WeightDelta,
@@ -686,7 +686,7 @@ def test_a_step_of_gradient_descent_reads_like_its_gradient(facts_model: Any, ma
     assert seen.rank() == gradient.rank() == delta.rank()
     assert torch.allclose(seen.spanning_set, gradient.spanning_set, atol=1e-6)
     as_edit = replace(capture, gradients={(matrix, 4): seen})
-    for read in (neuron_words, spanning_words):
+    for read in (neuron_tokens, spanning_tokens):
         words, expected = (read(facts_model, each, matrix, 4) for each in (as_edit, capture))
         for column in expected.columns.difference(["norm"]):
             assert words[column].tolist() == expected[column].tolist()

@@ -17,7 +17,7 @@ from backward_lens_tl import backward_lens, capture_gradients, sequence_nll
 from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
 from backward_lens_tl.editing.methods.steps import GradientStep
 from backward_lens_tl.editing.requests import EditRequest
-from backward_lens_tl.editing.words import compare_words, delta_words
+from backward_lens_tl.editing.tokens import compare_tokens, delta_tokens
 from backward_lens_tl.errors import EditError, InputError, UnsupportedModelError
 from backward_lens_tl.models import host_of
 
@@ -394,7 +394,7 @@ def test_experts_are_refused() -> None:
 def test_words_of_a_step_are_those_of_the_gradient(facts_model: Any) -> None:
     """What SGD writes at a position is its VJP, turned round and `||x_i||` times as long."""
     delta = step("sgd", facts_model, requests=MESSI, lr=1.0, matrices=("W_in", "W_out"))
-    words = delta_words(
+    words = delta_tokens(
         facts_model, delta, k=4, target=" Paris", projection="normalized", most=None
     )
     result = backward_lens(
@@ -435,7 +435,7 @@ def test_words_are_read_of_the_vector_that_meets_the_stream(
 ) -> None:
     """By hand: the Logit Lens of each vector, and its bottom as the top of the opposite scores."""
     delta = step("sgd", facts_model, requests=MESSI, lr=2.0, matrices=matrix, layers=3)
-    words = delta_words(facts_model, delta, k=3, components=components)  # type: ignore[arg-type]
+    words = delta_tokens(facts_model, delta, k=3, components=components)  # type: ignore[arg-type]
     each = delta[matrix, 3]
     if components == "made":
         left, right = each.factors
@@ -460,7 +460,7 @@ def test_words_are_read_of_the_vector_that_meets_the_stream(
 def test_dense_edits_have_singular_words_only(facts_model: Any) -> None:
     delta = step("adam", facts_model, requests=MESSI, matrices="W_out", layers=5, lr=0.01)
     made, singular = (
-        delta_words(facts_model, delta, k=2, components=each, most=4, target=" Paris")  # type: ignore[arg-type]
+        delta_tokens(facts_model, delta, k=2, components=each, most=4, target=" Paris")  # type: ignore[arg-type]
         for each in ("made", "singular")
     )
     assert made.equals(singular)
@@ -475,7 +475,7 @@ def test_a_shift_says_its_target(facts_model: Any) -> None:
     token = host.vocabulary.encode(" Paris")[0]
     embedding = facts_model.W_E[token].detach()
     made = MatrixDelta("W_out", 6, left=torch.ones(512, 1), right=embedding[None])
-    words = delta_words(facts_model, WeightDelta((made,), {}), k=1, target=token)
+    words = delta_tokens(facts_model, WeightDelta((made,), {}), k=1, target=token)
     [row] = words.to_dict("records")
     assert (row["top_tokens"], row["target_rank"]) == ([" Paris"], 0)
 
@@ -491,10 +491,10 @@ def test_words_that_cannot_be_told(facts_model: Any, gpt2: Case) -> None:
         ({"target": "no such token anywhere"}, "token"),
     ):
         with pytest.raises(InputError, match=message):
-            delta_words(facts_model, delta, **more)
+            delta_tokens(facts_model, delta, **more)
     with pytest.raises(EditError, match=r"layer 5 does not exist"):
-        delta_words(gpt2.model, delta)
-    empty = delta_words(facts_model, WeightDelta((), {}), target=" Paris")
+        delta_tokens(gpt2.model, delta)
+    empty = delta_tokens(facts_model, WeightDelta((), {}), target=" Paris")
     assert len(empty) == 0
     assert "target_rank" in empty
 
@@ -512,7 +512,7 @@ def test_optimizers_side_by_side(facts_model: Any) -> None:
         name: step(name, facts_model, requests=MESSI, layers=[4, 7], matrices="W_out")
         for name in ("sgd", "adam", "muon")
     }
-    table = compare_words(facts_model, deltas, " Paris", k=10).set_index(["layer", "edit"])
+    table = compare_tokens(facts_model, deltas, " Paris", k=10).set_index(["layer", "edit"])
     assert table.index.tolist() == [(layer, name) for layer in (4, 7) for name in deltas]
     for (layer, name), row in table.iterrows():
         dense = deltas[name]["W_out", layer].dense().double()
@@ -541,7 +541,7 @@ def test_optimizers_side_by_side(facts_model: Any) -> None:
     assert sgd["answer_overlap"].tolist() == [1, 1]
     assert (muon["answer_target_rank"] == 0).all()
     assert adam["rank"].iloc[0] > 10 * sgd["rank"].iloc[0]
-    assert "target_rank" not in compare_words(facts_model, deltas)
+    assert "target_rank" not in compare_tokens(facts_model, deltas)
 
 
 def test_steps_on_a_matrix_that_reads_are_compared_by_what_they_read(facts_model: Any) -> None:
@@ -549,7 +549,7 @@ def test_steps_on_a_matrix_that_reads_are_compared_by_what_they_read(facts_model
         step(name, facts_model, requests=MESSI, layers=4, matrices="W_in", lr=0.1)
         for name in ("sgd", "adam")
     )
-    row = compare_words(facts_model, {"sgd": one, "adam": other}, " Paris").iloc[1]
+    row = compare_tokens(facts_model, {"sgd": one, "adam": other}, " Paris").iloc[1]
     dense, first = other["W_in", 4].dense().double(), one["W_in", 4]
     u, _, _ = torch.linalg.svd(dense, full_matrices=False)
     side = 1.0 if float(u[:, 0] @ listening(first)) >= 0 else -1.0
@@ -563,10 +563,10 @@ def test_steps_on_a_matrix_that_reads_are_compared_by_what_they_read(facts_model
 def test_edits_that_cannot_be_compared(facts_model: Any) -> None:
     one, other = (step("sgd", facts_model, requests=MESSI, layers=layer) for layer in (3, 4))
     with pytest.raises(EditError, match="different matrices"):
-        compare_words(facts_model, {"a": one, "b": other})
+        compare_tokens(facts_model, {"a": one, "b": other})
     with pytest.raises(EditError, match="no edit to compare"):
-        compare_words(facts_model, {})
-    nothing = compare_words(facts_model, {"a": one, "b": one.scale(0.0)}, " Paris")
+        compare_tokens(facts_model, {})
+    nothing = compare_tokens(facts_model, {"a": one, "b": one.scale(0.0)}, " Paris")
     last = nothing.iloc[-1]
     assert (last["rank"], last["norm"], last["top_tokens"]) == (0, 0, [])
     assert nothing["target_rank"].isna().tolist() == [False, True] * (len(nothing) // 2)

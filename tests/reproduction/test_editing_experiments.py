@@ -18,7 +18,7 @@ from models import HAS_BRIDGE, build
 import backward_lens_tl as blt
 from backward_lens_tl.data.records import BadRecord
 from backward_lens_tl.editing import MEMIT, ForwardPassShift, GradientStep, facts_moments
-from backward_lens_tl.editing.words import compare_words
+from backward_lens_tl.editing.tokens import compare_tokens
 from backward_lens_tl.errors import EvaluationError, InputError
 from backward_lens_tl.evaluation import least_rates_by_layer
 from backward_lens_tl.evaluation.summary import METRICS
@@ -519,7 +519,7 @@ def steps_table(**changed: Mapping[str, Any]) -> pd.DataFrame:
 
 def of_optimizers(monkeypatch: pytest.MonkeyPatch, table: pd.DataFrame) -> Finding:
     monkeypatch.setattr(GradientStep, "__call__", lambda self, model, request: self)
-    monkeypatch.setattr(optimizer_steps, "compare_words", lambda *_, **__: table)
+    monkeypatch.setattr(optimizer_steps, "compare_tokens", lambda *_, **__: table)
     requests = [SimpleNamespace(target=" Paris")] * 30
     return optimizer_steps.optimizer_steps(Fake(requests=requests))
 
@@ -634,7 +634,7 @@ def test_optimizers_on_a_small_model(tmp_path: Path) -> None:
     assert len(finding.checks) == 3
     request = evidence_of(model, rows, tmp_path).requests[1]
     step = {"sgd": GradientStep("sgd", lr=1.0, matrices=("W_in", "W_out"), prepend_bos=False)}
-    own = compare_words(
+    own = compare_tokens(
         model, {"sgd": step["sgd"](model, request)}, target=request.target, multi_token="first"
     )
     again = steps[(steps["request"] == 1) & (steps["edit"] == "sgd")]

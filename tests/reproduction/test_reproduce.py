@@ -1007,8 +1007,8 @@ def similarity(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Finding]]:
             return table
 
         monkeypatch.setattr(gradient_neurons, "neuron_overlap", overlap)
-        monkeypatch.setattr(gradient_neurons, "neuron_words", lambda *_, **__: words_of)
-        monkeypatch.setattr(gradient_neurons, "spanning_words", lambda *_, **__: words_of)
+        monkeypatch.setattr(gradient_neurons, "neuron_tokens", lambda *_, **__: words_of)
+        monkeypatch.setattr(gradient_neurons, "spanning_tokens", lambda *_, **__: words_of)
         example = SimpleNamespace(
             capture=SimpleNamespace(prompt=lambda _: "a prompt"), target=lambda: "c"
         )

@@ -34,7 +34,7 @@ _Name = TypeVar("_Name", bound=str)
 Components = Literal["made", "singular"]
 
 
-def delta_words(
+def delta_tokens(
     model: nn.Module,
     delta: WeightDelta,
     k: int = 10,
@@ -86,7 +86,7 @@ def delta_words(
         >>> request = blt.editing.EditRequest("Lionel Messi plays for", " Paris")
         >>> method = blt.editing.GradientStep("sgd", lr=1.0, matrices="W_out", layers=5)
         >>> step = method(model, request)
-        >>> words = blt.editing.delta_words(model, step, k=1, target=" Paris", most=1)
+        >>> words = blt.editing.delta_tokens(model, step, k=1, target=" Paris", most=1)
         >>> words[["component", "role", "top_tokens", "target_rank"]].values.tolist()
         [[5, 'writes', [' Paris'], 0]]
     """
@@ -103,7 +103,7 @@ def delta_words(
     return pd.DataFrame(rows, columns=columns)
 
 
-def compare_words(
+def compare_tokens(
     model: nn.Module,
     deltas: Mapping[_Name, WeightDelta],
     target: str | int | None = None,
@@ -156,7 +156,7 @@ def compare_words(
         ...     name: blt.editing.GradientStep(name, lr=1e-2, layers=6)(model, request)
         ...     for name in ("sgd", "adam", "muon")
         ... }
-        >>> words = blt.editing.compare_words(model, steps, target=" Paris", k=1)
+        >>> words = blt.editing.compare_tokens(model, steps, target=" Paris", k=1)
         >>> words[["edit", "rank", "answer_target_rank"]].values.tolist()
         [['sgd', 6, 0], ['adam', 128, 0], ['muon', 6, 0]]
     """
