@@ -272,8 +272,8 @@ CLASS_NAMES = {
 HEAD = """\
 # Architectures
 
-Generated, do not edit: `python tests/support/architecture_table.py` measures with the TransformerLens that
-is installed, writes `docs/architectures/tl-VERSION.json`, and makes this page of all such files.
+Generated, do not edit: `python tests/support/architecture_table.py` measures with the installed
+TransformerLens, writes `docs/architectures/tl-VERSION.json`, and makes this page of all such files.
 `tests/models/test_architectures.py` holds every number to its tolerance:
 {tolerances}.
 
