@@ -17,8 +17,8 @@ from backward_lens_tl.reproduction import (
     segment_norms,
     segment_ranks,
     several_facts,
+    single_prompts,
     whitening,
-    words,
 )
 from backward_lens_tl.reproduction.evidence import Evidence
 from backward_lens_tl.reproduction.finding import Finding
@@ -71,7 +71,7 @@ EXPERIMENTS = (
         "The gradients of one prompt in words (figure 5)",
         "Across most layers the VJPs project to the target and to words like it; in the top layers "
         "only the last token writes.",
-        words.example_table,
+        single_prompts.example_table,
     ),
     Experiment(
         "fig6",
@@ -109,7 +109,7 @@ EXPERIMENTS = (
         ("fig11", "fig12", "fig13", "fig14", "fig15"),
         "The gradients of other prompts in words (figures 11 to 15)",
         "Other prompts and models show the same as figure 5.",
-        words.more_tables,
+        single_prompts.more_tables,
     ),
     Experiment(
         "fig16",
@@ -162,7 +162,7 @@ EXPERIMENTS = (
         ("fig22", "fig23"),
         "The Normalized Logit Lens (figures 22 and 23, appendix F)",
         "With vectors of length one, most VJPs have the target among the most improbable tokens.",
-        words.normalized_table,
+        single_prompts.normalized_table,
     ),
     Experiment(
         "table2",

@@ -45,7 +45,7 @@ from backward_lens_tl.reproduction import (
     reproduce,
     segment_norms,
     segment_ranks,
-    words,
+    single_prompts,
 )
 from backward_lens_tl.reproduction.evidence import Evidence
 from backward_lens_tl.reproduction.experiments import select_experiments
@@ -461,7 +461,7 @@ def written(
     ],
 )
 def test_what_a_prompt_writes(result: Written, expected: list[bool], found: list[str]):
-    finding = words.example_table(Fake(example=result))
+    finding = single_prompts.example_table(Fake(example=result))
     assert holds(finding) == expected
     for check, said in zip(finding.checks, found, strict=False):
         assert said in check.found
@@ -481,7 +481,7 @@ def test_other_prompts_are_counted_together(monkeypatch: pytest.MonkeyPatch):
     prompts = pd.DataFrame(
         {"text": list("abccccc"), "target": list("uvwwwww"), "target_id": [1, 2, 3, 3, 3, 3, 3]}
     )
-    finding = words.more_tables(Evidence(prompts=prompts.head(3)))
+    finding = single_prompts.more_tables(Evidence(prompts=prompts.head(3)))
     assert asked == [("a", 1), ("b", 2), ("c", 3)]
     assert [check.found for check in finding.checks] == [
         "in 10 of 24 (42 %) layers",
@@ -491,7 +491,7 @@ def test_other_prompts_are_counted_together(monkeypatch: pytest.MonkeyPatch):
     # The targets that were really taught, which may be a part of those of the data.
     assert list(finding.results) == ["a →  taught", "b →  taught", "c →  taught"]
     asked.clear()
-    words.more_tables(Evidence(prompts=prompts))
+    single_prompts.more_tables(Evidence(prompts=prompts))
     assert len(asked) == 5
 
 
@@ -509,7 +509,7 @@ def normalized_table(raw: int, normalized: int, of: int = 100) -> Finding:
     table = table[(table["layer"] == 1) | (table["position"] == 0)]
     table.loc[table["layer"] == 1, "is_zero"] = True
     other = written(leads=range(3))
-    return words.normalized_table(
+    return single_prompts.normalized_table(
         Fake(positions=table, n_layers=2, example=written(normalized=other))
     )
 
