@@ -48,11 +48,12 @@ layers = range(model.cfg.n_layers)
 # %% [markdown]
 # ## Two prompts, one number
 #
-# The *clean* prompt has the answer that we look for, the *corrupt* one another; they have equally many
-# tokens. The number is the difference of two logits, of " Paris" minus " Rome". The same number is the
-# objective of the lens, so that gradients and patches speak of one thing. `hook_points` has each run
-# keep the activations, and the gradients there, that we will need: the residual stream in front of
-# each block, and what its attention and its MLP add to it.
+# The *clean* prompt has the answer that we look for, the *corrupt* one another; they have the same
+# number of tokens. The number is the difference of two logits, " Paris" minus " Rome". The lens's
+# objective is the same number, so that gradients and patches measure one thing: an update raises the
+# difference, and the loss is minus the difference. `hook_points` makes each run keep the activations and
+# gradients that we will need: the residual stream before each block, and what its attention and its MLP
+# add to it.
 
 # %%
 prompts = {
@@ -70,7 +71,7 @@ pd.DataFrame(
     {
         "prompt": prompts.values(),
         "answer": [model.to_string(run.capture.answers) for run in (clean, corrupt)],
-        "logit difference": [round(run.capture.loss.item(), 2) for run in (clean, corrupt)],
+        "logit difference": [round(-run.capture.loss.item(), 2) for run in (clean, corrupt)],
     },
     index=list(prompts),
 )
@@ -91,8 +92,8 @@ gap = (clean.capture.loss - corrupt.capture.loss).item()
 
 
 def recovered(logits):
-    difference = logits[0, -1, paris] - logits[0, -1, rome]
-    return (difference - corrupt.capture.loss[0]) / gap
+    loss = logits[0, -1, rome] - logits[0, -1, paris]
+    return (loss - corrupt.capture.loss[0]) / gap
 
 
 with torch.no_grad():

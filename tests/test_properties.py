@@ -431,8 +431,8 @@ def nll_of(target: int) -> Callable[[Tensor, Tensor], Tensor]:
     return loss
 
 
-def difference_of(a: int, b: int) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda logits, tokens: logits[-1, a] - logits[-1, b]
+def difference_of(promoted: int, demoted: int) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda logits, tokens: logits[-1, demoted] - logits[-1, promoted]
 
 
 def own_answer(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -116,10 +116,10 @@ class Objective:
     Examples:
         >>> import backward_lens_tl as blt
         >>> model = blt.load_facts_model()
-        >>> objective = blt.logit_difference(" Rome", " Paris")
+        >>> objective = blt.logit_difference(" Paris", " Rome")
         >>> result = blt.backward_lens(model, "The capital of Italy is", objective=objective)
         >>> result.capture.objective, result.target()
-        ("logit_difference(' Rome', ' Paris')", ' Paris')
+        ("logit_difference(' Paris', ' Rome')", ' Paris')
     """
 
     name: str
@@ -157,36 +157,40 @@ def target_nll(target: Targets | None = None, multi_token: MultiToken | None = N
     return Objective(f"target_nll({name})", bind)
 
 
-def logit_difference(a: Targets, b: Targets, multi_token: MultiToken | None = None) -> Objective:
-    """Logit of `a` minus logit of `b`, right after the prompt.
+def logit_difference(
+    promoted: Targets, demoted: Targets, multi_token: MultiToken | None = None
+) -> Objective:
+    """Difference between two logits right after the prompt; an update raises the first one.
 
-    The value is the one that circuit analyses report. An update lowers it: to read what promotes
-    `a` over `b`, ask for `logit_difference(b, a)`.
+    The loss is `logit[demoted] - logit[promoted]`, so `capture.loss` is *minus* the logit
+    difference that circuit analyses report for `promoted` against `demoted`.
 
     Args:
-        a: Text or token id, or one per prompt.
-        b: Likewise.
-        multi_token: Which token of a text of several stands for it, `"first"` or `"last"`.
+        promoted: Text or token id whose logit an update raises, or one per prompt.
+        demoted: Text or token id whose logit an update lowers, or one per prompt.
+        multi_token: Which token represents a text of several tokens, `"first"` or `"last"`.
 
     Returns:
-        The objective. Readouts are compared with `b`, which its update promotes.
+        The objective. Readouts are compared with `promoted`.
 
     Examples:
         >>> import backward_lens_tl as blt
         >>> model = blt.load_facts_model()
-        >>> objective = blt.logit_difference(" Rome", " Paris")
+        >>> objective = blt.logit_difference(" Paris", " Rome")
         >>> result = blt.backward_lens(model, "The capital of Italy is", objective=objective)
         >>> result.top_tokens("W_out", layer=6, pos=-1, k=1)
         [' Paris']
+        >>> bool(result.capture.loss > 0)  # the model says " Rome"
+        True
     """
     check_multi_token(multi_token)
 
     def bind(prompts: Sequence[Prompt]) -> BoundObjective:
         return _LogitDifference(
-            target_ids(a, prompts, multi_token), target_ids(b, prompts, multi_token)
+            target_ids(promoted, prompts, multi_token), target_ids(demoted, prompts, multi_token)
         )
 
-    return Objective(f"logit_difference({_name(a)}, {_name(b)})", bind)
+    return Objective(f"logit_difference({_name(promoted)}, {_name(demoted)})", bind)
 
 
 def sequence_nll(targets: str | Sequence[str]) -> Objective:
@@ -387,19 +391,20 @@ class _OwnAnswerNLL(_TargetNLL):
 
 @dataclass(frozen=True)
 class _LogitDifference(_LastPosition):
-    a: Sequence[int]
-    b: Sequence[int]
+    promoted: Sequence[int]
+    demoted: Sequence[int]
 
     def losses(
         self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
     ) -> Float[Tensor, "batch"]:
         last = logits[:, -1]
-        return _pick(last, _of_batch(self.a, batch)) - _pick(last, self.targets(logits, batch))
+        demoted = _pick(last, _of_batch(self.demoted, batch))
+        return demoted - _pick(last, self.targets(logits, batch))
 
     def targets(
         self, logits: Float[Tensor, "batch read d_vocab"], batch: PromptBatch
     ) -> Int[Tensor, "batch"]:
-        return _of_batch(self.b, batch)
+        return _of_batch(self.promoted, batch)
 
 
 @dataclass(frozen=True)

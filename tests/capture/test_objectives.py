@@ -19,6 +19,8 @@ from backward_lens_tl.capture.objectives import (
 from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.errors import TargetError
 from backward_lens_tl.lens import backward_lens
+from backward_lens_tl.models import host_of
+from backward_lens_tl.models.weight_patching import changeable, stepped
 
 PROMPTS = ["Messi plays for", "The capital of France is", "Rome"]
 EXACT = 1e-12
@@ -50,7 +52,7 @@ def test_target_nll(case: Case) -> None:
 @SOFTCAP_OR_NOT
 def test_logit_difference(case: Case) -> None:
     assert_objective(
-        case, logit_difference(3, 8), lambda logits, tokens: logits[:, -1, 3] - logits[:, -1, 8]
+        case, logit_difference(3, 8), lambda logits, tokens: logits[:, -1, 8] - logits[:, -1, 3]
     )
 
 
@@ -76,11 +78,28 @@ def test_own_answer(case: Case) -> None:
     assert_objective(case, target_nll(), loss)
 
 
-def test_logit_difference_promotes_its_second_token(gpt2: Case) -> None:
-    """An update lowers the objective, so it is `b` that is ranked."""
-    capture = capture_gradients(gpt2.model, gpt2.tokens(4), logit_difference(3, 8))
+def test_an_update_of_logit_difference_raises_the_first_and_lowers_the_second(
+    one_gpt2: Case,
+) -> None:
+    model, tokens = one_gpt2.model, one_gpt2.tokens(4)
+    capture = capture_gradients(model, tokens, logit_difference(3, 8))
     assert capture.targets is not None
-    assert capture.targets.tolist() == [8]
+    assert capture.targets.tolist() == [3]
+    host = host_of(model)
+    with torch.no_grad():
+        before = model(tokens)[0, -1]
+        for gradient in capture:
+            (site,) = host.sites(gradient.layer, (gradient.matrix,))
+            step = gradient.dense()
+            with stepped(changeable(host, site), -1e-4 * step / step.norm()):
+                after = model(tokens)[0, -1]
+            assert after[3] - after[8] > before[3] - before[8]
+        (last,) = host.sites(one_gpt2.n_layers - 1, ("W_out",))
+        step = capture["W_out", one_gpt2.n_layers - 1].dense()
+        with stepped(changeable(host, last), -1e-4 * step / step.norm()):
+            after = model(tokens)[0, -1]
+    assert after[3] > before[3]
+    assert after[8] < before[8]
 
 
 def text_ids(case: Case, text: str) -> list[int]:

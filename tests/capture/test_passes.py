@@ -752,7 +752,7 @@ def sequence_loss(answer: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def difference(logits: Tensor, tokens: Tensor) -> Tensor:
-    return logits[:, -1, 7] - logits[:, -1, 8]
+    return logits[:, -1, 8] - logits[:, -1, 7]
 
 
 @pytest.mark.parametrize("name", ["bridge-gemma2", "hooked-no_norm"])
