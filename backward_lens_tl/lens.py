@@ -30,7 +30,7 @@ from backward_lens_tl.capture.selection import select_positions
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.sites import WRITING_MATRICES
-from backward_lens_tl.models.tokenizer import MultiToken, Vocabulary
+from backward_lens_tl.models.vocabulary import MultiToken, Vocabulary
 from backward_lens_tl.readout.projections import LogitLens, Projection, as_projections
 from backward_lens_tl.readout.readout import (
     Reading,

@@ -13,7 +13,8 @@ from torch import Tensor
 from backward_lens_tl.capture.objectives import target_nll
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.models import adapter, host_of
+from backward_lens_tl.models import host as host_module
+from backward_lens_tl.models import host_of
 from backward_lens_tl.readout.readout import Readout
 from backward_lens_tl.result import BackwardLensResult
 
@@ -331,8 +332,8 @@ def test_both_lenses_cost_one_product_where_the_norm_allows_it(
     gpt2: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
-    product = adapter.product
-    monkeypatch.setattr(adapter, "product", lambda v, w: rows.append(len(v)) or product(v, w))
+    product = host_module.product
+    monkeypatch.setattr(host_module, "product", lambda v, w: rows.append(len(v)) or product(v, w))
 
     def rows_multiplied(**how: Any) -> int:
         rows.clear()
@@ -380,7 +381,7 @@ def test_short_vectors_are_not_read_from_the_bias_of_the_norm(
     eps = torch.finfo(torch.float32).eps
     assert max(normalized_error(facts_model, scale) for scale in (1, 1e-4)) < 64 * eps
     # Whereas all the way from next to the bias, its rounding is magnified.
-    monkeypatch.setattr(adapter, "_CLOSE", 1e-12)
+    monkeypatch.setattr(host_module, "_CLOSE", 1e-12)
     assert normalized_error(facts_model, 1e-4) > 1000 * eps
 
 

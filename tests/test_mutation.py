@@ -121,7 +121,7 @@ def test_equivalent_mutants_are_mutants_of_this_code() -> None:
 
 def test_a_mutant_of_other_code_is_stale() -> None:
     entry = {
-        "function": "backward_lens_tl.models.adapter.Host.vocabulary",
+        "function": "backward_lens_tl.models.host.Host.vocabulary",
         "diff": "-    gone\n+    x",
     }
     assert is_stale(entry)

@@ -35,7 +35,7 @@ from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.sites import WRITING_MATRICES, MatrixSite
 from backward_lens_tl.models.taps import hooked
-from backward_lens_tl.models.tokenizer import MultiToken
+from backward_lens_tl.models.vocabulary import MultiToken
 from backward_lens_tl.models.weight_patching import changeable, stepped
 from backward_lens_tl.readout.projections import LogitLens
 from backward_lens_tl.readout.readout import VectorGroup, read_vectors

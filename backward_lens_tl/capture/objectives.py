@@ -20,7 +20,7 @@ from backward_lens_tl._checks import check_choice, plain, shown
 from backward_lens_tl.capture.prompts import Prompt, PromptBatch, pad_prompts
 from backward_lens_tl.errors import ObjectiveError, TargetError
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.tokenizer import MultiToken
+from backward_lens_tl.models.vocabulary import MultiToken
 
 _T = TypeVar("_T", str, str | int)
 

@@ -22,7 +22,7 @@ from backward_lens_tl._checks import (
 )
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.tokenizer import MultiToken, Span, Vocabulary
+from backward_lens_tl.models.vocabulary import MultiToken, Span, Vocabulary
 
 Prompts = str | Sequence[str] | Int[Tensor, "batch pos"] | Mapping[str, Any]
 

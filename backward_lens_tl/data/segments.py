@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from backward_lens_tl._checks import is_integer, listed, plain, shown
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.models.tokenizer import Span
+from backward_lens_tl.models.vocabulary import Span
 
 Segment = Literal[
     "before subject",

@@ -12,7 +12,7 @@ from backward_lens_tl.data.records import Record
 from backward_lens_tl.data.segments import covered_tokens, subject_at
 from backward_lens_tl.errors import EditError, InputError
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.tokenizer import Span
+from backward_lens_tl.models.vocabulary import Span
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.sites import READING_MATRICES
-from backward_lens_tl.models.tokenizer import MultiToken
+from backward_lens_tl.models.vocabulary import MultiToken
 from backward_lens_tl.readout.projections import Projection, as_projection
 from backward_lens_tl.readout.readout import Readout, VectorGroup, checked_k, read_vectors
 

@@ -1,6 +1,6 @@
 """What `HookedTransformer` and `TransformerBridge` look like inside; nothing else knows.
 
-Everything after it sees a [`Host`][backward_lens_tl.models.adapter.Host]: tokens in, logits out,
+Everything after it sees a [`Host`][backward_lens_tl.models.host.Host]: tokens in, logits out,
 and for each weight matrix its site.
 """
 
@@ -11,8 +11,8 @@ from os import PathLike
 from torch import nn
 
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.models.adapter import Host
 from backward_lens_tl.models.hooked_transformer import HookedTransformerHost
+from backward_lens_tl.models.host import Host
 from backward_lens_tl.models.probing import (
     Probe,
     check_plain,

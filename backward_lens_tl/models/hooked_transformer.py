@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from backward_lens_tl.errors import UnsupportedModelError
-from backward_lens_tl.models.adapter import Host, is_centered
+from backward_lens_tl.models.host import Host, is_centered
 from backward_lens_tl.models.linear import float_parameter, linear_site
 from backward_lens_tl.models.sites import (
     READING_MATRICES,

@@ -20,7 +20,7 @@ from backward_lens_tl._checks import check_choice, check_text
 from backward_lens_tl.errors import InputError, ModelNotFoundError, UnsupportedModelError
 from backward_lens_tl.models import check_plain, has_bridge, host_of, probe_tokens
 from backward_lens_tl.models.hub import hub_is_reachable
-from backward_lens_tl.models.tokenizer import Vocabulary
+from backward_lens_tl.models.vocabulary import Vocabulary
 
 Kind = Literal["hooked", "bridge"]
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from backward_lens_tl.errors import UnsupportedModelError
-from backward_lens_tl.models.adapter import Host
+from backward_lens_tl.models.host import Host
 from backward_lens_tl.models.taps import hooked
 
 _N_TOKENS = 6

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from backward_lens_tl.errors import InputError, UnsupportedModelError
-from backward_lens_tl.models.adapter import Host, is_centered
+from backward_lens_tl.models.host import Host, is_centered
 from backward_lens_tl.models.linear import is_adapted, linear_site
 from backward_lens_tl.models.sites import (
     READING_MATRICES,

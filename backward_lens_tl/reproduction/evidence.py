@@ -20,7 +20,7 @@ from backward_lens_tl.evaluation.perplexity import perplexity, read_texts
 from backward_lens_tl.evaluation.plan import unused_records
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.models import host_of
-from backward_lens_tl.models.tokenizer import MultiToken
+from backward_lens_tl.models.vocabulary import MultiToken
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.sweeps import Sweep, SweepConfig, sweep
 from backward_lens_tl.sweeps.config import Lens

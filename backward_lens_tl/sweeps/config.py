@@ -19,7 +19,7 @@ from backward_lens_tl._checks import (
 )
 from backward_lens_tl.errors import SweepError
 from backward_lens_tl.lens import Direction, VjpsAt
-from backward_lens_tl.models.tokenizer import MultiToken
+from backward_lens_tl.models.vocabulary import MultiToken
 from backward_lens_tl.sweeps.columns import TABLES
 
 Lens = Literal["logit_lens", "normalized"]

@@ -18,7 +18,7 @@ from backward_lens_tl.data.segments import Subject, prompt_segments, subject_at,
 from backward_lens_tl.errors import InputError, TargetError
 from backward_lens_tl.files.shards import Reject
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.tokenizer import Span
+from backward_lens_tl.models.vocabulary import Span
 from backward_lens_tl.sweeps.config import SweepConfig
 
 

@@ -18,7 +18,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 import backward_lens_tl as blt
 from backward_lens_tl.data.segments import SEGMENTS, batch_segments, prompt_segments, subject_span
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.models.tokenizer import Vocabulary
+from backward_lens_tl.models.vocabulary import Vocabulary
 from backward_lens_tl.result import BackwardLensResult
 
 FACTS_FOLDER = Path(blt.__file__).parent / "facts_model"

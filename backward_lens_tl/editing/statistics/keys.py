@@ -21,7 +21,7 @@ from backward_lens_tl.editing.statistics.moments import SecondMoments
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.sites import MatrixSite
-from backward_lens_tl.models.tokenizer import Span
+from backward_lens_tl.models.vocabulary import Span
 
 FactToken = Literal["subject_last", "last"]
 """The token at which a fact is edited: its subject's last one, or the prompt's."""

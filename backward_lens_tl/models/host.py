@@ -24,8 +24,8 @@ from backward_lens_tl.models.sites import (
     Site,
     Tap,
 )
-from backward_lens_tl.models.tokenizer import Vocabulary
 from backward_lens_tl.models.unembedding import product
+from backward_lens_tl.models.vocabulary import Vocabulary
 
 _FINE = 1e-6
 _ROUNDINGS = 32
