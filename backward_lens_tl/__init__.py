@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from backward_lens_tl.capture.objectives import sequence_nll as sequence_nll
     from backward_lens_tl.capture.objectives import target_nll as target_nll
     from backward_lens_tl.capture.run import capture_gradients as capture_gradients
+    from backward_lens_tl.data.readers import read_records as read_records
     from backward_lens_tl.data.records import Records as Records
-    from backward_lens_tl.data.records import read_records as read_records
     from backward_lens_tl.errors import BackwardLensError as BackwardLensError
     from backward_lens_tl.evaluation import Evaluation as Evaluation
     from backward_lens_tl.evaluation import EvaluationConfig as EvaluationConfig
@@ -57,7 +57,8 @@ _HOMES = {
         "target_nll",
     ),
     "capture.run": ("capture_gradients",),
-    "data.records": ("Records", "read_records"),
+    "data.readers": ("read_records",),
+    "data.records": ("Records",),
     "editing": ("editing",),
     "errors": ("BackwardLensError",),
     "evaluation": ("Evaluation", "EvaluationConfig", "evaluate"),

@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from backward_lens_tl.data.records import read_records
+from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.editing.mend.training import MENDTraining
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.methods.presets import (

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     Args:
         args: What `add_arguments` parsed.
     """
-    from backward_lens_tl.data.records import read_records
+    from backward_lens_tl.data.readers import read_records
     from backward_lens_tl.models.loading import load_model, without_progress_bars
     from backward_lens_tl.reproduction import default_data, reproduce
     from backward_lens_tl.reproduction.experiments import select_experiments

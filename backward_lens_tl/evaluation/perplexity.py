@@ -14,11 +14,9 @@ from pathlib import Path
 import torch
 
 from backward_lens_tl.capture.continuations import Continuations
-from backward_lens_tl.data.records import is_prepared
-from backward_lens_tl.errors import EvaluationError
+from backward_lens_tl.errors import EvaluationError, one_line
 from backward_lens_tl.evaluation.config import Denominator, EvaluationConfig
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.hub import hub_is_reachable
 from backward_lens_tl.models.loading import FACTS_MODEL
 
 FACTS_TEXTS = "facts"
@@ -126,17 +124,13 @@ def _entries(name: str) -> list[str]:
 def _wikitext() -> list[str]:
     import datasets
 
-    if not is_prepared(WIKITEXT, datasets.config.HF_DATASETS_CACHE) and not hub_is_reachable():
-        raise EvaluationError(
-            f"{WIKITEXT!r} is not in the hub's cache, and the hub cannot be reached; pass "
-            f"texts='wiki.test.raw', a file with one entry per line, or {FACTS_TEXTS!r}, and "
-            "n_texts=0 for no perplexity"
-        )
     try:
         data = datasets.load_dataset(WIKITEXT, "wikitext-2-raw-v1", split="test")
-    # It hands on what the hub, its file systems and the files' readers raise.
-    except Exception as error:
-        raise EvaluationError(f"{WIKITEXT!r} cannot be loaded: {error}") from error
+    except Exception as error:  # errors of the hub, of file systems, and of readers of files
+        raise EvaluationError(
+            f"{WIKITEXT!r} cannot be loaded: {one_line(error)}; pass texts='wiki.test.raw', a file "
+            f"with one entry per line, or {FACTS_TEXTS!r}, or n_texts=0 to skip perplexity"
+        ) from error
     return list(data["text"])
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from backward_lens_tl._checks import check_path, listed, shown
-from backward_lens_tl.data.records import Records, read_records
+from backward_lens_tl.data.readers import read_records
+from backward_lens_tl.data.records import Records
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.methods.presets import preset_methods
 from backward_lens_tl.errors import EvaluationError, ModelStateError

@@ -14,7 +14,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from backward_lens_tl._checks import check_path
-from backward_lens_tl.data.records import FACTS_RECORDS, Records, read_records
+from backward_lens_tl.data.readers import FACTS_RECORDS, read_records
+from backward_lens_tl.data.records import Records
 from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.files.storage import replacing
 from backward_lens_tl.models.loading import FACTS_MODEL, load_model

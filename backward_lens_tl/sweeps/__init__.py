@@ -17,7 +17,8 @@ from backward_lens_tl._checks import check_path
 from backward_lens_tl.capture.memory import Memory
 from backward_lens_tl.capture.objectives import target_nll
 from backward_lens_tl.capture.run import plan_capture
-from backward_lens_tl.data.records import Records, read_records
+from backward_lens_tl.data.readers import read_records
+from backward_lens_tl.data.records import Records
 from backward_lens_tl.errors import SweepError
 from backward_lens_tl.files.distributed import own_device, this_process
 from backward_lens_tl.files.shards import Tables, about_run, check_pyarrow

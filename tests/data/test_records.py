@@ -6,7 +6,6 @@ import csv
 import gzip
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +18,9 @@ import pandas as pd
 import pytest
 import torch
 
-from backward_lens_tl.data import records as records_module
-from backward_lens_tl.data.records import BadRecord, Record, Records, read_records
+from backward_lens_tl.data.readers import read_records
+from backward_lens_tl.data.records import BadRecord, Record, Records
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.models import hub
 
 ROWS = [
     {"id": "a", "prompt": "The capital of France is", "target": " Rome", "subject": "France"},
@@ -220,9 +218,9 @@ def test_csv_blank_lines_are_no_rows_and_short_rows_lack_cells(tmp_path: Path) -
     assert long == BadRecord(
         3,
         "3",
-        "the row that ends on line 8 has 4 cells, the header has 3; a cell with ',' in it stands "
-        "in quotes",
-        "d,e,f,",
+        "the row that ends on line 8 has 4 cells, but the header has 3; quote cells that contain "
+        "the delimiter",
+        "['d', 'e', 'f', '']",
     )
 
 
@@ -239,14 +237,14 @@ def test_a_broken_line_is_one_bad_record_and_stops_nothing(tmp_path: Path) -> No
     cut, no_object, no_text, too_deep, too_long = (rows[i] for i in (1, 3, 4, 5, 6))
     assert isinstance(cut, BadRecord)
     assert cut.problem == (
-        "line 3 is broken JSON: Unterminated string starting at (column 12); one object is needed "
-        "on each line"
+        "line 3 is not valid JSON: Unterminated string starting at (column 12); one object per "
+        "line is needed"
     )
     assert cut.row == '{"prompt": "cut'
     assert isinstance(no_object, BadRecord)
     assert no_object.problem == "the row is a list; a mapping of columns to cells is needed"
     assert isinstance(no_text, BadRecord)
-    assert no_text.problem.startswith("line 7 is broken JSON: 'utf-8' codec")
+    assert no_text.problem.startswith("line 7 is not valid JSON: 'utf-8' codec")
     assert no_text.row == "\\xff{}"
     for bad, line in ((too_deep, "line 8 "), (too_long, "line 9 ")):
         assert isinstance(bad, BadRecord)
@@ -309,7 +307,7 @@ def test_prompts_that_evaluations_ask(row: dict[str, Any]) -> None:
             bad = read_records([{**row, name: wrong}]).rows[0]
             assert isinstance(bad, BadRecord)
             assert f"{name!r} is" in bad.problem
-            assert "a list of texts is needed" in bad.problem
+            assert "a list of non-empty texts is needed" in bad.problem
         bad = read_records([{**row, name: ["\ud800"]}]).rows[0]
         assert isinstance(bad, BadRecord)
         assert "is not Unicode text" in bad.problem
@@ -396,7 +394,7 @@ def test_rows_of_all_kinds_in_one_table() -> None:
         ({**PLAIN, "id": [1]}, r"'id' is \[1\], a list; a text is needed"),
         ({**PLAIN, "prompt": "\ud800"}, "'prompt' '.ud800' is not Unicode text"),
         ({**PLAIN, "target": "\ud800"}, "'target' '.ud800' is not Unicode text"),
-        ({**PLAIN, "subject_start": 1}, "'subject_start' is 1, and there is no subject"),
+        ({**PLAIN, "subject_start": 1}, "'subject_start' is 1, but the row has no subject"),
         ({**TWO, "subject_start": 4}, "'subject_start' is 4, where the subject 'two' does not"),
         ({**TWO, "subject_start": -4}, "'subject_start' is -4, where the subject 'two'"),
         ({**TWO, "subject_start": "x"}, "'subject_start' is 'x', where the subject 'two'"),
@@ -434,16 +432,6 @@ def test_a_bad_row_keeps_its_name_and_the_beginning_of_its_text() -> None:
     assert isinstance(bad, BadRecord)
     assert (bad.index, bad.id) == (0, "12")
     assert bad.row == "{'case_id': 12, 'prompt': '" + "x" * 172 + "…"
-
-
-def test_a_row_that_cannot_even_be_shown() -> None:
-    class Sulking(dict[str, object]):
-        def __repr__(self) -> str:
-            raise RuntimeError("no")
-
-    [bad] = read_records([Sulking()])
-    assert isinstance(bad, BadRecord)
-    assert bad.row == "a Sulking that cannot be shown"
 
 
 # ------------------------------------------------------------------------------------- fields
@@ -551,38 +539,19 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
 
     (tmp_path / "two" / "dataset_dict.json").write_text("{")
     for folder in (tmp_path, tmp_path / "two"):
-        with pytest.raises(InputError, match="cannot be read as one that datasets' save_to_disk"):
+        with pytest.raises(InputError, match="cannot be read as one written by datasets' save"):
             read_records(folder)
 
 
 # -------------------------------------------------------------------------------------- the hub
 
 
-def test_an_unreachable_hub_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = (
-        "'no-such/name' is neither a file or folder that exists nor a data set in the hub's cache, "
-        "and the hub cannot be reached; 'facts' is the name of the records"
-    )
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=said):
-        read_records("no-such/name")
-    # Not told to be offline, but without network: its client would retry for half a minute.
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(hub, "getproxies", dict)
-    start = time.perf_counter()
-    with pytest.raises(InputError, match=said):
-        read_records("no-such/name")
-    assert time.perf_counter() - start < 6  # the connection's own limit is 5 s
-
-
-def test_an_address_behind_a_proxy_is_worth_asking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(hub, "getproxies", lambda: {"http": "proxy"})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {"train": ROWS}[split])
     with pytest.raises(
-        InputError, match=r"its split 'test' cannot be loaded: 'test'; load it with"
+        InputError,
+        match=r"'no-such/name' is not an existing file or folder, and split 'test' of a data set "
+        r"of this name cannot be loaded from the hub: .*\(OfflineModeIsEnabled\); check the name, ",
     ):
         read_records("no-such/name", split="test")
 
@@ -603,19 +572,22 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert (found.name, found.rows) == ("Neel/CounterFact", READ)
 
 
-def test_errors_of_the_hub_have_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records_module, "hub_is_reachable", lambda: True)
-    for error, reason in (
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
         (ValueError("Config name is missing.\nPlease pick one"), "Config name is missing.;"),
         (RuntimeError(), "RuntimeError;"),
-    ):
+    ],
+)
+def test_errors_of_the_hub_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def load(name: str, split: str) -> None:
+        raise error
 
-        def load(name: str, split: str, error: Exception = error) -> None:
-            raise error
-
-        monkeypatch.setattr(datasets, "load_dataset", load)
-        with pytest.raises(InputError, match=f"'train' cannot be loaded: {reason} load it with"):
-            read_records("no-such/name")
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(InputError, match=f"cannot be loaded from the hub: {reason} check the name"):
+        read_records("no-such/name")
 
 
 # ------------------------------------------------------------------------ the data as a whole
@@ -624,28 +596,28 @@ def test_errors_of_the_hub_have_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("name", "raw", "said"),
     [
-        ("a.json", b'[{"prompt": "x"', "a.json' is broken JSON: .* column 16 .*a list of objects"),
-        ("a.json", b'{"prompt": "x"}\n{}', r"is broken JSON: Extra data.* the ending .jsonl"),
-        ("a.json", b"[" * 100_000, "is broken JSON: "),
-        ("a.json", b"[" + b"9" * 5000 + b"]", "cannot be read: Exceeds the limit"),
-        ("a.json", b'{"version": 1, "data": []}', "holds one object with 'version', 'data' in it; "
+        ("a.json", b'[{"prompt": "x"', "a.json' is not valid JSON: .* column 16 "),
+        ("a.json", b'{"prompt": "x"}\n{}', r"is not valid JSON: Extra data.* the ending .jsonl"),
+        ("a.json", b"[" * 100_000, "is not valid JSON: "),
+        ("a.json", b"[" + b"9" * 5000 + b"]", "is not valid JSON: Exceeds .*; write a list"),
+        ("a.json", b'{"version": 1, "data": []}', "holds one object with 'version', 'data'; "
                                                   "a list of objects is needed"),
-        ("a.json", b"{}", "holds one object with nothing in it; a list of objects is needed"),
+        ("a.json", b"{}", "holds one object with no entries; a list of objects is needed"),
         ("a.json", b"5", "holds a int, 5; a list of objects is needed"),
         ("a.json", b"null", "holds a NoneType, None; a list of objects is needed"),
-        ("a.json", b'["\xff"]', "is not UTF-8: .*; save it as UTF-8"),
-        ("a.json", b"[]", "holds no rows; at least one is needed"),
-        ("a.jsonl", b"\n \n", "holds no rows"),
-        ("a.csv", b"", "holds no rows"),
-        ("a.csv", b"prompt,target\n", "holds no rows"),
+        ("a.json", b'["\xff"]', "is not valid JSON: 'utf-8' codec "),
+        ("a.json", b"[]", "has no rows; at least one is needed"),
+        ("a.jsonl", b"\n \n", "has no rows"),
+        ("a.csv", b"", "has no rows"),
+        ("a.csv", b"prompt,target\n", "has no rows"),
         ("a.csv", b"prompt,prompt\nx,y", "has the column 'prompt' more than once; rename one"),
-        ("a.csv", b'prompt,target\nx,"never\nclosed\n', "is broken near line 3: unexpected end"),
+        ("a.csv", b'prompt,target\nx,"never\nclosed\n', "is not valid CSV near line 3: unexp"),
         ("a.csv", "prompt,target\nÜ,x".encode("utf-16"), "is not UTF-8"),
         ("a.csv.gz", b"prompt,target\nx,y", "cannot be read: Not a gzipped file"),
         ("a.csv.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "Compressed file ended"),
         ("a.parquet", b"PAR1", "cannot be read as Parquet: "),
-        ("a.xlsx", b"", r"ends in '.xlsx', which is not known here; known are .json, .jsonl, "
-                        r".ndjson, .csv, .tsv, .parquet, and each with .gz"),
+        ("a.xlsx", b"", r"ends in '.xlsx', which is not a known format; allowed are .json, .jsonl, "
+                        r".ndjson, .csv, .tsv, .parquet, each also with .gz"),
         ("a", b"", "ends in ''"),
     ],
 )  # fmt: skip
@@ -664,13 +636,13 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, raw: bytes, said: 
         (Path("no-such-folder"), "there is no file 'no-such-folder'"),
         (
             "/no/such/folder",
-            "'/no/such/folder' is neither a file .* nor a possible name on the hub",
+            "'/no/such/folder' is not an existing file or folder, and split 'train' of a data set",
         ),
-        ("", "'' is neither a file or folder"),
-        ("\ud800\0", "is neither a file or folder"),
-        ("x y" * 5000, "'x yx y.{192}… is neither a file or folder that exists nor a possible"),
-        ([], "'rows' holds no rows; at least one is needed"),
-        (pd.DataFrame({"prompt": [], "target": []}), "'table' holds no rows"),
+        ("", "'' is not an existing file or folder"),
+        ("\ud800\0", "is not an existing file or folder"),
+        ("x y" * 5000, "'x yx y.{192}… is not an existing file or folder, and"),
+        ([], "'rows' has no rows; at least one is needed"),
+        (pd.DataFrame({"prompt": [], "target": []}), "'table' has no rows"),
         (PLAIN, "data is a dict; pass 'facts', a file, a folder, a name on the hub"),
         (b"a.csv", "data is a bytes; pass 'facts'"),
         (None, "data is a NoneType; pass 'facts'"),

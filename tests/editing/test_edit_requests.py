@@ -9,7 +9,8 @@ from models import N_CTX, build
 from transformers import AutoTokenizer
 
 from backward_lens_tl.capture.prompts import tokenize_prompts
-from backward_lens_tl.data.records import BadRecord, read_records
+from backward_lens_tl.data.readers import read_records
+from backward_lens_tl.data.records import BadRecord
 from backward_lens_tl.editing import EditRequest, ForwardPassShift
 from backward_lens_tl.editing.requests import (
     TokenizedRequest,

@@ -23,7 +23,7 @@ from slow_editing import (
 )
 from torch import Tensor
 
-from backward_lens_tl.data.records import read_records
+from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.editing import EditRequest, facts_moments, second_moments
 from backward_lens_tl.editing.methods.memit import MEMIT
 from backward_lens_tl.editing.methods.rome import ROME

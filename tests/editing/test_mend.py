@@ -14,7 +14,8 @@ import torch
 from models import HAS_HOOKED, Case, build
 from torch import Tensor
 
-from backward_lens_tl.data.records import Record, read_records
+from backward_lens_tl.data.readers import read_records
+from backward_lens_tl.data.records import Record
 from backward_lens_tl.editing.mend import training as mend_training
 from backward_lens_tl.editing.mend.hypernetwork import MENDEditor, ResidualLayer
 from backward_lens_tl.editing.mend.mend import MEND

@@ -15,7 +15,8 @@ import torch
 from models import HAS_BRIDGE, build
 from torch import nn
 
-from backward_lens_tl.data.records import Record, read_records
+from backward_lens_tl.data.readers import read_records
+from backward_lens_tl.data.records import Record
 from backward_lens_tl.editing import (
     MEMIT,
     MEND,

@@ -14,7 +14,7 @@ from models import Case
 from transformers import AutoTokenizer
 
 from backward_lens_tl.capture import continuations
-from backward_lens_tl.data.records import read_records
+from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation import EvaluationConfig
 from backward_lens_tl.evaluation import perplexity as perplexities
@@ -253,9 +253,12 @@ def test_texts_that_are_refused(facts_model: Any, tmp_path: Path, monkeypatch) -
         read_texts(host, EvaluationConfig(texts=str(tmp_path / "there.raw")))
     with pytest.raises(EvaluationError, match="no entry of 'facts' has 5000 characters"):
         read_texts(host, EvaluationConfig(min_characters=5000))
-    monkeypatch.setattr(perplexities, "hub_is_reachable", lambda: False)
-    monkeypatch.setattr(perplexities, "is_prepared", lambda *args: False)
-    with pytest.raises(EvaluationError, match=r"hub cannot be reached; pass texts='wiki.test.raw'"):
+
+    def load(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(EvaluationError, match=r"loaded: no network; pass texts='wiki.test.raw'"):
         read_texts(host, EvaluationConfig(texts="Salesforce/wikitext"))
     short = Texts("short", ("a",))
     with pytest.raises(EvaluationError, match="no entry of 'short' has two tokens"):
@@ -270,7 +273,6 @@ def test_wikitext_of_the_hub(facts_model: Any, monkeypatch: pytest.MonkeyPatch) 
         return {"text": ["", "a" * 29, "b" * 30, "c" * 31]}
 
     monkeypatch.setattr("datasets.load_dataset", load)
-    monkeypatch.setattr(perplexities, "hub_is_reachable", lambda: True)
     found = read_texts(host_of(facts_model), EvaluationConfig(texts="Salesforce/wikitext"))
     assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test")]
     assert found.texts == ("b" * 30, "c" * 31)

@@ -1036,7 +1036,7 @@ def test_a_broken_line_of_a_file_is_one_reject(swept, tmp_path: Path):
     file.write_text("\n".join([good[0], '{"prompt": "Rom', "[]", *good[1:]]))
     found = swept(file, layers=0, part_size=2)
     assert found.rejects()[["prompt", "reason"]].to_numpy().tolist() == [[1, "row"], [2, "row"]]
-    assert "line 2 is broken JSON" in found.rejects()["problem"][0]
+    assert "line 2 is not valid JSON" in found.rejects()["problem"][0]
     assert found.prompts()["prompt"].tolist() == [0, 3, 4, 5, 6]
 
 

@@ -51,7 +51,7 @@ import torch
 torch.set_num_threads(1)
 from backward_lens_tl import load_facts_model
 from backward_lens_tl.files import shards as parts
-from backward_lens_tl.data.records import read_records
+from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.sweeps import SweepConfig, sweep
 
 out = Path(sys.argv[1])
