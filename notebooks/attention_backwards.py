@@ -148,7 +148,7 @@ pd.DataFrame(ranks).rename_axis("layer").assign(tokens=len(tokens), heads=len(he
 # All in one table: `W_V` and `W_O` reach the number of tokens. `W_Q` stays one below, because the first
 # token sees only itself and its scores have no gradient; `W_K` stays one below, because the scores'
 # gradients of a query sum to 0 over its keys. In the last layer only the last token's error is left: rank 1
-# for `W_Q` and `W_O`, and one per head for `W_K` and `W_V`. [Attention](../docs/attention.md#which-rank) has
+# for `W_Q` and `W_O`, and one per head for `W_K` and `W_V`. [Attention](../docs/attention.md#rank) has
 # the reasons, and what rotary embeddings or grouped queries change.
 #
 # ## Which heads decide, and which does the error reach?
