@@ -8,6 +8,9 @@ address of the page that has the usual causes and their fixes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 DOCUMENTATION = "https://backward-lens-tl.readthedocs.io/en/latest/"
 """Where the documentation is."""
 
@@ -89,3 +92,21 @@ class EvaluationError(InputError):
 
 class ResultFileError(BackwardLensError, ValueError):
     """A file is not a saved result, or one that this version cannot read."""
+
+
+@contextmanager
+def raised_as(kind: type[InputError]) -> Iterator[None]:
+    """Raise every `InputError` of a block as a more specific one.
+
+    Args:
+        kind: The error to raise.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        yield
+    except kind:
+        raise
+    except InputError as error:
+        raise kind(str(error)) from error

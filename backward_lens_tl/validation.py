@@ -28,6 +28,7 @@ from backward_lens_tl.capture.run import capture_gradients, plan_capture
 from backward_lens_tl.errors import UnsupportedModelError, ValidationError
 from backward_lens_tl.models import Host, host_of, logit_error, plain_error, probe
 from backward_lens_tl.models.precision import at_least_float32
+from backward_lens_tl.models.selection import find_sites
 from backward_lens_tl.models.sites import MATRIX_NAMES, MatrixName, Site
 from backward_lens_tl.models.taps import hooked
 
@@ -195,7 +196,7 @@ def validate(
     shown = _some_tokens(host) if prompts is None else _kept(prompts)
     matrices = None if matrices is None else listed(matrices)
     found, refused = _gradients(host, shown, chosen, matrices)
-    sites = [host.sites(gradient.layer, (gradient.matrix,))[0] for gradient in found]
+    sites = [find_sites(host, gradient.matrix, gradient.layer)[0] for gradient in found]
     expected, readout_error = weight_gradients(host, shown, chosen, sites)
     dtype, seen = sites[0].weights[0].dtype, probe(host)
     widened = found if dtype in _TOLERANCES else _in_float32(host, shown, chosen, matrices)

@@ -33,10 +33,11 @@ from backward_lens_tl.capture.prompts import PromptBatch, Prompts
 from backward_lens_tl.capture.run import CaptureWork, plan_capture
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host, host_of
+from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import WRITING_MATRICES, MatrixSite
 from backward_lens_tl.models.taps import hooked
 from backward_lens_tl.models.vocabulary import MultiToken
-from backward_lens_tl.models.weight_patching import changeable, stepped
+from backward_lens_tl.models.weight_patching import stepped
 from backward_lens_tl.readout.projections import LogitLens
 from backward_lens_tl.readout.readout import VectorGroup, read_vectors
 
@@ -128,7 +129,7 @@ def step_changes(
         hook_points=None,
         memory=None,
     )
-    sites = [changeable(work.host, site) for site in work.sites]
+    sites = find_editable(work.host, matrices, layers)
     # Prompt by prompt, so that a matrix meets its inputs before and after in one shape of product.
     by_prompt = (_rows(work, sites, prompt, rate) for prompt in range(len(work.batch.mask)))
     table = pd.DataFrame([row for rows in by_prompt for row in rows])

@@ -39,6 +39,7 @@ from backward_lens_tl.capture.recorders import (
 from backward_lens_tl.errors import ModelStateError, ObjectiveError, UnsupportedModelError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.precision import at_least_float32
+from backward_lens_tl.models.selection import find_sites
 from backward_lens_tl.models.sites import ATTENTION_MATRICES, HookPointSite, Site
 
 
@@ -199,7 +200,7 @@ class _Run:
         for layer, pattern in self.patterns.items():
             if not pattern.site.is_replaceable:
                 # The graph has to have begun where such a pattern is made.
-                self.tracked_weights += host.sites(layer, ("W_Q",))[0].weights
+                self.tracked_weights += find_sites(host, "W_Q", layer)[0].weights
 
     @property
     def recorders(self) -> list[Recorder]:

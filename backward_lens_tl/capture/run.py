@@ -22,9 +22,10 @@ from backward_lens_tl.capture.objectives import (
     bind_to_prompts,
 )
 from backward_lens_tl.capture.prompts import Prompt, PromptBatch, Prompts, tokenize_prompts
-from backward_lens_tl.capture.selection import select_hook_points, select_layers, select_matrices
+from backward_lens_tl.capture.selection import select_hook_points
 from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.models import Host, host_of
+from backward_lens_tl.models.selection import find_sites
 from backward_lens_tl.models.sites import HookPointSite, Site
 
 
@@ -213,8 +214,8 @@ def plan_capture(
     if not isinstance(memory, Memory | None):
         raise InputError(f"memory is {shown(memory)}; pass a Memory(...), or None for no limits")
     limits, objective = memory or Memory(), as_objective(objective)
-    names, chosen = select_matrices(matrices, host), select_layers(layers, host)
-    sites = [site for layer in chosen for site in host.sites(layer, names)]
+    sites = find_sites(host, matrices, layers)
+    chosen = tuple(dict.fromkeys(site.layer for site in sites))
     check_sharing(host, sites)
     points = select_hook_points(hook_points, host)
     bound, continued, batch = bind_to_prompts(

@@ -1,4 +1,4 @@
-"""Which matrices, layers and positions are asked for: names and indices, checked."""
+"""Resolve and check the arguments that select hook points and positions."""
 
 from __future__ import annotations
 
@@ -12,39 +12,7 @@ from torch import Tensor
 from backward_lens_tl._checks import is_index, listed, shown
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.sites import MATRIX_NAMES, HookPointSite, MatrixName
-
-
-def select_matrices(matrices: str | Sequence[str], host: Host) -> tuple[MatrixName, ...]:
-    """Resolve the `matrices` argument.
-
-    Args:
-        matrices: Names among `W_Q`, `W_K`, `W_V`, `W_O`, `W_in`, `W_gate`, `W_out`, or the groups
-            `"attn"`, `"mlp"` (those that the model has) and `"all"`, alone or in a sequence.
-        host: The model.
-
-    Returns:
-        Names without repeats, in the order in which a layer uses them.
-
-    Raises:
-        InputError: If a name is unknown, or nothing is asked for.
-    """
-    asked = listed(matrices)
-    wanted: set[str] = set()
-    for name in asked:
-        if not isinstance(name, str) or name not in (*MATRIX_NAMES, "attn", "mlp", "all"):
-            raise InputError(
-                f"unknown matrix {name!r}; allowed are {', '.join(MATRIX_NAMES)} and the groups "
-                "'attn', 'mlp' and 'all'"
-            )
-        if name in ("attn", "all"):
-            wanted.update(host.matrices("attn"))
-        if name == "mlp" or (name == "all" and host.has_mlp):
-            wanted.update(host.matrices("mlp"))
-        wanted.add(name)
-    if not wanted:
-        raise InputError("no matrix was asked for; name one, for example matrices=('W_out',)")
-    return tuple(name for name in MATRIX_NAMES if name in wanted)
+from backward_lens_tl.models.sites import HookPointSite
 
 
 def select_hook_points(
@@ -75,31 +43,6 @@ def select_hook_points(
                 + (f"; did you mean {', '.join(near)}?" if near else "; model.hook_dict lists them")
             )
     return [host.hook_points[name] for name in dict.fromkeys(asked)]
-
-
-def select_layers(layers: int | Sequence[int] | None, host: Host) -> tuple[int, ...]:
-    """Resolve the `layers` argument.
-
-    Args:
-        layers: Indices, negative ones from the end, or `None` for all.
-        host: The model.
-
-    Returns:
-        Indices from 0, ascending, without repeats.
-
-    Raises:
-        InputError: If an index is out of range, or nothing is asked for.
-    """
-    n = host.n_layers
-    if layers is None:
-        return tuple(range(n))
-    asked = listed(layers)
-    for layer in asked:
-        if not is_index(layer, n):
-            raise InputError(f"layer {shown(layer)} does not exist; allowed are {-n} to {n - 1}")
-    if not asked:
-        raise InputError("no layer was asked for; leave `layers` out for all of them")
-    return tuple(sorted({int(layer) % n for layer in asked}))
 
 
 def select_positions(

@@ -28,6 +28,7 @@ from backward_lens_tl.compat.results import (
 )
 from backward_lens_tl.errors import InputError, ModelStateError, UnsupportedModelError
 from backward_lens_tl.models import Host, host_of
+from backward_lens_tl.models.selection import find_sites
 from backward_lens_tl.models.sites import MatrixName
 from backward_lens_tl.readout.projections import as_projection
 from backward_lens_tl.readout.topk import extremes
@@ -168,7 +169,7 @@ class _WeightGradients:
                 "for weight_gradient or a reconstruction error while it is there"
             )
         host = host_of(model)
-        sites = [host.sites(layer, (matrix,))[0] for matrix, layer in self._matrices]
+        sites = [find_sites(host, matrix, layer)[0] for matrix, layer in self._matrices]
         dense, _ = weight_gradients(host, self._prompt, target_nll(self._target), sites)
         return [gradient.float().cpu() for gradient in dense]
 

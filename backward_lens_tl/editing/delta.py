@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from backward_lens_tl._checks import plain, shown
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient, numerical_rank
 from backward_lens_tl.editing.lora import Adapted, write_adapter
-from backward_lens_tl.errors import EditError, ModelStateError
+from backward_lens_tl.errors import EditError, ModelStateError, raised_as
 from backward_lens_tl.files.storage import Saved
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.checksums import checksum
 from backward_lens_tl.models.precision import at_least_float32
+from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import MATRIX_NAMES, READING_MATRICES, MatrixName, MatrixSite
 from backward_lens_tl.models.weight_patching import (
     Change,
     add_in_place,
-    changeable,
     changed,
     put_back,
 )
@@ -630,7 +630,8 @@ def edited_site(host: Host, delta: MatrixDelta) -> MatrixSite:
         EditError: If it has none, of another size, or no bias where one is changed.
         UnsupportedModelError: If it cannot be changed.
     """
-    site = site_of(host, delta.matrix, delta.layer)
+    with raised_as(EditError):
+        [site] = find_editable(host, delta.matrix, delta.layer)
     shape = tuple(side_by_side(site, site.weight.in_out(site.weight.parameter.detach())).shape)
     if shape != delta.shape:
         raise EditError(
@@ -643,35 +644,6 @@ def edited_site(host: Host, delta: MatrixDelta) -> MatrixSite:
             f"{host.name!r} has none of that size there"
         )
     return site
-
-
-def site_of(host: Host, matrix: MatrixName, layer: int) -> MatrixSite:
-    """A matrix of a model that can be changed.
-
-    Args:
-        host: The model.
-        matrix: Its name.
-        layer: Its layer; negative ones count from the end.
-
-    Returns:
-        Where it is.
-
-    Raises:
-        EditError: If the model has no such layer or matrix.
-        UnsupportedModelError: If it cannot be changed.
-    """
-    if not -host.n_layers <= layer < host.n_layers:
-        raise EditError(
-            f"layer {layer} does not exist; {host.name!r} has layers 0 to {host.n_layers - 1}"
-        )
-    at = layer % host.n_layers
-    there = host.matrices("mlp") + host.matrices("attn")
-    if matrix not in there:
-        raise EditError(
-            f"{host.name!r} has no matrix {matrix!r}; it has {', '.join(map(repr, there))}"
-        )
-    (site,) = host.sites(at, (matrix,))
-    return changeable(host, site)
 
 
 def side_by_side(

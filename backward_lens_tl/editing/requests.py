@@ -10,7 +10,7 @@ from backward_lens_tl._checks import is_integer, listed, shown
 from backward_lens_tl.capture.prompts import Prompt, tokenize_prompts
 from backward_lens_tl.data.records import Record
 from backward_lens_tl.data.segments import covered_tokens, subject_at
-from backward_lens_tl.errors import EditError, InputError
+from backward_lens_tl.errors import EditError, raised_as
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.vocabulary import Span
 
@@ -153,14 +153,10 @@ def tokenize_request(
         raise EditError(
             f"prompt {shown(request.prompt)} is a {type(request.prompt).__name__}; pass a text"
         )
-    try:
+    with raised_as(EditError):
         [prompt] = tokenize_prompts(host, request.prompt, prepend_bos)
         target = target_ids(prompt, request.target)
         subject_last = _subject_last(prompt, request)
-    except EditError:
-        raise
-    except InputError as error:
-        raise EditError(str(error)) from error
     n_tokens = len(prompt.ids) + len(target) - 1
     if n_tokens > host.n_ctx:
         raise EditError(

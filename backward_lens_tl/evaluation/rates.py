@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from backward_lens_tl._checks import check_choice, check_number, listed
-from backward_lens_tl.capture.selection import select_layers
 from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
 from backward_lens_tl.editing.methods.shift import ForwardPassShift
 from backward_lens_tl.editing.methods.steps import GradientStep, Optimizer
 from backward_lens_tl.editing.requests import EditRequest, listed_requests, tokenize_request
-from backward_lens_tl.editing.statistics.activations import Addition, activations, adding, mlp_site
+from backward_lens_tl.editing.statistics.activations import Addition, activations, adding
 from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.perplexity import perplexity, read_texts
 from backward_lens_tl.models import Host, host_of
+from backward_lens_tl.models.selection import find_editable, select_layers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -170,7 +170,7 @@ def _least(
     host: Host, delta: MatrixDelta, prompt: Sequence[int], target: int, rates: Sequence[float]
 ) -> float:
     """The least rate of the grid that makes a token the most probable one; NaN if none does."""
-    site = mlp_site(host, delta.matrix, delta.layer)
+    [site] = find_editable(host, delta.matrix, delta.layer)
     scales = torch.tensor(rates, device=host.device, dtype=torch.float64)
     with adding(site, _scaled(delta, scales)):
         logits = activations(host, [prompt] * len(rates)).logits

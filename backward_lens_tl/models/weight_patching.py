@@ -8,63 +8,11 @@ from contextlib import contextmanager
 from jaxtyping import Float
 from torch import Tensor
 
-from backward_lens_tl.errors import InputError, UnsupportedModelError
-from backward_lens_tl.models import Host
-from backward_lens_tl.models.sites import MatrixSite, Site
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.models.sites import MatrixSite
 
 Change = tuple[Tensor, Float[Tensor, "..."]]
 """A parameter, and what is added to it, laid out like it."""
-
-
-def single_weight(site: Site) -> MatrixSite:
-    """A matrix that is one weight, used at every position.
-
-    Args:
-        site: Where a matrix is.
-
-    Returns:
-        The same.
-
-    Raises:
-        UnsupportedModelError: If it is the matrix of a mixture of experts.
-    """
-    if isinstance(site, MatrixSite):
-        return site
-    raise UnsupportedModelError(
-        f"{site.matrix} of layer {site.layer} is {site.n_experts} experts, each with a weight of "
-        "its own and the tokens that are routed to it; a step is taken on matrices that are one "
-        "weight, such as those of attention (matrices='attn')"
-    )
-
-
-def changeable(host: Host, site: Site) -> MatrixSite:
-    """A matrix whose weight can be changed, so that the model computes with what it is changed to.
-
-    Args:
-        host: The model.
-        site: Where a matrix is.
-
-    Returns:
-        The same.
-
-    Raises:
-        UnsupportedModelError: If it is a mixture of experts, is computed anew whenever it is used,
-            which no change would outlast, or one weight serves several heads of its output.
-    """
-    single = single_weight(site)
-    (again,) = host.sites(single.layer, (single.matrix,))
-    if again.weights[0] is not single.weight.parameter:
-        raise UnsupportedModelError(
-            f"{single.matrix} of layer {single.layer} is computed from other parameters, as by a "
-            "parametrization, so no step can be taken on it; remove the parametrization"
-        )
-    if single.heads_per_weight > 1:
-        raise UnsupportedModelError(
-            f"{single.matrix} of layer {single.layer} has one weight for "
-            f"{single.heads_per_weight} heads of its output; switch off "
-            "ungroup_grouped_query_attention"
-        )
-    return single
 
 
 @contextmanager

@@ -24,8 +24,9 @@ from backward_lens_tl.analysis import steps as steps_module
 from backward_lens_tl.analysis.steps import step_changes
 from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.models import host_of
+from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import MATRIX_NAMES, WRITING_MATRICES, MatrixSite, Stored
-from backward_lens_tl.models.weight_patching import single_weight, stepped
+from backward_lens_tl.models.weight_patching import stepped
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 
@@ -51,7 +52,8 @@ def each(request: pytest.FixtureRequest) -> Case:
 
 
 def site_of(case: Case, matrix: str, layer: int) -> MatrixSite:
-    return single_weight(host_of(case.model).sites(layer, (matrix,))[0])
+    [site] = find_editable(host_of(case.model), matrix, layer)
+    return site
 
 
 def loss_of(case: Case, tokens: Tensor) -> float:
@@ -573,7 +575,9 @@ def test_mixtures_of_experts_are_refused(kind: str) -> None:
     except NotAvailable as reason:
         pytest.skip(str(reason))
     tokens = torch.tensor([[5, 6, 7]])
-    with pytest.raises(UnsupportedModelError, match=r"W_in of layer 0 is 4 experts, each with a"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"W_in of layer 0 belongs to a mixture of 4 experts"
+    ):
         step_changes(model, tokens, TARGET)
     assert (step_changes(model, tokens, TARGET, matrices="attn")["output_error"] < 1e-2).all()
 

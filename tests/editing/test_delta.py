@@ -23,7 +23,6 @@ from backward_lens_tl.editing.delta import (
     WeightDelta,
     by_head,
     side_by_side,
-    site_of,
     total,
 )
 from backward_lens_tl.errors import (
@@ -33,6 +32,7 @@ from backward_lens_tl.errors import (
 )
 from backward_lens_tl.files.storage import write
 from backward_lens_tl.models import host_of
+from backward_lens_tl.models.selection import find_editable
 
 ATTENTION = ("W_Q", "W_K", "W_V", "W_O")
 ROUNDING = 1e-12  # of a few hundred float64 operations
@@ -80,7 +80,7 @@ def of_model(
     model: object, matrix: str, layer: int, *, rank: int = 2, seed: int = 0
 ) -> MatrixDelta:
     """A random edit of a matrix of a model, in its dtype, with its bias if it has one."""
-    site = site_of(host_of(model), matrix, layer)
+    [site] = find_editable(host_of(model), matrix, layer)
     weight = side_by_side(site, site.weight.in_out(site.weight.parameter.detach()))
     made = low_rank(matrix, layer, tuple(weight.shape), rank, seed, weight.dtype)
     return (
@@ -353,7 +353,7 @@ def test_heads_lie_side_by_side(case: Case, matrix: str) -> None:
     capture = capture_gradients(case.model, tokens, target_nll(3), matrices=matrix, layers=1)
     inputs = capture[matrix, 1].inputs[0]
     names = {"W_Q": "attn.hook_q", "W_K": "attn.hook_k", "W_V": "attn.hook_v"}
-    site = site_of(host_of(case.model), matrix, 1)
+    [site] = find_editable(host_of(case.model), matrix, 1)
     seen: list[Tensor] = []
 
     def keep(module: object, args: object, output: Tensor) -> None:
@@ -602,7 +602,7 @@ def _has(kind: str) -> bool:
 def test_models_that_an_edit_does_not_fit(gpt2: Case) -> None:
     wrong = {
         "layer 9 does not exist": low_rank(layer=9),
-        "no matrix 'W_gate'": low_rank("W_gate"),
+        "layer 1 of this model has no W_gate": low_rank("W_gate"),
         r"shape \(52, 25\); in .* shape \(52, 24\): the edit is of another model": low_rank(
             shape=(52, 25)
         ),

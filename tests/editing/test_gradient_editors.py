@@ -19,10 +19,11 @@ from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.methods.normalized_gradient import NormalizedGradient
 from backward_lens_tl.editing.methods.ultraedit import UltraEdit
 from backward_lens_tl.editing.requests import EditRequest, tokenize_request
-from backward_lens_tl.editing.statistics.spanning import joined_pairs, mlp_sites, spanning_pairs
+from backward_lens_tl.editing.statistics.spanning import joined_pairs, spanning_pairs
 from backward_lens_tl.editing.statistics.standardization import PairStatistics, pair_statistics
 from backward_lens_tl.errors import EditError, ResultFileError, UnsupportedModelError
 from backward_lens_tl.models import host_of
+from backward_lens_tl.models.selection import find_editable
 
 ROUNDING = 1e-10  # of some thousand float64 operations, behind norms with a small eps
 FLOAT32 = 1e-5  # some TransformerLens models round to float32 on the way
@@ -121,7 +122,7 @@ def delta_of(delta: WeightDelta, key: tuple[str, int]) -> Tensor:
 
 def test_pairs_span_the_gradient_of_the_mean_over_the_targets_tokens(case: Case) -> None:
     host = host_of(case.model)
-    sites = mlp_sites(host, "mlp", list(range(case.n_layers)))
+    sites = find_editable(host, "mlp", list(range(case.n_layers)))
     assert {(site.matrix, site.layer) for site in sites} == set(case.weights)
     found = spanning_pairs(host, tokenized(case), sites)
     tolerance = FLOAT32 if case.logits_in_float32 else ROUNDING
@@ -136,7 +137,7 @@ def test_pairs_span_the_gradient_of_the_mean_over_the_targets_tokens(case: Case)
 
 def test_pairs_are_each_what_torchs_own_hooks_see(gpt2: Case) -> None:
     host = host_of(gpt2.model)
-    found = spanning_pairs(host, tokenized(gpt2), mlp_sites(host, "mlp", [0, 1, 2]))
+    found = spanning_pairs(host, tokenized(gpt2), find_editable(host, "mlp", [0, 1, 2]))
     for at, request in enumerate(REQUESTS):
         slow = slow_pairs(gpt2, request)
         for own in found:
@@ -151,7 +152,7 @@ def test_pairs_are_each_what_torchs_own_hooks_see(gpt2: Case) -> None:
 def test_positions_of_the_last_layer_that_the_loss_does_not_see_are_dropped(one_gpt2: Case) -> None:
     host = host_of(one_gpt2.model)
     last = one_gpt2.n_layers - 1
-    first, top = spanning_pairs(host, tokenized(one_gpt2), mlp_sites(host, "W_out", [0, last]))
+    first, top = spanning_pairs(host, tokenized(one_gpt2), find_editable(host, "W_out", [0, last]))
     n_targets = [len(each.target) for each in tokenized(one_gpt2)]
     assert top.mask.sum(1).tolist() == n_targets
     assert first.mask.sum(1).tolist() == [len(each.taught) for each in tokenized(one_gpt2)]
@@ -159,8 +160,8 @@ def test_positions_of_the_last_layer_that_the_loss_does_not_see_are_dropped(one_
 
 def test_answer_positions_are_those_where_the_targets_tokens_are_to_be_said(one_gpt2: Case) -> None:
     host, requests = host_of(one_gpt2.model), tokenized(one_gpt2)
-    [everywhere] = spanning_pairs(host, requests, mlp_sites(host, "W_in", [0]))
-    [answers] = spanning_pairs(host, requests, mlp_sites(host, "W_in", [0]), "answer")
+    [everywhere] = spanning_pairs(host, requests, find_editable(host, "W_in", [0]))
+    [answers] = spanning_pairs(host, requests, find_editable(host, "W_in", [0]), "answer")
     for at, request in enumerate(requests):
         n, first = len(request.taught), len(request.prompt) - 1
         assert answers.mask[at].nonzero()[:, 0].tolist() == list(range(first, n))
@@ -172,7 +173,7 @@ def test_pairs_of_many_requests_are_those_of_each_in_its_turn(one_gpt2: Case) ->
     """More than go through the model at once, of different lengths."""
     host = host_of(one_gpt2.model)
     requests = tokenized(one_gpt2, REQUESTS * 7)
-    sites = mlp_sites(host, "mlp", [1])
+    sites = find_editable(host, "mlp", [1])
     together = joined_pairs(host, requests, sites)
     single = [joined_pairs(host, [each], sites) for each in requests]
     for at, (inputs, vjps) in enumerate(together):
@@ -213,7 +214,7 @@ def test_statistics_that_are_standardized_by_themselves_have_mean_0_and_variance
 ) -> None:
     statistics = statistics_of(one_gpt2)
     host = host_of(one_gpt2.model)
-    sites = mlp_sites(host, "mlp", [0, 1, 2])
+    sites = find_editable(host, "mlp", [0, 1, 2])
     for site, pairs in zip(sites, joined_pairs(host, tokenized(one_gpt2), sites), strict=True):
         place = (site.matrix, site.layer)
         rows = statistics.standardized(place, *pairs)
@@ -479,13 +480,13 @@ def test_statistics_need_requests_and_matrices_of_the_mlp(one_gpt2: Case) -> Non
     model = one_gpt2.model
     with pytest.raises(EditError, match="there is no request"):
         pair_statistics(model, [])
-    with pytest.raises(EditError, match="is one of attention"):
+    with pytest.raises(EditError, match="is a matrix of attention"):
         pair_statistics(model, REQUESTS, matrices="W_Q")
-    with pytest.raises(EditError, match="has no matrix 'W_gate'"):
+    with pytest.raises(EditError, match="has no W_gate"):
         pair_statistics(model, REQUESTS, matrices=("W_gate",))
     with pytest.raises(EditError, match="layer 3 does not exist"):
         pair_statistics(model, REQUESTS, layers=[3])
-    with pytest.raises(EditError, match="no matrix is to be edited"):
+    with pytest.raises(EditError, match="no layer was asked for"):
         pair_statistics(model, REQUESTS, layers=[])
     with pytest.raises(EditError, match="W_in of layer 2 has 1 pairs in 1 requests"):
         pair_statistics(model, REQUESTS[1:2], layers=[2], progress=False)

@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from backward_lens_tl import load_facts_model, load_model
-from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta, side_by_side, site_of
+from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta, side_by_side
 from backward_lens_tl.editing.lora import _columns
 from backward_lens_tl.errors import EditError, ResultFileError, UnsupportedModelError
 from backward_lens_tl.models import host_of
+from backward_lens_tl.models.selection import find_editable
 from conftest import FACTS_FOLDER
 
 ROUND_TRIP = 1e-5  # what the edit promises, in nats of logits; float32 rounds them to about 3e-6
@@ -67,7 +68,7 @@ def change(
     bias: bool = False,
 ) -> MatrixDelta:
     """A random edit that is about `size` times as long as the matrix."""
-    site = site_of(host_of(model), matrix, layer)
+    [site] = find_editable(host_of(model), matrix, layer)
     weight = side_by_side(site, site.weight.in_out(site.weight.parameter.detach()))
     generator = torch.Generator().manual_seed(1000 * layer + 10 * seed + len(matrix))
     left, right = (
@@ -187,7 +188,7 @@ def test_families(family: str, kind: str, tmp_path: Path) -> None:
 
 def _is_mixture(model: Any, matrix: str) -> bool:
     try:
-        site_of(host_of(model), matrix, 1)
+        find_editable(host_of(model), matrix, 1)
     except UnsupportedModelError:
         return True
     return False

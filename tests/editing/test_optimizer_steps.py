@@ -369,7 +369,7 @@ def test_settings_that_are_none(settings: dict[str, Any], message: str) -> None:
 
 def test_matrices_that_are_not_there(gpt2: Case) -> None:
     for more, message in (
-        ({"matrices": "W_gate"}, "no matrix 'W_gate'"),
+        ({"matrices": "W_gate"}, "has no W_gate"),
         ({"matrices": "W_up"}, "unknown matrix 'W_up'"),
         ({"layers": 3}, "layer 3 does not exist"),
         ({"layers": []}, "no layer was asked for"),

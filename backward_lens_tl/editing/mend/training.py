@@ -33,15 +33,16 @@ from backward_lens_tl.data.records import Record
 from backward_lens_tl.editing.mend.hypernetwork import MENDCheckpoint, MENDEditor
 from backward_lens_tl.editing.requests import EditRequest, TokenizedRequest, tokenize_request
 from backward_lens_tl.editing.statistics.activations import adding
-from backward_lens_tl.editing.statistics.spanning import SpanningPairs, mlp_sites, spanning_pairs
+from backward_lens_tl.editing.statistics.spanning import SpanningPairs, spanning_pairs
 from backward_lens_tl.editing.statistics.standardization import (
     EDITED_LAYERS,
     EDITED_MATRICES,
     pair_statistics,
 )
-from backward_lens_tl.errors import EditError
+from backward_lens_tl.errors import EditError, raised_as
 from backward_lens_tl.files import storage
 from backward_lens_tl.models import Host, host_of
+from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import MatrixSite
 
 
@@ -97,6 +98,7 @@ class MENDTraining:
 _DEFAULT = MENDTraining()
 
 
+@raised_as(EditError)
 def train_mend(
     model: nn.Module,
     records: Iterable[Record],
@@ -155,7 +157,7 @@ def train_mend(
     check_choice("prepend_bos", prepend_bos, (True, False, None), EditError)
     if not is_integer(seed):
         raise EditError(f"seed is {shown(seed)}; pass an integer")
-    sites = mlp_sites(host, matrices, layers)
+    sites = find_editable(host, matrices, layers, mlp_only=True)
     data = _Data.of(host, records, locality, prepend_bos)
     about = {
         **asdict(training),

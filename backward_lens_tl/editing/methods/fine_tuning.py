@@ -23,9 +23,10 @@ from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.editing.delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.statistics.activations import adding, mlp_site
+from backward_lens_tl.editing.statistics.activations import adding
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
+from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import MATRIX_NAMES, MatrixName, MatrixSite
 
 FineTuningObjective = Literal["teacher_forced", "prompt_last"]
@@ -97,19 +98,10 @@ class FineTuning(EditMethod):
 
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> list[MatrixDelta]:
         """Train the changes of all matrices together."""
-        layers = sorted({layer % host.n_layers for layer in self._checked_layers(host)})
-        # In the order of a forward pass, and each once.
-        matrices = [matrix for matrix in MATRIX_NAMES if matrix in self.matrices]
-        sites = [mlp_site(host, matrix, layer) for layer in layers for matrix in matrices]
+        sites = find_editable(host, self.matrices, self.layers, mlp_only=True)
         changes = [_Change.at(site, with_bias=self.train_bias) for site in sites]
         self._train(self._loss(host, requests), changes, host)
         return [change.delta() for change in changes]
-
-    def _checked_layers(self, host: Host) -> Sequence[int]:
-        layers: Sequence[int] = listed(self.layers)
-        for layer in layers:
-            mlp_site(host, "W_out", layer)
-        return layers
 
     def _train(
         self, loss: Callable[[], Float[Tensor, ""]], changes: Sequence[_Change], host: Host

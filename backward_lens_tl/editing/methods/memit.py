@@ -30,13 +30,13 @@ from backward_lens_tl.editing.statistics.keys import (
     Moments,
     checked_moments,
     read_facts,
-    w_out_sites,
     whitened,
 )
 from backward_lens_tl.editing.statistics.moments import RIDGE, SecondMoments
 from backward_lens_tl.editing.statistics.values import ValueSearch
 from backward_lens_tl.errors import EditError, UnsupportedModelError
 from backward_lens_tl.models import Host
+from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import MatrixSite
 from backward_lens_tl.models.taps import hooked
 
@@ -116,7 +116,7 @@ class MEMIT(EditMethod):
         if self.regularization is not None:
             check_number("regularization", self.regularization, zero=False, error=EditError)
         search = ValueSearch(self.steps, self.lr, self.weight_decay, self.kl_factor, self.clamp)
-        sites = w_out_sites(host, self.layers)
+        sites = find_editable(host, "W_out", self.layers)
         moments = checked_moments(host, self.moments, [site.layer for site in sites])
         _check_writes_to_stream(host, sites, requests[0])
         prefixes = sampled_prefixes(

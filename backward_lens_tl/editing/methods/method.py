@@ -18,7 +18,7 @@ from backward_lens_tl.editing.requests import (
     listed_requests,
     tokenize_request,
 )
-from backward_lens_tl.errors import EditError
+from backward_lens_tl.errors import EditError, raised_as
 from backward_lens_tl.models import Host, host_of
 
 
@@ -67,7 +67,7 @@ class EditMethod(ABC):
         check_choice("prepend_bos", self.prepend_bos, (True, False, None), EditError)
         asked = listed_requests(requests)
         tokenized = [tokenize_request(host, request, self.prepend_bos) for request in asked]
-        with torch.no_grad(), host.own_precision():
+        with torch.no_grad(), host.own_precision(), raised_as(EditError):
             matrices = self.compute(host, tokenized)
         return WeightDelta(tuple(matrices), {**self.settings(), "model": host.name})
 

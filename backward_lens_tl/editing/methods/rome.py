@@ -23,13 +23,13 @@ from backward_lens_tl.editing.statistics.keys import (
     Moments,
     checked_moments,
     read_facts,
-    w_out_sites,
     whitened,
 )
 from backward_lens_tl.editing.statistics.moments import RIDGE, SecondMoments
 from backward_lens_tl.editing.statistics.values import ValueSearch
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
+from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import MatrixSite
 
 KeyMode = Literal["mean", "bare", "rome"]
@@ -108,7 +108,7 @@ class ROME(EditMethod):
         check_choice("fact_token", self.fact_token, ("subject_last", "last"), EditError)
         check_number("ridge", self.ridge, zero=True, error=EditError)
         search = ValueSearch(self.steps, self.lr, self.weight_decay, self.kl_factor, self.clamp)
-        (site,) = w_out_sites(host, [self.layer])
+        [site] = find_editable(host, "W_out", [self.layer])
         moments = checked_moments(host, self.moments, [site.layer])
         lengths = [length for length, number in self.prefixes for _ in range(number)]
         prefixes = sampled_prefixes(host, [""] * len(lengths), lengths, self.seed)

@@ -31,10 +31,11 @@ from backward_lens_tl._checks import check_choice, check_kind, check_number, is_
 from backward_lens_tl.editing.delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.statistics.activations import Addition, activations, adding, mlp_site
+from backward_lens_tl.editing.statistics.activations import Addition, activations, adding
 from backward_lens_tl.editing.statistics.moments import RIDGE, SecondMoments
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
+from backward_lens_tl.models.selection import find_editable
 
 ShiftForm = Literal["paper", "scale_free", "whitened"]
 TargetEmbedding = Literal["auto", "unembed", "embed"]
@@ -119,7 +120,7 @@ class ForwardPassShift(EditMethod):
 
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> list[MatrixDelta]:
         """The shift of all requests together."""
-        site = mlp_site(host, "W_out", self.layer)
+        [site] = find_editable(host, "W_out", [self.layer])
         prompts = [request.prompt for request in requests]
         seen = activations(host, prompts, [site])
         last = [len(prompt) - 1 for prompt in prompts]

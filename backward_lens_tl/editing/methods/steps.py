@@ -26,12 +26,12 @@ from backward_lens_tl._checks import check_choice, plain, shown
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.objectives import Objective, SequenceNLL
 from backward_lens_tl.capture.run import capture_gradients
-from backward_lens_tl.capture.selection import select_layers, select_matrices
-from backward_lens_tl.editing.delta import MatrixDelta, site_of
+from backward_lens_tl.editing.delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.errors import EditError, InputError
+from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
+from backward_lens_tl.models.selection import find_editable
 
 Optimizer = Literal["sgd", "adam", "muon"]
 
@@ -95,15 +95,7 @@ class GradientStep(EditMethod):
 
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> Sequence[MatrixDelta]:
         """What the step adds to each matrix."""
-        try:
-            names, layers = select_matrices(self.matrices, host), select_layers(self.layers, host)
-        except EditError:
-            raise
-        except InputError as error:
-            raise EditError(str(error)) from error
-        for layer in layers:
-            for name in names:
-                site_of(host, name, layer)  # refuses a mixture of experts before any pass
+        find_editable(host, self.matrices, self.layers)  # refuses what cannot be edited
         targets = [request.target for request in requests]
         capture = capture_gradients(
             host.model,
@@ -111,8 +103,8 @@ class GradientStep(EditMethod):
             Objective(
                 "mean NLL of the targets", lambda prompts: SequenceNLL(targets, is_mean=True)
             ),
-            matrices=names,
-            layers=layers,
+            matrices=self.matrices,
+            layers=self.layers,
             prepend_bos=self.prepend_bos,
         )
         return [self._step(gradient) for gradient in capture]

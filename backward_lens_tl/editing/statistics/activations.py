@@ -14,41 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backward_lens_tl._checks import is_integer, shown
 from backward_lens_tl.capture.forward_backward import read_logits
 from backward_lens_tl.capture.hooks import Copies, Values
 from backward_lens_tl.capture.prompts import PromptBatch, pad_prompts
-from backward_lens_tl.editing.delta import site_of
-from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.precision import at_least_float32
-from backward_lens_tl.models.sites import ATTENTION_MATRICES, MatrixName, MatrixSite, Tap
+from backward_lens_tl.models.sites import MatrixSite, Tap
 from backward_lens_tl.models.taps import hooked
 
 Addition = Callable[[Float[Tensor, "*rows d_in"]], Float[Tensor, "*rows d_out"]]
 """From what a matrix reads to what is added to its output."""
-
-
-def mlp_site(host: Host, matrix: MatrixName, layer: int) -> MatrixSite:
-    """A matrix of an MLP that can be changed.
-
-    Args:
-        host: The model.
-        matrix: Its name.
-        layer: Its layer; negative ones count from the end.
-
-    Returns:
-        Where it is.
-
-    Raises:
-        EditError: If the model has no such layer or matrix, or it is one of attention.
-        UnsupportedModelError: If it cannot be changed.
-    """
-    if not is_integer(layer):
-        raise EditError(f"layer is {shown(layer)}; pass an integer")
-    if matrix in ATTENTION_MATRICES:
-        raise EditError(f"matrix {matrix!r} is one of attention; this edits those of the MLP")
-    return site_of(host, matrix, layer)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from backward_lens_tl._checks import check_kind
 from backward_lens_tl.capture.prompts import tokenize_prompts
 from backward_lens_tl.editing.requests import EditRequest, TokenizedRequest, tokenize_request
-from backward_lens_tl.editing.statistics.activations import activations, mlp_site
+from backward_lens_tl.editing.statistics.activations import activations
 from backward_lens_tl.editing.statistics.moments import SecondMoments
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
@@ -205,29 +205,6 @@ def checked_moments(
         )
     moments.check(host, layers)
     return moments
-
-
-def w_out_sites(host: Host, layers: Sequence[int]) -> list[MatrixSite]:
-    """`W_out` of some layers.
-
-    Args:
-        host: The model.
-        layers: The layers, negative ones from the end; each once, in the order of a forward pass.
-
-    Returns:
-        Where they are.
-
-    Raises:
-        EditError: If there is no layer, one does not exist, or they are not in order.
-    """
-    sites = [mlp_site(host, "W_out", layer) for layer in layers]
-    places = [site.layer for site in sites]
-    if not places or places != sorted(set(places)):
-        raise EditError(
-            f"layers are {tuple(layers)}; pass at least one, each once, from the lowest to the "
-            "highest"
-        )
-    return sites
 
 
 def _token_before(text: str, spans: Sequence[Span], behind: int) -> int:

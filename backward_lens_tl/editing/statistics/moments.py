@@ -24,14 +24,13 @@ from tqdm.auto import tqdm
 from backward_lens_tl._checks import is_integer, shown
 from backward_lens_tl.capture.forward_backward import read_logits
 from backward_lens_tl.capture.prompts import PromptBatch, pad_prompts, tokenize_prompts
-from backward_lens_tl.capture.selection import select_layers
-from backward_lens_tl.editing.statistics.activations import mlp_site
 from backward_lens_tl.editing.statistics.probes import PROBE_TOKENS, is_alike, last_reads
-from backward_lens_tl.errors import EditError, UnsupportedModelError
+from backward_lens_tl.errors import EditError, UnsupportedModelError, raised_as
 from backward_lens_tl.files.storage import Saved
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.checksums import tensors_digest
 from backward_lens_tl.models.precision import at_least_float32
+from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import MatrixName, MatrixSite
 from backward_lens_tl.models.taps import hooked
 
@@ -183,7 +182,7 @@ class SecondMoments(Saved):
         fits = max(self.probe) < host.d_vocab and len(self.probe) <= host.n_ctx
         if not fits or max(self.layers) >= host.n_layers:
             raise self._foreign(host)
-        sites = [mlp_site(host, self.matrix, layer) for layer in self.layers]
+        sites = find_editable(host, self.matrix, self.layers)
         found = last_reads(host, sites, self.probe)
         if not all(map(is_alike, self.probe_inputs, found)):
             raise self._foreign(host)
@@ -225,6 +224,7 @@ def facts_moments() -> SecondMoments:
         return SecondMoments.load(path)
 
 
+@raised_as(EditError)
 @torch.no_grad()
 def second_moments(
     model: nn.Module,
@@ -281,9 +281,8 @@ def second_moments(
     if isinstance(texts, str):
         raise EditError("texts is one text; pass a list of texts, or any other iterable of them")
     host = host_of(model)
-    chosen = select_layers(layers, host)
-    for layer in chosen:
-        mlp_site(host, matrix, layer)
+    sites = find_editable(host, matrix, layers, mlp_only=True)
+    chosen = tuple(site.layer for site in sites)
     file = None if out is None else Path(out)
     begun = _Collected.begin(host, matrix, chosen, prepend_bos)
     stream = (text for text in texts if text)
@@ -356,7 +355,7 @@ class _Collected:
         """Add what the matrix reads in some texts."""
         prompts = tokenize_prompts(host, texts, self.about.prepend_bos)
         rows = [prompt.ids[: host.n_ctx] for prompt in prompts]
-        sites = [mlp_site(host, self.about.matrix, layer) for layer in self.about.layers]
+        sites = find_editable(host, self.about.matrix, self.about.layers)
         if not self.about.probe:
             probe = tuple(rows[0][:PROBE_TOKENS])
             inputs = last_reads(host, sites, probe)

@@ -14,16 +14,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from backward_lens_tl._checks import listed
 from backward_lens_tl.capture.continuations import Continuations
 from backward_lens_tl.capture.forward_backward import record
 from backward_lens_tl.capture.objectives import SequenceNLL
 from backward_lens_tl.capture.run import check_sharing
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.statistics.activations import mlp_site
-from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.sites import MATRIX_NAMES, MatrixName, MatrixSite
+from backward_lens_tl.models.sites import MatrixName, MatrixSite
 
 Positions = Literal["all", "answer"]
 """`"all"` that the model reads, or those alone at which a token of the target is to be said."""
@@ -62,40 +59,6 @@ class SpanningPairs:
         )
 
 
-def mlp_sites(
-    host: Host, matrices: str | Sequence[str], layers: int | Sequence[int]
-) -> list[MatrixSite]:
-    """Matrices of MLPs that can be changed.
-
-    Args:
-        host: The model.
-        matrices: Their names; `"mlp"` is all that the model's MLPs have.
-        layers: Their layers; negative ones count from the end.
-
-    Returns:
-        Where they are, each once, in the order of a forward pass.
-
-    Raises:
-        EditError: If there is none, or the model lacks one.
-        UnsupportedModelError: If one cannot be changed, or several modules share it.
-    """
-    asked = listed(matrices)
-    names = [name for each in asked for name in (host.matrices("mlp") if each == "mlp" else [each])]
-    found = {}
-    for layer in listed(layers):
-        for name in names:
-            site = mlp_site(host, name, layer)
-            found[site.layer, MATRIX_NAMES.index(site.matrix)] = site
-    if not found:
-        raise EditError(
-            "no matrix is to be edited; name at least one, for example matrices=('W_out',), "
-            "layers=(-1,)"
-        )
-    sites = [found[key] for key in sorted(found)]
-    check_sharing(host, sites)
-    return sites
-
-
 def spanning_pairs(
     host: Host,
     requests: Sequence[TokenizedRequest],
@@ -113,6 +76,7 @@ def spanning_pairs(
     Returns:
         The pairs of each matrix, in float32, or in float64 if the model computes in it.
     """
+    check_sharing(host, sites)
     prompts = Continuations.of(
         host, [each.prompt for each in requests], [each.target for each in requests]
     )

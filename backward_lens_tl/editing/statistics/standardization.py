@@ -26,11 +26,12 @@ from backward_lens_tl.editing.requests import (
     tokenize_request,
 )
 from backward_lens_tl.editing.statistics.probes import PROBE_TOKENS, is_alike, last_reads
-from backward_lens_tl.editing.statistics.spanning import Positions, joined_pairs, mlp_sites
-from backward_lens_tl.errors import EditError
+from backward_lens_tl.editing.statistics.spanning import Positions, joined_pairs
+from backward_lens_tl.errors import EditError, raised_as
 from backward_lens_tl.files.storage import Saved
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.checksums import tensors_digest
+from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import MatrixName, MatrixSite
 
 EDITED_MATRICES: tuple[MatrixName, ...] = ("W_in", "W_out")
@@ -235,7 +236,8 @@ class PairStatistics(Saved):
         self.check(host)
         names = dict.fromkeys(name for name, _ in self.places) if matrices is None else matrices
         at = dict.fromkeys(layer for _, layer in self.places) if layers is None else layers
-        wanted = mlp_sites(host, list(listed(names)), list(listed(at)))
+        with raised_as(EditError):
+            wanted = find_editable(host, list(listed(names)), list(listed(at)), mlp_only=True)
         if matrices is None and layers is None:
             wanted = [site for site in wanted if (site.matrix, site.layer) in self.places]
         for site in wanted:
@@ -265,7 +267,8 @@ class PairStatistics(Saved):
             >>> from backward_lens_tl.models import host_of
             >>> statistics.check(host_of(model))  # raises if they are another model's
         """
-        [site] = mlp_sites(host, *self.places[0])
+        with raised_as(EditError):
+            [site] = find_editable(host, *self.places[0])
         if not any(token >= host.d_vocab for token in self.probe):
             [now] = last_reads(host, [site], self.probe)
             if is_alike(self.probe_inputs, now):
@@ -301,6 +304,7 @@ class PairStatistics(Saved):
         return f"PairStatistics({self.fingerprint}; {places})"
 
 
+@raised_as(EditError)
 def pair_statistics(
     model: nn.Module,
     requests: Iterable[EditRequest],
@@ -341,7 +345,7 @@ def pair_statistics(
     host = host_of(model)
     check_choice("positions", positions, ("all", "answer"), EditError)
     check_choice("prepend_bos", prepend_bos, (True, False, None), EditError)
-    sites = mlp_sites(host, matrices, layers)
+    sites = find_editable(host, matrices, layers, mlp_only=True)
     asked = listed_requests(requests if isinstance(requests, EditRequest) else list(requests))
     tokenized = [tokenize_request(host, request, prepend_bos) for request in asked]
     running = [_Running() for _ in sites]

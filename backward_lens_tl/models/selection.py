@@ -1,0 +1,144 @@
+"""Find weight matrices: names and layers, resolved and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from backward_lens_tl._checks import is_index, listed, shown
+from backward_lens_tl.errors import InputError, UnsupportedModelError
+from backward_lens_tl.models import Host
+from backward_lens_tl.models.sites import (
+    ATTENTION_MATRICES,
+    MATRIX_NAMES,
+    MatrixName,
+    MatrixSite,
+    Site,
+)
+
+
+def select_matrices(matrices: str | Sequence[str], host: Host) -> tuple[MatrixName, ...]:
+    """Resolve the `matrices` argument.
+
+    Args:
+        matrices: Names among `W_Q`, `W_K`, `W_V`, `W_O`, `W_in`, `W_gate`, `W_out`, or the groups
+            `"attn"`, `"mlp"` (those that the model has) and `"all"`, alone or in a sequence.
+        host: The model.
+
+    Returns:
+        Names without repeats, in the order in which a layer uses them.
+
+    Raises:
+        InputError: If a name is unknown, or no matrix is given.
+    """
+    asked = listed(matrices)
+    wanted: set[str] = set()
+    for name in asked:
+        if not isinstance(name, str) or name not in (*MATRIX_NAMES, "attn", "mlp", "all"):
+            raise InputError(
+                f"unknown matrix {name!r}; allowed are {', '.join(MATRIX_NAMES)} and the groups "
+                "'attn', 'mlp' and 'all'"
+            )
+        if name in ("attn", "all"):
+            wanted.update(host.matrices("attn"))
+        if name == "mlp" or (name == "all" and host.has_mlp):
+            wanted.update(host.matrices("mlp"))
+        wanted.add(name)
+    if not wanted:
+        raise InputError("no matrix was asked for; name one, for example matrices=('W_out',)")
+    return tuple(name for name in MATRIX_NAMES if name in wanted)
+
+
+def select_layers(layers: int | Sequence[int] | None, host: Host) -> tuple[int, ...]:
+    """Resolve the `layers` argument.
+
+    Args:
+        layers: Indices, negative ones from the end, or `None` for all.
+        host: The model.
+
+    Returns:
+        Indices from 0, ascending, without repeats.
+
+    Raises:
+        InputError: If an index is out of range, or no layer is given.
+    """
+    n = host.n_layers
+    if layers is None:
+        return tuple(range(n))
+    asked = listed(layers)
+    for layer in asked:
+        if not is_index(layer, n):
+            raise InputError(f"layer {shown(layer)} does not exist; allowed are {-n} to {n - 1}")
+    if not asked:
+        raise InputError("no layer was asked for; leave `layers` out for all of them")
+    return tuple(sorted({int(layer) % n for layer in asked}))
+
+
+def find_sites(
+    host: Host, matrices: str | Sequence[str], layers: int | Sequence[int] | None
+) -> list[Site]:
+    """Find weight matrices.
+
+    Args:
+        host: The model.
+        matrices: Names or groups, as in `select_matrices`.
+        layers: Indices, or `None` for all, as in `select_layers`.
+
+    Returns:
+        The sites, each once, in the order of a forward pass.
+    """
+    names = select_matrices(matrices, host)
+    return [site for layer in select_layers(layers, host) for site in host.sites(layer, names)]
+
+
+def find_editable(
+    host: Host,
+    matrices: str | Sequence[str],
+    layers: int | Sequence[int] | None,
+    *,
+    mlp_only: bool = False,
+) -> list[MatrixSite]:
+    """Find weight matrices that can be changed: what the model computes then changes with them.
+
+    Args:
+        host: The model.
+        matrices: As in `find_sites`.
+        layers: As in `find_sites`.
+        mlp_only: Whether matrices of attention are refused.
+
+    Returns:
+        The sites, each once, in the order of a forward pass.
+
+    Raises:
+        InputError: If a matrix of attention is refused.
+        UnsupportedModelError: If a matrix belongs to a mixture of experts, is recomputed from other
+            parameters at each use, or serves several heads of its output.
+    """
+    sites = find_sites(host, matrices, layers)
+    for site in sites:
+        if mlp_only and site.matrix in ATTENTION_MATRICES:
+            raise InputError(
+                f"{site.matrix} is a matrix of attention; allowed are those of the MLP, "
+                f"{', '.join(host.matrices('mlp'))}"
+            )
+    return [_editable(host, site) for site in sites]
+
+
+def _editable(host: Host, site: Site) -> MatrixSite:
+    name = f"{site.matrix} of layer {site.layer}"
+    if not isinstance(site, MatrixSite):
+        raise UnsupportedModelError(
+            f"{name} belongs to a mixture of {site.n_experts} experts and cannot be edited; choose "
+            "a matrix that is a single weight, such as those of attention (matrices='attn')"
+        )
+    (again,) = host.sites(site.layer, (site.matrix,))
+    if again.weights[0] is not site.weight.parameter:
+        raise UnsupportedModelError(
+            f"{name} is computed from other parameters, as by a parametrization, and cannot be "
+            "edited; remove the parametrization"
+        )
+    if site.heads_per_weight > 1:
+        raise UnsupportedModelError(
+            f"{name} has one weight for {site.heads_per_weight} heads of its output; switch off "
+            "ungroup_grouped_query_attention"
+        )
+    return site
