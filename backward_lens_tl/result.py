@@ -31,7 +31,7 @@ from backward_lens_tl.capture.selection import position_index
 from backward_lens_tl.data.segments import Subject, batch_segments
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.files.exports import write_csv, write_parquet
-from backward_lens_tl.files.storage import read_one, replacing, write
+from backward_lens_tl.files.storage import read, replacing, write
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.sites import MatrixName
 from backward_lens_tl.readout.cells import Cell, TokenScore
@@ -824,4 +824,5 @@ class BackwardLensResult:
             >>> again.top_tokens("W_out", layer=6, pos=-1, k=1)
             [' Paris']
         """
-        return read_one(path, cls, _SAVED_TYPES)
+        found: BackwardLensResult = read(path, (cls,), _SAVED_TYPES)
+        return found

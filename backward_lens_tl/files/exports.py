@@ -1,4 +1,4 @@
-"""Tables as files that other programs read."""
+"""Tables as CSV and Parquet, written atomically."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def write_csv(table: pd.DataFrame, path: str | Path) -> None:
-    """Write a table as CSV in UTF-8; lists in its cells become JSON.
+    """Write a table as CSV in UTF-8, with lists in its cells as JSON.
 
-    JSON has no infinite numbers: such a score is a text there, as `"-inf"`.
+    JSON has no infinite numbers: in a list they become strings, such as `"-inf"`.
 
     Args:
         table: The table.
-        path: The file; one that exists is replaced, at once and as a whole. An ending such as
-            `.csv.gz` compresses it.
+        path: The file. An existing file is replaced atomically. A suffix such as `.csv.gz`
+            compresses it.
 
     Raises:
         ResultFileError: If the file cannot be written.
@@ -40,11 +40,11 @@ def _json(values: list[object]) -> str:
 
 
 def write_parquet(table: pd.DataFrame, path: str | Path) -> None:
-    """Write a table as Parquet; lists in its cells stay lists.
+    """Write a table as Parquet. Lists in its cells stay lists.
 
     Args:
         table: The table.
-        path: The file; one that exists is replaced, at once and as a whole.
+        path: The file. An existing file is replaced atomically.
 
     Raises:
         ResultFileError: If the file cannot be written, or pyarrow is not installed.

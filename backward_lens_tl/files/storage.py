@@ -1,7 +1,7 @@
 """Dataclasses of tensors in one safetensors file, without pickle.
 
-Tensors lie in the file under the path of fields that leads to them; the file's header holds the
-rest as JSON, in which a tensor, a dataclass or a mapping is an object with one key of those below.
+Each tensor is stored under the path of fields that leads to it. The metadata hold everything else
+as JSON, in which a tensor, a dataclass or a mapping is an object with one of the keys below.
 """
 
 from __future__ import annotations
@@ -25,24 +25,23 @@ from backward_lens_tl._checks import check_path
 from backward_lens_tl.errors import ResultFileError
 from backward_lens_tl.models.checksums import tensors_digest
 
-_T = TypeVar("_T")
 _SavedT = TypeVar("_SavedT", bound="Saved")
 
 FORMAT_VERSION = 4
-"""Raised when older files can no longer be read."""
+"""Increased when older files can no longer be read."""
 
 _KEY, _DIGEST = "backward_lens_tl", "sha256"
 _TENSOR, _DATACLASS, _FIELDS, _MAPPING = "tensor", "dataclass", "fields", "mapping"
 
 
 def write(path: str | Path, value: object, about: Mapping[str, object]) -> None:
-    """Write a dataclass and all that it holds to one file.
+    """Write a dataclass and everything in it to one file.
 
     Args:
-        path: The file; one that exists is replaced, at once and as a whole.
-        value: The dataclass: tensors, texts, numbers, `None`, and tuples, mappings and dataclasses
-            of those.
-        about: What it is and what wrote it, for the header, as JSON can hold it.
+        path: The file. An existing file is replaced atomically.
+        value: The dataclass. It may contain tensors, strings, numbers, `None`, and tuples, mappings
+            and dataclasses of these.
+        about: Further entries of the header, as JSON.
 
     Raises:
         ResultFileError: If the file cannot be written.
@@ -50,7 +49,7 @@ def write(path: str | Path, value: object, about: Mapping[str, object]) -> None:
     tensors: dict[str, Tensor] = {}
     tree = _packed(value, _KEY, tensors, names={})
     header = json.dumps({"format": FORMAT_VERSION, **about, "tree": tree})
-    # Different tensors may share memory, which the format does not allow: each gets its own.
+    # Tensors may share memory, which the format does not allow: each gets its own.
     owned = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -61,27 +60,26 @@ def write(path: str | Path, value: object, about: Mapping[str, object]) -> None:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Write a file at once and as a whole: what is at its path stays until the new one is complete.
+    """Write a file atomically: an existing file stays until the new one is complete.
 
     Args:
         path: The file.
 
     Yields:
-        Where to write.
+        The temporary file to write to. It is in the same folder, hidden, and has the same suffix,
+        from which pandas infers the compression.
 
     Raises:
         ResultFileError: If the file cannot be written.
     """
     check_path(path, ResultFileError)
-    file = Path(path)
+    file, name = Path(path), repr(os.fspath(path))
     if os.path.isdir(file):
-        raise ResultFileError(f"{os.fspath(path)!r} cannot be written: it is a folder")
+        raise ResultFileError(f"{name} cannot be written: it is a folder")
     if not os.path.isdir(file.parent):
         raise ResultFileError(
-            f"{os.fspath(path)!r} cannot be written: there is no folder {os.fspath(file.parent)!r}"
+            f"{name} cannot be written: there is no folder {os.fspath(file.parent)!r}"
         )
-    # With the file's own ending, from which pandas tells whether to compress.
-    # Hidden, since whoever reads all files of a folder is not to read this one.
     partial = file.with_name(f".{uuid4().hex}.partial.{file.name}")
     try:
         partial.touch()
@@ -89,115 +87,92 @@ def replacing(path: str | Path) -> Iterator[Path]:
         mode = (file if file.exists() else partial).stat().st_mode
         yield partial
         with partial.open("rb") as written:
-            os.fsync(written.fileno())  # or the name could outlive the content in a power cut
+            os.fsync(
+                written.fileno()
+            )  # otherwise a power cut could keep the name and lose the content
         partial.chmod(mode)
         partial.replace(file)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ResultFileError(f"{os.fspath(path)!r} cannot be written: {error}") from error
+        raise ResultFileError(f"{name} cannot be written: {error}") from error
     finally:
         with suppress(OSError, ValueError):
             partial.unlink()
 
 
 def read(path: str | Path, kinds: Sequence[type], parts: Sequence[type]) -> Any:
-    """Read back what `write` wrote.
+    """Read a dataclass that `write` wrote.
 
     Args:
         path: The file.
-        kinds: The dataclasses that it may hold; where it holds none of them, the first is said to
-            be missing.
-        parts: Other dataclasses that may be in those.
+        kinds: The dataclasses that it may hold.
+        parts: Other dataclasses that it may contain.
 
     Returns:
-        The dataclass, its tensors on the CPU.
+        The dataclass, with its tensors on the CPU.
 
     Raises:
-        ResultFileError: If the file is missing, damaged, not a saved result, of a later format, or
-            holds something else.
+        ResultFileError: If the file is missing or damaged, has another format, or holds something
+            else.
     """
     check_path(path, ResultFileError)
+    name = repr(os.fspath(path))
     if os.path.isdir(path):
-        raise ResultFileError(f"{os.fspath(path)!r} cannot be read: it is a folder")
+        raise ResultFileError(f"{name} cannot be read: it is a folder")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
         raise ResultFileError(
-            f"{os.fspath(path)!r} cannot be read: it is not a file that result.save(path) wrote, "
-            f"or it is damaged ({error})"
+            f"{name} cannot be read: it is missing, damaged, or not a file that .save(path) wrote "
+            f"({error})"
         ) from error
-    except (OSError, ValueError) as error:
-        raise ResultFileError(f"{os.fspath(path)!r} cannot be read: {error}") from error
     if _KEY not in metadata:
-        raise ResultFileError(
-            f"{os.fspath(path)!r} is a safetensors file, but not one that result.save(path) wrote"
-        )
+        raise ResultFileError(f"{name} is a safetensors file, but not one that .save(path) wrote")
     try:
-        header: Any = json.loads(metadata[_KEY])
-    except (ValueError, RecursionError) as error:
-        raise ResultFileError(f"{os.fspath(path)!r} has a damaged header: {error}") from error
-    if not isinstance(header, dict):
-        raise ResultFileError(f"{os.fspath(path)!r} has a damaged header: {header!r}")
-    if header.get("format") != FORMAT_VERSION:
+        header = json.loads(metadata[_KEY])
+        found, held = header["format"], header["tree"][_DATACLASS]
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ResultFileError(
-            f"{os.fspath(path)!r} has format {header.get('format')}; this version reads "
-            f"{FORMAT_VERSION}. Install the backward-lens-tl that wrote it, "
-            f"{header.get('backward_lens_tl', 'of unknown version')}"
+            f"{name} is damaged: its header cannot be read ({error!r})"
+        ) from error
+    if found != FORMAT_VERSION:
+        raise ResultFileError(
+            f"{name} has format {found}, and this version reads {FORMAT_VERSION}; install "
+            f"backward-lens-tl {header.get('backward_lens_tl', '')}, which wrote it"
         )
     if metadata.get(_DIGEST) != tensors_digest(tensors, metadata[_KEY]):
-        raise ResultFileError(f"{os.fspath(path)!r} is damaged: its contents have changed")
-    try:
-        held = str(header["tree"][_DATACLASS])
-        if held in [kind.__name__ for kind in kinds]:
-            types = {each.__name__: each for each in (*kinds, *parts)}
-            return _unpacked(header["tree"], tensors, types)
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ResultFileError(f"{name} is damaged: its checksum does not match its contents")
+    if held not in [kind.__name__ for kind in kinds]:
         raise ResultFileError(
-            f"{os.fspath(path)!r} is damaged: {type(error).__name__} {error}"
-        ) from error
-    raise ResultFileError(
-        f"{os.fspath(path)!r} holds a {held}, no {kinds[0].__name__}; read it with {held}.load"
-    )
-
-
-def read_one(path: str | Path, kind: type[_T], parts: Sequence[type]) -> _T:
-    """Read back one dataclass that `write` wrote.
-
-    Args:
-        path: The file.
-        kind: The dataclass.
-        parts: Other dataclasses that may be in it.
-
-    Returns:
-        The dataclass, its tensors on the CPU.
-
-    Raises:
-        ResultFileError: As for `read`.
-    """
-    found: _T = read(path, (kind,), parts)
-    return found
+            f"{name} holds a {held}, not a {kinds[0].__name__}; read it with {held}.load"
+        )
+    types = {each.__name__: each for each in (*kinds, *parts)}
+    try:
+        return _unpacked(header["tree"], tensors, types)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultFileError(f"{name} is damaged: {error!r}") from error
 
 
 class Saved:
-    """A dataclass that lies in a file of its own.
+    """A dataclass with a file format.
 
     Attributes:
         WHAT: What it is, for the file's header.
-        PARTS: Other dataclasses that are in it.
+        PARTS: Other dataclasses that it may contain.
     """
 
     WHAT: ClassVar[str]
     PARTS: ClassVar[tuple[type, ...]] = ()
 
     def save(self, path: str | Path) -> None:
-        """Write it to one safetensors file.
+        """Write to one safetensors file.
 
         Args:
-            path: The file; one that exists is replaced as a whole.
+            path: The file. An existing file is replaced atomically.
 
         Raises:
-            ResultFileError: If it cannot be written.
+            ResultFileError: If the file cannot be written.
 
         Examples:
             >>> delta.save(folder / "paris.safetensors")
@@ -209,27 +184,28 @@ class Saved:
 
     @classmethod
     def load(cls: type[_SavedT], path: str | Path) -> _SavedT:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Args:
             path: The file.
 
         Returns:
-            The same, its tensors on the CPU.
+            The same object, with its tensors on the CPU.
 
         Raises:
-            ResultFileError: If the file holds something else, or is damaged.
+            ResultFileError: If the file is damaged or holds something else.
 
         Examples:
             >>> delta.save(folder / "paris.safetensors")
             >>> blt.editing.WeightDelta.load(folder / "paris.safetensors")
             WeightDelta(ForwardPassShift, W_out of layer 5)
         """
-        return read_one(path, cls, cls.PARTS)
+        found: _SavedT = read(path, (cls,), cls.PARTS)
+        return found
 
 
 def _packed(value: Any, path: str, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
-    """A value as JSON holds it, with its tensors put aside, each once."""
+    """A value as JSON; its tensors are added to `tensors`, each once."""
     if isinstance(value, Tensor):
         name = names.setdefault(id(value), path)
         tensors[name] = value

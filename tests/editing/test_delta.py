@@ -659,7 +659,7 @@ def test_files_that_hold_no_edit(tmp_path: Path) -> None:
         ("flipped", "damaged"),
         ("short", "damaged"),
         ("missing", "cannot be read"),
-        ("other", "holds a MatrixDelta, no WeightDelta"),
+        ("other", "holds a MatrixDelta, not a WeightDelta"),
     ):
         with pytest.raises(ResultFileError, match=message):
             WeightDelta.load(tmp_path / name)

@@ -384,7 +384,7 @@ def test_a_saved_editor_comes_back_bit_for_bit_and_makes_the_same_edits(
         "prepend_bos": None,
     }
     editor.statistics.save(tmp_path / "statistics.safetensors")
-    with pytest.raises(ResultFileError, match="holds a PairStatistics, no MENDEditor"):
+    with pytest.raises(ResultFileError, match="holds a PairStatistics, not a MENDEditor"):
         train(one_gpt2, out=tmp_path / "statistics.safetensors")
 
 
