@@ -1896,7 +1896,7 @@ def documented_verdicts(column: int) -> dict[str, str]:
     """What the page says of a model, by experiment."""
     rows = re.findall(
         r"^\| `(\w+)` \| ([^|]*) \| ([^|]*) \|",
-        section("What was found on small models"),
+        section("Results on small models"),
         flags=re.M,
     )
     words_of = {
