@@ -259,7 +259,7 @@ scores.summary().set_index("method")[columns].round(2)
 
 # %% [markdown]
 # Six records are few, and the shift's size of 30 was not tuned.
-# [Editing](../docs/editing.md#what-was-found-on-the-facts-model) has a hundred records and tuned settings, and
+# [Editing](../docs/editing.md#results-on-the-facts-model) has a hundred records and tuned settings, and
 # other numbers: efficacy, paraphrase and neighborhood are 97, 87 and 18 there for a fixed shift, 100, 41 and
 # 61 for the least size, 100, 95 and 96 for ROME, 97, 96 and 93 for MEMIT. Here:
 #

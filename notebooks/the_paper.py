@@ -490,7 +490,7 @@ edited.assign(after=after)
 # **Agrees** as far as this goes: all six say what was wanted. What becomes of paraphrases, of neighbors
 # and of other text, and how ROME, MEMIT and fine-tuning do (table 1, figure 24), takes more than six
 # prompts. That is the [editing notebook](editing.ipynb), and [all numbers for this
-# model](../docs/editing.md#what-was-found-on-the-facts-model).
+# model](../docs/editing.md#results-on-the-facts-model).
 #
 # ## All of it, with verdicts
 #
