@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from backward_lens_tl.models.loading import load_facts_model as load_facts_model
     from backward_lens_tl.models.loading import load_model as load_model
     from backward_lens_tl.readout.projections import Projection as Projection
+    from backward_lens_tl.readout.vectors import VectorReadout as VectorReadout
+    from backward_lens_tl.readout.vectors import read_vectors as read_vectors
     from backward_lens_tl.reproduction import reproduce as reproduce
     from backward_lens_tl.result import BackwardLensResult as BackwardLensResult
     from backward_lens_tl.sweeps import Sweep as Sweep
@@ -65,6 +67,7 @@ _HOMES = {
     "lens": ("backward_lens",),
     "models.loading": ("load_facts_model", "load_model"),
     "readout.projections": ("Projection",),
+    "readout.vectors": ("VectorReadout", "read_vectors"),
     "reproduction": ("reproduce",),
     "result": ("BackwardLensResult",),
     "sweeps": ("Sweep", "SweepConfig", "sweep"),

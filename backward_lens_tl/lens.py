@@ -32,13 +32,9 @@ from backward_lens_tl.models import host_of
 from backward_lens_tl.models.sites import WRITING_MATRICES
 from backward_lens_tl.models.vocabulary import MultiToken, Vocabulary
 from backward_lens_tl.readout.projections import LogitLens, Projection, as_projections
-from backward_lens_tl.readout.readout import (
-    Reading,
-    ReadoutGrid,
-    VectorGroup,
-    checked_k,
-    read_vectors,
-)
+from backward_lens_tl.readout.readout import Reading, ReadoutGrid
+from backward_lens_tl.readout.streaming import VectorGroup, read_groups
+from backward_lens_tl.readout.topk import checked_k
 from backward_lens_tl.result import BackwardLensResult
 
 Direction = Literal["update", "gradient"]
@@ -221,7 +217,7 @@ class _Reader:
             )
             for matrix, layer in distinct.values()
         )
-        by_projection = read_vectors(
+        by_projection = read_groups(
             groups,
             list(self.projections.values()),
             self.k,

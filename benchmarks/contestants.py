@@ -7,7 +7,7 @@ the `x_i` of `W_in` and the `delta_i` of `W_out` through final norm and unembedd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,11 +17,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from backward_lens_tl import BackwardLensResult, GradientCapture, backward_lens, target_nll
+from backward_lens_tl import (
+    BackwardLensResult,
+    GradientCapture,
+    VectorReadout,
+    backward_lens,
+    read_vectors,
+    target_nll,
+)
 from backward_lens_tl import capture_gradients as capture_factors
-from backward_lens_tl.models import host_of
-from backward_lens_tl.readout.projections import as_projection
-from backward_lens_tl.readout.readout import Readout, VectorGroup, read_vectors
 from benchmarks.sizes import Question, Size
 
 Contestant = Callable[[Any, Question], object]
@@ -56,28 +60,25 @@ def capture(model: Any, question: Question) -> GradientCapture:
     return capture_factors(model, question.ids, target_nll(question.target))
 
 
-def groups_of(captured: GradientCapture) -> list[VectorGroup]:
-    """What `lens` reads of a capture, matrix by matrix and layer by layer."""
+def vectors_of(
+    captured: GradientCapture,
+) -> tuple[Float[Tensor, "matrix_layer batch pos d_model"], Int[Tensor, "matrix_layer batch pos"]]:
+    """What `lens` reads of a capture, matrix by matrix and layer by layer, and the targets."""
     if captured.targets is None:
         raise ValueError("the capture has no target to rank")
-    targets = captured.targets[:, None].expand(captured.mask.shape).flatten()
-    ranked = torch.stack([targets, torch.full_like(targets, -1)], dim=1)
-    return [
-        VectorGroup(
-            gradient.layer,
-            (gradient.inputs if matrix == "W_in" else -gradient.vjps).flatten(0, 1),
-            ranked,
-        )
-        for matrix in captured.matrices
-        for gradient in (captured[matrix, layer] for layer in captured.layers)
-    ]
+    vectors = torch.stack(
+        [
+            gradient.inputs if matrix == "W_in" else -gradient.vjps
+            for matrix in captured.matrices
+            for gradient in (captured[matrix, layer] for layer in captured.layers)
+        ]
+    )
+    return vectors, captured.targets[:, None].expand(vectors.shape[:-1])
 
 
-def reading(model: Any, groups: Sequence[VectorGroup]) -> Sequence[Readout]:
-    """The second part of `lens`: the words."""
-    host = host_of(model)
-    [read] = read_vectors(groups, [as_projection("logit_lens", host)], K, host.d_vocab_out)
-    return read
+def reading(model: Any, vectors: Tensor, targets: Tensor) -> VectorReadout:
+    """The second part of `lens`: the tokens."""
+    return read_vectors(model, vectors, targets, k=K)
 
 
 # --------------------------------------------------------------------------- TransformerLens's tool

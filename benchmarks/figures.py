@@ -270,13 +270,13 @@ def against_floor(bench: Bench, model: Any, asked: Question, *, is_goal: bool = 
         Median seconds of each, and the ratios `whole`, `capture` and `reading`.
     """
     vectors = contestants.passes(model, asked)
-    groups = contestants.groups_of(contestants.capture(model, asked))
+    read = contestants.vectors_of(contestants.capture(model, asked))
     runs: dict[str, Thunk] = {
         "ours": partial(contestants.lens, model, asked),
         "passes": partial(contestants.passes, model, asked),
         "product": partial(contestants.product, vectors, model.W_U),
         "capture": partial(contestants.capture, model, asked),
-        "reading": partial(contestants.reading, model, groups),
+        "reading": partial(contestants.reading, model, *read),
     }
     timings = bench.interleave(runs, is_goal=is_goal)
     found = _times(timings)

@@ -163,14 +163,12 @@ def test_the_floor_has_our_factors(size, monkeypatch):
 def test_our_two_parts_are_our_whole(size):
     model, asked = hooked(size, "cpu"), ask(size)
     whole = contestants.lens(model, asked)
-    parts = contestants.reading(model, contestants.groups_of(contestants.capture(model, asked)))
-    expected = [
-        (whole.readout(matrix), layer) for matrix in ("W_in", "W_out") for layer in whole.layers
-    ]
-    for part, (readout, layer) in zip(parts, expected, strict=True):
-        assert torch.equal(part.top_ids, readout.top_ids[layer].flatten(0, 1))
-        assert torch.equal(part.bottom_ids, readout.bottom_ids[layer].flatten(0, 1))
-        assert torch.equal(part.target_rank, readout.target_rank[layer].flatten())
+    parts = contestants.reading(model, *contestants.vectors_of(contestants.capture(model, asked)))
+    expected = [whole.readout(matrix) for matrix in ("W_in", "W_out")]
+    for name in ("top_ids", "bottom_ids", "target_rank"):
+        assert torch.equal(
+            getattr(parts, name), torch.cat([getattr(readout, name) for readout in expected])
+        )
 
 
 @hooked_only

@@ -454,7 +454,7 @@ def test_k_may_be_the_whole_vocabulary(gpt2: Case) -> None:
 def test_chunks_of_one_vector_give_the_same(gpt2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case, tokens = gpt2, gpt2.tokens(3, 3)
     whole = backward_lens(case.model, tokens, TARGET, matrices="mlp")
-    monkeypatch.setattr("backward_lens_tl.readout.readout._CPU_CHUNK", 1)
+    monkeypatch.setattr("backward_lens_tl.readout.streaming._CPU_CHUNK", 1)
     calls = Ties()
     backward_lens(case.model, tokens, TARGET, projection=calls, matrices="W_in", layers=0)
     assert len(calls.layers) == 6

@@ -11,6 +11,7 @@ scores over the vocabulary are larger still.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,11 +22,11 @@ from backward_lens_tl._checks import check_index, is_integer, shown
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.models import Host, host_of
+from backward_lens_tl.models import host_of
 from backward_lens_tl.models.precision import at_least_float32
-from backward_lens_tl.readout.projections import Projection, as_projection
-from backward_lens_tl.readout.readout import Readout, VectorGroup, checked_k, read_vectors
+from backward_lens_tl.readout.projections import Projection
 from backward_lens_tl.readout.tables import norm_ranks
+from backward_lens_tl.readout.vectors import read_vectors
 from backward_lens_tl.result import BackwardLensResult
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _ZERO_VECTOR = "zero vector"
 
 def neuron_tokens(
     model: nn.Module,
-    gradients: GradientCapture | BackwardLensResult,
+    capture: GradientCapture | BackwardLensResult,
     matrix: str,
     layer: int,
     batch: int = 0,
@@ -57,7 +58,7 @@ def neuron_tokens(
 
     Args:
         model: The model that the gradients are of.
-        gradients: The gradients, or a result of `backward_lens`.
+        capture: The gradients, or a result of `backward_lens`.
         matrix: Name of the matrix.
         layer: The layer, from 0.
         batch: Which prompt.
@@ -86,28 +87,30 @@ def neuron_tokens(
     """
     import pandas as pd
 
-    reader = _Reader(model, gradients, matrix, layer, projection, k)
+    gradient = _capture_of(capture, model)[matrix, layer]
     if not is_integer(per_group) or int(per_group) < 1:
         raise InputError(f"per_group is {shown(per_group)}; pass a number of neurons, 1 or more")
-    norms = reader.gradient.neuron_norms(batch).cpu()
+    norms = gradient.neuron_norms(batch).cpu()
     groups = _by_length(norms, int(per_group))
     neurons = [neuron for _, _, neuron in groups]
-    vectors = [reader.gradient.neuron(neuron, batch) for neuron in neurons]
-    read = reader.read(torch.stack([*vectors, reader.nothing]))
+    nothing = torch.zeros_like(gradient.neuron(0, batch))
+    vectors = torch.stack([*(gradient.neuron(neuron, batch) for neuron in neurons), nothing])
+    read = read_vectors(model, vectors, projection=projection, layer=layer, k=k)
     return pd.DataFrame(
         {
             "group": [*(group for group, _, _ in groups), _ZERO_VECTOR],
             "neuron": pd.array([*neurons, None], dtype="Int64"),
             "norm": [*norms[neurons].tolist(), 0.0],
             "norm_rank": pd.array([*(rank for _, rank, _ in groups), None], dtype="Int64"),
-            **reader.words(read),
+            "top_tokens": read.top_tokens,
+            "bottom_tokens": read.bottom_tokens,
         }
     )
 
 
 def spanning_tokens(
     model: nn.Module,
-    gradients: GradientCapture | BackwardLensResult,
+    capture: GradientCapture | BackwardLensResult,
     matrix: str,
     layer: int,
     batch: int = 0,
@@ -119,7 +122,7 @@ def spanning_tokens(
 
     Args:
         model: The model that the gradients are of.
-        gradients: The gradients, or a result of `backward_lens`.
+        capture: The gradients, or a result of `backward_lens`.
         matrix: Name of the matrix.
         layer: The layer, from 0.
         batch: Which prompt.
@@ -146,21 +149,23 @@ def spanning_tokens(
     """
     import pandas as pd
 
-    reader = _Reader(model, gradients, matrix, layer, projection, k)
-    vectors = reader.spanning(batch)
+    found = _capture_of(capture, model)
+    vectors = _spanning(found[matrix, layer], batch)
+    read = read_vectors(model, vectors, projection=projection, layer=layer, k=k)
     return pd.DataFrame(
         {
             "position": range(len(vectors)),
-            "token": list(reader.capture.str_tokens[batch]),
+            "token": list(found.str_tokens[batch]),
             "norm": torch.linalg.vector_norm(vectors.double(), dim=-1).tolist(),
-            **reader.words(reader.read(vectors)),
+            "top_tokens": read.top_tokens,
+            "bottom_tokens": read.bottom_tokens,
         }
     )
 
 
 def neuron_overlap(
     model: nn.Module,
-    gradients: GradientCapture | BackwardLensResult,
+    capture: GradientCapture | BackwardLensResult,
     matrix: str,
     layer: int,
     batch: int = 0,
@@ -172,7 +177,7 @@ def neuron_overlap(
 
     Args:
         model: The model that the gradients are of.
-        gradients: The gradients, or a result of `backward_lens`.
+        capture: The gradients, or a result of `backward_lens`.
         matrix: Name of the matrix.
         layer: The layer, from 0.
         batch: Which prompt.
@@ -202,14 +207,16 @@ def neuron_overlap(
     """
     import pandas as pd
 
-    reader = _Reader(model, gradients, matrix, layer, projection, k)
-    gradient = reader.gradient
+    found = _capture_of(capture, model)
+    gradient = found[matrix, layer]
+    read = partial(read_vectors, model, projection=projection, layer=layer, k=k)
     similarity = gradient.neuron_similarity(batch).cpu()
     norms = gradient.neuron_norms(batch).cpu()
     ranks = norm_ranks(norms)
-    compared = reader.read(torch.cat([reader.spanning(batch), reader.nothing[None]])).top_ids
-    tops = torch.cat([reader.read(block).top_ids for block in _blocks(gradient, batch)])
-    overlap = _shared_parts(tops, compared, reader.host.d_vocab_out).cpu()
+    spanning = _spanning(gradient, batch)
+    compared = read(torch.cat([spanning, torch.zeros_like(spanning[:1])])).top_ids
+    tops = torch.cat([read(block).top_ids for block in _blocks(gradient, batch)])
+    overlap = _overlaps(tops, compared).cpu()
     neurons, columns = overlap.shape
     places = [*range(columns - 1), None]
     no_angle = similarity.new_full((neurons, 1), float("nan"))
@@ -219,87 +226,35 @@ def neuron_overlap(
             "neuron_norm": norms.repeat_interleave(columns).numpy(),
             "norm_rank": ranks.repeat_interleave(columns).numpy(),
             "position": pd.array(places * neurons, dtype="Int64"),
-            "token": [*reader.capture.str_tokens[batch], _ZERO_VECTOR] * neurons,
+            "token": [*found.str_tokens[batch], _ZERO_VECTOR] * neurons,
             "similarity": torch.cat([similarity, no_angle], dim=1).flatten().numpy(),
             "overlap": overlap.flatten().numpy(),
         }
     )
 
 
-class _Reader:
-    """One gradient, and how vectors beside it are read.
-
-    Args:
-        model: The model.
-        gradients: The gradients, or a result that has them.
-        matrix: Name of the matrix.
-        layer: The layer.
-        projection: How vectors are scored.
-        k: Tokens to keep at either end.
-
-    Raises:
-        InputError: If one of them is not usable, or the gradients are of another model.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        gradients: GradientCapture | BackwardLensResult,
-        matrix: str,
-        layer: int,
-        projection: str | Projection,
-        k: int,
-    ) -> None:
-        self.host = host_of(model)
-        self.capture = _capture_of(gradients)
-        self.gradient = self.capture[matrix, layer]
-        self._projection = as_projection(projection, self.host)
-        self._k = checked_k(k, self.host.d_vocab_out)
-        _check_width(self.gradient, self.host)
-
-    @property
-    def nothing(self) -> Float[Tensor, "d_model"]:
-        """The zero vector, beside the gradient's factors."""
-        return at_least_float32(self.gradient.vjps.new_zeros(self.host.d_model))
-
-    def spanning(self, batch: int) -> Float[Tensor, "n d_model"]:
-        """The vectors that span one prompt's gradient, without padding."""
-        check_index("prompt", batch, len(self.gradient.mask))
-        return at_least_float32(self.gradient.spanning_set[batch, self.gradient.mask[batch]])
-
-    def read(self, vectors: Float[Tensor, "n d_model"]) -> Readout:
-        """Score every token for every vector, and keep the best and the smallest."""
-        unranked = torch.full((len(vectors), 2), -1, device=vectors.device)
-        group = VectorGroup(self.gradient.layer, vectors, unranked)
-        return read_vectors([group], [self._projection], self._k, self.host.d_vocab_out)[0][0]
-
-    def words(self, read: Readout) -> dict[str, list[list[str]]]:
-        """The columns of texts."""
-        vocabulary = self.host.vocabulary
-        return {
-            "top_tokens": [list(vocabulary.texts(ids)) for ids in read.top_ids.tolist()],
-            "bottom_tokens": [list(vocabulary.texts(ids)) for ids in read.bottom_ids.tolist()],
-        }
-
-
-def _capture_of(gradients: object) -> GradientCapture:
-    if isinstance(gradients, BackwardLensResult):
-        return gradients.capture
-    if isinstance(gradients, GradientCapture):
-        return gradients
-    raise InputError(
-        f"gradients is a {type(gradients).__name__}; pass what capture_gradients or backward_lens "
-        "returned"
-    )
-
-
-def _check_width(gradient: MatrixGradient, host: Host) -> None:
+def _capture_of(capture: object, model: nn.Module) -> GradientCapture:
+    found = capture.capture if isinstance(capture, BackwardLensResult) else capture
+    if not isinstance(found, GradientCapture):
+        raise InputError(
+            f"capture is a {type(capture).__name__}; pass what capture_gradients or backward_lens "
+            "returned"
+        )
+    gradient = next(iter(found))
     factor = gradient.inputs if gradient.reads_residual else gradient.vjps
+    host = host_of(model)
     if factor.shape[-1] != host.d_model:
         raise InputError(
             f"the gradients are of a model of width {factor.shape[-1]}, and this one, "
             f"{host.name!r}, is {host.d_model} wide; pass the model that they were captured on"
         )
+    return found
+
+
+def _spanning(gradient: MatrixGradient, batch: int) -> Float[Tensor, "n d_model"]:
+    """The vectors that span one prompt's gradient, without padding."""
+    check_index("prompt", batch, len(gradient.mask))
+    return at_least_float32(gradient.spanning_set[batch, gradient.mask[batch]])
 
 
 def _by_length(norms: Float[Tensor, "d_hidden"], per_group: int) -> list[tuple[str, int, int]]:
@@ -324,13 +279,8 @@ def _blocks(gradient: MatrixGradient, batch: int) -> Iterator[Float[Tensor, "blo
         yield gradient.neurons(start, min(start + _BLOCK, n_neurons), batch)
 
 
-def _shared_parts(
-    tops: Int[Tensor, "d_hidden k"], compared: Int[Tensor, "columns k"], d_vocab: int
+def _overlaps(
+    tops: Int[Tensor, "d_hidden k"], compared: Int[Tensor, "columns k"]
 ) -> Float[Tensor, "d_hidden columns"]:
-    """The part of each row's tokens that each of the others has among its own."""
-    parts = []
-    for ids in compared:
-        is_held = torch.zeros(d_vocab, dtype=torch.bool, device=tops.device)
-        is_held[ids] = True
-        parts.append(is_held[tops].double().mean(1))
-    return torch.stack(parts, dim=1)
+    """The fraction of each row's tokens that are among each of the compared sets."""
+    return torch.stack([torch.isin(tops, ids).double().mean(1) for ids in compared], dim=1)

@@ -38,8 +38,7 @@ from backward_lens_tl.models.sites import WRITING_MATRICES, MatrixSite
 from backward_lens_tl.models.taps import hooked
 from backward_lens_tl.models.vocabulary import MultiToken
 from backward_lens_tl.models.weight_patching import stepped
-from backward_lens_tl.readout.projections import LogitLens
-from backward_lens_tl.readout.readout import VectorGroup, read_vectors
+from backward_lens_tl.readout.vectors import read_vectors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -345,10 +344,7 @@ def _shift_ranks(host: Host, steps: Sequence[_Step], target: int) -> list[int | 
     ranks: list[int | None] = [None] * len(steps)
     if written:
         vectors = torch.stack([steps[index].measured[-1] for index in written])
-        ranked = torch.tensor([[target, -1]] * len(written), device=vectors.device)
-        # The Logit Lens reads all layers alike.
-        group = VectorGroup(0, vectors, ranked)
-        read = read_vectors([group], [LogitLens(host)], 1, host.d_vocab_out)[0][0]
-        for index, rank in zip(written, read.target_rank.tolist(), strict=True):
+        read = read_vectors(host.model, vectors, target, k=1)
+        for index, rank in zip(written, read.to_df()["target_rank"], strict=True):
             ranks[index] = rank
     return ranks

@@ -30,8 +30,8 @@ from backward_lens_tl.errors import InputError, ModelStateError, UnsupportedMode
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.selection import find_sites
 from backward_lens_tl.models.sites import MatrixName
-from backward_lens_tl.readout.projections import as_projection
-from backward_lens_tl.readout.topk import extremes
+from backward_lens_tl.readout.projections import Projection, as_projection
+from backward_lens_tl.readout.vectors import read_vectors
 from backward_lens_tl.validation import weight_gradients
 
 DEFAULT_TOP_K = 10
@@ -233,7 +233,6 @@ class _Reader:
             partial(self.by_autograd.of, gradient.matrix, gradient.layer),
         )
 
-    @torch.no_grad()
     def _readings(
         self,
         vectors: Sequence[Float[Tensor, "pos d_model"]],
@@ -241,22 +240,43 @@ class _Reader:
         gradient: MatrixGradient,
     ) -> list[dict[str, Any]]:
         """The fields that one projection fills, of several matrices by one product."""
-        lens = as_projection(projection, self.host)
-        scores = _float32(lens.project(torch.cat(list(vectors)), gradient.layer), gradient)
+        lens = _KeepingScores(as_projection(projection, self.host), gradient)
+        read = read_vectors(
+            self.host.model,
+            torch.cat(list(vectors)),
+            projection=lens,
+            layer=gradient.layer,
+            k=self.top_k,
+        )
+        scores, sizes = torch.cat(lens.scores), [len(of_matrix) for of_matrix in vectors]
+        by_matrix = zip(torch.arange(len(scores)).split(sizes), scores.split(sizes), strict=True)
         return [
             {
-                "top_ranking": self._ranking(logits, largest=True),
-                "bottom_ranking": self._ranking(logits, largest=False),
+                "top_ranking": VocabularyRanking(read.top_scores[rows], read.top_ids[rows]),
+                "bottom_ranking": VocabularyRanking(
+                    read.bottom_scores[rows], read.bottom_ids[rows]
+                ),
                 "target_largest_ranks": ranks_beyond(logits, self.target, largest=True),
                 "target_smallest_ranks": ranks_beyond(logits, self.target, largest=False),
-                "vocabulary_logits": logits.to("cpu", copy=True) if self.keeps_logits else None,
+                "vocabulary_logits": logits.clone() if self.keeps_logits else None,
             }
-            for logits in scores.split([len(of_matrix) for of_matrix in vectors])
+            for rows, logits in by_matrix
         ]
 
-    def _ranking(self, logits: Float[Tensor, "pos d_vocab"], *, largest: bool) -> VocabularyRanking:
-        found = extremes(logits, self.top_k, largest=largest)
-        return VocabularyRanking(found.scores.cpu(), found.ids.cpu())
+
+class _KeepingScores:
+    """A projection that keeps the scores it computes, in float32 on the CPU."""
+
+    def __init__(self, projection: Projection, gradient: MatrixGradient) -> None:
+        self.scores: list[Tensor] = []
+        self._projection, self._gradient = projection, gradient
+
+    def project(
+        self, vectors: Float[Tensor, "n d_model"], layer: int
+    ) -> Float[Tensor, "n d_vocab"]:
+        scores = _float32(self._projection.project(vectors, layer), self._gradient)
+        self.scores.append(scores.cpu())
+        return scores
 
 
 def _float32(tensor: Float[Tensor, "*shape"], gradient: MatrixGradient) -> Float[Tensor, "*shape"]:

@@ -48,10 +48,10 @@ class Projection(Protocol):
             Scores; larger is more promoted.
 
         Examples:
-            >>> from backward_lens_tl.models import host_of
-            >>> from backward_lens_tl.readout.projections import as_projection
-            >>> lens = as_projection("normalized", host_of(model))
-            >>> lens.project(-gradient.vjps[0], layer=6).shape  # [n, d_vocab]
+            >>> class Unembedding:
+            ...     def project(self, vectors, layer):
+            ...         return vectors @ model.W_U
+            >>> Unembedding().project(-gradient.vjps[0], layer=6).shape  # [n, d_vocab]
             torch.Size([6, 3072])
         """
 

@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from backward_lens_tl._checks import shown
+from backward_lens_tl.errors import InputError
+
 _BLOCK = 64
 """Tokens of one block: the maxima of 50,257 scores and ten blocks are about as many numbers."""
 
@@ -24,6 +27,24 @@ _SLICE = 4096
 """Tokens that are compared with the target at a time: as many as stay in a processor's cache."""
 
 _Pick = Callable[[Float[Tensor, "n m"], int, bool], Int[Tensor, "n k"]]
+
+
+def checked_k(k: int, d_vocab: int) -> int:
+    """Check `k` and limit it to the size of the vocabulary.
+
+    Args:
+        k: Number of tokens asked for.
+        d_vocab: Number of tokens in the vocabulary.
+
+    Returns:
+        The smaller of the two.
+
+    Raises:
+        InputError: If `k` is not an integer of at least 1.
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise InputError(f"k is {shown(k)}; pass an integer from 1 on")
+    return min(k, d_vocab)
 
 
 class Extremes(NamedTuple):

@@ -24,7 +24,7 @@ from backward_lens_tl.files.distributed import own_device, this_process
 from backward_lens_tl.files.shards import Tables, about_run, check_pyarrow
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.loading import load_model
-from backward_lens_tl.readout.readout import checked_k
+from backward_lens_tl.readout.topk import checked_k
 from backward_lens_tl.sweeps.config import SweepConfig
 from backward_lens_tl.sweeps.folder import FORMAT_VERSION, Sweep
 from backward_lens_tl.sweeps.measuring import measure_part

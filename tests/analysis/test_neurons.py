@@ -332,7 +332,7 @@ def test_wrong_use(table: Callable[..., pd.DataFrame], as_for_a_user: None) -> N
     object.__setattr__(narrow, "vjps", narrow.vjps[..., :8])
     of_another = replace(gradients, gradients={("W_out", 1): narrow})
     wrong: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
-        ("gradients is a str; pass what", (case.model, "W_out", "W_out", 1), {}),
+        ("capture is a str; pass what", (case.model, "W_out", "W_out", 1), {}),
         ("model is a int", (3, gradients, "W_out", 1), {}),
         ("of a model of width 8, and this one", (case.model, of_another, "W_out", 1), {}),
         ("'W_gate', 1\\) was not captured", (case.model, gradients, "W_gate", 1), {}),
