@@ -187,7 +187,7 @@ def _result(args: argparse.Namespace) -> BackwardLensResult:
 
 
 def _heading(result: BackwardLensResult) -> str:
-    from backward_lens_tl.views.appearance import number
+    from backward_lens_tl.views.text import number
 
     prompt = result.capture.prompt(0)
     loss = number(float(result.capture.loss[0]))

@@ -7,7 +7,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from backward_lens_tl.views.appearance import running_text
+from backward_lens_tl.views.text import running_text
 
 _CLASSES = {
     "holds": "holds",

@@ -1,4 +1,4 @@
-"""What a result looks like: as a page or notebook output, and in a terminal.
+"""How results are shown: in notebooks and on pages, in a terminal, in widgets and figures.
 
-Views never compute: every number comes from the result, and colours are all that they derive.
+Views do not compute: every number comes from a result or an analysis.
 """

@@ -1,4 +1,4 @@
-"""The layers x tokens table in a terminal, or as plain text where there are no colours."""
+"""The layers x tokens table in a terminal, or as plain text without colours."""
 
 from __future__ import annotations
 
@@ -12,35 +12,25 @@ from rich.text import Text
 from backward_lens_tl.models.sites import MatrixName
 from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.views.appearance import (
-    ADDS_NOTHING,
-    DARK_SHADES,
-    LEADS,
-    NormScale,
-    faint_note,
-    matrix_title,
-    pieces,
-    scale_ends,
-)
+from backward_lens_tl.views.colors import DARK_SHADES, NormScale
+from backward_lens_tl.views.text import ADDS_NOTHING, LEADS, faint_note, matrix_title, visible
 
 _LAYER_WIDTH = len("layer")
 _NARROWEST, _WIDEST = 8, 16
-_SPACE = "␣"
 
 _FAINT = "~"
-"""Marks a faint cell where there are no italics."""
+"""Marks a faint cell if there are no italics."""
 
 
 @dataclass(frozen=True)
 class TerminalTable:
     """A rich renderable: one table per matrix, as wide as the terminal allows.
 
-    Where not every token of the prompt fits, the last ones are shown, since a gradient of the next
-    token is largest there.
+    If not every token of the prompt fits, the last ones are shown, where gradients are largest.
 
     Attributes:
-        result: What to show.
-        batch: Which prompt.
+        result: The result to show.
+        batch: Index of the prompt.
     """
 
     result: BackwardLensResult
@@ -49,19 +39,19 @@ class TerminalTable:
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
     ) -> Iterator[RenderableType]:
-        """Render for one console, as rich asks for it."""
+        """Render for a console; rich calls this."""
         for matrix in self.result.matrices:
             yield self._panel(matrix, options.max_width, console.color_system is not None)
 
     def _panel(self, matrix: MatrixName, width: int, styled: bool) -> RenderableType:
-        # The last layer is on top: the forward pass runs upwards, the gradient downwards.
+        # The last layer is on top: the forward pass goes up, the gradient down.
         layers = reversed(self.result.layers)
         rows = [self.result.cells(matrix, layer, self.batch) for layer in layers]
-        scale = NormScale.spanning(cell.norm for row in rows for cell in row if not cell.is_zero)
-        words = [[_word(cell, scale, styled) for cell in row] for row in rows]
+        scale = NormScale.of_cells(rows)
+        texts = [[_text(cell, scale, styled) for cell in row] for row in rows]
         heads = [_token(cell.token, "bold") for cell in rows[0]]
         columns = [
-            max(text.cell_len for text in column) for column in zip(heads, *words, strict=True)
+            max(text.cell_len for text in column) for column in zip(heads, *texts, strict=True)
         ]
         first, cell_width = _fit(columns, width)
 
@@ -69,16 +59,16 @@ class TerminalTable:
         table.add_column("layer", justify="right", style="bold", width=_LAYER_WIDTH, no_wrap=True)
         for head in heads[first:]:
             table.add_column(head, width=cell_width, no_wrap=True, overflow="ellipsis")
-        for row, texts in zip(rows, words, strict=True):
-            table.add_row(str(row[0].layer), *(_filled(text, cell_width) for text in texts[first:]))
+        for row, own in zip(rows, texts, strict=True):
+            table.add_row(str(row[0].layer), *(_filled(text, cell_width) for text in own[first:]))
         meaning = matrix_title(matrix, self.result.direction, self.result.vjps_at)
         title = Text.assemble((matrix, "bold"), f" {meaning}")
         notes = [
             _left_out(first, len(columns)),
             faint_note(
-                [cell for row in rows for cell in row],
+                rows,
                 self.result.faint_norm,
-                mark=" (in italics)" if styled else f" (with {_FAINT})",
+                " (in italics)" if styled else f" (with {_FAINT})",
             ),
         ]
         below = [Text(note, style="dim") for note in notes if note]
@@ -86,17 +76,8 @@ class TerminalTable:
 
 
 def _fit(columns: Sequence[int], width: int) -> tuple[int, int]:
-    """The first column to show, and the width of every column.
-
-    A column may be cut down to `_NARROWEST` before another column is left out.
-
-    Args:
-        columns: Width that each column would like to have.
-        width: Width of the terminal.
-
-    Returns:
-        Index of the column, and the width.
-    """
+    """Index of the first column to show, and the width of every column."""
+    # Columns shrink to `_NARROWEST` before one is left out.
     room = width - _LAYER_WIDTH
     for first in range(len(columns)):
         each = min(room // (len(columns) - first) - 1, _WIDEST, max(columns[first:]))
@@ -105,7 +86,7 @@ def _fit(columns: Sequence[int], width: int) -> tuple[int, int]:
     return len(columns) - 1, max(room - 1, 1)
 
 
-def _word(cell: Cell, scale: NormScale, styled: bool) -> Text:
+def _text(cell: Cell, scale: NormScale, styled: bool) -> Text:
     if cell.is_zero:
         return Text(ADDS_NOTHING, style="dim")
     shade = DARK_SHADES[scale.step(cell.norm)]
@@ -117,13 +98,12 @@ def _word(cell: Cell, scale: NormScale, styled: bool) -> Text:
 
 
 def _token(token: str, style: str, mark: str = "") -> Text:
-    """A token as literal text: rich's markup means nothing in it."""
-    visible = (_SPACE if piece == (" ", True) else piece.text for piece in pieces(token))
-    return Text(mark + "".join(visible), style=style, no_wrap=True, overflow="ellipsis")
+    """A token as literal text, in which rich finds no markup."""
+    return Text(mark + visible(token), style=style, no_wrap=True, overflow="ellipsis")
 
 
 def _filled(text: Text, width: int) -> Text:
-    """The text over the whole width of its cell, so that the colour fills it."""
+    """The text padded to the width of its cell, so that the colour fills it."""
     filled = text.copy()
     filled.truncate(width, overflow="ellipsis", pad=True)
     return filled
@@ -133,11 +113,11 @@ def _left_out(count: int, total: int) -> str:
     if not count:
         return ""
     left_out = "position 0" if count == 1 else f"positions 0 to {count - 1}"
-    return f"no room for {left_out} of {total} tokens; a wider terminal or --html shows them"
+    return f"{left_out} of {total} tokens not shown; use a wider terminal or --html"
 
 
 def _legend(scale: NormScale, coloured: bool) -> Text:
-    low, high = scale_ends(scale)
+    low, high = scale.ends
     swatches = (
         [("  ", f"on {shade.background}") for shade in DARK_SHADES] if coloured else [("to", "dim")]
     )

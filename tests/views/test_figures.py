@@ -34,20 +34,9 @@ from backward_lens_tl.data.segments import SEGMENTS, prompt_segments
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views import figures
+from backward_lens_tl.views.colors import DIVERGING, ORDERED, SEQUENTIAL, Colors
 from backward_lens_tl.views.figures import draw_matplotlib, draw_plotly
-from backward_lens_tl.views.figures.charts import (
-    DIVERGING,
-    MOST_NAMES,
-    ORDERED,
-    SEQUENTIAL,
-    Axis,
-    Colors,
-    Grid,
-    Heatmap,
-    Line,
-    Lines,
-    ordered_colors,
-)
+from backward_lens_tl.views.figures.charts import MOST_NAMES, Axis, Grid, Heatmap, Line, Lines
 
 PROMPTS = ["Lionel Messi plays for", "The Eiffel Tower is in the city of", "Rome is in"]
 SUBJECTS = ["Lionel Messi", "Eiffel Tower", "Rome"]
@@ -283,8 +272,8 @@ def test_layer_maps_of_other_columns_and_lengths() -> None:
 @pytest.mark.parametrize(
     ("maps", "units", "message"),
     [
-        ({}, "nats", "maps is an empty dict; pass a dict of tensors"),
-        (NUMBERS, "nats", "maps is a Tensor; pass a dict of tensors"),
+        ({}, "nats", "maps is an empty dict; pass a dict from titles"),
+        (NUMBERS, "nats", "maps is a Tensor; pass a dict from titles"),
         ({"one": [[1.0, 2.0, 3.0]]}, "nats", "map 'one' is a list; pass a tensor"),
         (
             {"one": NUMBERS, "two": NUMBERS[0]},
@@ -298,7 +287,11 @@ def test_layer_maps_of_other_columns_and_lengths() -> None:
         ),
         ({"one": NUMBERS[:0]}, "nats", r"map 'one' of shape \[0, 3\] is empty"),
         ({"one": 1 / torch.zeros(2, 3)}, "nats", "'one' of shape .* has infinite numbers"),
-        ({"one": NUMBERS}, ["nats", "norm"], "units is .*; pass one for all 1 maps, or one each"),
+        (
+            {"one": NUMBERS},
+            ["nats", "norm"],
+            "units is .*; pass one for all 1 maps, or one per map",
+        ),
         ({"one": NUMBERS}, [], r"units is \[\]; pass one"),
     ],
 )
@@ -892,7 +885,7 @@ def test_errors(result: BackwardLensResult, facts_model: Any) -> None:
         refused("'W_Q' is not in this result; it has W_in, W_out", function, result, "W_Q")
         refused("prompt 3 does not exist; allowed are 0 to 2", function, result, batch=3)
     refused("'W_Q' is not in this result", figures.gradient_ranks, result, ["W_in", "W_Q"])
-    refused("no matrix was asked for", figures.gradient_ranks, result, [])
+    refused(r"matrices is \[\]; pass some of W_in, W_out", figures.gradient_ranks, result, [])
     refused("'W_Q' is not in this result", figures.neuron_similarity, result, "W_Q", 0)
     refused("layer 8 was not analysed", figures.neuron_similarity, result, "W_in", 8)
     refused("prompt 7 does not exist", figures.compare, result, result, batch=(0, 7))
@@ -937,7 +930,7 @@ def test_errors_of_tables(result: BackwardLensResult) -> None:
     )  # fmt: skip
     gradients = result.gradient_df()
     refused("'W_Q' is not in this table", figures.gradient_ranks, gradients, ["W_in", "W_Q"])
-    refused("no matrix was asked for", figures.gradient_ranks, gradients, [])
+    refused(r"matrices is \[\]; pass some of W_in, W_out", figures.gradient_ranks, gradients, [])
     refused("no column 'n_tokens'.* result.gradient_df", figures.gradient_ranks, cells)
     refused("no column 'neuron', .*analysis.neuron_ov", figures.neuron_overlap, cells)
     refused("no column 'overlap'", figures.neuron_overlap, result.neuron_df("W_in", 0))
@@ -966,7 +959,7 @@ def test_ordered_colours_get_darker_and_differ_for_48_layers() -> None:
     half = [luminance(color) for color in DIVERGING]
     assert half[:4] == sorted(half[:4])
     assert half[3:] == sorted(half[3:], reverse=True)
-    scale = ordered_colors(range(48), "layer")
+    scale = Colors.of_order(range(48), "layer")
     assert len({scale.at(layer) for layer in range(48)}) == 48
     assert (scale.at(0), scale.at(47), scale.at(99)) == (ORDERED[0], ORDERED[-1], ORDERED[-1])
 

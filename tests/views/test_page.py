@@ -19,7 +19,7 @@ from type_checks import type_checks_off
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.readout.cells import Cell, TokenScore
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.views.appearance import DARK_SHADES, LIGHT_SHADES, NormScale
+from backward_lens_tl.views.colors import DARK_SHADES, LIGHT_SHADES, NormScale
 
 pytestmark = pytest.mark.slow  # test_views.py has the quick checks of the same table
 
@@ -152,7 +152,7 @@ def assert_shows(root: Locator, result: BackwardLensResult, state: State = State
 def expected_details(cell: Cell) -> dict[str, Any]:
     at = f"layer {cell.layer}, {shown(cell.token)} at {cell.position}"
     if cell.is_zero:
-        reason = "adds nothing: δ_i is zero, no error comes back to this position"
+        reason = "adds nothing: δ_i is zero, no gradient reaches this position"
         return {"about": at, "rest": [reason], "entries": []}
     facts = [at, f"norm of δ_i {cell.norm:.4g}", f"norm of x_i {cell.input_norm:.4g}"]
     facts += ["faint"] * cell.is_faint + [f"target rank {cell.target_rank}"]

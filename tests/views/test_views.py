@@ -22,16 +22,10 @@ from backward_lens_tl.models.sites import MatrixName
 from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.readout.readout import Reading, Readout
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.views.appearance import (
-    DARK_SHADES,
-    LIGHT_SHADES,
-    NormScale,
-    Piece,
-    pieces,
-    running_text,
-)
+from backward_lens_tl.views.colors import DARK_SHADES, LIGHT_SHADES, NormScale
 from backward_lens_tl.views.table import MAX_PROMPTS, render_page, render_table
 from backward_lens_tl.views.terminal import TerminalTable
+from backward_lens_tl.views.text import Piece, pieces, running_text
 
 PARIS = " Paris"
 NASTY = (
@@ -225,7 +219,7 @@ def test_zero_cells_hold_no_word_but_a_reason(page: Node, result: BackwardLensRe
         for node, is_zero in zip(table.all("td"), zero, strict=True):
             assert ("zero" in node.attributes["class"].split()) == is_zero
             assert bool(node.all("bdi")) != is_zero
-            assert ("adds nothing: δ_i is zero, no error comes back" in node.text) == is_zero
+            assert ("adds nothing: δ_i is zero, no gradient reaches" in node.text) == is_zero
 
 
 def test_a_zero_input_is_another_reason():
@@ -234,7 +228,7 @@ def test_a_zero_input_is_another_reason():
     gradient = replace(whole.capture["W_in", 0], inputs=inputs, vjps=inputs + 1)
     gradients = {**whole.capture.gradients, ("W_in", 0): gradient}
     result = replace(whole, capture=replace(whole.capture, gradients=gradients))
-    assert "adds nothing: x_i is zero, the matrix read nothing" in render_page(result)
+    assert "adds nothing: x_i is zero, the matrix has no input" in render_page(result)
 
 
 def test_marks_are_exactly_where_the_target_leads(page: Node, result: BackwardLensResult):

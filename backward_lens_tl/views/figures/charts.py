@@ -1,104 +1,42 @@
-"""Figures as descriptions: numbers, texts and colours, for any library to draw.
+"""Charts as plain descriptions (numbers, texts, colours) that any plotting library can draw.
 
-Texts are as a reader should see them; each drawing module escapes what its library would interpret.
+Texts are as a reader should see them. Each backend escapes what its library would interpret.
 """
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
-from backward_lens_tl.views.appearance import LIGHT_SHADES, NormScale
+from backward_lens_tl.views.colors import CATEGORICAL, Colors
 
-SEQUENTIAL = tuple(shade.background for shade in LIGHT_SHADES)
-"""From small to large, on a white page."""
+if TYPE_CHECKING:
+    import pandas as pd
 
-DIVERGING = ("#9c3a10", "#d97f4f", "#f6c9a9", "#f5f5f5", "#b9d6e8", "#5c9ac9", "#1f5a9c")
-"""From below 0 to above: orange and blue, which no kind of colour blindness confuses. Blue is
-positive, as in CircuitsVis."""
+Values = tuple[tuple[float, ...], ...]
+"""The numbers of a heatmap, a row per label of its vertical axis."""
 
-ORDERED = ("#a9cc2f", "#4fb765", "#1f9488", "#2d7090", "#3f4c8c", "#4c1d6b")
-"""From the first line to the last: ever darker, and the first is still legible on white."""
+GREY = "#6b7280"
+"""For reference lines."""
 
-CATEGORICAL = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5c00", "#56b4e9", "#000000")
-"""For few lines without an order: Okabe and Ito's, with their yellow darkened."""
+INK, FRAME, GRID = "#1f2937", "#9ca3af", "#e5e7eb"
 
-DASHES = ("solid", "dash", "dashdot", "dot")
 MARKERS = ("circle", "square", "diamond", "triangle", "cross", "x")
 
 MOST_NAMES = 12
-"""More lines than this have a colour bar in place of a legend."""
+"""More lines than this have a colour bar instead of a legend."""
+
+MOST_SEAMS = 64
+"""More cells than this in a row or column have no line between them."""
 
 BAND_OPACITY = 0.13
-"""Of a band around a line: several may lie on each other, and lines stay legible."""
+"""Of the band around a line: bands may overlap, and lines must stay legible."""
 
 MOST_COLUMNS = 3
-"""More charts than this do not stand in one row."""
-
-
-@dataclass(frozen=True)
-class Colors:
-    """A scale from numbers to colours, and its bar.
-
-    Attributes:
-        low: This number and all below have the first colour.
-        high: This number and all above have the last colour.
-        stops: Colours at equal distances, as `#rrggbb`.
-        title: What the numbers are.
-        is_log: Whether distances are those of the logarithm.
-        ticks: The numbers that the bar names.
-    """
-
-    low: float
-    high: float
-    stops: tuple[str, ...]
-    title: str
-    is_log: bool = False
-    ticks: tuple[float, ...] = ()
-
-    @classmethod
-    def of_norms(cls, norms: Iterable[float], title: str, is_log: bool) -> Colors:
-        """The scale of some norms: from 0, or the three decades of the layers x tokens table.
-
-        Args:
-            norms: The norms.
-            title: What they are.
-            is_log: Whether the scale is logarithmic.
-
-        Returns:
-            The scale.
-        """
-        span = NormScale.spanning(norms)
-        if not is_log or not span.high:
-            return cls(0.0, span.high or 1.0, SEQUENTIAL, title)
-        # A single norm has a scale, too.
-        low = span.low if span.low < span.high else span.high / 10
-        return cls(low, span.high, SEQUENTIAL, title, True, _decades(low, span.high))
-
-    @classmethod
-    def of_values(cls, values: Iterable[float], title: str) -> Colors:
-        """The linear scale of some numbers: from 0, or equal to both sides of it if one is below.
-
-        Args:
-            values: The numbers; NaN does not count.
-            title: What they are.
-
-        Returns:
-            The scale.
-        """
-        counted = [value for value in values if not math.isnan(value)]
-        largest = max(map(abs, counted), default=0.0) or 1.0
-        if min(counted, default=0.0) < 0:
-            return cls(-largest, largest, DIVERGING, title)
-        return cls(0.0, largest, SEQUENTIAL, title)
-
-    def at(self, value: int) -> str:
-        """The colour of one of a linear scale's numbers."""
-        width = self.high - self.low
-        return _blend(self.stops, (value - self.low) / width if width else 1.0)
+"""More charts than this are drawn in several rows."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +45,8 @@ class Axis:
 
     Attributes:
         title: What it shows, with its unit.
-        labels: Text of 0, 1, 2, ... on an axis of things in a row; none on an axis of numbers.
-        step: Distance of its ticks; by default as the drawing library likes it.
+        labels: Text at 0, 1, 2, ... on a categorical axis; empty on a numeric axis.
+        step: Distance between ticks; by default the plotting library chooses.
         is_log: Whether it is logarithmic.
         is_reversed: Whether small numbers are at the top, or on the right.
     """
@@ -119,45 +57,31 @@ class Axis:
     is_log: bool = False
     is_reversed: bool = False
 
+    @classmethod
+    def counting(cls, title: str, numbers: Iterable[int]) -> Axis:
+        """An axis of integers with about twelve ticks at most, none between two integers."""
+        numbers = list(numbers)
+        return cls(title, step=max(1, math.ceil((max(numbers) - min(numbers)) / 12)))
+
     def ticks(self, at_most: int) -> tuple[tuple[int, str], ...]:
-        """Which labels are shown where there is no room for all: every k-th, and the last.
-
-        Args:
-            at_most: For how many there is room.
-
-        Returns:
-            Places and their labels.
-        """
+        """Places and labels of at most this many ticks: every k-th label, and the last."""
         last = len(self.labels) - 1
         step = max(1, math.ceil(len(self.labels) / at_most))
-        # Counted from the last one: the last token and the last layer matter most.
+        # Counted from the end: the last token and the last layer matter most.
         return tuple((place, self.labels[place]) for place in reversed(range(last, -1, -step)))
 
     def angle(self, room: int, shown: int) -> int:
-        """By how many degrees labels are turned so that they do not run into each other.
+        """The rotation at which labels do not overlap: 0, 45 or 90 degrees.
 
         Args:
-            room: For all labels, in CSS pixels.
+            room: Width of the axis, in CSS pixels.
             shown: How many labels are shown.
 
         Returns:
-            0, 45 or 90.
+            The angle.
         """
         needed, each = 7 * max(map(len, self.labels)), room / shown
         return 0 if needed <= each else 45 if each > 28 else 90
-
-
-def counting(title: str, numbers: Sequence[int]) -> Axis:
-    """An axis of whole numbers.
-
-    Args:
-        title: What it shows.
-        numbers: The numbers.
-
-    Returns:
-        An axis of at most some twelve ticks, none of them between two numbers.
-    """
-    return Axis(title, step=max(1, math.ceil((max(numbers) - min(numbers)) / 12)))
 
 
 @dataclass(frozen=True)
@@ -166,14 +90,14 @@ class Heatmap:
 
     Attributes:
         values: One row per label of `y`, the lowest first; NaN is left blank.
-        hover: What is said of each cell that is pointed at, where that is possible.
+        hover: Hover text of each cell, for backends that support it.
         x: The columns.
         y: The rows.
         colors: From values to colours.
-        title: What the chart shows.
+        title: Title of the chart.
     """
 
-    values: tuple[tuple[float, ...], ...]
+    values: Values
     hover: tuple[tuple[str, ...], ...]
     x: Axis
     y: Axis
@@ -183,19 +107,18 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class Line:
-    """Points of one colour, joined or not.
+    """Points of one colour, connected or not.
 
     Attributes:
-        name: Its name in the legend; lines of one name in a grid of charts share an entry.
-        x: Where the points are.
-        y: Their heights; NaN leaves a gap.
+        name: Its name in the legend; lines with the same name share an entry.
+        x: Horizontal coordinates.
+        y: Vertical coordinates; NaN leaves a gap.
         color: As `#rrggbb`.
-        hover: What is said of each point that is pointed at, where that is possible.
-        dash: One of `DASHES`; none leaves points without a line.
-        marker: One of `MARKERS`; none leaves a line without points.
-        width: Of the line, in points.
-        band: Lower and upper edge of a shaded band around the line, where there is one; NaN leaves
-            a gap.
+        hover: Hover text of each point, for backends that support it.
+        dash: `"solid"`, `"dash"`, `"dashdot"` or `"dot"`; `None` for points without a line.
+        marker: One of `MARKERS`; `None` for a line without points.
+        width: Line width, in points.
+        band: Lower and upper edge of a shaded band around the line; NaN leaves a gap.
     """
 
     name: str
@@ -208,6 +131,36 @@ class Line:
     width: float = 1.6
     band: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
+    @classmethod
+    def of_rows(
+        cls,
+        name: str,
+        rows: pd.DataFrame,
+        x: str,
+        y: str,
+        hover: Callable[[Mapping[Any, Any]], str],
+        *,
+        band: tuple[str, str] | None = None,
+        **style: Any,
+    ) -> Line:
+        """A line with a point per row of a table.
+
+        Args:
+            name: Its name.
+            rows: The table.
+            x: Column of the horizontal coordinates.
+            y: Column of the vertical coordinates.
+            hover: From a row to its hover text.
+            band: Columns of the band's lower and upper edge.
+            **style: Colour, dash, marker and width.
+
+        Returns:
+            The line.
+        """
+        texts = tuple(map(hover, rows.to_dict("records")))
+        edges = None if band is None else (floats(rows[band[0]]), floats(rows[band[1]]))
+        return cls(name, floats(rows[x]), floats(rows[y]), hover=texts, band=edges, **style)
+
 
 @dataclass(frozen=True)
 class Lines:
@@ -217,8 +170,8 @@ class Lines:
         lines: The lines, later ones on top.
         x: The horizontal axis.
         y: The vertical axis.
-        colors: The scale that lines have their colours from, where they are too many for a legend.
-        title: What the chart shows.
+        colors: The colour scale of lines that are too many for a legend.
+        title: Title of the chart.
     """
 
     lines: tuple[Line, ...]
@@ -230,14 +183,14 @@ class Lines:
 
 @dataclass(frozen=True)
 class Grid:
-    """Charts side by side; those with the same colours share one bar, and all share one legend.
+    """Charts side by side. Those with equal colours share a colour bar; all share one legend.
 
-    More than `MOST_COLUMNS` stand in several rows, which differ by as few charts as they can.
+    More than `MOST_COLUMNS` charts are spread evenly over several rows.
 
     Attributes:
-        charts: From left to right, and from the upper row to the lower.
-        title: What they show together.
-        is_stacked: Whether they stand one above the other instead, each with its own bar.
+        charts: From left to right, and from top to bottom.
+        title: Title of the figure.
+        is_stacked: Whether they are stacked in one column instead, each with its own colour bar.
     """
 
     charts: tuple[Heatmap | Lines, ...]
@@ -251,7 +204,7 @@ class Grid:
 
     @property
     def bar_columns(self) -> int:
-        """How many bars of colours stand side by side."""
+        """How many colour bars are side by side."""
         return min(1, len(self.colors)) if self.is_stacked else len(self.colors)
 
     @property
@@ -261,7 +214,7 @@ class Grid:
 
     @property
     def columns(self) -> int:
-        """How many charts stand in a row."""
+        """How many charts are in a row."""
         if self.is_stacked:
             return 1
         rows = math.ceil(len(self.charts) / MOST_COLUMNS)
@@ -274,12 +227,12 @@ class Grid:
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Width and height of each chart without what is around it, in CSS pixels."""
+        """Width and height of each chart without its surroundings, in CSS pixels."""
         return tuple(_size(chart, is_small=self.columns > 2) for chart in self.charts)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Width of each column, which is that of its widest chart."""
+        """Width of each column: that of its widest chart."""
         return tuple(
             max(width for width, _ in self.sizes[column :: self.columns])
             for column in range(self.columns)
@@ -287,7 +240,7 @@ class Grid:
 
     @property
     def heights(self) -> tuple[int, ...]:
-        """Height of each row, which is that of its highest chart."""
+        """Height of each row: that of its tallest chart."""
         return tuple(
             max(height for _, height in self.sizes[first : first + self.columns])
             for first in range(0, len(self.charts), self.columns)
@@ -295,71 +248,32 @@ class Grid:
 
 
 def floats(values: Iterable[SupportsFloat]) -> tuple[float, ...]:
-    """Numbers of any kind as a line takes them."""
+    """Numbers of any type as floats."""
     return tuple(map(float, values))
 
 
-def in_turn(choices: Sequence[str], index: int) -> str:
-    """One of some colours or markers, which begin anew where there are too few."""
-    return choices[index % len(choices)]
+def marker_at(index: int) -> str:
+    """The marker of the line with this index; they repeat if there are too few."""
+    return MARKERS[index % len(MARKERS)]
 
 
-def ordered_colors(values: Sequence[int], title: str) -> Colors:
-    """The scale of lines that have an order.
-
-    Args:
-        values: What they are ordered by.
-        title: What that is.
-
-    Returns:
-        A linear scale from the smallest to the largest.
-    """
-    return Colors(float(min(values)), float(max(values)), ORDERED, title)
+def style_at(index: int) -> dict[str, Any]:
+    """Colour and marker of the line with this index."""
+    return {"color": CATEGORICAL[index % len(CATEGORICAL)], "marker": marker_at(index)}
 
 
 def wrapped(text: str, room: int) -> str:
-    """A text in at most two lines of so many characters."""
+    """A text in at most two lines of this many characters."""
     return "\n".join(textwrap.wrap(text, room, max_lines=2, placeholder="…"))
-
-
-def shortened(text: str, room: int) -> str:
-    """A text of at most so many characters, its end cut off."""
-    return text if len(text) <= room else text[: max(room - 1, 1)] + "…"
 
 
 def _size(chart: Heatmap | Lines, *, is_small: bool) -> tuple[int, int]:
     if isinstance(chart, Lines):
         return (380, 300) if is_small else (520, 360)
     columns, rows = len(chart.x.labels or chart.values[0]), len(chart.values)
-    # Cells are as wide as a token where there are few, and share a page where there are many.
+    # Cells are as wide as a token if there are few, and share a page if there are many.
     return _within(48 * columns, 240, 820), _within(26 * rows, 140, 620)
 
 
 def _within(value: int, low: int, high: int) -> int:
     return max(low, min(value, high))
-
-
-def _decades(low: float, high: float) -> tuple[float, ...]:
-    """Round numbers of a logarithmic scale: 1, 2 and 5 of each decade, or 1 and 3 of many."""
-    leads = (1, 2, 5) if high / low < 200 else (1, 3)
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    # Divided by a power where it is small, since 5 / 1000 is 0.005 and 5 * 0.001 is not.
-    round_numbers = [
-        lead * 10.0**power if power >= 0 else lead / 10.0**-power
-        for power in exponents
-        for lead in leads
-    ]
-    return tuple(value for value in round_numbers if low <= value <= high)
-
-
-def _blend(stops: Sequence[str], fraction: float) -> str:
-    """The colour at a fraction of the way along some stops."""
-    place = max(0.0, min(fraction, 1.0)) * (len(stops) - 1)
-    left = min(int(place), len(stops) - 2)
-    pairs = zip(_channels(stops[left]), _channels(stops[left + 1]), strict=True)
-    mixed = (round(one + (place - left) * (other - one)) for one, other in pairs)
-    return "#" + "".join(f"{channel:02x}" for channel in mixed)
-
-
-def _channels(color: str) -> tuple[int, ...]:
-    return tuple(bytes.fromhex(color[1:]))

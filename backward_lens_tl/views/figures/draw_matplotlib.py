@@ -1,6 +1,7 @@
-"""Descriptions of figures, drawn with matplotlib, for a paper.
+"""Draw charts with matplotlib, for a paper.
 
-`pyplot` stays out: it would keep every figure, and change what a caller has open.
+`pyplot` is not used: it would keep every figure, and change which of the caller's figures is
+current.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from backward_lens_tl.errors import InputError
+from backward_lens_tl.views.colors import Colors
 from backward_lens_tl.views.figures.charts import (
     BAND_OPACITY,
+    FRAME,
+    GRID,
+    INK,
+    MOST_SEAMS,
     Axis,
-    Colors,
     Grid,
     Heatmap,
     Line,
@@ -29,22 +34,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PIXELS_PER_INCH = 100
-_BESIDE, _BAR, _LEGEND, _AROUND = 0.9, 0.9, 1.9, 1.1
+_GAP, _BAR, _LEGEND, _AROUND = 0.9, 0.9, 1.9, 1.1
 _ROOM_PER_LABEL = 17
 _MANY_DECADES, _MANY_DECADES_ACROSS = 1e7, 1e3  # labels are wider than they are high
 _DASHES = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":"}
 _MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^", "cross": "P", "x": "X"}
-_INK, _FRAME, _GRID = "#1f2937", "#9ca3af", "#e5e7eb"
 
 
 def draw(grid: Grid) -> Figure:
-    """Draw charts.
+    """Draw charts as a matplotlib figure that pyplot does not manage.
 
     Args:
-        grid: The description.
+        grid: The charts.
 
     Returns:
-        A matplotlib `Figure` that pyplot does not know of; `figure.savefig(path)` writes it.
+        The figure; `figure.savefig(path)` writes it.
 
     Raises:
         InputError: If matplotlib is not installed.
@@ -56,8 +60,8 @@ def draw(grid: Grid) -> Figure:
             "backend 'matplotlib' needs matplotlib, which is not installed: "
             '`pip install "backward-lens-tl[matplotlib]"`, or leave backend out for plotly'
         ) from cause
-    # With TeX, a token such as `_` or `#` would stop the drawing.
-    with matplotlib.rc_context({"text.usetex": False, "text.color": _INK, "font.size": 9}):
+    # With TeX, a token such as `_` or `#` would raise an error.
+    with matplotlib.rc_context({"text.usetex": False, "text.color": INK, "font.size": 9}):
         figure = _figure(grid)
     _choose_fonts(figure)
     return figure
@@ -68,10 +72,10 @@ def _figure(grid: Grid) -> Figure:
 
     widths = [width / _PIXELS_PER_INCH for width in grid.widths]
     heights = [height / _PIXELS_PER_INCH for height in grid.heights]
-    beside = _BAR * grid.bar_columns + _LEGEND * grid.has_legend
+    right = _BAR * grid.bar_columns + _LEGEND * grid.has_legend
     figure = _figure_class()(
         figsize=(
-            sum(widths) + _BESIDE * len(widths) + beside,
+            sum(widths) + _GAP * len(widths) + right,
             sum(heights) + _AROUND * len(heights),
         ),
         dpi=150,
@@ -97,13 +101,13 @@ def _figure(grid: Grid) -> Figure:
         ]
         _add_bar(figure, colors, owners)
     if grid.has_legend:
-        _add_legend(panels, beside=panels[grid.columns - 1])
+        _add_legend(panels, owner=panels[grid.columns - 1])
     return figure
 
 
 @cache
 def _figure_class() -> type[Figure]:
-    """`Figure` with a picture of its own: without pyplot, a notebook would only print its name."""
+    """`Figure` as a notebook shows it; without pyplot, a notebook would only print its name."""
     from matplotlib.figure import Figure
 
     class ShownFigure(Figure):
@@ -117,9 +121,9 @@ def _figure_class() -> type[Figure]:
 
 def _set_axes(axes: Axes, chart: Heatmap | Lines, width: int, height: int) -> None:
     axes.set_title(_text(wrapped(chart.title, width // 6)), loc="left", fontsize=9)
-    axes.tick_params(color=_FRAME, labelcolor=_INK)
+    axes.tick_params(color=FRAME, labelcolor=INK)
     for spine in axes.spines.values():
-        spine.set_color(_FRAME)
+        spine.set_color(FRAME)
     axes.set_axisbelow(True)
     axes.set_xscale("log" if chart.x.is_log else "linear")
     axes.set_yscale("log" if chart.y.is_log else "linear")
@@ -135,18 +139,18 @@ def _set_axis(drawn: XAxis | YAxis, axis: Axis, room: int, *, turns: bool) -> No
     if axis.step:
         drawn.set_major_locator(MultipleLocator(axis.step))
     if not axis.labels:
-        drawn.grid(True, color=_GRID, linewidth=0.8)
+        drawn.grid(True, color=GRID, linewidth=0.8)
         return
     ticks = axis.ticks(room // _ROOM_PER_LABEL)
     labels = [_text(label) for _, label in ticks]
     angle = axis.angle(room, len(ticks)) if turns else 0
-    # A label turned by half ends at its tick.
+    # A slanted label ends at its tick.
     ends: dict[str, Any] = {"ha": "right", "rotation_mode": "anchor"} if angle == 45 else {}
     drawn.set_ticks([place for place, _ in ticks], labels=labels, rotation=angle, **ends)
 
 
 def _set_log_ticks(drawn: XAxis | YAxis, axis: Axis, many: float) -> None:
-    """Ticks at 1, 2 and 5 of each decade, or at powers of ten where there are many: plotly's."""
+    """Ticks as plotly's: 1, 2 and 5 of each decade, or powers of ten if there are many."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     if not axis.is_log:
@@ -169,9 +173,9 @@ def _add_heatmap(axes: Axes, chart: Heatmap) -> None:
         np.array(chart.values),
         cmap=cmap,
         norm=norm,
-        edgecolors="white" if columns <= 64 else "none",
-        linewidth=0.4 if columns <= 64 else 0,
-        rasterized=columns > 64,
+        edgecolors="white" if columns <= MOST_SEAMS else "none",
+        linewidth=0.4 if columns <= MOST_SEAMS else 0,
+        rasterized=columns > MOST_SEAMS,
     )
 
 
@@ -212,9 +216,9 @@ def _color_map(colors: Colors) -> tuple[Colormap, Normalize]:
     )
 
 
-def _add_legend(panels: Sequence[Axes], beside: Axes) -> None:
+def _add_legend(panels: Sequence[Axes], owner: Axes) -> None:
     named = {str(line.get_label()): line for axes in panels for line in axes.lines}
-    beside.legend(
+    owner.legend(
         list(named.values()), list(named), loc="upper left", bbox_to_anchor=(1.01, 1),
         frameon=False, borderaxespad=0, handlelength=3,
     )  # fmt: skip
@@ -224,12 +228,12 @@ def _add_legend(panels: Sequence[Axes], beside: Axes) -> None:
 
 
 def _text(text: str) -> str:
-    """A text in which dollars are dollars: a pair of them would be mathematics."""
+    """A text with escaped dollar signs: a pair of them would be mathematics."""
     return text.replace("$", r"\$")
 
 
 def _choose_fonts(figure: Figure) -> None:
-    """Draw every character: in another installed font, or as its number where none has it."""
+    """Draw every character: in another installed font, or as its number if no font has it."""
     from matplotlib import rcParams
     from matplotlib.font_manager import FontProperties, findfont
     from matplotlib.text import Text
@@ -249,7 +253,7 @@ def _drawable(char: str, covered: frozenset[str]) -> str:
 
 @lru_cache
 def _fonts(usual: str, chars: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The families that are needed beside the usual font, and the characters there are then."""
+    """Families needed in addition to the usual font, and the characters that they cover."""
     from matplotlib.font_manager import fontManager, get_font
 
     covered = chars & _characters(usual)
@@ -257,7 +261,7 @@ def _fonts(usual: str, chars: frozenset[str]) -> tuple[tuple[str, ...], frozense
     for entry in fontManager.ttflist:
         if covered == chars:
             break
-        # The last resort has a box for every character; bitmaps come in one size.
+        # The last resort font draws a box for every character; bitmap fonts have one size.
         if entry.name.startswith("Last Resort") or not get_font(entry.fname).scalable:
             continue
         found = (chars - covered) & _characters(entry.fname)
@@ -268,7 +272,7 @@ def _fonts(usual: str, chars: frozenset[str]) -> tuple[tuple[str, ...], frozense
 
 
 def _characters(path: str) -> frozenset[str]:
-    """The characters that a font has a glyph for."""
+    """Characters for which a font has a glyph."""
     from matplotlib.font_manager import get_font
 
     return frozenset(map(chr, get_font(path).get_charmap()))

@@ -1,4 +1,4 @@
-"""Descriptions of figures, drawn with plotly."""
+"""Draw charts with plotly."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import math
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
+from backward_lens_tl.views.colors import Colors
 from backward_lens_tl.views.figures.charts import (
     BAND_OPACITY,
+    FRAME,
+    GRID,
+    INK,
+    MOST_SEAMS,
     Axis,
-    Colors,
     Grid,
     Heatmap,
     Line,
@@ -24,35 +28,27 @@ _LEFT, _GAP, _TOP, _BOTTOM, _BAR, _LEGEND = 80, 90, 48, 60, 110, 190
 _PANEL_TITLE = 40
 _ROOM_PER_COLUMN, _ROOM_PER_ROW = 20, 18
 _SYMBOLS = {"triangle": "triangle-up"}
-_INK, _FRAME, _GRID = "#1f2937", "#9ca3af", "#e5e7eb"
 
-# plotly reads a part of HTML in every text, and TeX between dollars where MathJax is loaded.
+# plotly interprets some HTML in every text, and TeX between dollar signs if MathJax is loaded.
 _ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", "\n": "<br>"})
 
 
 def draw(grid: Grid) -> go.Figure:
-    """Draw charts.
-
-    Args:
-        grid: The description.
-
-    Returns:
-        A plotly `Figure`, which nothing has shown.
-    """
+    """Draw charts as a plotly figure, without showing it."""
     import plotly.graph_objects as go
 
     above = _PANEL_TITLE * any(chart.title for chart in grid.charts)
-    # Where each column begins, from the left, and each row, from the top.
+    # Where each column starts, from the left, and each row, from the top.
     lefts, inner = _starts(grid.widths, _GAP)
     tops, height = _starts(grid.heights, _BOTTOM + above)
     top = _TOP + above
-    beside = _BAR * grid.bar_columns + _LEGEND * grid.has_legend or 30
+    right = _BAR * grid.bar_columns + _LEGEND * grid.has_legend or 30
     figure = go.Figure(
         layout={
             "template": "plotly_white",
-            "width": _LEFT + inner + beside,
+            "width": _LEFT + inner + right,
             "height": top + height + _BOTTOM,
-            "margin": {"l": _LEFT, "r": beside, "t": top, "b": _BOTTOM},
+            "margin": {"l": _LEFT, "r": right, "t": top, "b": _BOTTOM},
             "title": {
                 "text": _text(grid.title),
                 "x": 0.01,
@@ -61,7 +57,7 @@ def draw(grid: Grid) -> go.Figure:
                 "yanchor": "top",
                 "pad": {"t": 14},
             },
-            "font": {"color": _INK, "size": 12},
+            "font": {"color": INK, "size": 12},
             "hoverlabel": {"align": "left"},
             "legend": {"x": 1, "xanchor": "left", "y": 1, "bgcolor": "rgba(0,0,0,0)"},
         }
@@ -84,12 +80,12 @@ def draw(grid: Grid) -> go.Figure:
     for index, colors in enumerate(grid.colors, start=1):
         figure.update_layout({_bar_name(index): _bar(colors, index)})
     if grid.is_stacked:
-        _set_bars_beside(figure, grid)
+        _place_bars(figure, grid)
     return figure
 
 
-def _set_bars_beside(figure: go.Figure, grid: Grid) -> None:
-    """Charts one above the other have their bars beside them; one that several share is long."""
+def _place_bars(figure: go.Figure, grid: Grid) -> None:
+    """Put the colour bars of stacked charts next to them; one that several share spans them."""
     for index, colors in enumerate(grid.colors, start=1):
         ups = [
             figure.layout[f"yaxis{place if place > 1 else ''}"].domain
@@ -102,7 +98,7 @@ def _set_bars_beside(figure: go.Figure, grid: Grid) -> None:
 
 
 def _starts(sizes: tuple[int, ...], gap: int) -> tuple[list[int], int]:
-    """Where things in a row begin, and the room that they take together."""
+    """Start of each of several adjacent things, and their total size."""
     ends = list(accumulate(size + gap for size in sizes))
     return [end - gap - size for end, size in zip(ends, sizes, strict=True)], ends[-1] - gap
 
@@ -120,7 +116,7 @@ def _add(figure: go.Figure, chart: Heatmap | Lines, grid: Grid, suffix: str) -> 
             figure.add_scatter(**_band(line), **axes)
         figure.add_scatter(**_line(line), showlegend=bar is None and not known, **axes)
         named.add(_text(line.name))
-    if bar:  # a colour bar belongs to a trace, and lines have none
+    if bar:  # a colour bar needs a trace of its own, since lines have none
         figure.add_scatter(
             x=[None], y=[None], marker={"color": [0], "coloraxis": bar},
             showlegend=False, hoverinfo="skip", **axes,
@@ -156,14 +152,7 @@ def _line(line: Line) -> dict[str, Any]:
 
 
 def _band(line: Line) -> dict[str, Any]:
-    """A closed outline for each run of points without a gap: up along one edge, back along another.
-
-    Args:
-        line: A line with a band.
-
-    Returns:
-        The arguments of a trace that its line's entry in the legend hides and shows.
-    """
+    """A closed outline for each run of points without a gap; its line's legend entry toggles it."""
     points = list(zip(line.x, *(line.band or ()), strict=True))
     runs = [
         list(run)
@@ -198,11 +187,11 @@ def _axis(axis: Axis, room: int, domain: tuple[float, float], anchor: str) -> di
         "type": "log" if axis.is_log else "linear",
         "autorange": "reversed" if axis.is_reversed else True,
         "showline": True,
-        "linecolor": _FRAME,
+        "linecolor": FRAME,
         "mirror": True,
         "zeroline": False,
         "showgrid": not axis.labels,
-        "gridcolor": _GRID,
+        "gridcolor": GRID,
         "automargin": True,
     }
     if axis.is_log:
@@ -247,13 +236,13 @@ def _bar(colors: Colors, index: int) -> dict[str, Any]:
 
 
 def _height(value: float, is_log: bool) -> float:
-    """A value as it is coloured: plotly's colours know no logarithm."""
+    """A value on the colour scale: plotly has no logarithmic colours."""
     return math.log10(value) if is_log and value > 0 else math.nan if is_log else value
 
 
 def _seam(cells: int) -> int:
-    """Width of the line between cells, which would hide cells of a pixel."""
-    return 1 if cells <= 64 else 0
+    """Width of the line between cells; it would hide cells of one pixel."""
+    return 1 if cells <= MOST_SEAMS else 0
 
 
 def _text(text: str) -> str:

@@ -1,8 +1,7 @@
-"""The layers x tokens table in HTML: a fragment for notebooks, and a page that needs nothing else.
+"""The layers x tokens table in HTML: a fragment for notebooks, and a self-contained page.
 
-Matrix, colour and end of the list are switched by the style sheet, and the table can be read where
-no script runs, as on code-hosting sites. Every text that comes from a model or a user is escaped
-in `text`.
+The style sheet alone switches matrix, tokens and colours, so the table can be read without scripts,
+as on code-hosting sites.
 """
 
 from __future__ import annotations
@@ -13,22 +12,13 @@ from html import escape
 from importlib.resources import files
 
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.views.appearance import (
-    ADDS_NOTHING,
-    DARK_SHADES,
-    LEADS,
-    LIGHT_SHADES,
-    number,
-    running_text,
-)
-from backward_lens_tl.views.table.details import details
-from backward_lens_tl.views.table.grid import read_grid
-from backward_lens_tl.views.table.panel import panel
-from backward_lens_tl.views.table.text import isolated, isolated_run
+from backward_lens_tl.views.colors import DARK_SHADES, LIGHT_SHADES
+from backward_lens_tl.views.table.panels import isolated, isolated_run, panels
+from backward_lens_tl.views.text import ADDS_NOTHING, LEADS, number, running_text
 
 MAX_PROMPTS = 4
 MAX_CELLS = 4000
-"""Prompts of a batch that a notebook shows, and cells of more than one prompt: some 3 MB."""
+"""Limits on prompts, and on cells of several prompts, in a notebook output: about 3 MB."""
 
 _PROJECTIONS = {
     "logit_lens": "logit lens: the model's final norm and unembedding",
@@ -41,38 +31,23 @@ _DIRECTIONS = {
 
 
 def render_table(result: BackwardLensResult) -> str:
-    """The tables of a result's first prompts, as a fragment with its own style and script.
-
-    Args:
-        result: What to show.
-
-    Returns:
-        HTML for the body of any page.
-    """
+    """The tables of a result's first prompts, as a fragment with its own style and script."""
     prompts, first = len(result.positions), _shown_prompts(result)
     shown = "".join(_prompt_section(result, batch) for batch in range(first))
     more = ""
     if prompts > first:
         more = (
-            f"<p>{prompts - first} more of {prompts} prompts are not shown; see one with "
+            f"<p>{prompts - first} more of {prompts} prompts are not shown; write one with "
             f"<code>result.save_html(path, batch={first})</code>.</p>"
         )
     return (
         f'<div class="blt"><style>{_style()}</style>{_controls(result)}{shown}{_key()}{more}'
-        f"<script>{_script()}</script></div>"
+        f"<script>{_asset('table.js')}</script></div>"
     )
 
 
 def render_page(result: BackwardLensResult, batch: int = 0) -> str:
-    """The tables of one prompt as a complete document.
-
-    Args:
-        result: What to show.
-        batch: Which prompt.
-
-    Returns:
-        An HTML document that fetches nothing.
-    """
+    """The tables of one prompt as an HTML document that loads nothing."""
     title = escape(f"{running_text(result.capture.prompt(batch)).strip()} · Backward Lens")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -81,18 +56,18 @@ def render_page(result: BackwardLensResult, batch: int = 0) -> str:
         f"<title>{title}</title><style>{_style()}</style></head>"
         f'<body class="blt blt-page"><header><h1>{_heading(result, batch)}</h1>'
         f"{_facts(result, batch)}</header>"
-        f"<main>{_controls(result)}{_panels(result, batch)}{_key()}</main>"
-        f"<script>{_script()}</script></body></html>\n"
+        f"<main>{_controls(result)}{panels(result, batch)}{_key()}</main>"
+        f"<script>{_asset('table.js')}</script></body></html>\n"
     )
 
 
-# --- style and script ---------------------------------------------------------------------------
+# --- style --------------------------------------------------------------------------------------
 
 
 @cache
 def _style() -> str:
     pairs = list(enumerate(zip(LIGHT_SHADES, DARK_SHADES, strict=True)))
-    # Browsers that do not know light-dark() take the light shades.
+    # Browsers without light-dark() use the light shades.
     shades = "".join(
         f"{selector}{step}{{background:{light.background};color:{light.text};"
         f"background:light-dark({light.background},{dark.background});"
@@ -107,10 +82,6 @@ def _style() -> str:
 
 
 @cache
-def _script() -> str:
-    return _asset("table.js")
-
-
 def _asset(name: str) -> str:
     return files("backward_lens_tl.views.table").joinpath(name).read_text(encoding="utf-8")
 
@@ -119,8 +90,8 @@ def _asset(name: str) -> str:
 
 
 def _controls(result: BackwardLensResult) -> str:
-    # A dialog's form is never sent, whatever key is pressed in it, and it keeps this table's
-    # choices apart from those of another table on the same page.
+    # A dialog's form is never submitted, and keeps this table's choices separate from those of
+    # other tables on the page.
     matrices: dict[str, str] = {"": "all", **{name: name for name in result.matrices}}
     lenses = {name: name.replace("_", " ") for name in result.projections}
     choices = [
@@ -170,7 +141,7 @@ def _lens_fact(result: BackwardLensResult, name: str) -> str:
 
 
 def _shown_prompts(result: BackwardLensResult) -> int:
-    """How many prompts a notebook shows; always one."""
+    """How many prompts a notebook shows, at least one."""
     cells = len(result.matrices) * len(result.layers) * result.positions.shape[1]
     return max(1, min(len(result.positions), MAX_PROMPTS, MAX_CELLS // cells))
 
@@ -179,20 +150,14 @@ def _prompt_section(result: BackwardLensResult, batch: int) -> str:
     loss = number(float(result.capture.loss[batch]))
     return (
         f'<p class="prompt"><strong>{_heading(result, batch)}</strong> <small>loss {loss}</small>'
-        f"</p>{_panels(result, batch)}"
+        f"</p>{panels(result, batch)}"
     )
-
-
-def _panels(result: BackwardLensResult, batch: int) -> str:
-    grid = read_grid(result, batch)
-    panels = "".join(panel(result, matrix, grid) for matrix in result.matrices)
-    return f'<div data-prompt="{batch}"><div class="panels">{panels}</div>{details(grid)}</div>'
 
 
 def _key() -> str:
     return (
-        '<p class="key">A cell shows the token with the highest score, or the lowest; its colour '
-        "is the norm of δ_i, how strongly the position writes. "
+        '<p class="key">A cell shows the token with the highest or lowest score; its colour is the '
+        "norm of δ_i, how strongly the position writes. "
         f'<span class="lead">{LEADS}</span> the target leads. '
         f"{ADDS_NOTHING} adds nothing to this gradient. "
         "<bdi><u> </u></bdi> a space; <bdi><i>⏎</i></bdi> a line break.</p>"

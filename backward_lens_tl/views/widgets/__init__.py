@@ -16,7 +16,7 @@ from backward_lens_tl._checks import listed
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.result import BackwardLensResult, check_result
-from backward_lens_tl.views.appearance import faint_note, number, running_text
+from backward_lens_tl.views.text import faint_note, number, running_text
 from backward_lens_tl.views.widgets import embedding
 from backward_lens_tl.views.widgets.embedding import Widget, embedded, literal
 from backward_lens_tl.views.widgets.library import JavaScript
@@ -170,7 +170,7 @@ def top_tokens(
     )
     if has_infinite:
         caption += f"<br>A score of ∞ or −∞ is shown as {INFINITE:g} or −{INFINITE:g}."
-    faint = faint_note(every, result.faint_norm, mark="")
+    faint = faint_note([every], result.faint_norm)
     if faint:
         caption += f"<br>{escape(faint)}"
     return embedded(rendered, caption)

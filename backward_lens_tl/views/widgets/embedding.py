@@ -18,7 +18,7 @@ from typing import Any, cast
 from uuid import uuid4
 
 from backward_lens_tl.errors import InputError, WidgetError
-from backward_lens_tl.views.appearance import pieces
+from backward_lens_tl.views.text import pieces
 from backward_lens_tl.views.widgets.library import (
     call_script,
     library_script,

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from backward_lens_tl.readout.cells import Cell, TokenScore
-from backward_lens_tl.views.appearance import ADDS_NOTHING
+from backward_lens_tl.views.text import ADDS_NOTHING
 from backward_lens_tl.views.widgets.embedding import literal
 from backward_lens_tl.views.widgets.scales import round_number_above
 

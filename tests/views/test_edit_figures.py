@@ -170,7 +170,12 @@ def test_errors() -> None:
     refused("backend is 'bokeh'", figures.least_rates, RATES, backend="bokeh")
     for column in ("method", "efficacy", "paraphrase", "neighborhood"):
         table = CURVES.drop(columns=column)
-        refused(f"no column '{column}'; pass summaries", figures.edit_curves, table, "layer")
+        refused(
+            f"no column '{column}'; pass concat",
+            figures.edit_curves,
+            table,
+            "layer",
+        )
     refused("no column 'size'", figures.edit_curves, CURVES, "size")
     refused("the table has no rows", figures.edit_curves, CURVES.iloc[:0], "layer")
     refused("backend is 'bokeh'", figures.edit_curves, CURVES, "layer", backend="bokeh")

@@ -1,0 +1,132 @@
+"""Text of all views: tokens with every character visible, numbers, and shared phrases."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from backward_lens_tl.models.sites import READING_MATRICES, MatrixName
+from backward_lens_tl.readout.cells import Cell
+
+LEADS = "★"
+"""Marks a cell whose top token is the target."""
+
+ADDS_NOTHING = "·"
+"""Replaces the token in a cell that adds nothing to its gradient."""
+
+SPACE = "␣"
+
+_MARKS = {" ": " ", "\n": "⏎", "\r": "␍", "\t": "⇥"}
+_SHAPELESS = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp", "Zs"})
+_JOINERS = "\u200c\u200d"
+_READERS = {"W_Q": "queries", "W_K": "keys", "W_V": "values"}
+
+
+class Piece(NamedTuple):
+    """A piece of a token: text as it is, or a mark for an invisible character."""
+
+    text: str
+    is_mark: bool
+
+
+def pieces(text: str) -> Iterator[Piece]:
+    """Split a token so that every character of it is visible.
+
+    Args:
+        text: The token.
+
+    Yields:
+        Its text, and a mark for each control character, format character or space. The mark of a
+        space is a space, which each view draws in its own way.
+    """
+    if not text:
+        yield Piece("(empty)", True)
+    elif unicodedata.category(text[0]).startswith("M"):
+        yield Piece("◌", True)  # carries a combining character
+    plain = ""
+    for index, char in enumerate(text):
+        # Joiners hold emoji and Arabic or Indic words together.
+        inside = char in _JOINERS and 0 < index < len(text) - 1
+        if inside or unicodedata.category(char) not in _SHAPELESS:
+            plain += char
+            continue
+        if plain:
+            yield Piece(plain, False)
+        yield Piece(_MARKS.get(char) or char.encode("unicode_escape").decode("ascii"), True)
+        plain = ""
+    if plain:
+        yield Piece(plain, False)
+
+
+def running_text(text: str) -> str:
+    """Text in one line, with plain spaces and marks for other invisible characters."""
+    return "".join(piece.text for piece in pieces(text))
+
+
+def visible(token: str) -> str:
+    """A token in one line, with a mark for every space, too."""
+    return "".join(SPACE if piece == (" ", True) else piece.text for piece in pieces(token))
+
+
+def shortened(text: str, length: int) -> str:
+    """A text cut to at most this many characters."""
+    return text if len(text) <= length else text[: max(length - 1, 1)] + "…"
+
+
+def number(value: float) -> str:
+    """A norm, loss or score with four significant digits."""
+    return f"{value:.4g}"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things, such as `1 prompt` or `2 prompts`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def matrix_title(matrix: MatrixName, direction: str, vjps_at: str) -> str:
+    """What a matrix's table shows.
+
+    Args:
+        matrix: TransformerLens's name of the matrix.
+        direction: `"update"` or `"gradient"`.
+        vjps_at: `"matrix"` or `"residual"`.
+
+    Returns:
+        The description, without the matrix's name.
+    """
+    if matrix in READING_MATRICES:
+        return f"imprint: x_i, what {_READERS.get(matrix, 'neurons')} turn towards or away from"
+    where = ", where it joins the residual stream" if vjps_at == "residual" else ""
+    if direction == "update":
+        return f"shift: what the update adds{where}"
+    return f"raw gradient, which gradient descent subtracts{where}"
+
+
+def faint_note(rows: Sequence[Sequence[Cell]], faint_norm: float, mark: str = "") -> str:
+    """The note below a table in which some cells are faint.
+
+    Args:
+        rows: All of its cells.
+        faint_norm: Norm below which a projected vector is faint.
+        mark: How faint cells are marked.
+
+    Returns:
+        A sentence; empty if no cell is faint.
+    """
+    cells = [cell for row in rows for cell in row]
+    faint = sum(cell.is_faint for cell in cells)
+    if not faint:
+        return ""
+    return (
+        f"{faint} of {len(cells)} cells{mark} are read from vectors shorter than "
+        f"{number(faint_norm)}, where the final norm's eps and the model's bias outweigh the "
+        "gradient: compare with the normalized projection."
+    )
+
+
+def zero_reason(cell: Cell) -> str:
+    """Why a cell that adds nothing to its gradient has no tokens."""
+    if not cell.norm:
+        return "adds nothing: δ_i is zero, no gradient reaches this position"
+    return "adds nothing: x_i is zero, the matrix has no input at this position"
