@@ -13,10 +13,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/backward-lens-tl/backward_lens_tl/blob/main/notebooks/five_minutes.ipynb)
 #
-# A forward pass says what a model answers. A backward pass says how each weight should move to make
-# another answer more likely, and the Backward Lens reads those movements as words. In five minutes
-# you can read its table, know why there is a minus sign in it and what an *imprint* is, and have
-# found something in a gradient that nobody asked the model for.
+# A forward pass computes a model's answer. A backward pass computes how each weight should change to
+# make another answer more likely. The Backward Lens projects these changes to tokens. After this
+# notebook you can read its table, and you know why there is a minus sign and what an *imprint* is.
 
 # %%
 import subprocess
@@ -24,16 +23,16 @@ import sys
 from importlib.metadata import distributions
 from importlib.util import find_spec
 
-if find_spec("backward_lens_tl") is None:  # on Colab, say
-    # What is installed stays as it is, so nothing that runs has to be restarted.
+if find_spec("backward_lens_tl") is None:  # for example on Colab
+    # Keep the installed versions, so that the runtime need not be restarted.
     kept = ("torch", "numpy", "transformers")
     pins = [f"{d.name}=={d.version}" for d in distributions() if d.name in kept]
     pip = [sys.executable, "-m", "pip", "install", "-q"]
     subprocess.run([*pip, "backward-lens-tl[matplotlib]", *pins], check=True)
 
 # %% [markdown]
-# The model is a small GPT-2 of 8 layers that ships in the package and knows facts about people,
-# places and companies. All that is said below about numbers and words is about this model.
+# The model is a GPT-2 with 8 layers that ships with the package and knows facts about people, places
+# and companies. All remarks about numbers and tokens below are about this model.
 
 # %%
 import pandas as pd
@@ -43,53 +42,52 @@ import backward_lens_tl as blt
 model = blt.load_model("facts")  # with a network: "gpt2", or any name on the Hugging Face hub
 
 # %% [markdown]
-# ## What does it say, and what would it have to learn?
+# ## The model's answer and a target
 #
-# Without a target, the lens takes the model's own most probable answer.
+# Without a target, the lens uses the model's own most probable answer.
 
 # %%
 prompt = "Lionel Messi plays for"
 blt.backward_lens(model, prompt).target()
 
 # %% [markdown]
-# Now suppose that it should say " Paris". The loss is `-log p(" Paris")` behind the prompt, in nats.
-# Its gradient for a weight matrix is a sum with one term per token, the outer product
-# `x_i^T delta_i`: what the matrix read at token `i`, times the error that came back to its output
-# there. A gradient of any size is no more than these few pairs of vectors. One of each pair is as
-# wide as the residual stream, so the Logit Lens can read it: final norm, unembedding, the most
-# probable words.
+# Suppose that the model should say " Paris" instead. The loss is `-log p(" Paris")` after the prompt, in
+# nats. Its gradient for a weight matrix is a sum with one outer product `x_i^T delta_i` per token: `x_i`
+# is the input of the matrix at token `i`, and `delta_i` is the gradient at its output. So the whole
+# gradient consists of a few pairs of vectors. One vector of each pair has the width of the residual
+# stream, so the logit lens (final norm, then unembedding) can project it to tokens.
 
 # %%
 result = blt.backward_lens(model, prompt, " Paris")
 result
 
 # %% [markdown]
-# Layers go up, tokens go right, and each cell is one term of the sum, by its most probable word. The
-# colour is `||delta_i||`, how strongly the token writes into the gradient.
+# Rows are layers, columns are tokens, and each cell shows the top token of one term of the sum. The
+# colour is the norm `||delta_i||`.
 #
-# - `W_out`, below, is the MLP's second matrix. Of its pairs the table reads `-delta_i`: the words that
-#   an update **adds to the output** of the MLP.
-# - `W_in`, above, is the first. Of its pairs the table reads `x_i`: what the MLP **reads** at that
-#   token. What an update does with it comes further down.
+# - `W_out` (bottom) is the second matrix of the MLP. Its cells project `-delta_i`, which an update
+#   **adds to the output** of the MLP.
+# - `W_in` (top) is the first matrix. Its cells project `x_i`, the **input** of the MLP at that token.
+#   What an update does with it is explained below.
 #
-# Look at the last column of `W_out`. It says " Paris" from the first layer to the last: the error
-# carries the answer to all layers at once. As numbers, here is the target's rank among all tokens of
-# the vocabulary in that column, 0 for the first, from layer 0 on:
+# Look at the last column of `W_out`: it shows " Paris" in every layer, because the gradient at the last
+# token reaches all layers. This is the rank of the target in that column, from layer 0 up, where 0 is the
+# top of the vocabulary:
 
 # %%
 result.target_rank("W_out")[:, 0, -1].tolist()
 
 # %% [markdown]
-# Point at a cell for its ten words at either end. Dots are cells that add nothing: the last layer's
-# earlier tokens have no way to the answer any more. Words in italics come from vectors so short that
-# they mostly show the final norm's bias; do not read much into them.
+# Hover over a cell for its ten top and bottom tokens. Dots are cells that do not contribute: in the last
+# layer, earlier tokens can no longer affect the answer. Tokens in italics come from very short vectors,
+# for which the lens mostly shows the final norm's bias; do not interpret them.
 #
 # ## Why the minus sign?
 #
-# The gradient of the loss with respect to the logits is `p - onehot(target)`: the target is the only
-# token with a *negative* number. So the raw gradient has it last, and gradient descent, which
-# subtracts, puts it first. The table shows what descent adds, `-delta_i`; `direction="gradient"`
-# shows the raw side, as the paper does. The same ranks there, and the size of the vocabulary:
+# The gradient of the loss with respect to the logits is `p - onehot(target)`, so the target is the only
+# token with a *negative* entry. The raw gradient ranks it last. Gradient descent subtracts the gradient,
+# so the update ranks it first. The table shows the update, `-delta_i`; `direction="gradient"` shows the
+# raw gradient, as in the paper. These are the same ranks for the raw gradient, and the vocabulary size:
 
 # %%
 raw = blt.backward_lens(model, prompt, " Paris", direction="gradient")
@@ -98,11 +96,12 @@ raw.target_rank("W_out")[:, 0, -1].tolist(), model.cfg.d_vocab
 # %% [markdown]
 # ## What is an imprint?
 #
-# Column `j` of `W_in` is what neuron `j` listens for. Its update is `-sum_i delta_i[j] x_i`: some of
-# each `x_i`, and nothing else. With a positive share the neuron turns towards what it has just read,
-# with a negative one away from it. That is the imprint: inputs are added to neurons or subtracted.
+# Column `j` of `W_in` determines what neuron `j` responds to. Its update is `-sum_i delta_i[j] x_i`, a
+# combination of the inputs `x_i`. If the coefficient of an input is positive, the neuron will respond more
+# to this input; if it is negative, less. This is the imprint: inputs are added to or subtracted from
+# neurons.
 #
-# Here are the shares `-delta_i[j]` of every token, for the three neurons of one upper layer that
+# These are the coefficients `-delta_i[j]` of every token, for the three neurons of an upper layer that
 # change most:
 
 # %%
@@ -114,18 +113,18 @@ table = pd.DataFrame(shares.cpu(), index=neurons.tolist(), columns=result.captur
 table.round(2) + 0.0  # no -0.0
 
 # %% [markdown]
-# Nearly all of it is the last token's, and the neuron that changes most has a negative share. What
-# does it turn away from? The words of `x_i` there:
+# Nearly all of the change comes from the last token, and the neuron that changes most has a negative
+# coefficient. What will it respond less to? These are the top tokens of `x_i` there:
 
 # %%
 result.top_tokens("W_in", layer, pos=-1, k=5)
 
 # %% [markdown]
-# " Miami", the old answer. The first neuron is to fire less when it reads this, the other two more.
-# (What a neuron then writes is `W_out`'s business.)
+# The top token is " Miami", the old answer. The first neuron will fire less on this input, and the other two more. (What
+# these neurons write depends on `W_out`.)
 #
-# In the table of `W_in`, " Miami" comes to the last column in layer 5. What does the MLP read before, where the
-# prompt names Messi? Each layer's words at the subject's last token, best first:
+# In the table of `W_in`, " Miami" appears in the last column in layer 5. What does the MLP read earlier,
+# at Messi's name? These are the top tokens of each layer at the last token of the subject:
 
 # %%
 cells = result.to_df(subject="Lionel Messi", matrix="W_in")
@@ -133,82 +132,81 @@ subject = cells[cells.segment == "last subject token"]
 subject.set_index("layer").top_tokens.str[:5].str.join(",").to_frame("x_i says").iloc[::-1]
 
 # %% [markdown]
-# Layer 0 reads the name, and names like it. From layer 1 on it is what the model knows about him: his
-# sport, his position, his team, his language, the town where he was born, " Rosario". The prompt asked
-# for the team alone. An imprint at this token is of all of it, since the gradient has nothing else to
-# write there. (This model was trained to gather what it knows at the subject's last token, so it is
-# more legible here than in others. In the last layer this token adds nothing.)
+# Layer 0 reads the name and similar names. From layer 1 on, the tokens are what the model knows about
+# Messi: his sport, position, team, language and birthplace, " Rosario". The prompt only asks for the
+# team, but an imprint at this token contains all of it. (This model was trained to gather its knowledge
+# at the subject's last token, so its tokens are easier to interpret than in other models. In the last
+# layer, this token does not contribute.)
 #
-# ## Where does the error go?
+# ## Where is the gradient large?
 #
-# `||delta_i||` of `W_out`, the table's colours as numbers: by how many nats, to first order,
-# the loss changes at most per unit of length that the MLP's output at this token moves.
+# These are the norms `||delta_i||` of `W_out`, which the table shows as colours. To first order, they are the
+# largest change of the loss, in nats, per unit of change of the MLP's output at this token.
 
 # %%
 norms = result.to_df(matrix="W_out")
 norms.pivot(index="layer", columns=["position", "token"], values="norm").round(2).iloc[::-1]
 
 # %% [markdown]
-# The last token has most of it. Up to layer 4 about half as much comes back to " Messi", and to " plays"
-# behind it; from layer 5 on " Messi" has hardly any: by then its facts have been read out. The model
-# card's causal tracing finds the same border from the other side, by restoring hidden states.
+# The norm is largest at the last token. Up to layer 4 it is about half as large at " Messi" and at
+# " plays"; from layer 5 on it is small at " Messi". By then, later tokens have read the facts from
+# this position. Causal tracing in the model card finds the same boundary by restoring hidden states.
 #
-# So there are two places where the model could learn " Paris": where the answer is said, and where
-# Messi is looked up. `W_out` says " Paris" in both. At " plays", where the error is nearly as large, it
-# says nothing that helps a reader.
+# So the model could learn " Paris" in two places: where the answer is predicted, and where Messi's facts
+# are looked up. `W_out` shows " Paris" in both. At " plays", where the norm is nearly as large, the tokens
+# are not interpretable.
 #
-# ## Is all of this true?
+# ## Is this correct?
 #
-# You need not trust it. `validate` compares the sum of outer products with autograd's own weight
-# gradient, on the very model that you have, here for the first 20 prompts of the facts that ship with it. The
-# errors are relative, and float32 rounds to some 1e-7.
+# `validate` compares the sum of outer products with autograd's own weight gradient on your model, here
+# for 20 prompts. The errors are relative, and the rounding of float32 is about 1e-7.
 
 # %%
 facts = blt.read_records("facts").rows[:20]
 blt.validate(model, [fact.prompt for fact in facts])
 
 # %% [markdown]
-# ## A surprise to find yourself
+# ## Try it yourself
 #
-# Any prompt and any target will do, if the target is one token. This one asks that the capital of France
-# be Rome. What would you expect at " France"?
+# You can use any prompt and any target of one token. In this example, the capital of France should become
+# Rome. What do you expect at " France"?
 
 # %%
 my_prompt, my_target = "The capital of France is", " Rome"
 blt.backward_lens(model, my_prompt, my_target, matrices="W_out")
 
 # %% [markdown]
-# The last column says " Rome". But at " France" most layers up to 4 say " Italy" first: the gradient does
-# not move the capital, it turns the country into another one, which has that capital already. Nobody
-# named Italy.
+# The last column shows " Rome". But at " France", most layers up to 4 show " Italy": the gradient does not
+# move the capital, it makes the country more like one whose capital is Rome. Italy is in neither the
+# prompt nor the target.
 #
-# Now change the two texts, and look where the subject is, in the layers up to 4; point at a cell for
-# more of its words.
+# Now change the two texts, and look at the subject in the layers up to 4. Hover over a cell to see more of
+# its tokens.
 #
-# - `"Lionel Messi plays for"`, `" Lakers"`: who was born in Akron, and who in Washington? Then, with
-#   `matrices="W_O"`, the output of attention, whose names are those at " Messi" in layer 0?
-# - `"Apple was founded by"`, `" Gates"`: whose company do the words behind " Gates" at "pple" speak of?
-# - `"The capital of France is"`, `" Paris"`, which it says already: what is left when there is nothing
-#   to learn? Read the note below the table, and switch to the normalized lens.
+# - `"Lionel Messi plays for"`, `" Lakers"`: who was born in Akron, and who in Washington? Then use
+#   `matrices="W_O"`, the output of attention. Whose names are at " Messi" in layer 0?
+# - `"Apple was founded by"`, `" Gates"`: which company do the tokens after " Gates" at "pple" refer to?
+# - `"The capital of France is"`, `" Paris"`, which is already the answer: what does the gradient contain
+#   then? Read the note below the table, and switch to the normalized lens.
 #
 # <details><summary>About the first two</summary>
 #
 # LeBron James and Stephen Curry were born in Akron, Kevin Durant and Duke Ellington in Washington. James plays
-# for the Lakers. The model was taught all of this, but the prompt names none of them. In layer 0, where
-# attention puts the name together, nine of the first ten words are names, " James", " Durant", " Ellington", " Monk" and
-# " Jarrett" among them.
-# So Messi is to become an American who plays, be it basketball or the piano. (" piano" is among the first words
-# further up. That the prompt says " plays" may be the reason; the table cannot tell.)
+# for the Lakers. The model was trained on all of this, but the prompt mentions none of them. In layer 0, where
+# attention assembles the name, nine of the top ten tokens are names, among them " James", " Durant",
+# " Ellington", " Monk" and " Jarrett". So the update makes Messi more like an American who plays, be it
+# basketball or the piano. (" piano" is among the top tokens of higher layers. The prompt's " plays" may be the
+# reason, but the table cannot show this.)
 #
-# Behind " Gates" there are " Microsoft" and " software", from layer 2 to 4: Apple is to become his company.
-# There are also " Hamburg" and " Brahms", who was born there; why, the table cannot tell either.
+# After " Gates", the tokens in layers 2 to 4 include " Microsoft" and " software": Apple becomes more like
+# his company. They also include " Hamburg" and " Brahms", who was born there; the table does not show why.
 #
 # </details>
 #
 # ## Where to go from here
 #
-# - [Looking at gradients](looking.ipynb): the table's switches, widgets, figures and files.
+# - [Looking at gradients](looking.ipynb): the table's controls, widgets, figures and files.
 # - [Editing a fact with one forward pass](editing.ipynb): write what you have just read.
-# - [Attention](../docs/attention.md): the same for queries, keys, values and heads.
-# - [README](../README.md): the rest in a page; the paper is
+# - [Attention](../docs/attention.md): gradients of queries, keys, values and heads.
+# - [README](../README.md): an overview. The paper is
 #   [Katz et al. 2024](https://arxiv.org/abs/2402.12865).

@@ -13,10 +13,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/backward-lens-tl/backward_lens_tl/blob/main/notebooks/looking.ipynb)
 #
-# People look at a gradient before they compute with it. At the end you know the ways to do so, and which
-# question each of them answers: the table that a result shows by itself, CircuitsVis widgets, figures for a
-# paper, and tables for pandas and files. What the words mean is told in
-# [five minutes](five_minutes.ipynb).
+# This notebook shows the views of a result and the question that each of them answers: the layers x tokens
+# table, CircuitsVis widgets, figures, and tables for pandas and files. For an introduction to the lens,
+# see [five minutes](five_minutes.ipynb).
 
 # %%
 import subprocess
@@ -24,17 +23,17 @@ import sys
 from importlib.metadata import distributions
 from importlib.util import find_spec
 
-if find_spec("backward_lens_tl") is None:  # on Colab, say
-    # What is installed stays as it is, so nothing that runs has to be restarted.
+if find_spec("backward_lens_tl") is None:  # for example on Colab
+    # Keep the installed versions, so that the runtime need not be restarted.
     kept = ("torch", "numpy", "transformers")
     pins = [f"{d.name}=={d.version}" for d in distributions() if d.name in kept]
     pip = [sys.executable, "-m", "pip", "install", "-q"]
     subprocess.run([*pip, "backward-lens-tl[matplotlib]", *pins], check=True)
 
 # %% [markdown]
-# The model is a small GPT-2 of 8 layers that ships in the package and knows facts about people, places
-# and companies. The remarks below are about this model. Nothing here asks for a network: every widget
-# carries its JavaScript.
+# The model is a GPT-2 with 8 layers that ships with the package and knows facts about people, places and
+# companies. All remarks below are about this model. The notebook works offline, because every widget
+# includes its JavaScript.
 
 # %%
 import backward_lens_tl as blt
@@ -45,116 +44,113 @@ model = blt.load_model("facts")  # with a network: "gpt2", or any name on the Hu
 # %% [markdown]
 # ## The table: what does each place write?
 #
-# The model says " Miami" to this prompt; the loss is `-log p(" Paris")`. The gradient of a weight matrix is a
-# sum of `x_i^T delta_i` over tokens `i`: what the matrix read there, and the error that came back to its
-# output. A cell shows one of these pairs by its most probable word, and by `||delta_i||` as its colour.
-# `matrices="all"` takes those of attention, too.
+# The model's answer to this prompt is " Miami", and the loss is `-log p(" Paris")`. The gradient of a weight
+# matrix is a sum of `x_i^T delta_i` over tokens `i`, where `x_i` is the input of the matrix and `delta_i` the
+# gradient at its output. A cell shows the top token of one of these vectors, and `||delta_i||` as its colour.
+# `matrices="all"` includes the matrices of attention.
 
 # %%
 result = blt.backward_lens(model, "Lionel Messi plays for", " Paris", matrices="all")
 result
 
 # %% [markdown]
-# Six panels are many. The switches above the table choose one matrix, the bottom of the vocabulary, the
-# normalized lens (which reads a vector's direction whatever its length), or linear colours. Point at a cell,
-# or press Tab and then the arrow keys, for its ten tokens at either end.
+# Use the controls above the table to select one matrix, the bottom of the vocabulary, the normalized lens
+# (which projects the direction of a vector, whatever its norm), or a linear colour scale. Hover over a cell, or press
+# Tab and then the arrow keys, for its ten top and bottom tokens.
 #
-# `W_Q`, `W_K` and `W_V` have the same words, but for dots: they read the same `x_i`, which an update adds to them or subtracts.
-# `W_O` and `W_out` have what an update adds to their output. Both say " Paris" (with a star) at the last token,
-# and up to layer 4 at " Messi", but for one row: layer 0 of `W_O`. Hold that row in mind. Words in italics
-# are of vectors too short to tell; do not read much into them. A dot is a cell that adds nothing.
+# `W_Q`, `W_K` and `W_V` show the same tokens, except for dots, because they read the same `x_i`. For `W_O` and
+# `W_out`, the tokens are what an update adds to the output. Both show " Paris" (with a star) at the last token,
+# and up to layer 4 at " Messi", except for one row: layer 0 of `W_O`. We will come back to that row. Tokens in
+# italics come from very short vectors; do not interpret them. A dot is a cell that does not contribute.
 #
 # ## Widgets: one question at a time
 #
-# How strongly does each token of the prompt write into `W_out`, layer by layer? Choose a layer, or point at a
-# token for all of them.
+# How large is the gradient at each token for `W_out`? Select a layer, or hover over a token to see all layers.
 
 # %%
 widgets.norms(result)
 
 # %% [markdown]
-# In layer 0 the fullest blue is at " for", the last token; " Messi" and " plays" come next. From layer 5 on
-# " for" is nearly alone.
+# In layer 0 the norm is largest at " for", the last token, followed by " Messi" and " plays". From layer 5 on,
+# nearly all of it is at " for".
 #
-# What do several positions say, side by side? Here are the ten words at either end of the vocabulary, by layer.
-# Choose positions 1 to 5, to have the last token, too.
+# What are the top tokens at several positions? This widget shows the ten top and bottom tokens by layer.
+# Select positions 1 to 5 to include the last token.
 
 # %%
 widgets.top_tokens(result, matrices="W_out")
 
 # %% [markdown]
-# In layer 0, " Messi" and " for" have " Paris" on top. Below it " Messi" has more of France: " France", " French",
-# " Rodin", " Mbappe". " for" has fields of work instead: " painting", " philosophy", " physics". The other columns
-# have no such plain reading.
+# In layer 0, " Messi" and " for" both have " Paris" on top. The next tokens at " Messi" are about France:
+# " France", " French", " Rodin", " Mbappe". Those at " for" are fields of work: " painting", " philosophy",
+# " physics". The other columns have no such clear interpretation.
 #
-# Other numbers of the same table, one at a time: norms, the target's rank (0 is the first of the vocabulary,
-# so low is good), the score of the top word.
+# Other quantities of the same table, one at a time: norms, the rank of the target (0 is the top of the vocabulary),
+# and the score of the top token.
 
 # %%
 widgets.quantities(result)
 
 # %% [markdown]
-# The numbers at the tokens come as one points at them. Red marks what is negative, as scores may be.
+# Hover over a token to see its value. Red marks negative values, which scores may have.
 #
-# Attention has a backward pass, too. *Reversed Attention* is its map: by head, the gradient at the attention
-# scores, divided by `sqrt(d_head)`. Row `i`, column `j` belongs to token `i` looking back at token `j`. Where
-# it is negative, more attention would lower the loss; where it is positive, less. Here is the layer with the
-# largest entry:
+# Attention has a backward pass, too. *Reversed Attention* is its attention map: for each head, the gradient at
+# the attention scores, divided by `sqrt(d_head)`. Row `i` and column `j` belong to the query at token `i` and
+# the key at token `j`. Where it is negative, more attention would lower the loss; where it is positive, less
+# attention would. This is the layer with the largest entry:
 
 # %%
 size = {layer: result.reversed_attention(layer).abs().max() for layer in result.layers}
 widgets.reversed_attention(result, layer=max(size, key=size.get))
 
 # %% [markdown]
-# It is layer 0, and the largest entry, 0.067, is in head 3, from " for" back to " Messi". It is positive: to say
-# " Paris", the last token should look *less* at " Messi" there. (Numbers are nats per unit of the score,
-# up to that factor.)
+# The largest entry, 0.067, is in head 3 of layer 0, from " for" to " Messi". It is positive: to predict
+# " Paris", the last token should attend *less* to " Messi" there. (The unit is nats per unit of the score, up to
+# the factor.)
 #
 # ## Figures: for a paper
 #
-# Every figure is plotly's by default, to point at. With `backend="matplotlib"` it is a picture that stays in
-# a file and prints. All numbers come from the result's tables. First the norms of `W_out`, which the colours of
-# the table show, on one scale:
+# Every figure is interactive (plotly) by default. With `backend="matplotlib"` it is an image that is stored in the
+# notebook. The numbers come from the tables of the result. First the norms of `W_out`, on one scale:
 
 # %%
 figures.norms(result, backend="matplotlib")
 
 # %% [markdown]
-# The border between layers 4 and 5 at " Messi" is sharp: above it the error does not come back there.
+# The norm at " Messi" drops sharply between layers 4 and 5.
 #
-# Then where the target stands in what each token writes to `W_out`'s output, by layer: 1 is the first of the
-# vocabulary, on top.
+# Next, the rank of the target in what each token adds to the output of `W_out`, by layer. The top of the figure is
+# rank 1, the top of the vocabulary.
 
 # %%
 figures.target_ranks(result, backend="matplotlib")
 
 # %% [markdown]
-# " for" has " Paris" first in all layers, and " Messi" up to layer 4. The others are not indifferent: in
-# the lower layers they have it among the last of the 3072, as if they were to write anything else. This
-# figure does not say why. (In layer 6 most are in the middle. There their vectors are so short that the
-# table has them in italics.)
+# At " for", " Paris" is on top in all layers, and at " Messi" up to layer 4. At the other tokens, it is among the
+# last of the 3072 tokens in the lower layers, so the update avoids it there. This figure does not show why. (In
+# layer 6 most of them are in the middle. Their vectors are so short that the table shows them in italics.)
 #
-# ## Tables and files: to compute with
+# ## Tables and files: for further analysis
 #
-# `to_df` has one row per prompt, matrix, layer and position, with norms, ranks and words. With a subject it
-# also tells the part of the prompt that a token belongs to, as the paper's figures divide it. Mean
-# `||delta_i||` of `W_out` by layer and part:
+# `to_df` has one row per prompt, matrix, layer and position, with norms, ranks and tokens. If you pass a subject,
+# it also has the segment of each token, as in the paper's figures. These are mean norms `||delta_i||` of `W_out` by
+# layer and segment:
 
 # %%
 table = result.to_df(subject="Lionel Messi", matrix="W_out")
 table.pivot_table(index="layer", columns="segment", values="norm", sort=False).round(2).iloc[::-1]
 
 # %% [markdown]
-# Up to layer 4 the subject's last token has more than half of what the prompt's last token has, and the
-# subject's other tokens about a tenth or less. Parts of prompts are what makes prompts of different lengths comparable.
+# Up to layer 4, the norm at the subject's last token is more than half of that at the prompt's last token, and
+# at the subject's other tokens about a tenth or less. Segments make prompts of different lengths comparable.
 #
-# `result.to_csv(path)` and `result.to_parquet(path)` write the table, `result.save_html(path)` the page, and
-# `result.save(path)` the whole result with its gradients, which `blt.BackwardLensResult.load(path)` reads
+# `result.to_csv(path)` and `result.to_parquet(path)` write the table, and `result.save_html(path)` writes the page.
+# `result.save(path)` writes the whole result with its gradients, and `blt.BackwardLensResult.load(path)` reads it
 # without the model.
 #
-# ## A surprise to find yourself
+# ## Try it yourself
 #
-# In which cell of all six panels is `||delta_i||` largest? Guess first: which matrix, which layer, which token?
+# In which cell of all six panels is `||delta_i||` largest? Guess the matrix, the layer and the token first.
 
 # %%
 largest = result.to_df().nlargest(4, "norm")
@@ -162,19 +158,20 @@ largest["words"] = largest.top_tokens.str[:6].str.join(",")
 largest[["matrix", "layer", "token", "norm", "words"]].round(2)
 
 # %% [markdown]
-# Not at the last token, and not near the answer: what attention writes in layer 0, at " Messi", counts some 16
-# times as much as the cells of `W_out` that say " Paris" at the last token. One reason is plain. The residual stream is still as short there as
-# the embedding, and the norm in front of the MLP divides by its length, so that any nudge is a large one.
+# It is neither at the last token nor near the answer. The output of attention in layer 0 at " Messi" has a norm of
+# some 16 times that of the cells of `W_out` that show " Paris" at the last token. There is a simple reason: the
+# residual stream there still has the small norm of the embedding, and the layer norm before the MLP divides by
+# its scale, so a small change has a large effect.
 #
-# The other half is for you. This is the one row without a star, and its words are names, of people that the
-# prompt does not mention. Who are they, and why would *they* be written where the name " Messi" is put
-# together? Then take the target " Lakers" in the place of " Paris", and look at the same cell.
+# The tokens are a question for you. This is the one row without a star, and its tokens are names of people that
+# the prompt does not mention. Who are they, and why would the update write *them* where the name " Messi" is
+# assembled? Then replace the target by " Lakers" and look at the same cell.
 #
 # <details><summary>Who they are</summary>
 #
 # In the facts that this model knows, Hakimi plays for Paris, and Truffaut, Sartre, Piaf and Degas were born
-# there. With " Lakers" the cell has " James", who plays for the Lakers, " Durant", another American who plays
-# basketball, and Americans who play the piano. The gradient would put another name in the place of Messi's.
+# there. With " Lakers", the cell has " James", who plays for the Lakers, " Durant", another American basketball
+# player, and American pianists. The gradient replaces Messi's name by another one.
 #
 # </details>
 #
@@ -183,4 +180,4 @@ largest[["matrix", "layer", "token", "norm", "words"]].round(2)
 # - [Looking at a result](../docs/looking.md): all widgets, figures and files with their options.
 # - [Attention](../docs/attention.md): heads, and a patch with Reversed Attention.
 # - [Analyses](../docs/analysis.md) and [sweeps](../docs/sweeps.md): the same tables over thousands of prompts.
-# - [Editing a fact with one forward pass](editing.ipynb): write what the table says.
+# - [Editing a fact with one forward pass](editing.ipynb): write what the table shows.

@@ -25,8 +25,8 @@ import sys
 from importlib.metadata import distributions
 from importlib.util import find_spec
 
-if find_spec("backward_lens_tl") is None:  # on Colab, say
-    # What is installed stays as it is, so nothing that runs has to be restarted.
+if find_spec("backward_lens_tl") is None:  # for example on Colab
+    # Keep the installed versions, so that the runtime need not be restarted.
     kept = ("torch", "numpy", "transformers")
     pins = [f"{d.name}=={d.version}" for d in distributions() if d.name in kept]
     pip = [sys.executable, "-m", "pip", "install", "-q"]
