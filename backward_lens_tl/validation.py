@@ -352,7 +352,9 @@ def _of_a_pass(
     ):
         losses = objective.losses(read_logits(host, batch, objective.n_read(batch)), batch)
         gradients = torch.autograd.grad(losses.sum(), weights, materialize_grads=True)
-    with torch.no_grad(), host.own_precision(), hooked(host.last_resid, streams.append):
+    with torch.no_grad(), host.own_precision(), hooked(host.unembedding.input, streams.append):
         logits = host.logits(batch.tokens).to(batch.mask.device)[batch.mask]
-        read = host.unembed(streams[0].to(batch.mask.device)[batch.mask]).to(logits.device)
+        read = host.unembedding.logits(streams[0].to(batch.mask.device)[batch.mask]).to(
+            logits.device
+        )
     return list(map(at_least_float32, gradients)), logit_error(read, logits)

@@ -13,8 +13,7 @@ from torch import Tensor
 from backward_lens_tl.capture.objectives import target_nll
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.models import host as host_module
-from backward_lens_tl.models import host_of
+from backward_lens_tl.models import host_of, unembedding
 from backward_lens_tl.readout.readout import Readout
 from backward_lens_tl.result import BackwardLensResult
 
@@ -332,8 +331,8 @@ def test_both_lenses_cost_one_product_where_the_norm_allows_it(
     gpt2: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
-    product = host_module.product
-    monkeypatch.setattr(host_module, "product", lambda v, w: rows.append(len(v)) or product(v, w))
+    product = unembedding.product
+    monkeypatch.setattr(unembedding, "product", lambda v, w: rows.append(len(v)) or product(v, w))
 
     def rows_multiplied(**how: Any) -> int:
         rows.clear()
@@ -348,7 +347,7 @@ def test_both_lenses_cost_one_product_where_the_norm_allows_it(
 
     # A norm that leads a vector past the line to its direction: each is read by a product.
     bend = lambda host, vectors: (vectors * 3).tanh()  # noqa: E731
-    monkeypatch.setattr(type(host_of(gpt2.model)), "_final_norm", bend)
+    monkeypatch.setattr(type(host_of(gpt2.model).unembedding), "normed", bend)
     assert rows_multiplied() == once + 4
     tokens = gpt2.tokens(4)
     together = backward_lens(gpt2.model, tokens, TARGET)
@@ -381,7 +380,7 @@ def test_short_vectors_are_not_read_from_the_bias_of_the_norm(
     eps = torch.finfo(torch.float32).eps
     assert max(normalized_error(facts_model, scale) for scale in (1, 1e-4)) < 64 * eps
     # Whereas all the way from next to the bias, its rounding is magnified.
-    monkeypatch.setattr(host_module, "_CLOSE", 1e-12)
+    monkeypatch.setattr(unembedding, "_CLOSE", 1e-12)
     assert normalized_error(facts_model, 1e-4) > 1000 * eps
 
 

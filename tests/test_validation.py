@@ -14,7 +14,8 @@ from torch import Tensor
 from backward_lens_tl import models
 from backward_lens_tl.capture.objectives import target_nll
 from backward_lens_tl.errors import BackwardLensError, ValidationError
-from backward_lens_tl.models.sites import ATTENTION_MATRICES, Tap
+from backward_lens_tl.models.sites import ATTENTION_MATRICES
+from backward_lens_tl.models.taps import Tap
 from backward_lens_tl.validation import ValidationReport, validate
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")

@@ -118,7 +118,7 @@ def pass_size(host: Host, sites: Sequence[Site], n_read: int | None, longest: in
     for site in sites:
         joined = 0 if site.joins is None else host.d_model
         factors[site.layer] = factors.get(site.layer, 0) + site.width + joined
-    itemsize = host.itemsize
+    itemsize = host.model.W_U.element_size()
     wide = max(_FLOAT32, itemsize)
     attention = {site.layer for site in sites if site.matrix in ATTENTION_MATRICES}
     mlp = host.d_mlp * (2 if host.is_gated else 1)

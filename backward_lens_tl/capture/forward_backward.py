@@ -36,7 +36,12 @@ from backward_lens_tl.capture.recorders import (
     recorder_of,
     recording,
 )
-from backward_lens_tl.errors import ModelStateError, ObjectiveError, UnsupportedModelError
+from backward_lens_tl.errors import (
+    InputError,
+    ModelStateError,
+    ObjectiveError,
+    UnsupportedModelError,
+)
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.selection import find_sites
@@ -163,7 +168,12 @@ def selected_logits(
     Raises:
         InputError: If the prompts may not share a pass.
     """
-    host.check_lengths(batch.lengths.tolist())
+    if len(host.length_groups(batch.lengths.tolist())) > 1:
+        raise InputError(
+            "some prompts are longer than the model's original context and others are not; its "
+            "rotary angles differ between the two, and all prompts of a forward pass share one. "
+            "Pass them in separate calls"
+        )
     if host.are_in_blocks([*host.hooked_modules, *(point.tap.module for point in points)]):
         logits = host.logits_of(batch.tokens, select)
     else:  # somebody looks on at the unembedding, or near it

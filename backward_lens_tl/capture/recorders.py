@@ -35,9 +35,8 @@ from backward_lens_tl.models.sites import (
     MatrixSite,
     Site,
     StackedExpertsSite,
-    Tap,
 )
-from backward_lens_tl.models.taps import hooked
+from backward_lens_tl.models.taps import Tap, hooked
 
 Watched = tuple[Tap, Callable[[Any], Tensor | None], bool]
 

@@ -1,4 +1,4 @@
-"""`transformer_lens.HookedTransformer`: own modules, weights as `[d_in, d_out]`."""
+"""`transformer_lens.HookedTransformer`: TransformerLens's own modules, weights `[d_in, d_out]`."""
 
 from __future__ import annotations
 
@@ -17,68 +17,24 @@ from backward_lens_tl.models.sites import (
     READING_MATRICES,
     WRITING_MATRICES,
     ExpertsSite,
-    HookPointSite,
     MatrixName,
     MatrixSite,
     Site,
     Stored,
-    Tap,
 )
-from backward_lens_tl.models.unembedding import connected, needs_digits, product
+from backward_lens_tl.models.taps import Tap
+from backward_lens_tl.models.unembedding import Unembedding, connected, needs_digits, product
 
 
-class HookedTransformerHost(Host):
-    """A `HookedTransformer` of TransformerLens 2 or 3."""
-
+class _HookedUnembedding(Unembedding):
     @property
-    def is_causal(self) -> bool:
-        """Whether every token sees only those before it."""
-        return bool(self.model.cfg.attention_dir == "causal")
+    def norm(self) -> Any:
+        cfg = self._model.cfg
+        return None if cfg.normalization_type is None else self._model.ln_final
 
-    def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "rows read d_vocab"]:
-        """Run the model, with whatever hooks there are on it."""
-        # Without a mask it guesses one from the pad token whenever its tokenizer pads on the left.
-        logits: Tensor = self.model(
-            tokens, return_type="logits", attention_mask=torch.ones_like(tokens)
-        )
-        return logits
-
-    def logits_of(
-        self, tokens: Int[Tensor, "batch pos"], select: Callable[[Tensor], Tensor]
-    ) -> Float[Tensor, "rows read d_vocab"]:
-        """Run the model, and multiply by `W_U` only where it is needed."""
-        if not self._unembeds_as_usual:
-            return select(self.logits(tokens))
-        # Its own unembedding copies all of W_U in every forward pass. So the model runs up to it.
-        resid = self.model(
-            tokens, attention_mask=torch.ones_like(tokens), stop_at_layer=self.n_layers
-        )
-        norm = self._norm_module()
-        weight = self.model.W_U
-        normed = select(resid if norm is None else norm(resid)).to(weight.device)
-        rows = normed.flatten(0, 1)
-        if needs_digits(rows):
-            products = connected(rows, product(rows.detach(), weight), weight)
-        else:
-            products = product(rows, weight)
-        logits: Tensor = self._finished(products).unflatten(0, normed.shape[:2])
-        return logits
-
-    @property
-    def _unembeds_as_usual(self) -> bool:
-        """Whether nobody has replaced what the model does behind its last norm."""
-        return (
-            type(self.model).forward.__qualname__ == "HookedTransformer.forward"
-            and type(self.model.unembed).forward.__qualname__ == "Unembed.forward"
-            and not {"forward"} & (vars(self.model).keys() | vars(self.model.unembed).keys())
-        )
-
-    def _norm_module(self) -> Any:
-        return None if self.model.cfg.normalization_type is None else self.model.ln_final
-
-    def _final_norm(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+    def normed(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
         # The module itself cannot be called here: its hook points would run the caller's hooks.
-        kind, norm = self.model.cfg.normalization_type, self._norm_module()
+        kind, norm = self._model.cfg.normalization_type, self.norm
         if norm is None:
             return vectors
         shape = vectors.shape[-1:]
@@ -88,17 +44,65 @@ class HookedTransformerHost(Host):
         if kind in ("RMS", "RMSPre"):
             return nn.functional.rms_norm(vectors, shape, weight, eps)
         raise UnsupportedModelError(
-            f"the final norm is {kind!r}; the lens knows LN, LNPre, RMS, RMSPre and None"
+            f"the final norm is {kind!r}; supported are LN, LNPre, RMS, RMSPre and None"
         )
 
-    def _output_transform(self, logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:
-        cap = getattr(self.model.cfg, "output_logits_soft_cap", -1.0)
+    def transformed(self, logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:
+        cap = getattr(self._model.cfg, "output_logits_soft_cap", -1.0)
         return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
 
+
+class HookedTransformerHost(Host):
+    """A `HookedTransformer` of TransformerLens 2 or 3."""
+
+    unembedding_type = _HookedUnembedding
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the config says that attention is causal."""
+        return bool(self.model.cfg.attention_dir == "causal")
+
+    def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "rows read d_vocab"]:
+        """Run the model with the caller's hooks."""
+        # Without a mask it infers one from the pad token if its tokenizer pads on the left.
+        logits: Tensor = self.model(
+            tokens, return_type="logits", attention_mask=torch.ones_like(tokens)
+        )
+        return logits
+
+    def logits_of(
+        self, tokens: Int[Tensor, "batch pos"], select: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "rows read d_vocab"]:
+        """Run the model, and multiply by `W_U` at some positions only."""
+        if not self._has_usual_forward:
+            return select(self.logits(tokens))
+        # Its own unembedding copies all of W_U in every forward pass, so stop before it.
+        resid = self.model(
+            tokens, attention_mask=torch.ones_like(tokens), stop_at_layer=self.n_layers
+        )
+        norm, weight = self.unembedding.norm, self.model.W_U
+        normed = select(resid if norm is None else norm(resid)).to(weight.device)
+        rows = normed.flatten(0, 1)
+        if needs_digits(rows):
+            products = connected(rows, product(rows.detach(), weight), weight)
+        else:
+            products = product(rows, weight)
+        logits: Tensor = self.unembedding.finished(products).unflatten(0, normed.shape[:2])
+        return logits
+
+    @property
+    def _has_usual_forward(self) -> bool:
+        """Whether neither the model's forward pass nor its unembedding's was replaced."""
+        return (
+            type(self.model).forward.__qualname__ == "HookedTransformer.forward"
+            and type(self.model.unembed).forward.__qualname__ == "Unembed.forward"
+            and not {"forward"} & (vars(self.model).keys() | vars(self.model.unembed).keys())
+        )
+
     def embedding_vector(self, token_id: int) -> Float[Tensor, "d_model"]:
-        """A token's row of the embedding matrix, without a scale that belongs to no weight."""
+        """A token's row of the embedding matrix, without the scale that some models apply."""
         row = super().embedding_vector(token_id)
-        # Gemma multiplies what it embeds by this; TransformerLens multiplies the matrix instead.
+        # Gemma scales embeddings in the forward pass; TransformerLens scales the matrix instead.
         is_gemma = str(getattr(self.model.cfg, "original_architecture", "")).startswith("Gemma")
         return row / math.sqrt(self.d_model) if is_gemma else row
 
@@ -112,7 +116,7 @@ class HookedTransformerHost(Host):
             "W_K": self._reading_heads("W_K", layer, *_grouped(attn, "K"), "key_input"),
             "W_V": self._reading_heads("W_V", layer, *_grouped(attn, "V"), "value_input"),
         }
-        # With use_attn_result every head's part passes a hook point, where a caller may edit it.
+        # With use_attn_result each head's output has a hook point, where a caller may edit it.
         by_head = self.model.cfg.use_attn_result
         sites["W_O"] = MatrixSite(
             "W_O",
@@ -125,7 +129,7 @@ class HookedTransformerHost(Host):
             output_heads=self.n_heads if by_head else None,
             input_hook=f"{at}.hook_z",
             output_hook=f"blocks.{layer}.hook_attn_out",
-            joins=self._join(layer, "hook_attn_out"),
+            joins=self.hook_points[f"blocks.{layer}.hook_attn_out"],
         )
         return sites
 
@@ -136,7 +140,7 @@ class HookedTransformerHost(Host):
         cfg, attn = self.model.cfg, self.model.blocks[layer].attn
         point = f"hook_{matrix[-1].lower()}"
         stored = len(weight)
-        # Grouped queries can be taken apart, so that every query head has a key of its own.
+        # Grouped queries can be ungrouped, so that every query head has its own key.
         ungrouped = stored < self.n_heads and cfg.ungroup_grouped_query_attention
         heads = self.n_heads if ungrouped else stored
         split = cfg.use_split_qkv_input or cfg.use_attn_in
@@ -162,26 +166,23 @@ class HookedTransformerHost(Host):
                 f"layer {layer} has no dense or gated MLP "
                 f"({'attention only' if mlp is None else type(mlp).__name__})"
             )
-        gated = hasattr(mlp, "W_gate")
-        at, reads = f"blocks.{layer}.mlp", Tap(mlp, "input")
-
-        def reading(matrix: MatrixName, point: str) -> MatrixSite:
-            return MatrixSite(
+        gated, at = hasattr(mlp, "W_gate"), f"blocks.{layer}.mlp"
+        # In a gated MLP, mlp.hook_pre is the gate's output.
+        points: dict[MatrixName, str] = {"W_in": "hook_pre"}
+        if gated:
+            points = {"W_in": "hook_pre_linear", "W_gate": "hook_pre"}
+        sites: dict[MatrixName, Site] = {
+            matrix: MatrixSite(
                 matrix,
                 layer,
-                input=reads,
+                input=Tap(mlp, "input"),
                 output=Tap(getattr(mlp, point), "input"),
                 weight=Stored(float_parameter(getattr(mlp, matrix), matrix, layer), "in_out"),
-                bias=None if gated else mlp.b_in,  # a gated MLP adds b_in behind the product
+                bias=None if gated else mlp.b_in,  # a gated MLP adds b_in after the product
                 output_hook=f"{at}.{point}",
             )
-
-        # mlp.hook_pre is the gate's output where there is a gate.
-        sites: dict[MatrixName, Site] = {
-            "W_in": reading("W_in", "hook_pre_linear" if gated else "hook_pre")
+            for matrix, point in points.items()
         }
-        if gated:
-            sites["W_gate"] = reading("W_gate", "hook_pre")
         sites["W_out"] = MatrixSite(
             "W_out",
             layer,
@@ -191,29 +192,25 @@ class HookedTransformerHost(Host):
             bias=mlp.b_out,
             input_hook=f"{at}.hook_post",
             output_hook=f"blocks.{layer}.hook_mlp_out",
-            joins=self._join(layer, "hook_mlp_out"),
+            joins=self.hook_points[f"blocks.{layer}.hook_mlp_out"],
         )
         return sites
 
     def _experts_sites(
         self, layer: int, moe: Any, experts: nn.ModuleList
     ) -> dict[MatrixName, Site]:
-        chosen = Tap(moe.hook_expert_indices, "output")
-
-        def site(matrix: MatrixName) -> ExpertsSite:
-            linears = [getattr(expert, matrix) for expert in experts]
-            return ExpertsSite(
+        joins = self.hook_points[f"blocks.{layer}.hook_mlp_out"]
+        matrices: tuple[MatrixName, ...] = ("W_in", "W_gate", "W_out")
+        return {
+            matrix: ExpertsSite(
                 matrix,
                 layer,
-                experts=tuple(linear_site(matrix, layer, linear) for linear in linears),
-                chosen=chosen,
-                joins=self._join(layer, "hook_mlp_out") if matrix == "W_out" else None,
+                tuple(linear_site(matrix, layer, getattr(each, matrix)) for each in experts),
+                chosen=Tap(moe.hook_expert_indices, "output"),
+                joins=joins if matrix == "W_out" else None,
             )
-
-        return {"W_in": site("W_in"), "W_gate": site("W_gate"), "W_out": site("W_out")}
-
-    def _join(self, layer: int, point: str) -> HookPointSite:
-        return self.hook_points[f"blocks.{layer}.{point}"]
+            for matrix in matrices
+        }
 
     # --- parameters --------------------------------------------------------------------------
 
@@ -223,10 +220,10 @@ class HookedTransformerHost(Host):
 
     @property
     def processed_matrices(self) -> frozenset[MatrixName]:
-        """Matrices that TransformerLens's weight processing changed, as far as the model shows."""
+        """Matrices that TransformerLens's weight processing changed, judging by the weights."""
         found: set[MatrixName] = set()
         norm, block = str(self.model.cfg.normalization_type), self.model.blocks[0]
-        # fold_ln also centres what reads behind a LayerNorm; a model may be made with LNPre.
+        # fold_ln also centers what reads after a LayerNorm; a model may be built with LNPre.
         centered = norm.startswith("LN") and is_centered(block.attn.W_Q.transpose(1, 2))
         gain = getattr(block.ln1, "w", None)
         no_gain = norm.startswith("RMS") and (gain is None or bool((gain == gain[0]).all()))
@@ -238,7 +235,7 @@ class HookedTransformerHost(Host):
 
 
 def _grouped(attn: Any, letter: str) -> tuple[Tensor, Tensor]:
-    """Weight and bias of keys or values as they are stored, by key-value head."""
+    """Stored weight and bias of keys or values, by key-value head."""
     is_grouped = hasattr(attn, f"_W_{letter}")
     prefix = "_" if is_grouped else ""
     return getattr(attn, f"{prefix}W_{letter}"), getattr(attn, f"{prefix}b_{letter}")

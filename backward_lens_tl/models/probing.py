@@ -201,7 +201,7 @@ def probe(host: Host) -> Probe | None:
 
 def _forwards(host: Host) -> Iterator[object]:
     """What would be run, as far as it is cheaply told; somebody may replace it."""
-    modules = (host.model, host.model.unembed, host.last_resid.module)
+    modules = (host.model, host.model.unembed, host.unembedding.input.module)
     for module in (*modules, *(getattr(each, "original_component", None) for each in modules)):
         yield type(module).forward if isinstance(module, nn.Module) else None
         yield vars(module).get("forward") if isinstance(module, nn.Module) else None
@@ -216,7 +216,7 @@ def _probed(host: Host) -> Probe | None:
     streams: list[Tensor] = []
     with host.own_precision():
         logits = host.logits_of(tokens, lambda values: values)
-        with hooked(host.last_resid, streams.append):
+        with hooked(host.unembedding.input, streams.append):
             called = host.model(tokens, return_type="logits")
     if not streams:
         raise UnsupportedModelError(
@@ -224,7 +224,7 @@ def _probed(host: Host) -> Probe | None:
             "by a second bridge, load it anew for each"
         )
     with host.own_precision():
-        read = host.unembed(streams[0].reshape(-1, host.d_model))
+        read = host.unembedding.logits(streams[0].reshape(-1, host.d_model))
     if bool(logits.isnan().any()):
         return None  # what is computed of the user's own prompts says where it comes from
     first, second = logits

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from backward_lens_tl.errors import UnsupportedModelError
+from backward_lens_tl.models.taps import Tap
 
 MatrixName = Literal["W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out"]
 MATRIX_NAMES: tuple[MatrixName, ...] = get_args(MatrixName)
@@ -35,21 +36,6 @@ WRITING_MATRICES = frozenset(MATRIX_NAMES) - READING_MATRICES
 
 _MOST_SLOTS = 8
 """Experts that one token is routed to, at most, in the models that there are."""
-
-
-@dataclass(frozen=True)
-class Tap:
-    """A place in the forward pass: an input of a module, or its output.
-
-    Attributes:
-        module: The module.
-        side: Whether the tensor goes in or comes out.
-        argument: Which input, by its place or by its keyword.
-    """
-
-    module: nn.Module
-    side: Literal["input", "output"]
-    argument: int | str = 0
 
 
 @dataclass(frozen=True)

@@ -1,63 +1,64 @@
-"""Hooks that see the tensors at a tap, and may replace them."""
+"""Places in the forward pass, and hooks there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from backward_lens_tl.models.sites import Tap
+
+@dataclass(frozen=True)
+class Tap:
+    """A place in the forward pass: an input of a module, or its output.
+
+    Attributes:
+        module: The module.
+        side: Input or output.
+        argument: Which input, by position or keyword.
+    """
+
+    module: nn.Module
+    side: Literal["input", "output"]
+    argument: int | str = 0
 
 
 @contextmanager
 def hooked(
-    tap: Tap, see: Callable[[Tensor], Tensor | None], *, before_others: bool = False
+    tap: Tap, hook: Callable[[Tensor], Tensor | None], *, before_others: bool = False
 ) -> Iterator[None]:
-    """Show every tensor that passes a tap to a function, which may replace it.
+    """Call a function with every tensor at a tap.
 
     Args:
         tap: Where.
-        see: Gets the tensor; returns what takes its place, or `None` to leave it.
-        before_others: Whether the function comes before the hooks that are there already.
+        hook: Gets the tensor; returns its replacement, or `None` to keep it.
+        before_others: Whether it runs before the hooks that are already there.
 
     Yields:
-        Nothing; the hook is there inside the context.
+        Nothing; the hook exists inside the context.
     """
+
+    def at_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(tap.argument, str):
+            replaced = hook(kwargs[tap.argument])
+            return None if replaced is None else (args, kwargs | {tap.argument: replaced})
+        replaced = hook(args[tap.argument])
+        if replaced is None:
+            return None
+        return (*args[: tap.argument], replaced, *args[tap.argument + 1 :]), kwargs
+
+    def at_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return hook(output)
+
     if tap.side == "input":
         handle = tap.module.register_forward_pre_hook(
-            partial(_see_input, see, tap.argument), prepend=before_others, with_kwargs=True
+            at_input, prepend=before_others, with_kwargs=True
         )
     else:
-        handle = tap.module.register_forward_hook(partial(_see_output, see), prepend=before_others)
+        handle = tap.module.register_forward_hook(at_output, prepend=before_others)
     try:
         yield
     finally:
         handle.remove()
-
-
-def _see_input(
-    see: Callable[[Tensor], Tensor | None],
-    argument: int | str,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if isinstance(argument, str):
-        replaced = see(kwargs[argument])
-        return None if replaced is None else (args, kwargs | {argument: replaced})
-    replaced = see(args[argument])
-    if replaced is None:
-        return None
-    return (*args[:argument], replaced, *args[argument + 1 :]), kwargs
-
-
-def _see_output(
-    see: Callable[[Tensor], Tensor | None],
-    module: nn.Module,
-    args: tuple[Any, ...],
-    output: Tensor,
-) -> Tensor | None:
-    return see(output)

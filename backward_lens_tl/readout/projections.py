@@ -73,14 +73,14 @@ class LogitLens:
         if (seen := probe(host)) is not None:
             seen.check_readout(host)
         self._host = host
-        self.faint_norm = host.faint_norm
+        self.faint_norm = host.unembedding.faint_norm
 
     def project(
         self, vectors: Float[Tensor, "n d_model"], layer: int
     ) -> Float[Tensor, "n d_vocab"]:
         """Score every token for every vector; the same in all layers."""
         del layer
-        return self._host.unembed(vectors)
+        return self._host.unembedding.logits(vectors)
 
     def project_both(
         self, vectors: Float[Tensor, "n d_model"]
@@ -93,7 +93,7 @@ class LogitLens:
         Yields:
             Scores of this lens, and then, in the same memory, of the normalized one.
         """
-        yield from self._host.unembed_both(vectors, _directions(vectors))
+        yield from self._host.unembedding.logits_of_both(vectors, _directions(vectors))
 
 
 class NormalizedLogitLens(LogitLens):

@@ -423,7 +423,7 @@ def test_words_of_a_step_are_those_of_the_gradient(facts_model: Any) -> None:
 
 
 def expected_words(model: Any, vector: Tensor, k: int) -> list[str]:
-    scores = host_of(model).unembed(vector[None].to(torch.float32))[0]
+    scores = host_of(model).unembedding.logits(vector[None].to(torch.float32))[0]
     vocabulary = host_of(model).vocabulary
     return list(vocabulary.texts(scores.topk(k).indices.tolist()))
 

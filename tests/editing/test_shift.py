@@ -574,8 +574,8 @@ def test_tied_or_not(family: str, kind: str, tied: bool) -> None:
     host = host_of(own.model)
     assert host.is_tied is tied
     token = own.first(TARGETS[0])
-    assert host.unembedding_vector(token).shape == host.embedding_vector(token).shape
-    assert torch.equal(host.unembedding_vector(token), own.model.W_U[:, token])
+    assert host.unembedding.column(token).shape == host.embedding_vector(token).shape
+    assert torch.equal(host.unembedding.column(token), own.model.W_U[:, token])
     row = own.raw.get_input_embeddings().weight[token].detach()
     # Weight processing takes the mean off what is written to a stream with a LayerNorm.
     near = 1e-6 if "-" not in kind else 0.3

@@ -252,14 +252,14 @@ def test_a_readout_that_is_not_norm_and_unembedding_is_refused(architecture: str
     tokens = some_tokens()
     streams: list[Tensor] = []
     host = host_of(model)
-    handle = host.last_resid.module.register_forward_pre_hook(
+    handle = host.unembedding.input.module.register_forward_pre_hook(
         lambda module, args: streams.append(args[0])
     )
     with torch.no_grad():
         logits = raw(tokens).logits[0]
         model(tokens)
         handle.remove()
-        read = host.unembed(streams[0][0])
+        read = host.unembedding.logits(streams[0][0])
     if logit_error(read, logits) < 1e-4:
         found = blt.backward_lens(model, tokens, 5)
         assert found.target_rank("W_out").shape == (2, 1, 12)
@@ -432,7 +432,9 @@ def test_an_unembedding_bias_that_hides_tokens(name: str, value: float) -> None:
                     if not vector.any():
                         continue
                     with torch.no_grad():
-                        scores = host.unembed(vector / vector.norm() if unit else vector)[0]
+                        scores = host.unembedding.logits(
+                            vector / vector.norm() if unit else vector
+                        )[0]
                     expected = int((scores > scores[5]).sum())
                     assert int(read.target_rank("W_out")[layer, 0, pos]) == expected
                     assert set(read.top_tokens("W_out", layer, pos, k=3)) == {
@@ -473,7 +475,9 @@ def test_faint_only_where_the_two_lenses_can_differ(name: str) -> None:
     tiny = result.capture["W_out", 0].vjps[0] * 1e-9
     host = host_of(model)
     with torch.no_grad():
-        raw, unit = (host.unembed(each) for each in (tiny, tiny / tiny.norm(dim=-1, keepdim=True)))
+        raw, unit = (
+            host.unembedding.logits(each) for each in (tiny, tiny / tiny.norm(dim=-1, keepdim=True))
+        )
     differ = not torch.equal(raw.argsort(-1)[:, -5:], unit.argsort(-1)[:, -5:])
     has_bias = name.endswith("gpt2") or bool(model.b_U.any())  # RMSNorm has none
     assert differ is has_bias
@@ -487,9 +491,9 @@ def test_a_bias_of_the_unembedding_makes_short_vectors_faint() -> None:
     if not HAS_BRIDGE:
         pytest.skip("needs TransformerBridge")
     host = host_of(bridged(plain_model("llama"), "llama"))
-    assert host.faint_norm == 0
+    assert host.unembedding.faint_norm == 0
     host = host_of(bridged(plain_model("phi"), "phi"))
-    assert host.faint_norm > 0
+    assert host.unembedding.faint_norm > 0
 
 
 # ------------------------------------------------------------------------- several prompts at once

@@ -77,7 +77,7 @@ def compare(model: nn.Module, result: BackwardLensResult, printed: Printed) -> N
     torch.testing.assert_close(norms, torch.tensor(printed.norms), rtol=0, atol=1e-3)
     token = int(capture.targets[0])
     for layer in result.layers:
-        scores = host_of(model).unembed(capture["W_out", layer].vjps[0]).detach()
+        scores = host_of(model).unembedding.logits(capture["W_out", layer].vjps[0]).detach()
         # What two implementations in float32 may differ by, beside the range of the scores.
         near = 1e-4 * (scores.amax(1) - scores.amin(1))
         lowest = (scores > (scores[:, token] + near)[:, None]).sum(1)

@@ -165,7 +165,7 @@ class ForwardPassShift(EditMethod):
         kind = self.target_embedding
         if kind == "auto":
             kind = "embed" if host.is_tied else "unembed"
-        vector = host.embedding_vector if kind == "embed" else host.unembedding_vector
+        vector = host.embedding_vector if kind == "embed" else host.unembedding.column
         return vector(token_id)
 
 

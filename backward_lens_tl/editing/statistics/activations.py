@@ -19,8 +19,8 @@ from backward_lens_tl.capture.hooks import Copies, Values
 from backward_lens_tl.capture.prompts import PromptBatch, pad_prompts
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.precision import at_least_float32
-from backward_lens_tl.models.sites import MatrixSite, Tap
-from backward_lens_tl.models.taps import hooked
+from backward_lens_tl.models.sites import MatrixSite
+from backward_lens_tl.models.taps import Tap, hooked
 
 Addition = Callable[[Float[Tensor, "*rows d_in"]], Float[Tensor, "*rows d_out"]]
 """From what a matrix reads to what is added to its output."""

@@ -21,7 +21,7 @@ from backward_lens_tl.editing.statistics.activations import adding_at
 from backward_lens_tl.editing.statistics.keys import FactContexts
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.sites import Tap
+from backward_lens_tl.models.taps import Tap
 
 
 @dataclass(frozen=True)
