@@ -30,13 +30,10 @@ from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views import widgets
 from backward_lens_tl.views.widgets import library
-from backward_lens_tl.views.widgets.embedding import Widget, embedded, literal
+from backward_lens_tl.views.widgets.by_token import number_below, power_for_decimals
 from backward_lens_tl.views.widgets.library import Carrier, Execution
-from backward_lens_tl.views.widgets.scales import (
-    number_below,
-    power_for_decimals,
-    round_number_above,
-)
+from backward_lens_tl.views.widgets.ranking import round_number_above
+from backward_lens_tl.views.widgets.widget import Widget, embedded, literal
 
 JOINER = "\u2060"
 LIBRARY = "TopkTokens:()=>"  # once in CircuitsVis's JavaScript
@@ -489,7 +486,7 @@ def test_a_widget_shown_twice_is_in_two_places(four: list[Widget]):
 def test_a_page_needs_widgets(four: list[Widget]):
     with pytest.raises(InputError, match=r"no widget; pass what widgets\.norms"):
         widgets.page()
-    with pytest.raises(InputError, match="str, which is no widget"):
+    with pytest.raises(InputError, match="str, which is not a widget"):
         widgets.page(four[0], "x")
 
 

@@ -1,7 +1,7 @@
-"""CircuitsVis's JavaScript, 1.3 MB that a page needs once, and which notebook output carries it.
+"""CircuitsVis's JavaScript: 1.3 MB that a page needs once, in the output of one notebook cell.
 
-The page's first widget carries it and sets `window.CircuitsVis`; the others hold a call that waits
-for it. Nothing is loaded from a network.
+The first widget on a page contains it and sets `window.CircuitsVis`; the others call it as soon as
+it is there. Nothing is loaded from a network.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 from backward_lens_tl.errors import WidgetError
 
@@ -21,14 +21,14 @@ _WAIT_MS, _TRIES = 100, 50
 
 _MISSING = (
     "This widget's JavaScript is not on this page. Run the cell of the first widget again, or "
-    "backward_lens_tl.widgets.javascript() in a cell of its own. Where every output is a "
-    "page of its own, show IPython.display.HTML(widget.local_src) instead."
+    "backward_lens_tl.widgets.javascript() in a separate cell. If every output is a separate page, "
+    "show IPython.display.HTML(widget.local_src) instead."
 )
 
-# `define` and its kin are hidden: on a page with require.js (older notebooks), parts of the bundle
-# would register there and not in the bundle. A second run would complain about the first.
-# TensorFlow.js, which holds the numbers, is kept off the graphics card: half precision on some of
-# them would turn small norms into zeros.
+# `define`, `module` and `exports` are hidden: with require.js on the page (older notebooks), parts
+# of the bundle would register there instead. The bundle runs only once, since it warns otherwise.
+# TensorFlow.js, which holds the numbers, stays on the CPU: half precision on some graphics cards
+# would turn small norms into zeros.
 _LIBRARY = """\
 <script>
 if (!window.CircuitsVis) window.CircuitsVis = (function (define, module, exports) {
@@ -39,9 +39,9 @@ return CircuitsVis;
 window.dispatchEvent(new Event("%s"));
 </script>"""
 
-# JupyterLab runs the script of an output that it has not yet put into the page, and draws outputs
-# in the order in which they are scrolled to: so both are waited for, and after the patience an
-# event still brings the widget back.
+# JupyterLab runs an output's script before it puts the output into the page, and renders outputs in
+# the order in which they are scrolled to. So the script waits for its element and the JavaScript;
+# after a timeout, an event still draws the widget.
 _CALL = """\
 <script>
 (function (id, props) {
@@ -65,54 +65,38 @@ _CALL = """\
 </script>"""
 
 
-def not_as_known(problem: str) -> str:
-    """What to say of a circuitsvis that is not as known.
-
-    Args:
-        problem: What it does.
-
-    Returns:
-        The message of a `WidgetError`.
-    """
+def unsupported(problem: str) -> str:
+    """The message of a `WidgetError` about the installed circuitsvis."""
     return (
-        f"circuitsvis {version('circuitsvis')} {problem}; its release 1.43.3 is known to work, and "
-        "result.save_html(path) needs no circuitsvis"
+        f"circuitsvis {version('circuitsvis')} {problem}; install circuitsvis==1.43.3, or use "
+        "result.save_html(path), which does not need circuitsvis"
     )
 
 
 @cache
 def library_script() -> str:
-    """A script element with CircuitsVis's JavaScript, 1.3 MB.
+    """A script element of 1.3 MB that sets `window.CircuitsVis`.
 
     Returns:
-        HTML that sets `window.CircuitsVis`.
+        HTML.
 
     Raises:
-        WidgetError: If circuitsvis does not ship it where it used to.
+        WidgetError: If circuitsvis does not ship the JavaScript in the expected file.
     """
     try:
         bundle = files("circuitsvis").joinpath("dist", "cdn", "iife.js").read_text("utf-8")
     except OSError as error:
-        raise WidgetError(not_as_known("ships no dist/cdn/iife.js")) from error
+        raise WidgetError(unsupported("ships no dist/cdn/iife.js")) from error
     if "var CircuitsVis=" not in bundle:
-        raise WidgetError(not_as_known("ships JavaScript that does not define CircuitsVis"))
-    # The bundle holds "</script>" in a string, which would end the element; its source map is not
-    # on any page.
+        raise WidgetError(unsupported("ships JavaScript that does not define CircuitsVis"))
+    # The bundle has "</script>" in a string, which would end the element, and names a source map
+    # that no page has.
     safe = bundle.replace("</script", r"<\/script").partition("//# sourceMappingURL=")[0]
     return _LIBRARY % (safe, _READY)
 
 
 def call_script(place: str, element: str, props: dict[str, Any]) -> str:
-    """A script element that draws a widget as soon as the JavaScript is there.
-
-    Args:
-        place: The `id` of the element that it is drawn into.
-        element: CircuitsVis's name of the component.
-        props: What the component shows.
-
-    Returns:
-        HTML.
-    """
+    """A script element that draws a component into the element with an id, once it can."""
     return _CALL % {
         "element": element,
         "id": json.dumps(place),
@@ -125,21 +109,15 @@ def call_script(place: str, element: str, props: dict[str, Any]) -> str:
 
 
 def script_json(value: object) -> str:
-    """JSON that cannot end the script element that it stands in; it has no infinite numbers."""
+    """JSON that cannot end the script element around it; infinite numbers raise `ValueError`."""
     return json.dumps(value, allow_nan=False).replace("<", r"\u003c")
 
 
 # --- notebooks ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Execution:
-    """One run of one cell.
-
-    Attributes:
-        request: Id of the request to run it, which every run has anew.
-        cell: Id of the cell, which stays; `None` if the front end does not say.
-    """
+class Execution(NamedTuple):
+    """One run of a cell: the request's id, and the cell's id, if the front end sends it."""
 
     request: str
     cell: str | None
@@ -147,7 +125,7 @@ class Execution:
 
 @dataclass
 class Carrier:
-    """Which run of which cell carries the JavaScript of this notebook.
+    """Which run of which cell contains the JavaScript of this notebook.
 
     Attributes:
         execution: That run, if there is one.
@@ -156,19 +134,19 @@ class Carrier:
     execution: Execution | None = None
 
     def must_carry(self, now: Execution) -> bool:
-        """Whether an output of a run has to carry the JavaScript; if so, it is taken to do so.
+        """Whether the output of a run must contain the JavaScript; if so, the run is remembered.
 
         Args:
             now: The run.
 
         Returns:
             True for the first output of all, and for the first of another run of the same cell,
-            which has cleared the output that carried it.
+            which has cleared the output that contained it.
         """
         before = self.execution
         if before is not None:
-            again = now.cell is not None and now.cell == before.cell
-            if now.request == before.request or not again:
+            is_rerun = now.cell is not None and now.cell == before.cell
+            if now.request == before.request or not is_rerun:
                 return False
         self.execution = now
         return True
@@ -178,7 +156,7 @@ _carrier = Carrier()
 
 
 def _execution() -> Execution | None:
-    """The run of a notebook cell that this is part of."""
+    """The current run of a notebook cell."""
     interactive = sys.modules.get("IPython")
     kernel = getattr(interactive.get_ipython(), "kernel", None) if interactive else None
     parent = kernel.get_parent() if kernel is not None else None
@@ -189,17 +167,14 @@ def _execution() -> Execution | None:
 
 
 def output_must_carry() -> bool:
-    """Whether the output that is shown now has to carry the JavaScript.
-
-    Returns:
-        True outside of notebooks, and in Colab, where every output is a page of its own.
-    """
+    """Whether the current output must contain the JavaScript, as outside of notebooks."""
+    # In Colab every output is a separate page.
     now = _execution()
     return now is None or "google.colab" in sys.modules or _carrier.must_carry(now)
 
 
 class JavaScript:
-    """What widgets need of a page; shown in a notebook, it brings the widgets there to life."""
+    """The JavaScript of all widgets; shown in a notebook, it draws the widgets of that page."""
 
     def __repr__(self) -> str:
         return "JavaScript(CircuitsVis, shown in a notebook cell)"
@@ -213,3 +188,17 @@ class JavaScript:
         if now is not None:
             _carrier.execution = now
         return {"text/html": self._repr_html_()}
+
+
+def javascript() -> JavaScript:
+    """The JavaScript of all widgets, for a notebook whose first widget is gone.
+
+    Returns:
+        An object that a notebook shows; it draws the widgets of that page.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> blt.widgets.javascript()
+        JavaScript(CircuitsVis, shown in a notebook cell)
+    """
+    return JavaScript()

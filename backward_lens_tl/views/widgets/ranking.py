@@ -1,39 +1,49 @@
-"""Top and bottom tokens as scores over a vocabulary of their own.
+"""The widget of top and bottom tokens.
 
-CircuitsVis ranks a whole vocabulary itself. A result keeps only the `k` tokens at either end of it,
-so here every other word lies strictly between the two ends, where it is never among the first `k`.
+CircuitsVis ranks a whole vocabulary itself, but a result keeps only `k` tokens at either end. So
+each cell gets a vocabulary of all tokens kept anywhere, in which tokens of other cells score
+strictly between its two ends and are never among the first `k`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from html import escape
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from backward_lens_tl._checks import listed
+from backward_lens_tl.errors import InputError
 from backward_lens_tl.readout.cells import Cell, TokenScore
-from backward_lens_tl.views.text import ADDS_NOTHING
-from backward_lens_tl.views.widgets.embedding import literal
-from backward_lens_tl.views.widgets.scales import round_number_above
+from backward_lens_tl.result import BackwardLensResult, check_result
+from backward_lens_tl.views.text import ADDS_NOTHING, faint_note
+from backward_lens_tl.views.widgets.captions import of_prompt, quoted, reading
+from backward_lens_tl.views.widgets.widget import Widget, embedded, literal
 
-NOTHING = f"{ADDS_NOTHING} adds nothing"
-NO_POSITION = f"{ADDS_NOTHING} no position"
-TIED = f"{ADDS_NOTHING} scores tie"
+_NOTHING = f"{ADDS_NOTHING} adds nothing"
+_NO_POSITION = f"{ADDS_NOTHING} no position"
+_TIED = f"{ADDS_NOTHING} scores tie"
 
-INFINITE = 10.0
-"""Stands, with its sign, for an infinite score: the others are divided to lie from -1 to 1."""
+_COLUMNS = 5
+"""Columns of CircuitsVis's table at first, even if there are fewer positions."""
 
-# What stands in for words has no score. CircuitsVis orders by score, though, so each has one that
-# differs from zero by less than any float32 does, and is shown as 0.
+_INFINITE = 10.0
+"""Replaces an infinite score, with its sign; finite scores are scaled to lie from -1 to 1."""
+
+# Stand-ins for tokens have no score, but CircuitsVis orders by score. So they differ from zero by
+# less than any float32 does, and are shown as 0.
 _HARDLY = 1e-300
+
+_FAINTEST = 1e-45
+"""Below every positive float32."""
 
 
 class Word(NamedTuple):
-    """A word that CircuitsVis may rank: a token, or (with a negative id) what stands in for one."""
+    """Text that CircuitsVis may rank: a token, or (with a negative id) a stand-in."""
 
     text: str
     token_id: int
@@ -46,74 +56,106 @@ class Column(NamedTuple):
     others: float
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """What CircuitsVis ranks.
-
-    Attributes:
-        words: The words.
-        scores: Their scores, divided by `factor`; `INFINITE` with a sign where that is infinite.
-        factor: A round number.
-        has_infinite: Whether a score is infinite.
-    """
+class Sample(NamedTuple):
+    """What CircuitsVis ranks: the words and their scores in each layer and column."""
 
     words: list[str]
     scores: Float[Tensor, "layer word column"]
-    factor: float = 1.0
-    has_infinite: bool = False
 
 
-def rank_cells(layers: Sequence[Sequence[Cell]], k: int, width: int) -> Ranking:
-    """Rank the tokens of cells.
+def top_tokens(
+    result: BackwardLensResult, batch: int = 0, matrices: str | Sequence[str] | None = None
+) -> Widget:
+    """The most and least promoted tokens of every matrix, layer and position.
+
+    CircuitsVis colours scores from 0 to 1. Those of a matrix are divided by a round number, which
+    the matrix's label names, to lie in this range. An infinite score is shown as 10 or -10, and the
+    caption says so.
 
     Args:
-        layers: The cells of each layer, by position.
-        k: How many tokens are shown at either end; `shown_at_either_end` says how many can be.
-        width: Number of columns; those without a position say so.
+        result: The result to show.
+        batch: Index of the prompt.
+        matrices: Names of the matrices; by default all.
 
     Returns:
-        The ranking; a cell without words of its own has a reason in their place. Where the lowest
-        at the top and the highest at the bottom have the same score, those of that score are no
-        ranking, and have a reason in their place, too.
+        The widget; its samples are the matrices, and its columns the analysed positions.
+
+    Raises:
+        InputError: If `result` is not a result, or a matrix or the prompt does not exist.
+        WidgetError: If the installed version of circuitsvis is not supported.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> blt.widgets.top_tokens(result, matrices="W_out")
+        <TopkTokens of CircuitsVis, shown in a notebook; str() is its HTML>
     """
-    entries = [entry for cells in layers for cell in cells for entry in cell.top + cell.bottom]
-    finite = [abs(entry.score) for entry in entries if math.isfinite(entry.score)]
-    factor = round_number_above(max(finite, default=0.0))
-    words, scores = _ranking(
-        [
-            [_column(cell, k, factor) for cell in cells]
-            + [_stand_in(NO_POSITION, k)] * (width - len(cells))
-            for cells in layers
-        ]
+    from circuitsvis.topk_tokens import topk_tokens
+
+    check_result(result)
+    names = list(result.matrices) if matrices is None else listed(matrices)
+    if not names:
+        raise InputError(f"matrices is {matrices!r}; pass some of {', '.join(result.matrices)}")
+    cells = {name: [result.cells(name, layer, batch) for layer in result.layers] for name in names}
+    every = [cell for rows in cells.values() for row in rows for cell in row]
+    shown = next(iter(cells.values()))[0]
+    k = _kept(every)
+    samples = {}
+    for name, rows in cells.items():
+        factor = round_number_above(max(_finite_scores(rows), default=0.0))
+        label = name if factor == 1 else f"{name} (score ×{factor:g})"
+        samples[label] = _sample([[_column(cell, k, factor) for cell in row] for row in rows], k)
+    if len(samples) == 1:
+        # With a single sample, CircuitsVis shows the first column only.
+        columns = [_stand_in(literal(cell.token), k) for cell in shown]
+        samples["the prompt's tokens"] = _sample([columns] * len(result.layers), k)
+    positions = [cell.position for cell in shown]
+    complete = positions == list(range(len(positions)))
+    rendered = topk_tokens(
+        [sample.words for sample in samples.values()],
+        [sample.scores.numpy() for sample in samples.values()],
+        max_k=k,
+        third_dimension_name="Position" if complete else "Column",
+        sample_labels=list(samples),
+        first_dimension_labels=[str(layer) for layer in result.layers],
     )
-    return Ranking(words, scores, factor, has_infinite=len(finite) < len(entries))
+    legend = ", ".join(
+        f"{column} {quoted(cell.token)}" + ("" if complete else f" (position {cell.position})")
+        for column, cell in enumerate(shown)
+    )
+    caption = (
+        f"<b>{', '.join(cells)}</b>: the {k} most and least promoted tokens"
+        f"{of_prompt(result, batch)} ({reading(result)}). Blue is a large score, and white "
+        "a score of 0 or less; hover over a token for its score.<br>"
+        f"{'Positions' if complete else 'Columns'}: {legend}"
+    )
+    if len(_finite_scores([every])) < sum(len(cell.top + cell.bottom) for cell in every):
+        caption += f"<br>A score of ∞ or −∞ is shown as {_INFINITE:g} or −{_INFINITE:g}."
+    faint = faint_note([every], result.faint_norm)
+    if faint:
+        caption += f"<br>{escape(faint)}"
+    return embedded(rendered, caption)
 
 
-def rank_prompt(tokens: Sequence[str], layers: int, k: int, width: int) -> Ranking:
-    """The prompt's own tokens in the place of top tokens.
+def round_number_above(largest: float) -> float:
+    """The round number by which to divide scores so that the largest has almost the full colour.
 
     Args:
-        tokens: The tokens.
-        layers: Number of layers, which are all the same.
-        k: How many tokens are shown at either end.
-        width: Number of columns; those without a position say so.
+        largest: The largest absolute score.
 
     Returns:
-        The ranking.
+        1, 2 or 5 times a power of ten; 1 if a scale from 0 to 1 shows the scores as they are.
     """
-    shown = [literal(token) for token in tokens] + [NO_POSITION] * (width - len(tokens))
-    return Ranking(*_ranking([[_stand_in(text, k) for text in shown]] * layers))
+    if 0.2 < largest <= 1 or largest < _FAINTEST:
+        return 1.0
+    power = math.floor(math.log10(largest))
+    candidates = (float(f"{step}e{power}") for step in (1, 2, 5, 10))
+    return next(candidate for candidate in candidates if candidate >= largest)
 
 
-def shown_at_either_end(cells: Sequence[Cell]) -> int:
-    """How many tokens can be shown at either end, no token at both.
-
-    Args:
-        cells: All cells.
-
-    Returns:
-        The `k` that was kept, but half of a vocabulary that is smaller than twice that.
-    """
+def _kept(cells: Sequence[Cell]) -> int:
+    """How many tokens can be shown at either end, none at both ends of a small vocabulary."""
     counts = [
         min(len(cell.top), len({entry.token_id for entry in cell.top + cell.bottom}) // 2)
         for cell in cells
@@ -122,16 +164,23 @@ def shown_at_either_end(cells: Sequence[Cell]) -> int:
     return max(counts, default=1) or 1
 
 
+def _finite_scores(rows: Sequence[Sequence[Cell]]) -> list[float]:
+    """The absolute scores of all tokens, without infinite ones."""
+    entries = (entry for row in rows for cell in row for entry in cell.top + cell.bottom)
+    return [abs(entry.score) for entry in entries if math.isfinite(entry.score)]
+
+
 def _column(cell: Cell, k: int, factor: float) -> Column:
+    """The tokens of a cell; those of a tied score at which its two ends meet are replaced."""
     if cell.is_zero:
-        return _stand_in(NOTHING, k)
+        return _stand_in(_NOTHING, k)
     top, bottom = (_scores(entries, factor) for entries in (cell.top, cell.bottom))
     least, most = list(top.values())[:k][-1], list(bottom.values())[:k][-1]
     if most < least:
         return Column(top | bottom, most + (least - most) / 2)
     above = {word: score for word, score in top.items() if score > least}
     below = {word: score for word, score in bottom.items() if score < least}
-    tied = _stand_in(TIED, k - len(above), k - len(below), at=least)
+    tied = _stand_in(_TIED, k - len(above), k - len(below), at=least)
     return Column(above | tied.scores | below, tied.others)
 
 
@@ -139,13 +188,13 @@ def _scores(entries: Sequence[TokenScore], factor: float) -> dict[Word, float]:
     return {
         Word(literal(entry.token), entry.token_id): entry.score / factor
         if math.isfinite(entry.score)
-        else math.copysign(INFINITE, entry.score)
+        else math.copysign(_INFINITE, entry.score)
         for entry in entries
     }
 
 
 def _stand_in(reason: str, up: int, down: int | None = None, at: float = 0.0) -> Column:
-    """A reason on top, and dots down to the bottom, all of hardly another score than `at`."""
+    """A reason on top, and dots down to the bottom, whose scores hardly differ from `at`."""
     down = up if down is None else down
     heights = [*range(up, 0, -1), *range(-1, -down - 1, -1)]
     words = [Word(reason, -1)] + [Word(ADDS_NOTHING, -1 - index) for index in range(1, up + down)]
@@ -154,15 +203,13 @@ def _stand_in(reason: str, up: int, down: int | None = None, at: float = 0.0) ->
     return Column(dict(zip(words, scores, strict=True)), at)
 
 
-def _ranking(
-    layers: Sequence[Sequence[Column]],
-) -> tuple[list[str], Float[Tensor, "layer word column"]]:
-    words = list(dict.fromkeys(word for row in layers for column in row for word in column.scores))
-    scores = torch.tensor(
-        [
-            [[column.scores.get(word, column.others) for column in row] for word in words]
-            for row in layers
-        ],
-        dtype=torch.float64,
-    )
-    return [word.text for word in words], scores
+def _sample(layers: Sequence[Sequence[Column]], k: int) -> Sample:
+    """The columns of each layer, at least `_COLUMNS` of them, over all of their words."""
+    empty = [_stand_in(_NO_POSITION, k)] * (_COLUMNS - len(layers[0]))
+    rows = [[*columns, *empty] for columns in layers]
+    words = list(dict.fromkeys(word for row in rows for column in row for word in column.scores))
+    scores = [
+        [[column.scores.get(word, column.others) for column in row] for word in words]
+        for row in rows
+    ]
+    return Sample([word.text for word in words], torch.tensor(scores, dtype=torch.float64))

@@ -1,15 +1,14 @@
-"""A CircuitsVis widget, made safe to put into any page.
+"""A CircuitsVis widget that is safe to put into any page.
 
-CircuitsVis's own HTML leaves its element open, loads from a CDN or repeats 1.3 MB, and asks a
-network which of the two. Here the component and its properties are taken out of it and embedded
-anew.
+CircuitsVis's own HTML leaves an element open, and either loads from a CDN or repeats 1.3 MB, which
+it decides by a network request. Here its component and properties are extracted, and embedded in
+HTML of our own.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from html import escape
@@ -18,18 +17,18 @@ from typing import Any, cast
 from uuid import uuid4
 
 from backward_lens_tl.errors import InputError, WidgetError
-from backward_lens_tl.views.text import pieces
+from backward_lens_tl.views.text import running_text, visible
 from backward_lens_tl.views.widgets.library import (
     call_script,
     library_script,
-    not_as_known,
     output_must_carry,
     script_json,
+    unsupported,
 )
 
-# Widgets have a light background and black text of their own; a dark notebook's rules for tables
-# and headings would give them white text on it. Below there is room for a tooltip, which the output
-# of a cell would cut off.
+# Widgets have a light background and black text; a dark notebook's rules for tables and headings
+# would make the text white. The padding below is room for a tooltip, which the cell's output would
+# cut off.
 _STYLE = """\
 <style>
 .blt-widget { background: #fff; color: #111; color-scheme: light;
@@ -53,15 +52,15 @@ _RENDERED = re.compile(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Widget:
-    """A CircuitsVis widget that needs no network; see `page` for several on one page.
+    """A CircuitsVis widget that needs no network; `page` combines several.
 
-    It is an instance of CircuitsVis's `RenderedHTML`, too.
+    It is also an instance of CircuitsVis's `RenderedHTML`.
 
     Attributes:
         element: CircuitsVis's name of the component.
-        props: What the component shows.
-        address: Where the component can be loaded from a network.
-        caption: What it shows, as HTML.
+        props: Properties of the component.
+        address: URL of the component.
+        caption: The caption, as HTML.
     """
 
     element: str
@@ -71,18 +70,18 @@ class Widget:
 
     @property
     def fragment(self) -> str:
-        """HTML without the JavaScript, which it waits for."""
+        """HTML without the JavaScript, for which it waits."""
         place = _new_id()
         return f"{self._place(place)}\n{call_script(place, self.element, self.props)}"
 
     @property
     def local_src(self) -> str:
-        """HTML that needs nothing else."""
+        """Self-contained HTML."""
         return f"{library_script()}\n{self.fragment}"
 
     @property
     def cdn_src(self) -> str:
-        """HTML that loads the JavaScript from a network, and is small."""
+        """Small HTML that loads the JavaScript from a network."""
         place = _new_id()
         return (
             f'{self._place(place)}\n<script crossorigin type="module">\n'
@@ -91,7 +90,7 @@ class Widget:
         )
 
     def show_code(self) -> str:
-        """HTML that loads the JavaScript from a network, as CircuitsVis calls it."""
+        """HTML that loads the JavaScript from a network, under CircuitsVis's name."""
         return self.cdn_src
 
     def _place(self, place: str) -> str:
@@ -113,96 +112,105 @@ class Widget:
         return self.local_src
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        # Only what displays asks for this; `_repr_html_` is also called to save the HTML, and then
-        # no page has seen the JavaScript.
+        # Only display calls this. `_repr_html_` is also called to save the HTML, when no page has
+        # the JavaScript yet.
         del include, exclude
         return {"text/html": self.local_src if output_must_carry() else self.fragment}
 
 
-_SPACE = "␣"
 _WORD_JOINER = "\u2060"
 
 
 def literal(text: str) -> str:
-    """A text that CircuitsVis shows as it is, every character visible.
+    """A text that CircuitsVis shows as it is, with every character visible.
 
-    It sets some texts as HTML, some as text, and draws others on a canvas, so no escape fits them
-    all. A word joiner, which has no width, after each `<` and `&` means the same in all three:
-    behind it, neither begins a tag or an entity.
+    It sets some texts as HTML, some as text, and draws others on a canvas, so no escaping fits all
+    of them. A word joiner, which has no width, is inserted after each `<` and `&`: it means the
+    same in all three, and neither can start a tag or an entity any more.
 
     Args:
-        text: A token, or a label with a caller's text in it.
+        text: A token, or a label that contains a caller's text.
 
     Returns:
-        The text, with marks for spaces and for other characters without a shape.
+        The text, with marks for spaces and for other invisible characters.
     """
-    visible = (_SPACE if piece == (" ", True) else piece.text for piece in pieces(text))
-    return re.sub("[<&]", rf"\g<0>{_WORD_JOINER}", "".join(visible))
+    return re.sub("[<&]", rf"\g<0>{_WORD_JOINER}", visible(text))
 
 
 def embedded(rendered: Any, caption: str, **props: Any) -> Widget:
-    """What CircuitsVis rendered, as a widget that is safe to show.
+    """Make a widget of what CircuitsVis rendered.
 
     Args:
         rendered: CircuitsVis's `RenderedHTML`.
-        caption: What it shows, as HTML.
+        caption: The caption, as HTML.
         **props: Properties of the component that CircuitsVis's function does not take.
 
     Returns:
         The widget, with all numbers rounded to six significant digits.
 
     Raises:
-        WidgetError: If CircuitsVis renders in a way that is not known here.
+        WidgetError: If the HTML is not of the supported form.
     """
     found = _RENDERED.fullmatch(str(getattr(rendered, "cdn_src", "")))
     if found is None:
-        raise WidgetError(not_as_known("renders HTML in which its component cannot be found"))
+        raise WidgetError(unsupported("renders HTML in which its component cannot be found"))
     try:
         own = json.loads(found["props"])
     except ValueError as error:
-        raise WidgetError(not_as_known("renders properties that are not JSON")) from error
+        raise WidgetError(unsupported("renders properties that are not JSON")) from error
     return _widget_class()(found["element"], _rounded(own | props), found["address"], caption)
 
 
-def page(widgets: Sequence[Widget], title: str) -> str:
-    """Several widgets as one document, with the JavaScript once.
+def page(*widgets: Widget, title: str = "Backward Lens") -> str:
+    """Combine several widgets into one document that contains their JavaScript once.
 
     Args:
-        widgets: The widgets, from the top of the page.
+        *widgets: The widgets, from the top of the page.
         title: Title and heading of the page.
 
     Returns:
-        An HTML document that fetches nothing.
+        An HTML document that loads nothing.
 
     Raises:
-        InputError: If there is no widget, or something is none.
+        InputError: If there is no widget, or something else was passed.
+        WidgetError: If the installed version of circuitsvis is not supported.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
+        >>> widgets = [blt.widgets.norms(result), blt.widgets.quantities(result)]
+        >>> html = blt.widgets.page(*widgets, title="Messi")
+        >>> html.count("<section>"), "<h1>Messi</h1>" in html
+        (2, True)
     """
-    strangers = [widget for widget in widgets if not isinstance(widget, Widget)]
+    strangers = [type(widget).__name__ for widget in widgets if not isinstance(widget, Widget)]
     if strangers or not widgets:
-        given = f"{type(strangers[0]).__name__}, which is no widget" if strangers else "no widget"
+        given = f"{strangers[0]}, which is not a widget" if strangers else "no widget"
         raise InputError(
             f"a page was asked for with {given}; pass what widgets.norms, top_tokens, quantities "
             "and reversed_attention return"
         )
+    heading = escape(running_text(title))
     body = "\n".join(f"<section>{widget.fragment}</section>" for widget in widgets)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title>"
+        f"<title>{heading}</title>"
         "<style>body { background: #fff; color: #111; font-family: system-ui, sans-serif; }</style>"
         f"\n{library_script()}\n</head>"
-        f"<body><main><h1>{escape(title)}</h1>\n{body}\n</main></body></html>\n"
+        f"<body><main><h1>{heading}</h1>\n{body}\n</main></body></html>\n"
     )
 
 
 def _new_id() -> str:
-    """Anew each time: a widget that is shown twice is in two places."""
+    """A new id each time, since a widget that is shown twice is in two places."""
     return f"circuits-vis-{uuid4().hex}"
 
 
 @cache
 def _widget_class() -> type[Widget]:
-    """`Widget` as a subclass of `RenderedHTML`, made here: importing CircuitsVis is slow."""
+    """`Widget` as a subclass of `RenderedHTML`, on demand: importing CircuitsVis is slow."""
     from circuitsvis.utils.render import RenderedHTML
 
     names = {"__module__": __name__, "__doc__": Widget.__doc__}
@@ -210,7 +218,7 @@ def _widget_class() -> type[Widget]:
     return cast("type[Widget]", made)
 
 
-_SMALLEST = 2.0**-149  # of the positive numbers of float32; below are only stand-ins
+_SMALLEST = 2.0**-149  # the smallest positive float32; only stand-ins are below
 
 
 def _rounded(value: Any) -> Any:

@@ -1,0 +1,63 @@
+"""The widget of Reversed Attention."""
+
+from __future__ import annotations
+
+from backward_lens_tl.result import BackwardLensResult, check_result
+from backward_lens_tl.views.colors import BLUE, VERMILION
+from backward_lens_tl.views.text import number, shortened
+from backward_lens_tl.views.widgets.captions import of_prompt
+from backward_lens_tl.views.widgets.widget import Widget, embedded, literal
+
+_LONGEST = 24
+"""Characters of a token next to the map; longer ones leave no room for it."""
+
+
+def reversed_attention(result: BackwardLensResult, layer: int, batch: int = 0) -> Widget:
+    """Reversed Attention of every head of a layer, from destination to source tokens.
+
+    Args:
+        result: The result to show.
+        layer: A layer of the model, or a negative index into the analysed layers.
+        batch: Index of the prompt.
+
+    Returns:
+        The widget, with one colour scale for all heads, symmetric around 0.
+
+    Raises:
+        InputError: If `result` is not a result, the layer or prompt does not exist, or none of the
+            layer's attention matrices was analysed.
+        WidgetError: If the installed version of circuitsvis is not supported.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris", matrices="attn")
+        >>> blt.widgets.reversed_attention(result, layer=5)
+        <AttentionHeads of CircuitsVis, shown in a notebook; str() is its HTML>
+    """
+    from circuitsvis.attention import attention_heads
+
+    check_result(result)
+    described = of_prompt(result, batch)
+    maps = result.reversed_attention(layer)[batch]
+    index = result.layer_number(layer)
+    tokens = result.capture.str_tokens[batch]
+    maps = maps[:, : len(tokens), : len(tokens)].detach().cpu().double()
+    largest = float(maps.abs().max())
+    rendered = attention_heads(
+        maps,
+        # Isolated from the index after a token that is read from right to left.
+        [f"\u2068{shortened(literal(token), _LONGEST)}\u2069" for token in tokens],
+        [f"L{index}H{head}" for head in range(len(maps))],
+        max_value=largest or 1.0,
+        min_value=-(largest or 1.0),
+        negative_color=VERMILION,
+        positive_color=BLUE,
+        mask_upper_tri=not bool(maps.triu(1).any()),
+    )
+    caption = (
+        f"<b>Reversed Attention of layer {index}</b>{described}: where the backward pass attends. "
+        "Blue: a larger attention score there raises the objective; orange: it lowers it. Both are "
+        f"darkest at {number(largest)}, the largest of all heads."
+    )
+    return embedded(rendered, caption)
