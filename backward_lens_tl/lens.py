@@ -48,7 +48,7 @@ def backward_lens(
     target: Targets | None = None,
     *,
     objective: Objective | LossFunction | None = None,
-    matrices: str | Sequence[str] = ("W_in", "W_out"),
+    matrices: str | Sequence[str] = "mlp",
     layers: int | Sequence[int] | None = None,
     positions: int | Sequence[int] | None = None,
     projection: str | Projection | Sequence[str | Projection] = ("logit_lens", "normalized"),

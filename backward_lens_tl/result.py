@@ -682,7 +682,7 @@ class BackwardLensResult:
             batch: Which prompt.
 
         Returns:
-            One row per neuron and position: `neuron`, `neuron_norm`, `norm_rank`, `position`,
+            One row per neuron and position: `neuron`, `neuron_norm`, `norm_order`, `position`,
             `token`, `similarity`; `tables.neuron_table` says more.
 
         Raises:
@@ -690,7 +690,7 @@ class BackwardLensResult:
 
         Examples:
             >>> neurons = result.neuron_df("W_out", layer=6)
-            >>> longest = neurons[neurons["norm_rank"] == 0].set_index("token")
+            >>> longest = neurons[neurons["norm_order"] == 0].set_index("token")
             >>> longest["similarity"].idxmax()
             ' for'
         """

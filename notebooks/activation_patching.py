@@ -144,7 +144,7 @@ def by_layer(kind, read):
     return torch.stack([read(f"blocks.{layer}.hook_{kind}") for layer in layers])
 
 
-here, there = corrupt.capture.hook_points, clean.capture.hook_points
+here, there = corrupt.capture.hook_gradients, clean.capture.hook_gradients
 change = corrupt.attribution(clean)
 attributed = {kind: by_layer(kind, lambda name: change[name][0] / gap) for kind in kinds}
 norm = {kind: by_layer(kind, lambda name: here[name].vjp[0].norm(dim=-1)) for kind in kinds}
@@ -246,7 +246,7 @@ def slope_at(name, position, alpha):
     with model.hooks(fwd_hooks=[part_of_the_way(name, position, alpha)]):
         run = blt.capture_gradients(model, prompts["corrupt"], objective, hook_points=[name])
     way = (there[name].value - here[name].value)[0, position]
-    slope = way @ run.hook_points[name].vjp[0, position]
+    slope = way @ run.hook_gradients[name].vjp[0, position]
     recovered = (run.loss - corrupt.capture.loss).item() / gap
     return {"recovered": recovered, "slope": slope.item() / gap}
 

@@ -77,7 +77,7 @@ result.capture.loss.item()  # in nats; 0 is the best
 maps = torch.stack([result.reversed_attention(layer)[0] for layer in layers])  # [layer, head, q, k]
 layer = int(maps.abs().amax(dim=(1, 2, 3)).argmax())
 kept = {
-    name: result.capture.hook_points[f"blocks.{layer}.attn.hook_{name}"]
+    name: result.capture.hook_gradients[f"blocks.{layer}.attn.hook_{name}"]
     for name in ("pattern", *"qkvz")
 }
 A, Q, K, V = (kept[name].value[0] for name in ("pattern", "q", "k", "v"))
@@ -183,7 +183,7 @@ with torch.no_grad():
 
 # %%
 def by_layer(name, read):
-    points = [result.capture.hook_points[f"blocks.{n}.attn.hook_{name}"] for n in layers]
+    points = [result.capture.hook_gradients[f"blocks.{n}.attn.hook_{name}"] for n in layers]
     return torch.stack([read(point) for point in points])
 
 

@@ -197,7 +197,7 @@ figures.norms_by_segment(analysis.norms_by_segment(sweep), backend="matplotlib")
 # the vocabulary is at the top.
 
 # %%
-figures.ranks_by_segment(analysis.ranks_by_segment(sweep), backend="matplotlib")
+figures.token_ranks_by_segment(analysis.token_ranks_by_segment(sweep), backend="matplotlib")
 
 # %% [markdown]
 # Where most is written the update writes the target, and nowhere else. At the last token there is

@@ -229,7 +229,7 @@ pd.concat(
 # `x_i`, `W_out` through the raw `delta_i`; *answer* is what the model said itself.
 
 # %%
-by_segment = [analysis.ranks_by_segment(sweep, of=of) for of in ("answer", "target")]
+by_segment = [analysis.token_ranks_by_segment(sweep, of=of) for of in ("answer", "target")]
 at_last = pd.concat(by_segment).query("segment == 'last token' and projection == 'logit_lens'")
 at_last.pivot(index="layer", columns=["matrix", "of"], values="median")
 
@@ -302,7 +302,7 @@ pd.Series(cosines, name="cosine with the first VJP").round(2).to_frame().T
 
 # %%
 targets = by_segment[1]
-figures.ranks_by_segment(targets, matrix="W_out", scale="linear", backend="matplotlib")
+figures.token_ranks_by_segment(targets, matrix="W_out", scale="linear", backend="matplotlib")
 
 # %% [markdown]
 # **The first half agrees, the second does not.** The last token is at the bottom in all layers, and the
@@ -331,7 +331,7 @@ for name, point in ways.items():
             direction="gradient",
             prepend_bos=False,
         )
-    table = analysis.ranks_by_segment(cut.to_df(subject=prompts.subject.tolist()))
+    table = analysis.token_ranks_by_segment(cut.to_df(subject=prompts.subject.tolist()))
     medians[name] = table.set_index("segment")["median"]
 pd.DataFrame(medians)
 
@@ -409,10 +409,10 @@ figures.neuron_overlap(overlap, "W_out", layer, backend="matplotlib")
 # sum of squares:
 
 # %%
-by_neuron = overlap.assign(cosine=overlap.similarity.abs()).groupby("norm_rank")
+by_neuron = overlap.assign(cosine=overlap.similarity.abs()).groupby("norm_order")
 neurons = by_neuron.agg(cosine=("cosine", "max"), energy=("neuron_norm", "first")).reset_index()
 neurons["energy"] = neurons.energy**2 / (neurons.energy**2).sum()
-neurons["quarter"] = 1 + 4 * neurons.norm_rank // len(neurons)
+neurons["quarter"] = 1 + 4 * neurons.norm_order // len(neurons)
 neurons.groupby("quarter").agg({"cosine": "median", "energy": "sum"}).round(3)
 
 # %% [markdown]
@@ -466,7 +466,7 @@ ends.apply(lambda column: column.map("{:.4g}".format)).T.unstack()
 
 # %%
 shifts = steps[steps.matrix == "W_out"]
-f"{int((shifts.shift_rank == 0).sum())} of {len(shifts)} steps"
+f"{int((shifts.shift_target_rank == 0).sum())} of {len(shifts)} steps"
 
 # %% [markdown]
 # ## Section 7 and table 1: an edit without a backward pass

@@ -727,10 +727,10 @@ def test_attribution_between_models_of_different_widths_is_refused(
     capture = result.capture
     narrow = {
         name: replace(point, value=point.value[..., :-1], vjp=point.vjp[..., :-1])
-        for name, point in capture.hook_points.items()
+        for name, point in capture.hook_gradients.items()
     }
     with pytest.raises(BackwardLensError, match=HOOK):
-        capture.attribution(replace(capture, hook_points=narrow))
+        capture.attribution(replace(capture, hook_gradients=narrow))
 
 
 # -------------------------------------------------------------------------------------------- files

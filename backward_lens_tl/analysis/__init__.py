@@ -3,14 +3,14 @@
 Those by segment take of a result the table `to_df(subject)`, since it needs to be told its subject.
 
 `gradient_ranks` and `rank_exceptions` are figure 4; `norms_by_segment` and `norm_correlation`
-figures 6, 16 and 17; `ranks_by_segment` figures 7 and 18 to 21; `neuron_tokens`, `spanning_tokens`
-and `neuron_overlap` appendix B; `step_changes` lemma 5.2.
+figures 6, 16 and 17; `token_ranks_by_segment` figures 7 and 18 to 21; `neuron_tokens`,
+`spanning_tokens` and `neuron_overlap` appendix B; `step_changes` lemma 5.2.
 """
 
 from backward_lens_tl.analysis.by_segment import (
     norm_correlation,
     norms_by_segment,
-    ranks_by_segment,
+    token_ranks_by_segment,
 )
 from backward_lens_tl.analysis.neurons import neuron_overlap, neuron_tokens, spanning_tokens
 from backward_lens_tl.analysis.ranks import gradient_ranks, rank_exceptions
@@ -23,7 +23,7 @@ __all__ = [
     "norm_correlation",
     "norms_by_segment",
     "rank_exceptions",
-    "ranks_by_segment",
     "spanning_tokens",
     "step_changes",
+    "token_ranks_by_segment",
 ]

@@ -66,7 +66,7 @@ def norms_by_segment(positions: Source, of: Literal["vjp", "input"] = "vjp") -> 
     return with_types_of(table, _with_prompts(found, cells, ["matrix"]))
 
 
-def ranks_by_segment(
+def token_ranks_by_segment(
     positions: Source,
     of: Literal["target", "answer"] = "target",
     *,
@@ -105,7 +105,7 @@ def ranks_by_segment(
         >>> result = blt.backward_lens(
         ...     model, "Lionel Messi plays for", " Paris", matrices="W_out", layers=6
         ... )
-        >>> ranks = blt.analysis.ranks_by_segment(result.to_df(subject="Lionel Messi"))
+        >>> ranks = blt.analysis.token_ranks_by_segment(result.to_df(subject="Lionel Messi"))
         >>> ranks.loc[ranks["median"] == 0, "segment"].tolist()  # where the target leads
         ['last token']
     """

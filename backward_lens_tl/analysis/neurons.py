@@ -25,7 +25,7 @@ from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.readout.projections import Projection
-from backward_lens_tl.readout.tables import norm_ranks
+from backward_lens_tl.readout.tables import norm_order
 from backward_lens_tl.readout.vectors import read_vectors
 from backward_lens_tl.result import BackwardLensResult
 
@@ -68,10 +68,10 @@ def neuron_tokens(
 
     Returns:
         Columns `group` (`"largest"`, `"middle"`, those about the median, `"smallest"`, or `"zero
-        vector"`), `neuron`, `norm`, `norm_rank` (0 for the longest; equal ones in the order of
+        vector"`), `neuron`, `norm`, `norm_order` (0 for the longest; equal ones in the order of
         their index), `top_tokens` and `bottom_tokens` (lists of texts, best and smallest first).
         Longer neurons come first. The last row is the zero vector's, without `neuron` and
-        `norm_rank`.
+        `norm_order`.
 
     Raises:
         InputError: If an argument is not usable, the gradients are of a model of another width, or
@@ -101,7 +101,7 @@ def neuron_tokens(
             "group": [*(group for group, _, _ in groups), _ZERO_VECTOR],
             "neuron": pd.array([*neurons, None], dtype="Int64"),
             "norm": [*norms[neurons].tolist(), 0.0],
-            "norm_rank": pd.array([*(rank for _, rank, _ in groups), None], dtype="Int64"),
+            "norm_order": pd.array([*(rank for _, rank, _ in groups), None], dtype="Int64"),
             "top_tokens": read.top_tokens,
             "bottom_tokens": read.bottom_tokens,
         }
@@ -185,7 +185,7 @@ def neuron_overlap(
         projection: As in `backward_lens`, but one alone.
 
     Returns:
-        Columns `neuron`, `neuron_norm`, `norm_rank` (0 for the longest neuron; equal ones in the
+        Columns `neuron`, `neuron_norm`, `norm_order` (0 for the longest neuron; equal ones in the
         order of their index), `position`, `token`, `similarity` (the cosine of the neuron and the
         position's spanning vector, NaN where one of them is zero) and `overlap` (the part of the
         `k` top tokens that both share, 0 to 1). For each neuron there is a row per position, and
@@ -201,7 +201,7 @@ def neuron_overlap(
         >>> model = blt.load_facts_model()
         >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
         >>> overlap = blt.analysis.neuron_overlap(model, result, "W_out", layer=6, k=10)
-        >>> longest = overlap[overlap["norm_rank"] == 0].set_index("token")
+        >>> longest = overlap[overlap["norm_order"] == 0].set_index("token")
         >>> longest["overlap"].idxmax()
         ' for'
     """
@@ -212,7 +212,7 @@ def neuron_overlap(
     read = partial(read_vectors, model, projection=projection, layer=layer, k=k)
     similarity = gradient.neuron_similarity(batch).cpu()
     norms = gradient.neuron_norms(batch).cpu()
-    ranks = norm_ranks(norms)
+    ranks = norm_order(norms)
     spanning = _spanning(gradient, batch)
     compared = read(torch.cat([spanning, torch.zeros_like(spanning[:1])])).top_ids
     tops = torch.cat([read(block).top_ids for block in _blocks(gradient, batch)])
@@ -224,7 +224,7 @@ def neuron_overlap(
         {
             "neuron": torch.arange(neurons).repeat_interleave(columns).numpy(),
             "neuron_norm": norms.repeat_interleave(columns).numpy(),
-            "norm_rank": ranks.repeat_interleave(columns).numpy(),
+            "norm_order": ranks.repeat_interleave(columns).numpy(),
             "position": pd.array(places * neurons, dtype="Int64"),
             "token": [*found.str_tokens[batch], _ZERO_VECTOR] * neurons,
             "similarity": torch.cat([similarity, no_angle], dim=1).flatten().numpy(),

@@ -54,7 +54,7 @@ def step_changes(
     target: Targets | None,
     *,
     learning_rate: float | None = None,
-    matrices: str | Sequence[str] = ("W_in", "W_out"),
+    matrices: str | Sequence[str] = "mlp",
     layers: int | Sequence[int] | None = None,
     prepend_bos: bool | None = None,
     multi_token: MultiToken | None = None,
@@ -94,13 +94,13 @@ def step_changes(
           is what the lemma says of one position;
         - `loss`: before the step, in nats; `loss_change`: what the step changed of it, measured;
           `predicted_loss_change`: `-eta ||dL/dW||_F^2`, to first order;
-        - `shift_rank`: the target's rank by the Logit Lens in the measured change of the output at
-          the last position, 0 for the token that is promoted most; missing for matrices that read
-          the residual stream. Of a short change, as a small learning rate makes it, the final
-          norm's bias shows most.
+        - `shift_target_rank`: the target's rank by the Logit Lens in the measured change of the
+          output at the last position, 0 for the most promoted token; missing for matrices that read
+          the residual stream. A small learning rate gives a short change, which reads mostly as the
+          final norm's bias.
 
-        `output_error`, `rounding`, `self_imprint` and `shift_rank` are missing where the change is
-        zero.
+        `output_error`, `rounding`, `self_imprint` and `shift_target_rank` are missing where the
+        change is zero.
 
     Raises:
         InputError: If an argument is not usable.
@@ -132,7 +132,7 @@ def step_changes(
     # Prompt by prompt, so that a matrix meets its inputs before and after in one shape of product.
     by_prompt = (_rows(work, sites, prompt, rate) for prompt in range(len(work.batch.mask)))
     table = pd.DataFrame([row for rows in by_prompt for row in rows])
-    return table.astype({"shift_rank": "Int64"})
+    return table.astype({"shift_target_rank": "Int64"})
 
 
 def _checked_rate(learning_rate: object) -> float | None:
@@ -168,9 +168,9 @@ def _rows(
         steps.append(
             _Step(site, prediction, eta, output, after.outputs[0], before.loss, after.loss)
         )
-    ranks = _shift_ranks(work.host, steps, target)
+    ranks = _shift_target_ranks(work.host, steps, target)
     return [
-        {"prompt": prompt, **step.row(), "shift_rank": rank}
+        {"prompt": prompt, **step.row(), "shift_target_rank": rank}
         for step, rank in zip(steps, ranks, strict=True)
     ]
 
@@ -334,7 +334,7 @@ def _cosine(one: Float[Tensor, "d"], other: Float[Tensor, "d"]) -> float:
     return max(-1.0, min(1.0, cosine)) if math.isfinite(cosine) else cosine
 
 
-def _shift_ranks(host: Host, steps: Sequence[_Step], target: int) -> list[int | None]:
+def _shift_target_ranks(host: Host, steps: Sequence[_Step], target: int) -> list[int | None]:
     """The target's rank in each change at the last position, where it is one of the stream's."""
     written = [
         index

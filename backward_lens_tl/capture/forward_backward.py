@@ -57,7 +57,7 @@ class Recorded:
         loss: Loss of each prompt.
         targets: The token that readouts are compared with, if the objective has one.
         answers: The model's own most probable token after each prompt.
-        hook_points: Activations and gradients at hook points, by name.
+        hook_gradients: Activations and gradients at hook points, by name.
         attention: The backward pass through attention patterns, by layer.
     """
 
@@ -65,7 +65,7 @@ class Recorded:
     loss: Float[Tensor, "batch"]
     targets: Int[Tensor, "batch"] | None
     answers: Int[Tensor, "batch"]
-    hook_points: Mapping[str, HookPointGradient]
+    hook_gradients: Mapping[str, HookPointGradient]
     attention: Mapping[int, AttentionGradient]
 
 
@@ -118,7 +118,9 @@ def record(
         loss=losses.detach(),
         targets=objective.targets(logits.detach(), batch),
         answers=objective.answers(logits.detach(), batch),
-        hook_points={point.site.name: point.gradient(found[point], batch) for point in run.points},
+        hook_gradients={
+            point.site.name: point.gradient(found[point], batch) for point in run.points
+        },
         attention={
             layer: pattern.gradient(found[pattern], batch, host.d_head)
             for layer, pattern in run.patterns.items()

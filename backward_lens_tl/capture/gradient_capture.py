@@ -63,7 +63,7 @@ class GradientCapture:
         objective: How the objective was made.
         model_name: The model's name.
         coverage: Which parameters these gradients are of, and which they are not.
-        hook_points: Activations and gradients at the hook points asked for, by name.
+        hook_gradients: Activations and gradients at the hook points asked for, by name.
         attention: The backward pass through the pattern of each layer whose attention matrices
             were asked for, by layer.
         prompts: Text of each prompt as the caller wrote it, continuation included; of a prompt
@@ -96,7 +96,7 @@ class GradientCapture:
     objective: str
     model_name: str
     coverage: Coverage = Coverage()
-    hook_points: Mapping[str, HookPointGradient] = field(default_factory=dict)
+    hook_gradients: Mapping[str, HookPointGradient] = field(default_factory=dict)
     attention: Mapping[int, AttentionGradient] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
     spans: tuple[tuple[tuple[int, int], ...], ...] = ()
@@ -244,7 +244,7 @@ class GradientCapture:
         for layer, attention in self.attention.items():
             if attention.is_patchable:
                 entries[f"blocks.{layer}.attn.hook_attn_scores_grad"] = attention.scores_vjp
-        for name, point in self.hook_points.items():
+        for name, point in self.hook_gradients.items():
             entries |= {name: point.value, f"{name}_grad": point.vjp}
         return ActivationCache(entries, model)
 
@@ -279,7 +279,7 @@ class GradientCapture:
             raise InputError(
                 f"{other!r} is a {type(other).__name__}; pass the GradientCapture of the other run"
             )
-        shared = [name for name in self.hook_points if name in other.hook_points]
+        shared = [name for name in self.hook_gradients if name in other.hook_gradients]
         if not shared:
             raise InputError(
                 "both captures need the same hook points; ask for them, for example with "
@@ -290,7 +290,7 @@ class GradientCapture:
                 f"prompts have lengths {self.mask.sum(1).tolist()} here and "
                 f"{other.mask.sum(1).tolist()} there; attribution compares position with position"
             )
-        pairs = ((self.hook_points[name], other.hook_points[name]) for name in shared)
+        pairs = ((self.hook_gradients[name], other.hook_gradients[name]) for name in shared)
         return {here.name: attribution(here, there) for here, there in pairs}
 
     def __repr__(self) -> str:

@@ -92,11 +92,11 @@ class _Placing:
             targets=targets,
             answers=self._put(None if whole is None else whole.answers, part.answers),
             # Where hook points are asked for there is one pass.
-            hook_points={
+            hook_gradients={
                 name: replace(
                     point, value=point.value.to(self._device), vjp=point.vjp.to(self._device)
                 )
-                for name, point in part.hook_points.items()
+                for name, point in part.hook_gradients.items()
             },
             attention={
                 layer: self._attention(attention.get(layer), pattern)

@@ -34,7 +34,7 @@ def capture_gradients(
     prompts: Prompts,
     objective: Objective | LossFunction,
     *,
-    matrices: str | Sequence[str] = ("W_in", "W_out"),
+    matrices: str | Sequence[str] = "mlp",
     layers: int | Sequence[int] | None = None,
     prepend_bos: bool | None = None,
     hook_points: str | Sequence[str] | Callable[[str], bool] | None = None,
@@ -163,7 +163,7 @@ class CaptureWork:
             objective=self.objective_name,
             model_name=self.host.name,
             coverage=_coverage(self.host, self.sites),
-            hook_points=recorded.hook_points,
+            hook_gradients=recorded.hook_gradients,
             attention=recorded.attention,
         )
 

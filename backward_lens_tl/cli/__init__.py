@@ -84,10 +84,9 @@ def _add_show(show: argparse.ArgumentParser) -> None:
     show.add_argument(
         "--matrices",
         nargs="+",
-        default=["W_in", "W_out"],
+        default=["mlp"],
         metavar="NAME",
-        help="among W_Q, W_K, W_V, W_O, W_in, W_gate, W_out, or attn, mlp, all "
-        "(default: W_in W_out)",
+        help="W_Q, W_K, W_V, W_O, W_in, W_gate, W_out, or the groups attn, mlp, all (default: mlp)",
     )
     show.add_argument("--layers", nargs="+", type=int, metavar="N", help="default: all")
     show.add_argument(

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings = parser.add_argument_group("settings, which --config may hold as well")
     settings.add_argument("--prompts", type=int, help="rows to take, at random (default: all)")
     settings.add_argument("--seed", type=int, help="of that choice (default: 0)")
-    settings.add_argument("--matrices", nargs="+", metavar="NAME", help="default: W_in W_out")
+    settings.add_argument("--matrices", nargs="+", metavar="NAME", help="default: mlp")
     settings.add_argument("--layers", nargs="+", type=int, metavar="N", help="default: all")
     settings.add_argument(
         "--projection", nargs="+", choices=("logit_lens", "normalized"), help="default: logit_lens"

@@ -252,7 +252,7 @@ def _spectrum(gradient: MatrixGradient, prompt: int, n_writing: int) -> dict[str
     return {**dict(zip(_SPECTRUM, found, strict=True)), "singular_values": values.tolist()}
 
 
-def norm_ranks(norms: Float[Tensor, "d_hidden"]) -> Int[Tensor, "d_hidden"]:
+def norm_order(norms: Float[Tensor, "d_hidden"]) -> Int[Tensor, "d_hidden"]:
     """The rank of each neuron by its norm: 0 for the longest; equal ones in the order of index."""
     # The order by rank, sorted, is the rank by neuron.
     return norms.argsort(descending=True, stable=True).argsort()
@@ -268,7 +268,7 @@ def neuron_table(capture: GradientCapture, matrix: str, layer: int, batch: int =
         batch: Which prompt.
 
     Returns:
-        Columns `neuron`, `neuron_norm`, `norm_rank` (0 for the longest neuron; equal ones in the
+        Columns `neuron`, `neuron_norm`, `norm_order` (0 for the longest neuron; equal ones in the
         order of their index), `position`, `token`, `similarity` (the cosine of the neuron and the
         position's spanning vector, missing where one of them is zero), in the order of neurons and
         positions (paper, figures 8 to 10).
@@ -282,13 +282,13 @@ def neuron_table(capture: GradientCapture, matrix: str, layer: int, batch: int =
     gradient = capture[matrix, layer]
     similarity = gradient.neuron_similarity(batch).cpu()
     norms = gradient.neuron_norms(batch).cpu()
-    ranks = norm_ranks(norms)
+    ranks = norm_order(norms)
     neurons, positions = similarity.shape
     return pd.DataFrame(
         {
             "neuron": torch.arange(neurons).repeat_interleave(positions).numpy(),
             "neuron_norm": norms.repeat_interleave(positions).numpy(),
-            "norm_rank": ranks.repeat_interleave(positions).numpy(),
+            "norm_order": ranks.repeat_interleave(positions).numpy(),
             "position": torch.arange(positions).repeat(neurons).numpy(),
             "token": list(capture.str_tokens[batch]) * neurons,
             "similarity": similarity.flatten().numpy(),

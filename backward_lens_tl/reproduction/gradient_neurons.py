@@ -135,7 +135,7 @@ def _overlap_checks(table: pd.DataFrame, matrix: str) -> tuple[Check, ...]:
     spanning, zero = table[table["position"].notna()], table[table["position"].isna()]
     n_neurons = table["neuron"].nunique()
     group = max(1, round(_PART * n_neurons))
-    longest = spanning[spanning["norm_rank"] < group]
+    longest = spanning[spanning["norm_order"] < group]
     likest = longest.loc[longest["similarity"].abs().groupby(longest["neuron"]).idxmax()]
     if matrix == "W_out":  # the paper names the vector
         whose = "the last token's VJP"
@@ -143,7 +143,7 @@ def _overlap_checks(table: pd.DataFrame, matrix: str) -> tuple[Check, ...]:
     else:
         whose, best = "one of the inputs", likest["similarity"].abs()
     token = likest["token"].mode().iloc[0]
-    shortest = table["norm_rank"] >= n_neurons - group
+    shortest = table["norm_order"] >= n_neurons - group
     to_zero = zero.loc[shortest, "overlap"].mean()
     to_span = spanning.loc[shortest, "overlap"].groupby(spanning["position"]).mean().max()
     return (

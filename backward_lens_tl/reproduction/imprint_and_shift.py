@@ -65,8 +65,8 @@ def _losses(table: pd.DataFrame) -> Check:
 
 
 def _shift(table: pd.DataFrame, evidence: Evidence) -> Check:
-    shifts = table[table["shift_rank"].notna()]
-    led = int((shifts["shift_rank"] <= evidence.near_end).sum())
+    shifts = table[table["shift_target_rank"].notna()]
+    led = int((shifts["shift_target_rank"] <= evidence.near_end).sum())
     return Check(
         "W_out's output shifts towards the target: the measured change at the last token has it "
         "among its most probable 1 %, in more than half of the steps",

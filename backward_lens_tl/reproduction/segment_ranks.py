@@ -7,7 +7,7 @@ from functools import partial
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Literal
 
-from backward_lens_tl.analysis.by_segment import ranks_by_segment
+from backward_lens_tl.analysis.by_segment import token_ranks_by_segment
 from backward_lens_tl.reproduction.evidence import Evidence
 from backward_lens_tl.reproduction.finding import Check, Draw, Finding, by_layer, part
 from backward_lens_tl.views import figures
@@ -23,7 +23,7 @@ _GRADUAL = -0.8
 
 def target_by_segment(evidence: Evidence) -> Finding:
     """The target's rank for `W_out`'s VJPs, by segment (figure 7)."""
-    table = ranks_by_segment(_matrix(evidence, "W_out"))
+    table = token_ranks_by_segment(_matrix(evidence, "W_out"))
     raw = table[(table["projection"] == "logit_lens") & (table["segment"] != "last token")]
     others = raw["median"].dropna().tolist()
     far = sum(rank >= _IMPROBABLE * (evidence.d_vocab - 1) for rank in others)
@@ -48,7 +48,7 @@ def target_by_segment(evidence: Evidence) -> Finding:
 
 def target_at_last_token(evidence: Evidence) -> Finding:
     """The target's rank for the last token's VJP alone (figure 18)."""
-    table = ranks_by_segment(_matrix(evidence, "W_out"))
+    table = token_ranks_by_segment(_matrix(evidence, "W_out"))
     table = table[table["segment"] == "last token"]
     first, *rest = _at_last_token(table).values()
     return Finding(
@@ -69,8 +69,8 @@ def target_at_last_token(evidence: Evidence) -> Finding:
 def answer_by_segment(evidence: Evidence) -> Finding:
     """The rank of the model's own answer for `W_out`'s VJPs (figure 19)."""
     cells, layers = _matrix(evidence, "W_out"), evidence.layers(0.75, 1.0)
-    table = ranks_by_segment(cells, of="answer")
-    answer, target = _at_last_token(table), _at_last_token(ranks_by_segment(cells))
+    table = token_ranks_by_segment(cells, of="answer")
+    answer, target = _at_last_token(table), _at_last_token(token_ranks_by_segment(cells))
     late = [answer[layer] for layer in layers]
     added = [evidence.d_vocab - 1 - target[layer] for layer in layers]
     bound = _NEAR_TOP * (evidence.d_vocab - 1)
@@ -98,14 +98,14 @@ def answer_by_segment(evidence: Evidence) -> Finding:
 def answer_in_inputs(evidence: Evidence) -> Finding:
     """The rank of the model's own answer for `W_in`'s inputs (figure 20)."""
     cells = _matrix(evidence, "W_in")
-    table = ranks_by_segment(cells, of="answer")
+    table = token_ranks_by_segment(cells, of="answer")
     every = set(cells.loc[cells["segment"].notna(), "prompt"].tolist())
     correct = [prompt for prompt in evidence.correct_prompts if prompt in every]
     tables, drawn = {"all prompts": table}, _rank_figures(table, "W_in", "answer")
     checks = [_builds_up(_at_last_token(table))]
     # Where all answers are correct there is nothing to compare.
     if 0 < len(correct) < len(every):
-        own = ranks_by_segment(cells, of="answer", prompts=correct)
+        own = token_ranks_by_segment(cells, of="answer", prompts=correct)
         tables["prompts answered correctly"] = own
         drawn |= {
             f"{name}, answered correctly": draw
@@ -124,9 +124,9 @@ def answer_in_inputs(evidence: Evidence) -> Finding:
 def target_in_inputs(evidence: Evidence) -> Finding:
     """The rank of the target for `W_in`'s inputs (figure 21)."""
     cells = _matrix(evidence, "W_in")
-    table = ranks_by_segment(cells)
+    table = token_ranks_by_segment(cells)
     target, answer = (
-        _at_last_token(each) for each in (table, ranks_by_segment(cells, of="answer"))
+        _at_last_token(each) for each in (table, token_ranks_by_segment(cells, of="answer"))
     )
     behind = sum(target[layer] > answer[layer] for layer in target)
     return Finding(
@@ -199,7 +199,12 @@ def _rank_figures(
 ) -> dict[str, Draw]:
     return {
         f"rank of the {of}, {matrix}, {lens}": partial(
-            figures.ranks_by_segment, table, matrix=matrix, of=of, projection=lens, scale="linear"
+            figures.token_ranks_by_segment,
+            table,
+            matrix=matrix,
+            of=of,
+            projection=lens,
+            scale="linear",
         )
         for lens in table["projection"].unique()
     }

@@ -60,7 +60,7 @@ class SweepConfig:
         ('mlp',)
     """
 
-    matrices: str | Sequence[str] = ("W_in", "W_out")
+    matrices: str | Sequence[str] = "mlp"
     layers: int | Sequence[int] | None = None
     projection: Lens | Sequence[Lens] = ("logit_lens",)
     direction: Direction = "update"

@@ -20,7 +20,7 @@ import backward_lens_tl as blt
 from backward_lens_tl.analysis.by_segment import (
     norm_correlation,
     norms_by_segment,
-    ranks_by_segment,
+    token_ranks_by_segment,
 )
 from backward_lens_tl.analysis.ranks import gradient_ranks, rank_exceptions
 from backward_lens_tl.data.segments import SEGMENTS
@@ -301,9 +301,16 @@ def test_norms_by_segment(positions: pd.DataFrame, of: Any, column: str) -> None
 
 def test_matrices_come_in_the_table_s_order(positions: pd.DataFrame) -> None:
     turned = positions.iloc[::-1]
-    for found in (norms_by_segment(turned), ranks_by_segment(turned), norm_correlation(turned)):
+    for found in (
+        norms_by_segment(turned),
+        token_ranks_by_segment(turned),
+        norm_correlation(turned),
+    ):
         assert found["matrix"].unique().tolist() == ["W_out", "W_in"]
-    assert ranks_by_segment(turned)["projection"].unique().tolist() == ["normalized", "logit_lens"]
+    assert token_ranks_by_segment(turned)["projection"].unique().tolist() == [
+        "normalized",
+        "logit_lens",
+    ]
     forward = norms_by_segment(positions)
     assert forward["matrix"].unique().tolist() == ["W_in", "W_out"]
     assert forward["matrix"].dtype == positions["matrix"].dtype
@@ -347,7 +354,7 @@ def test_a_sweep_s_narrow_types(positions: pd.DataFrame, result: blt.BackwardLen
     assert [str(found[name].dtype) for name in ("mean", "std")] == ["float64", "float64"]
     # The norms of float32 factors lose nothing in float32.
     expected = {"check_dtype": False, "rtol": 1e-12}
-    for function in (norms_by_segment, ranks_by_segment, norm_correlation):
+    for function in (norms_by_segment, token_ranks_by_segment, norm_correlation):
         pd.testing.assert_frame_equal(function(narrow), function(positions), **expected)
     wide = result.gradient_df()
     narrow = wide.astype({"rank": "float64", "layer": "int32", "n_tokens": "int32"})
@@ -360,12 +367,12 @@ def test_a_sweep_s_narrow_types(positions: pd.DataFrame, result: blt.BackwardLen
 
 @pytest.mark.parametrize("of", ["target", "answer"])
 @pytest.mark.parametrize("prompts", [None, (1, 3)])
-def test_ranks_by_segment(positions: pd.DataFrame, of: Any, prompts: Any) -> None:
+def test_token_ranks_by_segment(positions: pd.DataFrame, of: Any, prompts: Any) -> None:
     values: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for key, row in cells(positions, "projection"):
         if prompts is None or row["prompt"] in prompts:
             values[key] += [] if row["is_zero"] else [int(row[f"{of}_rank"])]
-    found = ranks_by_segment(positions, of, prompts=prompts)
+    found = token_ranks_by_segment(positions, of, prompts=prompts)
     assert list(found) == [
         "matrix", "projection", "of", "layer", "segment", "mean", "median", "lower_quartile",
         "upper_quartile", "count", "prompts",
@@ -387,9 +394,9 @@ def test_ranks_by_segment(positions: pd.DataFrame, of: Any, prompts: Any) -> Non
 
 def test_cells_that_add_nothing_have_no_rank() -> None:
     table = by_hand(target_rank=[5, 7, 1000], is_zero=[False, False, True])
-    (found,) = ranks_by_segment(table).to_dict("records")
+    (found,) = token_ranks_by_segment(table).to_dict("records")
     assert (found["mean"], found["median"], found["count"]) == (6, 6, 2)
-    (nothing,) = ranks_by_segment(table.assign(is_zero=True)).to_dict("records")
+    (nothing,) = token_ranks_by_segment(table.assign(is_zero=True)).to_dict("records")
     assert nothing["count"] == 0
     assert math.isnan(nothing["median"])
 
@@ -397,11 +404,11 @@ def test_cells_that_add_nothing_have_no_rank() -> None:
 @pytest.mark.usefixtures("as_for_a_user")
 def test_prompts_of_any_kind_of_list(positions: pd.DataFrame) -> None:
     some = positions[positions["layer"] == 3]
-    expected = ranks_by_segment(some, prompts=[2, 3])
+    expected = token_ranks_by_segment(some, prompts=[2, 3])
     for prompts in ((3, 2), np.array([2, 3]), pd.Series([2, 3, 3])):
-        pd.testing.assert_frame_equal(ranks_by_segment(some, prompts=prompts), expected)
+        pd.testing.assert_frame_equal(token_ranks_by_segment(some, prompts=prompts), expected)
     pd.testing.assert_frame_equal(
-        ranks_by_segment(some, prompts=2), ranks_by_segment(some, prompts=[2])
+        token_ranks_by_segment(some, prompts=2), token_ranks_by_segment(some, prompts=[2])
     )
 
 
@@ -467,7 +474,7 @@ def test_a_sweep_a_result_and_their_tables_give_the_same(
         {"prompt": "The city of Rome is in", "target": " Paris", "subject": "Rome"},
     ]
     sweep = blt.sweep(facts_model, rows, tmp_path, config, progress=False)
-    for function in (norms_by_segment, ranks_by_segment, norm_correlation):
+    for function in (norms_by_segment, token_ranks_by_segment, norm_correlation):
         pd.testing.assert_frame_equal(function(sweep), function(sweep.positions()))
     for function in (gradient_ranks, rank_exceptions):
         pd.testing.assert_frame_equal(function(sweep), function(sweep.gradients()))
@@ -481,7 +488,7 @@ def test_errors(result: blt.BackwardLensResult, positions: pd.DataFrame) -> None
         with pytest.raises(InputError, match=message):
             function(*args, **kwargs)
 
-    by_segment = (norms_by_segment, ranks_by_segment)
+    by_segment = (norms_by_segment, token_ranks_by_segment)
     for function in (gradient_ranks, rank_exceptions, *by_segment, norm_correlation):
         refused("the table is a NoneType; pass a table of", function, None)
     for function in (gradient_ranks, rank_exceptions):
@@ -504,22 +511,22 @@ def test_errors(result: blt.BackwardLensResult, positions: pd.DataFrame) -> None
             positions.assign(segment="end"),
         )
     refused("of is 'x'; allowed are 'vjp', 'input'", norms_by_segment, positions, "x")
-    refused("of is 'vjp'; allowed are 'target', 'answer'", ranks_by_segment, positions, "vjp")
+    refused("of is 'vjp'; allowed are 'target', 'answer'", token_ranks_by_segment, positions, "vjp")
     bare = positions.assign(answer_rank=pd.array([None] * len(positions), "Int64"))
     refused(
         r'no answer_rank was measured: .* measures=\("answer_rank",\)',
-        ranks_by_segment,
+        token_ranks_by_segment,
         bare,
         "answer",
     )
     aimless = positions.assign(target_rank=pd.array([None] * len(positions), "Int64"))
-    refused(r"no target_rank was measured: .* pass target=", ranks_by_segment, aimless)
+    refused(r"no target_rank was measured: .* pass target=", token_ranks_by_segment, aimless)
     for prompt in (11, -1, True, "2", 2.0):
         refused(
             f"prompt {prompt!r} is not among those that have segments; allowed are 4 numbers from "
             "0 to 3",
-            ranks_by_segment,
+            token_ranks_by_segment,
             positions,
             prompts=[prompt],
         )
-    refused("no prompt was asked for", ranks_by_segment, positions, prompts=[])
+    refused("no prompt was asked for", token_ranks_by_segment, positions, prompts=[])

@@ -88,7 +88,7 @@ def test_words_against_the_dense_gradient(name: str, matrix: str) -> None:
         expected = by_norm[:4] + by_norm[middle : middle + 4] + by_norm[-4:]
         grouped = table[table["group"] != "zero vector"]
         assert list(grouped["neuron"]) == expected
-        assert list(grouped["norm_rank"]) == [by_norm.index(j) for j in expected]
+        assert list(grouped["norm_order"]) == [by_norm.index(j) for j in expected]
         for row in grouped.itertuples():
             vector = neurons[int(row.neuron)]
             order = by_score(case, vector)
@@ -103,7 +103,7 @@ def test_the_last_row_is_the_zero_vectors() -> None:
     order = by_score(case, torch.zeros(case.d_model))
     assert row["group"] == "zero vector"
     assert pd.isna(row["neuron"])
-    assert pd.isna(row["norm_rank"])
+    assert pd.isna(row["norm_order"])
     assert row["norm"] == 0
     assert row["top_tokens"] == texts(case, order[:4])
     assert row["bottom_tokens"] == texts(case, order[:-5:-1])
@@ -156,7 +156,7 @@ def test_groups_are_of_neurons_that_are_not_zero(n_loud: int, sizes: tuple[int, 
     assert grouped["norm"].is_monotonic_decreasing
     assert not grouped["neuron"].duplicated().any()
     if n_loud == 13:
-        assert list(grouped["norm_rank"]) == [0, 1, 2, 5, 6, 7, 10, 11, 12]
+        assert list(grouped["norm_order"]) == [0, 1, 2, 5, 6, 7, 10, 11, 12]
 
 
 # ---------------------------------------------------------------------------------------- overlap
@@ -181,7 +181,7 @@ def test_overlap_against_sets(name: str, matrix: str) -> None:
             row = next(rows)
             assert (row.neuron, row.position) == (j, i)
             assert row.token == gradients.str_tokens[batch][i]
-            assert row.norm_rank == by_norm.index(j)
+            assert row.norm_order == by_norm.index(j)
             assert row.neuron_norm == pytest.approx(float(neuron.norm()), rel=EXACT)
             cosine = float(neuron @ vector / (neuron.norm() * vector.norm()))
             assert row.similarity == pytest.approx(cosine, abs=EXACT)
@@ -201,7 +201,7 @@ def test_neurons_that_are_zero_say_what_the_zero_vector_says() -> None:
     nothing = table[(table["neuron"] < 52 - 13) & (table["token"] == "zero vector")]
     assert len(nothing) == 39
     assert (nothing["overlap"] == 1).all()
-    assert list(nothing["norm_rank"]) == list(range(13, 52))  # ties by index
+    assert list(nothing["norm_order"]) == list(range(13, 52))  # ties by index
     # And so do vectors that are zero, those of the last layer.
     last = neuron_overlap(case.model, gradients, "W_out", 2, k=7)
     zeros = last[last["token"] == "zero vector"]["overlap"].tolist()
@@ -300,11 +300,11 @@ def test_long_neurons_follow_the_last_vjp_and_short_ones_say_nothing(facts_model
     table = neuron_overlap(facts_model, gradients, "W_out", 5, k=100)
     last, nothing = (table[table["token"] == token] for token in (" for", "zero vector"))
     n = len(last)
-    longest = last["norm_rank"] < n // 20
+    longest = last["norm_order"] < n // 20
     assert last[longest]["similarity"].abs().min() > 0.9
     assert last[longest & (last["similarity"] > 0)]["overlap"].mean() > 0.9
-    assert nothing[nothing["norm_rank"] < n // 20]["overlap"].max() < 0.1
-    assert nothing[nothing["norm_rank"] >= n - 5]["overlap"].mean() > 0.8
+    assert nothing[nothing["norm_order"] < n // 20]["overlap"].max() < 0.1
+    assert nothing[nothing["norm_order"] >= n - 5]["overlap"].mean() > 0.8
 
 
 def test_other_projections() -> None:

@@ -276,9 +276,9 @@ def test_measured_changes_are_those_of_torchs_own_step(name: str) -> None:
         )
         if row.matrix == "W_out":
             scores = case.lens((after - before)[-1:])[0]
-            assert row.shift_rank == int((scores > scores[TARGET]).sum())
+            assert row.shift_target_rank == int((scores > scores[TARGET]).sum())
         else:
-            assert pd.isna(row.shift_rank)
+            assert pd.isna(row.shift_target_rank)
 
 
 def test_the_prediction_of_the_output_is_exact(each: Case) -> None:
@@ -292,7 +292,7 @@ def test_the_prediction_of_the_output_is_exact(each: Case) -> None:
     assert (table["output_error"] < 30 * table["rounding"]).all()
     assert (table["output_change"] > 0).all()
     writing = table["matrix"].isin(WRITING_MATRICES)
-    assert (table["shift_rank"].isna() == ~writing).all()
+    assert (table["shift_target_rank"].isna() == ~writing).all()
 
 
 def test_every_head_of_its_own() -> None:
@@ -381,7 +381,7 @@ def test_rounding_says_how_large_errors_are(facts_model: Any) -> None:
     assert (table["output_error"] > table["rounding"] / 5).all()
     assert (table["output_error"] < 1e-3).all()
     # What the lemma is about: the target is what the output of every layer gains.
-    assert table["shift_rank"].dropna().eq(0).all()
+    assert table["shift_target_rank"].dropna().eq(0).all()
     small = step_changes(facts_model, "Lionel Messi plays for", " Paris", learning_rate=1e-7)
     assert (small["rounding"] > 50 * table["rounding"]).all()
 
@@ -461,7 +461,7 @@ def test_where_the_gradient_is_zero_nothing_changes() -> None:
     assert usual["learning_rate"].tolist() == [0, 0]
     for table in (usual, given):
         assert not table[["output_change", "loss_change", "predicted_loss_change"]].any(axis=None)
-        missing = ["output_error", "rounding", "self_imprint", "shift_rank"]
+        missing = ["output_error", "rounding", "self_imprint", "shift_target_rank"]
         assert table[missing].isna().all(axis=None)
 
 

@@ -186,10 +186,10 @@ def test_every_hook_point_can_be_asked_for(pair: Case) -> None:
     tokens, names = pair.tokens(5, 5), points_of(pair)
     assert {"blocks.1.hook_resid_pre", "blocks.0.attn.hook_pattern", "hook_embed"} <= set(names)
     capture = capture_all(pair.model, tokens, matrices="W_in", layers=0, hook_points=names)
-    assert list(capture.hook_points) == names
+    assert list(capture.hook_gradients) == names
     cache, (_, theirs) = capture.to_cache(), pair.model.run_with_cache(tokens)
     for name in names:
-        point = capture.hook_points[name]
+        point = capture.hook_gradients[name]
         assert point.name == name
         assert torch.equal(cache[name], point.value)
         assert torch.equal(cache[f"{name}_grad"], point.vjp)
@@ -198,8 +198,8 @@ def test_every_hook_point_can_be_asked_for(pair: Case) -> None:
         found, expected = point.value[finite], theirs[name][finite]
         assert difference(found, expected) <= tolerance_of(pair), name
     for name, (value, gradient) in at_hooks(pair.model, names, tokens).items():
-        assert capture.hook_points[name].vjp.shape == value.shape
-        assert difference(capture.hook_points[name].vjp, gradient) <= tolerance_of(pair), name
+        assert capture.hook_gradients[name].vjp.shape == value.shape
+        assert difference(capture.hook_gradients[name].vjp, gradient) <= tolerance_of(pair), name
 
 
 def test_hook_points_by_a_function_of_their_name(pair: Case) -> None:
@@ -210,11 +210,11 @@ def test_hook_points_by_a_function_of_their_name(pair: Case) -> None:
     capture = capture_all(pair.model, tokens, hook_points=wanted)
     # hook_mlp_in fires only with a flag; as in run_with_cache that is no error.
     expected = [f"blocks.{layer}.hook_resid_pre" for layer in range(pair.n_layers)]
-    assert list(capture.hook_points) == expected
+    assert list(capture.hook_gradients) == expected
     one = capture_all(pair.model, tokens, hook_points="blocks.1.hook_resid_pre")
     two = capture_all(pair.model, tokens, hook_points=["blocks.1.hook_resid_pre"] * 2)
-    assert list(one.hook_points) == list(two.hook_points) == expected[1:2]
-    assert not capture_all(pair.model, tokens, hook_points=lambda name: False).hook_points
+    assert list(one.hook_gradients) == list(two.hook_gradients) == expected[1:2]
+    assert not capture_all(pair.model, tokens, hook_points=lambda name: False).hook_gradients
 
 
 def test_hook_points_that_are_not_there_are_refused(pair: Case) -> None:
@@ -239,7 +239,7 @@ def test_points_inside_a_norm_that_show_a_copy_are_right_or_refused(name: str, p
     except BackwardLensError as error:
         assert "ln1" in str(error)  # noqa: PT017
     else:
-        assert capture.hook_points[f"blocks.1.ln1.{point}"].vjp.any()
+        assert capture.hook_gradients[f"blocks.1.ln1.{point}"].vjp.any()
 
 
 def test_all_hook_points_can_be_asked_for_by_a_function(pair: Case) -> None:
@@ -248,8 +248,8 @@ def test_all_hook_points_can_be_asked_for_by_a_function(pair: Case) -> None:
     `run_with_cache` takes the same function; there the last of several wins.
     """
     capture = capture_all(pair.model, pair.tokens(5), hook_points=lambda name: True)
-    assert "blocks.1.hook_resid_mid" in capture.hook_points
-    assert "blocks.1.attn.hook_z" in capture.hook_points
+    assert "blocks.1.hook_resid_mid" in capture.hook_gradients
+    assert "blocks.1.attn.hook_z" in capture.hook_gradients
 
 
 def scaled(value: Tensor, hook: Any) -> Tensor:
@@ -267,8 +267,8 @@ def test_under_a_patch_it_is_what_the_model_goes_on_with(pair: Case, name: str) 
     cache = capture.to_cache()
     for point in points:
         value, gradient = expected[point]
-        assert difference(capture.hook_points[point].value, value) <= tolerance_of(pair)
-        assert difference(capture.hook_points[point].vjp, gradient) <= tolerance_of(pair)
+        assert difference(capture.hook_gradients[point].value, value) <= tolerance_of(pair)
+        assert difference(capture.hook_gradients[point].vjp, gradient) <= tolerance_of(pair)
         assert difference(value, plain[point][0]) > 1e-3
         assert difference(cache[f"{point}_grad"], gradient) <= tolerance_of(pair)
 
@@ -289,7 +289,7 @@ def test_prompts_of_different_lengths_are_as_if_alone(pair: Case) -> None:
         alone = capture_all(pair.model, prompt, hook_points=points)
         n = alone.mask.shape[1]
         for name in points:
-            found, expected = batch.hook_points[name], alone.hook_points[name]
+            found, expected = batch.hook_gradients[name], alone.hook_gradients[name]
             torch.testing.assert_close(found.value[index, :n], expected.value[0])
             torch.testing.assert_close(found.vjp[index, :n], expected.vjp[0], atol=1e-7, rtol=1e-5)
             assert not found.vjp[index, n:].any()
@@ -310,7 +310,9 @@ def test_the_caches_own_methods_work(pair: Case) -> None:
     cache = capture.to_cache(pair.model)
     _, theirs = pair.model.run_with_cache(tokens)
     assert cache.model is pair.model
-    assert torch.equal(cache["resid_pre", 1], capture.hook_points["blocks.1.hook_resid_pre"].value)
+    assert torch.equal(
+        cache["resid_pre", 1], capture.hook_gradients["blocks.1.hook_resid_pre"].value
+    )
     ours = cache.accumulated_resid(layer=2, incl_mid=True)
     expected = theirs.accumulated_resid(layer=2, incl_mid=True)
     assert difference(ours, expected) <= tolerance_of(pair)
@@ -397,7 +399,7 @@ def test_attribution_is_the_slope_of_a_real_patch(pair: Case) -> None:
         ("blocks.0.attn.hook_z", (1, 3, 2)),
         ("blocks.2.hook_mlp_out", (0, 4)),
     ):
-        target = of_clean.hook_points[name].value
+        target = of_clean.hook_gradients[name].value
         losses = []
         for size in (step, -step):
 
@@ -421,7 +423,7 @@ def test_attribution_at_a_branch_is_the_slope_of_a_real_patch(pair: Case, name: 
     if name not in pair.model.hook_dict:
         pytest.skip("HookedTransformer has no such hook point")
     _, corrupt, of_clean, of_corrupt = two_runs(pair, hook_points=[name])
-    target, step = of_clean.hook_points[name].value, 1e-2
+    target, step = of_clean.hook_gradients[name].value, 1e-2
 
     def loss(size: float) -> float:
         def move(value: Tensor, hook: Any) -> Tensor:

@@ -550,6 +550,6 @@ def test_vjps_at_the_stream_are_those_behind_the_callers_hook(gpt2: Case, branch
             gpt2.model, gpt2.tokens(5), target_nll(TARGET), matrices=matrix, hook_points=name
         )
     gradient = capture[matrix, 1]
-    at_point = capture.hook_points[name].vjp
+    at_point = capture.hook_gradients[name].vjp
     torch.testing.assert_close(gradient.resid_vjps, at_point, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(gradient.vjps, 3 * at_point, rtol=1e-12, atol=1e-14)

@@ -351,7 +351,7 @@ def test_hook_points_beside_rounded_factors(gpt2: Case) -> None:
     )
     assert_rounded(found, plain, torch.bfloat16)
     for name in ("value", "vjp"):
-        here, there = (getattr(c.hook_points[point], name) for c in (found, plain))
+        here, there = (getattr(c.hook_gradients[point], name) for c in (found, plain))
         torch.testing.assert_close(here, there, **EXACT)
 
 

@@ -583,7 +583,7 @@ def test_all_prompts_go_together_where_hook_points_are_asked_for(
     model, name = own_gpt2.model, "blocks.1.hook_resid_pre"
     capture = capture_gradients(model, PROMPTS, target_nll(TARGETS), hook_points=name)
     assert shapes_of(passes) == [(4, 17)]
-    assert capture.hook_points[name].vjp.shape == (4, 17, own_gpt2.d_model)
+    assert capture.hook_gradients[name].vjp.shape == (4, 17, own_gpt2.d_model)
     plain = capture_gradients(model, PROMPTS, target_nll(TARGETS))
     assert_equal(values(capture), values(plain), CLOSE)
 
@@ -725,7 +725,7 @@ def test_a_hook_point_of_the_logits_is_given_in_full(own_gpt2: Case) -> None:
         tokens = capture.tokens[prompt : prompt + 1, :length]
         _, cache = model.run_with_cache(tokens)
         for name in names:
-            point = capture.hook_points[name]
+            point = capture.hook_gradients[name]
             torch.testing.assert_close(point.value[prompt, :length], cache[name][0], **CLOSE)
             if name.startswith("unembed"):
                 # dL/dlogits = softmax - onehot, at the last position alone.

@@ -280,7 +280,7 @@ def test_neurons_beside_tokens(batch: int) -> None:
     neurons, vectors = slow_neurons(gradient, batch)
     n = len(vectors)
     assert list(table.columns) == [
-        "neuron", "neuron_norm", "norm_rank", "position", "token", "similarity",
+        "neuron", "neuron_norm", "norm_order", "position", "token", "similarity",
     ]  # fmt: skip
     assert len(table) == D_HIDDEN * n
     norms = neurons.norm(dim=1)
@@ -288,7 +288,7 @@ def test_neurons_beside_tokens(batch: int) -> None:
         assert (row.neuron, row.position) == divmod(index, n)
         assert row.token == "abcdefgh"[row.position]
         assert row.neuron_norm == pytest.approx(norms[row.neuron].item(), rel=1e-12)
-        assert row.norm_rank == int((norms > norms[row.neuron]).sum())
+        assert row.norm_order == int((norms > norms[row.neuron]).sum())
         cosine = torch.cosine_similarity(neurons[row.neuron], vectors[row.position], dim=0)
         assert row.similarity == pytest.approx(cosine.item(), abs=1e-12)
 
@@ -297,8 +297,8 @@ def test_neurons_of_equal_norm_keep_their_order() -> None:
     gradient = made("W_out", 2)
     gradient = replace(gradient, inputs=torch.ones_like(gradient.inputs))
     table = neuron_table(hand_made(gradient), "W_out", 0)
-    assert table["norm_rank"].tolist() == table["neuron"].tolist()
-    assert sorted(set(table["norm_rank"])) == list(range(D_HIDDEN))
+    assert table["norm_order"].tolist() == table["neuron"].tolist()
+    assert sorted(set(table["norm_order"])) == list(range(D_HIDDEN))
 
 
 def test_neurons_that_were_not_captured(capture: GradientCapture) -> None:

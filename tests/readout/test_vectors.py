@@ -21,6 +21,13 @@ HALF = 5e-2
 PARIS = " Paris"
 
 
+@pytest.fixture(scope="module")
+def trained() -> Any:
+    """A model of this file's own: a bridge that keeps an attention pattern with a graph cannot be
+    copied."""
+    return blt.load_facts_model()
+
+
 def some_vectors(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -57,42 +64,40 @@ def test_scores_are_those_of_the_reference(name: str, shape: tuple[int, ...]) ->
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 40])
-def test_float32_scores_of_a_trained_model(facts_model: Any, n: int) -> None:
-    vectors = facts_model.W_out[6, :n].detach()
-    read = blt.read_vectors(facts_model, vectors, PARIS, k=10**6)
-    expected = float64_scores(facts_model, vectors)
+def test_float32_scores_of_a_trained_model(trained: Any, n: int) -> None:
+    vectors = trained.W_out[6, :n].detach()
+    read = blt.read_vectors(trained, vectors, PARIS, k=10**6)
+    expected = float64_scores(trained, vectors)
     # Sums of 128 products in float32.
     assert relative_error(scores_of(read, expected.shape[-1]), expected) < 1e-6
-    target = facts_model.to_single_token(PARIS)
+    target = trained.to_single_token(PARIS)
     assert torch.equal(read.target_rank, (expected > expected[:, target, None]).sum(-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_vectors_read_as_the_same_numbers(
-    facts_model: Any, dtype: torch.dtype
-) -> None:
-    vectors = facts_model.W_out[6, :3].detach().to(dtype)
-    found, expected = (blt.read_vectors(facts_model, v) for v in (vectors, vectors.float()))
+def test_half_precision_vectors_read_as_the_same_numbers(trained: Any, dtype: torch.dtype) -> None:
+    vectors = trained.W_out[6, :3].detach().to(dtype)
+    found, expected = (blt.read_vectors(trained, v) for v in (vectors, vectors.float()))
     assert torch.equal(found.top_ids, expected.top_ids)
     assert torch.equal(found.top_scores, expected.top_scores)
 
 
 @pytest.mark.parametrize("n", [1, 3, 20])
-def test_half_precision_model(facts_model: Any, n: int) -> None:
-    rounded = copy.deepcopy(facts_model).to(torch.bfloat16)
-    vectors = facts_model.W_out[6, :n].detach()
+def test_half_precision_model(trained: Any, n: int) -> None:
+    rounded = copy.deepcopy(trained).to(torch.bfloat16)
+    vectors = trained.W_out[6, :n].detach()
     expected = float64_scores(rounded, vectors)
     found = scores_of(blt.read_vectors(rounded, vectors, k=10**6), expected.shape[-1])
     assert found.dtype == torch.float32
     assert relative_error(found, expected) < HALF
 
 
-def test_normalized_scores_do_not_depend_on_the_length(facts_model: Any) -> None:
-    vectors = facts_model.W_out[6, :4].detach()
+def test_normalized_scores_do_not_depend_on_the_length(trained: Any) -> None:
+    vectors = trained.W_out[6, :4].detach()
     short = 1e-9 * vectors
     for projection, is_same in (("normalized", True), ("logit_lens", False)):
         found, expected = (
-            blt.read_vectors(facts_model, each, projection=projection).top_ids
+            blt.read_vectors(trained, each, projection=projection).top_ids
             for each in (short, vectors)
         )
         assert torch.equal(found, expected) is is_same
@@ -107,21 +112,21 @@ def test_reads_what_the_lens_reads(facts_model: Any) -> None:
     assert read.top_tokens[0][-1] == result.top_tokens("W_out", layer=5, pos=-1)
 
 
-def test_targets(facts_model: Any) -> None:
-    vectors = facts_model.W_out[6, :4].detach()
-    paris, rome = (facts_model.to_single_token(each) for each in (PARIS, " Rome"))
-    of_paris = blt.read_vectors(facts_model, vectors, PARIS).target_rank
-    of_rome = blt.read_vectors(facts_model, vectors, rome).target_rank
+def test_targets(trained: Any) -> None:
+    vectors = trained.W_out[6, :4].detach()
+    paris, rome = (trained.to_single_token(each) for each in (PARIS, " Rome"))
+    of_paris = blt.read_vectors(trained, vectors, PARIS).target_rank
+    of_rome = blt.read_vectors(trained, vectors, rome).target_rank
     mixed = torch.stack([of_paris[:2], of_rome[2:]]).flatten()
     for targets in ([PARIS, PARIS, " Rome", rome], torch.tensor([paris, paris, rome, rome])):
-        read = blt.read_vectors(facts_model, vectors, targets)
+        read = blt.read_vectors(trained, vectors, targets)
         assert torch.equal(read.target_rank, mixed)
         assert read.targets.tolist() == [paris, paris, rome, rome]
-    grid = blt.read_vectors(facts_model, vectors.reshape(2, 2, -1), [[PARIS, PARIS], [rome, rome]])
+    grid = blt.read_vectors(trained, vectors.reshape(2, 2, -1), [[PARIS, PARIS], [rome, rome]])
     assert torch.equal(grid.target_rank, mixed.reshape(2, 2))
-    both = blt.read_vectors(facts_model, vectors, f"{PARIS} Rome", multi_token="last")
+    both = blt.read_vectors(trained, vectors, f"{PARIS} Rome", multi_token="last")
     assert torch.equal(both.target_rank, of_rome)
-    without = blt.read_vectors(facts_model, vectors)
+    without = blt.read_vectors(trained, vectors)
     assert without.targets is None
     assert without.target_rank is None
 
@@ -138,20 +143,20 @@ class Noting:
         return vectors @ self._unembedding
 
 
-def test_projections_of_a_caller_need_a_layer(facts_model: Any) -> None:
-    vectors, own = facts_model.W_out[6, :2].detach(), Noting(facts_model)
+def test_projections_of_a_caller_need_a_layer(trained: Any) -> None:
+    vectors, own = trained.W_out[6, :2].detach(), Noting(trained)
     for layer in (3, -1):
-        read = blt.read_vectors(facts_model, vectors, projection=own, layer=layer)
-        best = (vectors @ facts_model.W_U).argmax(-1)
+        read = blt.read_vectors(trained, vectors, projection=own, layer=layer)
+        best = (vectors @ trained.W_U).argmax(-1)
         assert torch.equal(read.top_ids[:, 0], best)
     assert own.layers == [3, 7]
     with pytest.raises(InputError, match="Noting may depend on the layer; pass layer="):
-        blt.read_vectors(facts_model, vectors, projection=own)
+        blt.read_vectors(trained, vectors, projection=own)
 
 
-def test_table_and_repr(facts_model: Any) -> None:
-    vectors = facts_model.W_out[6, :6].detach()
-    read = blt.read_vectors(facts_model, vectors.reshape(2, 3, -1), PARIS, k=2)
+def test_table_and_repr(trained: Any) -> None:
+    vectors = trained.W_out[6, :6].detach()
+    read = blt.read_vectors(trained, vectors.reshape(2, 3, -1), PARIS, k=2)
     table = read.to_df()
     assert table.index.tolist() == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert table.loc[(1, 2), "top_tokens"] == read.top_tokens[1][2]
@@ -159,16 +164,16 @@ def test_table_and_repr(facts_model: Any) -> None:
     assert set(table["target"]) == {PARIS}
     assert repr(read).splitlines()[0] == "VectorReadout of [2, 3] vectors, k=2"
     assert repr(read).splitlines()[-1].startswith("[1, 2] ' ")
-    one = blt.read_vectors(facts_model, vectors[0], k=2)
+    one = blt.read_vectors(trained, vectors[0], k=2)
     assert one.to_df()["top_tokens"].tolist() == [one.top_tokens]
     assert repr(one).splitlines()[-1] == " ".join(map(repr, one.top_tokens))
-    assert repr(blt.read_vectors(facts_model, facts_model.W_out[6])).endswith("... 504 more")
+    assert repr(blt.read_vectors(trained, trained.W_out[6])).endswith("... 504 more")
 
 
-def test_vectors_of_a_graph_are_read_and_left_unchanged(facts_model: Any) -> None:
-    vectors = facts_model.W_out[6, :2].detach().requires_grad_()
+def test_vectors_of_a_graph_are_read_and_left_unchanged(trained: Any) -> None:
+    vectors = trained.W_out[6, :2].detach().requires_grad_()
     before = vectors.detach().clone()
-    read = blt.read_vectors(facts_model, vectors)
+    read = blt.read_vectors(trained, vectors)
     assert not read.top_scores.requires_grad
     assert torch.equal(vectors.detach(), before)
     assert vectors.grad is None
@@ -197,8 +202,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_use(facts_model: Any, wrong: str, as_for_a_user: None) -> None:
+def test_wrong_use(trained: Any, wrong: str, as_for_a_user: None) -> None:
     arguments, message = WRONG[wrong]
     kind = TargetError if "target" in arguments else InputError
     with pytest.raises(kind, match=message):
-        blt.read_vectors(facts_model, **({"vectors": PLAIN} | arguments))
+        blt.read_vectors(trained, **({"vectors": PLAIN} | arguments))

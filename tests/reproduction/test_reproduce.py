@@ -234,10 +234,10 @@ def steps(**changed: Sequence[Any]) -> pd.DataFrame:
             "self_imprint": [0.9] * 10 + [0.0] * 10,
             "loss_change": [-0.01] * 20,
             "predicted_loss_change": [-0.01] * 20,
-            "shift_rank": [None] * 10 + [3] * 10,
+            "shift_target_rank": [None] * 10 + [3] * 10,
         }
     )
-    return table.assign(**changed).astype({"shift_rank": "Int64"})
+    return table.assign(**changed).astype({"shift_target_rank": "Int64"})
 
 
 def found_of_steps(
@@ -305,15 +305,15 @@ def test_large_models_take_a_step_for_fewer_prompts(
             "the loss falls in 0 of 20 (0 %)",
         ),
         # The most probable 1 % of 1001 tokens are ranks 0 to 10.
-        ({"shift_rank": [None] * 10 + [10] * 6 + [11] * 4}, [True] * 4, 2, "6 of 10 (60 %)"),
+        ({"shift_target_rank": [None] * 10 + [10] * 6 + [11] * 4}, [True] * 4, 2, "6 of 10 (60 %)"),
         (
-            {"shift_rank": [None] * 10 + [10] * 5 + [11] * 5},
+            {"shift_target_rank": [None] * 10 + [10] * 5 + [11] * 5},
             [True, True, False, True],
             2,
             "5 of 10",
         ),
         # The other end of the vocabulary is the wrong direction.
-        ({"shift_rank": [None] * 10 + [1000] * 10}, [True, True, False, True], 2, "0 of 10"),
+        ({"shift_target_rank": [None] * 10 + [1000] * 10}, [True, True, False, True], 2, "0 of 10"),
         # The imprint is in W_in's own ten steps.
         ({"self_imprint": [0.51] * 6 + [0.5] * 14}, [True] * 4, 3, "6 of 10 (60 %)"),
         ({"self_imprint": [0.51] * 5 + [0.5] * 15}, [True, True, True, False], 3, "5 of 10"),
@@ -972,7 +972,7 @@ def neurons(
                 overlap = short[1].get(position, 0.0) if is_short else 1.0
             own = norm if is_long else 1.0
             rows.append((neuron, own, neuron, position, f"t{position}", cosine, overlap))
-    columns = ["neuron", "neuron_norm", "norm_rank", "position", "token", "similarity", "overlap"]
+    columns = ["neuron", "neuron_norm", "norm_order", "position", "token", "similarity", "overlap"]
     table = pd.DataFrame(rows, columns=columns).astype({"position": "Int64"})
     # The order of the table is that of indices, not of norms.
     return table.assign(neuron=(table["neuron"] * 7) % n_neurons).sort_values(

@@ -63,7 +63,7 @@ def every_figure(result: BackwardLensResult, backend: Any) -> dict[str, Any]:
     return {
         "norms": figures.norms(result, backend=backend),
         "norms_by_segment": figures.norms_by_segment(result, subject, backend=backend),
-        "ranks_by_segment": figures.ranks_by_segment(result, subject, backend=backend),
+        "token_ranks_by_segment": figures.token_ranks_by_segment(result, subject, backend=backend),
         "target_ranks": figures.target_ranks(result, backend=backend),
         "gradient_ranks": figures.gradient_ranks(result, backend=backend),
         "singular_values": figures.singular_values(result, backend=backend),
@@ -99,7 +99,7 @@ STEPS = pd.DataFrame(
 def overlaps(result: BackwardLensResult, layer: int = 4) -> pd.DataFrame:
     """The longest neurons as `neuron_overlap` has them, with any overlaps."""
     table = result.neuron_df("W_out", layer)
-    table = table[table["norm_rank"] < 20]
+    table = table[table["norm_order"] < 20]
     zero = table[table["position"] == 0].assign(position=None, token="zero vector", similarity=None)
     table = pd.concat([table.astype({"position": "Int64"}), zero.astype({"position": "Int64"})])
     table = table.sort_values("neuron", kind="stable", ignore_index=True)
@@ -432,12 +432,12 @@ def bands(figure: Any) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(("of", "backend"), [("target", "plotly"), ("answer", "matplotlib")])
-def test_ranks_by_segment(answered: BackwardLensResult, backend: Any, of: Any) -> None:
+def test_token_ranks_by_segment(answered: BackwardLensResult, backend: Any, of: Any) -> None:
     expected: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for row in answered.under("normalized").to_df(SUBJECTS, matrix="W_out").to_dict("records"):
         if not row["is_zero"]:
             expected[row["segment"]][row["layer"]].append(1 + row[f"{of}_rank"])
-    figure = figures.ranks_by_segment(
+    figure = figures.token_ranks_by_segment(
         answered, SUBJECTS, of=of, projection="normalized", scale="linear", backend=backend
     )
     found = lines(figure)
@@ -483,8 +483,8 @@ def test_bands_have_gaps_and_no_entry_in_the_legend() -> None:
 def test_tables_of_analyses_give_the_same_figures(answered: BackwardLensResult) -> None:
     cells = pd.concat([answered.under(name).to_df(SUBJECTS) for name in answered.projections])
     norms = pd.concat([by_segment.norms_by_segment(cells, of) for of in ("vjp", "input")])
-    ranks = pd.concat([by_segment.ranks_by_segment(cells, of) for of in ("target", "answer")])
-    draw_norms, draw_ranks = figures.norms_by_segment, figures.ranks_by_segment
+    ranks = pd.concat([by_segment.token_ranks_by_segment(cells, of) for of in ("target", "answer")])
+    draw_norms, draw_ranks = figures.norms_by_segment, figures.token_ranks_by_segment
     for matrix, of in (("W_in", "vjp"), ("W_out", "input")):
         options: Any = {"matrix": matrix, "of": of}
         same(draw_norms(norms, **options), draw_norms(answered, SUBJECTS, **options))
@@ -497,7 +497,7 @@ def test_tables_of_analyses_give_the_same_figures(answered: BackwardLensResult) 
             figures.gradient_ranks(gradients, matrices), figures.gradient_ranks(answered, matrices)
         )
     # Of the first projection in the table; prompts are those that count.
-    some = by_segment.ranks_by_segment(cells, prompts=[0, 2])
+    some = by_segment.token_ranks_by_segment(cells, prompts=[0, 2])
     assert draw_ranks(some).layout.title.text == (
         "W_out: rank of the target by segment, 2 prompts, logit_lens"
     )
@@ -521,7 +521,7 @@ def test_neuron_overlap(facts_model: Any, result: BackwardLensResult, backend: A
     assert overlap.shape == cosine.shape == (len(tokens) + 1, 512)
     for row in table.sample(300, random_state=1).to_dict("records"):
         is_zero = row["token"] == "zero vector" and pd.isna(row["position"])
-        place = (len(tokens) if is_zero else row["position"], row["norm_rank"])
+        place = (len(tokens) if is_zero else row["position"], row["norm_order"])
         np.testing.assert_equal(
             [overlap[place], cosine[place]], [row["overlap"], row["similarity"]]
         )
@@ -854,7 +854,7 @@ def test_what_is_no_result_is_refused(result: BackwardLensResult, stranger: Any)
         lambda given: figures.compare(given, result),
         lambda given: figures.compare(result, given),
         lambda given: figures.norms_by_segment(given, "Rome"),
-        lambda given: figures.ranks_by_segment(given, "Rome"),
+        lambda given: figures.token_ranks_by_segment(given, "Rome"),
         figures.target_ranks,
         figures.gradient_ranks,
         figures.singular_values,
@@ -894,16 +894,24 @@ def test_errors(result: BackwardLensResult, facts_model: Any) -> None:
     refused("subject 'Oslo' is not in the prompt", figures.norms_by_segment, result, "Oslo")
     refused("there are 2 subjects and 3 prompts", figures.norms_by_segment, result, ["a", "b"])
     refused("subject is None", figures.norms_by_segment, result, None)
-    refused("subject is None", figures.ranks_by_segment, result)
-    refused("of is 'x'; allowed are 'target'", figures.ranks_by_segment, result, SUBJECTS, of="x")
-    refused("'tuned' was not asked", figures.ranks_by_segment, result, SUBJECTS, projection="tuned")
+    refused("subject is None", figures.token_ranks_by_segment, result)
     refused(
-        "no answer_rank was measured: .*measures=", figures.ranks_by_segment, result, SUBJECTS,
-        of="answer",
+        "of is 'x'; allowed are 'target'", figures.token_ranks_by_segment, result, SUBJECTS, of="x"
+    )
+    refused(
+        "'tuned' was not asked",
+        figures.token_ranks_by_segment,
+        result,
+        SUBJECTS,
+        projection="tuned",
+    )
+    refused(
+        "no answer_rank was measured: .*measures=", figures.token_ranks_by_segment, result,
+        SUBJECTS, of="answer",
     )  # fmt: skip
     aimless = blt.backward_lens(facts_model, "Rome is in", objective=blt.next_token_loss())
     refused("is not about one token, so there is no target", figures.target_ranks, aimless)
-    refused("no target_rank was measured", figures.ranks_by_segment, aimless, "Rome")
+    refused("no target_rank was measured", figures.token_ranks_by_segment, aimless, "Rome")
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -913,8 +921,11 @@ def test_errors_of_tables(result: BackwardLensResult) -> None:
             function(*args, **kwargs)
 
     cells = result.to_df(SUBJECTS)
-    norms, ranks = by_segment.norms_by_segment(cells), by_segment.ranks_by_segment(cells)
-    for function, table in ((figures.norms_by_segment, norms), (figures.ranks_by_segment, ranks)):
+    norms, ranks = by_segment.norms_by_segment(cells), by_segment.token_ranks_by_segment(cells)
+    for function, table in (
+        (figures.norms_by_segment, norms),
+        (figures.token_ranks_by_segment, ranks),
+    ):
         name = f"what analysis.{function.__name__} returned"
         refused(rf"no column .*'of'.*; pass {name}", function, cells)
         refused(f"the table has no rows; pass {name}", function, table.iloc[:0])
@@ -923,9 +934,11 @@ def test_errors_of_tables(result: BackwardLensResult) -> None:
         refused("scale is 'log2'", function, table, scale="log2")
         refused("backend is 'bokeh'", function, table, backend="bokeh")
     refused("of is 'input'; allowed are 'vjp'\n", figures.norms_by_segment, norms, of="input")
-    refused("of is 'answer'; allowed are 'target'\n", figures.ranks_by_segment, ranks, of="answer")
     refused(
-        "projection is 'tuned'; allowed are 'logit_lens'\n", figures.ranks_by_segment, ranks,
+        "of is 'answer'; allowed are 'target'\n", figures.token_ranks_by_segment, ranks, of="answer"
+    )
+    refused(
+        "projection is 'tuned'; allowed are 'logit_lens'\n", figures.token_ranks_by_segment, ranks,
         projection="tuned",
     )  # fmt: skip
     gradients = result.gradient_df()

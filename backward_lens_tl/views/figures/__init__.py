@@ -9,7 +9,7 @@ from backward_lens_tl.views.figures.cells import compare, layer_maps, norms, tar
 from backward_lens_tl.views.figures.edits import edit_curves, edit_scores, least_rates
 from backward_lens_tl.views.figures.gradients import gradient_ranks, singular_values
 from backward_lens_tl.views.figures.neurons import neuron_overlap, neuron_similarity
-from backward_lens_tl.views.figures.segments import norms_by_segment, ranks_by_segment
+from backward_lens_tl.views.figures.segments import norms_by_segment, token_ranks_by_segment
 from backward_lens_tl.views.figures.steps import step_changes
 
 __all__ = [
@@ -23,10 +23,10 @@ __all__ = [
     "neuron_similarity",
     "norms",
     "norms_by_segment",
-    "ranks_by_segment",
     "singular_values",
     "step_changes",
     "target_ranks",
+    "token_ranks_by_segment",
 ]
 
 

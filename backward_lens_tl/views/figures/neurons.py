@@ -20,7 +20,7 @@ from backward_lens_tl.views.text import number
 if TYPE_CHECKING:
     import pandas as pd
 
-_COLUMNS = ("neuron", "neuron_norm", "norm_rank", "position", "token", "similarity", "overlap")
+_COLUMNS = ("neuron", "neuron_norm", "norm_order", "position", "token", "similarity", "overlap")
 _COLORS = {
     "similarity": Colors(-1.0, 1.0, DIVERGING, "cosine similarity"),
     "overlap": Colors(0.0, 1.0, SEQUENTIAL, "shared top tokens"),
@@ -117,9 +117,9 @@ def _neuron_map(table: pd.DataFrame, column: str, title: str = "") -> Heatmap:
     last = table["position"].max() + 1
     table = table.assign(position=table["position"].fillna(last).astype("int64"))
     tokens = tokens_of(table)
-    grid = table.pivot(index="position", columns="norm_rank", values=column)
+    grid = table.pivot(index="position", columns="norm_order", values=column)
     values = tuple(map(floats, grid.to_numpy(float).tolist()))
-    neurons = table.drop_duplicates("norm_rank").sort_values("norm_rank")
+    neurons = table.drop_duplicates("norm_order").sort_values("norm_order")
     above = [
         f"neuron {neuron}, norm {number(norm)}"
         for neuron, norm in zip(neurons["neuron"], neurons["neuron_norm"], strict=True)

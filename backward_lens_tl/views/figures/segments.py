@@ -96,7 +96,7 @@ def norms_by_segment(
     return draw(backend, f"{matrix}: mean norm of {symbol} by segment, {prompts}", chart)
 
 
-def ranks_by_segment(
+def token_ranks_by_segment(
     source: BackwardLensResult | pd.DataFrame,
     subject: Subject | Sequence[Subject] | None = None,
     matrix: str = "W_out",
@@ -110,7 +110,7 @@ def ranks_by_segment(
 
     Args:
         source: A result, all of whose prompts count, or the table that
-            `analysis.ranks_by_segment` returned for any number of prompts. With
+            `analysis.token_ranks_by_segment` returned for any number of prompts. With
             `direction="gradient"`, as in the paper, VJPs rank the target near the end of the
             vocabulary, which is easier to see with `scale="linear"`.
         subject: The subject of a result's prompts: one text or span for all, or one per prompt.
@@ -133,18 +133,18 @@ def ranks_by_segment(
         >>> import backward_lens_tl as blt
         >>> model = blt.load_facts_model()
         >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
-        >>> figure = blt.figures.ranks_by_segment(result, subject="Lionel Messi")
+        >>> figure = blt.figures.token_ranks_by_segment(result, subject="Lionel Messi")
         >>> figure.layout.title.text
         'W_out: rank of the target by segment, 1 prompt, logit_lens'
     """
     check_choice("of", of, ("target", "answer"))
-    check_source(source, "analysis.ranks_by_segment")
+    check_source(source, "analysis.token_ranks_by_segment")
     if isinstance(source, BackwardLensResult):
         asked = source if projection is None else source.under(projection)
-        table = by_segment.ranks_by_segment(_positions(asked, subject, matrix), of)
+        table = by_segment.token_ranks_by_segment(_positions(asked, subject, matrix), of)
     else:
         columns = ("projection", "median", "lower_quartile", "upper_quartile", "count")
-        table = _chosen(source, subject, matrix, of, "ranks_by_segment", columns)
+        table = _chosen(source, subject, matrix, of, "token_ranks_by_segment", columns)
     there = table["projection"].unique().tolist()
     name = there[0] if projection is None else projection
     check_choice("projection", name, there)
