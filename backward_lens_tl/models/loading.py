@@ -7,19 +7,18 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from importlib.util import find_spec
+from os.path import isdir
 from pathlib import Path
 from typing import Any, Literal
 
-import huggingface_hub
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from backward_lens_tl._checks import check_choice, check_text
 from backward_lens_tl.errors import InputError, ModelNotFoundError, UnsupportedModelError
 from backward_lens_tl.models import check_plain, has_bridge, host_of, probe_tokens
-from backward_lens_tl.models.hub import hub_is_reachable
 from backward_lens_tl.models.vocabulary import Vocabulary
 
 Kind = Literal["hooked", "bridge"]
@@ -31,13 +30,13 @@ FACTS_MODEL = "facts"
 def load_facts_model(kind: Kind | None = None, device: str | None = None) -> nn.Module:
     """Load the small trained model that ships inside the package; it needs no network.
 
-    A GPT-2 of 8 layers that knows some 1,800 facts about people, places, companies and works; its
-    model card lies beside it, in `backward_lens_tl/facts_model/MODEL_CARD.md`.
+    A GPT-2 of 8 layers that knows about 1,800 facts on people, places, companies and works; see
+    `backward_lens_tl/facts_model/MODEL_CARD.md`.
 
     Args:
         kind: `"bridge"` for a `TransformerBridge`, `"hooked"` for a `HookedTransformer` with
-            unprocessed weights; `None` is the class that the installed TransformerLens prefers.
-        device: Where it is put, such as `"cuda:1"`; `None` is the CPU.
+            unprocessed weights; `None` is a bridge if the installed TransformerLens has one.
+        device: The device, such as `"cuda:1"`; `None` is the CPU.
 
     Returns:
         The model, in eval mode, in float32.
@@ -65,20 +64,19 @@ def load_model(
     Args:
         name: `"facts"`, a local folder in Hugging Face format, or a name on the hub such as
             `"gpt2"`.
-        kind: `"bridge"`, `"hooked"`, or `None` for the class that the installed TransformerLens
-            prefers.
-        device: Where it is put, such as `"cuda:1"`; `None` is the CPU for a folder, and for a name
-            on the hub what TransformerLens chooses.
-        n_devices: GPUs that TransformerLens spreads the layers of a large model over, from
-            `device` on.
+        kind: `"bridge"`, `"hooked"`, or `None` for a bridge if the installed TransformerLens has
+            one.
+        device: The device, such as `"cuda:1"`; `None` is the CPU for a folder, and for a hub
+            name what TransformerLens chooses.
+        n_devices: Number of GPUs to split the layers over, starting at `device`.
 
     Returns:
         The model, in eval mode.
 
     Raises:
         ModelNotFoundError: If there is no such model, or the hub cannot be reached.
-        UnsupportedModelError: If what is installed cannot load a folder, or not rightly: logits
-            are compared with those of the plain Hugging Face model.
+        UnsupportedModelError: If the installed versions cannot load a folder, or load it wrongly:
+            its logits are compared with those of the plain Hugging Face model.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -92,13 +90,9 @@ def load_model(
     kind = _checked_kind(kind)
     if name == FACTS_MODEL:
         return load_facts_model(kind, device)
-    try:
-        is_folder = Path(name).is_dir()
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"{name!r} is no possible name: {error}") from error
     model: nn.Module = (
         _load_folder(Path(name), kind, device, n_devices)
-        if is_folder
+        if isdir(name)
         else _load_from_hub(name, kind, device, n_devices)
     )
     return model.eval()
@@ -106,8 +100,8 @@ def load_model(
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Keep transformers from showing how far a model is loaded."""
-    # Named with their types, which transformers leaves out.
+    """Hide transformers's progress bars inside the context."""
+    # Annotated because transformers's functions are not.
     disable: Callable[[], None] = transformers_logging.disable_progress_bar
     enable: Callable[[], None] = transformers_logging.enable_progress_bar
     was_enabled = transformers_logging.is_progress_bar_enabled()
@@ -121,27 +115,25 @@ def without_progress_bars() -> Iterator[None]:
 
 def _checked_kind(kind: str | None) -> Kind:
     """The model class to load, if the installed TransformerLens has it."""
-    is_bridge_there = has_bridge()
-    is_hooked_there = find_spec("transformer_lens.HookedTransformer") is not None
-    if kind is None:
-        return "bridge" if is_bridge_there else "hooked"
+    available: list[Kind] = []
+    if has_bridge():
+        available.append("bridge")
+    if find_spec("transformer_lens.HookedTransformer") is not None:
+        available.append("hooked")
     check_choice("kind", kind, ("bridge", "hooked", None))
-    if kind == "bridge" and is_bridge_there:
-        return "bridge"
-    if kind == "hooked" and is_hooked_there:
-        return "hooked"
-    classes = (("bridge", is_bridge_there), ("hooked", is_hooked_there))
-    there = [name for name, is_there in classes if is_there]
+    for own in available:
+        if kind in (None, own):
+            return own
     raise InputError(
-        f"kind {kind!r} is not available in TransformerLens {version('transformer-lens')}; it has "
-        f"{' and '.join(map(repr, there))} ('bridge' can be read from 3.6 on, 'hooked' ended with "
+        f"kind {kind!r} is not available in TransformerLens {version('transformer-lens')}, only "
+        f"{' and '.join(map(repr, available))} ('bridge' is supported from 3.6 on, 'hooked' up to "
         "3.9)"
     )
 
 
 def _load_folder(folder: Path, kind: Kind, device: str | None, n_devices: int) -> Any:
     try:
-        hf_model = AutoModelForCausalLM.from_pretrained(
+        hf_model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -153,21 +145,15 @@ def _load_folder(folder: Path, kind: Kind, device: str | None, n_devices: int) -
             f"{FACTS_MODEL!r} is the model that ships with this package"
         ) from error
     _check_rope(folder, hf_model.config)
-    tokens = _tokens(hf_model, tokenizer)
-    with torch.no_grad():
-        expected = hf_model(tokens).logits  # before a bridge takes the model apart
-    if kind == "bridge":
-        model = _bridge_from_folder(folder, hf_model, tokenizer, device or "cpu", n_devices)
-    else:
-        model = _hooked_from_folder(folder, hf_model, tokenizer, device or "cpu", n_devices)
-    check_plain(host_of(model.eval()), tokens, expected)
-    return model
-
-
-def _tokens(hf_model: Any, tokenizer: Any) -> Tensor:
     rows = hf_model.get_input_embeddings().weight.shape[0]
     n_ctx = getattr(hf_model.config, "max_position_embeddings", None) or rows
-    return probe_tokens(rows, n_ctx, Vocabulary(tokenizer, rows).special_ids)
+    tokens = probe_tokens(rows, n_ctx, Vocabulary(tokenizer, rows).special_ids)
+    with torch.no_grad():
+        expected = hf_model(tokens).logits  # before a bridge takes the model apart
+    load = _bridge_from_folder if kind == "bridge" else _hooked_from_folder
+    model = load(folder, hf_model, tokenizer, device or "cpu", n_devices)
+    check_plain(host_of(model.eval()), tokens, expected)
+    return model
 
 
 def _bridge_from_folder(
@@ -175,7 +161,7 @@ def _bridge_from_folder(
 ) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
-    # Layers are spread over devices as they are loaded.
+    # Layers are split over devices while they are loaded.
     loaded = {"hf_model": hf_model} if n_devices == 1 else {"n_devices": n_devices}
     return TransformerBridge.boot_transformers(
         str(folder), tokenizer=tokenizer, device=device, **loaded
@@ -183,7 +169,7 @@ def _bridge_from_folder(
 
 
 def _check_rope(folder: Path, config: Any) -> None:
-    """Refuse rotary angles that transformers 5 saved where transformers 4 leaves them unread."""
+    """Raise if transformers 4 would ignore rotary parameters that transformers 5 saved."""
     saved = getattr(config, "rope_parameters", None)
     read = {"rope_theta": getattr(config, "rope_theta", None), "rope_type": "default"}
     if saved and saved != read and version("transformers").startswith("4."):
@@ -198,7 +184,7 @@ def _check_rope(folder: Path, config: Any) -> None:
 def _hooked_from_folder(
     folder: Path, hf_model: Any, tokenizer: Any, device: str, n_devices: int
 ) -> Any:
-    """Do what `HookedTransformer.from_pretrained` does, which wants a hub name."""
+    """Do what `HookedTransformer.from_pretrained` does, which accepts hub names only."""
     from transformer_lens import HookedTransformer, loading_from_pretrained
 
     try:
@@ -209,7 +195,7 @@ def _hooked_from_folder(
     except (AttributeError, KeyError, NotImplementedError) as error:
         raise UnsupportedModelError(
             f"TransformerLens cannot turn {str(folder)!r} into a HookedTransformer ({error}); "
-            "load it with kind='bridge' (from TransformerLens 3 on)"
+            "load it with kind='bridge' (TransformerLens 3.6 or newer)"
         ) from error
     model = HookedTransformer(cfg, tokenizer)
     model.load_and_process_state_dict(
@@ -223,17 +209,12 @@ def _hooked_from_folder(
 
 
 def _load_from_hub(name: str, kind: Kind, device: str | None, n_devices: int) -> Any:
-    if not _in_cache(name) and not hub_is_reachable():
-        raise ModelNotFoundError(
-            f"{name!r} is neither a local folder nor in the hub's cache, and the hub cannot be "
-            f"reached; use {FACTS_MODEL!r}, the model that ships with this package"
-        )
     try:
         if kind == "bridge":
             from transformer_lens.model_bridge import TransformerBridge
 
-            spread: dict[str, Any] = {} if n_devices == 1 else {"n_devices": n_devices}
-            return TransformerBridge.boot_transformers(name, device=device, **spread)
+            split: dict[str, Any] = {} if n_devices == 1 else {"n_devices": n_devices}
+            return TransformerBridge.boot_transformers(name, device=device, **split)
         from transformer_lens import HookedTransformer
 
         return HookedTransformer.from_pretrained_no_processing(
@@ -241,16 +222,7 @@ def _load_from_hub(name: str, kind: Kind, device: str | None, n_devices: int) ->
         )
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
-            f"{name!r} cannot be loaded from the hub: {str(error).splitlines()[0]} "
-            f"({FACTS_MODEL!r} ships with this package and needs no network)"
-        ) from error
-
-
-def _in_cache(name: str) -> bool:
-    try:
-        return isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
-    except huggingface_hub.errors.HFValidationError as error:
-        raise ModelNotFoundError(
-            f"{name!r} is neither a local folder nor a possible hub name; {FACTS_MODEL!r} is the "
-            "model that ships with this package"
+            f"{name!r} is not a local folder, and cannot be loaded from the hub: "
+            f"{str(error).splitlines()[0]} ({FACTS_MODEL!r} ships with this package and needs no "
+            "network)"
         ) from error

@@ -37,7 +37,6 @@ from backward_lens_tl.editing.statistics.standardization import (
 )
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import host_of
-from backward_lens_tl.models.hub import hub_is_reachable
 from backward_lens_tl.models.loading import FACTS_MODEL
 
 FACTS_TEST = range(200)
@@ -381,13 +380,17 @@ def _with_needs(kind: type[EditMethod], settings: Settings, needs: _Needs) -> Ed
 
 def _wikitext() -> Iterator[str]:
     """Paragraphs of WikiText-103, streamed."""
-    if not hub_is_reachable():
-        raise EditError(
-            f"second moments are collected from {_WIKITEXT!r} on the Hugging Face hub, which "
-            "cannot be reached; collect them from other texts with second_moments(model, texts), "
-            "and pass methods that have them"
-        )
     import datasets
 
-    data = datasets.load_dataset(_WIKITEXT, "wikitext-103-raw-v1", split="train", streaming=True)
+    try:
+        data = datasets.load_dataset(
+            _WIKITEXT, "wikitext-103-raw-v1", split="train", streaming=True
+        )
+    # It passes on what the hub, its file systems and the files' readers raise.
+    except Exception as error:
+        raise EditError(
+            f"second moments are collected from {_WIKITEXT!r}, which cannot be loaded from the "
+            f"hub: {error}; collect them from other texts with second_moments(model, texts), and "
+            "pass methods that have them"
+        ) from error
     yield from (row["text"] for row in data if row["text"].strip())
