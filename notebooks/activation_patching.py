@@ -13,9 +13,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/backward-lens-tl/backward_lens_tl/blob/main/notebooks/activation_patching.ipynb)
 #
-# TransformerLens's own patching and the Backward Lens, on the same two prompts and at the same places.
-# At the end you know what each of them measures, how far one backward pass foretells all the patches,
-# where it fails and why, and what a gradient looks like in a model that is being patched.
+# This notebook compares TransformerLens's activation patching with the Backward Lens, on the same prompts and
+# activations. It shows what each of them measures, how well one backward pass predicts the effects of all
+# patches, where and why it fails, and what gradients look like in a patched model.
 
 # %%
 import subprocess
@@ -31,8 +31,8 @@ if find_spec("backward_lens_tl") is None:  # for example on Colab
     subprocess.run([*pip, "backward-lens-tl[matplotlib]", *pins], check=True)
 
 # %% [markdown]
-# The model is a small GPT-2 of 8 layers that ships in the package and knows facts about people,
-# places and companies. All numbers below are about this model and these two prompts.
+# The model is a GPT-2 with 8 layers that ships with the package and knows facts about people, places and
+# companies. All numbers below are about this model and these two prompts.
 
 # %%
 import pandas as pd
@@ -46,14 +46,13 @@ model = blt.load_model("facts")  # with a network: "gpt2", or any name on the Hu
 layers = range(model.cfg.n_layers)
 
 # %% [markdown]
-# ## Two prompts, one number
+# ## Two prompts and a logit difference
 #
-# The *clean* prompt has the answer that we look for, the *corrupt* one another; they have the same
-# number of tokens. The number is the difference of two logits, " Paris" minus " Rome". The lens's
-# objective is the same number, so that gradients and patches measure one thing: an update raises the
-# difference, and the loss is minus the difference. `hook_points` makes each run keep the activations and
-# gradients that we will need: the residual stream before each block, and what its attention and its MLP
-# add to it.
+# The *clean* prompt has the answer " Paris", the *corrupt* prompt another one; both have the same number of
+# tokens. The metric is a logit difference, " Paris" minus " Rome". The lens uses the same quantity as its
+# objective, so that gradients and patches measure the same thing: an update raises the difference, and the
+# loss is minus the difference. With `hook_points`, each run keeps the activations and gradients that we need
+# below: the residual stream before each block, and the outputs of its attention and its MLP.
 
 # %%
 prompts = {
@@ -77,14 +76,14 @@ pd.DataFrame(
 )
 
 # %% [markdown]
-# The model knows both. Between the two runs the difference changes by some 21 logits, and all effects
-# below are shares of that.
+# The model knows both answers. The logit difference changes by about 21 between the two runs, and all effects
+# below are fractions of this change.
 #
-# ## Patching: what if this one activation were the clean one?
+# ## Patching: replace one activation by the clean one
 #
-# `transformer_lens.patching` runs the corrupt prompt once per layer, token and kind of activation, each
-# time with that one vector taken from the clean run. 0: the patch changes nothing. 1: it brings the
-# whole difference back.
+# `transformer_lens.patching` runs the corrupt prompt once per layer, token and kind of activation, each time
+# with that one vector taken from the clean run. 0 means that the patch has no effect, 1 that it recovers the
+# whole difference.
 
 # %%
 paris, rome = model.to_single_token(" Paris"), model.to_single_token(" Rome")
@@ -106,37 +105,37 @@ with torch.no_grad():
     }
 
 # %% [markdown]
-# `figures.layer_maps` draws any numbers by layer and token. (It returns a plotly figure, as all figures
-# do by default; `backend="matplotlib"` gives a picture, which stays in the file.) Where the prompts
-# differ, the clean prompt's token is in brackets.
+# `figures.layer_maps` plots any values by layer and token. (It returns a plotly figure by default, like all
+# figures; `backend="matplotlib"` returns an image that is stored in the notebook.) Where the prompts differ,
+# the token of the clean prompt is in parentheses.
 
 # %%
 tokens = [
-    here if here == there else f"{here} ({there.strip()})"
-    for here, there in zip(*(run.capture.str_tokens[0] for run in (corrupt, clean)), strict=True)
+    one if one == other else f"{one} ({other.strip()})"
+    for one, other in zip(*(run.capture.str_tokens[0] for run in (corrupt, clean)), strict=True)
 ]
-share = "share recovered"
+recovery = "fraction recovered"
 figures.layer_maps(
     {f"patching {kind}": effect for kind, effect in patched.items()},
     tokens,
-    share,
+    recovery,
     backend="matplotlib",
 )
 
 # %% [markdown]
-# From top to bottom: the residual stream carries the landmark at its last token up to layer 5, and at
-# the prompt's last token from layer 6 on. Attention of layer 5 moves it, 0.92 in a single vector. And
-# what it moves was written by the MLP of layer 0 at the landmark's last token, 0.88. (A smaller part, some
-# 0.15, is at the prompt's last token from layer 1 on: the pale column on the right. Layer 0 brings it.) The two columns in
-# front of the first different token are exactly 0: both runs are the same there. A share above 1, as 1.05
-# in front of layer 6, goes beyond the clean run.
+# From top to bottom: the residual stream carries the landmark at its last token up to layer 5, and at the
+# prompt's last token from layer 6 on. Attention of layer 5 moves it; a single vector recovers 0.92. The MLP of
+# layer 0 writes what it moves, at the landmark's last token; this vector recovers 0.88. (A smaller fraction,
+# about 0.15, is at the prompt's last token from layer 1 on, the pale column on the right. Layer 0 moves it
+# there.) The two columns before the first different token are exactly 0, because the runs are equal
+# there. Fractions above 1, such as 1.05 before layer 6, go beyond the clean run.
 #
-# ## One backward pass at the same places
+# ## One backward pass at the same activations
 #
-# The lens has run the corrupt prompt forward and backward *once*. Two maps come out of that. The *VJP*
-# `delta_i`, the gradient of the objective at an activation, has a norm: how strongly the objective
-# would answer a small change there. (At the MLP's output it is the colour of the lens's table.) And
-# *attribution patching* is the first-order guess of a patch: `(x_clean - x_corrupt) . delta_i`.
+# The lens ran the corrupt prompt forward and backward *once*. This gives two maps. The norm of the *VJP*
+# `delta_i`, the gradient of the objective at an activation, says how much the objective responds to a small
+# change there. (At the output of the MLP, it is the colour of the lens's table.) *Attribution patching* is
+# the first-order estimate of a patch: `(x_clean - x_corrupt) . delta_i`.
 
 
 # %%
@@ -144,17 +143,19 @@ def by_layer(kind, read):
     return torch.stack([read(f"blocks.{layer}.hook_{kind}") for layer in layers])
 
 
-here, there = corrupt.capture.hook_gradients, clean.capture.hook_gradients
+at_corrupt, at_clean = corrupt.capture.hook_gradients, clean.capture.hook_gradients
 change = corrupt.attribution(clean)
 attributed = {kind: by_layer(kind, lambda name: change[name][0] / gap) for kind in kinds}
-norm = {kind: by_layer(kind, lambda name: here[name].vjp[0].norm(dim=-1)) for kind in kinds}
+norm = {kind: by_layer(kind, lambda name: at_corrupt[name].vjp[0].norm(dim=-1)) for kind in kinds}
 step = {
-    kind: by_layer(kind, lambda name: (there[name].value - here[name].value)[0].norm(dim=-1))
+    kind: by_layer(
+        kind, lambda name: (at_clean[name].value - at_corrupt[name].value)[0].norm(dim=-1)
+    )
     for kind in kinds
 }
 
 # %% [markdown]
-# One below the other for the MLPs' outputs, patching on top:
+# The maps for the MLP outputs, with patching at the top:
 
 # %%
 figures.layer_maps(
@@ -164,22 +165,22 @@ figures.layer_maps(
         "norm of the VJP at mlp_out": norm["mlp_out"],
     },
     tokens,
-    [share, share, "norm of δ_i"],
+    [recovery, recovery, "norm of δ_i"],
     backend="matplotlib",
 )
 
 # %% [markdown]
-# Attribution is nearly the map of patches. The norms are another picture. They are largest at the
-# prompt's last token in *every* layer, where the patches of layers 1 to 5 recover less than 0.01, and
-# they are not 0 in the columns in which the runs do not differ at all. That is no error: a norm says how
-# much could be written at a place, in the best direction, and knows nothing of the other prompt.
+# Attribution is close to the map of patches. The norms differ. They are largest at the prompt's last token in
+# *every* layer, where the patches of layers 1 to 5 recover less than 0.01, and they are not 0 in the columns in
+# which the runs are equal. This is not an error: a norm says how much a change in the best direction would
+# matter, and does not depend on the other prompt.
 #
-# ## In numbers
+# ## Rank correlations
 #
-# A rank correlation (Spearman) asks whether two quantities sort the cells alike: 1 is the same order, 0
-# none. Cells in which the runs are equal, or to which no error comes back, are 0 for everyone and are
-# left out. Between norm and attribution stands the product `||x_clean - x_corrupt|| ||delta_i||`, which
-# is how large an attribution could be if the two vectors pointed the same way.
+# Spearman's rank correlation measures whether two quantities order the cells in the same way: 1 is the same
+# order, 0 is unrelated. Cells in which the runs are equal, or which receive no gradient, are 0 for all
+# quantities and are excluded. The product `||x_clean - x_corrupt|| ||delta_i||` lies between the norm and the
+# attribution: it is the attribution for two vectors that point in the same direction.
 
 # %%
 cells = pd.DataFrame(
@@ -205,13 +206,13 @@ orders[["attributed", "norm x distance", "norm"]].assign(cells=cells["kind"].val
 )
 
 # %% [markdown]
-# Attribution sorts the cells nearly as patching does, for MLPs best of all. Each thing that is taken
-# away costs: without the angle between the two vectors, and then without the distance of the two runs,
-# the order gets worse, and the norm alone knows little of what patching finds.
+# Attribution orders the cells nearly as patching does, best of all for MLPs. The order gets worse without the
+# angle between the two vectors, and worse again without the distance between the two runs. The norm alone says
+# little about the effects of patches.
 #
-# ## Where first order is wrong
+# ## Where the first-order estimate is wrong
 #
-# The five cells in which attribution and patching are furthest apart:
+# The five cells in which attribution and patching differ most:
 
 # %%
 cells["missed"] = cells["patched"] - cells["attributed"]
@@ -221,105 +222,104 @@ furthest.head(5)[["kind", "layer", "token", "patched", "attributed", "missed"]].
 ).round(2)
 
 # %% [markdown]
-# The largest is the residual stream in front of layer 0, at the landmark's last token: attribution
-# foretells 0.50 of the difference, and the patch brings back 0.86. Two blocks further up the miss is
-# less than half of that. In all five, attribution promises too little.
+# The largest difference is at the residual stream before layer 0, at the landmark's last token: attribution
+# predicts 0.50 of the difference, and the patch recovers 0.86. Two blocks further up, the error is less than
+# half of that. In all five cells, attribution underestimates the effect.
 #
-# Why? Attribution draws a straight line with the slope at the corrupt run. If the path from one
-# activation to the other bends, the line misses, and a patch of only a part of the way shows it:
-# `x_corrupt + alpha (x_clean - x_corrupt)`. A hook sets it, and the lens, which runs under any hook,
-# gives the slope at that very point. The second place is the same token behind block 0.
+# Why? Attribution extrapolates linearly from the slope at the corrupt run. To see how the effect bends, we patch
+# partway: `x_corrupt + alpha (x_clean - x_corrupt)`. A hook sets this activation, and the lens, which keeps your
+# hooks active, computes the slope there. We do the same at this token after block 0.
 
 
 # %%
-def part_of_the_way(name, position, alpha):
+def interpolated(name, position, alpha):
     def patch(activation, hook):
         activation = activation.clone()
         activation[:, position] = start + alpha * (end - start)
         return activation
 
-    start, end = (run[name].value[0, position] for run in (here, there))
+    start, end = (run[name].value[0, position] for run in (at_corrupt, at_clean))
     return name, patch
 
 
 def slope_at(name, position, alpha):
-    with model.hooks(fwd_hooks=[part_of_the_way(name, position, alpha)]):
+    with model.hooks(fwd_hooks=[interpolated(name, position, alpha)]):
         run = blt.capture_gradients(model, prompts["corrupt"], objective, hook_points=[name])
-    way = (there[name].value - here[name].value)[0, position]
-    slope = way @ run.hook_gradients[name].vjp[0, position]
+    direction = (at_clean[name].value - at_corrupt[name].value)[0, position]
+    slope = direction @ run.hook_gradients[name].vjp[0, position]
     recovered = (run.loss - corrupt.capture.loss).item() / gap
     return {"recovered": recovered, "slope": slope.item() / gap}
 
 
 # %% [markdown]
-# Nine points of each way. `recovered` is the share of the difference that is back there, and `slope` how
-# fast it grows, as a share per whole way.
+# The table has nine points on each path. `recovered` is the fraction of the difference that is recovered there,
+# and `slope` is its derivative with respect to alpha.
 
 # %%
 worst = furthest.iloc[0]
 names = [f"blocks.{layer}.hook_{worst.kind}" for layer in (worst.layer, worst.layer + 1)]
 alphas = [eighth / 8 for eighth in range(9)]
-walks = {
+paths = {
     name: pd.DataFrame([slope_at(name, worst.position, alpha) for alpha in alphas], index=alphas)
     for name in names
-    if name in here  # the last layer has none behind it
+    if name in at_corrupt  # no block follows the last layer
 }
-pd.concat(walks, axis=1).rename_axis("alpha").round(2)
+pd.concat(paths, axis=1).rename_axis("alpha").round(2)
 
 # %% [markdown]
-# The path is an S, not a line. `slope` at alpha 0 is the attribution, 0.50 in front of block 0. Behind the
-# middle it reaches 1.38, and at the end it is back at 0.58: the model changes its mind on the way, and
-# attribution asks at the beginning. A straight line would be right if all slopes were equal. Behind
-# block 0 they differ less, from 0.61 to 1.04, and less is missed. So a good part of the bend is block 0
-# itself, where the landmark's last token meets those before it, and the rest is what comes later.
+# The path is S-shaped. The `slope` at alpha 0 is the attribution, 0.50 before block 0. It reaches 1.38 past
+# the middle and is back at 0.58 at the end. The model's answer flips on the way, and attribution only sees the
+# start. The linear estimate would be exact if all slopes were equal. After block 0 they vary less, from 0.61
+# to 1.04, and the error is smaller. So a large part of the nonlinearity is in block 0 itself, where the
+# landmark's last token attends to those before it, and the rest is in later blocks.
 #
-# The mean of the slopes is the whole effect, up to the coarseness of nine points. (These are
-# *integrated gradients*, at nine backward passes for one cell. Patching needs one forward pass.)
+# The mean of the slopes is the whole effect, up to the resolution of nine points. (These are *integrated
+# gradients*, at nine backward passes per cell. Patching needs one forward pass.)
 
 # %%
 pd.DataFrame(
     {
         name: {
-            "attribution": walk["slope"].iloc[0],
-            "mean slope": torch.trapezoid(torch.tensor(walk["slope"].to_numpy()), dx=1 / 8).item(),
-            "patching": walk["recovered"].iloc[-1],
+            "attribution": path["slope"].iloc[0],
+            "mean slope": torch.trapezoid(torch.tensor(path["slope"].to_numpy()), dx=1 / 8).item(),
+            "patching": path["recovered"].iloc[-1],
         }
-        for name, walk in walks.items()
+        for name, path in paths.items()
     }
 ).T.round(3)
 
 # %% [markdown]
 # ## The lens under a patch
 #
-# Hooks act on the run that the lens reads, so it can be asked what a gradient wants to write in a model
-# that *is* patched. The patch is the one of attention or MLP that recovers most.
+# Because hooks stay active, you can also run the lens on a patched model and see what a gradient would write
+# there. We use the patch of attention or MLP outputs that recovers most.
 
 # %%
 best = cells[cells["kind"] != "resid_pre"].sort_values("patched", key=abs).iloc[-1]
-patch = part_of_the_way(f"blocks.{best.layer}.hook_{best.kind}", best.position, 1.0)
+patch = interpolated(f"blocks.{best.layer}.hook_{best.kind}", best.position, 1.0)
 with model.hooks(fwd_hooks=[patch]):
-    rerouted = blt.backward_lens(model, prompts["corrupt"], objective=objective)
+    under_patch = blt.backward_lens(model, prompts["corrupt"], objective=objective)
 best[["kind", "layer", "token", "patched"]].to_frame("the patch")
 
 # %% [markdown]
-# How strongly each place writes into `W_out`, without the patch and with it:
+# The norms at `W_out`, without and with the patch:
 
 # %%
 figures.layer_maps(
-    {"corrupt": corrupt.norms("W_out")[:, 0], "patched": rerouted.norms("W_out")[:, 0]},
+    {"corrupt": corrupt.norms("W_out")[:, 0], "patched": under_patch.norms("W_out")[:, 0]},
     tokens,
     "norm of δ_i of W_out",
     backend="matplotlib",
 )
 
 # %% [markdown]
-# The objective is a difference of logits, whose gradient at the logits is the same in both runs, so what
-# changed is the *way back*. At the landmark's last token the norms of layers 0 to 4 fall from 0.7 to 0.06
-# and less: the patched vector is a constant, and what attention of layer 5 had read at that token to make
-# it no longer counts. The prompt's last token keeps most of its norm, 0.73 to 0.83. So the dark column
-# above was one road for the error, and a patch closes it. What other roads there are, the lens shows.
+# The objective is a logit difference, whose gradient at the logits is the same in both runs. So the changes come
+# from the *backward path*. At the landmark's last token, the norms of layers 0 to 4 fall from 0.7 to 0.06 and
+# less: the patched vector is a constant, so the inputs that attention of layer 5 read at that token no longer
+# matter. At the prompt's last token, most of the norm remains, 0.73 to 0.83. So the dark column above was
+# one path of the gradient, and the patch blocks it. The lens shows which paths remain.
 #
-# Now with the loss that the lens takes by default, `-log p(" Paris")`, in nats:
+# Next, the lens's default loss, `-log p(" Paris")`, in nats:
 
 # %%
 before = blt.backward_lens(model, prompts["corrupt"], " Paris")
@@ -342,44 +342,43 @@ pd.DataFrame(
 ).round(4)
 
 # %% [markdown]
-# One patched vector makes the model say " Paris", at a loss of 0.0006 nats in place of 9.8, and with the
-# loss goes the gradient: the largest norm of `W_out` falls from 1.03 to 0.0003. The median rank over the
-# layers (0 is the top) is of the prompt's last token. The lens of the patched run, as a table:
+# With one patched vector, the model answers " Paris", at a loss of 0.0006 nats instead of 9.8. The gradient
+# shrinks with the loss: the largest norm of `W_out` falls from 1.03 to 0.0003. The median rank over the layers
+# is for the prompt's last token; 0 is the top. This is the table of the patched run:
 
 # %%
 after
 
 # %% [markdown]
-# In the upper half the patch can be seen: from layer 5 on, what the MLPs read at the last token is " Paris",
-# while at the landmark's last token it is " Rome" still.
+# The patch is visible in the upper half: from layer 5 on, the inputs of the MLPs at the last token are
+# " Paris", while at the landmark's last token they are still " Rome".
 #
-# In the lower half there is nothing left to write. The lens still has a word for each cell, and the note below the table
-# says what to think of it: the words of `W_out` are in italics, because vectors as short as these tell
-# the Logit Lens more of the final norm's bias than of themselves, and so the target's median rank is 22.
-# The *normalized* lens reads the direction alone: there the target still leads, without any force
-# behind it.
+# In the lower half, there is nothing left to write. The lens still shows a token in each cell, as the note
+# below the table explains. The tokens of `W_out` are in italics because for such short vectors, the logit lens
+# mostly shows the final norm's bias. Therefore the target's median rank is 22. The *normalized* lens projects
+# only the direction, and still has the target on top, although the norm is almost zero.
 #
-# ## What each of them is for
+# ## Summary
 #
-# | | asks | needs | says nothing about |
+# | | question | needs | does not show |
 # |---|---|---|---|
-# | patching | what did this activation *do* for the difference between two runs? | a second prompt, one run per cell | what else could change the answer |
-# | attribution | the same, guessed from the slope at one run | a second prompt, one backward pass | what bends on the way |
+# | patching | what is the *effect* of this activation on the difference between two runs? | a second prompt, one run per cell | what else could change the answer |
+# | attribution | the same, estimated from the slope at one run | a second prompt, one backward pass | nonlinear effects |
 # | norm of `delta_i` | how strongly does the gradient *write* here? | one prompt, one backward pass | where the information is |
-# | the lens | *what* does it write here, in words? | the same | whether it would be enough |
+# | the lens | *which tokens* does it write here? | the same | whether the update would suffice |
 #
-# So do not read a dark cell of the lens as "here the fact is": the last token is dark in every layer,
-# because whatever is added there reaches the answer, and the patches of most of those cells do nothing.
-# And do not read a patch without effect as "here nothing can be written".
+# So a dark cell of the lens does not mean "the fact is here": the last token is dark in every layer because
+# anything added there reaches the answer, and the patches of most of these cells have no effect. And a patch
+# without effect does not mean "nothing can be written here".
 #
-# ## What to try next
+# ## Where to go from here
 #
-# - The same for heads, in their forward and their backward pass:
+# - The same for heads, in the forward and the backward pass:
 #   [Attention backwards](attention_backwards.ipynb).
-# - `attribution` by head, `to_cache` and the hook points: [Attention](../docs/attention.md).
-# - More figures and tables of a result: [Looking at a result](../docs/looking.md).
+# - `attribution` by head, `to_cache` and hook points: [Attention](../docs/attention.md).
+# - More figures and tables: [Looking at a result](../docs/looking.md).
 #
-# **Exercise.** Turn it round: capture the *clean* prompt with `blt.target_nll(" Paris")`, and ask
-# `clean.attribution(corrupt)` which activation of the corrupt run would hurt most, in nats. Then do
-# that patch and look at the loss. Before you run it, write down by which factor you expect the two to
-# differ; the last table has all you need to guess why.
+# **Exercise.** Reverse the roles: capture the *clean* prompt with `blt.target_nll(" Paris")`, and use
+# `clean.attribution(corrupt)` to find the activation of the corrupt run that would raise the loss most, in nats.
+# Then run that patch and look at the loss. Before you do, estimate the factor by which the two will differ; the
+# last table tells you why.

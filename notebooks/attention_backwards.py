@@ -13,10 +13,10 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/backward-lens-tl/backward_lens_tl/blob/main/notebooks/attention_backwards.ipynb)
 #
-# In the forward pass a head moves information from one token to another. What does it do with the error
-# that comes back? At the end you can read Reversed Attention, the attention map of the backward pass; you
-# know which ranks the gradients of `W_Q`, `W_K`, `W_V` and `W_O` have, why a head that decides the answer
-# may be invisible in that map, and what happens when the map is added to a forward pass.
+# In the forward pass, a head moves information between tokens. What happens in the backward pass? This notebook
+# introduces Reversed Attention, the attention map of the backward pass. It shows the ranks of the gradients of
+# `W_Q`, `W_K`, `W_V` and `W_O`, why a head that decides the answer may not appear in that map, and what happens
+# if the map is added to the attention pattern.
 
 # %%
 import subprocess
@@ -32,8 +32,8 @@ if find_spec("backward_lens_tl") is None:  # for example on Colab
     subprocess.run([*pip, "backward-lens-tl[matplotlib]", *pins], check=True)
 
 # %% [markdown]
-# The model is a small GPT-2 of 8 layers with 4 heads each that ships in the package. All numbers below are
-# about this model and this prompt.
+# The model is a GPT-2 with 8 layers of 4 heads that ships with the package. All numbers below are about this
+# model and this prompt.
 
 # %%
 import pandas as pd
@@ -47,11 +47,11 @@ model = blt.load_model("facts")  # with a network: "gpt2", or any name on the Hu
 layers, heads = range(model.cfg.n_layers), range(model.cfg.n_heads)
 
 # %% [markdown]
-# ## The error on its way through a head
+# ## The gradient inside a head
 #
-# The prompt is about a place in Rome, and the target is " Paris", so the loss `-log p(" Paris")` is large
-# and much error comes back. `matrices="attn"` has the lens read the four matrices of attention, and
-# `hook_points` keeps the activations and gradients inside the heads.
+# The prompt is about a place in Rome and the target is " Paris", so the loss `-log p(" Paris")` is large, and so
+# are the gradients. `matrices="attn"` selects the four matrices of attention, and `hook_points` keeps the
+# activations and gradients inside the heads.
 
 # %%
 prompt, target = "The Colosseum is in the city of", " Paris"
@@ -61,32 +61,33 @@ tokens = result.capture.str_tokens[0]
 result.capture.loss.item()  # in nats; 0 is the best
 
 # %% [markdown]
-# Forward, a head mixes values with its pattern `A`: `z = A V`. Backward, the error `delta_z` at its output
-# goes two ways. To the values it goes through the same pattern, transposed: `delta_v = A^T delta_z`. And to
-# the pattern itself: `E = delta_z V^T` says for each pair of query and key how the loss would change if the
-# query looked there a little more. The softmax turns that into a gradient at the scores, and divided by
-# `sqrt(d_head)` this is **Reversed Attention** (Katz and Wolf, NAACL 2025):
+# In the forward pass, a head mixes values with its pattern `A`: `z = A V`. In the backward pass, the gradient
+# `delta_z` at its output takes two paths. The gradient of the values uses the transposed pattern:
+# `delta_v = A^T delta_z`. The gradient of the pattern is `E = delta_z V^T`: for each query and key, it says how
+# the loss would change with more attention to that key. The backward pass of the softmax turns `E` into the
+# gradient at the attention scores. Divided by `sqrt(d_head)`, this is **Reversed Attention** (Katz and Wolf,
+# NAACL 2025):
 #
 #     RA = A * (E - rowsum(A * E)) / sqrt(d_head)
 #
-# With it, the errors at queries and keys are mixed as values are forward: `delta_q = RA K` and
-# `delta_k = RA^T Q`. All of this can be checked on what the hooks have kept. The layer is the one with the
-# largest Reversed Attention; errors are the largest anywhere in it, relative to the largest entry.
+# Reversed Attention mixes keys and queries like the pattern mixes values: `delta_q = RA K` and
+# `delta_k = RA^T Q`. The next cell checks all of this with the activations and gradients from the hooks, in the
+# layer with the largest Reversed Attention. It shows the largest error relative to the largest entry.
 
 # %%
 maps = torch.stack([result.reversed_attention(layer)[0] for layer in layers])  # [layer, head, q, k]
 layer = int(maps.abs().amax(dim=(1, 2, 3)).argmax())
-kept = {
+hooked = {
     name: result.capture.hook_gradients[f"blocks.{layer}.attn.hook_{name}"]
     for name in ("pattern", *"qkvz")
 }
-A, Q, K, V = (kept[name].value[0] for name in ("pattern", "q", "k", "v"))
-E = torch.einsum("qhd,khd->hqk", kept["z"].vjp[0], V)
+A, Q, K, V = (hooked[name].value[0] for name in ("pattern", "q", "k", "v"))
+E = torch.einsum("qhd,khd->hqk", hooked["z"].vjp[0], V)
 by_formula = {
     "RA": (A * (E - (A * E).sum(-1, keepdim=True)) / model.cfg.d_head**0.5, maps[layer]),
-    "delta_v": (torch.einsum("hqk,qhd->khd", A, kept["z"].vjp[0]), kept["v"].vjp[0]),
-    "delta_q": (torch.einsum("hqk,khd->qhd", maps[layer], K), kept["q"].vjp[0]),
-    "delta_k": (torch.einsum("hqk,qhd->khd", maps[layer], Q), kept["k"].vjp[0]),
+    "delta_v": (torch.einsum("hqk,qhd->khd", A, hooked["z"].vjp[0]), hooked["v"].vjp[0]),
+    "delta_q": (torch.einsum("hqk,khd->qhd", maps[layer], K), hooked["q"].vjp[0]),
+    "delta_k": (torch.einsum("hqk,qhd->khd", maps[layer], Q), hooked["k"].vjp[0]),
 }
 pd.Series(
     {
@@ -97,13 +98,13 @@ pd.Series(
 ).to_frame()
 
 # %% [markdown]
-# Float32 rounds to 1e-7 of each term, so these are equal.
+# The rounding of float32 is about 1e-7, so these are equal.
 #
-# ## The map of the forward pass and that of the backward pass
+# ## Attention forward and backward
 #
-# All heads of this layer, at the prompt's last token, where the loss is. Above how much that token attends
-# to each of the others, between 0 and 1; below Reversed Attention. An update *lowers* the loss, so it wants
-# more attention where Reversed Attention is negative (orange), and less where it is positive (blue).
+# The figure shows all heads of this layer at the prompt's last token, where the loss is: above, the attention to
+# each token, between 0 and 1; below, Reversed Attention. An update *lowers* the loss, so it increases attention
+# where Reversed Attention is negative (orange) and decreases it where it is positive (blue).
 
 # %%
 figures.layer_maps(
@@ -118,24 +119,23 @@ figures.layer_maps(
 )
 
 # %% [markdown]
-# Heads 0 and 3 look at the last token of the landmark, with nearly all of their attention. The backward map
-# has its largest entry elsewhere: head 2, which looks at " city" with 0.76, should look there even more
-# (-0.06), and head 1 less at " is" (0.04). Each row of Reversed Attention sums to 0, because each row of
-# the pattern sums to 1: attention can only be moved. What is missing in the lower map will be the point of
-# this notebook: head 0 is white there, and head 3 nearly.
+# Heads 0 and 3 attend almost only to the last token of the landmark. The largest entries of the backward map are
+# in other heads: head 2, which attends to " city" with 0.76, should attend to it even more (-0.06), and head 1
+# should attend less to " is" (0.04). Each row of Reversed Attention sums to 0, because each row of the pattern
+# sums to 1. But head 0 is white in the lower map, and head 3 nearly so. The rest of this notebook explains why.
 #
-# (`layer_maps` returns a plotly figure unless it is asked for matplotlib, as all figures do. A picture
-# stays in the file.) The widget has Reversed Attention for every query, not only the last; choose among the
-# heads above it. Its colours have the same signs.
+# (`layer_maps` returns a plotly figure by default, like all figures; a matplotlib figure is an image that is
+# stored in the notebook.) The widget shows Reversed Attention for all queries. Select a head at the top. The
+# colours have the same signs.
 
 # %%
 widgets.reversed_attention(result, layer=layer)
 
 # %% [markdown]
-# ## Rank laws
+# ## Ranks of the gradients
 #
-# A gradient is a sum of one outer product per token, so its rank is at most the number of tokens. The four
-# matrices differ in how far they stay below. (A singular value counts if it is above 1e-5 of the largest.)
+# A gradient is a sum of one outer product per token, so its rank is at most the number of tokens. Some of the
+# four matrices have a lower rank. (Singular values above 1e-5 times the largest one are counted.)
 
 # %%
 ranks = {
@@ -145,17 +145,17 @@ ranks = {
 pd.DataFrame(ranks).rename_axis("layer").assign(tokens=len(tokens), heads=len(heads))
 
 # %% [markdown]
-# All in one table: `W_V` and `W_O` reach the number of tokens. `W_Q` stays one below, because the first
-# token sees only itself and its scores have no gradient; `W_K` stays one below, because the scores'
-# gradients of a query sum to 0 over its keys. In the last layer only the last token's error is left: rank 1
-# for `W_Q` and `W_O`, and one per head for `W_K` and `W_V`. [Attention](../docs/attention.md#rank) has
-# the reasons, and what rotary embeddings or grouped queries change.
+# `W_V` and `W_O` reach the number of tokens. `W_Q` has one less, because the first token attends only to itself
+# and its scores have no gradient. `W_K` has one less, because the score gradients of a query sum to 0 over its
+# keys. In the last layer, only the last token has a gradient: rank 1 for `W_Q` and `W_O`, and one per head for
+# `W_K` and `W_V`. [Attention](../docs/attention.md#rank) explains this, and the effect of rotary embeddings and
+# grouped-query attention.
 #
-# ## Which heads decide, and which does the error reach?
+# ## Which heads decide, and which have large gradients?
 #
-# Forward: `transformer_lens.patching` replaces the output of one head, at all tokens, by that of a clean
-# prompt about Paris, and measures which share of the difference of the logits of " Paris" and " Rome" comes
-# back. 0 is nothing and 1 all of it.
+# Forward: `transformer_lens.patching` replaces the output of one head, at all tokens, by its output for a clean
+# prompt about Paris. It measures the fraction of the logit difference between " Paris" and " Rome" that is
+# recovered, from 0 (nothing) to 1 (all of it).
 
 # %%
 paris, rome = model.to_single_token(" Paris"), model.to_single_token(" Rome")
@@ -176,9 +176,9 @@ with torch.no_grad():
     )
 
 # %% [markdown]
-# Backward, from the one capture above: the norms of the errors at a head's values and queries, over all
-# tokens; and at the last token the norm of Reversed Attention, the largest attention, and the *range of E*:
-# by how many nats, to first order, the loss would change if all attention went from one token to another.
+# Backward, from the single capture above: the norms of the gradients at a head's values and queries over all
+# tokens; and, at the last token, the norm of Reversed Attention, the largest attention, and the *range of E*: by
+# how many nats, to first order, the loss would change if all attention moved from one token to another.
 
 
 # %%
@@ -205,29 +205,29 @@ best = table["patched"].abs().nlargest(3).index
 table.loc[best].round(3)
 
 # %% [markdown]
-# Where do these three stand among all heads? 1 is the largest:
+# The ranks of these three among all heads, where 1 is the largest:
 
 # %%
 table.abs().rank(ascending=False).astype(int).loc[best].assign(heads=len(table))
 
 # %% [markdown]
-# Two heads of layer 5 bring back 0.49 and 0.44 of the difference: they read the landmark. Nowhere else would
-# it matter more where a head looks: they are first and second in the range of `E`. And in Reversed Attention
-# one of the two is the *last* of 32 heads, the other is 17th. The reason is the factor `A` in its formula,
-# which is the softmax's: at an attention of 0.999 nothing moves any more. The error takes the other way, to
-# the values, where these heads are among the first six.
+# Two heads of layer 5 recover 0.49 and 0.44 of the difference: they read the landmark. Where they attend matters
+# more than for any other head: they are first and second by the range of `E`. But by Reversed Attention, one of
+# the two is the *last* of 32 heads and the other is 17th. The reason is the factor `A` in its formula, which
+# comes from the softmax: at an attention of 0.999, the softmax is saturated and its gradient vanishes. The gradient takes
+# the path through the values instead, where these heads are among the first six.
 #
-# So Reversed Attention shows which heads can still be *turned*, not which ones matter. Over all heads, how
-# far does each of these numbers sort them as patching does? (Spearman's rank correlation of absolute values:
-# 1 is the same order, 0 none.)
+# So Reversed Attention shows where attention can still *change*, not which heads matter. How well does each of
+# these quantities order all heads, compared with patching? (Spearman's rank correlation of absolute values: 1 is
+# the same order, 0 is unrelated.)
 
 # %%
 table.abs().corr(method="spearman")["patched"].drop("patched").round(2).to_frame("with patching")
 
 # %% [markdown]
-# The order of Reversed Attention has nothing to do with that of patching, and that of the error at queries
-# hardly anything. Errors at values sort the heads better, but far from well: a norm says how much could be
-# written somewhere, and the heads that decide are few. As maps, by layer and head:
+# The order by Reversed Attention is unrelated to that by patching, and the order by gradients at queries nearly
+# so. Gradients at values order the heads better, but far from well: a norm says how much a change could matter, and only
+# a few heads decide. As maps, by layer and head:
 
 # %%
 figures.layer_maps(
@@ -237,20 +237,21 @@ figures.layer_maps(
         "Reversed Attention at the last token": numbers["norm of RA"],
     },
     [str(head) for head in heads],
-    ["share recovered", "nats", "norm of RA"],
+    ["fraction recovered", "nats", "norm of RA"],
     columns="head",
     backend="matplotlib",
 )
 
 # %% [markdown]
-# Layer 5 tells it: what patching finds in heads 0 and 3 is where `E` is largest, and Reversed Attention has
-# its maximum in their neighbour, head 2.
+# Layer 5 shows it best: patching finds heads 0 and 3, where `E` is largest, but Reversed Attention has its
+# maximum in head 2.
 #
-# ## Adding it to a forward pass
+# ## Adding Reversed Attention to a forward pass
 #
-# `result.attention_patch(layer, scale)` is a hook that adds `scale` times Reversed Attention to the pattern.
-# A negative scale is what an update would want. All layers at once, over a range of scales, with what first
-# order foretells, and a control of the same size: each head gets the map of its neighbour in the same layer.
+# `result.attention_patch(layer, scale)` returns a hook that adds `scale` times Reversed Attention to the pattern.
+# An update corresponds to a negative scale. The next cells patch all layers at once over a range of scales, and
+# compare with the first-order estimate and with a control of the same size, in which each head gets the map of
+# the next head in the same layer.
 
 # %%
 token = model.to_single_token(target)
@@ -262,35 +263,35 @@ def scored(hooks):
     return {"loss": -scores[token].item(), "rank": int((scores > scores[token]).sum())}
 
 
-def neighbour_patch(layer, scale):
+def control_patch(layer, scale):
     added = scale * maps[layer].roll(1, dims=0)
     return f"blocks.{layer}.attn.hook_pattern", lambda pattern, hook: pattern + added
 
 
 # %% [markdown]
-# Losses are in nats, and the rank is the target's among all tokens, 0 at the top.
+# Losses are in nats, and the rank is that of the target among all tokens, 0 at the top.
 
 # %%
 slope = (maps * asked).sum().item()
 scales = [-30.0, -20.0, -10.0, -5.0, -1.0, 0.0, 1.0, 5.0, 10.0, 20.0]
-foretold = [{"loss": result.capture.loss.item() + scale * slope} for scale in scales]
+predicted = [{"loss": result.capture.loss.item() + scale * slope} for scale in scales]
 real = [scored([result.attention_patch(n, scale=scale) for n in layers]) for scale in scales]
-control = [scored([neighbour_patch(n, scale) for n in layers]) for scale in scales]
-columns = {"first order": foretold, "Reversed Attention": real, "its neighbour's": control}
+control = [scored([control_patch(n, scale) for n in layers]) for scale in scales]
+columns = {"first order": predicted, "Reversed Attention": real, "control": control}
 pd.concat(
     {name: pd.DataFrame(rows, index=scales) for name, rows in columns.items()}, axis=1
 ).rename_axis("scale").round(2)
 
 # %% [markdown]
-# To first order the map is right: at scales of -1 and 1 the loss moves as foretold, to 8.53 and 11.06. At
-# -20 " Paris" leads, with a loss of 0.33 nats in place of 9.81, and no weight was changed: attention alone
-# was moved, mixing values of the same prompt's tokens. (First order is of no use by
-# then: no loss is below 0.) At -30 the loss rises again. The opposite sign does the opposite, down to rank
-# 2889 of 3072. The control, of the same size, never brings the target up: its loss falls to 6.30 at -30, but
-# by then the rank is 21, worse than the 4 without any patch. A model that becomes unsure of its answer
-# lowers any large loss.
+# The first-order estimate is right for small scales: at -1 and 1, the loss is 8.53 and 11.06, as predicted. At
+# -20, " Paris" is the answer with a loss of 0.33 nats instead of 9.81. No weights were changed; only attention
+# moved, between tokens of the same prompt. (The first-order estimate is useless by then, since no loss is below
+# 0.) At -30, the loss rises again. The opposite sign does the opposite, down to rank 2889 of 3072. The control never
+# brings up the target: its loss falls to 6.30 at -30, but the rank is 21, worse than 4 without a patch. A large
+# loss falls whenever the model becomes less confident in its answer.
 #
-# And this is no attention any more. What the map makes of the unpatched patterns:
+# The patched patterns are no longer valid attention. These are the entries for each scale, computed from the
+# unpatched patterns:
 
 # %%
 pd.DataFrame(
@@ -303,17 +304,17 @@ pd.DataFrame(
 ).round(2)
 
 # %% [markdown]
-# Rows still sum to 1, but at -20 entries lie between -0.37 and 2.04. No softmax gives that. It is a probe of
-# which direction in the pattern leads to the target, not a thing that the model could do by itself.
+# The rows still sum to 1, but at -20 the entries lie between -0.37 and 2.04, which no softmax produces. The
+# patch shows which direction of the pattern leads to the target; the model cannot produce this pattern by itself.
 #
-# ## What it imprints on queries and keys
+# ## What is imprinted on queries and keys
 #
-# `W_Q`, `W_K` and `W_V` read the residual stream, so an update imprints what was read, `x_i`, on them: the
-# next time that something like `x_i` comes along, its query is moved by a multiple of `-delta_q`, that is of
-# keys mixed by `-RA`, and its key by queries mixed by `-RA`. `W_O` writes to the residual stream: an update
-# shifts its output by `-delta_i`. The lens puts the side of the residual stream into words: for `W_Q` and
-# `W_O` at the last token, and for `W_K` at the token that the most decisive head looks at. (`W_V` reads what
-# `W_K` reads, so its words are the same.)
+# `W_Q`, `W_K` and `W_V` read the residual stream, so an update imprints their inputs `x_i`. For similar inputs,
+# the query then changes by a multiple of `-delta_q`, which is a mixture of keys with weights `-RA`, and the key
+# changes by a mixture of queries with weights `-RA`. `W_O` writes to the residual stream, and an update shifts
+# its output by `-delta_i`. The lens projects the factor of width `d_model`: the table shows `W_Q` and `W_O` at
+# the last token, and `W_K` at the token that the most decisive head attends to. (`W_V` has the same inputs as
+# `W_K`, so its tokens are the same.)
 
 # %%
 source = int(pattern.flatten(0, 1)[table.index.get_loc(best[0]), -1].argmax())
@@ -329,13 +330,13 @@ pd.DataFrame(
 ).rename_axis("layer")
 
 # %% [markdown]
-# In layer 0 keys take in the token itself, "um" and tokens like it. From layer 1 to 6 they take in what the
-# model knows about it: " Rome", " Italy". So what an update does to these keys, it does to the keys of
-# whatever reads as Roman, not of the Colosseum alone. Queries take in what is expected next, from layer 1 on a
-# mixture of Rome, Paris and the like, and from layer 6 on, behind the heads that read the landmark, the
-# answer " Rome". Neither depends on the target: `x_i` is what the forward pass read, and the target is in
-# the other factor, `delta_q` or `delta_k`, which has no words. `W_O` says the target itself, " Paris" in
-# every layer but the first.
+# In layer 0, the input of the keys is the token itself, "um" and similar tokens. In layers 1 to 6, it is what the
+# model knows about the landmark: " Rome", " Italy". So an update affects the keys of anything Roman, not only of
+# the Colosseum. The inputs of queries are predictions of the next token: from layer 1 on a mixture of Rome, Paris
+# and similar cities, and from layer 6 on, after the heads that read the landmark, the answer " Rome". Neither
+# depends on the target, because `x_i` comes from the forward pass. The target is in the other factor, `delta_q`
+# or `delta_k`, which cannot be projected to tokens. `W_O` shows the target itself, " Paris" in every layer except
+# the first.
 #
 # The whole table, for every token:
 
@@ -343,15 +344,14 @@ pd.DataFrame(
 result
 
 # %% [markdown]
-# ## What to try next
+# ## Where to go from here
 #
-# - Attribution patching by head, biases, and the same factors head by head:
-#   [Attention](../docs/attention.md).
-# - Patches, attributions and norms at the same places of the residual stream:
+# - Attribution patching by head, biases, and the factors of each head: [Attention](../docs/attention.md).
+# - Patches, attributions and norms at the residual stream:
 #   [With activation patching](activation_patching.ipynb).
-# - Reversed Attention is from Shahar Katz and Lior Wolf, NAACL 2025
+# - Reversed Attention: Shahar Katz and Lior Wolf, NAACL 2025
 #   ([arXiv 2412.17019](https://arxiv.org/abs/2412.17019)).
 #
-# **Exercise.** Does moving attention always suffice? Take `"Lionel Messi plays for"` with the same target, and
-# look for the scale at which " Paris" leads. Then go back to the landmark and patch one layer at a time, with
-# scales up to -100. Which layers can do it alone?
+# **Exercise.** Is moving attention always enough? Use `"Lionel Messi plays for"` with the same target, and look
+# for the scale at which " Paris" is the answer. Then return to the landmark and patch one layer at a time, with
+# scales up to -100. Which layers are sufficient alone?
