@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from backward_lens_tl.data.readers import read_records as read_records
     from backward_lens_tl.data.records import Records as Records
     from backward_lens_tl.errors import BackwardLensError as BackwardLensError
-    from backward_lens_tl.evaluation import Evaluation as Evaluation
-    from backward_lens_tl.evaluation import EvaluationConfig as EvaluationConfig
-    from backward_lens_tl.evaluation import evaluate as evaluate
+    from backward_lens_tl.evaluation.config import EvaluationConfig as EvaluationConfig
+    from backward_lens_tl.evaluation.run import Evaluation as Evaluation
+    from backward_lens_tl.evaluation.run import evaluate as evaluate
     from backward_lens_tl.lens import backward_lens as backward_lens
     from backward_lens_tl.models.loading import load_facts_model as load_facts_model
     from backward_lens_tl.models.loading import load_model as load_model
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from backward_lens_tl.readout.vectors import read_vectors as read_vectors
     from backward_lens_tl.reproduction import reproduce as reproduce
     from backward_lens_tl.result import BackwardLensResult as BackwardLensResult
-    from backward_lens_tl.sweeps import Sweep as Sweep
-    from backward_lens_tl.sweeps import SweepConfig as SweepConfig
-    from backward_lens_tl.sweeps import sweep as sweep
+    from backward_lens_tl.sweeps.config import SweepConfig as SweepConfig
+    from backward_lens_tl.sweeps.run import Sweep as Sweep
+    from backward_lens_tl.sweeps.run import sweep as sweep
     from backward_lens_tl.validation import ValidationReport as ValidationReport
     from backward_lens_tl.validation import validate as validate
     from backward_lens_tl.views import figures as figures
@@ -63,14 +63,16 @@ _HOMES = {
     "data.records": ("Records",),
     "editing": ("editing",),
     "errors": ("BackwardLensError",),
-    "evaluation": ("Evaluation", "EvaluationConfig", "evaluate"),
+    "evaluation.config": ("EvaluationConfig",),
+    "evaluation.run": ("Evaluation", "evaluate"),
     "lens": ("backward_lens",),
     "models.loading": ("load_facts_model", "load_model"),
     "readout.projections": ("Projection",),
     "readout.vectors": ("VectorReadout", "read_vectors"),
     "reproduction": ("reproduce",),
     "result": ("BackwardLensResult",),
-    "sweeps": ("Sweep", "SweepConfig", "sweep"),
+    "sweeps.config": ("SweepConfig",),
+    "sweeps.run": ("Sweep", "sweep"),
     "validation": ("ValidationReport", "validate"),
     "views.figures": ("figures",),
     "views.widgets": ("widgets",),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from operator import index
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeGuard
-
-from torch import Tensor
 
 from backward_lens_tl.errors import InputError
 
@@ -90,10 +89,8 @@ def shown(value: object) -> str:
 
 
 def is_integer(value: object) -> TypeGuard[SupportsIndex]:
-    """Whether a value is an integer, and not a truth value or an array."""
-    # numpy's arrays of no axis index like integers; unlike its integers, they are not hashable.
-    is_array = isinstance(value, Tensor) or type(value).__hash__ is None
-    return isinstance(value, SupportsIndex) and not isinstance(value, bool | type) and not is_array
+    """Whether a value is an integer, of Python or numpy, and not a boolean."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_token_id(value: object) -> TypeGuard[SupportsIndex]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -27,19 +27,16 @@ from backward_lens_tl.capture.objectives import (
 from backward_lens_tl.capture.prompts import Prompts
 from backward_lens_tl.capture.run import CaptureWork, plan_capture
 from backward_lens_tl.capture.selection import select_positions
+from backward_lens_tl.choices import Direction, Measure, MultiToken, VjpsAt
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.sites import WRITING_MATRICES
-from backward_lens_tl.models.vocabulary import MultiToken, Vocabulary
+from backward_lens_tl.models.vocabulary import Vocabulary
 from backward_lens_tl.readout.projections import LogitLens, Projection, as_projections
 from backward_lens_tl.readout.readout import Reading, ReadoutGrid
 from backward_lens_tl.readout.streaming import VectorGroup, read_groups
 from backward_lens_tl.readout.topk import checked_k
 from backward_lens_tl.result import BackwardLensResult
-
-Direction = Literal["update", "gradient"]
-VjpsAt = Literal["matrix", "residual"]
-Measure = Literal["answer_rank", "entropy"]
 
 
 def backward_lens(

@@ -25,8 +25,9 @@ from backward_lens_tl.editing.methods.presets import (
     METHODS,
     with_settings,
 )
-from backward_lens_tl.evaluation import EvaluationConfig, search
+from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.plan import unused_records
+from backward_lens_tl.evaluation.tuning import search
 from backward_lens_tl.files.storage import replacing
 from backward_lens_tl.models.loading import FACTS_MODEL, load_facts_model
 

@@ -109,7 +109,7 @@ config = blt.SweepConfig(
     gradient_columns=(),
     k=1,
     prepend_bos=False,
-    part_size=64,
+    shard_size=64,
 )
 out = Path(tempfile.mkdtemp())
 
@@ -123,7 +123,7 @@ with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", press_ctrl_c)]), suppress(
     blt.sweep(model, data, out, config, progress=False)
 
 begun = blt.Sweep.load(out)
-{"finished parts": begun.finished, "of": begun.n_parts, "prompts so far": len(begun.prompts())}
+{"finished shards": begun.finished, "of": begun.n_shards, "prompts so far": len(begun.prompts())}
 
 # %% [markdown]
 # What is finished can be read, without the model and while the sweep runs. The same call again goes on
@@ -376,7 +376,7 @@ blt.backward_lens(model, record.text, record.target, matrices="W_out", prepend_b
 #     -m backward_lens_tl sweep --model gpt2 --data counterfact.json --out sweep
 # ```
 #
-# `SweepConfig(budget=...)` keeps a part within so many bytes, and `prompts=1000` takes a random choice of
+# `SweepConfig(memory=Memory(budget=...))` limits the memory of a shard, and `prompts=1000` takes a random choice of
 # rows. In a script, `blt.sweep` does the same under either launcher.
 #
 # ## What next

@@ -289,7 +289,7 @@ def test_the_peak_stays_under_the_budget(kind: str, budget: int, factor_device: 
 
 
 def test_a_sweeps_rows_are_the_cpus(device: str, tmp_path: Path) -> None:
-    config = blt.SweepConfig(projection=("logit_lens", "normalized"), part_size=3)
+    config = blt.SweepConfig(projection=("logit_lens", "normalized"), shard_size=3)
     expected, found = (
         blt.sweep(
             build(f"{KIND}-gpt2").model.to(where), ROWS, tmp_path / name, config, progress=False

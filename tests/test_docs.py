@@ -362,7 +362,7 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "call"), commands())
 def test_commands_are_understood(page, call):
-    cli._parser().parse_args(shlex.split(call, comments=True))
+    cli.parser().parse_args(shlex.split(call, comments=True))
 
 
 def test_there_are_commands():

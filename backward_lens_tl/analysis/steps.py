@@ -31,12 +31,12 @@ from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.objectives import Targets, target_nll
 from backward_lens_tl.capture.prompts import PromptBatch, Prompts
 from backward_lens_tl.capture.run import CaptureWork, plan_capture
+from backward_lens_tl.choices import MultiToken
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import WRITING_MATRICES, MatrixSite
 from backward_lens_tl.models.taps import hooked
-from backward_lens_tl.models.vocabulary import MultiToken
 from backward_lens_tl.models.weight_patching import stepped
 from backward_lens_tl.readout.vectors import read_vectors
 

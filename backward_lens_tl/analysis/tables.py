@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.sweeps import Sweep
+from backward_lens_tl.sweeps.run import Sweep
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import index
-
-import torch
+from typing import TYPE_CHECKING
 
 from backward_lens_tl._checks import check_choice, is_integer, shown
 from backward_lens_tl.errors import InputError
 
-_FACTOR_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,10 @@ class Memory:
                 )
             # numpy's integers overflow, and this is multiplied.
             object.__setattr__(self, "budget", index(self.budget))
-        check_choice("factor_dtype", self.factor_dtype, (None, *_FACTOR_DTYPES))
+        import torch  # here, so that the command's help does not wait for it
+
+        dtypes = (None, torch.bfloat16, torch.float32, torch.float64)
+        check_choice("factor_dtype", self.factor_dtype, dtypes)
         try:
             device = None if self.factor_device is None else torch.device(self.factor_device)
             torch.empty(0, device=device)
@@ -89,6 +92,8 @@ class Memory:
             >>> blt.Memory(factor_device="cpu").device_for(torch.device("cuda"))
             device(type='cpu')
         """
+        import torch
+
         if self.factor_device is None:
             return model_device
         return torch.empty(0, device=self.factor_device).device  # "cuda" by its number
@@ -103,6 +108,8 @@ def is_lack_of_memory(error: BaseException) -> bool:
     Returns:
         Whether it does.
     """
+    import torch
+
     # On a CPU torch raises a plain RuntimeError.
     lacks = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return lacks or "allocate memory" in str(error)

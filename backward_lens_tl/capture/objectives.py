@@ -18,9 +18,9 @@ from torch import Tensor
 
 from backward_lens_tl._checks import check_choice, plain, shown
 from backward_lens_tl.capture.prompts import Prompt, PromptBatch, pad_prompts
+from backward_lens_tl.choices import MultiToken
 from backward_lens_tl.errors import ObjectiveError, TargetError
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.vocabulary import MultiToken
 
 _T = TypeVar("_T", str, str | int)
 

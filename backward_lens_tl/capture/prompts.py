@@ -20,9 +20,10 @@ from backward_lens_tl._checks import (
     plain,
     shown,
 )
+from backward_lens_tl.choices import MultiToken
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.vocabulary import MultiToken, Span, Vocabulary
+from backward_lens_tl.models.vocabulary import Span, Vocabulary
 
 Prompts = str | Sequence[str] | Int[Tensor, "batch pos"] | Mapping[str, Any]
 

@@ -1,87 +1,70 @@
-"""The arguments of `backward-lens reproduce`."""
+"""`backward-lens reproduce`."""
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from backward_lens_tl.cli.options import DataCommand
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `reproduce`.
+@dataclass(frozen=True, kw_only=True)
+class ReproduceCommand(DataCommand):
+    """The paper's experiments, with a report.
 
-    Args:
-        parser: What they are added to.
+    Attributes:
+        names: Experiments: fig1, fig3 ... fig24, table1 ... table7, gradients, editing, or all.
+        data: As in `backward-lens sweep`; by default the facts model's own records for it, and the
+            hub's CounterFact for other models.
+        out: The folder to write.
+        device: Such as cuda; by default as load_model chooses.
+        prompts: How many prompts are taken from the data.
+        seed: Seed of that choice.
+        prepend_bos: Whether prompts get a BOS token; by default not, as in the paper.
     """
-    parser.add_argument(
-        "names",
-        nargs="+",
-        metavar="NAME",
-        help="fig1, fig3 ... fig24, table1 ... table7, gradients, editing, or all",
-    )
-    parser.add_argument(
-        "--model",
-        default="facts",
-        help="'facts' (the default), a local folder, or a name on the hub, such as gpt2-xl",
-    )
-    parser.add_argument(
-        "--data",
-        help="as in `backward-lens sweep` (default: the facts model's own records for it, and the "
-        "hub's CounterFact for other models)",
-    )
-    parser.add_argument("--split", default="train", help="of a dataset (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=100, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of their choice (default: 0)")
-    parser.add_argument(
-        "--bos",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="whether prompts get a BOS token (default: none, as in the paper)",
-    )
-    parser.add_argument(
-        "--out", default="reproduced", metavar="FOLDER", help="default: ./%(default)s"
-    )
-    parser.add_argument(
-        "--kind",
-        choices=("bridge", "hooked"),
-        help="TransformerLens's model class (default: the one that it prefers)",
-    )
-    parser.add_argument("--device", help="such as cuda (default: as load_model chooses)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
+    names: Sequence[str]
+    data: str | None = None
+    out: str = "reproduced"
+    prompts: int = 100
+    seed: int = 0
+    prepend_bos: bool | None = False
 
-def run(args: argparse.Namespace) -> None:
-    """Run the experiments that were asked for, and print what they found.
+    def run(self, settings: dict[str, Any]) -> None:
+        """Run the experiments, and print what they found.
 
-    Args:
-        args: What `add_arguments` parsed.
-    """
-    from backward_lens_tl.data.readers import read_records
-    from backward_lens_tl.models.loading import load_model, without_progress_bars
-    from backward_lens_tl.reproduction import default_data, reproduce
-    from backward_lens_tl.reproduction.experiments import select_experiments
+        Args:
+            settings: Not used.
+        """
+        from backward_lens_tl.data.readers import read_records
+        from backward_lens_tl.models.loading import load_model, without_progress_bars
+        from backward_lens_tl.reproduction import default_data, reproduce
+        from backward_lens_tl.reproduction.experiments import select_experiments
 
-    experiments = select_experiments(args.names)  # before a large model is loaded
-    data = args.data or default_data(args.model, experiments)
-    with without_progress_bars() if args.quiet else nullcontext():
-        model = load_model(args.model, args.kind, device=args.device)
-    found = reproduce(
-        model,
-        read_records(data, split=args.split),
-        args.out,
-        args.names,
-        prompts=args.prompts,
-        seed=args.seed,
-        prepend_bos=args.bos,
-        progress=not args.quiet,
-    )
-    for name, finding in found.items():
-        sys.stdout.write(f"{name}: {finding.verdict}\n")
-        for check in finding.checks:
-            mark = "+" if check.holds else "-"
-            exceptions = f" (but {check.exceptions})" if check.exceptions else ""
-            sys.stdout.write(f"  {mark} {check.claim}: {check.found}{exceptions}\n")
-        for note in () if finding.checks else finding.notes:
-            sys.stdout.write(f"  {note}\n")
-    sys.stdout.write(f"report: {Path(args.out) / 'report.html'}\n")
+        experiments = select_experiments(self.names)  # before a large model is loaded
+        data = self.data or default_data(self.model, experiments)
+        with without_progress_bars() if self.quiet else nullcontext():
+            model = load_model(self.model, self.kind, device=self.device)
+        found = reproduce(
+            model,
+            read_records(data, split=self.split),
+            self.out,
+            self.names,
+            prompts=self.prompts,
+            seed=self.seed,
+            prepend_bos=self.prepend_bos,
+            progress=not self.quiet,
+        )
+        for name, finding in found.items():
+            sys.stdout.write(f"{name}: {finding.verdict}\n")
+            for check in finding.checks:
+                mark = "+" if check.holds else "-"
+                exceptions = f" (but {check.exceptions})" if check.exceptions else ""
+                sys.stdout.write(f"  {mark} {check.claim}: {check.found}{exceptions}\n")
+            for note in () if finding.checks else finding.notes:
+                sys.stdout.write(f"  {note}\n")
+        sys.stdout.write(f"report: {Path(self.out) / 'report.html'}\n")

@@ -18,11 +18,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from backward_lens_tl._checks import check_choice, is_integer, shown
+from backward_lens_tl.choices import MultiToken
 from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta, edited_site
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.sites import READING_MATRICES
-from backward_lens_tl.models.vocabulary import MultiToken
 from backward_lens_tl.readout.projections import Projection
 from backward_lens_tl.readout.vectors import VectorReadout, read_vectors
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from backward_lens_tl.files.shards import Column
-from backward_lens_tl.files.shards import key_column as _key
+from backward_lens_tl.runs.columns import Column, Tables
+from backward_lens_tl.runs.columns import key_column as _key
 
 NONE = "none"
 """The method of the rows in which nothing was edited."""
@@ -89,11 +87,11 @@ EDITS = (
 )
 """One row per method and record."""
 
-TABLES: Mapping[str, tuple[Column, ...]] = {
+TABLES: Tables = {
     "prompts": PROMPTS,
     "generations": GENERATIONS,
     "rejects": REJECTS,
     "costs": COSTS,
     "edits": EDITS,
 }
-"""In the order in which a part writes them: one whose edits are written is complete."""
+"""In the order in which a shard writes them: it is finished once its edits are written."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -24,64 +23,60 @@ class Cost:
 
     Attributes:
         seconds: How long it took.
-        memory: The most memory in use beyond what was before, in bytes; NaN where that cannot be
-            told. With CUDA it is that of the GPUs; on a CPU it is the process's, and leaves out
-            memory that Python or torch had free already.
+        memory: Peak memory beyond what was in use before, in bytes; NaN where it is unknown. With
+            CUDA it is that of the GPUs; on a CPU it is the process's, without memory that Python
+            or torch had already reserved.
     """
 
     seconds: float
     memory: float
 
 
-def with_cost(run: Callable[[], _T], devices: Iterable[torch.device]) -> tuple[_T, Cost]:
-    """Call something, and see what it costs.
+def with_cost(call: Callable[[], _T], devices: Iterable[torch.device]) -> tuple[_T, Cost]:
+    """Call a function and measure its cost.
 
-    On Linux the process's own peak of memory (`VmHWM`) begins anew.
+    On Linux this resets the process's own peak of memory (`VmHWM`).
 
     Args:
-        run: What is called.
+        call: The function.
         devices: Where its tensors are.
 
     Returns:
         What it returned, and its cost.
     """
     gpus = {device for device in devices if device.type == "cuda"}
-    before = _begin(gpus)
+    before = _reset_peak(gpus)
     began = time.perf_counter()
-    found = run()
+    found = call()
     for gpu in gpus:
         torch.cuda.synchronize(gpu)
     seconds = time.perf_counter() - began
     return found, Cost(seconds, _peak(gpus) - before)
 
 
-def _begin(gpus: set[torch.device]) -> float:
-    """Let peaks begin anew; gives the bytes in use."""
+def _reset_peak(gpus: set[torch.device]) -> float:
+    """Reset the peak; returns the bytes in use."""
+    for gpu in gpus:
+        torch.cuda.synchronize(gpu)
+        torch.cuda.reset_peak_memory_stats(gpu)
     if gpus:
-        for gpu in gpus:
-            torch.cuda.synchronize(gpu)
-            torch.cuda.reset_peak_memory_stats(gpu)
         return float(sum(torch.cuda.memory_allocated(gpu) for gpu in gpus))
     try:
-        library = ctypes.CDLL(None)
-        if hasattr(library, "malloc_trim"):  # glibc's; what is free would be used again unseen
-            library.malloc_trim(0)
         _CLEAR.write_text(_RESET_PEAK)
-        return _resident("VmRSS")
-    except (OSError, TypeError):  # no Linux, or a process that may not
+    except OSError:  # not Linux, or not allowed
         return math.nan
+    return _resident("VmRSS")
 
 
 def _peak(gpus: set[torch.device]) -> float:
     if gpus:
         return float(sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus))
-    try:
-        return _resident("VmHWM")
-    except OSError:
-        return math.nan
+    return _resident("VmHWM")
 
 
 def _resident(field: str) -> float:
     """Resident memory of this process, in bytes; NaN where the system does not say."""
+    if not _STATUS.exists():
+        return math.nan
     lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
     return float(lines[field].split()[0]) * 1024 if field in lines else math.nan

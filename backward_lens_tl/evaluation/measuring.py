@@ -1,4 +1,4 @@
-"""One part of an evaluation: an edit, and all that is measured under it."""
+"""The rows of one shard of an evaluation: an edit, and what is measured under it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +17,6 @@ from backward_lens_tl.capture.memory import is_lack_of_memory
 from backward_lens_tl.capture.sampling import sample
 from backward_lens_tl.editing.delta import WeightDelta
 from backward_lens_tl.errors import BackwardLensError, ModelStateError
-from backward_lens_tl.evaluation.columns import TABLES
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.costs import with_cost
 from backward_lens_tl.evaluation.metrics import (
@@ -28,17 +27,14 @@ from backward_lens_tl.evaluation.metrics import (
     tidied,
 )
 from backward_lens_tl.evaluation.perplexity import Perplexity, Texts, perplexity
-from backward_lens_tl.evaluation.plan import Item, Part
+from backward_lens_tl.evaluation.plan import Item, Shard
 from backward_lens_tl.evaluation.scoring import Question, batches, score
-from backward_lens_tl.files.shards import Tables, reject_rows
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.checksums import tensors_checksum
-
-if TYPE_CHECKING:
-    import pandas as pd
+from backward_lens_tl.runs.shards import Rows
 
 _BEYOND = 3
-"""Tokens that a continuation has more than the new answer, to see whether its last word goes on."""
+"""Tokens of a continuation after the new answer, to see whether its last word ends there."""
 
 _Rows = list[dict[str, Any]]
 _linalg: Any = torch.linalg  # whose error has no type
@@ -46,12 +42,7 @@ _linalg: Any = torch.linalg  # whose error has no type
 
 @dataclass(frozen=True)
 class _Edit:
-    """What a method made of a part.
-
-    Attributes:
-        delta: The edit; `None` where there is none.
-        error: Why the method failed.
-    """
+    """A method's edit of a shard's records, or the error if it failed."""
 
     delta: WeightDelta | None = None
     error: str | None = None
@@ -72,77 +63,71 @@ class Bench:
         self.config = config
         self._texts = texts.tokens(self.host, config)
         self._devices = {tensor.device for tensor in self.host.parameters().values()}
+        self._unedited = self._weights()
 
-    def measure(self, part: Part) -> Tables:
-        """Edit the model for a while, and measure it.
+    def measure(self, shard: Shard) -> Rows:
+        """Apply an edit temporarily, and measure the model under it.
 
-        A method that refuses a part leaves it unedited: it is measured so, and has the reason.
+        A shard whose edit fails is measured on the unedited model, with the reason.
 
         Args:
-            part: The part.
+            shard: The shard.
 
         Returns:
-            The rows of each table, by its name.
+            The rows of each table.
 
         Raises:
-            ModelStateError: If the weights are not as they were before.
+            ModelStateError: If the weights are no longer those of the unedited model.
         """
-        before = self._weights()
-        edit, cost = with_cost(partial(self._edit, part), self._devices)
+        edit, cost = with_cost(partial(self._edit, shard), self._devices)
         is_edited = edit.delta is not None and len(edit.delta) > 0
         with edit.delta.applied(self.model) if edit.delta is not None else nullcontext():
-            answered = self._answered(part.items)
-            generations = self._generations(part)
-            continuations = self._continuations(part.items)
+            answered = self._answered(shard.items)
+            generations = self._generations(shard)
+            continuations = self._continuations(shard.items)
             ppl = self._perplexity() if is_edited else self._unedited_perplexity
-        if self._weights() != before:
+        if self._weights() != self._unedited:
             raise ModelStateError(
-                f"method {part.name!r} left the weights of {self.host.name!r} changed; a method "
-                "computes an edit and changes nothing. Load the model anew"
+                f"the weights of {self.host.name!r} changed by the edit {shard.name!r} or during "
+                "it; methods must not change the model. Load the model again"
             )
-        shared = {
-            "method": part.name,
-            "block": part.block,
+        shared = {"method": shard.name, "block": shard.block}
+        common = {
+            **shared,
             "error": edit.error,
             "perplexity": ppl.mean_of_texts,
             "corpus_perplexity": ppl.corpus,
             "norm": edit.delta.norm if edit.delta is not None and is_edited else 0.0,
             "rank": edit.delta.rank if edit.delta is not None and is_edited else 0,
-            "weights": before,
+            "weights": self._unedited,
         }
         edits = [
-            {**shared, **self._edit_row(item, own, text, generations)}
-            for item, own, text in zip(part.items, answered, continuations, strict=True)
+            {**common, **self._edit_row(item, own, text, generations)}
+            for item, own, text in zip(shard.items, answered, continuations, strict=True)
         ]
-        cost_rows = [
-            {
-                "method": part.name,
-                "block": part.block,
-                "seconds": cost.seconds / len(part.items) if part.method else math.nan,
-                "memory": cost.memory if part.method else math.nan,
-            }
-        ]
+        seconds, memory = cost.seconds / max(1, len(shard)), cost.memory
+        if shard.method is None:
+            seconds = memory = math.nan
         return {
-            "prompts": _table("prompts", self._prompt_rows(part, answered)),
-            "generations": _table("generations", generations),
-            "rejects": reject_rows("record", part.rejects),
-            "costs": _table("costs", cost_rows if part.items else []),
-            "edits": _table("edits", edits),
+            "prompts": self._prompt_rows(shard, answered),
+            "generations": generations,
+            "rejects": shard.rejects,
+            "costs": [{**shared, "seconds": seconds, "memory": memory}] if shard.items else [],
+            "edits": edits,
         }
 
     def _weights(self) -> str:
         return tensors_checksum(self.host.parameters())
 
-    def _edit(self, part: Part) -> _Edit:
-        if part.method is None:
+    def _edit(self, shard: Shard) -> _Edit:
+        if shard.method is None:
             return _Edit()
         try:
-            return _finite(part.method(self.model, [item.request for item in part.items]))
+            return _finite(shard.method(self.model, [item.request for item in shard.items]))
         except (BackwardLensError, MemoryError, RuntimeError) as error:
-            # A bug is no matter of the request.
             is_known = isinstance(error, BackwardLensError | _linalg.LinAlgError)
             if not is_known and not is_lack_of_memory(error):
-                raise
+                raise  # a bug, whatever the request
             return _Edit(error=str(error))
 
     # --- what is measured ------------------------------------------------------------------------
@@ -165,20 +150,20 @@ class Bench:
         ]
 
     def _continuations(self, items: Sequence[Item]) -> list[str]:
-        """How the model goes on behind each record's own prompt."""
+        """The model's own continuation of each record's prompt."""
         prompts = [item.probes[0].ids for item in items]
         lengths = [len(item.probes[0].new) + _BEYOND for item in items]
         found = self._sampled(prompts, lengths, top_k=1, seeds=[0] * len(items))
-        # Behind a prompt a text begins with its own space, which decoders may drop in front.
+        # Decoders may drop the space at the beginning of a text, but not after a prompt.
         return [
             self._text([*ids, *drawn])[len(self._text(ids)) :]
             for ids, drawn in zip(prompts, found, strict=True)
         ]
 
-    def _generations(self, part: Part) -> _Rows:
+    def _generations(self, shard: Shard) -> _Rows:
         asked = [
             (item.record.index, place, ids)
-            for item in part.items
+            for item in shard.items
             for place, ids in enumerate(item.generations)
         ]
         prompts = [ids for _, _, ids in asked]
@@ -190,7 +175,7 @@ class Bench:
         ]
         return [
             {
-                "method": part.name,
+                "method": shard.name,
                 "record": record,
                 "index": place,
                 "prompt": self._text(ids),
@@ -232,10 +217,10 @@ class Bench:
 
     # --- rows ------------------------------------------------------------------------------------
 
-    def _prompt_rows(self, part: Part, answered: Sequence[Sequence[Answered]]) -> _Rows:
+    def _prompt_rows(self, shard: Shard, answered: Sequence[Sequence[Answered]]) -> _Rows:
         return [
             {
-                "method": part.name,
+                "method": shard.name,
                 "record": item.record.index,
                 "kind": each.probe.kind,
                 "index": each.probe.index,
@@ -248,7 +233,7 @@ class Bench:
                 "is_true": None if each.true is None else each.true.is_said,
                 "answer": self.host.vocabulary.text(each.new.first),
             }
-            for item, own in zip(part.items, answered, strict=True)
+            for item, own in zip(shard.items, answered, strict=True)
             for each in own
         ]
 
@@ -273,20 +258,14 @@ class Bench:
 
 
 def _finite(delta: WeightDelta) -> _Edit:
-    """An edit that can be measured, or why not: numbers that are none would spread everywhere."""
+    """The edit, or the reason why it cannot be measured."""
     for each in delta:
-        parts = (each.left, each.right, each.values, each.bias)
-        if not all(bool(part.isfinite().all()) for part in parts if part is not None):
+        factors = (each.left, each.right, each.values, each.bias)
+        if not all(bool(factor.isfinite().all()) for factor in factors if factor is not None):
             return _Edit(error=f"the change of {each.matrix} in layer {each.layer} is not finite")
     return _Edit(delta)
 
 
 def _seed(seed: int, record: int, place: int) -> int:
-    """A seed of a prompt's own, the same for every method."""
+    """The seed of one prompt, the same for every method."""
     return int.from_bytes(sha256(f"{seed} {record} {place}".encode()).digest()[:7], "big")
-
-
-def _table(name: str, rows: _Rows) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.DataFrame(rows, columns=[column.name for column in TABLES[name]])

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from backward_lens_tl.capture.continuations import Continuations
+from backward_lens_tl.choices import Denominator
 from backward_lens_tl.errors import EvaluationError, one_line
-from backward_lens_tl.evaluation.config import Denominator, EvaluationConfig
+from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.loading import FACTS_MODEL
 

@@ -1,14 +1,13 @@
-"""Which records are evaluated, in tokens, and in which parts.
+"""Which records are evaluated, in tokens, and in which shards.
 
-The plan follows from the data, the model, the methods and the settings alone, so that every process
-has the same one and an evaluation that goes on has the one that it began with.
+The plan depends only on the data, the model, the methods and the settings, so every process has the
+same plan, and a resumed evaluation has the plan that it began with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from hashlib import sha256
 
 from backward_lens_tl.capture.prompts import Prompt, tokenize_prompts
 from backward_lens_tl.data.records import BadRecord, Record, Records
@@ -17,17 +16,17 @@ from backward_lens_tl.editing.requests import EditRequest, target_ids
 from backward_lens_tl.errors import EvaluationError, InputError, TargetError
 from backward_lens_tl.evaluation.columns import NONE
 from backward_lens_tl.evaluation.config import EvaluationConfig
-from backward_lens_tl.files.shards import Reject
 from backward_lens_tl.models import Host
+from backward_lens_tl.runs.shards import Reject
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt behind which both answers are scored.
+    """A prompt after which both answers are scored.
 
     Attributes:
         kind: `"rewrite"`, `"paraphrase"`, `"neighborhood"` or `"attribute"`.
-        index: Which of its kind, from 0.
+        index: Its index among those of its kind.
         prompt: Its text.
         ids: Ids of its tokens.
         new: Ids of the new answer.
@@ -67,15 +66,15 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Records that are edited at once, by one method.
+class Shard:
+    """Records that one method edits at once.
 
     Attributes:
-        name: What the method is called.
+        name: The name of the method.
         method: The method; `None` for the unedited model.
-        block: Which records, from 0.
+        block: The index of these records among those that are edited at once.
         items: The records.
-        rejects: Rows that are left out; the first part has them all.
+        rejects: Rows that are left out; the first shard has them all.
     """
 
     name: str
@@ -84,11 +83,14 @@ class Part:
     items: tuple[Item, ...]
     rejects: tuple[Reject, ...] = ()
 
+    def __len__(self) -> int:
+        return len(self.items)
 
-def plan_parts(
+
+def plan_shards(
     host: Host, records: Records, methods: Mapping[str, EditMethod], config: EvaluationConfig
-) -> tuple[Part, ...]:
-    """Divide the work: for the unedited model and each method, block by block.
+) -> tuple[Shard, ...]:
+    """Divide the work: the unedited model and each method, block by block.
 
     Args:
         host: The model.
@@ -97,43 +99,26 @@ def plan_parts(
         config: The settings.
 
     Returns:
-        The parts, at least one.
+        The shards, at least one.
 
     Raises:
-        EvaluationError: If a row is asked for that the data do not have, or there is none.
+        EvaluationError: If the data lack a row that is asked for, or have none.
     """
     planned = [_planned(host, row, config) for row in _chosen(records, config)]
     items = tuple(entry for entry in planned if isinstance(entry, Item))
     rejects = tuple(entry for entry in planned if isinstance(entry, Reject))
     size = config.edits_at_once
     blocks = [items[start : start + size] for start in range(0, len(items), size)]
-    parts = [
-        Part(name, method, block, some)
-        for name, method in ((NONE, None), *methods.items())
-        for block, some in enumerate(blocks)
-    ]
-    first = parts[0] if parts else Part(NONE, None, 0, ())
-    return (Part(first.name, None, 0, first.items, rejects), *parts[1:])
-
-
-def plan_digest(parts: Sequence[Part]) -> str:
-    """A checksum of what is evaluated, in tokens: of the tokenizer and whether it adds a BOS, too.
-
-    Args:
-        parts: The plan.
-
-    Returns:
-        SHA-256, in hexadecimal.
-    """
-    digest = sha256()
-    for part in parts:
-        if part.name == NONE:
-            for item in part.items:
-                ids = [(probe.ids, probe.new, probe.true) for probe in item.probes]
-                digest.update(f"{item.record.index} {ids} {item.generations}\n".encode())
-            for reject in part.rejects:
-                digest.update(f"{reject.index} {reject.reason}\n".encode())
-    return digest.hexdigest()
+    first, *others = blocks or [()]
+    return (
+        Shard(NONE, None, 0, first, rejects),
+        *(Shard(NONE, None, block, some) for block, some in enumerate(others, 1)),
+        *(
+            Shard(name, method, block, some)
+            for name, method in methods.items()
+            for block, some in enumerate(blocks)
+        ),
+    )
 
 
 def _chosen(records: Records, config: EvaluationConfig) -> Iterable[Record | BadRecord]:
@@ -144,14 +129,14 @@ def _chosen(records: Records, config: EvaluationConfig) -> Iterable[Record | Bad
     beyond = [row for row in config.rows if row >= len(records)]
     if beyond:
         raise EvaluationError(
-            f"row {beyond[0]} is asked for, and {records.name!r} has {len(records)} rows; they "
-            "count from 0"
+            f"row {beyond[0]} does not exist; {records.name!r} has {len(records)} rows, counted "
+            "from 0"
         )
     return [records.rows[row] for row in config.rows]
 
 
 class _Refused(Exception):
-    """Why a row is left out: a word and a sentence."""
+    """The reason why a row is left out, and the problem."""
 
 
 def _planned(host: Host, row: Record | BadRecord, config: EvaluationConfig) -> Item | Reject:
@@ -160,41 +145,37 @@ def _planned(host: Host, row: Record | BadRecord, config: EvaluationConfig) -> I
     try:
         return _item(host, row, config)
     except _Refused as refusal:
-        reason, problem = refusal.args
-        return Reject(row.index, row.id, reason, problem)
+        return Reject(row.index, row.id, *refusal.args)
 
 
 def _item(host: Host, record: Record, config: EvaluationConfig) -> Item:
     true = record.answer
     neighbor = true if record.neighborhood_answer is None else record.neighborhood_answer
-    asked = [("rewrite", (record.prompt,), true), ("paraphrase", record.paraphrase_prompts, true)]
-    asked.append(("neighborhood", record.neighborhood_prompts[: config.neighbors], neighbor))
-    if config.attributes:
-        asked.append(("attribute", record.attribute_prompts, true))
+    attributes = record.attribute_prompts if config.attributes else ()
+    asked = [
+        ("rewrite", (record.prompt,), true),
+        ("paraphrase", record.paraphrase_prompts, true),
+        ("neighborhood", record.neighborhood_prompts[: config.neighbors], neighbor),
+        ("attribute", attributes, true),
+    ]
     probes = tuple(
-        _probe(kind, index, _prompt(host, prompt, config), record.target, answer, host.n_ctx)
-        for kind, prompts, answer in asked
-        for index, prompt in enumerate(prompts)
+        _probe(host, kind, index, _prompt(host, text, config), record.target, answer)
+        for kind, texts, answer in asked
+        for index, text in enumerate(texts)
     )
     wanted = record.generation_prompts if config.generation_length else ()
-    generations = tuple(_prompt(host, prompt, config).ids for prompt in wanted)
-    text = record.target if isinstance(record.target, str) else host.vocabulary.text(record.target)
+    generations = tuple(_prompt(host, text, config).ids for text in wanted)
+    target = record.target
+    text = target if isinstance(target, str) else host.vocabulary.text(target)
     return Item(record, text, probes, generations)
 
 
 def _probe(
-    kind: str, index: int, prompt: Prompt, target: str | int, answer: str | None, n_ctx: int
+    host: Host, kind: str, index: int, prompt: Prompt, target: str | int, answer: str | None
 ) -> Probe:
-    text = str(prompt.written)
-    return Probe(
-        kind,
-        index,
-        text,
-        prompt.ids,
-        new=_answer_ids(prompt, target, n_ctx),
-        true=None if answer is None else _answer_ids(prompt, answer, n_ctx),
-        true_text=answer,
-    )
+    new = _answer_ids(prompt, target, host.n_ctx)
+    true = None if answer is None else _answer_ids(prompt, answer, host.n_ctx)
+    return Probe(kind, index, str(prompt.written), prompt.ids, new, true, answer)
 
 
 def _prompt(host: Host, text: str, config: EvaluationConfig) -> Prompt:
@@ -224,11 +205,11 @@ def _too_long(text: str, n_tokens: int, n_ctx: int) -> _Refused:
 
 
 def unused_records(records: Records, config: EvaluationConfig) -> tuple[Record, ...]:
-    """Rows of the data that methods may learn from: nothing of them is evaluated.
+    """Return the rows that methods may learn from, without anything that is evaluated.
 
-    Neighbors of an evaluated record are often the subjects of others, so a row is left out if its
-    subject is evaluated, and its paraphrases and neighbors are, one by one, where they are prompts
-    of the evaluation or hold one of its subjects.
+    Neighbors of an evaluated record are often the subjects of others. So a row is left out if its
+    prompt is evaluated or names an evaluated subject, and so is each of its paraphrases and
+    neighbors.
 
     Args:
         records: The data.

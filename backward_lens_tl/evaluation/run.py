@@ -1,34 +1,156 @@
-"""Editing record after record: the run of an evaluation from its arguments to its folder."""
+"""An evaluation, from its arguments to its tables."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from backward_lens_tl._checks import check_path, listed, shown
-from backward_lens_tl.data.readers import read_records
-from backward_lens_tl.data.records import Records
+from backward_lens_tl._checks import listed, shown
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.methods.presets import preset_methods
-from backward_lens_tl.errors import EvaluationError, ModelStateError
-from backward_lens_tl.evaluation.columns import NONE
+from backward_lens_tl.errors import EvaluationError
+from backward_lens_tl.evaluation.columns import NONE, TABLES
 from backward_lens_tl.evaluation.config import EvaluationConfig
-from backward_lens_tl.evaluation.folder import FORMAT_VERSION, Evaluation
 from backward_lens_tl.evaluation.measuring import Bench
 from backward_lens_tl.evaluation.perplexity import read_texts
-from backward_lens_tl.evaluation.plan import plan_digest, plan_parts, unused_records
-from backward_lens_tl.files.distributed import own_device, this_process
-from backward_lens_tl.files.shards import Tables, about_run, check_pyarrow
-from backward_lens_tl.models import host_of
-from backward_lens_tl.models.loading import load_model
+from backward_lens_tl.evaluation.plan import Shard, plan_shards, unused_records
+from backward_lens_tl.evaluation.summary import shown_table, summarize, to_markdown
+from backward_lens_tl.runs.run import Job, Plan, Run
+from backward_lens_tl.runs.shards import Rows
 
-_TRY = "EvaluationConfig(records=100)"
+if TYPE_CHECKING:
+    import pandas as pd
 
 Methods = EditMethod | Mapping[str, EditMethod] | str | Sequence[str]
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation(Run):
+    """An evaluation's folder, complete or not.
+
+    Attributes:
+        folder: Where it is.
+        run: The contents of `run.json`: settings, methods, versions, command, the texts of
+            perplexity, checksums of model and data.
+
+    Examples:
+        >>> import tempfile
+        >>> import backward_lens_tl as blt
+        >>> model, out = blt.load_facts_model(), tempfile.mkdtemp()
+        >>> config = blt.EvaluationConfig(records=1, neighbors=1, generation_length=0, n_texts=0)
+        >>> evaluation = blt.evaluate(model, "facts", out, {}, config, progress=False)
+        >>> blt.Evaluation.load(out).is_complete  # later, without model or data
+        True
+    """
+
+    NOUN = "evaluation"
+    UNIT = "edit"
+    TABLES = TABLES
+    READ_BY = ("summary", "edits", "prompts", "generations", "rejects")
+    CONFIG = EvaluationConfig
+
+    @property
+    def config(self) -> EvaluationConfig:
+        """The settings."""
+        return EvaluationConfig.from_json(self.run["config"])
+
+    def edits(self) -> pd.DataFrame:
+        """Read one row per method and record: all metrics, and `seconds` and `memory` per edit.
+
+        Returns:
+            The rows of all finished shards: the unedited model (`"none"`), then method by method.
+
+        Examples:
+            >>> evaluation.edits()[["method", "record", "efficacy"]].values.tolist()
+            [['none', 0, 0.0], ['none', 1, 0.0], ['shift', 0, 1.0], ['shift', 1, 1.0]]
+        """
+        return self._table("edits").merge(
+            self._table("costs"), on=["method", "block"], how="left", validate="many_to_one"
+        )
+
+    def prompts(self) -> pd.DataFrame:
+        """Read one row per method, record and prompt, with the scores of both answers.
+
+        Returns:
+            The rows of all finished shards.
+
+        Examples:
+            >>> asked = evaluation.prompts().query("record == 0 and kind == 'rewrite'")
+            >>> asked[["method", "answer"]].values.tolist()
+            [['none', ' Germany'], ['shift', ' Spain']]
+        """
+        return self._table("prompts")
+
+    def generations(self) -> pd.DataFrame:
+        """Read one row per method, record and generation prompt, with the text.
+
+        Returns:
+            The rows of all finished shards.
+
+        Examples:
+            >>> list(evaluation.generations().columns)
+            ['method', 'record', 'index', 'prompt', 'text', 'ngram_entropy']
+        """
+        return self._table("generations")
+
+    def rejects(self) -> pd.DataFrame:
+        """Read one row per row of the data that was not evaluated, with the reason.
+
+        Returns:
+            The rows of all finished shards.
+
+        Examples:
+            >>> len(evaluation.rejects())
+            0
+        """
+        return self._table("rejects")
+
+    def summary(self) -> pd.DataFrame:
+        """Summarize each method in one row: means, deviations and intervals of all metrics.
+
+        Returns:
+            `method`, `records`, `failed` (edits that a method refused, which count as not edited),
+            and for each metric its mean under its name, the population standard deviation over
+            records (`_std`), and a 95 % bootstrap interval (`_low`, `_high`). Rates, magnitudes and
+            n-gram entropy are times 100, memory is in MiB. `score` is the harmonic mean of the
+            three success rates.
+
+        Examples:
+            >>> evaluation.summary()[["method", "records", "efficacy"]].values.tolist()
+            [['none', 2, 0.0], ['shift', 2, 100.0]]
+        """
+        config = self.config
+        return summarize(self.edits(), seed=config.seed, resamples=config.resamples)
+
+    def to_markdown(self) -> str:
+        """Return the summary as a Markdown table, with standard deviations in brackets.
+
+        Returns:
+            The table.
+
+        Examples:
+            >>> [line.split("|")[1].strip() for line in evaluation.to_markdown().splitlines()]
+            ['Method', '------', 'none', 'shift']
+        """
+        return to_markdown(shown_table(self.summary()))
+
+    def _repr_html_(self) -> str:
+        table: str = shown_table(self.summary()).to_html(index=False, border=0)
+        of = f"{self.run['model']['name']} on {self.run['data']['name']}"
+        done = "" if self.is_complete else f", {len(self.finished)} of {self.n_shards} shards"
+        caption = f"{of}; perplexity of {self.run['texts']['name']}{done}"
+        return f"{table}\n<p>{html.escape(caption)}</p>"
+
+    def _described(self, rows: Rows) -> str:
+        edits: Any = rows["edits"]
+        names = ", ".join(dict.fromkeys(each["method"] for each in edits)) or NONE
+        n_failed = sum(each["error"] is not None for each in edits)
+        return f"{len(edits)} records by {names}, {n_failed} failed"
 
 
 def evaluate(
@@ -40,31 +162,30 @@ def evaluate(
     *,
     progress: bool = True,
 ) -> Evaluation:
-    """Edit record after record, measure what each edit does, and write it as Parquet.
+    """Edit record after record, measure what each edit does, and write the results as Parquet.
 
-    Every edit begins with the unedited weights, which a checksum proves, and the unedited model has
-    rows of its own, `"none"`. An evaluation that was stopped, also by `kill -9`, goes on where it
-    was when it is called again with the same arguments. Under `accelerate launch` each process
-    takes its share of the edits.
+    Every edit starts from the unedited weights, which a checksum verifies, and the unedited model
+    has rows of its own, `"none"`. An evaluation that was stopped, even by `kill -9`, resumes when
+    it is called again with the same arguments. Under `accelerate launch` the processes share the
+    edits.
 
     Args:
-        model: A `HookedTransformer` or `TransformerBridge`, or a name as `load_model` takes it.
+        model: A `HookedTransformer` or `TransformerBridge`, or a name as in `load_model`.
         data: What `read_records` reads: a file of CounterFact, `"facts"`, rows; or its result.
-        out: The folder; it is made if it is not there.
-        methods: Methods by the names that tables call them; one method; or names of presets, such
-            as `"all"` or `["shift", "rome"]`. What presets need to have learnt, they learn from
-            rows that are not evaluated, and keep in `out`.
-        config: The settings; by default those of `EvaluationConfig()`, which takes all records.
-        progress: Whether a bar shows how far it is.
+        out: The folder; it is created if needed.
+        methods: Methods by the names that tables give them; one method; or names of presets, such
+            as `"all"` or `["shift", "rome"]`. Presets that need training use rows that are not
+            evaluated, and keep what they learn in `out`.
+        config: The settings; `EvaluationConfig()` by default, which takes all records.
+        progress: Whether to show a progress bar.
 
     Returns:
-        The folder's tables; several processes return together.
+        The folder's tables; all processes of a launch return together.
 
     Raises:
-        EvaluationError: If the folder holds another evaluation, there is no method or one that
-            edits with another `prepend_bos` than prompts are scored with, or no row of the data is
-            chosen.
-        ModelStateError: If the model is not afterwards what it was before.
+        EvaluationError: If the folder holds another evaluation, a method is not usable or edits
+            with another `prepend_bos` than prompts are scored with, or no row is chosen.
+        ModelStateError: If the model's weights change during the evaluation.
 
     Examples:
         >>> import tempfile
@@ -75,66 +196,27 @@ def evaluate(
         >>> found.summary()[["method", "records", "efficacy"]].values.tolist()
         [['none', 2, 0.0]]
     """
-    check_pyarrow(Evaluation)
-    check_path(out, EvaluationError)
-    if not isinstance(config, EvaluationConfig | None):
-        raise EvaluationError(
-            f"config is a {type(config).__name__}; pass an EvaluationConfig, such as {_TRY}"
+
+    def prepare(job: Job[EvaluationConfig]) -> Plan[Shard]:
+        job.host.check_state()
+        texts = read_texts(job.host, job.config)
+        named = _named_methods(job, methods)
+        shards = plan_shards(job.host, job.records, named, job.config)
+        unedited = [shard for shard in shards if shard.method is None]
+        return Plan(
+            shards,
+            Bench(job.model, job.config, texts).measure,
+            entries=[each for shard in unedited for each in (*shard.items, *shard.rejects)],
+            about={
+                "methods": {name: method.settings() for name, method in named.items()},
+                "texts": {"name": texts.name, "n": len(texts.texts), "sha256": texts.fingerprint},
+            },
         )
-    config, state, folder = config or EvaluationConfig(), this_process(), Path(out)
-    records = data if isinstance(data, Records) else read_records(data)
-    if isinstance(model, str):
-        model = load_model(model, device=own_device(state))
-    host = host_of(model)
-    host.check_state()
-    texts = read_texts(host, config)
-    # What presets prepare, and the folder itself, the first process makes and the others find.
-    with state.main_process_first():
-        named = _named_methods(
-            model, methods, records, folder, config, progress and state.is_main_process
-        )
-        parts = plan_parts(host, records, named, config)
-        about = {
-            "format": FORMAT_VERSION,
-            "config": config.to_json(),
-            "methods": {name: method.settings() for name, method in named.items()},
-            **about_run(host, records),
-            "texts": {"name": texts.name, "n": len(texts.texts), "sha256": texts.fingerprint},
-            "tokens": {"sha256": plan_digest(parts)},
-            "n_parts": len(parts),
-        }
-        bench = Bench(model, config, texts)
-        found = Evaluation.begin(folder, about)
-    found.write_missing(
-        [len(part.items) for part in parts],
-        lambda part: bench.measure(parts[part]),
-        _described,
-        state,
-        unit="edit",
-        progress=progress,
-    )
-    if host.fingerprint() != about["model"]["sha256"]:
-        raise ModelStateError(
-            f"{host.name!r} is not what it was before the evaluation; load it anew, and trust no "
-            "part that was written since"
-        )
-    return found
+
+    return Evaluation._perform(model, data, out, config, prepare, progress=progress)
 
 
-def _described(tables: Tables) -> str:
-    edits = tables["edits"]
-    names = ", ".join(edits["method"].unique()) or NONE
-    return f"{len(edits)} records by {names}, {edits['error'].notna().sum()} failed"
-
-
-def _named_methods(
-    model: nn.Module,
-    methods: Methods,
-    records: Records,
-    folder: Path,
-    config: EvaluationConfig,
-    progress: bool,
-) -> dict[str, EditMethod]:
+def _named_methods(job: Job[EvaluationConfig], methods: Methods) -> dict[str, EditMethod]:
     if isinstance(methods, EditMethod):
         named = {methods.name: methods}
     elif isinstance(methods, Mapping):
@@ -146,14 +228,14 @@ def _named_methods(
                 f"methods is {shown(methods)}; pass a method, a mapping of names to methods, or "
                 "names of presets such as 'all' or ['shift', 'rome']"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        job.folder.mkdir(parents=True, exist_ok=True)
         named = preset_methods(
-            model,
+            job.model,
             names,
-            folder=folder,
-            training=unused_records(records, config),
-            prepend_bos=config.prepend_bos,
-            progress=progress,
+            folder=job.folder,
+            training=unused_records(job.records, job.config),
+            prepend_bos=job.config.prepend_bos,
+            progress=job.progress,
         )
     for name, method in named.items():
         if not isinstance(name, str) or not isinstance(method, EditMethod):
@@ -163,11 +245,11 @@ def _named_methods(
             )
         if name == NONE:
             raise EvaluationError(f"{NONE!r} is the unedited model's own name; choose another")
-    return {name: _with_bos(name, method, config) for name, method in named.items()}
+    return {name: _with_bos(name, method, job.config) for name, method in named.items()}
 
 
 def _with_bos(name: str, method: EditMethod, config: EvaluationConfig) -> EditMethod:
-    """The method, editing prompts as they are scored: with a BOS token or without."""
+    """The method, with the BOS setting that prompts are scored with."""
     if method.prepend_bos is None and is_dataclass(method):
         own: EditMethod = replace(method, prepend_bos=config.prepend_bos)
         return own
@@ -175,6 +257,6 @@ def _with_bos(name: str, method: EditMethod, config: EvaluationConfig) -> EditMe
         raise EvaluationError(
             f"method {name!r} edits with prepend_bos={method.prepend_bos}, and prompts are scored "
             f"with prepend_bos={config.prepend_bos}; leave it out of the method, or set it in "
-            "EvaluationConfig(prepend_bos=...) too"
+            "EvaluationConfig(prepend_bos=...)"
         )
     return method

@@ -1,4 +1,4 @@
-"""Settings of a method by trial: every candidate on records that the benchmark does not use."""
+"""Search for settings of a method, on records that the benchmark does not use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation.columns import NONE
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.run import evaluate
-from backward_lens_tl.files.distributed import this_process
+from backward_lens_tl.runs.distributed import this_process
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,14 +27,14 @@ _METRICS = ("efficacy", "paraphrase", "neighborhood")
 
 @dataclass(frozen=True)
 class Search:
-    """What was tried, and what came of it.
+    """The results of a search.
 
     Attributes:
         candidates: The methods that were tried, by name.
         table: One row per candidate, in their order: `name`, mean `efficacy`, `paraphrase` and
             `neighborhood` in percent (the target is the most probable token), their harmonic mean
             `score`, `seconds` per edit, `failed` edits.
-        best_name: The candidate that was chosen.
+        best_name: The name of the best candidate.
     """
 
     candidates: Mapping[str, EditMethod]
@@ -43,7 +43,7 @@ class Search:
 
     @property
     def best(self) -> EditMethod:
-        """The method that was chosen."""
+        """The best candidate."""
         return self.candidates[self.best_name]
 
 
@@ -59,30 +59,29 @@ def search(
 ) -> Search:
     """Try methods, or one method with several settings, on a tuning split.
 
-    Among the candidates whose efficacy is at least `least_efficacy` the one with the largest
-    harmonic mean of efficacy, paraphrase and neighborhood is chosen; where none is that good, among
-    those of the largest efficacy. What the data have no prompts for has no part in the mean.
+    Chooses the candidate with the largest harmonic mean of efficacy, paraphrase and neighborhood
+    among those whose efficacy is at least `least_efficacy`, or, if there are none, among those of
+    the largest efficacy. The mean leaves out metrics that the data have no prompts for.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
         candidates: The methods by name.
         data: What `read_records` reads.
-        rows: Rows of the data to try them on. Keep them apart from those that are evaluated: what
-            was chosen on a record says nothing about it.
+        rows: Rows of the data to try them on, which should not be evaluated later.
         least_efficacy: In percent.
         prepend_bos: Whether prompts get a BOS token when they are edited and scored; as in
             `EvaluationConfig`.
-        progress: Whether a bar shows how far it is.
+        progress: Whether to show a progress bar.
 
     Returns:
-        The choice, and all that was tried.
+        The best candidate and the results of all.
 
     Raises:
         EvaluationError: If there is no candidate, or no row.
 
     Examples:
         >>> import backward_lens_tl as blt
-        >>> from backward_lens_tl.evaluation import search
+        >>> from backward_lens_tl.evaluation.tuning import search
         >>> candidates = {
         ...     f"c={size}": blt.editing.ForwardPassShift(layer=6, size=size, form="scale_free")
         ...     for size in (1.0, 40.0)
@@ -109,7 +108,7 @@ def search(
 
 @contextmanager
 def _shared_folder() -> Iterator[str]:
-    """A folder for the time being, one for all processes, which share the work."""
+    """A temporary folder that all processes share."""
     from accelerate.utils import broadcast_object_list
 
     state = this_process()

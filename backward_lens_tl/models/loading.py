@@ -9,7 +9,7 @@ from importlib.resources import as_file, files
 from importlib.util import find_spec
 from os.path import isdir
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from backward_lens_tl._checks import check_choice, check_text
+from backward_lens_tl.choices import Kind
 from backward_lens_tl.errors import InputError, ModelNotFoundError, UnsupportedModelError
 from backward_lens_tl.models import check_plain, has_bridge, host_of, probe_tokens
 from backward_lens_tl.models.vocabulary import Vocabulary
-
-Kind = Literal["hooked", "bridge"]
 
 FACTS_MODEL = "facts"
 """Name of the model that ships inside the package."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from backward_lens_tl._checks import check_text, shown
+from backward_lens_tl.choices import MultiToken
 from backward_lens_tl.errors import TargetError
-
-MultiToken = Literal["first", "last"]
 
 _SENTENCEPIECE_SPACE = "▁"
 _PARTIAL = "\ufffd"

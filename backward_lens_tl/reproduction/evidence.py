@@ -9,21 +9,22 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
+from backward_lens_tl.choices import Lens, MultiToken
 from backward_lens_tl.data.records import Record, Records
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.methods.presets import preset_methods
 from backward_lens_tl.editing.methods.shift import ForwardPassShift
 from backward_lens_tl.editing.requests import EditRequest
 from backward_lens_tl.errors import InputError, TargetError, UnsupportedModelError
-from backward_lens_tl.evaluation import Evaluation, EvaluationConfig, evaluate
+from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.perplexity import perplexity, read_texts
 from backward_lens_tl.evaluation.plan import unused_records
+from backward_lens_tl.evaluation.run import Evaluation, evaluate
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.models import host_of
-from backward_lens_tl.models.vocabulary import MultiToken
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.sweeps import Sweep, SweepConfig, sweep
-from backward_lens_tl.sweeps.config import Lens
+from backward_lens_tl.sweeps.config import SweepConfig
+from backward_lens_tl.sweeps.run import Sweep, sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -146,7 +147,7 @@ class Evidence:
             multi_token="first",
             prompts=self.prompts_asked,
             seed=self.seed,
-            **{"k": _KEPT, **settings},
+            **{"k": _KEPT, "matrices": ("W_in", "W_out"), **settings},
         )
         out = self._folder / name
         return sweep(self.model, self.records, out, config, progress=self.progress)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from backward_lens_tl.files.shards import Column
-from backward_lens_tl.files.shards import key_column as _key
+from backward_lens_tl.runs.columns import Column, Tables
+from backward_lens_tl.runs.columns import key_column as _key
 
 _PROMPT = _key("prompt", "int64", "row of the data, from 0")
 
@@ -92,10 +90,10 @@ POSITIONS = (
 )
 """One row per prompt, matrix, layer, position and projection."""
 
-TABLES: Mapping[str, tuple[Column, ...]] = {
+TABLES: Tables = {
     "positions": POSITIONS,
     "gradients": GRADIENTS,
     "rejects": REJECTS,
     "prompts": PROMPTS,
 }
-"""In the order in which a part writes them: one whose prompts are written is complete."""
+"""In the order in which a shard writes them: it is finished once its prompts are written."""

@@ -1,60 +1,68 @@
-"""One part of a sweep: the rows of its tables."""
+"""The rows of one shard of a sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from backward_lens_tl.capture.memory import Memory, is_lack_of_memory
+from backward_lens_tl.capture.memory import is_lack_of_memory
+from backward_lens_tl.choices import Measure
 from backward_lens_tl.errors import BackwardLensError, UnsupportedModelError
-from backward_lens_tl.files.shards import Reject, Tables, reject_rows
-from backward_lens_tl.lens import Measure, backward_lens
+from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.runs.shards import Reject, Rows
+from backward_lens_tl.sweeps.columns import TABLES
 from backward_lens_tl.sweeps.config import SweepConfig
-from backward_lens_tl.sweeps.plan import Item, Part
+from backward_lens_tl.sweeps.plan import Item, Shard
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_Tables = dict[str, "pd.DataFrame"]
 _MEASURES: tuple[Measure, ...] = ("answer_rank", "entropy")
 
 
-def measure_part(model: nn.Module, part: Part, config: SweepConfig) -> Tables:
-    """Analyse the prompts of one part.
+def measure_shard(model: nn.Module, shard: Shard, config: SweepConfig) -> Rows:
+    """Analyse the prompts of one shard.
 
-    Where they cannot be analysed together each is tried alone, and those that fail are rejected.
+    If they cannot be analysed together, each is analysed alone, and those that fail are rejected.
 
     Args:
         model: The model.
-        part: The part.
+        shard: The shard.
         config: The settings.
 
     Returns:
-        The rows of each table, by its name.
+        The rows of each table.
 
     Raises:
-        UnsupportedModelError: If the model cannot be analysed; that is not the prompts' fault.
+        UnsupportedModelError: If the model cannot be analysed, whatever the prompt.
     """
-    items = [entry for entry in part if isinstance(entry, Item)]
-    rejects = [entry for entry in part if isinstance(entry, Reject)]
-    found: list[Tables] = []
-    together = _tried(model, items, config) if items else None
-    if isinstance(together, str):
-        # Here the error is gone, and with it the tensors that its frames held.
+    import pandas as pd
+
+    items = [entry for entry in shard if isinstance(entry, Item)]
+    rejects = [entry for entry in shard if isinstance(entry, Reject)]
+    measured = []
+    together = _tried(model, items, config) if items else {}
+    if not isinstance(together, str):
+        measured.append(together)
+    else:  # by now the error is gone, and the tensors that its frames held
         for item in items:
             alone = _tried(model, [item], config)
             if isinstance(alone, str):
-                rejects.append(Reject(item.index, item.record.id, "numbers", alone))
+                rejects.append(Reject(item.row, item.record.id, "numbers", alone))
             else:
-                found.append(alone)
-    elif together is not None:
-        found.append(together)
-    return {**_joined(found, config), "rejects": reject_rows("prompt", rejects)}
+                measured.append(alone)
+    tables: dict[str, Any] = {"rejects": rejects}
+    for name in ("positions", "gradients", "prompts"):
+        found = [each[name] for each in measured if name in each]
+        tables[name] = pd.concat(found) if found else []
+    return {name: tables[name] for name in TABLES}
 
 
-def _tried(model: nn.Module, items: Sequence[Item], config: SweepConfig) -> Tables | str:
+def _tried(model: nn.Module, items: Sequence[Item], config: SweepConfig) -> _Tables | str:
     """The rows of some prompts, or why there are none."""
     try:
         return _measured(model, items, config)
@@ -66,7 +74,10 @@ def _tried(model: nn.Module, items: Sequence[Item], config: SweepConfig) -> Tabl
         return str(error)
 
 
-def _measured(model: nn.Module, items: Sequence[Item], config: SweepConfig) -> Tables:
+def _measured(model: nn.Module, items: Sequence[Item], config: SweepConfig) -> _Tables:
+    import pandas as pd
+
+    position_columns = [column.name for column in config.columns("positions")]
     result = backward_lens(
         model,
         [item.record.prompt for item in items],
@@ -77,39 +88,29 @@ def _measured(model: nn.Module, items: Sequence[Item], config: SweepConfig) -> T
         direction=config.direction,
         vjps_at=config.vjps_at,
         k=config.k,
-        measures=[measure for measure in _MEASURES if config.measures(measure)],
+        measures=[measure for measure in _MEASURES if measure in position_columns],
         prepend_bos=config.prepend_bos,
-        memory=Memory(budget=config.budget),
+        memory=config.memory,
     )
-    tables = {"prompts": _prompt_rows(result, items)}
+    tables = {"prompts": pd.DataFrame(_prompt_rows(result, items))}
     if config.columns("gradients"):
         tables["gradients"] = result.gradient_df()
-    if config.columns("positions"):
-        tables["positions"] = _position_rows(result, items)
-    own = [item.index for item in items]
+    if position_columns:
+        subjects = [item.subject for item in items]
+        lenses = [result.under(lens) for lens in result.projections]
+        tables["positions"] = pd.concat([lens.to_df(subjects) for lens in lenses])
+    own = [item.row for item in items]
     return {
         name: table.assign(prompt=table["prompt"].map(own.__getitem__))
         for name, table in tables.items()
     }
 
 
-def _position_rows(result: BackwardLensResult, items: Sequence[Item]) -> pd.DataFrame:
-    import pandas as pd
-
-    subjects = [item.subject for item in items]
-    by_lens: list[pd.DataFrame] = [
-        result.under(lens).to_df(subjects) for lens in result.projections
-    ]
-    return pd.concat(by_lens)
-
-
-def _prompt_rows(result: BackwardLensResult, items: Sequence[Item]) -> pd.DataFrame:
-    import pandas as pd
-
-    capture, texts = result.capture, result.token_texts
-    rows: list[dict[str, Any]] = [
-        {
-            "prompt": place,
+def _prompt_rows(result: BackwardLensResult, items: Sequence[Item]) -> Iterator[dict[str, Any]]:
+    texts, answers = result.token_texts, result.capture.answers.tolist()
+    for batch, (item, answer) in enumerate(zip(items, answers, strict=True)):
+        yield {
+            "prompt": batch,
             "id": item.record.id,
             "text": item.record.prompt,
             "subject": item.record.subject,
@@ -119,24 +120,6 @@ def _prompt_rows(result: BackwardLensResult, items: Sequence[Item]) -> pd.DataFr
             "answer_id": answer,
             "true_answer": item.record.answer,
             "is_correct": None if item.answer is None else item.answer == answer,
-            "n_tokens": item.n_tokens,
-            "loss": loss,
+            "n_tokens": len(item.tokens),
+            "loss": float(result.capture.loss[batch]),
         }
-        for place, (item, answer, loss) in enumerate(
-            zip(items, capture.answers.tolist(), capture.loss.tolist(), strict=True)
-        )
-    ]
-    return pd.DataFrame(rows)
-
-
-def _joined(found: Sequence[Tables], config: SweepConfig) -> dict[str, pd.DataFrame]:
-    """The rows of all, table by table; tables without rows where there are none."""
-    import pandas as pd
-
-    return {
-        name: pd.concat([tables[name] for tables in found])
-        if found
-        else pd.DataFrame(columns=list(config.columns(name)))
-        for name in ("positions", "gradients", "prompts")
-        if config.columns(name)
-    }

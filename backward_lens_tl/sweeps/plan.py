@@ -1,7 +1,7 @@
-"""Which rows of the data are analysed, and in which parts they are written.
+"""Which rows of the data are analysed, and in which shards.
 
-The plan follows from the data, the model and the settings alone, so that every process has the
-same one and a sweep that goes on has the one that it began with.
+The plan depends only on the data, the model and the settings, so every process has the same plan,
+and a resumed sweep has the plan that it began with.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
-from itertools import chain
 
 from backward_lens_tl.capture.prompts import Prompt, tokenize_prompts
 from backward_lens_tl.data.records import BadRecord, Record, Records
 from backward_lens_tl.data.segments import Subject, prompt_segments, subject_at, subject_span
 from backward_lens_tl.errors import InputError, TargetError
-from backward_lens_tl.files.shards import Reject
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.vocabulary import Span
+from backward_lens_tl.runs.shards import Reject
 from backward_lens_tl.sweeps.config import SweepConfig
 
 
@@ -28,10 +26,10 @@ class Item:
 
     Attributes:
         record: Its row of the data.
-        tokens: Ids of its tokens.
-        target: Id of the target token.
-        subject: Where in the prompt's text its subject stands, if it has one.
-        answer: Id of the first token of the original answer, if there is one.
+        tokens: Its token ids.
+        target: The id of the target token.
+        subject: The span of its subject in the prompt's text, if it has one.
+        answer: The id of the first token of the original answer, if there is one.
     """
 
     record: Record
@@ -41,21 +39,16 @@ class Item:
     answer: int | None
 
     @property
-    def index(self) -> int:
+    def row(self) -> int:
         """Its row of the data."""
         return self.record.index
 
-    @property
-    def n_tokens(self) -> int:
-        """Its length."""
-        return len(self.tokens)
+
+Shard = tuple[Item | Reject, ...]
 
 
-Part = tuple[Item | Reject, ...]
-
-
-def plan_parts(host: Host, records: Records, config: SweepConfig) -> tuple[Part, ...]:
-    """Divide the data into parts of prompts of similar length.
+def plan_shards(host: Host, records: Records, config: SweepConfig) -> tuple[Shard, ...]:
+    """Divide the data into shards of prompts of similar length.
 
     Args:
         host: The model.
@@ -63,54 +56,28 @@ def plan_parts(host: Host, records: Records, config: SweepConfig) -> tuple[Part,
         config: The settings.
 
     Returns:
-        The parts; every chosen row of the data is in one of them. Those that cannot be analysed
-        come first, and then the shortest prompts.
+        The shards, which hold every chosen row of the data once: first those that cannot be
+        analysed, then the shortest prompts.
     """
-    chosen = [_planned(host, row, config) for row in _sample(records.rows, config)]
-    chosen.sort(key=lambda entry: (_length(entry), entry.index))
-    size = config.part_size
-    return tuple(tuple(chosen[start : start + size]) for start in range(0, len(chosen), size))
-
-
-def plan_digest(parts: Sequence[Part]) -> str:
-    """A checksum of what is analysed, in tokens: of the tokenizer and whether it adds a BOS, too.
-
-    Args:
-        parts: The plan.
-
-    Returns:
-        SHA-256, in hexadecimal.
-    """
-    digest = sha256()
-    for entry in chain.from_iterable(parts):
-        said = (
-            (entry.tokens, entry.target, entry.subject, entry.answer)
-            if isinstance(entry, Item)
-            else entry.reason
-        )
-        digest.update(f"{entry.index} {said}\n".encode())
-    return digest.hexdigest()
+    rows: Sequence[Record | BadRecord] = records.rows
+    if config.prompts is not None and config.prompts < len(rows):
+        rows = random.Random(config.seed).sample(rows, config.prompts)
+    entries = [_planned(host, row, config) for row in rows]
+    entries.sort(key=lambda entry: (_length(entry), entry.row))
+    size = config.shard_size
+    return tuple(tuple(entries[start : start + size]) for start in range(0, len(entries), size))
 
 
 def _length(entry: Item | Reject) -> int:
-    return entry.n_tokens if isinstance(entry, Item) else 0
-
-
-def _sample(
-    rows: Sequence[Record | BadRecord], config: SweepConfig
-) -> Sequence[Record | BadRecord]:
-    if config.prompts is None or config.prompts >= len(rows):
-        return rows
-    return random.Random(config.seed).sample(rows, config.prompts)
+    return len(entry.tokens) if isinstance(entry, Item) else 0
 
 
 def _planned(host: Host, row: Record | BadRecord, config: SweepConfig) -> Item | Reject:
-    if isinstance(row, BadRecord):
-        return Reject(row.index, row.id, "row", row.problem)
-
     def reject(reason: str, problem: object) -> Reject:
         return Reject(row.index, row.id, reason, str(problem))
 
+    if isinstance(row, BadRecord):
+        return reject("row", row.problem)
     try:
         [prompt] = tokenize_prompts(host, row.prompt, config.prepend_bos)
     except InputError as error:
@@ -132,7 +99,7 @@ def _planned(host: Host, row: Record | BadRecord, config: SweepConfig) -> Item |
 
 
 def _subject(prompt: Prompt, record: Record) -> Span | None:
-    """Where in the prompt's text its subject stands; an error if it has no token there."""
+    """The span of the subject in the prompt's text; an error if it has no token there."""
     if record.subject is None:
         return None
     wanted: Subject = record.subject

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,11 +19,13 @@ from models import HAS_BRIDGE
 from transformers.utils import logging as transformers_logging
 
 from backward_lens_tl import cli
+from backward_lens_tl.choices import Denominator, MultiToken
 from backward_lens_tl.cli import main
+from backward_lens_tl.cli.show import ShowCommand
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.evaluation.config import Denominator
+from backward_lens_tl.evaluation.config import Denominator, EvaluationConfig
 from backward_lens_tl.models import loading
-from backward_lens_tl.sweeps.config import Lens
+from backward_lens_tl.sweeps.config import SweepConfig
 
 PROMPT = "Once upon a time, there was a little"
 QUESTION = ("--prompt", "Lionel Messi plays for", "--target", " Paris")
@@ -221,18 +224,27 @@ def test_the_package_and_its_help_are_there_at_once():
         assert time.perf_counter() - begin < most
 
 
-def test_choices_of_the_command_are_those_of_the_settings():
-    """They are written in both, because the settings' own modules are heavy."""
-    parser = cli._parser()
-    for command, option, allowed in (
-        ("sweep", "--projection", get_args(Lens)),
-        ("evaluate", "--denominator", get_args(Denominator)),
+def test_options_are_the_fields_of_the_settings():
+    """With their choices, help and defaults; a setting that is not given is left to the settings."""
+    required = {"sweep": ["--out", "x"], "evaluate": ["--out", "x"], "show": ["--prompt", "a"]}
+    for command, config, left_out in (
+        ("sweep", SweepConfig, {"memory"}),
+        ("evaluate", EvaluationConfig, set()),
+        ("show", SweepConfig, {"memory", *ShowCommand.NO_OPTIONS}),
     ):
-        [commands] = [each for each in parser._actions if each.dest == "command"]
-        [action] = [
-            each for each in commands.choices[command]._actions if option in each.option_strings
-        ]
-        assert tuple(action.choices) == allowed
+        [commands] = [each for each in cli.parser()._actions if each.dest == "command"]
+        actions = {each.dest: each for each in commands.choices[command]._actions}
+        names = {field.name for field in fields(config)}
+        assert names & {*actions} == names - left_out
+        assert all(action.help for action in actions.values())
+        given = vars(cli.parser().parse_args([command, *required[command]]))
+        own = {field.name for field in fields(cli.COMMANDS[command])}
+        assert {*given} == own | {"command"}
+        assert tuple(
+            actions["multi_token" if config is SweepConfig else "denominator"].choices
+        ) == (get_args(MultiToken if config is SweepConfig else Denominator))
+    assert "(default: 10)" in actions["k"].help
+    assert actions["layers"].type is int
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ from backward_lens_tl.editing.methods.presets import (
 )
 from backward_lens_tl.editing.statistics.moments import second_moments
 from backward_lens_tl.errors import EditError
-from backward_lens_tl.evaluation import EvaluationConfig
+from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.plan import unused_records
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.checksums import tensors_checksum

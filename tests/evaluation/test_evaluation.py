@@ -29,13 +29,16 @@ from backward_lens_tl.capture.sampling import sample
 from backward_lens_tl.editing.delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.errors import EditError, EvaluationError, ModelStateError
-from backward_lens_tl.evaluation import Evaluation, EvaluationConfig, evaluate, measuring
-from backward_lens_tl.evaluation import run as run_module
+from backward_lens_tl.evaluation import measuring
+from backward_lens_tl.evaluation import run as evaluation_run
 from backward_lens_tl.evaluation.columns import TABLES
+from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.metrics import ngram_entropy
+from backward_lens_tl.evaluation.run import Evaluation, evaluate
 from backward_lens_tl.evaluation.summary import METRICS, summarize
 from backward_lens_tl.models import host_of, loading
 from backward_lens_tl.models.checksums import checksum, tensors_checksum
+from backward_lens_tl.runs import run as run_module
 
 ROWS = [
     {
@@ -394,7 +397,7 @@ def test_a_method_that_changes_the_model_is_caught(run, tiny: nn.Module, tmp_pat
     host = host_of(tiny)
     before, kept = host.fingerprint(), {k: v.detach().clone() for k, v in host.parameters().items()}
     try:
-        with pytest.raises(ModelStateError, match=r"'l' left the weights of .* changed"):
+        with pytest.raises(ModelStateError, match=r"the weights of .* changed by the edit 'l'"):
             run({"l": Leaving()}, ROWS[:1], folder="out")
         assert host.fingerprint() != before
     finally:
@@ -411,15 +414,15 @@ def test_what_changes_between_the_parts_is_caught(run, tiny: nn.Module, monkeypa
     parameter = host.parameters()[sorted(host.parameters())[0]]
     real = measuring.Bench.measure
 
-    def measure(self: Any, part: Any) -> Any:
-        found = real(self, part)
+    def measure(self: Any, shard: Any) -> Any:
+        found = real(self, shard)
         parameter.data.view(-1)[0] += 1
         return found
 
     monkeypatch.setattr(measuring.Bench, "measure", measure)
     kept = parameter.detach().clone()
     try:
-        with pytest.raises(ModelStateError, match="is not what it was before the evaluation"):
+        with pytest.raises(ModelStateError, match="changed by the edit 'none' or during it"):
             run({})
     finally:
         parameter.data.copy_(kept)
@@ -562,7 +565,7 @@ def test_which_records_are_taken(run) -> None:
     assert ids(rows=range(2, 4)) == ["2", "3"]
     assert ids(rows=[3, 0]) == ["3", "0"]
     assert ids(records=100) == [str(n) for n in range(4)]
-    with pytest.raises(EvaluationError, match="row 4 is asked for, and 'rows' has 4 rows"):
+    with pytest.raises(EvaluationError, match="row 4 does not exist; 'rows' has 4 rows"):
         ids(rows=[4])
 
 
@@ -766,25 +769,25 @@ def test_the_figure(small: Small, tmp_path: Path, backend: Any) -> None:
 def test_killed_at_a_file_it_goes_on_and_ends_the_same(
     run, whole: dict[str, str], tmp_path: Path, moment: int, when: str
 ) -> None:
-    """At `run.json`, and at some of the five tables of each of four parts."""
+    """At `run.json`, and at some of the five tables of each of four shards."""
     nudge, again, last = Nudge(), Nudge(), Nudge()
     out = tmp_path / "out"
     killed(lambda: run({"nudge": nudge}, ROWS[:2], "out"), moment, when)
-    # A part whose last table is in place is finished, and not lost.
-    n_parts = max(0, (moment - (when == "written")) // 5)
-    assert len(list((out / "edits").glob("part-*"))) == n_parts
+    # A shard whose last table is in place is finished, and not lost.
+    n_shards = max(0, (moment - (when == "written")) // 5)
+    assert len(list((out / "edits").glob("shard-*"))) == n_shards
     if (out / "run.json").exists():
         half = Evaluation.load(out)
-        assert half.finished == tuple(range(n_parts))
+        assert half.finished == tuple(range(n_shards))
         assert not half.is_complete
-        assert len(half.edits()) == n_parts
+        assert len(half.edits()) == n_shards
         half.summary()
-    finished = [f"*/part-{part:06d}.parquet" for part in range(n_parts)]
+    finished = [f"*/shard-{shard:06d}.parquet" for shard in range(n_shards)]
     before = {file: file.stat().st_mtime_ns for each in finished for file in out.glob(each)}
     done = run({"nudge": again}, ROWS[:2], "out")
     assert done.is_complete
     assert digests(out) == whole
-    assert len(again.asked) == min(2, 4 - n_parts)
+    assert len(again.asked) == min(2, 4 - n_shards)
     assert {file: file.stat().st_mtime_ns for file in before} == before
     run({"nudge": last}, ROWS[:2], "out")
     assert last.asked == []
@@ -798,7 +801,7 @@ def test_a_process_measures_its_share(run, whole: dict[str, str], monkeypatch) -
         assert run({"nudge": Nudge()}, ROWS[:2], "out").finished == (1, 3)
         assert len(second.waits) == 2
     done = run({"nudge": Nudge()}, ROWS[:2], "out")
-    assert "process 1 of 2: 2 of the 4 parts" in (done.folder / "log-1.txt").read_text()
+    assert "process 1 of 2: 2 of the 4 shards" in (done.folder / "log-1.txt").read_text()
     assert digests(done.folder) == whole
 
 
@@ -837,10 +840,10 @@ def test_folders_that_are_none_of_an_evaluation(run, tmp_path: Path) -> None:
     found = run({}, ROWS[:1], "out", n_texts=0)
     [file] = (found.folder / "prompts").iterdir()
     file.write_bytes(b"PAR1 not")
-    with pytest.raises(EvaluationError, match=r"is damaged.*run the evaluation again: it goes on"):
+    with pytest.raises(EvaluationError, match=r"is damaged.*run the evaluation again: it resumes"):
         found.prompts()
     (found.folder / "run.json").unlink()
-    with pytest.raises(EvaluationError, match=r"has parts of an evaluation and no run.json"):
+    with pytest.raises(EvaluationError, match=r"has shards of an evaluation but no run.json"):
         run({}, ROWS[:1], "out", n_texts=0)
 
 
@@ -854,9 +857,9 @@ def test_run_json(small: Small, texts: str) -> None:
     assert held["config"]["generation_length"] == found.config.generation_length == 8
     assert EvaluationConfig.from_json(held["config"]) == found.config
     log = (found.folder / "log-0.txt").read_text()
-    assert "process 0 of 1: 12 of the 12 parts that are left" in log
-    assert "part 5: 1 records by nudge, 0 failed" in log
-    assert "part 10: 1 records by failing, 1 failed" in log
+    assert "process 0 of 1: 12 of the 12 shards that are left" in log
+    assert "shard 5: 1 records by nudge, 0 failed" in log
+    assert "shard 10: 1 records by failing, 1 failed" in log
 
 
 DRIVER = """
@@ -870,8 +873,10 @@ import torch
 torch.set_num_threads(1)
 from test_evaluation import ROWS, Nudge
 from models import HAS_BRIDGE, build
-from backward_lens_tl.files import shards as parts
-from backward_lens_tl.evaluation import EvaluationConfig, evaluate
+from backward_lens_tl.files import storage
+from backward_lens_tl.runs import run, shards
+from backward_lens_tl.evaluation.config import EvaluationConfig
+from backward_lens_tl.evaluation.run import evaluate
 
 out, texts = Path(sys.argv[1]), sys.argv[3]
 model = build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2").model
@@ -896,7 +901,7 @@ def whole(name):
 
 
 def killed(name, moment, when):
-    real, left = parts.replacing, iter(range(moment))
+    real, left = storage.replacing, iter(range(moment))
 
     @contextmanager
     def replacing(path):
@@ -908,7 +913,7 @@ def killed(name, moment, when):
         if is_last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    parts.replacing = replacing
+    run.replacing = shards.replacing = replacing
     whole(name)
 
 
@@ -920,13 +925,13 @@ def ranked(rank, port):
     whole("two")
 
 
-# run.json, and five tables of each of four parts: some of the moments, all kinds of them.
+# run.json, and five tables of each of four shards: some of the moments, all kinds of them.
 for moment in (0, 3, 5, 12):
     for when in ("written", "placed"):
         name = f"{moment}-{when}"
         assert forked(lambda: killed(name, moment, when)) == -signal.SIGKILL, name
-        done = len(list((out / name / "edits").glob("part-*")))
-        # A part whose last table is in place is finished, and not lost.
+        done = len(list((out / name / "edits").glob("shard-*")))
+        # A shard whose last table is in place is finished, and not lost.
         assert done == max(0, (moment - (when == "written")) // 5), (name, done)
         assert forked(lambda: whole(name)) == 0, name
 assert forked(lambda: whole("whole")) == 0
@@ -961,7 +966,7 @@ def test_killed_at_any_moment_it_loses_no_finished_record(tmp_path: Path, texts:
         assert digests(folder) == expected, folder.name
         assert Evaluation.load(folder).is_complete
     logs = [(tmp_path / "two" / f"log-{rank}.txt").read_text() for rank in range(2)]
-    assert all("2 of the 4 parts that are left" in log for log in logs)
+    assert all("2 of the 4 shards that are left" in log for log in logs)
 
 
 # ------------------------------------------------------------------------------ settings, methods
@@ -970,20 +975,20 @@ def test_killed_at_any_moment_it_loses_no_finished_record(tmp_path: Path, texts:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"records": 0}, "records is 0; pass an integer from 1 on"),
+        ({"records": 0}, "records is 0; it should be greater than or equal to 1, or None"),
         ({"rows": []}, "rows is empty or names a row twice"),
         ({"rows": [1, 1]}, "rows is empty or names a row twice"),
-        ({"rows": [-1]}, "rows holds -1"),
+        ({"rows": [-1]}, "rows is [-1]; it should be greater than or equal to 0"),
         ({"rows": [0], "records": 1}, "records and rows are both given"),
         ({"edits_at_once": 0}, "edits_at_once is 0"),
         ({"generation_length": -1}, "generation_length is -1"),
         ({"top_k": True}, "top_k is True"),
         ({"seed": "a"}, "seed is 'a'"),
-        ({"prepend_bos": 1}, "prepend_bos is 1; allowed are True, False, None"),
+        ({"prepend_bos": 1}, "prepend_bos is 1; it should be a valid boolean, or None"),
         ({"attributes": None}, "attributes is None"),
-        ({"denominator": "m"}, "denominator is 'm'; allowed are 'n', 'n-1'"),
-        ({"max_tokens": 1}, "max_tokens is 1; pass an integer from 2 on"),
-        ({"texts": 3}, "texts is 3; pass 'facts'"),
+        ({"denominator": "m"}, "denominator is 'm'; it should be 'n' or 'n-1'"),
+        ({"max_tokens": 1}, "max_tokens is 1; it should be greater than or equal to 2"),
+        ({"texts": 3}, "texts is 3; it should be a valid string, or None"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"resamples": 0}, "resamples is 0"),
     ],
@@ -1032,7 +1037,7 @@ def test_presets_learn_from_other_rows_and_keep_it_in_the_folder(run, tiny, monk
         asked.append((model, names, given))
         return {"shift": Nudge()}
 
-    monkeypatch.setattr(run_module, "preset_methods", preset_methods)
+    monkeypatch.setattr(evaluation_run, "preset_methods", preset_methods)
     again = {**ROWS[1], "prompt": "The king of Messi is", "id": "same subject"}
     found = run(
         "all",
@@ -1056,7 +1061,7 @@ def test_presets_learn_from_other_rows_and_keep_it_in_the_folder(run, tiny, monk
 def test_the_command_prints_the_table(facts_model: Any, tmp_path: Path, monkeypatch, capfd) -> None:
     found = {"nudge": Nudge(layer=6), "failing": Failing(when="Porsche")}
     monkeypatch.setattr(loading, "load_model", lambda *args, **kwargs: facts_model)
-    monkeypatch.setattr(run_module, "preset_methods", lambda *args, **kwargs: found)
+    monkeypatch.setattr(evaluation_run, "preset_methods", lambda *args, **kwargs: found)
     argv = ["evaluate", "--model", "facts", "--methods", "all", "--rows", "0:2", "--neighbors",
             "1", "--generation-length", "0", "--n-texts", "2", "--seed", "3",
             "--quiet"]  # fmt: skip
@@ -1069,7 +1074,7 @@ def test_the_command_prints_the_table(facts_model: Any, tmp_path: Path, monkeypa
     expected = EvaluationConfig(rows=(0, 1), neighbors=1, generation_length=0, n_texts=2, seed=3)
     assert done.config == expected
     for wrong, message in (
-        (["--rows", "4"], "error: --rows 4 is no FIRST:END"),
+        (["--rows", "4"], "error: --rows 4 is not FIRST:END"),
         (["--top-k", "0"], "error: top_k is 0"),
         (["--seed", "5"], "another config: seed was 3, is 5"),
     ):

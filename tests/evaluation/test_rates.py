@@ -18,9 +18,11 @@ import backward_lens_tl as blt
 from backward_lens_tl.editing import EditRequest, ForwardPassShift, GradientStep
 from backward_lens_tl.editing.delta import WeightDelta
 from backward_lens_tl.errors import EditError, EvaluationError, InputError
-from backward_lens_tl.evaluation import EvaluationConfig, rates, search, tuning
+from backward_lens_tl.evaluation import rates, tuning
+from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.perplexity import perplexity, read_texts
 from backward_lens_tl.evaluation.rates import RATES, STEPS, least_rates, least_rates_by_layer
+from backward_lens_tl.evaluation.tuning import search
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.checksums import tensors_checksum
 

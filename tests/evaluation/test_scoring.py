@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from backward_lens_tl.capture import continuations
 from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.errors import EvaluationError
-from backward_lens_tl.evaluation import EvaluationConfig
 from backward_lens_tl.evaluation import perplexity as perplexities
+from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.metrics import (
     Answered,
     begins_with,

@@ -23,7 +23,7 @@ from backward_lens_tl.data.segments import covered_tokens, subject_span
 from backward_lens_tl.editing.requests import tokenize_request
 from backward_lens_tl.errors import BackwardLensError, InputError, TargetError
 from backward_lens_tl.models import host_of
-from backward_lens_tl.sweeps.plan import Item, plan_parts
+from backward_lens_tl.sweeps.plan import Item, plan_shards
 
 PROMPTS = (
     "Once upon a time",
@@ -226,7 +226,7 @@ def test_subject_start_counts_the_callers_characters(
     assert last == last_token_of(case.model.tokenizer, prompt, starts[nth] + len(subject))
     config = blt.SweepConfig(prepend_bos=False, multi_token="first")
     row = {"prompt": prompt, "target": " Paris", "subject": subject, "subject_start": starts[nth]}
-    [[item]] = plan_parts(host_of(case.model), blt.read_records([row]), config)
+    [[item]] = plan_shards(host_of(case.model), blt.read_records([row]), config)
     assert isinstance(item, Item)
     assert item.subject == (starts[nth], starts[nth] + len(subject))
 

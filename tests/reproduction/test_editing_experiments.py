@@ -20,7 +20,7 @@ from backward_lens_tl.data.records import BadRecord
 from backward_lens_tl.editing import MEMIT, ForwardPassShift, GradientStep, facts_moments
 from backward_lens_tl.editing.tokens import compare_tokens
 from backward_lens_tl.errors import EvaluationError, InputError
-from backward_lens_tl.evaluation import least_rates_by_layer
+from backward_lens_tl.evaluation.rates import least_rates_by_layer
 from backward_lens_tl.evaluation.summary import METRICS
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.checksums import tensors_checksum

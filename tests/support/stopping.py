@@ -1,4 +1,4 @@
-"""Folders of parts as a process that was killed leaves them, made within the tests' own process."""
+"""Folders of shards as a process that was killed leaves them, made within the tests' own process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from backward_lens_tl.files import shards as parts
+from backward_lens_tl.files import storage
+from backward_lens_tl.runs import run, shards
 from backward_lens_tl.sweeps.columns import TABLES
 
 
@@ -33,7 +34,7 @@ def killed(action: Callable[[], object], moment: int, when: str) -> None:
 
     A file that is written has its hidden name still, and nobody clears it away.
     """
-    real, left = parts.replacing, iter(range(moment))
+    real, left = storage.replacing, iter(range(moment))
 
     @contextmanager
     def replacing(path: Path) -> Iterator[Path]:
@@ -47,7 +48,8 @@ def killed(action: Callable[[], object], moment: int, when: str) -> None:
             raise Killed
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(parts, "replacing", replacing)
+        patched.setattr(run, "replacing", replacing)
+        patched.setattr(shards, "replacing", replacing)
         with pytest.raises(Killed):
             action()
 

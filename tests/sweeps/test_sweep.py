@@ -33,13 +33,13 @@ from backward_lens_tl import cli
 from backward_lens_tl.capture.prompts import Prompt
 from backward_lens_tl.data.records import Record, Records
 from backward_lens_tl.errors import BackwardLensError, InputError, SweepError, UnsupportedModelError
-from backward_lens_tl.files import shards as parts
-from backward_lens_tl.files.distributed import own_device
 from backward_lens_tl.models import loading
-from backward_lens_tl.sweeps import Sweep, SweepConfig, measuring, plan
+from backward_lens_tl.runs import run as run_module
+from backward_lens_tl.runs.distributed import own_device
+from backward_lens_tl.sweeps import measuring, plan
 from backward_lens_tl.sweeps.columns import TABLES
-
-PACKAGE = sys.modules["backward_lens_tl.sweeps"]
+from backward_lens_tl.sweeps.config import SweepConfig
+from backward_lens_tl.sweeps.run import Sweep
 
 ROWS = [
     {"prompt": "The capital of France is", "target": " Paris", "subject": "France", "id": "f"},
@@ -89,22 +89,22 @@ def swept(tiny: nn.Module, tmp_path: Path) -> Callable[..., Sweep]:
 
 @pytest.fixture(scope="module")
 def plain(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """`ROWS` in one part, which many tests look at."""
+    """`ROWS` in one shard, which many tests look at."""
     out = tmp_path_factory.mktemp("plain") / "out"
     return blt.sweep(tiny, ROWS, out, SweepConfig(layers=0), progress=False)
 
 
 @pytest.fixture(scope="module")
-def in_parts(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Sweep]:
-    """Good rows among bad ones, by the size of a part.
+def in_shards(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Sweep]:
+    """Good rows among bad ones, by the size of a shard.
 
     Made with the run-time type checks on, if they are on.
     """
     names = [column.name for column in TABLES["gradients"]]
     found = {}
     for size in (2, 64):
-        config = SweepConfig(layers=0, part_size=size, gradient_columns=names)
-        out = tmp_path_factory.mktemp("parts") / "out"
+        config = SweepConfig(layers=0, shard_size=size, gradient_columns=names)
+        out = tmp_path_factory.mktemp("shards") / "out"
         found[size] = blt.sweep(tiny, mixed()[0], out, config, progress=False)
     return found
 
@@ -148,15 +148,15 @@ def fail_on(
 # -------------------------------------------------------------------------- every row, exactly once
 
 
-@pytest.mark.parametrize("part_size", [2, 64])
+@pytest.mark.parametrize("shard_size", [2, 64])
 def test_every_row_is_analysed_or_rejected_with_its_reason(
-    in_parts: dict[int, Sweep], part_size: int
+    in_shards: dict[int, Sweep], shard_size: int
 ):
     rows, reasons = mixed()
-    found = in_parts[part_size]
+    found = in_shards[shard_size]
     prompts, rejects = found.prompts(), found.rejects()
     assert found.is_complete
-    assert found.n_parts == -(-len(rows) // part_size)
+    assert found.n_shards == -(-len(rows) // shard_size)
     assert sorted([*prompts["prompt"], *rejects["prompt"]]) == list(range(len(rows)))
     assert dict(zip(rejects["prompt"], rejects["reason"], strict=True)) == reasons
     assert rejects["problem"].str.len().min() > 10
@@ -182,7 +182,7 @@ def test_reasons_that_only_records_have(swept):
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_data_without_one_usable_row_are_swept(swept):
-    found = swept([row for _, row in BAD], part_size=4)
+    found = swept([row for _, row in BAD], shard_size=4)
     assert found.is_complete
     assert len(found.rejects()) == len(BAD)
     assert len(found.prompts()) == len(found.positions()) == len(found.gradients()) == 0
@@ -202,7 +202,7 @@ def test_a_sample_of_the_rows(swept):
     first = chosen(prompts=10, seed=1)
     assert len(first) == 10
     assert first != list(range(10))
-    assert chosen(prompts=10, seed=1, part_size=3) == first
+    assert chosen(prompts=10, seed=1, shard_size=3) == first
     assert chosen(prompts=10, seed=2) != first
     assert len(chosen(prompts=1000)) == len(rows)
 
@@ -243,7 +243,7 @@ def test_a_bug_is_no_matter_of_the_prompts(swept, monkeypatch):
 @pytest.mark.usefixtures("as_for_a_user")
 def test_a_prompt_too_long_for_the_budget_is_rejected_alone(swept):
     rows = [*ROWS, {"prompt": "the " * 60, "target": " the"}]
-    found = swept(rows, layers=0, budget=1_200_000, part_size=2)
+    found = swept(rows, layers=0, memory=blt.Memory(budget=1_200_000), shard_size=2)
     [reject] = found.rejects().to_dict("records")
     assert (reject["prompt"], reject["reason"]) == (5, "numbers")
     assert "the budget is" in reject["problem"]
@@ -254,7 +254,7 @@ def test_a_prompt_too_long_for_the_budget_is_rejected_alone(swept):
 def test_only_prompts_of_the_part_that_fails_run_alone(swept, monkeypatch):
     bad = "Messi plays"
     calls = fail_on(monkeypatch, lambda prompts: InputError("odd") if bad in prompts else None)
-    found = swept(layers=0, part_size=2)
+    found = swept(layers=0, shard_size=2)
     assert [len(call) for call in calls] == [2, 1, 1, 2, 1]
     assert found.rejects()["prompt"].tolist() == [2]
 
@@ -468,7 +468,7 @@ def test_every_column_against_the_reference_model(gpt2: Case, tmp_path: Path):
     config = SweepConfig(
         projection=("logit_lens", "normalized"),
         k=3,
-        part_size=3,
+        shard_size=3,
         prepend_bos=True,
         gradient_columns=[column.name for column in TABLES["gradients"]],
     )
@@ -508,7 +508,7 @@ def test_without_w_out_of_the_last_layer_no_cosine(swept):
     assert found.positions()["top_vjp_cosine"].notna().any()
 
 
-# -------------------------------------------------------------------- parts and order do not matter
+# -------------------------------------------------------------------- shards and order do not matter
 
 
 def assert_close(left: pd.DataFrame, right: pd.DataFrame) -> None:
@@ -531,9 +531,9 @@ def assert_close(left: pd.DataFrame, right: pd.DataFrame) -> None:
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_no_number_depends_on_parts_or_the_order_of_rows(swept):
-    whole, alone = swept(layers=(0, -1)), swept(layers=(0, -1), part_size=1)
-    backwards = swept(ROWS[::-1], layers=(0, -1), part_size=2)
+def test_no_number_depends_on_shards_or_the_order_of_rows(swept):
+    whole, alone = swept(layers=(0, -1)), swept(layers=(0, -1), shard_size=1)
+    backwards = swept(ROWS[::-1], layers=(0, -1), shard_size=2)
     for name in ("prompts", "gradients", "positions"):
         table = getattr(whole, name)()
         assert_close(getattr(alone, name)(), table)
@@ -564,8 +564,8 @@ SCHEMA = {
 }
 
 
-def test_the_schema_is_the_same_in_every_part_empty_or_not(in_parts: dict[int, Sweep]):
-    found = in_parts[2]
+def test_the_schema_is_the_same_in_every_part_empty_or_not(in_shards: dict[int, Sweep]):
+    found = in_shards[2]
     for table, expected in SCHEMA.items():
         counts = []
         for file in sorted((found.folder / table).iterdir()):
@@ -574,8 +574,8 @@ def test_the_schema_is_the_same_in_every_part_empty_or_not(in_parts: dict[int, S
             told = re.sub(r"<\w+: ", "<element: ", ", ".join(f"{f.name} {f.type}" for f in schema))
             assert told == " ".join(expected.split())
             counts.append(pq.read_metadata(file).num_rows)
-        assert len(counts) == found.n_parts > 2
-        assert table == "rejects" or 0 in counts, "the test is to have a part without rows"
+        assert len(counts) == found.n_shards > 2
+        assert table == "rejects" or 0 in counts, "the test is to have a shard without rows"
         assert max(counts) > 0
 
 
@@ -631,8 +631,8 @@ def test_reading_chosen_columns(plain: Sweep):
         plain.gradients(["singular_values"])
 
 
-def test_dtypes_do_not_depend_on_parts_without_rows(in_parts: dict[int, Sweep]):
-    one, many = in_parts[64], in_parts[2]
+def test_dtypes_do_not_depend_on_shards_without_rows(in_shards: dict[int, Sweep]):
+    one, many = in_shards[64], in_shards[2]
     for name in ("prompts", "rejects", "gradients", "positions"):
         tables = getattr(one, name)(), getattr(many, name)()
         assert dict(tables[0].dtypes.astype(str)) == dict(tables[1].dtypes.astype(str)), name
@@ -640,11 +640,11 @@ def test_dtypes_do_not_depend_on_parts_without_rows(in_parts: dict[int, Sweep]):
     assert str(one.positions()["target_rank"].dtype) == "Int64"
 
 
-def test_other_readers_of_the_folder_see_the_same_rows(in_parts: dict[int, Sweep], tmp_path: Path):
-    found = Sweep.load(shutil.copytree(in_parts[2].folder, tmp_path / "copy"))
+def test_other_readers_of_the_folder_see_the_same_rows(in_shards: dict[int, Sweep], tmp_path: Path):
+    found = Sweep.load(shutil.copytree(in_shards[2].folder, tmp_path / "copy"))
     for table in TABLES:
         folder = found.folder / table
-        (folder / ".0f.partial.part-000000.parquet").write_bytes(b"half a file")
+        (folder / ".0f.partial.shard-000000.parquet").write_bytes(b"half a file")
         n_rows = len(getattr(found, table)())
         assert len(pd.read_parquet(folder)) == n_rows
         assert pads.dataset(folder).count_rows() == n_rows
@@ -656,9 +656,9 @@ def test_other_readers_of_the_folder_see_the_same_rows(in_parts: dict[int, Sweep
 
 def test_the_documentation_has_the_schema():
     page = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="utf-8")
-    parts = re.findall(r"^### `(\w+)`(.*?)(?=^##|\Z)", page, flags=re.M | re.S)
-    assert [name for name, _ in parts] == list(TABLES)[::-1]
-    for name, text in parts:
+    shards = re.findall(r"^### `(\w+)`(.*?)(?=^##|\Z)", page, flags=re.M | re.S)
+    assert [name for name, _ in shards] == list(TABLES)[::-1]
+    for name, text in shards:
         lines = re.findall(r"^\| `(\w+)` \| `([\w<>]+)` \| (.+) \|$", text, flags=re.M)
         expected = [
             (
@@ -676,12 +676,12 @@ def test_the_documentation_has_the_schema():
 
 @pytest.fixture(scope="module")
 def whole(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """A sweep of three parts that nobody stopped."""
+    """A sweep of three shards that nobody stopped."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    return blt.sweep(tiny, ROWS, out, SweepConfig(**THREE_PARTS), progress=False)
+    return blt.sweep(tiny, ROWS, out, SweepConfig(**THREE_SHARDS), progress=False)
 
 
-THREE_PARTS: dict[str, Any] = {"layers": -1, "matrices": "W_out", "k": 2, "part_size": 2}
+THREE_SHARDS: dict[str, Any] = {"layers": -1, "matrices": "W_out", "k": 2, "shard_size": 2}
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -692,21 +692,21 @@ THREE_PARTS: dict[str, Any] = {"layers": -1, "matrices": "W_out", "k": 2, "part_
 def test_killed_at_a_file_it_goes_on_and_ends_the_same(
     swept, whole: Sweep, tmp_path: Path, moment: int, when: str
 ):
-    """At `run.json`, and at some of the four tables of each of three parts."""
+    """At `run.json`, and at some of the four tables of each of three shards."""
     out = tmp_path / "out"
-    killed(lambda: swept(folder="out", **THREE_PARTS), moment, when)
-    n_parts = max(0, (moment - (when == "written")) // 4)
-    finished = [file for n in range(n_parts) for file in out.glob(f"*/part-{n:06d}.parquet")]
-    assert len(finished) == 4 * n_parts
+    killed(lambda: swept(folder="out", **THREE_SHARDS), moment, when)
+    n_shards = max(0, (moment - (when == "written")) // 4)
+    finished = [file for n in range(n_shards) for file in out.glob(f"*/shard-{n:06d}.parquet")]
+    assert len(finished) == 4 * n_shards
     if (out / "run.json").exists():
         half = Sweep.load(out)
-        assert half.finished == tuple(range(n_parts))
+        assert half.finished == tuple(range(n_shards))
         assert not half.is_complete
-        assert f"{n_parts} of 3 parts" in repr(half)
-        assert len(half.prompts()) + len(half.rejects()) == 2 * n_parts
+        assert f"{n_shards} of 3 shards" in repr(half)
+        assert len(half.prompts()) + len(half.rejects()) == 2 * n_shards
         assert len(half.positions()) == len(half.positions(["norm"]))
     before = {file: file.stat().st_mtime_ns for file in finished}
-    assert swept(folder="out", **THREE_PARTS).is_complete
+    assert swept(folder="out", **THREE_SHARDS).is_complete
     assert digests(out) == digests(whole.folder)
     assert {file: file.stat().st_mtime_ns for file in finished} == before
 
@@ -716,12 +716,12 @@ def test_a_process_analyses_its_share(swept, whole: Sweep, monkeypatch):
     """The second of two; what the first did not do one alone does later."""
     with monkeypatch.context() as patched:
         second = second_of_two()
-        patched.setattr(PACKAGE, "this_process", lambda: second)
-        found = swept(folder="out", **THREE_PARTS)
+        patched.setattr(run_module, "this_process", lambda: second)
+        found = swept(folder="out", **THREE_SHARDS)
         assert found.finished == (1,)
         assert len(second.waits) == 2
-    assert "process 1 of 2: 1 of the 3 parts" in (found.folder / "log-1.txt").read_text()
-    assert digests(swept(folder="out", **THREE_PARTS).folder) == digests(whole.folder)
+    assert "process 1 of 2: 1 of the 3 shards" in (found.folder / "log-1.txt").read_text()
+    assert digests(swept(folder="out", **THREE_SHARDS).folder) == digests(whole.folder)
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -742,7 +742,7 @@ def test_only_the_same_sweep_goes_on(swept, tiny: nn.Module):
     cases: list[tuple[dict[str, Any], str]] = [
         ({"layers": 1}, r"another config: layers was \[0\], is \[1\]"),
         ({"layers": 0, "k": 4}, "another config: k was 10, is 4"),
-        ({"layers": 0, "part_size": 2}, "another config: part_size was 64, is 2"),
+        ({"layers": 0, "shard_size": 2}, "another config: shard_size was 64, is 2"),
         ({"layers": 0, "model": other}, "another model: sha256 was"),
         ({"layers": 0, "rows": changed}, "another data: sha256 was"),
         ({"layers": 0, "rows": ROWS[:-1]}, "another data: rows was 5, is 4"),
@@ -776,15 +776,15 @@ def test_other_tokens_of_the_same_texts_do_not_go_on(swept, tiny: nn.Module, mon
 def test_parts_without_their_run_are_not_taken_for_another_s(swept):
     found = swept(folder="out", layers=0)
     (found.folder / "run.json").unlink()
-    with pytest.raises(SweepError, match=r"has parts of a sweep and no run\.json"):
+    with pytest.raises(SweepError, match=r"has shards of a sweep but no run\.json"):
         swept(folder="out", layers=1)
 
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_a_damaged_part_is_named(swept):
-    found = swept(layers=0, part_size=2)
-    (found.folder / "positions" / "part-000001.parquet").write_bytes(b"")
-    with pytest.raises(SweepError, match=r"a part of '.*positions' is damaged: .*Delete the"):
+    found = swept(layers=0, shard_size=2)
+    (found.folder / "positions" / "shard-000001.parquet").write_bytes(b"")
+    with pytest.raises(SweepError, match=r"a shard of '.*positions' is damaged: .*Delete the"):
         found.positions()
     assert len(found.prompts()) == len(ROWS)
 
@@ -812,16 +812,16 @@ def test_another_version_does_not_go_on(swept, name: str):
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_a_part_without_its_last_table_is_written_again(swept):
-    """As a kill between two tables of a part leaves it."""
-    found = swept(folder="out", layers=0, part_size=2)
+    """As a kill between two tables of a shard leaves it."""
+    found = swept(folder="out", layers=0, shard_size=2)
     before = digests(found.folder)
-    (found.folder / "prompts" / "part-000001.parquet").unlink()
-    (found.folder / "rejects" / "part-000001.parquet").unlink()
-    (found.folder / "gradients" / "part-000001.parquet").write_bytes(b"half")
-    left = found.folder / "gradients" / ".0f.partial.part-000001.parquet"
+    (found.folder / "prompts" / "shard-000001.parquet").unlink()
+    (found.folder / "rejects" / "shard-000001.parquet").unlink()
+    (found.folder / "gradients" / "shard-000001.parquet").write_bytes(b"half")
+    left = found.folder / "gradients" / ".0f.partial.shard-000001.parquet"
     left.write_bytes(b"half")
     assert Sweep.load(found.folder).finished == (0, 2)
-    again = swept(folder="out", layers=0, part_size=2)
+    again = swept(folder="out", layers=0, shard_size=2)
     assert digests(again.folder) == before
     assert not left.exists()
 
@@ -839,7 +839,7 @@ def test_folders_that_are_none_of_a_sweep(swept, tiny: nn.Module, tmp_path: Path
         swept(folder="broken")
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(SweepError, match="cannot be made"):
+    with pytest.raises(SweepError, match="cannot be created"):
         swept(folder="file")
     assert file.read_text() == "mine"
     with pytest.raises(SweepError, match="path is None"):
@@ -866,7 +866,7 @@ def test_run_json_says_what_the_sweep_is_of(swept, monkeypatch):
     assert found.config == SweepConfig(seed=7, prompts=4, layers=(0, -1))
     assert SweepConfig.load(found.folder / "run.json") == found.config
     log = (found.folder / "log-0.txt").read_text()
-    assert "part 0: 4 prompts and 0 rejects" in log
+    assert "shard 0: 104 positions, 16 gradients, 0 rejects, 4 prompts in " in log
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -888,24 +888,30 @@ def test_fingerprints_change_with_one_bit_of_either(swept, plain):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"projection": "nope"}, "projection is 'nope'; allowed are 'logit_lens', 'normalized'"),
-        ({"projection": ()}, r"projection is \(\); pass one or both of"),
-        ({"projection": ("normalized", "normalized")}, "pass one or both of"),
-        ({"direction": "up"}, "direction is 'up'; allowed are 'update', 'gradient'"),
-        ({"vjps_at": "mlp"}, "vjps_at is 'mlp'; allowed are 'matrix', 'residual'"),
-        ({"prepend_bos": "yes"}, "prepend_bos is 'yes'; allowed are True, False, None"),
-        ({"multi_token": "middle"}, "multi_token is 'middle'; allowed are 'first', 'last'"),
+        ({"projection": "nope"}, "projection is 'nope'; it should be 'logit_lens' or 'normalized'"),
+        ({"projection": ()}, r"projection is \(\); pass .* or both"),
+        ({"projection": ("normalized", "normalized")}, "pass .* or both"),
+        ({"direction": "up"}, "direction is 'up'; it should be 'update' or 'gradient'"),
+        ({"vjps_at": "mlp"}, "vjps_at is 'mlp'; it should be 'matrix' or 'residual'"),
+        ({"prepend_bos": "yes"}, "prepend_bos is 'yes'; it should be a valid boolean, or None"),
+        (
+            {"multi_token": "middle"},
+            "multi_token is 'middle'; it should be 'first' or 'last', or None",
+        ),
         ({"position_columns": "nope"}, "the table of positions has no column 'nope'; it has prom"),
-        ({"gradient_columns": ("rank", 3)}, "the table of gradients has no column 3; it has prom"),
-        ({"k": 0}, "k is 0; pass an integer from 1 on"),
-        ({"k": None}, "k is None; pass an integer"),
-        ({"k": True}, "k is True; pass an integer"),
-        ({"prompts": 0}, "prompts is 0; pass an integer from 1 on"),
-        ({"prompts": 1.5}, "prompts is 1.5; pass an integer"),
-        ({"part_size": 0}, "part_size is 0; pass an integer"),
-        ({"part_size": "8"}, "part_size is '8'; pass an integer"),
-        ({"budget": -1}, "budget is -1; pass an integer from 1 on"),
-        ({"seed": "now"}, "seed is 'now'; pass an integer, such as 0"),
+        (
+            {"gradient_columns": ("rank", 3)},
+            r"gradient_columns is \('rank', 3\); it should be a valid string",
+        ),
+        ({"k": 0}, "k is 0; it should be greater than or equal to 1"),
+        ({"k": None}, "k is None; it should be a valid integer"),
+        ({"k": True}, "k is True; it should be a valid integer"),
+        ({"prompts": 0}, "prompts is 0; it should be greater than or equal to 1, or None"),
+        ({"prompts": 1.5}, "prompts is 1.5; it should be a valid integer"),
+        ({"shard_size": 0}, "shard_size is 0; it should be greater"),
+        ({"shard_size": "8"}, "shard_size is '8'; it should be a valid integer"),
+        ({"memory": 10**9}, "memory is 1000000000; it should be an instance of Memory, or None"),
+        ({"seed": "now"}, "seed is 'now'; it should be a valid integer"),
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, Any], message: str):
@@ -920,7 +926,7 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str):
         ({"matrices": "W_up"}, "unknown matrix 'W_up'; allowed are"),
         ({"matrices": ()}, "no matrix was asked for"),
         ({"layers": 3}, "layer 3 does not exist; allowed are -3 to 2"),
-        ({"budget": 1000}, "the budget is 1,000 bytes"),
+        ({"memory": blt.Memory(budget=1000)}, "the budget is 1,000 bytes"),
     ],
 )
 def test_settings_that_the_model_refuses(swept, tmp_path: Path, settings, message: str):
@@ -945,10 +951,10 @@ def test_settings_that_compare_equal(swept):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"colour": 3}', r"there is no setting 'colour'; allowed are matrices, layers, .*budget"),
+        ('{"colour": 3}', r"there is no setting 'colour'; allowed are matrices, layers, .*memory"),
         ('{"config": {"colour": 3}}', "there is no setting 'colour'"),
-        ('{"config": 3}', "has 3 under 'config'"),
-        ("[1]", "holds no JSON object"),
+        ('{"config": 3}', "has 3 for settings"),
+        ("[1]", r"has \[1\] for settings; write a JSON object"),
         ("{", "cannot be read"),
         ('{"k": 0}', "k is 0"),
     ],
@@ -1034,7 +1040,7 @@ def test_a_broken_line_of_a_file_is_one_reject(swept, tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     good = [json.dumps(row) for row in ROWS]
     file.write_text("\n".join([good[0], '{"prompt": "Rom', "[]", *good[1:]]))
-    found = swept(file, layers=0, part_size=2)
+    found = swept(file, layers=0, shard_size=2)
     assert found.rejects()[["prompt", "reason"]].to_numpy().tolist() == [[1, "row"], [2, "row"]]
     assert "line 2 is not valid JSON" in found.rejects()["problem"][0]
     assert found.prompts()["prompt"].tolist() == [0, 3, 4, 5, 6]
@@ -1121,7 +1127,7 @@ def test_each_process_has_a_device_of_its_own() -> None:
 @pytest.mark.usefixtures("as_for_a_user", "loaded")
 def test_settings_of_another_sweep_give_its_tables(tmp_path: Path, monkeypatch, capfd):
     argv = "--prompts 2 --seed 4 --layers -1 --projection normalized --direction gradient --k 2"
-    argv += " --part-size 1 --no-prepend-bos --position-columns norm top_tokens --gradient-columns"
+    argv += " --shard-size 1 --no-bos --position-columns norm top_tokens --gradient-columns"
     argv += " --vjps-at residual --multi-token last --budget 100000000"
     first, second, third = (tmp_path / name for name in "abc")
     assert called([*argv.split(), "--out", str(first)], capfd)[0] == 0
@@ -1133,13 +1139,13 @@ def test_settings_of_another_sweep_give_its_tables(tmp_path: Path, monkeypatch, 
         projection="normalized",
         direction="gradient",
         k=2,
-        part_size=1,
+        shard_size=1,
         prepend_bos=False,
         position_columns=("norm", "top_tokens"),
         gradient_columns=(),
         vjps_at="residual",
         multi_token="last",
-        budget=100_000_000,
+        memory=blt.Memory(budget=100_000_000),
     )
     settings = ["--config", str(first / "run.json"), "--quiet"]
     assert called([*settings, "--out", str(second)], capfd)[0] == 0
@@ -1174,10 +1180,10 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path, capfd):
 
 
 def test_a_bar_shows_how_far_it_is(tiny: nn.Module, tmp_path: Path, capfd):
-    config = SweepConfig(layers=0, part_size=2)
+    config = SweepConfig(layers=0, shard_size=2)
     blt.sweep(tiny, ROWS, tmp_path / "a", config, progress=False)
     assert "prompt" not in capfd.readouterr().err
-    (tmp_path / "a" / "prompts" / "part-000002.parquet").unlink()
+    (tmp_path / "a" / "prompts" / "shard-000002.parquet").unlink()
     blt.sweep(tiny, ROWS, tmp_path / "a", config)
     out, err = capfd.readouterr()
     assert out == ""
@@ -1186,6 +1192,6 @@ def test_a_bar_shows_how_far_it_is(tiny: nn.Module, tmp_path: Path, capfd):
 
 
 def test_without_pyarrow_it_says_what_to_install(tiny: nn.Module, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(parts, "find_spec", lambda name: None)
+    monkeypatch.setattr(run_module, "find_spec", lambda name: None)
     with pytest.raises(BackwardLensError, match=r"backward-lens-tl\[parquet\]"):
         blt.sweep(tiny, ROWS, tmp_path)

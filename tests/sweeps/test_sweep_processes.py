@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from stopping import digests
 
-from backward_lens_tl.sweeps import Sweep
+from backward_lens_tl.sweeps.run import Sweep
 
 pytestmark = pytest.mark.slow
 
-ARGUMENTS = "--data facts --prompts 5 --part-size 2 --layers -1 --matrices W_out --k 2 --quiet"
-N_PARTS = 3
+ARGUMENTS = "--data facts --prompts 5 --shard-size 2 --layers -1 --matrices W_out --k 2 --quiet"
+N_SHARDS = 3
 
 
 def environment() -> dict[str, str]:
@@ -50,13 +50,15 @@ import accelerate, accelerate.utils, pandas, pyarrow.parquet, tqdm.auto
 import torch
 torch.set_num_threads(1)
 from backward_lens_tl import load_facts_model
-from backward_lens_tl.files import shards as parts
+from backward_lens_tl.files import storage
+from backward_lens_tl.runs import run, shards
 from backward_lens_tl.data.readers import read_records
-from backward_lens_tl.sweeps import SweepConfig, sweep
+from backward_lens_tl.sweeps.config import SweepConfig
+from backward_lens_tl.sweeps.run import sweep
 
 out = Path(sys.argv[1])
 records, model = read_records("facts"), load_facts_model()
-settings = SweepConfig(prompts=5, part_size=2, layers=-1, matrices="W_out", k=2)
+settings = SweepConfig(prompts=5, shard_size=2, layers=-1, matrices="W_out", k=2)
 
 
 def die():
@@ -79,7 +81,7 @@ def forked(action):
 
 def killed(name, moment, when):
     """A sweep that is killed as it writes its n-th file: before, or once it is in place."""
-    real, left = parts.replacing, iter(range(moment))
+    real, left = storage.replacing, iter(range(moment))
 
     @contextmanager
     def replacing(path):
@@ -91,7 +93,7 @@ def killed(name, moment, when):
         if is_last:
             die()
 
-    parts.replacing = replacing
+    run.replacing = shards.replacing = replacing
     sweep(model, records, out / name, settings, progress=False)
 
 
@@ -107,7 +109,7 @@ def ranked(rank, port):
     whole("two")
 
 
-# Every moment of a sweep of three parts: run.json, and four tables of each part.
+# Every moment of a sweep of three shards: run.json, and four tables of each shard.
 for moment in range(1 + 4 * 3):
     for when in ("written", "placed"):
         name = f"{moment}-{when}"
@@ -154,9 +156,9 @@ def commanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_killed_at_every_moment_it_ends_the_same(driven: Path):
     expected = digests(driven / "whole")
-    assert len(expected) == 4 * N_PARTS
+    assert len(expected) == 4 * N_SHARDS
     names = [
-        f"{moment}-{when}" for moment in range(1 + 4 * N_PARTS) for when in ("written", "placed")
+        f"{moment}-{when}" for moment in range(1 + 4 * N_SHARDS) for when in ("written", "placed")
     ]
     for name in names:
         assert digests(driven / name) == expected, name
@@ -167,9 +169,9 @@ def test_two_processes_give_what_one_gives(driven: Path):
     assert digests(driven / "two") == digests(driven / "whole")
     logs = [(driven / "two" / f"log-{rank}.txt").read_text() for rank in range(2)]
     for rank, log in enumerate(logs):
-        own = list(range(rank, N_PARTS, 2))
-        assert f"process {rank} of 2: {len(own)} of the {N_PARTS} parts that are left" in log
-        written = [int(line.split()[4][:-1]) for line in log.splitlines() if " INFO part " in line]
+        own = list(range(rank, N_SHARDS, 2))
+        assert f"process {rank} of 2: {len(own)} of the {N_SHARDS} shards that are left" in log
+        written = [int(line.split()[4][:-1]) for line in log.splitlines() if " INFO shard " in line]
         assert written == own
 
 
@@ -193,7 +195,7 @@ def test_the_processes_that_accelerate_starts(commanded: Path, tmp_path: Path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == f"5 prompts analysed, 0 rejected: {out}"
         assert digests(out) == digests(commanded)
-    assert (tmp_path / "many" / "log-1.txt").read_text().count(" INFO part ") == 1
+    assert (tmp_path / "many" / "log-1.txt").read_text().count(" INFO shard ") == 1
 
 
 def test_processes_that_are_refused_end(commanded: Path):
@@ -210,8 +212,8 @@ def test_one_process_goes_on_with_what_two_began(commanded: Path, tmp_path: Path
     launch = [script("torchrun"), "--nproc_per_node", "2", "-m", "backward_lens_tl", "sweep"]
     both = [*launch, *ARGUMENTS.split(), "--out", str(out)]
     assert ran(both).returncode == 0
-    for part in (1, 2):
-        (out / "prompts" / f"part-{part:06d}.parquet").unlink()
+    for shard in (1, 2):
+        (out / "prompts" / f"shard-{shard:06d}.parquet").unlink()
     alone = [sys.executable, "-m", "backward_lens_tl", "sweep", *ARGUMENTS.split()]
     assert ran([*alone, "--out", str(out)]).returncode == 0
     assert digests(out) == digests(commanded)
@@ -224,7 +226,7 @@ def test_all_of_counterfact_killed_twice(shared: Path, stories_folder: Path, tmp
     command += ["--data", str(data), "--multi-token", "first", "--quiet", "--out"]
 
     def finished(folder: Path) -> int:
-        return len(list((folder / "prompts").glob("part-*.parquet")))
+        return len(list((folder / "prompts").glob("shard-*.parquet")))
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     began = time.perf_counter()

@@ -11,7 +11,7 @@ import pytest
 from test_figures import bands, lines
 
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.evaluation import least_rates_by_layer
+from backward_lens_tl.evaluation.rates import least_rates_by_layer
 from backward_lens_tl.views import figures
 
 BACKENDS = ("plotly", "matplotlib")

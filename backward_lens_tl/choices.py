@@ -1,0 +1,13 @@
+"""Values that arguments choose among; importable without torch, for the command line."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Kind = Literal["hooked", "bridge"]
+MultiToken = Literal["first", "last"]
+Direction = Literal["update", "gradient"]
+VjpsAt = Literal["matrix", "residual"]
+Measure = Literal["answer_rank", "entropy"]
+Lens = Literal["logit_lens", "normalized"]
+Denominator = Literal["n", "n-1"]

@@ -1,0 +1,134 @@
+"""Options of a command, generated from the fields and the docstring of a dataclass."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from types import NoneType
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from backward_lens_tl.choices import Kind
+from backward_lens_tl.runs.config import Config, members
+
+_NAMES = {"prepend_bos": "bos"}
+"""Options whose name is not the field's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What every command has.
+
+    Attributes:
+        model: The facts model that ships with this package (facts), a local folder in Hugging Face
+            format, or a name on the hub, such as gpt2.
+        kind: TransformerLens's model class; by default the one that it prefers.
+        SETTINGS: Settings whose fields are options too.
+        NO_OPTIONS: Those of its fields that are not.
+    """
+
+    SETTINGS: ClassVar[type[Config] | None] = None
+    NO_OPTIONS: ClassVar[tuple[str, ...]] = ()
+
+    model: str = "facts"
+    kind: Kind | None = None
+
+    def run(self, settings: dict[str, Any]) -> None:
+        """Run the command.
+
+        Args:
+            settings: The settings that were given, by name.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCommand(Command):
+    """What commands over data sets have.
+
+    Attributes:
+        data: A .json (CounterFact), .jsonl, .csv, .tsv or .parquet file, a data set's folder or
+            name on the hub, or facts, the records of the facts model.
+        split: The split of a data set.
+        out: The folder to write, or to resume.
+        device: Such as cuda:1; by default this process's own accelerator, if it has one.
+        quiet: Show no progress bars.
+    """
+
+    data: str | None = "facts"
+    split: str = "train"
+    out: str
+    device: str | None = None
+    quiet: bool = False
+
+
+def add_options(parser: argparse.ArgumentParser, command: type[Command]) -> None:
+    """Add the options of a command and its settings.
+
+    Args:
+        parser: What they are added to.
+        command: The command.
+    """
+    own = [field.name for field in fields(command)]
+    for field in fields(command):
+        _add_option(parser, command, field.name, field.default)
+    if command.SETTINGS is not None:
+        group = parser.add_argument_group("settings")
+        for field in fields(command.SETTINGS):
+            if field.name not in (*own, *command.NO_OPTIONS):
+                _add_option(group, command.SETTINGS, field.name, field.default, is_setting=True)
+
+
+def run_command(command: type[Command], given: dict[str, Any]) -> None:
+    """Run a command.
+
+    Args:
+        command: The command.
+        given: Its options and settings, by name.
+    """
+    own = {field.name: given.pop(field.name) for field in fields(command)}
+    command(**own).run(given)
+
+
+def _add_option(
+    parser: Any, owner: type, name: str, default: Any, *, is_setting: bool = False
+) -> None:
+    """Add one option. A required sequence is positional; settings that are not given stay out."""
+    kinds = members(get_type_hints(owner, include_extras=True)[name])
+    sequence = next((each for each in kinds if get_origin(each) is Sequence), None)
+    item = kinds[0] if sequence is None else members(get_args(sequence)[0])[0]
+    option: dict[str, Any] = {"default": argparse.SUPPRESS if is_setting else default}
+    if item is bool:
+        is_flag = NoneType not in kinds
+        option["action"] = "store_true" if is_flag else argparse.BooleanOptionalAction
+    elif get_origin(item) is Literal:
+        option["choices"] = get_args(item)
+    elif item in (str, int):
+        option["type"] = item
+    else:
+        return  # an object, which no option can hold
+    text = _described(owner)[name].replace("%", "%%").replace("`", "")
+    if isinstance(default, str | int) and not isinstance(default, bool):
+        text += f" (default: {default})"
+    flag = f"--{_NAMES.get(name, name).replace('_', '-')}"
+    if default is MISSING:
+        del option["default"]
+        flag = flag if sequence is None else name
+        option |= {"required": True} if sequence is None else {"nargs": "+"}
+    elif sequence is not None:
+        option["nargs"] = "*"
+    if flag.startswith("--"):
+        option["dest"] = name
+    parser.add_argument(flag, help=text, **option)
+
+
+def _described(owner: type) -> dict[str, str]:
+    """The attributes of a class and those that it inherits, from their docstrings."""
+    found: dict[str, str] = {}
+    for each in reversed(owner.__mro__):
+        section = (inspect.getdoc(each) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
+            found[name] = " ".join(text.split()).removesuffix(".")
+    return found

@@ -1,0 +1,393 @@
+"""A run over a data set: its folder, the shards that are written, and what is left to do.
+
+    model + data + settings ── plan ──▶ shards of records ── measure ──▶ rows ──▶ Parquet files
+
+Shards are independent, and a shard is finished once the last of its tables is written. A run that
+was stopped, even by `kill -9`, resumes with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from backward_lens_tl._checks import check_path
+from backward_lens_tl.data.readers import read_records
+from backward_lens_tl.data.records import Records
+from backward_lens_tl.errors import InputError
+from backward_lens_tl.files.storage import replacing
+from backward_lens_tl.models import Host, host_of
+from backward_lens_tl.models.loading import load_model
+from backward_lens_tl.runs.columns import Column, Tables
+from backward_lens_tl.runs.config import Config
+from backward_lens_tl.runs.distributed import own_device, this_process
+from backward_lens_tl.runs.shards import (
+    ANY_SHARD,
+    Reject,
+    Rows,
+    read_table,
+    shard_file,
+    write_shard,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from accelerate import PartialState
+
+_FORMAT_VERSION = 2
+"""Raised when folders of earlier versions can no longer be resumed."""
+
+_RUN = "run.json"
+_DISTRIBUTIONS = ("backward-lens-tl", "transformer-lens", "torch", "transformers", "pyarrow")
+_log = logging.getLogger(__name__)
+
+_Own = TypeVar("_Own", bound="Run")  # Python 3.10 has no Self
+_Config = TypeVar("_Config", bound=Config)
+_Shard = TypeVar("_Shard", bound=Sized)
+
+
+@dataclass(frozen=True)
+class Job(Generic[_Config]):
+    """What a run is asked to do: the model, the data and the settings.
+
+    Attributes:
+        model: The model.
+        host: The same as this package sees it.
+        records: The data.
+        config: The settings.
+        folder: Where tables are written.
+        progress: Whether this process shows progress bars.
+    """
+
+    model: nn.Module
+    host: Host
+    records: Records
+    config: _Config
+    folder: Path
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Plan(Generic[_Shard]):
+    """What a run does; the same in every process, and again when it is resumed.
+
+    Attributes:
+        shards: What is measured together; a shard's length is its number of records.
+        measure: From a shard to the rows of its tables.
+        entries: The records as they are measured, in tokens, for a checksum.
+        about: Further entries of `run.json`.
+    """
+
+    shards: Sequence[_Shard]
+    measure: Callable[[_Shard], Rows]
+    entries: Sequence[object]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, repr=False)
+class Run:
+    """The folder of a run, complete or not. Subclasses say what it holds.
+
+    Attributes:
+        folder: Where it is.
+        run: The contents of `run.json`: settings, versions, command, checksums of model and data.
+        NOUN: What it is, for messages.
+        UNIT: What the progress bar counts.
+        TABLES: Its tables.
+        READ_BY: The methods that read them.
+        CONFIG: The class of its settings.
+        ORDER: The column that rows are sorted by when they are read; `None` keeps the order of the
+            shards.
+    """
+
+    folder: Path
+    run: Mapping[str, Any]
+
+    NOUN: ClassVar[str]
+    UNIT: ClassVar[str]
+    TABLES: ClassVar[Tables]
+    READ_BY: ClassVar[tuple[str, ...]]
+    CONFIG: ClassVar[type[Config]]
+    ORDER: ClassVar[str | None] = None
+
+    @classmethod
+    def load(cls: type[_Own], folder: str | Path) -> _Own:
+        """Open a folder, without model or data.
+
+        Args:
+            folder: Where it is.
+
+        Returns:
+            The shards that are written so far.
+
+        Raises:
+            InputError: If there is no such run; a `SweepError` or `EvaluationError`.
+
+        Examples:
+            >>> blt.Sweep.load(sweep.folder).is_complete
+            True
+        """
+        path = Path(folder) / _RUN
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise cls._error(
+                f"{os.fspath(folder)!r} is not the folder of {_a(cls.NOUN)}: {path} cannot be "
+                f"read ({error})"
+            ) from error
+        return cls(Path(folder), run)
+
+    @property
+    def n_shards(self) -> int:
+        """The number of shards of the complete run."""
+        return int(self.run["n_shards"])
+
+    @property
+    def finished(self) -> tuple[int, ...]:
+        """The shards that are written."""
+        last = tuple(self.TABLES)[-1]
+        shards = range(self.n_shards)
+        return tuple(each for each in shards if shard_file(self.folder, last, each).exists())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all shards are written."""
+        return len(self.finished) == self.n_shards
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({os.fspath(self.folder)!r}, {self.run['model']['name']} on "
+            f"{self.run['data']['name']}, {len(self.finished)} of {self.n_shards} shards; read it "
+            f"with {', '.join(f'.{method}()' for method in self.READ_BY)})"
+        )
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def _columns(self, table: str) -> tuple[Column, ...]:
+        """The columns that a table has here; none if it is left out."""
+        return self.TABLES[table]
+
+    def _table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """The rows of all finished shards."""
+        import pyarrow as pa
+
+        there = self._columns(name)
+        if not there:
+            raise self._error(
+                f"this {self.NOUN} has no table of {name}: its settings leave all columns out"
+            )
+        names = [column.name for column in there]
+        for column in columns or ():
+            if column not in names:
+                raise self._error(
+                    f"this {self.NOUN}'s table of {name} has no column {column!r}; it has "
+                    f"{', '.join(names)}"
+                )
+        wanted = [each for each in there if columns is None or each.is_key or each.name in columns]
+        files = [shard_file(self.folder, name, shard) for shard in self.finished]
+        try:
+            table = read_table(files, wanted)
+        except (OSError, pa.ArrowException) as error:
+            raise self._error(
+                f"a shard of {os.fspath(self.folder / name)!r} is damaged: {error}. Delete the "
+                f"shard's files in {', '.join(self.TABLES)}, and run the {self.NOUN} again: it "
+                "resumes"
+            ) from error
+        if self.ORDER is None:
+            return table
+        return table.sort_values(self.ORDER, kind="stable", ignore_index=True)
+
+    # --- writing -------------------------------------------------------------------------------
+
+    @classmethod
+    def _perform(
+        cls: type[_Own],
+        model: nn.Module | str,
+        data: Any,
+        out: str | Path,
+        config: Any,
+        prepare: Callable[[Job[Any]], Plan[Any]],
+        *,
+        progress: bool,
+    ) -> _Own:
+        """Measure and write this process's share of the shards that are not written yet.
+
+        `prepare` runs in the first process before it runs in the others.
+
+        Returns:
+            The run; all processes of a launch return together.
+        """
+        if find_spec("pyarrow") is None:
+            raise cls._error(
+                f'{_a(cls.NOUN)} needs pyarrow: pip install "backward-lens-tl[parquet]"'
+            )
+        check_path(out, cls.CONFIG.ERROR)
+        if not isinstance(config, cls.CONFIG | None):
+            name = cls.CONFIG.__name__
+            raise cls._error(
+                f"config is a {type(config).__name__}; pass {_a(name)}, such as {name}(seed=1)"
+            )
+        state = this_process()
+        records = data if isinstance(data, Records) else read_records(data)
+        if isinstance(model, str):
+            model = load_model(model, device=own_device(state))
+        is_shown = progress and state.is_main_process
+        job = Job(model, host_of(model), records, config or cls.CONFIG(), Path(out), is_shown)
+        with state.main_process_first():
+            plan = prepare(job)
+            found = cls._begin(job, plan)
+        found._write_missing(plan, state, is_shown)
+        return found
+
+    @classmethod
+    def _begin(cls: type[_Own], job: Job[Any], plan: Plan[Any]) -> _Own:
+        """Create the folder, or resume one of the same run."""
+        folder, run = job.folder, _about(job, plan)
+        if (folder / _RUN).exists():
+            begun = cls.load(folder)
+            begun._check_same(run)
+            return begun
+        if any(folder.glob(f"*/{ANY_SHARD}")):
+            raise cls._error(
+                f"{os.fspath(folder)!r} has shards of {_a(cls.NOUN)} but no {_RUN} that says of "
+                "which; choose another folder"
+            )
+        try:
+            for table in cls.TABLES:
+                (folder / table).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cls._error(f"folder {os.fspath(folder)!r} cannot be created: {error}") from error
+        with replacing(folder / _RUN) as partial:
+            partial.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        return cls.load(folder)
+
+    def _write_missing(self, plan: Plan[Any], state: PartialState, progress: bool) -> None:
+        sizes = [len(shard) for shard in plan.shards]
+        missing = sorted({*range(self.n_shards)} - {*self.finished})
+        state.wait_for_everyone()  # before any process writes, so that all have the same list
+        own = missing[state.process_index :: state.num_processes]
+        n_own, n_missing = (sum(sizes[each] for each in some) for some in (own, missing))
+        n_written = sum(sizes) - n_missing
+        columns = {name: self._columns(name) for name in self.TABLES}
+        with (
+            _logged_to(self.folder / f"log-{state.process_index}.txt"),
+            tqdm(
+                total=n_written + n_own, initial=n_written, unit=self.UNIT, disable=not progress
+            ) as bar,
+        ):
+            _log.info(
+                "process %d of %d: %d of the %d shards that are left",
+                state.process_index,
+                state.num_processes,
+                len(own),
+                len(missing),
+            )
+            for shard in own:
+                began = time.perf_counter()
+                rows = plan.measure(plan.shards[shard])
+                write_shard(self.folder, shard, columns, rows)
+                bar.update(sizes[shard])
+                seconds = time.perf_counter() - began
+                _log.info("shard %d: %s in %.1f s", shard, self._described(rows), seconds)
+        state.wait_for_everyone()
+
+    def _described(self, rows: Rows) -> str:
+        """What the log says about the rows of a shard."""
+        return ", ".join(f"{len(own)} {name}" for name, own in rows.items())
+
+    def _check_same(self, run: Mapping[str, Any]) -> None:
+        now = json.loads(json.dumps(run))  # with lists instead of tuples
+        for name in now:
+            before = self.run.get(name)
+            if name not in ("command", "python") and _lasting(name, before) != _lasting(
+                name, now[name]
+            ):
+                raise self._error(
+                    f"{os.fspath(self.folder)!r} holds {_a(self.NOUN)} with another {name}: "
+                    f"{_difference(before, now[name])}. Resume with what it was begun with, or "
+                    "choose another folder"
+                )
+
+    @classmethod
+    def _error(cls, message: str) -> InputError:
+        return cls.CONFIG.ERROR(message)
+
+
+def _about(job: Job[Any], plan: Plan[Any]) -> dict[str, Any]:
+    """The contents of `run.json`."""
+    host, records = job.host, job.records
+    entries = "\n".join(
+        f"{each.row} {each.reason}" if isinstance(each, Reject) else repr(each)
+        for each in plan.entries
+    )
+    return {
+        "format": _FORMAT_VERSION,
+        "config": job.config.to_json(),
+        **plan.about,
+        "command": shlex.join(sys.argv),
+        "model": {
+            "name": host.name,
+            "class": type(host.model).__name__,
+            "n_layers": host.n_layers,
+            "d_model": host.d_model,
+            "d_vocab": host.d_vocab_out,
+            "sha256": host.fingerprint(),
+        },
+        "data": {"name": records.name, "rows": len(records), "sha256": records.fingerprint},
+        "versions": {name: version(name) for name in _DISTRIBUTIONS},
+        "python": platform.python_version(),
+        "tokens": {"sha256": sha256(entries.encode(errors="backslashreplace")).hexdigest()},
+        "n_shards": len(plan.shards),
+    }
+
+
+@contextmanager
+def _logged_to(file: Path) -> Iterator[None]:
+    """Write this module's messages to a file as well."""
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    before = _log.level, _log.propagate
+    _log.addHandler(handler)
+    _log.setLevel(logging.INFO)
+    _log.propagate = False  # TransformerLens 2 prints what reaches the root
+    try:
+        yield
+    finally:
+        _log.setLevel(before[0])
+        _log.propagate = before[1]
+        _log.removeHandler(handler)
+        handler.close()
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiouE' else 'a'} {noun}"
+
+
+def _lasting(name: str, entry: Any) -> Any:
+    """An entry without the names of files, which may have moved."""
+    if name not in ("model", "data", "texts") or not isinstance(entry, dict):
+        return entry
+    return {key: value for key, value in entry.items() if key != "name"}
+
+
+def _difference(before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
+    return f"was {before!r}, is {now!r}"
