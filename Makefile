@@ -90,7 +90,8 @@ bench: .venv/installed ## measure speed and memory, docs/benchmarks.md; BENCH="-
 # What a machine with a GPU and no network lacks: its Python has torch, transformers and pytest. The
 # folder also gets the package's own metadata, where its version is read from.
 GPU_PYTHON ?= 3.12
-WHEELS := transformer-lens better-abc datasets dill multiprocess beartype sybil
+WHEELS := transformer-lens better-abc datasets dill multiprocess beartype sybil pydantic pydantic-core \
+    annotated-types typing-inspection
 
 gpu-wheels: .venv/installed ## wheels for gpu-check on a machine with a GPU and no network
 	rm -rf gpu-wheels && mkdir gpu-wheels

@@ -6,7 +6,7 @@ written as skipped with that reason, and a step that hangs is killed.
 It needs a machine with one NVIDIA GPU, and no network. Its Python (3.10 or newer) has torch for
 CUDA, transformers 5.9 or newer, pytest, hypothesis, accelerate, einops, jaxtyping, pandas, pyarrow,
 rich, safetensors, sentencepiece, tqdm and xxhash. The remaining packages are copied as wheels:
-`make gpu-wheels` downloads them into the folder `gpu-wheels`, 4 MB. Copy the repository with this
+`make gpu-wheels` downloads them into the folder `gpu-wheels`, 7 MB. Copy the repository with this
 folder, 30 MB in all without `.git` and environments, and run there
 
     python3 -m benchmarks.gpu_check --out FOLDER

@@ -99,8 +99,8 @@ data.iloc[[0, 1, -3, -2, -1]]
 # ## A sweep that is interrupted
 #
 # For each prompt, the loss is `-log p(target)` behind it. We ask for one matrix, the MLPs' `W_out`, in
-# all layers, and for the columns that we need. A sweep writes its tables part by part, here 64 rows at a
-# time. To stop it, a hook on the model presses Ctrl-C as soon as three parts are finished.
+# all layers, and for the columns that we need. A sweep writes its tables shard by shard, here 64 rows at a
+# time. To stop it, a hook on the model presses Ctrl-C as soon as three shards are finished.
 
 # %%
 config = blt.SweepConfig(
@@ -368,7 +368,7 @@ blt.backward_lens(model, record.text, record.target, matrices="W_out", prepend_b
 # ## On many GPUs
 #
 # From a shell the same sweep is one command, and a launcher spreads it over processes, each with its own
-# share of the parts. Whatever is stopped goes on, also with another number of processes.
+# share of the shards. A stopped sweep resumes, also with another number of processes.
 #
 # ```sh
 # backward-lens sweep --model gpt2 --data counterfact.json --out sweep
@@ -376,8 +376,8 @@ blt.backward_lens(model, record.text, record.target, matrices="W_out", prepend_b
 #     -m backward_lens_tl sweep --model gpt2 --data counterfact.json --out sweep
 # ```
 #
-# `SweepConfig(memory=Memory(budget=...))` limits the memory of a shard, and `prompts=1000` takes a random choice of
-# rows. In a script, `blt.sweep` does the same under either launcher.
+# `SweepConfig(memory=Memory(budget=...))` limits the memory of a shard, and
+# `prompts=1000` takes a random choice of rows. In a script, `blt.sweep` does the same under either launcher.
 #
 # ## What next
 #

@@ -10,7 +10,7 @@ NONE = "none"
 
 _METHOD = _key("method", "string", f"name of the method; `{NONE}` is the unedited model")
 _RECORD = _key("record", "int64", "row of the data, from 0")
-_BLOCK = _key("block", "int32", "records of one block are edited at once")
+_BLOCK = _key("block", "int32", "index of the records that are edited at once")
 
 PROMPTS = (
     _METHOD,
@@ -24,7 +24,7 @@ PROMPTS = (
     Column("nll_true", "float64", "nll of the original answer; NaN without one"),
     Column("is_new", "bool", "whether every token of the new answer is the most probable one"),
     Column("is_true", "bool", "the same of the original answer", may_miss=True),
-    Column("answer", "string", "the most probable token behind the prompt"),
+    Column("answer", "string", "the most probable token after the prompt"),
 )
 """One row per method, record and prompt."""
 
@@ -40,9 +40,9 @@ GENERATIONS = (
 
 REJECTS = (
     _RECORD,
-    _key("id", "string", "the data's own name for the row"),
+    _key("id", "string", "the data's own id of the row"),
     _key("reason", "string", "row, prompt, length or target"),
-    _key("problem", "string", "what was wrong, in a sentence"),
+    _key("problem", "string", "what was wrong"),
 )
 """One row per row of the data that was not evaluated."""
 
@@ -51,7 +51,7 @@ COSTS = (
     _BLOCK,
     Column("seconds", "float64", "time per edit"),
     Column(
-        "memory", "float64", "most memory beyond what was in use before, in bytes; NaN if unknown"
+        "memory", "float64", "peak memory beyond what was in use before, in bytes; NaN if unknown"
     ),
 )
 """One row per method and block: the only columns that differ from run to run."""
@@ -60,21 +60,25 @@ EDITS = (
     _METHOD,
     _RECORD,
     _BLOCK,
-    _key("id", "string", "the data's own name for the row"),
+    _key("id", "string", "the data's own id of the row"),
     _key("prompt", "string", "the prompt"),
-    _key("subject", "string", "what it is about, if the data say so"),
+    _key("subject", "string", "the subject, if the data have one"),
     _key("target", "string", "the new answer"),
     _key("true_answer", "string", "the original answer, if there is one"),
-    Column("error", "string", "why the method failed; missing if it did not"),
-    Column("answer", "string", "the most probable token behind the prompt"),
-    Column("continuation", "string", "how the model goes on, always by its most probable token"),
+    Column("error", "string", "why the method failed, if it did"),
+    Column("answer", "string", "the most probable token after the prompt"),
+    Column("continuation", "string", "the model's own continuation, by its most probable tokens"),
     Column("efficacy", "float64", "whether the new answer is the most probable, token by token"),
     Column("free_efficacy", "float64", "whether the continuation begins with the new answer"),
-    Column("paraphrase", "float64", "part of the paraphrases with `is_new`"),
-    Column("neighborhood", "float64", "part of the neighbors with `is_true`"),
+    Column("paraphrase", "float64", "fraction of the paraphrases with `is_new`"),
+    Column("neighborhood", "float64", "fraction of the neighbors with `is_true`"),
     Column("efficacy_success", "float64", "ES: whether P(new) > P(true)"),
-    Column("paraphrase_success", "float64", "PS: part of the paraphrases with P(new) > P(true)"),
-    Column("neighborhood_success", "float64", "NS: part of the neighbors with P(true) > P(new)"),
+    Column(
+        "paraphrase_success", "float64", "PS: fraction of the paraphrases with P(new) > P(true)"
+    ),
+    Column(
+        "neighborhood_success", "float64", "NS: fraction of the neighbors with P(true) > P(new)"
+    ),
     Column("efficacy_magnitude", "float64", "EM: P(new) - P(true)"),
     Column("paraphrase_magnitude", "float64", "PM: mean of P(new) - P(true)"),
     Column("neighborhood_magnitude", "float64", "NM: mean of P(true) - P(new)"),

@@ -9,9 +9,9 @@ _PROMPT = _key("prompt", "int64", "row of the data, from 0")
 
 PROMPTS = (
     _PROMPT,
-    _key("id", "string", "the data's own name for the row"),
+    _key("id", "string", "the data's own id of the row"),
     _key("text", "string", "the prompt"),
-    _key("subject", "string", "what it is about, if the data say so"),
+    _key("subject", "string", "the subject, if the data have one"),
     _key("target", "string", "text of the target token"),
     _key("target_id", "int64", "its id"),
     _key("answer", "string", "the model's own most probable token"),
@@ -20,7 +20,7 @@ PROMPTS = (
     _key(
         "is_correct",
         "bool",
-        "whether the model's token is the first one of the original answer",
+        "whether the model's token is the first of the original answer",
         may_miss=True,
     ),
     _key("n_tokens", "int32", "tokens of the prompt"),
@@ -30,9 +30,9 @@ PROMPTS = (
 
 REJECTS = (
     _PROMPT,
-    _key("id", "string", "the data's own name for the row"),
+    _key("id", "string", "the data's own id of the row"),
     _key("reason", "string", "row, prompt, length, target, subject or numbers"),
-    _key("problem", "string", "what was wrong, in a sentence"),
+    _key("problem", "string", "what was wrong"),
 )
 """One row per row of the data that was not analysed."""
 
@@ -42,18 +42,18 @@ GRADIENTS = (
     _key("layer", "int32", "the layer, from 0"),
     Column("is_last_layer", "bool", "whether it is the model's last one"),
     Column("n_tokens", "int32", "tokens of the prompt"),
-    Column("n_writing", "int32", "positions that add something to the gradient"),
+    Column("n_writing", "int32", "positions that contribute to the gradient"),
     Column("loss", "float64", "of the target, in nats"),
     Column("rank", "int32", "rank of the gradient", may_miss=True),
     Column("largest_rank", "int32", "min(n_writing, d_in, d_out), lemma 4.1", may_miss=True),
-    Column("input_rank", "int32", "rank of the x_i by themselves", may_miss=True),
-    Column("vjp_rank", "int32", "rank of the delta_i by themselves", may_miss=True),
+    Column("input_rank", "int32", "rank of the x_i", may_miss=True),
+    Column("vjp_rank", "int32", "rank of the delta_i", may_miss=True),
     Column("norm", "float64", "Frobenius norm of the gradient"),
-    Column("top_energy", "float64", "the largest singular value's part of the sum of squares"),
+    Column("top_energy", "float64", "the largest singular value's fraction of the sum of squares"),
     Column(
         "rank_99", "int32", "singular values that hold 99 % of the sum of squares", may_miss=True
     ),
-    Column("singular_values", "list<float64>", "all that may differ from zero", is_default=False),
+    Column("singular_values", "list<float64>", "all that can be nonzero", is_default=False),
 )
 """One row per prompt, matrix and layer."""
 
@@ -63,17 +63,17 @@ POSITIONS = (
     _key("layer", "int32", "the layer, from 0"),
     _key("position", "int32", "index in the prompt, from 0"),
     _key("token", "string", "the prompt's token there"),
-    _key("segment", "string", "part of the prompt around its subject; missing without one"),
-    _key("projection", "string", "logit_lens or normalized; each has rows of its own"),
-    Column("norm", "float32", "length of delta_i"),
-    Column("input_norm", "float32", "length of x_i"),
+    _key("segment", "string", "segment of the prompt around its subject; missing without one"),
+    _key("projection", "string", "logit_lens or normalized, in separate rows"),
+    Column("norm", "float32", "norm of delta_i"),
+    Column("input_norm", "float32", "norm of x_i"),
     Column(
         "top_vjp_cosine",
         "float32",
         "cosine of the raw spanning vector and the top layer's VJP at the last token; missing "
         "unless W_out of the last layer is among the matrices",
     ),
-    Column("is_zero", "bool", "whether the position adds nothing, so that words mean nothing"),
+    Column("is_zero", "bool", "whether the position adds nothing, so that its tokens mean nothing"),
     Column("is_faint", "bool", "whether the final norm's eps outweighs the vector"),
     Column("target_rank", "int32", "tokens with a larger score than the target", may_miss=True),
     Column(
@@ -83,9 +83,9 @@ POSITIONS = (
         may_miss=True,
     ),
     Column("entropy", "float32", "of the softmax of the scores, in nats"),
-    Column("top_tokens", "list<string>", "texts of the largest scores, best first"),
+    Column("top_tokens", "list<string>", "tokens with the largest scores, largest first"),
     Column("top_scores", "list<float32>", "these scores"),
-    Column("bottom_tokens", "list<string>", "texts of the smallest scores, smallest first"),
+    Column("bottom_tokens", "list<string>", "tokens with the smallest scores, smallest first"),
     Column("bottom_scores", "list<float32>", "these scores"),
 )
 """One row per prompt, matrix, layer, position and projection."""

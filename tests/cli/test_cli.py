@@ -23,7 +23,7 @@ from backward_lens_tl.choices import Denominator, MultiToken
 from backward_lens_tl.cli import main
 from backward_lens_tl.cli.show import ShowCommand
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.evaluation.config import Denominator, EvaluationConfig
+from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.models import loading
 from backward_lens_tl.sweeps.config import SweepConfig
 
@@ -225,7 +225,7 @@ def test_the_package_and_its_help_are_there_at_once():
 
 
 def test_options_are_the_fields_of_the_settings():
-    """With their choices, help and defaults; a setting that is not given is left to the settings."""
+    """With their choices, help and defaults; options that are not given leave them unset."""
     required = {"sweep": ["--out", "x"], "evaluate": ["--out", "x"], "show": ["--prompt", "a"]}
     for command, config, left_out in (
         ("sweep", SweepConfig, {"memory"}),
@@ -240,9 +240,10 @@ def test_options_are_the_fields_of_the_settings():
         given = vars(cli.parser().parse_args([command, *required[command]]))
         own = {field.name for field in fields(cli.COMMANDS[command])}
         assert {*given} == own | {"command"}
-        assert tuple(
-            actions["multi_token" if config is SweepConfig else "denominator"].choices
-        ) == (get_args(MultiToken if config is SweepConfig else Denominator))
+        name, choices = (
+            ("multi_token", MultiToken) if "k" in names else ("denominator", Denominator)
+        )
+        assert tuple(actions[name].choices) == get_args(choices)
     assert "(default: 10)" in actions["k"].help
     assert actions["layers"].type is int
 

@@ -1,4 +1,4 @@
-"""Folders of shards as a process that was killed leaves them, made within the tests' own process."""
+"""Folders of shards as a killed process leaves them, made within the tests' own process."""
 
 from __future__ import annotations
 

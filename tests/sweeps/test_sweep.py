@@ -508,7 +508,7 @@ def test_without_w_out_of_the_last_layer_no_cosine(swept):
     assert found.positions()["top_vjp_cosine"].notna().any()
 
 
-# -------------------------------------------------------------------- shards and order do not matter
+# ------------------------------------------------------------------- shards and order do not matter
 
 
 def assert_close(left: pd.DataFrame, right: pd.DataFrame) -> None:
@@ -866,7 +866,7 @@ def test_run_json_says_what_the_sweep_is_of(swept, monkeypatch):
     assert found.config == SweepConfig(seed=7, prompts=4, layers=(0, -1))
     assert SweepConfig.load(found.folder / "run.json") == found.config
     log = (found.folder / "log-0.txt").read_text()
-    assert "shard 0: 104 positions, 16 gradients, 0 rejects, 4 prompts in " in log
+    assert "shard 0: 120 positions, 16 gradients, 0 rejects, 4 prompts in " in log
 
 
 @pytest.mark.usefixtures("as_for_a_user")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from backward_lens_tl.analysis.tables import checked_table
 from backward_lens_tl.errors import EvaluationError
-from backward_lens_tl.evaluation import Evaluation
+from backward_lens_tl.evaluation.run import Evaluation
 from backward_lens_tl.views.figures.charts import GREY, Axis, Line, Lines, floats, style_at
 from backward_lens_tl.views.figures.drawing import Backend, draw
 from backward_lens_tl.views.text import counted, number
@@ -91,7 +91,7 @@ def least_rates(table: pd.DataFrame, *, backend: Backend = "plotly") -> Any:
 
     Examples:
         >>> import backward_lens_tl as blt
-        >>> from backward_lens_tl.evaluation import least_rates, least_rates_by_layer
+        >>> from backward_lens_tl.evaluation.rates import least_rates, least_rates_by_layer
         >>> model = blt.load_facts_model()
         >>> request = blt.editing.EditRequest("Lionel Messi plays for", " Paris")
         >>> config = blt.EvaluationConfig(n_texts=0)  # no perplexity
