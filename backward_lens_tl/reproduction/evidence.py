@@ -147,7 +147,7 @@ class Evidence:
             multi_token="first",
             prompts=self.prompts_asked,
             seed=self.seed,
-            **{"k": _KEPT, "matrices": ("W_in", "W_out"), **settings},
+            **{"k": _KEPT, **settings},
         )
         out = self._folder / name
         return sweep(self.model, self.records, out, config, progress=self.progress)
