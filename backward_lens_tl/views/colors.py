@@ -23,30 +23,15 @@ _INK, _WHITE = "#0a0e13", "#ffffff"
 # One path through OKLCH each, from mint to navy. Lightness is monotone, so the order survives every
 # kind of colour blindness and printing in grey. Larger norms contrast more with the page.
 LIGHT_SHADES = (
-    Shade("#dafcf2", _INK),
-    Shade("#aaebe2", _INK),
-    Shade("#78d7d8", _INK),
-    Shade("#46c1d0", _INK),
-    Shade("#0ea9c8", _INK),
-    Shade("#008fbb", _INK),
-    Shade("#0e75a8", _WHITE),
-    Shade("#245c8e", _WHITE),
-    Shade("#2b4570", _WHITE),
-    Shade("#28314e", _WHITE),
+    *(Shade(color, _INK) for color in ("#dafcf2", "#aaebe2", "#78d7d8", "#46c1d0")),
+    *(Shade(color, _INK) for color in ("#0ea9c8", "#008fbb")),
+    *(Shade(color, _WHITE) for color in ("#0e75a8", "#245c8e", "#2b4570", "#28314e")),
 )
 """From the smallest norm to the largest, on a light page."""
 
 DARK_SHADES = (
-    Shade("#1a2343", _WHITE),
-    Shade("#1c3660", _WHITE),
-    Shade("#144c7c", _WHITE),
-    Shade("#006494", _WHITE),
-    Shade("#007da7", _WHITE),
-    Shade("#0097b5", _INK),
-    Shade("#14b0c0", _INK),
-    Shade("#4ec7c8", _INK),
-    Shade("#7edcd1", _INK),
-    Shade("#acf0dd", _INK),
+    *(Shade(color, _WHITE) for color in ("#1a2343", "#1c3660", "#144c7c", "#006494", "#007da7")),
+    *(Shade(color, _INK) for color in ("#0097b5", "#14b0c0", "#4ec7c8", "#7edcd1", "#acf0dd")),
 )
 """From the smallest norm to the largest, on a dark page."""
 

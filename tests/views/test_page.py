@@ -72,7 +72,7 @@ DETAILS = """figure => {
     };
 }"""
 
-HINT = {"about": "Point at a cell for its details, or move through the cells by arrow keys."}
+HINT = {"about": "Hover over a cell for its details, or move between cells with the arrow keys."}
 HINT |= {"rest": [], "entries": []}
 PAGE_COLOURS = {"light": "rgb(255, 255, 255)", "dark": "rgb(17, 22, 29)"}
 

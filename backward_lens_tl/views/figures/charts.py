@@ -262,6 +262,29 @@ def style_at(index: int) -> dict[str, Any]:
     return {"color": CATEGORICAL[index % len(CATEGORICAL)], "marker": marker_at(index)}
 
 
+def lines_by(
+    table: pd.DataFrame,
+    by: str,
+    x: str,
+    y: str,
+    hover: Callable[[Mapping[Any, Any]], str],
+    **options: Any,
+) -> tuple[Line, ...]:
+    """A line through `x` and `y` for each value of the column `by`, in order of appearance."""
+    return tuple(
+        Line.of_rows(
+            str(name),
+            table[table[by] == name].sort_values(x),
+            x,
+            y,
+            hover,
+            **options,
+            **style_at(at),
+        )
+        for at, name in enumerate(table[by].unique())
+    )
+
+
 def wrapped(text: str, room: int) -> str:
     """A text in at most two lines of this many characters."""
     return "\n".join(textwrap.wrap(text, room, max_lines=2, placeholder="…"))

@@ -43,24 +43,18 @@ def draw(grid: Grid) -> go.Figure:
     tops, height = _starts(grid.heights, _BOTTOM + above)
     top = _TOP + above
     right = _BAR * grid.bar_columns + _LEGEND * grid.has_legend or 30
-    figure = go.Figure(
-        layout={
-            "template": "plotly_white",
-            "width": _LEFT + inner + right,
-            "height": top + height + _BOTTOM,
-            "margin": {"l": _LEFT, "r": right, "t": top, "b": _BOTTOM},
-            "title": {
-                "text": _text(grid.title),
-                "x": 0.01,
-                "y": 1,
-                "yref": "container",
-                "yanchor": "top",
-                "pad": {"t": 14},
-            },
-            "font": {"color": INK, "size": 12},
-            "hoverlabel": {"align": "left"},
-            "legend": {"x": 1, "xanchor": "left", "y": 1, "bgcolor": "rgba(0,0,0,0)"},
-        }
+    figure = go.Figure()
+    figure.update_layout(
+        template="plotly_white",
+        width=_LEFT + inner + right,
+        height=top + height + _BOTTOM,
+        margin={"l": _LEFT, "r": right, "t": top, "b": _BOTTOM},
+        title={"text": _text(grid.title), "x": 0.01, "y": 1, "pad": {"t": 14}},
+        title_yref="container",
+        title_yanchor="top",
+        font={"color": INK, "size": 12},
+        hoverlabel_align="left",
+        legend={"x": 1, "xanchor": "left", "y": 1, "bgcolor": "rgba(0,0,0,0)"},
     )
     for index, (chart, (width, chart_height), (row, column)) in enumerate(
         zip(grid.charts, grid.sizes, grid.places, strict=True), start=1

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 from backward_lens_tl.analysis.tables import checked_table
 from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation.run import Evaluation
-from backward_lens_tl.views.figures.charts import GREY, Axis, Line, Lines, floats, style_at
+from backward_lens_tl.views.figures.charts import (
+    GREY,
+    Axis,
+    Line,
+    Lines,
+    floats,
+    lines_by,
+    style_at,
+)
 from backward_lens_tl.views.figures.drawing import Backend, draw
 from backward_lens_tl.views.text import counted, number
 
@@ -101,16 +109,12 @@ def least_rates(table: pd.DataFrame, *, backend: Backend = "plotly") -> Any:
         'Least learning rate of an edit in one step, 1 prompt'
     """
     checked_table(table, _RATE_COLUMNS, "what evaluation.least_rates_by_layer returned")
-    rates, costs = [], []
     band = ("rate_low", "rate_high")
-    for index, step in enumerate(table["step"].unique()):
-        own, style = table[table["step"] == step].sort_values("layer"), style_at(index)
-        name = str(step)
-        rates.append(Line.of_rows(name, own, "layer", "rate", _rate_hover, band=band, **style))
-        costs.append(Line.of_rows(name, own, "layer", "perplexity", _rate_hover, **style))
+    rates = lines_by(table, "step", "layer", "rate", _rate_hover, band=band)
+    costs = lines_by(table, "step", "layer", "perplexity", _rate_hover)
     ends = floats((table["layer"].min(), table["layer"].max()))
-    unedited = floats([table["unedited"].iloc[0]] * 2)
-    costs.append(Line("unedited", ends, unedited, GREY, dash="dot", marker=None))
+    height = floats([table["unedited"].iloc[0]] * 2)
+    unedited = Line("unedited", ends, height, GREY, dash="dot", marker=None)
     layers = Axis.counting("layer", table["layer"])
     title = (
         f"Least learning rate of an edit in one step, {counted(int(table['n'].max()), 'prompt')}"
@@ -118,8 +122,8 @@ def least_rates(table: pd.DataFrame, *, backend: Backend = "plotly") -> Any:
     return draw(
         backend,
         title,
-        Lines(tuple(rates), layers, Axis("least learning rate, median", is_log=True)),
-        Lines(tuple(costs), layers, Axis("perplexity after the edit, mean")),
+        Lines(rates, layers, Axis("least learning rate, median", is_log=True)),
+        Lines((*costs, unedited), layers, Axis("perplexity after the edit, mean")),
     )
 
 
@@ -161,14 +165,10 @@ def edit_curves(
     x = Axis(name, is_log=along == "edits_at_once")
     if along == "layer":
         x = Axis.counting(name, table[along])
-    charts = []
-    for metric in _METRICS:
-        lines = []
-        for index, method in enumerate(table["method"].unique()):
-            own = table[table["method"] == method].sort_values(along)
-            style = style_at(index)
-            lines.append(Line.of_rows(str(method), own, along, metric, _metrics_hover, **style))
-        charts.append(Lines(tuple(lines), x, Axis(f"{metric}, %")))
+    charts = (
+        Lines(lines_by(table, "method", along, metric, _metrics_hover), x, Axis(f"{metric}, %"))
+        for metric in _METRICS
+    )
     return draw(backend, title or f"Edits by {name}", *charts)
 
 

@@ -77,11 +77,8 @@ def norms_by_segment(
         'after subject', 'last token']
     """
     check_choice("of", of, ("vjp", "input"))
-    check_source(source, "analysis.norms_by_segment")
-    if isinstance(source, BackwardLensResult):
-        table = by_segment.norms_by_segment(_positions(source, subject, matrix), of)
-    else:
-        table = _chosen(source, subject, matrix, of, "norms_by_segment", ("mean", "count"))
+    analysis = by_segment.norms_by_segment
+    table = _table(source, subject, matrix, of, analysis, ("mean", "count"))
     if is_log(scale):
         table = table.assign(mean=table["mean"].where(table["mean"] > 0))
     lines = _lines(
@@ -138,18 +135,16 @@ def token_ranks_by_segment(
         'W_out: rank of the target by segment, 1 prompt, logit_lens'
     """
     check_choice("of", of, ("target", "answer"))
-    check_source(source, "analysis.token_ranks_by_segment")
-    if isinstance(source, BackwardLensResult):
-        asked = source if projection is None else source.under(projection)
-        table = by_segment.token_ranks_by_segment(_positions(asked, subject, matrix), of)
-    else:
-        columns = ("projection", "median", "lower_quartile", "upper_quartile", "count")
-        table = _chosen(source, subject, matrix, of, "token_ranks_by_segment", columns)
+    if isinstance(source, BackwardLensResult) and projection is not None:
+        source = source.under(projection)
+    quartiles = ("median", "lower_quartile", "upper_quartile")
+    columns = ("projection", *quartiles, "count")
+    table = _table(source, subject, matrix, of, by_segment.token_ranks_by_segment, columns)
     there = table["projection"].unique().tolist()
     name = there[0] if projection is None else projection
     check_choice("projection", name, there)
     table = table[table["projection"] == name]
-    places = {"place": "median", "low": "lower_quartile", "high": "upper_quartile"}
+    places = dict(zip(("place", "low", "high"), quartiles, strict=True))
     lines = _lines(
         table.assign(**{place: 1 + table[column] for place, column in places.items()}),
         "place",
@@ -166,33 +161,30 @@ def token_ranks_by_segment(
     return draw(backend, f"{matrix}: rank of {token} by segment, {prompts}, {name}", chart)
 
 
-def _positions(
-    result: BackwardLensResult, subject: Subject | Sequence[Subject] | None, matrix: str
-) -> pd.DataFrame:
-    """The cells of one matrix, with their segments."""
-    result.readout(matrix)
-    if subject is None:
-        raise InputError("subject is None; pass a text, or one per prompt")
-    return result.to_df(subject, matrix=matrix)
-
-
-def _chosen(
-    table: pd.DataFrame,
-    subject: object,
+def _table(
+    source: BackwardLensResult | pd.DataFrame,
+    subject: Subject | Sequence[Subject] | None,
     matrix: str,
     of: str,
-    analysis: str,
+    analysis: Callable[..., pd.DataFrame],
     columns: Sequence[str],
 ) -> pd.DataFrame:
     """The rows of an analysis for one matrix and one kind of vector or token."""
+    origin = f"analysis.{analysis.__name__}"
+    check_source(source, origin)
+    if isinstance(source, BackwardLensResult):
+        source.readout(matrix)
+        if subject is None:
+            raise InputError("subject is None; pass a text, or one per prompt")
+        return analysis(source.to_df(subject, matrix=matrix), of)
     if subject is not None:
         raise InputError(
             f"subject is {shown(subject)}, but the table has its segments; leave subject out"
         )
     needed = ("matrix", "of", "layer", "segment", "prompts", *columns)
-    checked_table(table, needed, f"what analysis.{analysis} returned")
-    check_matrix(matrix, table)
-    own = table[table["matrix"] == matrix]
+    checked_table(source, needed, f"what {origin} returned")
+    check_matrix(matrix, source)
+    own = source[source["matrix"] == matrix]
     check_choice("of", of, own["of"].unique().tolist())
     return own[own["of"] == of]
 

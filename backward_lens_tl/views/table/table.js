@@ -1,8 +1,8 @@
-// What a style sheet cannot do: a cell's details, the lens, and moving through cells by arrow keys.
+// What a style sheet cannot do: details of a cell, switching the lens, and arrow keys.
 (() => {
   const setUp = (root) => {
     root.classList.add("scripted");
-    let lensRead = root.querySelector("[name=lens]")?.value; // there is a choice from two lenses on
+    let lensRead = root.querySelector("[name=lens]")?.value; // undefined if there is one lens
     const rewriters = [];
 
     for (const section of root.querySelectorAll("[data-prompt]")) {
@@ -36,7 +36,7 @@
 
       for (const figure of section.querySelectorAll("figure")) {
         const details = figure.querySelector(".details"), body = figure.querySelector("tbody");
-        const hint = "Point at a cell for its details, or move through the cells by arrow keys.";
+        const hint = "Hover over a cell for its details, or move between cells with the arrow keys.";
         let focused = null;
         const show = (td) => {
           if (td) details.classList.add("used");
@@ -47,10 +47,10 @@
         body.addEventListener("mouseleave", () => show(focused));
         body.addEventListener("focusin", (event) => {
           const td = cellOf(event);
-          // One cell is reached by Tab, and from there the others by arrow keys.
+          // Tab reaches one cell, and the arrow keys the others from there.
           body.querySelector("td[tabindex='0']").tabIndex = -1;
           td.tabIndex = 0;
-          // By itself, a browser leaves a cell that is half under a header where it is.
+          // A browser would leave a cell that is half covered by a header.
           td.scrollIntoView({ block: "nearest", inline: "nearest" });
           show((focused = td));
         });
@@ -66,14 +66,14 @@
           }[event.key];
           if (!to || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
           event.preventDefault();
-          event.stopPropagation(); // a notebook moves between its own cells by the same keys
+          event.stopPropagation(); // a notebook uses the same keys for its own cells
           if (to[1] >= 1) to[0]?.cells[to[1]]?.focus();
         });
         for (const td of body.querySelectorAll("td")) {
           td.tabIndex = -1;
           td.removeAttribute("title");
         }
-        body.rows[0].lastElementChild.tabIndex = 0; // the last layer and token, as in the window
+        body.rows[0].lastElementChild.tabIndex = 0; // last layer, last token
         show(null);
 
         rewriters.push(() => {
@@ -99,11 +99,11 @@
     };
     root.addEventListener("change", follow);
     follow();
-    // To the last token, where the loss is.
+    // Scroll to the last token, where the loss is.
     for (const scroll of root.querySelectorAll(".scroll")) scroll.scrollLeft = scroll.scrollWidth;
   };
   for (const root of document.querySelectorAll(".blt:not(.scripted)")) setUp(root);
-  // Who comes back to a page may find the controls as they were left, without any event.
+  // After going back to a page, browsers may restore the controls without any event.
   addEventListener("pageshow", () => {
     for (const root of document.querySelectorAll(".blt")) root.dispatchEvent(new Event("change"));
   });
