@@ -1,4 +1,4 @@
-"""The paper's experiments on any model, each with its figure, its table and a report.
+"""The paper's experiments on any model, with tables, figures and a report.
 
 model + data ── evidence ──▶ experiments ──▶ findings ── folder, page ──▶ report.html
 """
@@ -27,13 +27,13 @@ from backward_lens_tl.reproduction.page import render_report
 
 __all__ = ["COUNTERFACT", "EXPERIMENTS", "Check", "Finding", "reproduce"]
 
-_BOS = {False: "without BOS", True: "with BOS", None: "BOS as the model has it"}
+_BOS = {False: "without BOS", True: "with BOS", None: "with the model's default BOS"}
 
 COUNTERFACT = "NeelNanda/counterfact-tracing"
-"""CounterFact on the Hugging Face hub, which the paper's prompts come from."""
+"""CounterFact on the Hugging Face hub, the source of the paper's prompts."""
 
 COUNTERFACT_RECORDS = "azhx/counterfact"
-"""The same with the prompts that edits are tested on."""
+"""CounterFact with the prompts that edits are evaluated on."""
 
 
 def reproduce(
@@ -47,35 +47,35 @@ def reproduce(
     prepend_bos: bool | None = False,
     progress: bool = True,
 ) -> dict[str, Finding]:
-    """Run experiments of the paper, and write their tables, their figures and a report.
+    """Run experiments of the paper, and write their tables, figures and a report.
 
-    The report, `report.html`, has all experiments that are in the folder, also those of earlier
-    calls. Experiments share one sweep over the prompts, which lies in the folder as well and is
-    gone on with if it was stopped.
+    The report, `report.html`, covers all experiments in the folder, including those of earlier
+    calls. The experiments share one sweep over the prompts. It is in the folder too, and resumes if
+    it was interrupted.
 
     Args:
-        model: A `HookedTransformer` or `TransformerBridge`, or a name as `load_model` takes it.
-        data: What `read_records` reads; `None` for the facts model's own records with `"facts"`,
-            and CounterFact from the hub with other models. Editing takes the first rows, the others
-            any.
-        out: The folder; it is made if it is not there.
+        model: A `HookedTransformer` or `TransformerBridge`, or a name for `load_model`.
+        data: Data for `read_records`; `None` for the records of the facts model with `"facts"`, and
+            CounterFact from the hub with other models. Editing uses the first rows, the other
+            experiments a random sample.
+        out: The output folder, created if needed.
         names: Figures and tables, such as `"fig4"` or `["fig6", "table2"]`; `"gradients"`,
             `"editing"` (which takes minutes), or `"all"`.
-        prompts: How many prompts are taken from the data.
-        seed: Of their choice.
+        prompts: Number of prompts to use.
+        seed: Seed for choosing them.
         prepend_bos: Whether prompts get a BOS token; the paper's had none. `None` is the model's
-            own default.
-        progress: Whether bars show how far it is.
+            default.
+        progress: Whether to show progress bars.
 
     Returns:
-        What each experiment found, by its name. Of several, one that the data or the model do not
-        allow says so in its notes.
+        What each experiment found, by name. If there are several experiments, one that the data or
+        the model do not support is reported in its notes.
 
     Raises:
-        InputError: If there is no such experiment, none of the prompts can be analysed, or the only
-            experiment cannot be measured with these data.
+        InputError: If there is no such experiment, no prompt can be analysed, or the only
+            experiment cannot be measured on these data.
         UnsupportedModelError: If the only experiment cannot be measured on this model.
-        SweepError: If the folder holds the sweep of something else.
+        SweepError: If the folder contains a sweep of something else.
 
     Examples:
         >>> import tempfile
@@ -87,19 +87,12 @@ def reproduce(
     """
     experiments = select_experiments(names)
     check_path(out, InputError)
+    if data is None:
+        data = default_data(model, experiments)
+    records = data if isinstance(data, Records) else read_records(data)
     loaded = load_model(model) if isinstance(model, str) else model
-    chosen = default_data(model, experiments) if data is None else data
-    records = chosen if isinstance(chosen, Records) else read_records(chosen)
     folder = Path(out)
-    evidence = Evidence(
-        loaded,
-        records,
-        folder,
-        prompts=prompts,
-        seed=seed,
-        prepend_bos=prepend_bos,
-        progress=progress,
-    )
+    evidence = Evidence(loaded, records, folder, prompts, seed, prepend_bos, progress)
     if any(experiment.group == "gradients" for experiment in experiments):
         _check_prompts(evidence)
     found = {}
@@ -108,7 +101,6 @@ def reproduce(
         try:
             finding = experiment.measure(evidence)
         except (InputError, UnsupportedModelError) as error:
-            # One that these data or this model do not allow keeps no other from being measured.
             if len(experiments) == 1:
                 raise
             finding = Finding((), notes=(f"It could not be measured: {error}.",))
@@ -121,14 +113,14 @@ def reproduce(
 
 
 def default_data(model: nn.Module | str, experiments: Sequence[Experiment]) -> str:
-    """What prompts are taken from if nobody says.
+    """The data that `reproduce` uses by default.
 
     Args:
-        model: The model, or its name.
-        experiments: What is measured.
+        model: The model or its name.
+        experiments: The experiments.
 
     Returns:
-        `"facts"` for the facts model by its name, CounterFact's name on the hub for others.
+        `"facts"` for the facts model, otherwise the name of CounterFact on the hub.
     """
     if isinstance(model, str) and model == FACTS_MODEL:
         return FACTS_RECORDS
@@ -137,14 +129,13 @@ def default_data(model: nn.Module | str, experiments: Sequence[Experiment]) -> s
 
 
 def _check_prompts(evidence: Evidence) -> None:
-    if len(evidence.prompts) == 0:
+    if evidence.prompts.empty:
         problem = evidence.sweep.rejects()["problem"].iloc[0]
         raise InputError(f"none of the prompts can be analysed; the first: {problem}")
 
 
 def _about(experiment: Experiment, evidence: Evidence, seconds: float) -> dict[str, Any]:
-    # Editing takes the first rows of the data and reads no gradients of the others.
-    is_editing = experiment.group == "editing"
+    is_editing = experiment.group == "editing"  # which uses no sweep
     return {
         "model": evidence.model_name,
         "n_layers": evidence.n_layers,

@@ -1,57 +1,36 @@
-"""Table 1 (and 6, 7): the forward pass shift beside other methods of editing."""
+"""Table 1 (and 6, 7): the forward pass shift compared with other editing methods."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from backward_lens_tl.evaluation.columns import NONE
 from backward_lens_tl.models.loading import FACTS_MODEL
 from backward_lens_tl.reproduction.evidence import Evidence
-from backward_lens_tl.reproduction.finding import Check, Finding, pick
+from backward_lens_tl.reproduction.finding import Check, Finding, listed_values
 from backward_lens_tl.views import figures
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _SUCCESSFUL = 95.0
-_LASTING = 0.99
-"""Part of the unedited model's fluency that an edit leaves, if it does no harm."""
+_HARMLESS = 0.01
+"""Relative change of fluency and perplexity up to which an edit does no harm."""
 
-_LONG = 100
-"""Tokens of a generation, prompt included, in the published tables."""
-
-_SHORT = 20
-"""Those of the facts model, which knows short sentences alone."""
+_LONG, _SHORT = 100, 20
+"""Tokens of a generation, prompt included: as published, and for the facts model."""
 
 _SHOWN = (
-    "method",
-    "records",
-    "failed",
-    "efficacy",
-    "efficacy_std",
-    "paraphrase",
-    "paraphrase_std",
-    "neighborhood",
-    "neighborhood_std",
-    "ngram_entropy",
-    "ngram_entropy_std",
-    "perplexity",
-    "perplexity_std",
-    "corpus_perplexity",
-    "corpus_perplexity_std",
-    "free_efficacy",
-    "score",
-    "seconds",
+    *("method", "records", "failed", "efficacy", "efficacy_std", "paraphrase", "paraphrase_std"),
+    *("neighborhood", "neighborhood_std", "ngram_entropy", "ngram_entropy_std"),
+    *("perplexity", "perplexity_std", "corpus_perplexity", "corpus_perplexity_std"),
+    *("free_efficacy", "score", "seconds"),
 )
-
 _PUBLISHED_COLUMNS = (
-    "method",
-    "efficacy",
-    "paraphrase",
-    "neighborhood",
-    "ngram_entropy",
-    "perplexity",
+    *("method", "efficacy", "paraphrase", "neighborhood"),
+    *("ngram_entropy", "perplexity"),
 )
 _PUBLISHED = (
     (NONE, 0.4, 0.4, 11.21, 626.94, 93.56),
@@ -62,7 +41,7 @@ _PUBLISHED = (
     ("memit", 79.4, 40.7, 10.98, 627.18, 93.6),
     ("shift", 99.4, 41.55, 6.02, 622.45, 93.66),
 )
-"""GPT-2 xl, 1000 records of CounterFact (table 1 of the paper)."""
+"""GPT-2 xl on 1000 records of CounterFact (table 1 of the paper)."""
 
 
 def editing_methods(evidence: Evidence) -> Finding:
@@ -72,75 +51,80 @@ def editing_methods(evidence: Evidence) -> Finding:
     length = _SHORT if evidence.model_name == FACTS_MODEL else _LONG
     found = evidence.evaluation("methods", evidence.presets(), generation_length=length)
     summary = found.summary()
-    published = pd.DataFrame(_PUBLISHED, columns=list(_PUBLISHED_COLUMNS))
-    checks = [_efficacy(summary)]
-    lacking = []
-    for metric, check in (
-        ("ngram_entropy", _fluency),
-        ("neighborhood", _neighborhood),
-        ("paraphrase", _paraphrase),
-    ):
-        if summary[metric].notna().all():
-            checks.append(check(summary))
-        else:
-            lacking.append(f"The data have no prompts for {metric}, and nothing is said of it.")
+    measured = summary.set_index("method")
+    checks = {
+        "efficacy": _efficacy,
+        "ngram_entropy": _fluency,
+        "neighborhood": _neighborhood,
+        "paraphrase": _paraphrase,
+    }
+    missing = [
+        metric for metric in checks if metric != "efficacy" and measured[metric].isna().any()
+    ]
     return Finding(
-        tuple(checks),
-        {"methods": summary[list(_SHOWN)], "published, GPT-2 xl": published},
+        tuple(check(measured) for metric, check in checks.items() if metric not in missing),
+        {
+            "methods": summary[list(_SHOWN)],
+            "published, GPT-2 xl": pd.DataFrame(_PUBLISHED, columns=list(_PUBLISHED_COLUMNS)),
+        },
         {"scores": partial(figures.edit_scores, found)},
         notes=(
-            "An edit of one record at a time, each from the unedited weights; means and standard "
-            "deviations over records. Efficacy, paraphrase and neighborhood count prompts whose "
-            "wanted answer is the most probable one.",
-            f"Generations are of {length} tokens. Perplexity is that of "
-            f"{found.run['texts']['n']} texts of {found.run['texts']['name']!r}: the "
-            "mean of the texts' own, which a single odd text may rule, and that of all together, "
-            "which the check takes.",
-            *lacking,
+            "Each edit changes one record, starting from the unedited weights. The numbers are "
+            "means and standard deviations over records. Efficacy, paraphrase and neighborhood are "
+            "the percentage of prompts whose intended answer is the most probable one.",
+            f"Generations have {length} tokens. Perplexity is measured on "
+            f"{found.run['texts']['n']} texts of {found.run['texts']['name']!r}: the mean over the "
+            "texts, which a single text can dominate, and the perplexity of all of them together, "
+            "which the check uses.",
+            *(
+                f"The data have no prompts for {metric}, so it is not checked."
+                for metric in missing
+            ),
         ),
     )
 
 
-def _efficacy(summary: pd.DataFrame) -> Check:
-    shift = pick(summary, "method", "shift")
+def _efficacy(measured: pd.DataFrame) -> Check:
+    efficacy = measured["efficacy"]
     return Check(
-        f"the forward pass shift makes the target the answer in at least {_SUCCESSFUL:.0f} % of "
-        "the records",
-        shift["efficacy"] >= _SUCCESSFUL,
-        ", ".join(
-            f"{row['method']} {row['efficacy']:.1f} %"
-            for row in summary.to_dict("records")
-            if row["method"] != NONE
-        ),
+        "with the forward pass shift, the target is the model's answer in at least "
+        f"{_SUCCESSFUL:.0f} % of the records",
+        efficacy["shift"] >= _SUCCESSFUL,
+        listed_values(efficacy.drop(NONE).items(), unit=" %"),
     )
 
 
-def _fluency(summary: pd.DataFrame) -> Check:
-    shift, none = (pick(summary, "method", name) for name in ("shift", NONE))
-    kept = shift["ngram_entropy"] / none["ngram_entropy"]
-    growth = shift["corpus_perplexity"] / none["corpus_perplexity"]
+def _fluency(measured: pd.DataFrame) -> Check:
+    entropy, perplexity = measured["ngram_entropy"], measured["corpus_perplexity"]
+    kept = entropy["shift"] / entropy[NONE]
+    growth = perplexity["shift"] / perplexity[NONE] - 1
     return Check(
-        "its edits leave 99 % of the generations' n-gram entropy, and perplexity grows by less "
+        "its edits keep 99 % of the n-gram entropy of generations, and perplexity grows by less "
         "than 1 %",
-        kept >= _LASTING and growth < 2 - _LASTING,
-        f"{100 * kept:.1f} % of the entropy; perplexity {none['corpus_perplexity']:.3f} "
-        f"before, {shift['corpus_perplexity']:.3f} after",
+        kept >= 1 - _HARMLESS and growth < _HARMLESS,
+        f"{100 * kept:.1f} % of the entropy; perplexity {perplexity[NONE]:.3f} before, "
+        f"{perplexity['shift']:.3f} after",
     )
 
 
-def _neighborhood(summary: pd.DataFrame) -> Check:
-    shift, *others = (pick(summary, "method", name) for name in ("shift", "rome", "memit"))
+def _neighborhood(measured: pd.DataFrame) -> Check:
+    own = _percentages(measured["neighborhood"], ("shift", "rome", "memit"))
     return Check(
-        "it leaves fewer neighbors alone than ROME and MEMIT do",
-        all(shift["neighborhood"] < other["neighborhood"] for other in others),
-        ", ".join(f"{row['method']} {row['neighborhood']:.1f} %" for row in (shift, *others)),
+        "it preserves fewer neighborhood prompts than ROME and MEMIT",
+        measured.loc["shift", "neighborhood"]
+        < min(measured.loc[["rome", "memit"], "neighborhood"]),
+        own,
     )
 
 
-def _paraphrase(summary: pd.DataFrame) -> Check:
-    shift, rome, first = (pick(summary, "method", name) for name in ("shift", "rome", "ft_first"))
+def _paraphrase(measured: pd.DataFrame) -> Check:
+    own = measured["paraphrase"]
     return Check(
-        "it holds in more paraphrases than fine-tuning of the first MLP, and in fewer than ROME",
-        first["paraphrase"] < shift["paraphrase"] < rome["paraphrase"],
-        ", ".join(f"{row['method']} {row['paraphrase']:.1f} %" for row in (first, shift, rome)),
+        "it generalizes to more paraphrases than fine-tuning the first MLP, and to fewer than ROME",
+        own["ft_first"] < own["shift"] < own["rome"],
+        _percentages(own, ("ft_first", "shift", "rome")),
     )
+
+
+def _percentages(values: pd.Series[float], methods: Sequence[str]) -> str:
+    return listed_values(values[list(methods)].items(), unit=" %")

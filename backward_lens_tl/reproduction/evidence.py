@@ -1,27 +1,28 @@
-"""What the experiments share: one sweep over the prompts, and a few prompts in full."""
+"""What the experiments share: one sweep over the prompts, evaluations, and single prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
-from backward_lens_tl.choices import Lens, MultiToken
+from backward_lens_tl.choices import Lens
 from backward_lens_tl.data.records import Record, Records
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.methods.presets import preset_methods
 from backward_lens_tl.editing.methods.shift import ForwardPassShift
 from backward_lens_tl.editing.requests import EditRequest
-from backward_lens_tl.errors import InputError, TargetError, UnsupportedModelError
+from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.perplexity import perplexity, read_texts
 from backward_lens_tl.evaluation.plan import unused_records
 from backward_lens_tl.evaluation.run import Evaluation, evaluate
 from backward_lens_tl.lens import backward_lens
-from backward_lens_tl.models import host_of
+from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.sweeps.config import SweepConfig
 from backward_lens_tl.sweeps.run import Sweep, sweep
@@ -30,52 +31,40 @@ if TYPE_CHECKING:
     import pandas as pd
 
 EXAMPLE = ("Lionel Messi plays for", " Paris")
-"""The paper's prompt and the answer that it is taught."""
+"""The paper's prompt and its target."""
 
 _LENSES: tuple[Lens, ...] = get_args(Lens)
 _END = 0.01
-_KEPT = 5
 _NORMS = ("norm", "input_norm", "is_zero")
 
 
+@dataclass(eq=False)
 class Evidence:
-    """The measurements that experiments are read off, each made when it is first asked for.
+    """The measurements that experiments share, each computed when it is first used.
 
     Args:
         model: The model.
-        records: The data that the prompts are taken from.
-        folder: Where sweeps are written.
-        prompts: How many prompts.
-        seed: Of their choice.
-        prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
-        progress: Whether sweeps show a bar.
-
-    Attributes:
-        model: As given.
-        records: As given.
-        prompts_asked: How many prompts were asked for.
-        seed: As given.
-        prepend_bos: As given.
-        progress: As given.
+        records: The data that prompts and edits come from.
+        folder: Folder for sweeps and evaluations.
+        n_prompts: Number of prompts.
+        seed: Seed for choosing them.
+        prepend_bos: Whether prompts get a BOS token; `None` is the model's default.
+        progress: Whether to show progress bars.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        records: Records,
-        folder: Path,
-        *,
-        prompts: int,
-        seed: int,
-        prepend_bos: bool | None,
-        progress: bool,
-    ) -> None:
-        self.model, self.records = model, records
-        self.prompts_asked, self.seed, self.prepend_bos = prompts, seed, prepend_bos
-        self._folder, self.progress = folder, progress
-        self._host = host_of(model)
+    model: nn.Module
+    records: Records
+    folder: Path
+    n_prompts: int
+    seed: int
+    prepend_bos: bool | None
+    progress: bool
 
     # --- the model -----------------------------------------------------------------------------
+
+    @cached_property
+    def _host(self) -> Host:
+        return host_of(self.model)
 
     @property
     def model_name(self) -> str:
@@ -84,44 +73,44 @@ class Evidence:
 
     @property
     def n_layers(self) -> int:
-        """How many layers it has."""
+        """The number of layers."""
         return self._host.n_layers
 
     @property
     def d_vocab(self) -> int:
-        """How many tokens it chooses among."""
+        """The size of the vocabulary."""
         return self._host.d_vocab_out
 
     @property
     def near_end(self) -> float:
-        """Rank up to which a token is among the most probable 1 % of the vocabulary."""
+        """The highest rank among the most probable 1 % of the vocabulary."""
         return _END * (self.d_vocab - 1)
 
     @property
     def far_end(self) -> float:
-        """Rank from which a token is among the least probable 1 % of the vocabulary."""
+        """The lowest rank among the least probable 1 % of the vocabulary."""
         return (1 - _END) * (self.d_vocab - 1)
 
     def layers(self, begin: float, end: float) -> tuple[int, ...]:
-        """The layers of a part of the model, at least one.
+        """The layers in a fraction of the model, at least one.
 
         Args:
-            begin: Where the part begins, 0 for the first layer.
-            end: Where it ends, 1 for the last layer.
+            begin: Beginning of the range, 0 for the first layer.
+            end: End of the range, 1 for the last layer.
 
         Returns:
-            The layers whose middle is in the part, or else the one that the part's middle is in.
+            The layers whose middle is in the range, otherwise the layer at the middle of the range.
         """
         inside = [
             layer for layer in range(self.n_layers) if begin <= (layer + 0.5) / self.n_layers < end
         ]
         return tuple(inside) or (int((begin + end) / 2 * self.n_layers),)
 
-    # --- many prompts ----------------------------------------------------------------------------
+    # --- many prompts --------------------------------------------------------------------------
 
     @cached_property
     def sweep(self) -> Sweep:
-        """The raw gradients of the MLPs' matrices, under both lenses, as the paper reads them."""
+        """The raw gradients of the MLPs' matrices under both lenses, as in the paper."""
         return self._sweep(
             "sweep",
             matrices="mlp",
@@ -131,10 +120,15 @@ class Evidence:
 
     @cached_property
     def attention_sweep(self) -> Sweep | None:
-        """The norms at attention's matrices; `None` if the model's cannot be analysed."""
-        columns = {"position_columns": _NORMS, "gradient_columns": (), "k": 1}
+        """The norms at attention's matrices; `None` if they cannot be analysed."""
         try:
-            return self._sweep("sweep-attention", matrices="attn", **columns)
+            return self._sweep(
+                "sweep-attention",
+                matrices="attn",
+                position_columns=_NORMS,
+                gradient_columns=(),
+                k=1,
+            )
         except UnsupportedModelError:
             return None
 
@@ -142,15 +136,12 @@ class Evidence:
         config = SweepConfig(
             direction="gradient",
             prepend_bos=self.prepend_bos,
-            # Datasets have answers of several tokens, whose first one is taught, as in the paper's
-            # own editing.
-            multi_token="first",
-            prompts=self.prompts_asked,
+            multi_token="first",  # as in the paper's own edits
+            prompts=self.n_prompts,
             seed=self.seed,
-            **{"k": _KEPT, **settings},
+            **{"k": 5, **settings},
         )
-        out = self._folder / name
-        return sweep(self.model, self.records, out, config, progress=self.progress)
+        return sweep(self.model, self.records, self.folder / name, config, progress=self.progress)
 
     @cached_property
     def positions(self) -> pd.DataFrame:
@@ -169,45 +160,45 @@ class Evidence:
 
     @property
     def n_cut_targets(self) -> int:
-        """Of how many prompts only the first token of the target is taught."""
+        """The number of prompts of which only the target's first token was used."""
         rows = self.records.rows
-        taught = zip(self.prompts["prompt"], self.prompts["target"], strict=True)
-        wanted = ((getattr(rows[row], "target", None), target) for row, target in taught)
-        return sum(isinstance(text, str) and text != target for text, target in wanted)
+        used = zip(self.prompts["prompt"], self.prompts["target"], strict=True)
+        targets = ((getattr(rows[row], "target", None), target) for row, target in used)
+        return sum(isinstance(text, str) and text != target for text, target in targets)
 
     @cached_property
     def correct_prompts(self) -> list[int]:
-        """Rows of the prompts that the model answers with the data's own answer."""
+        """Rows of the prompts that the model answers as the data do."""
         correct = self.prompts["is_correct"].fillna(False).astype(bool)
         rows: list[int] = self.prompts.loc[correct, "prompt"].tolist()
         return rows
 
-    # --- edits -----------------------------------------------------------------------------------
+    # --- edits ---------------------------------------------------------------------------------
 
     @cached_property
     def requests(self) -> list[EditRequest]:
-        """What the first rows of the data teach, at least one fact.
+        """The facts in the first rows of the data, at least one.
 
         Raises:
             InputError: If none of the rows is a record.
         """
-        rows = self.records.rows[: self.prompts_asked]
+        rows = self.records.rows[: self.n_prompts]
         found = [EditRequest.of(row) for row in rows if isinstance(row, Record)]
         if not found:
             raise InputError(f"none of the first rows of {self.records.name!r} can be edited")
         return found
 
     def evaluation_config(self, **settings: Any) -> EvaluationConfig:
-        """Settings of an evaluation of the first rows.
+        """Settings for evaluations on the first rows.
 
         Args:
-            **settings: Those that are not the same for all.
+            **settings: Further settings.
 
         Returns:
             The settings.
         """
         shared = {"prepend_bos": self.prepend_bos, "seed": self.seed}
-        return EvaluationConfig(**{"records": self.prompts_asked, **shared, **settings})
+        return EvaluationConfig(**{"records": self.n_prompts, **shared, **settings})
 
     def evaluation(
         self, name: str, methods: Mapping[str, EditMethod], **settings: Any
@@ -215,19 +206,19 @@ class Evidence:
         """Evaluate methods on the first rows of the data.
 
         Args:
-            name: Of the folder.
+            name: Name of the evaluation's folder.
             methods: The methods by name.
-            **settings: Of the evaluation, beside those that are the same for all.
+            **settings: As in `evaluation_config`.
 
         Returns:
-            What was measured, of one record or more.
+            The evaluation, of at least one record.
 
         Raises:
             InputError: If none of the rows can be evaluated.
         """
         config = self.evaluation_config(**settings)
-        out = self._folder / "edits" / name
-        out.mkdir(parents=True, exist_ok=True)
+        out = self._edits / name
+        out.mkdir(exist_ok=True)
         found = evaluate(self.model, self.records, out, methods, config, progress=self.progress)
         if found.edits().empty:
             problem = found.rejects()["problem"].iloc[0]
@@ -238,31 +229,35 @@ class Evidence:
         """Methods with settings for the model.
 
         Args:
-            names: Their names.
+            names: Names of presets.
 
         Returns:
-            The methods by name; what they learn, they learn from the rows that are left.
+            The methods by name. Those that need training use the rows that are not evaluated.
         """
-        folder = self._folder / "edits"
-        folder.mkdir(parents=True, exist_ok=True)
         return preset_methods(
             self.model,
             names,
-            folder=folder,
+            folder=self._edits,
             training=self._training_records,
             prepend_bos=self.prepend_bos,
             progress=self.progress,
         )
 
     @cached_property
+    def _edits(self) -> Path:
+        folder = self.folder / "edits"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @cached_property
     def _training_records(self) -> tuple[Record, ...]:
         return unused_records(self.records, self.evaluation_config())
 
     def shift_preset(self, name: str) -> ForwardPassShift:
-        """A form of the forward pass shift with settings for the model.
+        """A forward pass shift with settings for the model.
 
         Args:
-            name: Of the preset.
+            name: Name of the preset.
 
         Returns:
             The method.
@@ -272,17 +267,17 @@ class Evidence:
         """
         method = self.presets((name,))[name]
         if not isinstance(method, ForwardPassShift):
-            raise InputError(f"preset {name!r} is {method.name}, and no forward pass shift")
+            raise InputError(f"preset {name!r} is {method.name}, not a forward pass shift")
         return method
 
     @cached_property
     def perplexity(self) -> float:
-        """That of all texts together, of the unedited model."""
+        """Perplexity of the unedited model on all texts together."""
         config = self.evaluation_config()
         texts = read_texts(self._host, config).tokens(self._host, config)
         return perplexity(self._host, texts, config.denominator).corpus
 
-    # --- single prompts --------------------------------------------------------------------------
+    # --- single prompts ------------------------------------------------------------------------
 
     @cached_property
     def example(self) -> BackwardLensResult:
@@ -291,35 +286,27 @@ class Evidence:
 
     @cached_property
     def example_layer(self) -> int:
-        """The layer whose neurons are shown, as far up as layer 14 in the 24 of GPT2-medium.
+        """The layer whose neurons are shown, at the relative depth of layer 14 in GPT2-medium's 24.
 
-        It is not the last one, whose gradient is one VJP, unless there is no other.
+        It is not the last layer, whose gradient is one VJP, unless there is only one.
         """
         return min(round(14 / 24 * self.n_layers), max(0, self.n_layers - 2))
 
     def result(self, prompt: str, target: str | int) -> BackwardLensResult:
-        """The gradients of one prompt, read as what an update adds, under both lenses.
+        """The gradients of one prompt as updates, under both lenses.
 
         Args:
             prompt: The prompt.
-            target: What it is taught.
+            target: The target, of which the first token is used.
 
         Returns:
             The result.
         """
-        try:
-            return self._result(prompt, target, None)
-        except TargetError:
-            return self._result(prompt, target, "first")
-
-    def _result(
-        self, prompt: str, target: str | int, position: MultiToken | None
-    ) -> BackwardLensResult:
         return backward_lens(
             self.model,
             prompt,
             target,
             projection=_LENSES,
             prepend_bos=self.prepend_bos,
-            multi_token=position,
+            multi_token="first",
         )

@@ -1,9 +1,10 @@
-"""The paper's figures and tables, each with its statement and what measures it again."""
+"""The paper's figures and tables: what each states, and the function that measures it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 from backward_lens_tl.errors import InputError
@@ -28,241 +29,227 @@ Group = Literal["gradients", "editing"]
 
 @dataclass(frozen=True)
 class Experiment:
-    """One figure or table of the paper, or several of one kind.
+    """A figure or table of the paper, or several that are measured together.
 
     Attributes:
-        name: Its folder.
-        covers: The figures and tables that it stands for, as they are asked for.
+        name: Name of the figure or table, and of the experiment's folder.
         title: What it is about.
-        statement: What the paper says, in our words.
-        measure: What measures it.
-        group: `"gradients"` for those that read gradients of many prompts, which share one sweep,
-            and `"editing"` for those that edit.
+        statement: What the paper says, in our own words.
+        measure: The function that measures it.
+        also: Other figures and tables that it covers.
+        group: `"gradients"` if it reads the gradients of many prompts, for which all experiments
+            share one sweep; `"editing"` if it edits.
     """
 
     name: str
-    covers: tuple[str, ...]
     title: str
     statement: str
     measure: Callable[[Evidence], Finding]
+    also: tuple[str, ...] = ()
     group: Group = "gradients"
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        """All names of the experiment."""
+        return (self.name, *self.also)
 
 
 EXPERIMENTS = (
     Experiment(
         "fig3",
-        ("fig1", "fig3"),
         "Imprint and shift (lemma 5.2, figures 1 and 3)",
-        "One step of gradient descent imprints the layer's own inputs into FF1, and shifts FF2's "
+        "One step of gradient descent imprints the layer's own inputs into FF1 and shifts FF2's "
         "output against its VJPs, which is towards the target.",
         imprint_and_shift.imprint_and_shift,
+        also=("fig1",),
     ),
     Experiment(
         "fig4",
-        ("fig4",),
         "Rank of the gradients (figure 4)",
-        "A gradient's rank almost always is the number of the prompt's tokens, with a drop of one "
-        "or two in a few dozen examples; that of the last MLP is 1.",
+        "The rank of a gradient is almost always the length of the prompt, with a drop of one or "
+        "two once in a few dozen examples. The rank of the last MLP's gradient is 1.",
         gradient_ranks.rank_law,
     ),
     Experiment(
         "fig5",
-        ("fig5",),
-        "The gradients of one prompt in words (figure 5)",
-        "Across most layers the VJPs project to the target and to words like it; in the top layers "
-        "only the last token writes.",
+        "The gradients of one prompt as tokens (figure 5)",
+        "In most layers the VJPs project to the target and to tokens similar to it. In the top "
+        "layers only the last token has large VJPs.",
         single_prompts.example_table,
     ),
     Experiment(
         "fig6",
-        ("fig6",),
-        "Who writes into W_out (figure 6)",
-        "Most is written by the subject's tokens in the first layers and by the last token around "
-        "the second quarter of the layers; most other tokens write next to nothing.",
+        "Norms of W_out's VJPs (figure 6)",
+        "The VJPs with the largest norms are those of the subject's tokens in the first layers and "
+        "of the last token around the second quarter of the layers. Most other tokens have VJPs "
+        "close to zero.",
         segment_norms.norms_of_shifts,
     ),
     Experiment(
         "fig7",
-        ("fig7",),
         "Rank of the target by segment (figure 7)",
-        "The last token's VJPs consistently rank the target among the least probable tokens; those "
-        "of the other tokens behave alike, and generally rank it as improbable.",
+        "The last token's VJPs consistently rank the target among the least probable tokens. Those "
+        "of the other tokens behave alike and mostly rank it as improbable.",
         segment_ranks.target_by_segment,
     ),
     Experiment(
         "fig8",
-        ("fig8", "fig9"),
         "Neurons of W_out's gradient and its VJPs (figures 8 and 9)",
-        "The neurons of the largest norm are almost copies of the last VJP, up to the sign; those "
-        "of small norm are more like the zero vector.",
-        gradient_neurons.shift_similarity,
+        "The neurons with the largest norms are almost copies of the last VJP, up to the sign. "
+        "Those with small norms resemble the zero vector.",
+        partial(gradient_neurons.similarity, matrix="W_out"),
+        also=("fig9",),
     ),
     Experiment(
         "fig10",
-        ("fig10",),
         "Neurons of W_in's gradient and its inputs (figure 10)",
         "The same holds for FF1, whose neurons are combinations of its inputs.",
-        gradient_neurons.imprint_similarity,
+        partial(gradient_neurons.similarity, matrix="W_in"),
     ),
     Experiment(
         "fig11",
-        ("fig11", "fig12", "fig13", "fig14", "fig15"),
-        "The gradients of other prompts in words (figures 11 to 15)",
+        "The gradients of other prompts as tokens (figures 11 to 15)",
         "Other prompts and models show the same as figure 5.",
         single_prompts.more_tables,
+        also=("fig12", "fig13", "fig14", "fig15"),
     ),
     Experiment(
         "fig16",
-        ("fig16",),
-        "Who writes into which matrix (figure 16)",
-        "FF1 and FF2 are both written mainly by the last subject token around the first quarter of "
-        "the layers, and by the last token around the middle.",
+        "Norms of the VJPs of every matrix (figure 16)",
+        "For both FF1 and FF2, the VJPs with the largest norms are those of the subject's last "
+        "token around the first quarter of the layers and of the last token around the middle.",
         segment_norms.norms_of_all,
     ),
     Experiment(
         "fig17",
-        ("fig17",),
         "Norms of the inputs (figure 17)",
         "The norms of the inputs x_i and of the VJPs delta_i are not correlated.",
         segment_norms.norms_of_inputs,
     ),
     Experiment(
         "fig18",
-        ("fig18",),
         "Rank of the target at the last token (figure 18)",
-        "Along most layers the last token's VJP ranks the target among the most improbable tokens, "
+        "In most layers the last token's VJP ranks the target among the most improbable tokens, "
         "with some degradation in the first few layers.",
         segment_ranks.target_at_last_token,
     ),
     Experiment(
         "fig19",
-        ("fig19",),
         "Rank of the model's own answer (figure 19)",
-        "In the last layers the VJPs rank the model's own answer among the probable tokens, so "
-        "that the update takes it away, more smoothly than it adds the target.",
+        "In the last layers the VJPs rank the model's own answer among the probable tokens, so the "
+        "update demotes it, more smoothly than it promotes the target.",
         segment_ranks.answer_by_segment,
     ),
     Experiment(
         "fig20",
-        ("fig20",),
         "The model's own answer in W_in's inputs (figure 20)",
-        "FF1's inputs show how the forward pass builds up its answer, and more so where the answer "
+        "FF1's inputs show how the forward pass builds up its answer, more clearly if the answer "
         "is correct.",
         segment_ranks.answer_in_inputs,
     ),
     Experiment(
         "fig21",
-        ("fig21",),
         "The target in W_in's inputs (figure 21)",
         "FF1's inputs only show the probability that the forward pass itself gives the target.",
         segment_ranks.target_in_inputs,
     ),
     Experiment(
         "fig22",
-        ("fig22", "fig23"),
         "The Normalized Logit Lens (figures 22 and 23, appendix F)",
-        "With vectors of length one, most VJPs have the target among the most improbable tokens.",
+        "With normalized vectors, most VJPs have the target among the most improbable tokens.",
         single_prompts.normalized_table,
+        also=("fig23",),
     ),
     Experiment(
         "table2",
-        ("table2",),
-        "Neurons of W_out's gradient in words (table 2)",
-        "Neurons of similar norm share their tokens: the largest ones have the target at one end, "
-        "the smallest ones read like the zero vector.",
-        gradient_neurons.shift_neurons,
+        "Neurons of W_out's gradient as tokens (table 2)",
+        "Neurons of similar norm share their tokens: the largest have the target at one end, the "
+        "smallest resemble the zero vector.",
+        partial(gradient_neurons.tokens_of_neurons, matrix="W_out"),
     ),
     Experiment(
         "table3",
-        ("table3",),
-        "The VJPs that span W_out's gradient, in words (table 3)",
-        "A handful of VJPs says what thousands of neurons say.",
-        gradient_neurons.shift_vectors,
+        "The VJPs that span W_out's gradient, as tokens (table 3)",
+        "A few VJPs have the tokens of thousands of neurons.",
+        partial(gradient_neurons.tokens_of_spanning_set, matrix="W_out"),
     ),
     Experiment(
         "table4",
-        ("table4",),
-        "Neurons of W_in's gradient in words (table 4)",
-        "Neurons of FF1's gradient share their tokens within a group of similar norm, too.",
-        gradient_neurons.imprint_neurons,
+        "Neurons of W_in's gradient as tokens (table 4)",
+        "Neurons of FF1's gradient with similar norms share their tokens, too.",
+        partial(gradient_neurons.tokens_of_neurons, matrix="W_in"),
     ),
     Experiment(
         "table5",
-        ("table5",),
-        "The inputs that span W_in's gradient, in words (table 5)",
-        "A handful of inputs says what thousands of neurons say.",
-        gradient_neurons.imprint_vectors,
+        "The inputs that span W_in's gradient, as tokens (table 5)",
+        "A few inputs have the tokens of thousands of neurons.",
+        partial(gradient_neurons.tokens_of_spanning_set, matrix="W_in"),
     ),
     Experiment(
         "table1",
-        ("table1", "table6", "table7"),
         "Editing facts (tables 1, 6 and 7)",
-        "A shift found in one forward pass edits facts as reliably as fine-tuning and ROME and "
-        "hardly touches fluency; more of it leaks into the neighborhood than with ROME and MEMIT, "
-        "and its paraphrases lie between.",
+        "A shift computed in one forward pass edits facts as reliably as fine-tuning and ROME and "
+        "has hardly any effect on fluency. It affects more neighborhood prompts than ROME and "
+        "MEMIT, and its paraphrase score is in between.",
         editing_methods.editing_methods,
-        "editing",
+        also=("table6", "table7"),
+        group="editing",
     ),
     Experiment(
         "fig24",
-        ("fig24",),
         "Least learning rate of an edit (figure 24)",
-        "The rate that the forward pass shift needs varies less than that of SGD, and in the early "
-        "layers it does less harm to perplexity than SGD and Adam; in the late ones as much.",
+        "The rate that the forward pass shift needs varies less than that of SGD. In the early "
+        "layers it harms perplexity less than SGD and Adam, in the late layers equally.",
         least_learning_rates.least_learning_rates,
-        "editing",
+        group="editing",
     ),
     Experiment(
         "several_facts",
-        ("several_facts",),
         "Several facts at once (beyond the paper)",
-        "The paper shifts one fact at a time and leaves open what becomes of several.",
+        "The paper edits one fact at a time and leaves several at once open.",
         several_facts.several_facts,
-        "editing",
+        group="editing",
     ),
     Experiment(
         "whitening",
-        ("whitening",),
         "The whitened shift (beyond the paper)",
-        "The paper's shift listens to the input as it is, so it also writes wherever another "
-        "prompt makes the layer read something alike.",
+        "The paper's shift uses the input as it is, so it also has an effect on other prompts with "
+        "similar inputs.",
         whitening.whitening,
-        "editing",
+        group="editing",
     ),
     Experiment(
         "optimizers",
-        ("optimizers",),
         "Steps of optimizers (beyond the paper)",
-        "The paper reads plain gradients, and leaves open what Adam and its like make of their low "
-        "rank and of their words.",
+        "The paper analyses plain gradients, and leaves open how optimizers such as Adam change "
+        "their low rank and their tokens.",
         optimizer_steps.optimizer_steps,
-        "editing",
+        group="editing",
     ),
 )
-"""In the order of the paper, and behind them what goes beyond it."""
+"""The experiments in the order of the paper, followed by those beyond it."""
 
 
 def select_experiments(names: str | Sequence[str]) -> tuple[Experiment, ...]:
-    """The experiments of some figures and tables.
+    """Find experiments by the names of figures and tables.
 
     Args:
-        names: Such as `"fig4"`, several, one of the groups `"gradients"` and `"editing"`, or
+        names: One or more names such as `"fig4"`, the groups `"gradients"` and `"editing"`, or
             `"all"`.
 
     Returns:
         Each experiment once, in the order of the paper.
 
     Raises:
-        InputError: If there is no such figure or table, or none is asked for.
+        InputError: If a name is unknown, or none is given.
     """
     asked = [names] if isinstance(names, str) else list(names)
-    covers = [cover for experiment in EXPERIMENTS for cover in experiment.covers]
-    known = [*covers, *get_args(Group), "all"]
+    known = [*(name for each in EXPERIMENTS for name in each.covers), *get_args(Group), "all"]
     for name in asked:
         if name not in known:
-            raise InputError(f"there is no experiment {name!r}; there are {', '.join(known)}")
+            raise InputError(f"there is no experiment {name!r}; allowed are {', '.join(known)}")
     if not asked:
-        raise InputError(f"no experiment was asked for; there are {', '.join(known)}")
+        raise InputError(f"names is empty; allowed are {', '.join(known)}")
     return tuple(
         experiment
         for experiment in EXPERIMENTS

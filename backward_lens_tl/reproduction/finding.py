@@ -1,8 +1,8 @@
-"""What an experiment found, beside what the paper says."""
+"""What an experiment found, and how the paper's claims are checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 Verdict = Literal["holds", "holds with exceptions", "does not hold here", "not measured"]
 Draw = Callable[..., Any]
-"""Makes a figure, given `backend="plotly"` or `"matplotlib"`."""
+"""Draws a figure, with `backend="plotly"` or `"matplotlib"`."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One claim of the paper, made precise, and what was measured.
+    """A claim of the paper with a threshold, and what was measured.
 
     Attributes:
-        claim: The claim with its threshold.
+        claim: The claim.
         holds: Whether it holds.
         found: What was measured, with numbers.
-        exceptions: What departs from a claim that holds on the whole; empty if nothing does.
+        exceptions: Exceptions to a claim that holds in general; empty if there are none.
     """
 
     claim: str
@@ -38,12 +38,11 @@ class Finding:
     """What an experiment found.
 
     Attributes:
-        checks: The claims; the first is the one that the figure or table stands for. None if it
-            could not be measured.
+        checks: The claims; the first is the main one. Empty if they could not be measured.
         tables: Small tables, by name.
-        figures: What draws each figure, by name.
-        results: Layers x tokens tables that are shown, by name.
-        notes: What a reader has to know beside it.
+        figures: Functions that draw the figures, by name.
+        results: Results whose layers x tokens tables are shown, by name.
+        notes: What a reader needs to know in addition.
     """
 
     checks: tuple[Check, ...]
@@ -54,7 +53,7 @@ class Finding:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the paper's statement holds: not at all unless its first claim does."""
+        """Whether the paper's statement holds, which it does only if the first claim does."""
         if not self.checks:
             return "not measured"
         if not self.checks[0].holds:
@@ -64,47 +63,71 @@ class Finding:
         return "holds with exceptions"
 
 
-def by_layer(table: pd.DataFrame, column: str, **where: str) -> dict[int, float]:
-    """A column of a small table as numbers by layer.
+def count_check(
+    claim: str,
+    flags: Iterable[bool],
+    of: str,
+    *,
+    at_least: float | None = None,
+    exceptions: str = "",
+) -> Check:
+    """Check how often something is the case.
 
     Args:
-        table: An analysis with a row per layer and whatever `where` tells apart.
-        column: The column.
-        **where: What other columns hold in the rows that are meant.
+        claim: The claim.
+        flags: Whether it is the case, one by one.
+        of: What is counted, which follows the count in `Check.found`.
+        at_least: The fraction of cases that the claim needs; `None` for more than half of them.
+        exceptions: As in `Check`.
 
     Returns:
-        The numbers, in the order of the layers.
+        The check. A claim about no cases does not hold.
     """
-    for name, value in where.items():
-        table = table[table[name] == value]
-    numbers = zip(table["layer"].tolist(), table[column].tolist(), strict=True)
-    return dict(sorted(numbers))
+    cases = [bool(flag) for flag in flags]
+    count, total = sum(cases), len(cases)
+    holds = count > total / 2 if at_least is None else 0 < at_least * total <= count
+    return Check(claim, holds, f"{count_of(count, total)} {of}", exceptions)
 
 
-def pick(table: pd.DataFrame, column: str, value: str) -> Mapping[Any, Any]:
-    """The one row of a small table that holds something.
-
-    Args:
-        table: The table.
-        column: Where to look.
-        value: What the row holds there.
-
-    Returns:
-        The row.
-    """
-    rows = table[table[column] == value].to_dict("records")
-    [row] = rows
-    return row
-
-
-def part(count: int, of: int) -> str:
-    """A count as a part of a whole, in words.
+def count_of(count: int, total: int) -> str:
+    """A count and its percentage.
 
     Args:
         count: The count.
-        of: The whole.
+        total: The number of all cases.
 
     Returns:
-        Such as `7 of 8 (88 %)`.
+        Text such as `7 of 8 (88 %)`.
     """
-    return f"{count} of {of} ({100 * count / of:.0f} %)" if of else "none of 0"
+    return f"{count} of {total} ({100 * count / total:.0f} %)" if total else "none of 0"
+
+
+def listed_values(values: Iterable[tuple[Any, float]], form: str = ".1f", unit: str = "") -> str:
+    """Named values as text.
+
+    Args:
+        values: Pairs of name and value.
+        form: Format of the values.
+        unit: What follows each value.
+
+    Returns:
+        Text such as `rome 99.0 %, shift 95.0 %`.
+    """
+    return ", ".join(f"{name} {value:{form}}{unit}" for name, value in values)
+
+
+def by_layer(table: pd.DataFrame, values: str, columns: str, **where: str) -> pd.DataFrame:
+    """A column of a table by layer and by another column.
+
+    Args:
+        table: A table with a `layer` column.
+        values: The column with the values.
+        columns: The column whose values become the columns.
+        **where: Only rows that have these values in these columns.
+
+    Returns:
+        One row per layer, one column per value of `columns`.
+    """
+    for name, value in where.items():
+        table = table[table[name] == value]
+    return table.astype({columns: object}).pivot(index="layer", columns=columns, values=values)

@@ -3,61 +3,55 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from backward_lens_tl.analysis.ranks import gradient_ranks, rank_exceptions
 from backward_lens_tl.reproduction.evidence import Evidence
-from backward_lens_tl.reproduction.finding import Check, Finding, part
+from backward_lens_tl.reproduction.finding import Check, Finding, count_check
 from backward_lens_tl.views import figures
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-_ALMOST = 0.95
-_DROP = 2
-_TOLERANCE = (
-    "A singular value counts if it is larger than n times the eps of float32 of the largest one."
-)
-_NO_RANKS = "No gradient has a rank of its own: heads or experts have factors of their own."
+_AT_LEAST = 0.95
+_LARGEST_DROP = 2
 
 
 def rank_law(evidence: Evidence) -> Finding:
-    """Rank against length of the prompt (figure 4)."""
+    """Rank against prompt length (figure 4)."""
     table, off = evidence.gradients, rank_exceptions(evidence.gradients)
-    claims = {
-        False: "every layer but the last has the prompt's length as its rank",
-        True: "the last layer has rank 1",
-    }
-    there = set(table.loc[table["rank"].notna(), "is_last_layer"].astype(bool))
-    checks = [
-        _check(table, off, claim, is_last) for is_last, claim in claims.items() if is_last in there
-    ]
+    known = table[table["rank"].notna()]
+    is_last = known["is_last_layer"].astype(bool)
+    checks = []
+    for claim, own in (
+        ("in every layer but the last, the rank is the length of the prompt", known[~is_last]),
+        ("in the last layer, the rank is 1", known[is_last]),
+    ):
+        if own.empty:
+            continue
+        wrong = off[off["layer"].isin(own["layer"])]
+        causes = wrong["cause"].value_counts()
+        checks.append(
+            count_check(
+                f"{claim}, with rare exceptions",
+                np.repeat([True, False], [len(own) - len(wrong), len(wrong)]),
+                "gradients",
+                at_least=_AT_LEAST,
+                exceptions="; ".join(f"{cause} ({count})" for cause, count in causes.items()),
+            )
+        )
+    note = "No gradient has a rank: the factors of each head or expert are separate."
+    if checks:
+        largest = max((off["law"] - off["rank"]).abs(), default=0)
+        checks.append(
+            Check(
+                "no rank differs from this by more than two",
+                bool(largest <= _LARGEST_DROP),
+                f"gradients with another rank: {len(off)}; largest difference: {largest}",
+            )
+        )
+        note = "A singular value counts if it exceeds n times float32's eps times the largest one."
     return Finding(
-        (*checks, _drops(off)) if checks else (),
+        tuple(checks),
         {"ranks": gradient_ranks(table), "exceptions": off},
         {"rank against length": partial(figures.gradient_ranks, table)},
-        notes=(_TOLERANCE if checks else _NO_RANKS,),
-    )
-
-
-def _check(table: pd.DataFrame, off: pd.DataFrame, claim: str, is_last: bool) -> Check:
-    own = table[table["rank"].notna() & (table["is_last_layer"].astype(bool) == is_last)]
-    last = table.loc[table["is_last_layer"].astype(bool), "layer"]
-    others = off[off["layer"].isin(last) == is_last]
-    right = len(own) - len(others)
-    causes = others["cause"].value_counts()
-    return Check(
-        f"{claim}, but for a rare drop",
-        right >= _ALMOST * len(own),
-        f"{part(right, len(own))} gradients",
-        "; ".join(f"{count} times {cause}" for cause, count in causes.items()),
-    )
-
-
-def _drops(off: pd.DataFrame) -> Check:
-    largest = max((off["law"] - off["rank"]).abs().tolist(), default=0)
-    return Check(
-        "where the rank drops, it does so by one or two",
-        largest <= _DROP,
-        f"gradients off the law: {len(off)}, by at most {largest}",
+        notes=(note,),
     )

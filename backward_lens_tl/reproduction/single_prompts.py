@@ -1,27 +1,20 @@
-"""Figures 5, 11 to 15, 22 and 23: what single prompts write, in words."""
+"""Figures 5, 11 to 15, 22 and 23: the tokens that the gradients of single prompts add."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from backward_lens_tl.reproduction.evidence import Evidence
-from backward_lens_tl.reproduction.finding import Check, Finding, part
+from backward_lens_tl.reproduction.finding import Check, Finding, count_check, count_of
 from backward_lens_tl.result import BackwardLensResult
 
 _MORE_PROMPTS = 5
-_MAGNIFIED = 0.01
 
 
 def example_table(evidence: Evidence) -> Finding:
     """The layers x tokens table of the paper's own prompt (figure 5)."""
     return _tables([evidence.example], "logit_lens")
-
-
-def normalized_table(evidence: Evidence) -> Finding:
-    """The same under the Normalized Logit Lens (figures 22 and 23)."""
-    found = _tables([evidence.example], "normalized")
-    return replace(found, checks=(*_normalized(evidence), *found.checks))
 
 
 def more_tables(evidence: Evidence) -> Finding:
@@ -31,68 +24,70 @@ def more_tables(evidence: Evidence) -> Finding:
     return _tables([evidence.result(text, target) for text, target in rows], "logit_lens")
 
 
+def normalized_table(evidence: Evidence) -> Finding:
+    """The paper's own prompt under the Normalized Logit Lens (figures 22 and 23)."""
+    cells = evidence.positions
+    cells = cells[(cells["matrix"] == "W_out") & ~cells["is_zero"]]
+    is_far = cells["target_rank"] >= evidence.far_end
+    raw, normalized = (is_far[cells["projection"] == lens] for lens in ("logit_lens", "normalized"))
+    n_raw, n_normalized, total = int(raw.sum()), int(normalized.sum()), len(raw)
+    found = _tables([evidence.example], "normalized")
+    checks = (
+        count_check(
+            "with normalization, more than half of W_out's VJPs have the target among the least "
+            "probable 1 % of the vocabulary",
+            normalized,
+            "VJPs",
+        ),
+        Check(
+            "normalization makes the target more visible: at least 1 % more of the VJPs have it "
+            "there",
+            n_normalized - n_raw >= 0.01 * total,
+            f"{count_of(n_normalized, total)} VJPs with normalization, {count_of(n_raw, total)} "
+            "without",
+        ),
+    )
+    return replace(found, checks=(*checks, *found.checks))
+
+
 def _tables(results: Sequence[BackwardLensResult], lens: str) -> Finding:
     shown: dict[str, BackwardLensResult] = {}
     for result in results:
         name = f"{result.capture.prompt(0)} → {result.target()}"
-        # Data may have a prompt twice.
         shown[f"{name} (again)" if name in shown else name] = result.under(lens)
     return Finding(
-        (_target_is_written(shown), _last_token_writes(shown)),
+        (_target_leads(shown), _last_token_is_longest(shown)),
         {name: result.to_df() for name, result in shown.items()},
         results=shown,
         notes=(
-            "W_out is read as -delta_i, which the update adds. The paper reads delta_i and looks "
-            "at its least probable tokens, which are the same up to the final norm's bias.",
+            "W_out is shown as -delta_i, which the update adds. The paper shows the least probable "
+            "tokens of delta_i, which are the same up to the bias of the final norm.",
         ),
     )
 
 
-def _target_is_written(results: dict[str, BackwardLensResult]) -> Check:
-    cells = [
-        result.cell("W_out", layer, -1) for result in results.values() for layer in result.layers
-    ]
-    led = sum(cell.target_leads for cell in cells)
-    return Check(
-        "in more than half of the layers, what the update adds to W_out at the last token has the "
-        "target as its most probable token",
-        led > len(cells) / 2,
-        f"in {part(led, len(cells))} layers",
+def _target_leads(results: Mapping[str, BackwardLensResult]) -> Check:
+    return count_check(
+        "in more than half of the layers, the target is the most probable token of what the update "
+        "adds to W_out for the last token",
+        [
+            result.cell("W_out", layer, -1).target_leads
+            for result in results.values()
+            for layer in result.layers
+        ],
+        "layers",
     )
 
 
-def _last_token_writes(results: dict[str, BackwardLensResult]) -> Check:
-    counted = strongest = 0
+def _last_token_is_longest(results: Mapping[str, BackwardLensResult]) -> Check:
+    is_longest = []
     for result in results.values():
-        # In the very last layer no other token can write.
-        top_quarter = result.norms("W_out")[-max(2, len(result.layers) // 4) : -1, 0]
-        counted += len(top_quarter)
-        strongest += int((top_quarter.argmax(-1) == top_quarter.shape[-1] - 1).sum())
-    return Check(
-        "in the last quarter of the layers the last token writes the most (the very last layer, "
-        "where no other can, is left out)",
-        0 < counted == strongest,
-        f"it has the largest VJP in {part(strongest, counted)} of these layers",
-    )
-
-
-def _normalized(evidence: Evidence) -> tuple[Check, ...]:
-    cells = evidence.positions
-    cells = cells[(cells["matrix"] == "W_out") & ~cells["is_zero"]]
-    (raw, of), (normalized, _) = (
-        (int((own["target_rank"] >= evidence.far_end).sum()), len(own))
-        for own in (cells[cells["projection"] == lens] for lens in ("logit_lens", "normalized"))
-    )
-    return (
-        Check(
-            "when normalized, more than half of W_out's VJPs have the target among the least "
-            "probable 1 % of the vocabulary",
-            normalized > of / 2,
-            f"{part(normalized, of)} of them",
-        ),
-        Check(
-            "normalizing magnifies the target: at least 1 % more of the VJPs have it there",
-            normalized - raw >= _MAGNIFIED * of,
-            f"{part(normalized, of)} of the VJPs when normalized, {part(raw, of)} as they are",
-        ),
+        norms = result.norms("W_out")[-max(2, len(result.layers) // 4) : -1, 0]
+        is_longest += (norms.argmax(-1) == norms.shape[-1] - 1).tolist()
+    return count_check(
+        "in the last quarter of the layers, the last token has the largest VJP (not counting the "
+        "last layer, where all other VJPs are zero)",
+        is_longest,
+        "of these layers",
+        at_least=1,
     )

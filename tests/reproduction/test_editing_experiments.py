@@ -44,7 +44,7 @@ class Fake(Evidence):
     """Evidence with the given attributes, and nothing behind it."""
 
     model, model_name, n_layers, d_vocab = None, "fake", 4, 1001
-    prepend_bos, progress, prompts_asked = False, False, 100
+    prepend_bos, progress, n_prompts = False, False, 100
 
     def __init__(self, **given: Any) -> None:
         self.__dict__.update({"requests": [object()] * 100} | given)
@@ -156,7 +156,7 @@ def test_table_1_otherwise(method: str, values: dict[str, float], expected: list
 def test_table_1_says_nothing_of_what_the_data_lack(metric: str) -> None:
     finding, _ = of_methods(**{name: {metric: math.nan} for name in METHODS})
     assert holds(finding) == [True] * 3
-    assert finding.notes[-1] == f"The data have no prompts for {metric}, and nothing is said of it."
+    assert finding.notes[-1] == f"The data have no prompts for {metric}, so it is not checked."
 
 
 # --- figure 24 ------------------------------------------------------------------------------------
@@ -207,13 +207,13 @@ def test_figure_24_as_in_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn(finding)
     assert finding.verdict == "holds"
     assert [check.found for check in finding.checks] == [
-        "in 4 of 4 (100 %) layers; mean standard deviation of its decimal logarithm: "
+        "4 of 4 (100 %) layers; mean standard deviation of its decimal logarithm: "
         "sgd 1.00, adam 0.00, shift 0.50",
-        "in 2 of 2 (100 %) layers; mean perplexity sgd 14.00, adam 14.00, shift 10.00",
-        "in 2 of 2 (100 %) layers; mean perplexity sgd 10.00, adam 10.00, shift 10.00",
+        "2 of 2 (100 %) layers; mean perplexity sgd 14.00, adam 14.00, shift 10.00",
+        "2 of 2 (100 %) layers; mean perplexity sgd 10.00, adam 10.00, shift 10.00",
     ]
     assert finding.tables["by layer"]["unedited"].tolist() == [9.0] * 12
-    assert "sgd 0, adam 0, shift 0 of 200 steps each" in finding.notes[1]
+    assert "sgd 0, adam 0, shift 0 of 200 each" in finding.notes[1]
 
 
 WIDE = (1.0, 100.0)
@@ -258,7 +258,7 @@ def test_figure_24_of_few_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert holds(of_rates(monkeypatch, rates_table(1), 1)) == [True, True]
     found = of_rates(monkeypatch, rates_table(3, perplexity={("shift", 0): 20.0}), 3)
     assert holds(found) == [True, False, True]
-    assert "in 0 of 1 (0 %)" in found.checks[1].found
+    assert "0 of 1 (0 %)" in found.checks[1].found
     found = of_rates(
         monkeypatch, rates_table(3, perplexity={("shift", 1): 20, ("shift", 2): 20}), 3
     )
@@ -374,7 +374,7 @@ def test_only_whole_blocks_count(n_records: int, expected: dict[int, int]) -> No
 
 
 def test_several_facts_need_several_records() -> None:
-    with pytest.raises(InputError, match=r"9 records cannot be compared.*pass 10 prompts"):
+    with pytest.raises(InputError, match=r"9 records are too few.*pass at least 10 prompts"):
         of_several(n_records=9)
 
 
@@ -435,9 +435,11 @@ def test_whitening(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(control.moments.moments[layer], above)
         assert not torch.equal(own, above)
     assert torch.equal(control.moments.moments[-1], MOMENTS.moments[0])
-    assert finding.checks[1].found == "; ".join(f"layer {layer}: 75 %" for layer in range(4))
-    assert finding.notes[0].startswith("Of 100 records. Each fact gets ")
-    assert "efficacy is 99.0 % at least" in finding.notes[0]
+    assert finding.checks[1].found == "4 of 4 (100 %) layers" + "".join(
+        f"; layer {layer}: 75 %" for layer in range(4)
+    )
+    assert finding.notes[0].startswith("Number of records: 100. Each fact gets ")
+    assert "efficacy is at least 99.0 %" in finding.notes[0]
     assert finding.tables["by layer"]["layer"].tolist() == [
         each for each in range(4) for _ in "abc"
     ]
@@ -470,10 +472,10 @@ def test_layers_without_damage_say_nothing_of_its_removal(monkeypatch: pytest.Mo
     whole = {"neighborhood": 100.0}
     values = {(PLAIN, layer): whole for layer in range(3)} | {(WHITE, 0): whole}
     finding, _ = of_whitening(monkeypatch, values)
-    assert finding.checks[1].found == "layer 3: 75 %"
+    assert finding.checks[1].found == "1 of 1 (100 %) layers; layer 3: 75 %"
     assert finding.checks[1].holds
     finding, _ = of_whitening(monkeypatch, {(PLAIN, layer): whole for layer in range(4)})
-    assert finding.checks[1].found == "no layer has any"
+    assert finding.checks[1].found == "none of 0 layers"
     assert holds(finding)[:2] == [False, False]
 
 
@@ -528,12 +530,12 @@ def test_steps_of_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = of_optimizers(monkeypatch, steps_table())
     assert finding.verdict == "holds"
     assert [check.found for check in finding.checks] == [
-        "Muon for 160 of 160 (100 %) steps; mean ranks: sgd 5.0, adam 100.0, muon 5.0",
+        "Muon keeps it in 160 of 160 (100 %) steps; mean ranks: sgd 5.0, adam 100.0, muon 5.0",
         "sgd 100 %, adam 70 %, muon 90 %",
         "sgd 100 %, adam 100 %, muon 100 %",
     ]
     assert len(finding.tables["steps"]) == 20 * 24
-    assert "Of 20 facts" in finding.notes[0]
+    assert "20 facts" in finding.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -564,7 +566,7 @@ def test_steps_of_optimizers_otherwise(
 
 
 def evidence_of(model: Any, data: Any, folder: Path, **given: Any) -> Evidence:
-    usual = {"prompts": 2, "seed": 0, "prepend_bos": False, "progress": False}
+    usual = {"n_prompts": 2, "seed": 0, "prepend_bos": False, "progress": False}
     return Evidence(model, blt.read_records(data), folder, **(usual | given))
 
 
@@ -578,7 +580,7 @@ def test_what_is_taught_are_the_first_rows(facts_model: Any, tmp_path: Path) -> 
     assert isinstance(evidence.records.rows[0], BadRecord)
     assert [(each.prompt, each.target) for each in evidence.requests] == [("Rome is in", " Paris")]
     with pytest.raises(InputError, match="none of the first rows"):
-        _ = evidence_of(facts_model, rows, tmp_path, prompts=1).requests
+        _ = evidence_of(facts_model, rows, tmp_path, n_prompts=1).requests
     with pytest.raises(InputError, match="none of the first rows"):
         reproduce(facts_model, rows, tmp_path, "optimizers", prompts=1, progress=False)
     # A prompt that ends in a space leaves the answer no tokens of its own.
@@ -599,7 +601,7 @@ def test_presets_learn_from_rows_that_are_not_edited(
         return {}
 
     monkeypatch.setattr(evidence_module, "preset_methods", preset_methods)
-    evidence = evidence_of(facts_model, "facts", tmp_path, prompts=30)
+    evidence = evidence_of(facts_model, "facts", tmp_path, n_prompts=30)
     evidence.presets(("rome",))
     edited = {(row.prompt, row.subject) for row in evidence.records.rows[:30]}
     subjects = {subject for _, subject in edited}
@@ -690,7 +692,7 @@ def test_whitening_on_the_facts_model(
     table = found["whitening"].tables["by layer"]
     assert table["method"].tolist() == [PLAIN, WHITE, CONTROL] * 2
     assert table["layer"].tolist() == [0, 0, 0, 1, 1, 1]
-    assert found["whitening"].notes[0].startswith("Of 1 record. Each fact gets ")
+    assert found["whitening"].notes[0].startswith("Number of records: 1. Each fact gets ")
     evaluation = blt.Evaluation.load(tmp_path / "edits" / "whitening")
     assert evaluation.is_complete
     assert evaluation.edits()["record"].unique().tolist() == [0]

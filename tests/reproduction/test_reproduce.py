@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import html
 import json
 import re
 import statistics
@@ -49,7 +50,12 @@ from backward_lens_tl.reproduction import (
 )
 from backward_lens_tl.reproduction.evidence import Evidence
 from backward_lens_tl.reproduction.experiments import select_experiments
-from backward_lens_tl.reproduction.finding import by_layer, part
+from backward_lens_tl.reproduction.finding import (
+    by_layer,
+    count_check,
+    count_of,
+    listed_values,
+)
 from backward_lens_tl.result import BackwardLensResult
 
 LENSES = ("logit_lens", "normalized")
@@ -159,7 +165,7 @@ def holds(finding: Finding) -> list[bool]:
     return [check.holds for check in finding.checks]
 
 
-# --- words for what was found ---------------------------------------------------------------------
+# --- text of what was found -----------------------------------------------------------------------
 
 
 YES, NO, ALMOST = Check("c", True, "f"), Check("c", False, "f"), Check("c", True, "f", "but")
@@ -182,11 +188,39 @@ def test_the_first_check_decides(checks: tuple[Check, ...], verdict: str):
     assert Finding(checks).verdict == verdict
 
 
-def test_numbers_in_words():
-    assert part(7, 8) == "7 of 8 (88 %)"
-    assert part(0, 0) == "none of 0"
-    table = pd.DataFrame({"layer": [2, 0, 0], "of": ["a", "a", "b"], "x": [1.0, 2.0, 3.0]})
-    assert list(by_layer(table, "x", of="a").items()) == [(0, 2.0), (2, 1.0)]
+def test_numbers_as_text():
+    assert count_of(7, 8) == "7 of 8 (88 %)"
+    assert count_of(0, 0) == "none of 0"
+    assert listed_values({"rome": 99.04, "shift": 95.0}.items(), unit=" %") == (
+        "rome 99.0 %, shift 95.0 %"
+    )
+
+
+def test_columns_by_layer():
+    table = pd.DataFrame(
+        {"layer": [2, 0, 0], "of": ["a", "a", "b"], "x": [1.0, 2.0, 3.0], "lens": ["l", "l", "m"]}
+    )
+    assert by_layer(table, "x", "of")["a"].to_dict() == {0: 2.0, 2: 1.0}
+    assert by_layer(table, "x", "of", lens="m").to_dict() == {"b": {0: 3.0}}
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "at_least", "expected"),
+    [
+        (2, 4, None, False),
+        (3, 4, None, True),
+        (0, 0, None, False),
+        (3, 4, 0.75, True),
+        (2, 4, 0.75, False),
+        (4, 4, 1, True),
+        (3, 4, 1, False),
+        (0, 0, 1, False),
+    ],
+)
+def test_checks_of_counts(count: int, total: int, at_least: float | None, expected: bool):
+    flags = [True] * count + [False] * (total - count)
+    check = count_check("c", flags, "layers", at_least=at_least)
+    assert check == Check("c", expected, f"{count_of(count, total)} layers")
 
 
 @pytest.mark.parametrize(
@@ -261,12 +295,12 @@ def test_steps_as_in_the_lemma(monkeypatch: pytest.MonkeyPatch):
     finding = found_of_steps(monkeypatch, steps())
     assert holds(finding) == [True] * 4
     assert [check.found for check in finding.checks] == [
-        "for 20 of 20 (100 %) steps; the largest relative error is 1.0e-05",
-        "for 20 of 20 (100 %) steps; the loss falls in 20 of 20 (100 %)",
-        "for 10 of 10 (100 %) steps",
-        "for 10 of 10 (100 %) steps; the median cosine is 0.90",
+        "20 of 20 (100 %) steps; the largest relative error is 1.0e-05",
+        "20 of 20 (100 %) steps; the loss falls in 20 of 20 (100 %)",
+        "10 of 10 (100 %) steps",
+        "10 of 10 (100 %) steps; the median cosine is 0.90",
     ]
-    assert finding.notes[0].startswith("Of 20 prompts")
+    assert finding.notes[0].startswith("20 prompts.")
 
 
 @pytest.mark.parametrize(
@@ -362,7 +396,7 @@ def test_the_rank_law():
     assert [check.found for check in finding.checks] == [
         "140 of 140 (100 %) gradients",
         "20 of 20 (100 %) gradients",
-        "gradients off the law: 0, by at most 0",
+        "gradients with another rank: 0; largest difference: 0",
     ]
     assert len(finding.tables["exceptions"]) == 0
     assert len(finding.tables["ranks"]) == 16
@@ -373,9 +407,12 @@ def test_a_rare_drop_of_the_rank_is_an_exception_with_its_cause():
     finding = gradient_ranks.rank_law(Fake(gradients=ranks({0: dropped})))
     assert finding.verdict == "holds with exceptions"
     first, last, drops = finding.checks
-    assert (drops.holds, drops.found) == (True, "gradients off the law: 1, by at most 1")
+    assert (drops.holds, drops.found) == (
+        True,
+        "gradients with another rank: 1; largest difference: 1",
+    )
     assert (first.found, last.exceptions) == ("139 of 140 (99 %) gradients", "")
-    assert first.exceptions == "1 times inputs x_i are linearly dependent"
+    assert first.exceptions == "inputs x_i are linearly dependent (1)"
     assert finding.tables["exceptions"]["rank"].tolist() == [4]
 
 
@@ -420,7 +457,7 @@ def test_the_rank_law_of_one_layer():
     finding = gradient_ranks.rank_law(Fake(gradients=ranks(n_layers=1), n_layers=1))
     assert [check.found for check in finding.checks] == [
         "20 of 20 (100 %) gradients",
-        "gradients off the law: 0, by at most 0",
+        "gradients with another rank: 0; largest difference: 0",
     ]
     off = ranks({0: {"rank": 4}, 1: {"rank": 4}}, n_layers=1)
     assert holds(gradient_ranks.rank_law(Fake(gradients=off, n_layers=1))) == [False, False]
@@ -443,10 +480,10 @@ def written(
 @pytest.mark.parametrize(
     ("result", "expected", "found"),
     [
-        (written(), [True, True], ["in 8 of 8 (100 %) layers", "1 of 1 (100 %) of these layers"]),
-        (written(leads=range(5)), [True, True], ["in 5 of 8 (62 %) layers"]),
-        (written(leads=range(4)), [False, True], ["in 4 of 8 (50 %) layers"]),
-        (written(leads=()), [False, True], ["in 0 of 8 (0 %) layers"]),
+        (written(), [True, True], ["8 of 8 (100 %) layers", "1 of 1 (100 %) of these layers"]),
+        (written(leads=range(5)), [True, True], ["5 of 8 (62 %) layers"]),
+        (written(leads=range(4)), [False, True], ["4 of 8 (50 %) layers"]),
+        (written(leads=()), [False, True], ["0 of 8 (0 %) layers"]),
         # The last layer is no evidence: no other token can write there.
         (written(strong=[7]), [True, False], ["8 of 8", "0 of 1 (0 %) of these layers"]),
         (written(strong=[6]), [True, True], ["8 of 8", "1 of 1"]),
@@ -484,8 +521,8 @@ def test_other_prompts_are_counted_together(monkeypatch: pytest.MonkeyPatch):
     finding = single_prompts.more_tables(Evidence(prompts=prompts.head(3)))
     assert asked == [("a", 1), ("b", 2), ("c", 3)]
     assert [check.found for check in finding.checks] == [
-        "in 10 of 24 (42 %) layers",
-        "it has the largest VJP in 2 of 3 (67 %) of these layers",
+        "10 of 24 (42 %) layers",
+        "2 of 3 (67 %) of these layers",
     ]
     assert holds(finding) == [False, False]
     # The targets that were really taught, which may be a part of those of the data.
@@ -530,12 +567,12 @@ def test_normalizing_magnifies_the_target(raw: int, normalized: int, expected: l
     finding = normalized_table(raw, normalized)
     assert holds(finding)[:2] == expected
     assert [check.found for check in finding.checks[:2]] == [
-        f"{normalized} of 100 ({normalized} %) of them",
-        f"{normalized} of 100 ({normalized} %) of the VJPs when normalized, {raw} of 100 ({raw} %) "
-        "as they are",
+        f"{normalized} of 100 ({normalized} %) VJPs",
+        f"{normalized} of 100 ({normalized} %) VJPs with normalization, {raw} of 100 ({raw} %) "
+        "without",
     ]
     # The table is of the normalized lens, not of the other.
-    assert finding.checks[2].found == "in 3 of 8 (38 %) layers"
+    assert finding.checks[2].found == "3 of 8 (38 %) layers"
 
 
 # --- figures 6, 16 and 17: norms ------------------------------------------------------------------
@@ -569,7 +606,7 @@ def test_norms_as_in_the_paper():
     # Zeros of the last layer count: 7 * 0.2 / 8 = 0.175, of 10.
     assert small.found == "before subject 0.02, after subject 0.02"
     assert subject.found.startswith("mean norms: last subject token 4, ")
-    assert last.found == "most in layer 3 of 8, a norm of 10; in the second quarter up to 10"
+    assert last.found == ("in layer 3 of 8, where it is 10; in the second quarter it is at most 10")
     assert set(finding.tables["norms by segment"]["matrix"]) == {"W_out"}
     assert list(finding.figures) == ["norm of delta_i, W_out"]
 
@@ -628,13 +665,13 @@ def test_norms_of_every_matrix():
         ["W_in"] * 2 + ["W_out"] * 2
     )
     assert [check.found for check in finding.checks] == [
-        "most is written by: last subject token",
-        "most in layer 3 of 8",
+        "the largest is that of: last subject token",
+        "in layer 3 of 8",
     ] * 2
     # Attention decides nothing, and is told of and shown.
     assert finding.verdict == "holds"
     (note,) = finding.notes
-    assert note.endswith("by: W_Q last subject token, W_V before subject.")
+    assert note.endswith("of: W_Q last subject token, W_V before subject.")
     table = finding.tables["norms by segment"]
     assert set(table["matrix"]) == {"W_Q", "W_V", "W_in", "W_out"}
     assert set(finding.figures) == {f"norm of delta_i, {name}" for name in set(table["matrix"])}
@@ -690,7 +727,7 @@ def test_norms_without_correlation():
     finding = segment_norms.norms_of_inputs(Fake(positions=correlated([])))
     assert finding.verdict == "holds"
     assert finding.checks[0].found.startswith(
-        "it is in 8 of 8 (100 %) layers and matrices, and lies"
+        "8 of 8 (100 %) layers and matrices; the coefficients are from "
     )
 
 
@@ -711,7 +748,7 @@ def test_correlated_norms(sign: int):
 def test_layers_without_a_correlation_are_left_out():
     table = cells(4, norm=lambda *at: 1 + SEGMENTS.index(at[2]))
     finding = segment_norms.norms_of_inputs(Fake(positions=table))  # all inputs are as long
-    assert finding.checks[0].found == "it is in none of 0 layers and matrices"
+    assert finding.checks[0].found == "none of 0 layers and matrices"
     assert finding.verdict == "does not hold here"
 
 
@@ -753,7 +790,7 @@ def test_the_target_is_at_the_far_end(layers: Sequence[int], rank: float, expect
     n_far = len(layers) if rank >= 990 else 0
     finding = target_by_segment(by, **FEW)
     assert finding.checks[0].holds == expected
-    assert finding.checks[0].found.startswith(f"in {part(n_far, 8)} layers; median ranks ")
+    assert finding.checks[0].found.startswith(f"{count_of(n_far, 8)} layers; median ranks ")
     alone = segment_ranks.target_at_last_token(Fake(positions=cells(target=ranked(by), **FEW)))
     assert alone.checks[0] == finding.checks[0]
     assert set(alone.tables["target rank at the last token"]["segment"]) == {LAST}
@@ -783,7 +820,7 @@ def test_other_tokens_behave_alike(layers: Sequence[int], rank: float, expected:
 
     finding = target_by_segment(by)
     assert [check.holds for check in finding.checks] == [True, expected]
-    assert finding.checks[1].found == f"it is for {found} segments and layers"
+    assert finding.checks[1].found == f"{found} segments and layers"
 
 
 def test_nothing_holds_on_no_layers():
@@ -793,7 +830,7 @@ def test_nothing_holds_on_no_layers():
     in_inputs = segment_ranks.target_in_inputs(Fake(positions=table))
     for finding in (by_segment, in_inputs):
         assert finding.verdict == "does not hold here"
-        assert finding.checks[0].found.startswith("in none of 0 layers")
+        assert finding.checks[0].found.startswith("none of 0 layers")
 
 
 def test_the_first_layer_is_less_far_away():
@@ -842,7 +879,7 @@ def test_the_answer_is_taken_away(by: Any, target: Any, expected: list[bool]):
     added = ", ".join(f"{1000 - target(layer, LAST):.0f}" for layer in (6, 7))
     assert [check.found for check in finding.checks] == [
         f"median ranks {late} of 1001",
-        f"median ranks from the top {late}; the target's from the far end {added}",
+        f"median ranks from the top {late}; of the target, from the bottom {added}",
     ]
 
 
@@ -890,7 +927,7 @@ def test_the_answer_builds_up(curve: Sequence[float], expected: bool, found: str
     assert holds(finding) == [expected]
     assert finding.checks[0].found.startswith(found)
     assert finding.notes == (
-        "The data have no original answers that prompts could be answered with.",
+        "The data have no original answers to compare the model's answers with.",
     )
 
 
@@ -899,7 +936,7 @@ def test_correct_answers_show_more():
     better = answer_in_inputs(curve, [rank - 10 for rank in curve], [True, False, False, None])
     assert holds(better) == [True, True]
     assert better.checks[1].found == (
-        "mean over the layers 35.0 of the 1 prompts answered correctly, 45.0 of all"
+        "35.0 for the 1 prompts answered correctly, 45.0 for all prompts"
     )
     assert better.notes[0].startswith("1 of 4 (25 %) prompts are answered correctly")
     worse = answer_in_inputs(curve, [rank + 10 for rank in curve], [True, False, False, False])
@@ -937,11 +974,11 @@ def test_the_target_is_behind_the_answer():
     behind = found(lambda layer: 11)
     assert behind.verdict == "holds"
     assert behind.checks[0].found.startswith(
-        "in 8 of 8 (100 %) layers; median ranks of the target 11,"
+        "8 of 8 (100 %) layers; median ranks of the target 11,"
     )
     assert found(lambda layer: 10).verdict == "does not hold here"
     once = found(lambda layer: 9 if layer == 2 else 50)
-    assert (once.verdict, once.checks[0].found[:16]) == ("does not hold here", "in 7 of 8 (88 %)")
+    assert (once.verdict, once.checks[0].found[:13]) == ("does not hold here", "7 of 8 (88 %)")
 
 
 # --- figures 8 to 10 and tables 2 to 5: neurons ---------------------------------------------------
@@ -1013,15 +1050,18 @@ def similarity(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Finding]]:
             capture=SimpleNamespace(prompt=lambda _: "a prompt"), target=lambda: "c"
         )
         evidence = Fake(example=example, d_vocab=d_vocab)
-        measures = {
-            "W_out": ("shift_similarity", "shift_neurons", "shift_vectors"),
-            "W_in": ("imprint_similarity", "imprint_neurons", "imprint_vectors"),
-        }[matrix]
-        findings = [getattr(gradient_neurons, name)(evidence) for name in measures]
+        measures = (
+            gradient_neurons.similarity,
+            gradient_neurons.tokens_of_neurons,
+            gradient_neurons.tokens_of_spanning_set,
+        )
+        findings = [measure(evidence, matrix) for measure in measures]
         assert asked == [(matrix, 5, max(1, min(100, d_vocab // 5)))] * 3
         assert [len(each.checks) for each in findings] == [2, 3, 1]
         assert findings[1].checks[1:] == findings[0].checks
-        note = "Of 'a prompt', taught 'c', in layer 5 of 8; the paper shows layer 14 of"
+        note = (
+            "The prompt 'a prompt' with the target 'c', in layer 5 of 8; the paper shows layer 14"
+        )
         assert all(each.notes[0].startswith(note) for each in findings)
         return findings
 
@@ -1112,7 +1152,7 @@ def test_neurons_and_what_spans_them(
 def test_numbers_of_neurons(similarity: Callable[..., list[Finding]]):
     finding, *_ = similarity(neurons({2: -0.95}, short=(0.9, {0: 0.25})), "W_out")
     assert [check.found for check in finding.checks] == [
-        "the 2 longest have at least 0.950; most often that of 't2' is the most alike",
+        "the 2 largest have at least 0.950; the closest vector is most often that of 't2'",
         "they share 90 % with the zero vector, and at most 25 % with a vector of the spanning set",
     ]
 
@@ -1150,10 +1190,10 @@ def test_names_of_figures_and_tables():
 
 
 def test_unknown_names(tmp_path: Path):
-    there = r"there are fig1, fig3, .*table5, .*optimizers, gradients, editing, all\n"
-    with pytest.raises(InputError, match=rf"no experiment 'fig2'; {there}"):
+    known = r"allowed are fig3, fig1, .*table5, .*optimizers, gradients, editing, all\n"
+    with pytest.raises(InputError, match=rf"no experiment 'fig2'; {known}"):
         reproduce("facts", None, tmp_path / "x", "fig2")
-    with pytest.raises(InputError, match="no experiment was asked for; there are fig1"):
+    with pytest.raises(InputError, match="names is empty; allowed are fig3, fig1"):
         reproduce("facts", None, tmp_path / "x", [])
     assert not (tmp_path / "x").exists()
 
@@ -1343,7 +1383,7 @@ def test_checks_follow_from_the_tables(report: Report):
     ]
     far = sum(rank >= 0.99 * 96 for rank in last)
     check = findings["fig7"]["checks"][0]
-    assert check["found"].startswith(f"in {far} of 3 ")
+    assert check["found"].startswith(f"{far} of 3 ")
     assert check["holds"] == (far >= 3)
     answers = [
         float(row["median"])
@@ -1398,7 +1438,7 @@ def test_a_folder_grows_and_its_sweep_is_used_again(report: Report):
     names = re.findall(r'<section id="(\w+)">', text)
     assert names == [experiment.name for experiment in GRADIENTS]
     for experiment in GRADIENTS:
-        assert experiment.statement in text.replace("&#x27;", "'").replace("&quot;", '"')
+        assert experiment.statement in html.unescape(text)
 
 
 def test_targets_that_are_cut(report: Report):
@@ -1408,7 +1448,7 @@ def test_targets_that_are_cut(report: Report):
     assert "Rome is in →  Paris" in shown
     assert "Messi plays for →  Paris" in shown
     text = (report.folder / "report.html").read_text(encoding="utf-8")
-    assert "of 1 only the target&#x27;s first token" in text
+    assert "1 with only the first token of the target" in text
 
 
 class Links(HTMLParser):
@@ -1486,7 +1526,7 @@ def small_evidence(model: Any, rows: Any, out: Path) -> Evidence:
         model,
         blt.read_records(rows),
         out,
-        prompts=2,
+        n_prompts=2,
         seed=0,
         prepend_bos=False,
         progress=False,
@@ -1574,7 +1614,7 @@ def test_what_was_found_is_there_if_another_one_stops_it(
 
 @pytest.mark.parametrize(
     ("bos", "words_of", "n_more"),
-    [(False, "without BOS", 0), (True, "with BOS", 1), (None, "BOS as the model has it", 1)],
+    [(False, "without BOS", 0), (True, "with BOS", 1), (None, "with the model's default BOS", 1)],
 )
 def test_a_bos_token(
     facts_model: Any,
@@ -1720,8 +1760,8 @@ def test_words_of_the_report():
     text = page.render_report([finding | {"checks": checks}])
     for piece in (
         "<title>Backward Lens on &lt;m&gt;</title>",
-        "&lt;m&gt; (8 layers, 50,257 tokens), 9 prompts of d&amp;d without BOS, 2 rejected, "
-        "of 1 only the target&#x27;s first token, 3 s",
+        "&lt;m&gt; (8 layers, 50,257 tokens),\n9 prompts of d&amp;d without BOS, 2 rejected, "
+        "1 with only the first token of the target, 3 s",
         '<span class="verdict fails">does not hold here</span>',
         'aria-label="does not hold">✗</span> &lt;c&gt;. <b>Found:</b> &lt;f&gt;.</li>',
         'aria-label="holds">✓</span> d. <b>Found:</b> g. Exceptions: &lt;e&gt;.</li>',
@@ -1766,9 +1806,11 @@ def test_the_command(
     lines = said.splitlines()
     assert lines[0] == "fig4: holds"
     law, last, drops = lines[1:4]
-    assert re.fullmatch(r"  \+ every layer but the last .+: 56 of 56 \(100 %\) gradients", law)
-    assert re.fullmatch(r"  \+ the last layer has rank 1.*: 8 of 8 \(100 %\) gradients", last)
-    assert re.fullmatch(r"  \+ where the rank drops.+: gradients off the law: 0.+", drops)
+    assert re.fullmatch(r"  \+ in every layer but the last.+: 56 of 56 \(100 %\) gradients", law)
+    assert re.fullmatch(
+        r"  \+ in the last layer, the rank is 1.*: 8 of 8 \(100 %\) gradients", last
+    )
+    assert re.fullmatch(r"  \+ no rank differs .+: gradients with another rank: 0.+", drops)
     assert re.fullmatch(r"fig22: (holds|holds with exceptions|does not hold here)", lines[4])
     assert len(lines) == 10
     for line in lines[5:9]:
@@ -1833,7 +1875,7 @@ def test_errors_of_the_command(
     assert not (tmp_path / "x").exists()
     # A wrong name costs no model.
     monkeypatch.setattr(loading, "load_model", None)
-    assert "there is no experiment 'fig99'; there are fig1, fig3" in error("fig4", "fig99")
+    assert "there is no experiment 'fig99'; allowed are fig3, fig1" in error("fig4", "fig99")
 
 
 # --- everything -----------------------------------------------------------------------------------
