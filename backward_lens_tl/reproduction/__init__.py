@@ -27,7 +27,7 @@ from backward_lens_tl.reproduction.page import render_report
 
 __all__ = ["COUNTERFACT", "EXPERIMENTS", "Check", "Finding", "reproduce"]
 
-_BOS = {False: "without BOS", True: "with BOS", None: "with the model's default BOS"}
+_BOS = {False: "without BOS", True: "with BOS", None: "with the default BOS"}
 
 COUNTERFACT = "NeelNanda/counterfact-tracing"
 """CounterFact on the Hugging Face hub, the source of the paper's prompts."""

@@ -140,7 +140,10 @@ def target_in_inputs(evidence: Evidence) -> Finding:
     """The rank of the target for `W_in`'s inputs (figure 21)."""
     cells = _cells(evidence, "W_in")
     table = token_ranks_by_segment(cells)
-    target, answer = _at_last_token(table), _at_last_token(token_ranks_by_segment(cells, of="answer"))
+    target, answer = (
+        _at_last_token(table),
+        _at_last_token(token_ranks_by_segment(cells, of="answer")),
+    )
     check = count_check(
         "an input contains only what the forward pass itself predicts: in all layers, the model's "
         "own answer has a better rank than the target",
@@ -179,7 +182,12 @@ def _text(ranks: Iterable[float]) -> str:
 def _figures(table: pd.DataFrame, matrix: str, of: Literal["target", "answer"]) -> dict[str, Draw]:
     return {
         f"rank of the {of}, {matrix}, {lens}": partial(
-            figures.token_ranks_by_segment, table, matrix=matrix, of=of, projection=lens, scale="linear"
+            figures.token_ranks_by_segment,
+            table,
+            matrix=matrix,
+            of=of,
+            projection=lens,
+            scale="linear",
         )
         for lens in table["projection"].unique()
     }

@@ -1614,7 +1614,7 @@ def test_what_was_found_is_there_if_another_one_stops_it(
 
 @pytest.mark.parametrize(
     ("bos", "words_of", "n_more"),
-    [(False, "without BOS", 0), (True, "with BOS", 1), (None, "with the model's default BOS", 1)],
+    [(False, "without BOS", 0), (True, "with BOS", 1), (None, "with the default BOS", 1)],
 )
 def test_a_bos_token(
     facts_model: Any,
