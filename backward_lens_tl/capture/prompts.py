@@ -144,7 +144,7 @@ class Prompt:
         every = (*self.ids, *ids)
         text, spans = self.vocabulary.spans(every)
         if not text.startswith(self.text):  # special tokens, or a tokenizer that normalises
-            added, own = self.vocabulary.continued(ids)
+            added, own = self.vocabulary.concatenated(ids, in_front=False)
             n = len(self.text)
             text = self.text + added
             spans = (*self.spans, *((n + start, n + end) for start, end in own))

@@ -1,9 +1,9 @@
-"""Tokens as words: from a target's text to its token ids, and from ids to text."""
+"""The model's vocabulary: from texts to token ids, and from token ids to texts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from backward_lens_tl._checks import check_text, shown
@@ -12,34 +12,38 @@ from backward_lens_tl.errors import TargetError
 
 _SENTENCEPIECE_SPACE = "▁"
 _PARTIAL = "\ufffd"
-"""What bytes decode to that are no character."""
+"""Decoded bytes that are not a whole character."""
 
 _ANCHORS = ("\n", ".", "a", "0")
-"""Texts to put before a continuation whose prompt is unknown; the first that stays a token of its
-own is taken."""
+"""Texts to put before a continuation whose prompt is unknown; the first whose tokens stay the same
+is used."""
 
 _SOME = 16
-"""Last tokens of a prompt that a continuation may be joined to, where all of them are no text."""
+"""Last tokens of a prompt that are tried as text, if the whole prompt is not text."""
+
+_RECENT = 64
+"""Texts whose tokens are kept: a prompt's are needed for its BOS, its spans and its target."""
 
 Span = tuple[int, int]
 """A half-open span of a text's characters."""
 
 
 class Vocabulary:
-    """The model's tokenizer, as far as targets and readouts need it.
+    """The model's tokenizer, as targets and readouts need it.
 
     Args:
-        tokenizer: A Hugging Face tokenizer, or `None`; without one, targets are token ids and
-            the text of token 7 is `<7>`.
+        tokenizer: A Hugging Face tokenizer, or `None`; then targets are token ids and the text of
+            token 7 is `<7>`.
         size: Number of logits.
     """
 
     def __init__(self, tokenizer: Any, size: int) -> None:
         self._tokenizer = tokenizer
         self.size = size
+        self._encoded = lru_cache(_RECENT)(self._encode)
 
     def text(self, token_id: int) -> str:
-        """Text of one token as it stands in running text, with its leading space if it has one."""
+        """Text of one token within running text, including its leading space if it has one."""
         return self._running_text([token_id])
 
     def texts(self, token_ids: Iterable[int]) -> tuple[str, ...]:
@@ -47,13 +51,13 @@ class Vocabulary:
         return tuple(self.text(token_id) for token_id in token_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a prompt as a whole, without its special tokens.
+        """Text of a whole prompt without its special tokens.
 
         Args:
             token_ids: The prompt.
 
         Returns:
-            The text; unlike the tokens' texts, it has characters that several tokens share.
+            The text. Unlike the tokens' texts it contains characters that several tokens share.
         """
         if self._tokenizer is None:
             return "".join(self.texts(token_ids))
@@ -63,21 +67,21 @@ class Vocabulary:
         return text or "".join(self.texts(token_ids))
 
     def offsets(self, text: str, token_ids: Sequence[int]) -> tuple[Span, ...] | None:
-        """Where in a text each of its tokens stands, by the tokenizer's own offsets.
+        """Position of each token in a text, by the tokenizer's own offsets.
 
         Args:
             text: The text.
-            token_ids: What it was tokenised to. Tokens that the tokenizer or the model adds before
-                or after the text, such as BOS, have spans of no width there.
+            token_ids: Its tokens. Tokens that the tokenizer or the model added before or after the
+                text, such as BOS, get empty spans there.
 
         Returns:
-            One span per token, or `None` if the tokenizer has no offsets or makes other tokens of
-            the text. Special tokens that are written in the text have the span of their characters.
+            One span per token, or `None` if the tokenizer has no offsets, or tokenises the text
+            differently. Special tokens that are written in the text have the span of their
+            characters.
         """
-        encoded = self._with_offsets(text)
-        if encoded is None:
+        ids, spans = self._encoded(text)
+        if spans is None:
             return None
-        ids, spans = encoded
         for start in range(len(token_ids) - len(ids) + 1):
             if list(token_ids[start : start + len(ids)]) == ids:
                 added = len(token_ids) - len(ids) - start
@@ -86,24 +90,26 @@ class Vocabulary:
         return None
 
     def spans(self, token_ids: Sequence[int]) -> tuple[str, tuple[Span, ...]]:
-        """Text of a prompt that is only known by its ids, and where in it each token stands.
+        """Text of a prompt of which only the ids are known, and each token's position in it.
 
-        The spans are the tokenizer's own offsets. Where it has none, or where it would make other
-        tokens of the text (ids need not come from a text), they are those of the tokens' texts
-        side by side.
+        The spans are the tokenizer's own offsets. If it has none, or would tokenise the text
+        differently (ids need not come from a text), the tokens' own texts are concatenated.
 
         Args:
             token_ids: The prompt.
 
         Returns:
-            The text, as `decode` gives it but for ids of no text, and for each token a half-open
-            span of its characters. Tokens that share a character each have it in their span;
-            whether a token's leading space is in its span depends on the tokenizer. Special tokens
-            have spans of no width, and so has a space that SentencePiece puts in front of a text.
+            The text, as in `decode` if the ids come from a text, and for each token a half-open
+            span of its characters. Tokens that share a character both have it in their span.
+            Whether a token's leading space is in its span depends on the tokenizer. Special tokens
+            have empty spans, and so has a space that SentencePiece prepends to a text.
         """
-        # Where nothing else is in a prompt, the special tokens are its text.
+        # In a prompt of special tokens only, these are the text.
         own = [i for i in token_ids if i not in self.special_ids] or token_ids
-        text, own_spans = self._by_offsets(own) or self._side_by_side(own)
+        text = self.decode(own)
+        ids, own_spans = self._encoded(text)
+        if own_spans is None or ids != list(own):
+            text, own_spans = self.concatenated(own)
         hidden, rest = set(token_ids) - set(own), iter(own_spans)
         spans = [(0, 0)]
         for token_id in token_ids:
@@ -112,14 +118,14 @@ class Vocabulary:
         return text, tuple(spans[1:])
 
     def text_of(self, token_ids: Sequence[int]) -> str | None:
-        """The text whose tokens some ids are, or the longest end of it that can be told.
+        """A text that has some ids, or the last of them, as its tokens.
 
         Args:
             token_ids: A prompt.
 
         Returns:
-            A text that the tokenizer makes the last of these ids of: all of them if possible, else
-            those behind the last special token, else a few; `None` if there is none.
+            The text of all ids if it is tokenised to them, else that of the ids after the last
+            special token, else that of the last few; `None` if there is none.
         """
         if self._tokenizer is None:
             return None
@@ -132,37 +138,38 @@ class Vocabulary:
                 return text
         return None
 
-    def continued(self, token_ids: Sequence[int]) -> tuple[str, list[Span]]:
-        """Text of tokens that continue a text, and where in it each stands."""
-        return self._side_by_side(token_ids, in_front=False)
-
-    def _by_offsets(self, token_ids: Sequence[int]) -> tuple[str, list[Span]] | None:
-        """A text and its tokens' spans, if the tokenizer makes these tokens of it."""
-        text = self.decode(token_ids)
-        encoded = self._with_offsets(text)
-        if encoded is None or encoded[0] != list(token_ids):
-            return None
-        return text, encoded[1]
-
-    def _with_offsets(self, text: str) -> tuple[list[int], list[Span]] | None:
-        """A text's own tokens and their offsets, if the tokenizer has any."""
-        if not getattr(self._tokenizer, "is_fast", False):
-            return None
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    def _encode(self, text: str) -> tuple[list[int], list[Span] | None]:
+        """A text's tokens without added ones, and their offsets if the tokenizer has any."""
+        if self._tokenizer is None:
+            return [], None
+        is_fast = getattr(self._tokenizer, "is_fast", False)
+        encoded = self._tokenizer(
+            text, add_special_tokens=False, **({"return_offsets_mapping": True} if is_fast else {})
+        )
         ids: list[int] = encoded["input_ids"]
+        if not is_fast:
+            return ids, None
         spans: list[Span] = [(start, end) for start, end in encoded["offset_mapping"]]
         for at in range(len(ids) - 1):
-            # The space that SentencePiece puts before a text, and after a special token, is not in
-            # it; its offsets are those of the character that follows.
+            # A space that SentencePiece adds before a text, and after a special token, is not in
+            # the text; its offsets are those of the next character.
             start = spans[at][0]
             if start == spans[at + 1][0] and self.text(ids[at]).isspace():
                 spans[at] = (start, start)
         return ids, spans
 
-    def _side_by_side(
+    def concatenated(
         self, token_ids: Sequence[int], *, in_front: bool = True
     ) -> tuple[str, list[Span]]:
-        """The tokens' texts and their spans; those that only together are text share a span."""
+        """The tokens' own texts, concatenated, and their spans.
+
+        Args:
+            token_ids: The tokens.
+            in_front: Whether they begin a text, where SentencePiece drops a leading space.
+
+        Returns:
+            The text, and one span per token; tokens that form a character together share a span.
+        """
         text = ""
         spans: list[Span] = []
         group: list[int] = []
@@ -175,18 +182,18 @@ class Vocabulary:
         return text, spans
 
     def _running_text(self, token_ids: Sequence[int], *, in_front: bool = False) -> str:
-        """Text of tokens as it stands in running text, or in front of it."""
+        """Text of tokens within running text, or at its beginning."""
         if self._tokenizer is None:
             return "".join(f"<{token_id}>" for token_id in token_ids)
         text: str = self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
-        # SentencePiece decoders drop the space in front of a text, so a lone token loses its own.
+        # SentencePiece decoders drop the first space of a text, so a single token loses its own.
         piece = self._tokenizer.convert_ids_to_tokens(token_ids[0]) or ""
         if not in_front and piece.startswith(_SENTENCEPIECE_SPACE) and not text.startswith(" "):
             text = " " + text
         return text
 
     def encode(self, text: str, after: str | None = None) -> list[int]:
-        """Token ids of a text that continues a prompt: those that the joined text has more.
+        """Token ids of a text that continues a prompt: prompt and text are tokenised together.
 
         Tokenizers treat the beginning of a text differently from its middle, and may merge
         characters across the border, so a continuation is never tokenised alone.
@@ -196,11 +203,11 @@ class Vocabulary:
             after: The prompt's text; `None` if it is unknown.
 
         Returns:
-            The ids.
+            The ids that follow the prompt's.
 
         Raises:
             TargetError: If it is not a text, there is no tokenizer, the text has no token or one
-                without a logit, or the prompt's own tokens are others when it is joined.
+                without a logit, or it changes the prompt's own tokens.
         """
         if not isinstance(text, str):
             raise TargetError(f"target {text!r} is a {type(text).__name__}; pass a text")
@@ -209,7 +216,7 @@ class Vocabulary:
             raise TargetError(
                 f"target {text!r} is text, but the model has no tokenizer; pass an id"
             )
-        ids = self._behind_anchor(text) if after is None else self._joined(after, text)
+        ids = self._after_anchor(text) if after is None else self._joined(after, text)
         if not ids:
             raise TargetError(f"target {text!r} has no token; pass a word such as ' Paris'")
         return [self._checked(token_id) for token_id in ids]
@@ -233,7 +240,7 @@ class Vocabulary:
             return "Move the border between prompt and target to one between words, "
         return f"Begin the target with a space, as in {' ' + text!r}, if a new word is meant, "
 
-    def _behind_anchor(self, text: str) -> list[int]:
+    def _after_anchor(self, text: str) -> list[int]:
         for anchor in _ANCHORS:
             before, both = self._ids(anchor), self._ids(anchor + text)
             if before and len(both) > len(before) and both[: len(before)] == before:
@@ -241,8 +248,7 @@ class Vocabulary:
         return self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return self._encoded(text)[0]
 
     def token_id(
         self,
@@ -250,12 +256,11 @@ class Vocabulary:
         multi_token: MultiToken | None = None,
         after: str | None = None,
     ) -> int:
-        """The one token that a target stands for.
+        """The token that represents a target.
 
         Args:
             target: Text, or a token id.
-            multi_token: Which token of a text of several stands for it; `None` refuses such
-                a text.
+            multi_token: Which token represents a text of several tokens; `None` raises.
             after: The text of the prompt that it continues; `None` if it is unknown.
 
         Returns:
@@ -285,7 +290,7 @@ class Vocabulary:
         spaced = " " + target
         if target.startswith(" ") or len(self.encode(spaced, after)) > 1:
             return ""
-        return f" With a leading space, {spaced!r} is one token: probably that is meant."
+        return f" With a leading space, {spaced!r} is one token; did you mean that?"
 
     def _checked(self, token_id: int) -> int:
         if isinstance(token_id, bool) or not isinstance(token_id, int):
@@ -300,13 +305,13 @@ class Vocabulary:
         return token_id
 
     def begins_with_bos(self, text: str) -> bool:
-        """Whether a text already begins with the BOS token, as chat templates do."""
+        """Whether a text already begins with the BOS token, as after a chat template."""
         bos = getattr(self._tokenizer, "bos_token_id", None)
         return bos is not None and self._ids(text)[:1] == [bos]
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """The tokens that `decode` leaves out."""
+        """The tokens that `decode` skips."""
         if self._tokenizer is None:
             return frozenset()
         added = self._tokenizer.added_tokens_decoder

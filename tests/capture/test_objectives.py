@@ -20,7 +20,8 @@ from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.errors import TargetError
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.models import host_of
-from backward_lens_tl.models.weight_patching import changeable, stepped
+from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.weight_patching import stepped
 
 PROMPTS = ["Messi plays for", "The capital of France is", "Rome"]
 EXACT = 1e-12
@@ -88,16 +89,12 @@ def test_an_update_of_logit_difference_raises_the_first_and_lowers_the_second(
     host = host_of(model)
     with torch.no_grad():
         before = model(tokens)[0, -1]
-        for gradient in capture:
-            (site,) = host.sites(gradient.layer, (gradient.matrix,))
-            step = gradient.dense()
-            with stepped(changeable(host, site), -1e-4 * step / step.norm()):
+        for site in find_editable(host, "mlp", None):
+            step = capture[site.matrix, site.layer].dense()
+            with stepped(site, -1e-4 * step / step.norm()):
                 after = model(tokens)[0, -1]
             assert after[3] - after[8] > before[3] - before[8]
-        (last,) = host.sites(one_gpt2.n_layers - 1, ("W_out",))
-        step = capture["W_out", one_gpt2.n_layers - 1].dense()
-        with stepped(changeable(host, last), -1e-4 * step / step.norm()):
-            after = model(tokens)[0, -1]
+    # The last one is W_out of the last layer.
     assert after[3] > before[3]
     assert after[8] < before[8]
 
