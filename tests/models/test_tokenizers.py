@@ -463,3 +463,20 @@ def test_what_a_tokenizer_returned_is_a_prompt(kind: str) -> None:
 def test_other_mappings_are_refused(prompt: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         blt.backward_lens(wrapped("byte-level").model, prompt)
+
+
+def test_prompts_and_targets_are_tokenised_once(
+    facts_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, seen = type(facts_model.tokenizer), []
+    tokenise = kind.__call__
+
+    def counted(self: Any, text: Any, *args: Any, **options: Any) -> Any:
+        seen.append(text)
+        return tokenise(self, text, *args, **options)
+
+    monkeypatch.setattr(kind, "__call__", counted)
+    prompt = "The capital of Italy is"
+    blt.capture_gradients(facts_model, prompt, blt.target_nll(" Rome"), layers=-1)
+    # In addition to the model's own `to_tokens`, which passes a list.
+    assert [text for text in seen if isinstance(text, str)] == [prompt, f"{prompt} Rome"]
