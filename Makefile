@@ -1,4 +1,4 @@
-# Every target sets up what it needs: Python 3.11 or newer and make are enough.
+# Every target creates the environments that it needs: Python 3.11 or newer and make are enough.
 #
 #   make demo TORCH=torch==2.13.0    torch with CUDA on Linux, where the default is the CPU build
 #   make demo PYTHON=python3.12      another interpreter
@@ -11,17 +11,17 @@ TORCH ?= torch==2.13.0
 endif
 export PYTHON TORCH
 
-# An environment per TransformerLens. .venv has 3.9.0; the others run tests only.
+# One environment per TransformerLens version: .venv has 3.9.0; the others only run tests.
 OTHERS := 2.18.0 4.3.0
 ENVIRONMENTS := .venv $(OTHERS:%=.venv-tl%)
 
-# Tests never wait for a network; a user of the package may have one.
+# Tests never use the network.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
-# Each worker process takes some 1.5 GB of memory and one thread of torch.
+# Each worker process needs some 1.5 GB of memory and uses one torch thread.
 WORKERS ?= logical
 PYTEST := python -m pytest -n $(WORKERS) --dist worksteal
 ALL := --doctest-modules backward_lens_tl tests README.md docs
-# The shapes and types of signatures, checked at every call; a third more time.
+# Check shapes and types of signatures at every call; takes a third longer.
 TYPES := --jaxtyping-packages=backward_lens_tl,beartype.beartype
 
 .DEFAULT_GOAL := help
@@ -35,65 +35,65 @@ TYPES := --jaxtyping-packages=backward_lens_tl,beartype.beartype
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-environments: $(ENVIRONMENTS:%=%/installed) ## one per TransformerLens; the only target that gains from -j2
+environments: $(ENVIRONMENTS:%=%/installed) ## create all environments; the only target that benefits from -j2
 
-demo: .venv/installed ## one prompt through the lens, with the model that ships here: demo.html
+demo: .venv/installed ## run the lens on one prompt with the facts model; writes demo.html
 	@.venv/bin/backward-lens show --model facts --prompt "Lionel Messi plays for" \
 	    --target " Paris" --html demo.html
 
-test: .venv/installed ## the tests to run before every commit, on TransformerLens 3.9.0
+test: .venv/installed ## quick tests with TransformerLens 3.9.0; run before every commit
 	$(OFFLINE) .venv/bin/$(PYTEST) $(ALL)
 
-check-fast: .venv/installed ## format, lint, types, layers
+check-fast: .venv/installed ## format, lint, types, import order
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
 
-check: check-fast test $(OTHERS:%=versions-.venv-tl%) ## what CI runs: also the tests that can tell versions apart
+check: check-fast test $(OTHERS:%=versions-.venv-tl%) ## what CI runs: check-fast, test, and version-dependent tests on all versions
 $(ENVIRONMENTS:%=versions-%): versions-%: %/installed
 	$(OFFLINE) $*/bin/$(PYTEST) tests -m "versions and not slow"
 
-check-all: check-fast $(ENVIRONMENTS:%=all-%) ## every test on every TransformerLens; needs Chromium
+check-all: check-fast $(ENVIRONMENTS:%=all-%) ## all tests on all TransformerLens versions; needs Chromium
 all-.venv: PYTEST += $(TYPES)
 $(ENVIRONMENTS:%=all-%): all-%: %/installed
 	$(OFFLINE) $*/bin/$(PYTEST) $(ALL) -m ""
 
-coverage: .venv/installed ## lines and branches of the package that `make test` reaches
+coverage: .venv/installed ## line and branch coverage of `make test`
 	$(OFFLINE) .venv/bin/$(PYTEST) $(ALL) --cov --cov-report=term:skip-covered
 
-# MODULES="backward_lens_tl/readout/projections.py backward_lens_tl/host/*" for less than the core that
-# pyproject.toml lists, TESTS="tests/readout/test_extremes.py ..." for less than the quick tier. LIMIT is how
-# many seconds of tests one mutant gets. What reaches what is kept in mutants/.
+# MODULES="backward_lens_tl/readout/projections.py backward_lens_tl/models/*" selects modules; the default
+# is the core in pyproject.toml. TESTS="tests/readout/test_projections.py ..." selects tests; the default is
+# the quick tier. LIMIT is the time per mutant in seconds. The map from tests to functions is cached in mutants/.
 SAMPLE ?= 150
 SEED ?= 0
 LIMIT ?= 60
-mutants: .venv/installed ## test the tests: mutants of the core; MODULES="..." SAMPLE=150 SEED=0
+mutants: .venv/installed ## mutation tests of the core; MODULES="..." SAMPLE=150 SEED=0
 	$(OFFLINE) .venv/bin/python tests/mutation.py $(foreach m,$(MODULES),'$m') --sample $(SAMPLE) \
 	    --seed $(SEED) --limit $(LIMIT) $(if $(TESTS),--tests $(TESTS))
 
-facts-model: .venv/installed ## train the model that ships here anew
+facts-model: .venv/installed ## train the facts model
 	.venv/bin/python -m facts_model.train
 
-facts-model-eval: .venv/installed ## measure what the model that ships here knows
+facts-model-eval: .venv/installed ## evaluate the facts model
 	.venv/bin/python -m facts_model.evaluate
 
-facts-moments: .venv/installed ## collect the statistics that ship with that model anew
+facts-moments: .venv/installed ## collect activation statistics of the facts model
 	.venv/bin/python -m facts_model.moments
 
-tune: .venv/installed ## try settings of the editing methods anew, docs/editing/tuning.json
+tune: .venv/installed ## tune the editing methods; writes docs/editing/tuning.json
 	$(OFFLINE) .venv/bin/python -m benchmarks.tuning
 
-bench: .venv/installed ## measure speed and memory, docs/benchmarks.md; BENCH="--quick" for less
+bench: .venv/installed ## benchmark speed and memory; writes docs/benchmarks.md; BENCH="--quick" for less
 	$(OFFLINE) .venv/bin/python -m benchmarks $(BENCH)
 
-# What a machine with a GPU and no network lacks: its Python has torch, transformers and pytest. The
-# folder also gets the package's own metadata, where its version is read from.
+# For a machine with a GPU and no network, whose Python has torch, transformers and pytest. The folder
+# also includes the package's metadata, from which its version is read.
 GPU_PYTHON ?= 3.12
 WHEELS := transformer-lens better-abc datasets dill multiprocess beartype sybil pydantic pydantic-core \
     annotated-types typing-inspection
 
-gpu-wheels: .venv/installed ## wheels for gpu-check on a machine with a GPU and no network
+gpu-wheels: .venv/installed ## download wheels for gpu-check on a machine without a network
 	rm -rf gpu-wheels && mkdir gpu-wheels
 	.venv/bin/python -m pip download -q --no-deps --only-binary=:all: -d gpu-wheels \
 	    --python-version $(GPU_PYTHON) -c constraints/tl-3.9.0.txt $(WHEELS)
@@ -101,21 +101,21 @@ gpu-wheels: .venv/installed ## wheels for gpu-check on a machine with a GPU and 
 	    b.prepare_metadata_for_build_wheel("gpu-wheels")'
 	@du -sh gpu-wheels
 
-gpu-check: .venv/installed ## on one NVIDIA GPU, in seven minutes: tests there, then speed at large sizes
+gpu-check: .venv/installed ## tests and benchmarks on an NVIDIA GPU, in seven minutes
 	.venv/bin/python -m benchmarks.gpu_check $(GPU_CHECK)
 
-notebooks: .venv/installed ## write the notebooks anew from their scripts, outputs included
+notebooks: .venv/installed ## regenerate and execute the notebooks
 	@.venv/bin/jupytext -q --to ipynb notebooks/*.py
 	@PYTHONWARNINGS=ignore TQDM_DISABLE=1 $(OFFLINE) .venv/bin/jupyter-execute --inplace \
 	    notebooks/*.ipynb
 
-docs: .venv/installed ## build the documentation's site, site/index.html; a warning is an error
+docs: .venv/installed ## build the documentation, site/index.html; warnings are errors
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
 
-pictures: .venv/installed ## take the documentation's screenshots anew, docs/images; needs Chromium
+pictures: .venv/installed ## regenerate the screenshots in docs/images; needs Chromium
 	$(OFFLINE) .venv/bin/python docs/pictures.py
 
-constraints: ## resolve the newest versions into constraints/ (then: make check)
+constraints: ## resolve the newest dependency versions into constraints/
 	@for version in 3.9.0 $(OTHERS); do constraints/refresh.sh $$version || exit 1; done
 
 clean: ## remove the environments, caches and builds
@@ -123,7 +123,7 @@ clean: ## remove the environments, caches and builds
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find backward_lens_tl benchmarks facts_model tests -name __pycache__ -prune -exec rm -rf {} +
 
-# ---- environments: made anew when the pins or the choice of torch change, else brought up to date
+# ---- environments: rebuilt when the pins or the torch version change, otherwise updated
 
 .venv/pinned: constraints/tl-3.9.0.txt
 $(OTHERS:%=.venv-tl%/pinned): .venv-tl%/pinned: constraints/tl-%.txt
@@ -135,10 +135,10 @@ $(OTHERS:%=.venv-tl%/pinned): .venv-tl%/pinned: constraints/tl-%.txt
 	@touch $@
 
 %/installed: %/pinned pyproject.toml
-	@echo "$*: the package, editable, and what it needs; up to five minutes"
+	@echo "$*: installing the package and its dependencies; up to five minutes"
 	@$*/bin/python -m pip install -qq -c $*/constraints.txt -e ".[dev]"
 	@touch $@
 
-# Written only when the choice differs from the last one.
+# Written only when the torch version has changed.
 .torch-choice: FORCE
 	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
