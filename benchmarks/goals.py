@@ -141,7 +141,10 @@ GOALS = (
         _floor_against("tool", ONE),
     ),
     Goal(
-        f"{ONE} prompt, part of the extra peak memory of {_TOOL}", 0.4, False, _memory_of_the_tool
+        f"{ONE} prompt, fraction of the extra peak memory of {_TOOL}",
+        0.4,
+        False,
+        _memory_of_the_tool,
     ),
     Goal(
         f"a prompt of a batch of {MANY}, times as fast as {_TOOL}",

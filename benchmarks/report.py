@@ -1,4 +1,4 @@
-"""The page docs/benchmarks.md, made of the results files of all machines."""
+"""The page docs/benchmarks.md, generated from the results files of all machines."""
 
 from __future__ import annotations
 
@@ -18,119 +18,117 @@ _NO_ROW = "·"
 HEAD = f"""\
 # Benchmarks
 
-Generated, do not edit: `make bench` measures, writes `docs/benchmarks/DEVICE.json`, and makes this
-page of all such files; `make gpu-check` measures on a GPU, large sizes first, as far as it gets in
-seven minutes. `python -m benchmarks --help` has the options.
+Generated, do not edit. `make bench` runs the benchmarks, writes `docs/benchmarks/DEVICE.json`, and
+generates this page from all such files. `make gpu-check` runs on a GPU, large sizes first, for
+seven minutes. `python -m benchmarks --help` lists the options.
 
-Models are random, in the sizes of well-known ones: neither time nor memory depends on what the
-weights are. Prompts are random tokens of equal length. Everybody reads the gradients of `W_in` and
-`W_out` of all layers for `-log p(target)` after each prompt: final norm and unembedding of every
-`x_i` of `W_in` and every `delta_i` of `W_out`, the top {K}, the bottom {K} and the target's rank.
-`tests/test_benchmarks.py` holds all to the same answers.
+Models have random weights and the sizes of well-known models, because time and memory do not depend
+on the weights. Prompts are random tokens of equal length. All contestants project the gradients of
+`W_in` and `W_out` of all layers for `-log p(target)` after each prompt: they apply the final norm
+and the unembedding to every `x_i` of `W_in` and every `delta_i` of `W_out`, and compute the top
+{K}, the bottom {K} and the rank of the target. `tests/test_benchmarks.py` checks that they agree.
 
-- **ours** is `backward_lens_tl.backward_lens(model, prompts, target, projection="logit_lens")`,
-  the lens that everybody reads.
+- **ours** is `backward_lens_tl.backward_lens(model, prompts, target, projection="logit_lens")`.
 - **tool** is `transformer_lens.tools.analysis.BackwardLens(model).analyze(...)` of TransformerLens
-  3.9, which takes one prompt, and a raw GPT-2 `TransformerBridge`; ours runs on the same bridge and
-  the same texts beside it.
-- **authors' way** is a full backward pass with the gradient of every parameter, and then a loop
-  over the vectors, one prompt at a time. It is written from the paper's description and is not the
-  authors' code. Like everything that follows, it runs on a `HookedTransformer`.
-- **floor** is what cannot be left out: a forward pass of the whole batch, one `autograd.grad` of
-  the summed losses with respect to what `W_in` and `W_out` give, without this package's hooks, and
-  one bare product of all spanning vectors with `W_U`: no norm, no tokens, no ranks. Where the
-  product's scores are larger than {PIECE_BYTES / 2**30:g} GiB it is made in pieces of that size.
+  3.9. It supports one prompt and a raw GPT-2 `TransformerBridge`; ours uses the same bridge and
+  texts in this comparison.
+- **authors' way** is a full backward pass with the gradients of all parameters, followed by a loop
+  over the vectors, one prompt at a time. It follows the paper's description and is not the authors'
+  code. It uses a `HookedTransformer`, like everything below.
+- **floor** is a lower bound: a forward pass of the whole batch, one `autograd.grad` of the summed
+  losses with respect to the outputs of `W_in` and `W_out` without this package's hooks, and one
+  product of all spanning vectors with `W_U`, without norm, tokens or ranks. If the scores exceed
+  {PIECE_BYTES / 2**30:g} GiB, the product is computed in pieces of that size.
 
-Contestants take turns on the same model, every second round in the opposite order, and each ratio
-is the median over rounds of that round's ratio, so a machine that gets slower meets both sides. The
-first round warms up and does not count, unless a cell is so slow that there is no time for another.
-Parameters require gradients, as in a model that was just loaded.
+Contestants alternate on the same model, in the opposite order every second round. Each ratio is the
+median of the ratios per round, so that a slowdown of the machine affects both sides. The first
+round is a warm-up and not counted, unless a cell is so slow that there is no time for a second one.
+Parameters require gradients, as in a newly loaded model.
 
-`[n]` is a note at the end: why there is no number. `{_NO_ROW}`: this was not asked for.
+`[n]` refers to the reason for a missing number at the end of the page. `{_NO_ROW}`: not measured.
 """
 
 PEERS = f"""\
 ## One prompt at a time
 
-Milliseconds per prompt of {SHORT} tokens. *batch* is ours for {MANY} prompts at once,
-divided by {MANY}; the last two columns say how many times as fast ours is, for one prompt and for
-one of the batch.
+Milliseconds per prompt of {SHORT} tokens. *batch* is the time of ours for {MANY} prompts at once,
+divided by {MANY}. The last two columns are the speedups of ours, for one prompt and in the batch.
 """
 
 GRID = """\
 ## Against the floor
 
-**whole** is ours over the floor, **capture** our two passes over the floor's, **reading** our
-projection with top, bottom and ranks over the bare product. Below 1, ours is the faster one. *ours*
-is in milliseconds per prompt.
+Ratios of the times of ours and the floor: **whole** for everything, **capture** for the forward and
+backward pass, **reading** for our projection with top, bottom and ranks relative to the floor's
+product. Below 1, ours is faster. *ours* is in milliseconds per prompt.
 """
 
 ORDERS = """\
-### The bare product, turned
+### The transposed product
 
-The same product can be computed as its transpose, `W_U^T V^T`, and how fast either is depends on
-the machine's library. The number says how many times as fast as the floor's product the turned one
-is; our reading over the turned product is *reading* times this number.
+The floor's product can also be computed as its transpose, `W_U^T V^T`. Which one is faster depends
+on the machine's library. The table has the speedup of the transposed product. The ratio of our
+reading to the transposed product is *reading* times this number.
 """
 
 MEMORY = """\
 ## Peak memory
 
-In MB (10^6 bytes), each contestant in a process of its own, beyond what the process has after the
-model is loaded and one forward pass without gradients has run. *forward* is the peak of a second
-such pass in the same process; *beyond* is the difference. On a CPU it is resident memory, with the
-mark reset before the run; on a GPU it is what torch has allocated there.
+In MB (10^6 bytes). Each contestant runs in its own process. Its peak is measured relative to the
+memory in use after loading the model and one forward pass without gradients. *forward* is the peak
+of a second such pass in the same process, and *beyond* is the difference. On a CPU this is resident
+memory, whose peak is reset before the run; on a GPU it is the memory allocated by torch.
 """
 
 SCALING = """\
 ## Scaling
 
-Milliseconds of ours, in all and per unit, in float32. The slope of log time over log size, by least
-squares, is 1 where time is proportional to size; where a fixed cost is shared, as that of the
-embedding and of the last unembedding among layers, it is less.
+Milliseconds of ours, in total and per unit, in float32. The slope of log time over log size, by
+least squares, is 1 if time is proportional to size, and smaller if there is a fixed cost, such as
+the embedding and the unembedding when the number of layers varies.
 """
 
 PHASE = f"""\
 ## Where the time goes
 
 Milliseconds of ours under torch's profiler, {SMALL.name} in float32, prompts of {SHORT} tokens.
-*forward* is the model and every tensor operation up to the backward pass. Behind that one,
-*product* is every matrix product, and *top, bottom, ranks* every other operation: the final norm,
-the choice of tokens, the ranks and the checks of the factors. *everything else* is the time in
-which none of these runs: Python outside the model, the profiler itself, texts of tokens.
+*forward* is the model and all tensor operations before the backward pass. After the backward pass,
+*product* is all matrix products, and *top, bottom, ranks* is all other operations: the final norm,
+the selection of tokens, the ranks and the checks of the factors. *everything else* is time without
+tensor operations: Python code, the profiler, token texts.
 """
 
 LENSES = f"""\
 ## Both lenses
 
-By default the normalized lens is read beside the Logit Lens. Prompts of {SHORT} tokens.
+By default, the logit lens and the normalized lens are both computed. Prompts of {SHORT} tokens.
 """
 
 RANK = f"""\
 ## Rank
 
-`gradient.rank()` works on the factors of one prompt, and is timed {RANKS} times in a row;
-`torch.linalg.matrix_rank` works on the dense gradient, which is made before the clock starts.
+`gradient.rank()` uses the factors of one prompt; the time is for {RANKS} calls in a row divided by
+their number. `torch.linalg.matrix_rank` uses the dense gradient, which is computed beforehand.
 """
 
 
 class Notes:
-    """Reasons, numbered in the order in which they are met."""
+    """Reasons, numbered by first use."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
 
     def mark(self, reason: str) -> str:
-        """The mark that stands for a reason."""
+        """The mark of a reason."""
         return f"[{self._numbers.setdefault(reason, len(self._numbers) + 1)}]"
 
     def lines(self) -> list[str]:
-        """The list of all that were met."""
+        """The numbered reasons."""
         return [f"{number}. {reason}" for reason, number in self._numbers.items()]
 
 
 def write_page(folder: Path) -> Path:
-    """Make the page of all results files.
+    """Generate the page from all results files.
 
     Args:
         folder: Has `benchmarks/*.json`.
@@ -202,7 +200,7 @@ def render(machines: Mapping[str, Results]) -> str:
         _scaling(machines, notes),
         MEMORY,
         _memory(machines, notes),
-        "## No number\n",
+        "## Missing numbers\n",
         "\n".join(notes.lines()) or "Everything was measured.",
     ]
     return "\n".join(sections) + "\n"
@@ -222,7 +220,7 @@ def _machines(machines: Mapping[str, Results]) -> str:
             f"  - {made_with}",
         ]
         lines += [
-            f"  - again {', '.join(again['figures'])}: {again['date']}, `{again['command']}`"
+            f"  - repeated {', '.join(again['figures'])}: {again['date']}, `{again['command']}`"
             for again in results.get("again", ())
         ]
     return "\n".join(lines) + "\n"
@@ -254,10 +252,9 @@ def _goals(machines: Mapping[str, Results], notes: Notes) -> str:
         for goal in GOALS
     ]
     about = (
-        f"{SMALL.name}, prompts of {SHORT} tokens, all layers and both matrices, float32. The\n"
-        "reason for a missed goal is to be looked for under *Where the time goes*. *The floor's*\n"
-        "is the number that the floor would have in our place: more than that is to be had only\n"
-        "by less arithmetic, or by the same in a better order.\n"
+        f"{SMALL.name}, prompts of {SHORT} tokens, all layers and both matrices, float32. For\n"
+        "missed goals, see *Where the time goes*. *The floor's* is the value that the floor would reach;\n"
+        "only fewer or better ordered operations could exceed it.\n"
     )
     return f"{about}\n{table(head, body)}"
 

@@ -798,7 +798,7 @@ def test_the_page_has_no_notes_where_everything_was_measured():
         scaling=[prompts, layers, layers | {"along": "positions"}],
     )
     page = report.render({"cpu": whole})
-    assert page.endswith("## No number\n\nEverything was measured.\n")
+    assert page.endswith("## Missing numbers\n\nEverything was measured.\n")
     assert "[1]" not in page
     assert "[1]" in report.render({"cpu": missing})
 
@@ -876,7 +876,7 @@ def test_figures_that_are_measured_again_keep_the_others(tmp_path, benches, monk
     again = json.loads((tmp_path / "benchmarks" / "cpu.json").read_text())
     assert again.pop("again")[0]["figures"] == ["orders", "rank"]
     assert again == kept | {"orders": [], "rank": []}
-    assert "  - again orders, rank: " in (tmp_path / "benchmarks.md").read_text()
+    assert "  - repeated orders, rank: " in (tmp_path / "benchmarks.md").read_text()
 
 
 @hooked_only

@@ -272,27 +272,29 @@ CLASS_NAMES = {
 HEAD = """\
 # Architectures
 
-Generated, do not edit: `python tests/support/architecture_table.py` measures with the installed
-TransformerLens, writes `docs/architectures/tl-VERSION.json`, and makes this page of all such files.
-`tests/models/test_architectures.py` holds every number to its tolerance:
-{tolerances}.
+Generated, do not edit. `python tests/support/architecture_table.py` measures with the installed
+TransformerLens, writes `docs/architectures/tl-VERSION.json`, and generates this page from all such
+files. `tests/models/test_architectures.py` checks every number against its tolerance, {tolerances}.
 
 Each number is the relative Frobenius error `||X^T Delta - dL/dW|| / ||dL/dW||` of the captured
-factors against autograd's own weight gradient, the largest over the model's two layers, rounded up
-to 2 or 5 times a power of ten: **float32 / float64**. The models are small and random, with the
-architecture's own code: grouped queries, sliding windows, softcaps, ALiBi, attention sinks, shared
-experts. Two prompts of 11 tokens, and the mean next-token loss, in which every position takes part.
+factors against autograd's own weight gradient: the maximum over the two layers of the model,
+rounded up to 2 or 5 times a power of ten, in **float32 / float64**. The models have small random
+weights and the code of the architecture: grouped queries, sliding windows, softcaps, ALiBi,
+attention sinks, shared experts. The prompts are two of 11 tokens, and the loss is the mean
+next-token loss, which involves every position.
 
-*Processed* is as `from_pretrained` does it, with norms folded into the weights; *compatibility
-mode* is `enable_compatibility_mode()` on a bridge. Where one of the steps would change what a
-family computes, that step is left out. A mixture of experts counts with all of its experts'
-matrices; `qwen3_moe` here has a dense MLP in its first layer. `falcon_new` has one key-value head:
-with several, as in Falcon-40B, `TransformerBridge` itself splits the fused matrix wrongly.
+*Processed* means weights as loaded by `from_pretrained`, with folded norms, and *compatibility
+mode* is `enable_compatibility_mode()` of a bridge. Processing steps that would change the output of
+a family are omitted. For mixtures of experts, the matrices of all experts are included; `qwen3_moe`
+has a dense MLP in its first layer here. `falcon_new` has one key-value head, because for several,
+as in Falcon-40B, `TransformerBridge` splits the fused matrix wrongly.
 
-Some families compute norms, rotations, softmaxes or routers in float32 in a float64 model as well.
-That does not show here: both sides are made of the same rounded activations.
+Some families compute norms, rotary embeddings, softmaxes or routers in float32 even in a float64
+model. This does not affect the errors, because both gradients are computed from the same
+activations.
 
-`[n]` is a note at the end: why there is no number. `·`: the architecture has no such matrix.
+`[n]` refers to the reason for a missing number at the end of the page. `·`: the architecture has no
+such matrix.
 
 Measured with
 
@@ -301,7 +303,7 @@ Measured with
 
 
 class Notes:
-    """Reasons, numbered in the order in which they are met."""
+    """Reasons, numbered by first use."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
@@ -316,17 +318,17 @@ class Notes:
 def render(parts: Sequence[dict[str, Any]]) -> str:
     notes = Notes()
     columns = [(part, kind) for part in parts for kind in KINDS if has_class(part, kind)]
-    sections = [HEAD.format(tolerances=in_words(TOLERANCES), versions=versions_of(parts))]
-    sections += ["## Every architecture\n", "The largest over all of its matrices.\n"]
+    sections = [HEAD.format(tolerances=as_text(TOLERANCES), versions=versions_of(parts))]
+    sections += ["## Every architecture\n", "Maximum over all matrices.\n"]
     sections.append(overview(columns, notes))
     sections += ["## Every matrix\n"]
     for part, kind in columns:
         sections += [f"### {column_name(part, kind, ', ')}\n", details(part, kind, notes)]
-    sections += ["## No number\n", *without_class(parts), "", *notes.lines()]
+    sections += ["## Missing numbers\n", *without_class(parts), "", *notes.lines()]
     return "\n".join(sections) + "\n"
 
 
-def in_words(tolerances: dict[str, float]) -> str:
+def as_text(tolerances: dict[str, float]) -> str:
     return " and ".join(f"{number(bound)} in {dtype}" for dtype, bound in tolerances.items())
 
 
