@@ -7,7 +7,7 @@ document. None of them needs a network.
 from backward_lens_tl.views.widgets.attention import reversed_attention
 from backward_lens_tl.views.widgets.by_token import norms, quantities
 from backward_lens_tl.views.widgets.library import javascript
-from backward_lens_tl.views.widgets.ranking import top_tokens
+from backward_lens_tl.views.widgets.token_table import top_tokens
 from backward_lens_tl.views.widgets.widget import page
 
 __all__ = [

@@ -6,7 +6,7 @@ from backward_lens_tl.result import BackwardLensResult, check_result
 from backward_lens_tl.views.colors import BLUE, VERMILION
 from backward_lens_tl.views.text import number, shortened
 from backward_lens_tl.views.widgets.captions import of_prompt
-from backward_lens_tl.views.widgets.widget import Widget, embedded, literal
+from backward_lens_tl.views.widgets.widget import Widget, literal, make_widget
 
 _LONGEST = 24
 """Characters of a token next to the map; longer ones leave no room for it."""
@@ -35,8 +35,6 @@ def reversed_attention(result: BackwardLensResult, layer: int, batch: int = 0) -
         >>> blt.widgets.reversed_attention(result, layer=5)
         <AttentionHeads of CircuitsVis, shown in a notebook; str() is its HTML>
     """
-    from circuitsvis.attention import attention_heads
-
     check_result(result)
     described = of_prompt(result, batch)
     maps = result.reversed_attention(layer)[batch]
@@ -44,20 +42,21 @@ def reversed_attention(result: BackwardLensResult, layer: int, batch: int = 0) -
     tokens = result.capture.str_tokens[batch]
     maps = maps[:, : len(tokens), : len(tokens)].detach().cpu().double()
     largest = float(maps.abs().max())
-    rendered = attention_heads(
-        maps,
-        # Isolated from the index after a token that is read from right to left.
-        [f"\u2068{shortened(literal(token), _LONGEST)}\u2069" for token in tokens],
-        [f"L{index}H{head}" for head in range(len(maps))],
-        max_value=largest or 1.0,
-        min_value=-(largest or 1.0),
-        negative_color=VERMILION,
-        positive_color=BLUE,
-        mask_upper_tri=not bool(maps.triu(1).any()),
-    )
     caption = (
         f"<b>Reversed Attention of layer {index}</b>{described}: where the backward pass attends. "
         "Blue: a larger attention score there raises the objective; orange: it lowers it. Both are "
         f"darkest at {number(largest)}, the largest of all heads."
     )
-    return embedded(rendered, caption)
+    return make_widget(
+        "AttentionHeads",
+        caption,
+        attention=maps.tolist(),
+        attentionHeadNames=[f"L{index}H{head}" for head in range(len(maps))],
+        maxValue=largest or 1.0,
+        minValue=-(largest or 1.0),
+        negativeColor=VERMILION,
+        positiveColor=BLUE,
+        # Isolated from the index after a token that is read from right to left.
+        tokens=[f"\u2068{shortened(literal(token), _LONGEST)}\u2069" for token in tokens],
+        maskUpperTri=not bool(maps.triu(1).any()),
+    )

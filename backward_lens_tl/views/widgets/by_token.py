@@ -10,7 +10,7 @@ import torch
 from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.result import BackwardLensResult, check_result
 from backward_lens_tl.views.widgets.captions import analysed_positions, of_prompt, reading
-from backward_lens_tl.views.widgets.widget import Widget, embedded, literal
+from backward_lens_tl.views.widgets.widget import Widget, literal, make_widget
 
 _NO_RANK = -1.0
 
@@ -40,19 +40,12 @@ def norms(result: BackwardLensResult, matrix: str = "W_out", batch: int = 0) -> 
         >>> blt.widgets.norms(result)
         <ColoredTokensMulti of CircuitsVis, shown in a notebook; str() is its HTML>
     """
-    from circuitsvis.tokens import colored_tokens_multi
-
     check_result(result)
     rows = [result.cells(matrix, layer, batch) for layer in result.layers]
     values = [[cell.norm for cell in row] for row in rows]
     power = power_for_decimals(norm for row in values for norm in row)
     times = f" (×1e{power})" if power else ""
     scaled = torch.tensor(values, dtype=torch.float64).T / 10.0**power
-    rendered = colored_tokens_multi(
-        [literal(cell.token) for cell in rows[0]],
-        scaled,
-        [f"layer {layer}{times}" for layer in result.layers],
-    )
     caption = (
         f"<b>{matrix}</b>: norm of δ_i at each token{of_prompt(result, batch)}, by layer. The "
         "darkest blue is the largest norm of all layers; hover over a token for its numbers."
@@ -60,8 +53,14 @@ def norms(result: BackwardLensResult, matrix: str = "W_out", batch: int = 0) -> 
     )
     # By default it keeps the first layer's scale when another layer is chosen.
     bounds = [float(scaled.max()) or 1.0] * len(result.layers)
-    return embedded(
-        rendered, caption, positiveBounds=bounds, negativeBounds=[-bound for bound in bounds]
+    return make_widget(
+        "ColoredTokensMulti",
+        caption,
+        tokens=[literal(cell.token) for cell in rows[0]],
+        values=scaled.tolist(),
+        labels=[f"layer {layer}{times}" for layer in result.layers],
+        positiveBounds=bounds,
+        negativeBounds=[-bound for bound in bounds],
     )
 
 
@@ -92,8 +91,6 @@ def quantities(result: BackwardLensResult, matrix: str = "W_out", batch: int = 0
         >>> blt.widgets.quantities(result)
         <TextNeuronActivations of CircuitsVis, shown in a notebook; str() is its HTML>
     """
-    from circuitsvis.activations import text_neuron_activations
-
     check_result(result)
     rows = [result.cells(matrix, layer, batch) for layer in result.layers]
     cells = [cell for row in rows for cell in row]
@@ -109,19 +106,22 @@ def quantities(result: BackwardLensResult, matrix: str = "W_out", batch: int = 0
     name, scores = _top_scores(cells)
     by_name[name] = scores
     values = torch.tensor(list(by_name.values()), dtype=torch.float64)
-    rendered = text_neuron_activations(
-        [literal(cell.token) for cell in rows[0]],
-        values.reshape(len(by_name), len(rows), len(rows[0])).permute(2, 1, 0),
-        second_dimension_name="Quantity",
-        first_dimension_labels=[str(layer) for layer in result.layers],
-        second_dimension_labels=list(by_name),
-    )
     caption = (
         f"<b>{matrix}</b>: one quantity of one layer at each token{of_prompt(result, batch)} "
         f"({reading(result)}). Blue is positive and red negative, darkest at the layer's largest; "
         f"hover over a token for its number.{analysed_positions(result, batch, rows[0])}"
     )
-    return embedded(rendered, caption)
+    shape = len(by_name), len(rows), len(rows[0])
+    return make_widget(
+        "TextNeuronActivations",
+        caption,
+        tokens=[literal(cell.token) for cell in rows[0]],
+        activations=values.reshape(shape).permute(2, 1, 0).tolist(),
+        firstDimensionName="Layer",
+        secondDimensionName="Quantity",
+        firstDimensionLabels=[str(layer) for layer in result.layers],
+        secondDimensionLabels=list(by_name),
+    )
 
 
 def power_for_decimals(values: Iterable[float]) -> int:

@@ -1,8 +1,7 @@
 """A CircuitsVis widget that is safe to put into any page.
 
 CircuitsVis's own HTML leaves an element open, and either loads from a CDN or repeats 1.3 MB, which
-it decides by a network request. Here its component and properties are extracted, and embedded in
-HTML of our own.
+it decides by a network request. So its components are embedded in HTML of our own.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from html import escape
+from importlib.metadata import version
 from types import new_class
 from typing import Any, cast
 from uuid import uuid4
@@ -42,13 +42,6 @@ _STYLE = """\
 </style>"""
 _NO_SCRIPTS = "This widget is drawn by JavaScript, which does not run here."
 
-_RENDERED = re.compile(
-    r'<div id="(?P<id>[\w-]+)"[^>]*>\s*<script crossorigin type="module">\s*'
-    r'import \{ render, (?P<element>\w+) \} from "(?P<address>https://[^"\s]+)";\s*'
-    r'render\(\s*"(?P=id)",\s*(?P=element),\s*(?P<props>\{.*\})\s*\)\s*</script>\s*',
-    re.DOTALL,
-)
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Widget:
@@ -59,13 +52,11 @@ class Widget:
     Attributes:
         element: CircuitsVis's name of the component.
         props: Properties of the component.
-        address: URL of the component.
         caption: The caption, as HTML.
     """
 
     element: str
     props: dict[str, Any]
-    address: str
     caption: str
 
     @property
@@ -83,15 +74,12 @@ class Widget:
     def cdn_src(self) -> str:
         """Small HTML that loads the JavaScript from a network."""
         place = _new_id()
+        address = f"https://unpkg.com/circuitsvis@{version('circuitsvis')}/dist/cdn/esm.js"
         return (
             f'{self._place(place)}\n<script crossorigin type="module">\n'
-            f'import {{ render, {self.element} }} from "{self.address}";\n'
+            f'import {{ render, {self.element} }} from "{address}";\n'
             f"render({json.dumps(place)}, {self.element}, {script_json(self.props)})\n</script>"
         )
-
-    def show_code(self) -> str:
-        """HTML that loads the JavaScript from a network, under CircuitsVis's name."""
-        return self.cdn_src
 
     def _place(self, place: str) -> str:
         return (
@@ -100,9 +88,6 @@ class Widget:
         )
 
     def __str__(self) -> str:
-        return self.local_src
-
-    def __html__(self) -> str:
         return self.local_src
 
     def __repr__(self) -> str:
@@ -137,28 +122,23 @@ def literal(text: str) -> str:
     return re.sub("[<&]", rf"\g<0>{_WORD_JOINER}", visible(text))
 
 
-def embedded(rendered: Any, caption: str, **props: Any) -> Widget:
-    """Make a widget of what CircuitsVis rendered.
+def make_widget(element: str, caption: str, **props: Any) -> Widget:
+    """Make a widget of a CircuitsVis component.
 
     Args:
-        rendered: CircuitsVis's `RenderedHTML`.
+        element: CircuitsVis's name of the component.
         caption: The caption, as HTML.
-        **props: Properties of the component that CircuitsVis's function does not take.
+        **props: Properties of the component, as JSON has them.
 
     Returns:
         The widget, with all numbers rounded to six significant digits.
 
     Raises:
-        WidgetError: If the HTML is not of the supported form.
+        WidgetError: If the installed circuitsvis has no such component.
     """
-    found = _RENDERED.fullmatch(str(getattr(rendered, "cdn_src", "")))
-    if found is None:
-        raise WidgetError(unsupported("renders HTML in which its component cannot be found"))
-    try:
-        own = json.loads(found["props"])
-    except ValueError as error:
-        raise WidgetError(unsupported("renders properties that are not JSON")) from error
-    return _widget_class()(found["element"], _rounded(own | props), found["address"], caption)
+    if element not in library_script():
+        raise WidgetError(unsupported(f"has no component {element}"))
+    return _widget_class()(element, _rounded(props), caption)
 
 
 def page(*widgets: Widget, title: str = "Backward Lens") -> str:
@@ -218,14 +198,11 @@ def _widget_class() -> type[Widget]:
     return cast("type[Widget]", made)
 
 
-_SMALLEST = 2.0**-149  # the smallest positive float32; only stand-ins are below
-
-
 def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _rounded(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_rounded(item) for item in value]
     if isinstance(value, float):
-        return 0.0 if abs(value) < _SMALLEST else float(f"{value:.6g}")
+        return float(f"{value:.6g}")
     return value
