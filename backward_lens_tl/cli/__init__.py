@@ -9,7 +9,7 @@ import argparse
 import io
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 from backward_lens_tl.cli.evaluate import EvaluateCommand
 from backward_lens_tl.cli.options import Command, add_options, run_command
@@ -62,11 +62,4 @@ def parser() -> argparse.ArgumentParser:
 
 def _versions() -> str:
     names = ("backward-lens-tl", "transformer-lens", "torch")
-    return ", ".join(f"{name} {_version(name)}" for name in names)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "(not installed)"
+    return ", ".join(f"{name} {version(name)}" for name in names)

@@ -50,9 +50,7 @@ COSTS = (
     _METHOD,
     _BLOCK,
     Column("seconds", "float64", "time per edit"),
-    Column(
-        "memory", "float64", "peak memory beyond what was in use before, in bytes; NaN if unknown"
-    ),
+    Column("memory", "float64", "peak memory on top of what was in use, in bytes; NaN if unknown"),
 )
 """One row per method and block: the only columns that differ from run to run."""
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property, partial
 from hashlib import sha256
 from typing import Any
@@ -38,14 +36,7 @@ _BEYOND = 3
 
 _Rows = list[dict[str, Any]]
 _linalg: Any = torch.linalg  # whose error has no type
-
-
-@dataclass(frozen=True)
-class _Edit:
-    """A method's edit of a shard's records, or the error if it failed."""
-
-    delta: WeightDelta | None = None
-    error: str | None = None
+_NO_EDIT = WeightDelta((), {})
 
 
 class Bench:
@@ -79,13 +70,12 @@ class Bench:
         Raises:
             ModelStateError: If the weights are no longer those of the unedited model.
         """
-        edit, cost = with_cost(partial(self._edit, shard), self._devices)
-        is_edited = edit.delta is not None and len(edit.delta) > 0
-        with edit.delta.applied(self.model) if edit.delta is not None else nullcontext():
+        (delta, error), cost = with_cost(partial(self._edit, shard), self._devices)
+        with delta.applied(self.model):
             answered = self._answered(shard.items)
             generations = self._generations(shard)
             continuations = self._continuations(shard.items)
-            ppl = self._perplexity() if is_edited else self._unedited_perplexity
+            ppl = self._perplexity() if len(delta) else self._unedited_perplexity
         if self._weights() != self._unedited:
             raise ModelStateError(
                 f"the weights of {self.host.name!r} changed by the edit {shard.name!r} or during "
@@ -94,11 +84,11 @@ class Bench:
         shared = {"method": shard.name, "block": shard.block}
         common = {
             **shared,
-            "error": edit.error,
+            "error": error,
             "perplexity": ppl.mean_of_texts,
             "corpus_perplexity": ppl.corpus,
-            "norm": edit.delta.norm if edit.delta is not None and is_edited else 0.0,
-            "rank": edit.delta.rank if edit.delta is not None and is_edited else 0,
+            "norm": delta.norm,
+            "rank": delta.rank,
             "weights": self._unedited,
         }
         edits = [
@@ -119,16 +109,22 @@ class Bench:
     def _weights(self) -> str:
         return tensors_checksum(self.host.parameters())
 
-    def _edit(self, shard: Shard) -> _Edit:
+    def _edit(self, shard: Shard) -> tuple[WeightDelta, str | None]:
+        """A method's edit of the shard's records; if it failed, an empty one and the reason."""
         if shard.method is None:
-            return _Edit()
+            return _NO_EDIT, None
         try:
-            return _finite(shard.method(self.model, [item.request for item in shard.items]))
+            delta = shard.method(self.model, [item.request for item in shard.items])
         except (BackwardLensError, MemoryError, RuntimeError) as error:
             is_known = isinstance(error, BackwardLensError | _linalg.LinAlgError)
             if not is_known and not is_lack_of_memory(error):
                 raise  # a bug, whatever the request
-            return _Edit(error=str(error))
+            return _NO_EDIT, str(error)
+        for each in delta:
+            factors = (each.left, each.right, each.values, each.bias)
+            if not all(bool(factor.isfinite().all()) for factor in factors if factor is not None):
+                return _NO_EDIT, f"the change of {each.matrix} in layer {each.layer} is not finite"
+        return delta, None
 
     # --- what is measured ------------------------------------------------------------------------
 
@@ -153,12 +149,9 @@ class Bench:
         """The model's own continuation of each record's prompt."""
         prompts = [item.probes[0].ids for item in items]
         lengths = [len(item.probes[0].new) + _BEYOND for item in items]
-        found = self._sampled(prompts, lengths, top_k=1, seeds=[0] * len(items))
+        texts = self._sampled(prompts, lengths, top_k=1, seeds=[0] * len(items))
         # Decoders may drop the space at the beginning of a text, but not after a prompt.
-        return [
-            self._text([*ids, *drawn])[len(self._text(ids)) :]
-            for ids, drawn in zip(prompts, found, strict=True)
-        ]
+        return [text[len(self._text(ids)) :] for ids, text in zip(prompts, texts, strict=True)]
 
     def _generations(self, shard: Shard) -> _Rows:
         asked = [
@@ -169,41 +162,29 @@ class Bench:
         prompts = [ids for _, _, ids in asked]
         lengths = [max(0, self.config.generation_length - len(ids)) for ids in prompts]
         seeds = [_seed(self.config.seed, record, place) for record, place, _ in asked]
-        found = self._sampled(prompts, lengths, top_k=self.config.top_k, seeds=seeds)
-        texts = [
-            tidied(self._text([*ids, *drawn])) for ids, drawn in zip(prompts, found, strict=True)
-        ]
+        texts = self._sampled(prompts, lengths, top_k=self.config.top_k, seeds=seeds)
         return [
             {
                 "method": shard.name,
                 "record": record,
                 "index": place,
                 "prompt": self._text(ids),
-                "text": text,
-                "ngram_entropy": ngram_entropy(text),
+                "text": tidied(text),
+                "ngram_entropy": ngram_entropy(tidied(text)),
             }
             for (record, place, ids), text in zip(asked, texts, strict=True)
         ]
 
     def _sampled(
-        self,
-        prompts: Sequence[tuple[int, ...]],
-        lengths: Sequence[int],
-        *,
-        top_k: int,
-        seeds: Sequence[int],
-    ) -> list[list[int]]:
+        self, prompts: Sequence[Sequence[int]], lengths: list[int], *, top_k: int, seeds: list[int]
+    ) -> list[str]:
+        """Prompts with their continuations."""
         drawn: list[list[int]] = []
-        for some in batches(range(len(prompts)), self.config.batch_size):
+        for some in batches(zip(prompts, lengths, seeds, strict=True), self.config.batch_size):
+            ids, n_tokens, own_seeds = zip(*some, strict=True)
             with self.host.own_precision():
-                drawn += sample(
-                    self.host,
-                    [prompts[at] for at in some],
-                    [lengths[at] for at in some],
-                    top_k=top_k,
-                    seeds=[seeds[at] for at in some],
-                )
-        return drawn
+                drawn += sample(self.host, ids, n_tokens, top_k=top_k, seeds=own_seeds)
+        return [self._text([*ids, *more]) for ids, more in zip(prompts, drawn, strict=True)]
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.host.vocabulary.decode(ids)
@@ -255,15 +236,6 @@ class Bench:
             "free_efficacy": float(begins_with(continuation, item.new_text)),
             "ngram_entropy": math.fsum(entropies) / len(entropies) if entropies else math.nan,
         }
-
-
-def _finite(delta: WeightDelta) -> _Edit:
-    """The edit, or the reason why it cannot be measured."""
-    for each in delta:
-        factors = (each.left, each.right, each.values, each.bias)
-        if not all(bool(factor.isfinite().all()) for factor in factors if factor is not None):
-            return _Edit(error=f"the change of {each.matrix} in layer {each.layer} is not finite")
-    return _Edit(delta)
 
 
 def _seed(seed: int, record: int, place: int) -> int:

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
-from backward_lens_tl.capture.prompts import Prompt, tokenize_prompts
+from backward_lens_tl.capture.prompts import Prompt
 from backward_lens_tl.data.records import BadRecord, Record, Records
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.requests import EditRequest, target_ids
-from backward_lens_tl.errors import EvaluationError, InputError, TargetError
+from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation.columns import NONE
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.models import Host
-from backward_lens_tl.runs.shards import Reject
+from backward_lens_tl.runs.rejects import (
+    Reject,
+    check_length,
+    fitting_prompt,
+    item_or_reject,
+    refusing,
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,8 @@ def plan_shards(
     Raises:
         EvaluationError: If the data lack a row that is asked for, or have none.
     """
-    planned = [_planned(host, row, config) for row in _chosen(records, config)]
+    make = partial(_item, host, config)
+    planned = [item_or_reject(row, make) for row in _chosen(records, config)]
     items = tuple(entry for entry in planned if isinstance(entry, Item))
     rejects = tuple(entry for entry in planned if isinstance(entry, Reject))
     size = config.edits_at_once
@@ -135,73 +143,34 @@ def _chosen(records: Records, config: EvaluationConfig) -> Iterable[Record | Bad
     return [records.rows[row] for row in config.rows]
 
 
-class _Refused(Exception):
-    """The reason why a row is left out, and the problem."""
-
-
-def _planned(host: Host, row: Record | BadRecord, config: EvaluationConfig) -> Item | Reject:
-    if isinstance(row, BadRecord):
-        return Reject(row.index, row.id, "row", row.problem)
-    try:
-        return _item(host, row, config)
-    except _Refused as refusal:
-        return Reject(row.index, row.id, *refusal.args)
-
-
-def _item(host: Host, record: Record, config: EvaluationConfig) -> Item:
-    true = record.answer
+def _item(host: Host, config: EvaluationConfig, record: Record) -> Item:
+    true, target = record.answer, record.target
     neighbor = true if record.neighborhood_answer is None else record.neighborhood_answer
-    attributes = record.attribute_prompts if config.attributes else ()
     asked = [
         ("rewrite", (record.prompt,), true),
         ("paraphrase", record.paraphrase_prompts, true),
         ("neighborhood", record.neighborhood_prompts[: config.neighbors], neighbor),
-        ("attribute", attributes, true),
+        ("attribute", record.attribute_prompts if config.attributes else (), true),
     ]
-    probes = tuple(
-        _probe(host, kind, index, _prompt(host, text, config), record.target, answer)
-        for kind, texts, answer in asked
-        for index, text in enumerate(texts)
-    )
+    probes = []
+    for kind, texts, answer in asked:
+        for index, text in enumerate(texts):
+            prompt = fitting_prompt(host, text, config.prepend_bos)
+            new = _answer_ids(host, prompt, target)
+            old = None if answer is None else _answer_ids(host, prompt, answer)
+            probes.append(Probe(kind, index, str(prompt.written), prompt.ids, new, old, answer))
     wanted = record.generation_prompts if config.generation_length else ()
-    generations = tuple(_prompt(host, text, config).ids for text in wanted)
-    target = record.target
+    generations = [fitting_prompt(host, text, config.prepend_bos).ids for text in wanted]
     text = target if isinstance(target, str) else host.vocabulary.text(target)
-    return Item(record, text, probes, generations)
+    return Item(record, text, tuple(probes), tuple(generations))
 
 
-def _probe(
-    host: Host, kind: str, index: int, prompt: Prompt, target: str | int, answer: str | None
-) -> Probe:
-    new = _answer_ids(prompt, target, host.n_ctx)
-    true = None if answer is None else _answer_ids(prompt, answer, host.n_ctx)
-    return Probe(kind, index, str(prompt.written), prompt.ids, new, true, answer)
-
-
-def _prompt(host: Host, text: str, config: EvaluationConfig) -> Prompt:
-    try:
-        [prompt] = tokenize_prompts(host, text, config.prepend_bos)
-    except InputError as error:
-        raise _Refused("prompt", str(error)) from error
-    if len(prompt.ids) > host.n_ctx:
-        raise _too_long(text, len(prompt.ids), host.n_ctx)
-    return prompt
-
-
-def _answer_ids(prompt: Prompt, answer: str | int, n_ctx: int) -> tuple[int, ...]:
+def _answer_ids(host: Host, prompt: Prompt, answer: str | int) -> tuple[int, ...]:
     """The answer's tokens after a prompt."""
-    try:
+    with refusing("target"):
         ids = tuple(target_ids(prompt, answer))
-    except TargetError as error:
-        raise _Refused("target", str(error)) from error
-    n_tokens = len(prompt.ids) + len(ids) - 1
-    if n_tokens > n_ctx:
-        raise _too_long(f"{prompt.written}{answer}", n_tokens, n_ctx)
+    check_length(host, f"{prompt.written}{answer}", len(prompt.ids) + len(ids) - 1)
     return ids
-
-
-def _too_long(text: str, n_tokens: int, n_ctx: int) -> _Refused:
-    return _Refused("length", f"{text!r} has {n_tokens} tokens; the model's context holds {n_ctx}")
 
 
 def unused_records(records: Records, config: EvaluationConfig) -> tuple[Record, ...]:

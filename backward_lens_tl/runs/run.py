@@ -9,15 +9,14 @@ was stopped, even by `kill -9`, resumes with the shards that are missing.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from datetime import datetime
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -37,9 +36,9 @@ from backward_lens_tl.models.loading import load_model
 from backward_lens_tl.runs.columns import Column, Tables
 from backward_lens_tl.runs.config import Config
 from backward_lens_tl.runs.distributed import own_device, this_process
+from backward_lens_tl.runs.rejects import Reject
 from backward_lens_tl.runs.shards import (
     ANY_SHARD,
-    Reject,
     Rows,
     read_table,
     shard_file,
@@ -55,7 +54,6 @@ _FORMAT_VERSION = 2
 
 _RUN = "run.json"
 _DISTRIBUTIONS = ("backward-lens-tl", "transformer-lens", "torch", "transformers", "pyarrow")
-_log = logging.getLogger(__name__)
 
 _Own = TypeVar("_Own", bound="Run")  # Python 3.10 has no Self
 _Config = TypeVar("_Config", bound=Config)
@@ -286,17 +284,19 @@ class Run:
         n_written = sum(sizes) - n_missing
         columns = {name: self._columns(name) for name in self.TABLES}
         with (
-            _logged_to(self.folder / f"log-{state.process_index}.txt"),
+            open(self.folder / f"log-{state.process_index}.txt", "a", encoding="utf-8") as log,
             tqdm(
                 total=n_written + n_own, initial=n_written, unit=self.UNIT, disable=not progress
             ) as bar,
         ):
-            _log.info(
-                "process %d of %d: %d of the %d shards that are left",
-                state.process_index,
-                state.num_processes,
-                len(own),
-                len(missing),
+
+            def say(message: str) -> None:
+                log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
+                log.flush()
+
+            say(
+                f"process {state.process_index} of {state.num_processes}: {len(own)} of the "
+                f"{len(missing)} shards that are left"
             )
             for shard in own:
                 began = time.perf_counter()
@@ -304,7 +304,7 @@ class Run:
                 write_shard(self.folder, shard, columns, rows)
                 bar.update(sizes[shard])
                 seconds = time.perf_counter() - began
-                _log.info("shard %d: %s in %.1f s", shard, self._described(rows), seconds)
+                say(f"shard {shard}: {self._described(rows)} in {seconds:.1f} s")
         state.wait_for_everyone()
 
     def _described(self, rows: Rows) -> str:
@@ -355,24 +355,6 @@ def _about(job: Job[Any], plan: Plan[Any]) -> dict[str, Any]:
         "tokens": {"sha256": sha256(entries.encode(errors="backslashreplace")).hexdigest()},
         "n_shards": len(plan.shards),
     }
-
-
-@contextmanager
-def _logged_to(file: Path) -> Iterator[None]:
-    """Write this module's messages to a file as well."""
-    handler = logging.FileHandler(file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    before = _log.level, _log.propagate
-    _log.addHandler(handler)
-    _log.setLevel(logging.INFO)
-    _log.propagate = False  # TransformerLens 2 prints what reaches the root
-    try:
-        yield
-    finally:
-        _log.setLevel(before[0])
-        _log.propagate = before[1]
-        _log.removeHandler(handler)
-        handler.close()
 
 
 def _a(noun: str) -> str:

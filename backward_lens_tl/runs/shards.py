@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from backward_lens_tl.files.storage import replacing
 from backward_lens_tl.runs.columns import Column
@@ -18,22 +18,6 @@ Rows = Mapping[str, "pd.DataFrame | Sequence[Any]"]
 """The rows of each table: a DataFrame, mappings by column, or tuples in the order of columns."""
 
 ANY_SHARD = "shard-*.parquet"
-
-
-class Reject(NamedTuple):
-    """A row of the data that is left out.
-
-    Attributes:
-        row: Its row of the data.
-        id: The data's own name for it.
-        reason: One word, as the schema lists them.
-        problem: One sentence.
-    """
-
-    row: int
-    id: str
-    reason: str
-    problem: str
 
 
 def shard_file(folder: Path, table: str, shard: int) -> Path:

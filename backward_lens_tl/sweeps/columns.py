@@ -20,7 +20,7 @@ PROMPTS = (
     _key(
         "is_correct",
         "bool",
-        "whether the model's token is the first of the original answer",
+        "whether the answer is the original answer's first token",
         may_miss=True,
     ),
     _key("n_tokens", "int32", "tokens of the prompt"),
@@ -49,10 +49,8 @@ GRADIENTS = (
     Column("input_rank", "int32", "rank of the x_i", may_miss=True),
     Column("vjp_rank", "int32", "rank of the delta_i", may_miss=True),
     Column("norm", "float64", "Frobenius norm of the gradient"),
-    Column("top_energy", "float64", "the largest singular value's fraction of the sum of squares"),
-    Column(
-        "rank_99", "int32", "singular values that hold 99 % of the sum of squares", may_miss=True
-    ),
+    Column("top_energy", "float64", "fraction of the sum of squares in the largest singular value"),
+    Column("rank_99", "int32", "singular values with 99 % of the sum of squares", may_miss=True),
     Column("singular_values", "list<float64>", "all that can be nonzero", is_default=False),
 )
 """One row per prompt, matrix and layer."""
@@ -70,18 +68,12 @@ POSITIONS = (
     Column(
         "top_vjp_cosine",
         "float32",
-        "cosine of the raw spanning vector and the top layer's VJP at the last token; missing "
-        "unless W_out of the last layer is among the matrices",
+        "cosine of the spanning vector and the last VJP of the last layer's W_out, if measured",
     ),
-    Column("is_zero", "bool", "whether the position adds nothing, so that its tokens mean nothing"),
+    Column("is_zero", "bool", "whether the position adds nothing; its tokens then mean nothing"),
     Column("is_faint", "bool", "whether the final norm's eps outweighs the vector"),
-    Column("target_rank", "int32", "tokens with a larger score than the target", may_miss=True),
-    Column(
-        "answer_rank",
-        "int32",
-        "tokens with a larger score than the model's own answer",
-        may_miss=True,
-    ),
+    Column("target_rank", "int32", "tokens that score above the target", may_miss=True),
+    Column("answer_rank", "int32", "tokens that score above the model's answer", may_miss=True),
     Column("entropy", "float32", "of the softmax of the scores, in nats"),
     Column("top_tokens", "list<string>", "tokens with the largest scores, largest first"),
     Column("top_scores", "list<float32>", "these scores"),

@@ -12,7 +12,8 @@ from backward_lens_tl.choices import Measure
 from backward_lens_tl.errors import BackwardLensError, UnsupportedModelError
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.runs.shards import Reject, Rows
+from backward_lens_tl.runs.rejects import Reject
+from backward_lens_tl.runs.shards import Rows
 from backward_lens_tl.sweeps.columns import TABLES
 from backward_lens_tl.sweeps.config import SweepConfig
 from backward_lens_tl.sweeps.plan import Item, Shard

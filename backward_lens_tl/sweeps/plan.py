@@ -9,14 +9,15 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from backward_lens_tl.capture.prompts import Prompt, tokenize_prompts
+from backward_lens_tl.capture.prompts import Prompt
 from backward_lens_tl.data.records import BadRecord, Record, Records
 from backward_lens_tl.data.segments import Subject, prompt_segments, subject_at, subject_span
-from backward_lens_tl.errors import InputError, TargetError
+from backward_lens_tl.errors import TargetError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.vocabulary import Span
-from backward_lens_tl.runs.shards import Reject
+from backward_lens_tl.runs.rejects import Reject, fitting_prompt, item_or_reject, refusing
 from backward_lens_tl.sweeps.config import SweepConfig
 
 
@@ -62,7 +63,7 @@ def plan_shards(host: Host, records: Records, config: SweepConfig) -> tuple[Shar
     rows: Sequence[Record | BadRecord] = records.rows
     if config.prompts is not None and config.prompts < len(rows):
         rows = random.Random(config.seed).sample(rows, config.prompts)
-    entries = [_planned(host, row, config) for row in rows]
+    entries = [item_or_reject(row, partial(_item, host, config)) for row in rows]
     entries.sort(key=lambda entry: (_length(entry), entry.row))
     size = config.shard_size
     return tuple(tuple(entries[start : start + size]) for start in range(0, len(entries), size))
@@ -72,30 +73,13 @@ def _length(entry: Item | Reject) -> int:
     return len(entry.tokens) if isinstance(entry, Item) else 0
 
 
-def _planned(host: Host, row: Record | BadRecord, config: SweepConfig) -> Item | Reject:
-    def reject(reason: str, problem: object) -> Reject:
-        return Reject(row.index, row.id, reason, str(problem))
-
-    if isinstance(row, BadRecord):
-        return reject("row", row.problem)
-    try:
-        [prompt] = tokenize_prompts(host, row.prompt, config.prepend_bos)
-    except InputError as error:
-        return reject("prompt", error)
-    if len(prompt.ids) > host.n_ctx:
-        return reject(
-            "length",
-            f"{len(prompt.ids)} tokens; the model's context holds {host.n_ctx}: shorten it",
-        )
-    try:
-        target = prompt.token_id(row.target, config.multi_token)
-    except TargetError as error:
-        return reject("target", error)
-    try:
-        subject = _subject(prompt, row)
-    except InputError as error:
-        return reject("subject", error)
-    return Item(row, prompt.ids, target, subject, _first_token(prompt, row.answer))
+def _item(host: Host, config: SweepConfig, record: Record) -> Item:
+    prompt = fitting_prompt(host, record.prompt, config.prepend_bos)
+    with refusing("target"):
+        target = prompt.token_id(record.target, config.multi_token)
+    with refusing("subject"):
+        subject = _subject(prompt, record)
+    return Item(record, prompt.ids, target, subject, _first_token(prompt, record.answer))
 
 
 def _subject(prompt: Prompt, record: Record) -> Span | None:

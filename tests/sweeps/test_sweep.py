@@ -34,9 +34,10 @@ from backward_lens_tl.capture.prompts import Prompt
 from backward_lens_tl.data.records import Record, Records
 from backward_lens_tl.errors import BackwardLensError, InputError, SweepError, UnsupportedModelError
 from backward_lens_tl.models import loading
+from backward_lens_tl.runs import rejects
 from backward_lens_tl.runs import run as run_module
 from backward_lens_tl.runs.distributed import own_device
-from backward_lens_tl.sweeps import measuring, plan
+from backward_lens_tl.sweeps import measuring
 from backward_lens_tl.sweeps.columns import TABLES
 from backward_lens_tl.sweeps.config import SweepConfig
 from backward_lens_tl.sweeps.run import Sweep
@@ -759,7 +760,7 @@ def test_only_the_same_sweep_goes_on(swept, tiny: nn.Module):
 def test_other_tokens_of_the_same_texts_do_not_go_on(swept, tiny: nn.Module, monkeypatch):
     """As when the model's own default of a BOS token has changed, or its tokenizer."""
     swept(folder="out", layers=0)
-    tokenized = plan.tokenize_prompts
+    tokenized = rejects.tokenize_prompts
 
     def with_bos(host: Any, prompts: Any, prepend_bos: Any) -> list[Prompt]:
         return [
@@ -767,7 +768,7 @@ def test_other_tokens_of_the_same_texts_do_not_go_on(swept, tiny: nn.Module, mon
             for own in tokenized(host, prompts, prepend_bos)
         ]
 
-    monkeypatch.setattr(plan, "tokenize_prompts", with_bos)
+    monkeypatch.setattr(rejects, "tokenize_prompts", with_bos)
     with pytest.raises(SweepError, match="another tokens: sha256 was"):
         swept(folder="out", layers=0)
 

@@ -171,7 +171,7 @@ def test_two_processes_give_what_one_gives(driven: Path):
     for rank, log in enumerate(logs):
         own = list(range(rank, N_SHARDS, 2))
         assert f"process {rank} of 2: {len(own)} of the {N_SHARDS} shards that are left" in log
-        written = [int(line.split()[4][:-1]) for line in log.splitlines() if " INFO shard " in line]
+        written = [int(line.split()[3][:-1]) for line in log.splitlines() if " shard " in line]
         assert written == own
 
 
@@ -195,7 +195,7 @@ def test_the_processes_that_accelerate_starts(commanded: Path, tmp_path: Path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == f"5 prompts analysed, 0 rejected: {out}"
         assert digests(out) == digests(commanded)
-    assert (tmp_path / "many" / "log-1.txt").read_text().count(" INFO shard ") == 1
+    assert (tmp_path / "many" / "log-1.txt").read_text().count(" shard ") == 1
 
 
 def test_processes_that_are_refused_end(commanded: Path):
