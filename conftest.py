@@ -1,7 +1,6 @@
-"""Runs the Python snippets of README and docs, page by page, each in one namespace.
+"""Run the Python snippets of README and docs; each page has one namespace.
 
-It also gives the examples of methods the names of `Examples`, so that they need not begin at a
-model each time.
+Examples of methods can use the names of `Examples`, so that they need not load a model each time.
 """
 
 from __future__ import annotations
@@ -21,26 +20,26 @@ from sybil import Example, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 
-# One thread of torch, also in processes that tests start; torch reads this when it is imported.
-# Small models lose more to the hand-over between threads than they gain.
+# One torch thread, also in child processes; torch reads this when it is imported. Small models are
+# slower with several threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 BRIDGE = "transformer_lens.model_bridge"
 run = PythonEvaluator()
 STARTED: defaultdict[str, set[int]] = defaultdict(set)
-"""By page, where the snippets begin that this process has run."""
+"""By page, the start of the snippets that this process has run."""
 
 
 def is_possible(snippet: Example) -> bool:
-    """Whether the installed TransformerLens has what a snippet imports."""
+    """Whether the installed TransformerLens supports a snippet's imports."""
     return BRIDGE not in snippet.parsed or find_spec(BRIDGE) is not None
 
 
 def run_with_those_before(snippet: Example) -> None:
-    """Run a snippet after all before it on its page.
+    """Run a snippet after all earlier ones on its page.
 
-    Tests in parallel may give the snippets of a page to several processes; each needs the names
-    that earlier snippets make.
+    Parallel tests may run the snippets of a page in several processes, which all need the names
+    that earlier snippets define.
     """
     started = STARTED[snippet.path]
     for each in snippet.document.examples():
@@ -56,9 +55,10 @@ pytest_collect_file = Sybil(parsers=[python], patterns=["README.md", "docs/*.md"
 
 
 class Examples:
-    """Names that the examples of methods may use; each is made once, when one first needs it.
+    """Names that examples of methods may use; each is created once, when first needed.
 
-    The package is imported only then: the run-time type checks are put in after this file is read.
+    The package is imported only then, because run-time type checks are installed after this file is
+    imported.
     """
 
     def __init__(self, folders: pytest.TempPathFactory) -> None:
@@ -66,7 +66,7 @@ class Examples:
 
     @property
     def folder(self) -> Path:
-        """Another one for each example."""
+        """A new one for each example."""
         return self._folders.mktemp("example")
 
     @cached_property
@@ -153,7 +153,7 @@ def _examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
 
 @pytest.fixture(autouse=True)
 def _names_of_examples(request: pytest.FixtureRequest) -> None:
-    """Hide a module's names from its doctests; give those of methods what they do not make."""
+    """Hide the names of a module from its doctests, and add names for those of methods."""
     if not isinstance(request.node, pytest.DoctestItem):
         return
     test = request.node.dtest
@@ -170,7 +170,7 @@ def _names_of_examples(request: pytest.FixtureRequest) -> None:
 
 
 def names_from_outside(source: str) -> set[str]:
-    """Names that some code reads and binds nowhere, but for Python's own."""
+    """Names that code reads but does not bind, except builtins."""
     top = symtable.symtable(source, "<example>", "exec")
     read, bound, scopes = set(), set(), [top]
     for scope in scopes:

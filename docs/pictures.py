@@ -1,8 +1,8 @@
-"""Makes the pictures of the table in docs/images: `.venv/bin/python docs/pictures.py`.
+"""Take the screenshots of the table in docs/images (`make pictures`).
 
-The README's example with the model that ships here, as `save_html` writes it and Chromium shows
-it, with the details of a cell: `table.png` and `table-dark.png` in a wide window,
-`table-narrow.png` and `table-narrow-dark.png` in one as wide as a phone.
+They show the README's example as written by `save_html`, with the details of a cell: `table.png`
+and `table-dark.png` in a wide window, `table-narrow.png` and `table-narrow-dark.png` at the width
+of a phone.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import backward_lens_tl as blt
 
 IMAGES = Path(__file__).parent / "images"
 WIDE, NARROW = 1240, 400
-COLOURS = 128  # of a palette: a third of the bytes, and no difference that is seen
+COLOURS = 128  # palette size: saves two thirds of the bytes without a visible difference
 
 
 def take(browser: Browser, page: Path, width: int, scheme: str, to: Path) -> None:
-    """Take one picture of the whole page.
+    """Take one screenshot of the whole page.
 
     Args:
         browser: Chromium.
-        page: The page.
-        width: Of the window, in CSS pixels.
+        page: The HTML file.
+        width: Width of the window in CSS pixels.
         scheme: `"light"` or `"dark"`.
-        to: Where the PNG goes.
+        to: The PNG file to write.
     """
     window = browser.new_page(
         viewport={"width": width, "height": 500}, color_scheme=scheme, device_scale_factor=2
@@ -40,7 +40,7 @@ def take(browser: Browser, page: Path, width: int, scheme: str, to: Path) -> Non
     for matrix, (layer, pos) in cells.items():
         rows = window.locator(f"figure[data-matrix={matrix}] tbody tr")
         rows.nth(-1 - layer).locator("td").nth(pos).focus()
-    # As high as what is on it.
+    # Fit the height of the window to the page.
     height = window.evaluate("Math.ceil(document.body.getBoundingClientRect().bottom)")
     window.set_viewport_size({"width": width, "height": height})
     picture = Image.open(io.BytesIO(window.screenshot(full_page=True)))
@@ -49,7 +49,7 @@ def take(browser: Browser, page: Path, width: int, scheme: str, to: Path) -> Non
 
 
 def main() -> None:
-    """Take all four."""
+    """Take all four screenshots."""
     result = blt.backward_lens(blt.load_facts_model(), "Lionel Messi plays for", " Paris")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:

@@ -1,8 +1,8 @@
-"""A hook of mkdocs: pages that lie outside `docs/`, and links between files as GitHub follows them.
+"""A hook for mkdocs that adds pages outside `docs/` and adapts links.
 
-The same files are read on GitHub and on the site. Their links are relative to where they lie in the
-repository; here each becomes the address of the page on the site, or, where the site has no such
-page, of the file in the repository.
+The same files are shown on GitHub and on the site. Links in them are relative to the file, as on
+GitHub. This hook replaces each link by the address of the page on the site or, if there is none, by
+the address of the file in the repository.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAGES = {
     "backward_lens_tl/facts_model/MODEL_CARD.md": "facts_model.md",
     "backward_lens_tl/facts_model/causal_tracing.png": "images/causal_tracing.png",
 }
-"""Files outside `docs/`, and where the site has them."""
+"""Files outside `docs/` and their paths on the site."""
 NOTEBOOKS = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("notebooks/*.ipynb"))]
 
 _SOURCES = {uri: path for path, uri in PAGES.items()} | {path: path for path in NOTEBOOKS}
@@ -35,14 +35,14 @@ _FENCED = r"^[ ]*(?P<fence>```|~~~).*?^[ ]*(?P=fence)"
 _INDENTED = r"(?:\A|(?<=\n\n))(?:(?:[ ]{4}|\t)[^\n]*(?:\n|\Z))+"
 _SPAN = r"(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\n).)+?(?<!`)(?P=ticks)(?!`)"
 _TARGET = r"""(?P<before>\]\(|\b(?:href|src|srcset)=")(?P<target>[^)"\s]+)"""
-# Code comes first, so that what looks like a link in it is passed over.
+# Code comes first, so that links in code are skipped.
 _LINK = re.compile(f"{_FENCED}|{_INDENTED}|{_SPAN}|{_TARGET}", re.MULTILINE | re.DOTALL)
 _ANCHOR = re.compile(r'(?P<before><a href=")(?P<target>[^"]+)')
 
 
-@event_priority(100)  # before mkdocs-jupyter looks for notebooks
+@event_priority(100)  # before mkdocs-jupyter collects notebooks
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that lie outside `docs/`."""
+    """Add the pages outside `docs/`."""
     for path, uri in PAGES.items():
         files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
     for path in NOTEBOOKS:
@@ -51,16 +51,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn a Markdown page's links; mkdocs itself then checks those within the site."""
+    """Adapt the links of a Markdown page; mkdocs then checks those within the site."""
 
     def path_to(uri: str) -> str:
         return relpath(uri, Path(page.file.src_uri).parent.as_posix())
 
-    return _turned(_LINK, markdown, page, config, path_to)
+    return _with_links(_LINK, markdown, page, config, path_to)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn a notebook's links, which mkdocs-jupyter leaves as they are."""
+    """Adapt the links of a notebook, which mkdocs-jupyter does not do."""
     if not page.file.src_uri.endswith(".ipynb"):
         return html
 
@@ -68,19 +68,19 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         found = files.get_file_from_path(uri)
         return found.url_relative_to(page.file) if found else uri
 
-    return _turned(_ANCHOR, html, page, config, address_of)
+    return _with_links(_ANCHOR, html, page, config, address_of)
 
 
-def _turned(
+def _with_links(
     links: re.Pattern[str],
     text: str,
     page: Page,
     config: MkDocsConfig,
     address_of: Callable[[str], str],
 ) -> str:
-    """A text with its links turned; `address_of` says how a file of the site is pointed to."""
+    """Replace the links of a text; `address_of` returns the link to a file of the site."""
 
-    def turned(link: re.Match[str]) -> str:
+    def replaced(link: re.Match[str]) -> str:
         if not link["target"]:
             return link[0]
         place = _place(link["target"], page, config)
@@ -89,11 +89,11 @@ def _turned(
             place = address_of(uri) + anchor
         return link["before"] + place
 
-    return links.sub(turned, text)
+    return links.sub(replaced, text)
 
 
 def _place(target: str, page: Page, config: MkDocsConfig) -> str | tuple[str, str]:
-    """Where a link leads: an address, or a file of the site and the anchor in it."""
+    """The target of a link: an address, or a file of the site and an anchor."""
     parts = urlsplit(target)
     if parts.scheme or parts.netloc or not parts.path:
         return target

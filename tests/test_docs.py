@@ -1,4 +1,4 @@
-"""The documentation's site builds without a warning, and everything in it leads somewhere."""
+"""The documentation builds without warnings, and its links work."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ PROJECT = PYPROJECT["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
 MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 AT = urlsplit(errors.DOCUMENTATION).path
-"""Where the site lies on its server."""
+"""Path of the site on its server."""
 LOADED = {("script", "src"), ("img", "src"), ("source", "srcset"), ("iframe", "src")}
-"""What a page fetches by itself; a stylesheet's `link` is one more."""
+"""Elements that a page loads, in addition to the `link` of a stylesheet."""
 
 
 @dataclass
 class Links(HTMLParser):
-    """What a page of HTML points to, what it fetches, and what can be pointed to in it."""
+    """The links, loaded resources and anchors of an HTML page."""
 
     targets: list[str] = field(default_factory=list)
     fetched: list[str] = field(default_factory=list)
@@ -69,8 +69,8 @@ def links_of(path: Path) -> Links:
     return links
 
 
-def dead(folder: Path) -> list[str]:
-    """Links within a folder of HTML that lead to no file, or to no such place in it."""
+def broken_links(folder: Path) -> list[str]:
+    """Links within a folder of HTML whose file or anchor does not exist."""
     pages = {path: links_of(path) for path in sorted(folder.rglob("*.html"))}
     found = []
     for path, links in pages.items():
@@ -78,7 +78,7 @@ def dead(folder: Path) -> list[str]:
             parts = urlsplit(target)
             if parts.scheme or parts.netloc:
                 continue
-            # The page of unknown addresses is shown at any of them, so its links start at the root.
+            # The 404 page is shown at any address, so its links start at the root.
             base = folder if parts.path.startswith(AT) else path.parent
             place = (base / unquote(parts.path).removeprefix(AT)).resolve() if parts.path else path
             place = place / "index.html" if place.is_dir() else place
@@ -92,7 +92,7 @@ def dead(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built as `make docs` does."""
+    """The site, built as in `make docs`."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
@@ -103,12 +103,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_every_link_within_the_site_leads_somewhere(site):
+def test_links_within_the_site_work(site):
     assert sum(len(links_of(page).targets) for page in site.rglob("*.html")) > 1000
-    assert dead(site) == []
+    assert broken_links(site) == []
 
 
-def test_links_that_lead_nowhere_are_found(tmp_path):
+def test_broken_links_are_found(tmp_path):
     (tmp_path / "a.html").write_text(
         '<h1 id="top"></h1><a href="b.html">1</a><a href="#top">2</a><a href="#no">3</a>'
         '<a href="folder/">4</a><img src="no.png"><a href="https://elsewhere.org/x">5</a>'
@@ -117,14 +117,14 @@ def test_links_that_lead_nowhere_are_found(tmp_path):
     (tmp_path / "folder" / "index.html").write_text(
         '<a href="../a.html#top">6</a><a href="/b">7</a>'
     )
-    assert dead(tmp_path) == [
+    assert broken_links(tmp_path) == [
         "a.html: b.html", "a.html: #no", "a.html: no.png", "folder/index.html: /b",
     ]  # fmt: skip
 
 
 @pytest.mark.slow
-def test_no_page_names_anything_elsewhere_to_fetch(site):
-    """Of what a browser passes over as well, such as pictures for the dark scheme."""
+def test_pages_load_nothing_from_other_sites(site):
+    """Including resources that a browser may skip, such as images for dark mode."""
     fetched = {
         target
         for page in site.rglob("*.html")
@@ -135,7 +135,7 @@ def test_no_page_names_anything_elsewhere_to_fetch(site):
 
 
 @pytest.mark.slow
-def test_links_to_the_repository_lead_to_files_of_it(site):
+def test_links_to_the_repository_lead_to_existing_files(site):
     found = {
         urlsplit(target)._replace(fragment="").geturl()
         for page in site.rglob("*.html")
@@ -154,15 +154,15 @@ CODE = re.compile(rf"{FENCED.pattern}|(?<!`)`[^`\n]+`", FENCED.flags)
 
 
 def headings(path: Path) -> set[str]:
-    """Anchors of a Markdown file's headings, as the site makes them."""
+    """Anchors of the headings of a Markdown file, as on the site."""
     text = FENCED.sub("", path.read_text(encoding="utf-8"))
     lines = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     plain = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", line).replace("`", "") for line in lines)
     return set(map(partial(slugify(case="lower"), sep="-"), plain))
 
 
-def test_links_between_files_lead_somewhere():
-    """To a file, and to a heading in it; the test of the built site is slow."""
+def test_links_between_files_work():
+    """Checks files and headings; the test of the built site is slow."""
     checked = 0
     for path, text in texts().items():
         for target in re.findall(r"\]\(([^)\s]+)\)", CODE.sub("", text)):
@@ -179,7 +179,7 @@ def test_links_between_files_lead_somewhere():
 
 @pytest.fixture(scope="module")
 def hook() -> ModuleType:
-    """The site's own hook, which mkdocs loads from its path as well."""
+    """The hook of the site, loaded from its path as mkdocs does."""
     spec = importlib.util.spec_from_file_location("site_pages", ROOT / "docs" / "site_pages.py")
     assert spec is not None
     assert spec.loader is not None
@@ -188,8 +188,8 @@ def hook() -> ModuleType:
     return module
 
 
-def turned(hook: ModuleType, text: str, uri: str = "howto.md") -> str:
-    """A page's text, or a notebook's HTML, with the links that the site has in it."""
+def adapted(hook: ModuleType, text: str, uri: str = "howto.md") -> str:
+    """The text of a page, or the HTML of a notebook, with its links adapted."""
     page = SimpleNamespace(file=SimpleNamespace(src_uri=uri))
     config = SimpleNamespace(extra={"repository": "https://repository"})
     files = SimpleNamespace(get_file_from_path=lambda uri: None)
@@ -214,9 +214,9 @@ def turned(hook: ModuleType, text: str, uri: str = "howto.md") -> str:
         ("../nothing.txt", "../nothing.txt"),
     ],
 )
-def test_a_link_leads_where_the_site_has_it(link, there, hook):
-    assert turned(hook, f"See [this]({link}), now.") == f"See [this]({there}), now."
-    assert turned(hook, f'<img src="{link}">') == f'<img src="{there}">'
+def test_links_are_adapted_to_the_site(link, there, hook):
+    assert adapted(hook, f"See [this]({link}), now.") == f"See [this]({there}), now."
+    assert adapted(hook, f'<img src="{link}">') == f'<img src="{there}">'
 
 
 @pytest.mark.parametrize(
@@ -230,22 +230,22 @@ def test_a_link_leads_where_the_site_has_it(link, there, hook):
         "    [this](../Makefile)\n\tand [this](../Makefile)\n",
     ],
 )
-def test_what_looks_like_a_link_in_code_stays(code, hook):
+def test_links_in_code_are_unchanged(code, hook):
     link = "[`name`](../Makefile) in\nthis `file`"
     own = link.replace("..", "https://repository/blob/main")
     around = "{link}\n\n{code}\n\n{link}, one lone `,\n\n{link}\n"
-    found = turned(hook, around.format(link=link, code=code))
+    found = adapted(hook, around.format(link=link, code=code))
     assert found == around.format(link=own, code=code)
 
 
-def test_of_a_notebook_only_links_are_turned(hook):
+def test_only_links_of_a_notebook_are_adapted(hook):
     html = '<a href="{}">this</a><script src="../Makefile"></script> ](../Makefile)'
-    found = turned(hook, html.format("../Makefile"), "notebooks/editing.ipynb")
+    found = adapted(hook, html.format("../Makefile"), "notebooks/editing.ipynb")
     assert found == html.format("https://repository/blob/main/Makefile")
 
 
-def asked_for() -> set[str]:
-    """Names that the pages of the reference take from docstrings: one by one, or a module's own."""
+def named_in_reference() -> set[str]:
+    """Names in the reference pages, and the names of modules in them."""
     found = set()
     for page in (ROOT / "docs" / "reference").glob("*.md"):
         for path in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE):
@@ -256,18 +256,20 @@ def asked_for() -> set[str]:
 
 
 def public() -> set[str]:
-    """Names of the package and of its namespaces, but for modules."""
+    """Public names of the package and its namespaces, except modules."""
     names = {name for namespace in NAMESPACES for name in namespace.__all__}
     return names - {"analysis", "editing", "figures", "widgets"}
 
 
-def test_every_public_name_is_asked_for_in_the_reference():
-    errors_asked_for = {"BackwardLensError"}  # by their module, which has no __all__
-    assert public() - asked_for() - errors_asked_for == set()
+def test_reference_pages_name_every_public_name():
+    errors_in_reference = {
+        "BackwardLensError"
+    }  # included through their module, which has no __all__
+    assert public() - named_in_reference() - errors_in_reference == set()
 
 
 @pytest.mark.slow
-def test_every_public_name_is_in_the_reference(site):
+def test_built_reference_has_every_public_name(site):
     anchors = set().union(*(links_of(page).anchors for page in site.glob("reference/*/*.html")))
     assert public() - {anchor.rpartition(".")[2] for anchor in anchors} == set()
 
@@ -276,7 +278,7 @@ def subclasses(kind: type) -> set[type]:
     return {kind}.union(*map(subclasses, kind.__subclasses__()))
 
 
-def test_every_error_leads_to_its_place_in_the_documentation():
+def test_every_error_links_to_its_section():
     public = {
         kind
         for kind in subclasses(errors.BackwardLensError)
@@ -290,7 +292,7 @@ def test_every_error_leads_to_its_place_in_the_documentation():
 
 
 def messages() -> list[str]:
-    """Every text in the package but docstrings, "…" for what is put into it as the code runs."""
+    """All strings of the package except docstrings, with "…" for placeholders."""
     found = []
     for path in sorted((ROOT / "backward_lens_tl").rglob("*.py")):
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
@@ -306,21 +308,21 @@ def messages() -> list[str]:
     return found
 
 
-def test_messages_that_are_quoted_are_said():
-    """In the first column of the tables of errors; folders are said to be of a sweep there."""
+def test_quoted_messages_exist_in_the_code():
+    """In the first column of the tables; there, folders are those of a sweep."""
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     first = [row.split("|")[1] for row in page.splitlines() if row.startswith("| `")]
     quoted = [text for cell in first for text in re.findall(r"`([^`]+)`", cell)]
     assert len(quoted) > 100
-    said = messages()
+    existing = messages()
     for text in quoted:
         pieces = re.split("…|(?:a )?sweep", text)
         pattern = re.compile(".{0,160}?".join(map(re.escape, pieces)), re.DOTALL)
-        likely = (each for each in said if all(piece in each for piece in pieces))
+        likely = (each for each in existing if all(piece in each for piece in pieces))
         assert any(map(pattern.search, likely)), text
 
 
-def test_tests_that_are_named_exist():
+def test_named_tests_exist():
     named = {
         (file, test)
         for path in MARKDOWN
@@ -332,8 +334,8 @@ def test_tests_that_are_named_exist():
         assert f"def {test}(" in found.read_text(encoding="utf-8"), (file, test)
 
 
-def test_snippets_are_where_they_are_run():
-    """`conftest.py` runs those of README and docs/*.md; elsewhere there are none."""
+def test_snippets_are_only_in_files_that_run_them():
+    """`conftest.py` runs those of README and docs/*.md."""
     run = {ROOT / "README.md", *(ROOT / "docs").glob("*.md")}
     elsewhere = [path for path in MARKDOWN if path not in run]
     assert elsewhere
@@ -341,7 +343,7 @@ def test_snippets_are_where_they_are_run():
 
 
 def texts() -> dict[Path, str]:
-    """The files of Markdown, and the Markdown cells of the notebooks."""
+    """The Markdown files, and the Markdown cells of the notebooks."""
     found = {path: path.read_text(encoding="utf-8") for path in MARKDOWN}
     for path in NOTEBOOKS:
         found[path] = "\n\n".join(cell.source for cell in cells(path, "markdown"))
@@ -349,7 +351,7 @@ def texts() -> dict[Path, str]:
 
 
 def commands() -> list[tuple[str, str]]:
-    """Every call of the command in a block of shell, one line each."""
+    """All calls of the command in shell blocks, one per line."""
     found = []
     for path, text in texts().items():
         for block in re.findall(r"```(?:console|sh)\n(.*?)```", text, re.DOTALL):
@@ -361,7 +363,7 @@ def commands() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("page", "call"), commands())
-def test_commands_are_understood(page, call):
+def test_commands_can_be_parsed(page, call):
     cli.parser().parse_args(shlex.split(call, comments=True))
 
 
@@ -372,14 +374,14 @@ def test_there_are_commands():
 
 
 def python_of(cell: Any) -> list[str]:
-    """A cell's code; of a Markdown cell, its blocks of Python, which nothing runs."""
+    """The code of a cell, or the Python blocks of a Markdown cell, which do not run."""
     if cell.cell_type == "code":
         return [cell.source]
     return re.findall(r"```python\n(.*?)```", cell.source, re.DOTALL)
 
 
 def calls(code: str) -> Iterator[tuple[str, ast.Call]]:
-    """Calls of what the package has at its top, by name."""
+    """Calls of top-level names of the package."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Call):
             name = re.fullmatch(r"blt\.([\w.]+)", ast.unparse(node.func))
@@ -388,8 +390,8 @@ def calls(code: str) -> Iterator[tuple[str, ast.Call]]:
 
 
 @pytest.mark.parametrize("kind", ["code", "markdown"])
-def test_notebooks_call_what_there_is(kind):
-    """What they pass has to fit the signatures; the tests that run them are slow."""
+def test_calls_in_notebooks_fit_the_signatures(kind):
+    """The tests that run the notebooks are slow."""
     found = [
         call
         for path in NOTEBOOKS
@@ -403,7 +405,7 @@ def test_notebooks_call_what_there_is(kind):
         inspect.signature(attrgetter(name)(backward_lens_tl)).bind(*call.args, **keywords)
 
 
-def test_targets_of_make_exist():
+def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z0-9-]+(?: [a-z0-9-]+)*):", makefile, re.MULTILINE))
     targets = {name for names in targets for name in names.split()}
@@ -411,8 +413,8 @@ def test_targets_of_make_exist():
         assert set(re.findall(r"`make ([a-z0-9-]+)", text)) <= targets, path
 
 
-def test_the_map_of_the_code_has_every_layer():
-    """In the order in which they may import one another."""
+def test_the_map_of_the_code_matches_the_import_contract():
+    """In the same order."""
     [contract] = PYPROJECT["tool"]["importlinter"]["contracts"]
     layers = [module for line in contract["layers"] for module in line.split(" : ")]
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -423,12 +425,12 @@ def test_the_map_of_the_code_has_every_layer():
 
 
 @pytest.mark.slow
-def test_every_page_shows_and_asks_for_nothing_elsewhere(site, browser):
+def test_pages_are_shown_without_requests_to_other_sites(site, browser):
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 40
     with opened(browser, pages[0]) as shown:
         for path in pages:
             shown.page.goto(path.as_uri())
             assert shown.page.locator("article h1").first.is_visible(), path
-            shown.page.wait_for_timeout(100)  # for what scripts ask for once the page is there
+            shown.page.wait_for_timeout(100)  # for requests by scripts after loading
             assert {url for url in shown.requests if urlsplit(url).netloc} <= {BADGE}, path

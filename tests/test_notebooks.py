@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, is what its paired script says, and shows what it did."""
+"""Notebooks run, match their scripts, and contain their outputs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def code(path: Path) -> str:
 
 
 def run(path: Path, model_line: str = MODEL) -> list[tuple[str, dict[str, str]]]:
-    """What each cell of code writes, and how its last value shows itself, by kind of content."""
+    """The printed text of each code cell, and the display of its last value by content type."""
     namespace: dict[str, object] = {}
     formatter = DisplayFormatter()
     shown = []
@@ -62,15 +62,15 @@ def run(path: Path, model_line: str = MODEL) -> list[tuple[str, dict[str, str]]]
             exec(compile(tree, str(path), "exec"), namespace)
             if last is not None:
                 value = eval(compile(ast.Expression(last.value), str(path), "eval"), namespace)
-        # As pandas has it in a notebook; elsewhere it leaves out columns.
+        # The setting of pandas in notebooks; elsewhere it omits columns.
         with pd.option_context("display.max_columns", 20):
             content = {} if value is None else formatter.format(value)[0]
         shown.append((written.getvalue(), content))
     return shown
 
 
-def kept(cell: Any) -> tuple[str, dict[str, str]]:
-    """The same of a cell as the file has it."""
+def stored(cell: Any) -> tuple[str, dict[str, str]]:
+    """The stored outputs of a cell, in the same form."""
     written = [output.text for output in cell.outputs if output.output_type == "stream"]
     contents = [output.data for output in cell.outputs if output.output_type == "execute_result"]
     assert len(contents) <= 1
@@ -80,11 +80,11 @@ def kept(cell: Any) -> tuple[str, dict[str, str]]:
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]\d+)?")
 CHECKSUM = re.compile(r"(?<![\w.])[0-9a-f]{12,64}(?![\w.])")
 ROUNDING = 1e-3
-"""What changes with the processor and the library, relative and absolute."""
+"""Differences between processors and libraries, relative and absolute."""
 
 
 def without_seconds(table: str) -> str:
-    """A table without the times in its column of that name."""
+    """A table without the values of its column `seconds`."""
     lines, end = [], 0
     for line in table.splitlines():
         heading = re.search(r" seconds\b", line)
@@ -97,10 +97,7 @@ def without_seconds(table: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Words and numbers of an output.
-
-    Without times; instead of a checksum, which of those in the text it is.
-    """
+    """Words and numbers of an output, without times, and with numbered checksums."""
     seen: dict[str, str] = {}
     text = CHECKSUM.sub(
         lambda found: seen.setdefault(found[0], f"checksum {len(seen)}"), without_seconds(text)
@@ -109,7 +106,7 @@ def words(text: str) -> list[str]:
 
 
 def differences(text: str, other: str) -> list[tuple[str, str]]:
-    """Words and numbers that two outputs do not share, but for rounding; spaces do not count."""
+    """Words and numbers that differ between two outputs, up to rounding and spaces."""
     own, others = words(text), words(other)
     if len(own) != len(others):
         return [(" ".join(own), " ".join(others))]
@@ -128,7 +125,7 @@ def is_same(word: str, other: str) -> bool:
     return float(word) == pytest.approx(float(other), rel=ROUNDING, abs=allowed)
 
 
-def test_the_notebooks_that_there_are():
+def test_all_notebooks_and_scripts_exist():
     assert {path.stem for path in NOTEBOOKS} == {
         "activation_patching", "attention_backwards", "data_set", "editing", "five_minutes",
         "looking", "the_paper",
@@ -138,15 +135,15 @@ def test_the_notebooks_that_there_are():
     }
 
 
-# ------------------------------------------------------------------------------------ what they do
+# ------------------------------------------------------------------------------------------- runs
 
 
 @pytest.mark.slow
 @each_notebook
-def test_notebook_runs_and_shows_what_is_kept(path):
-    """The text and the kinds of content; pictures are made by a notebook's front end."""
+def test_notebook_runs_and_reproduces_its_outputs(path):
+    """Compares text and content types; images are rendered by the front end."""
     for cell, (written, content) in zip(cells(path, "code"), run(path), strict=True):
-        written_before, content_before = kept(cell)
+        written_before, content_before = stored(cell)
         assert differences(written, written_before) == [], cell.source
         plain, plain_before = (each.get("text/plain", "") for each in (content, content_before))
         assert differences(plain, plain_before) == [], cell.source
@@ -168,7 +165,7 @@ def test_notebook_runs_and_shows_what_is_kept(path):
         ("norm  seconds  \nsgd  \nA 1.0    0.12 \n", "norm  seconds  \nsgd  \nA 1.0   10.30 \n"),
     ],
 )
-def test_outputs_that_are_the_same(text, other):
+def test_equal_outputs(text, other):
     assert differences(text, other) == []
 
 
@@ -187,16 +184,16 @@ def test_outputs_that_are_the_same(text, other):
         ("took seconds\n\nA 1.0", "took seconds\n\nA 1.7", [("1.0", "1.7")]),
     ],
 )
-def test_outputs_that_differ(text, other, found):
+def test_different_outputs(text, other, found):
     assert differences(text, other) == found
 
 
 @pytest.fixture(scope="module")
 def other_model(shared, tmp_path_factory) -> Path:
-    """A folder with GPT-2's own tokens, another number of layers, another width, random weights."""
+    """A folder with GPT-2's tokenizer and a random model with other sizes."""
     folder = tmp_path_factory.mktemp("other")
     torch.manual_seed(0)
-    # n_ctx is in the config of GPT-2's own files, and TransformerLens 2 reads it.
+    # TransformerLens 2 reads n_ctx, which is in GPT-2's config.
     config = GPT2Config(n_layer=5, n_embd=64, n_head=4, n_ctx=1024)
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer = readable(shared / "models" / "gpt2_tokenizer", tmp_path_factory)
@@ -207,12 +204,12 @@ def other_model(shared, tmp_path_factory) -> Path:
 @pytest.mark.slow
 @each_notebook
 def test_notebook_runs_on_another_model_by_changing_one_line(path, other_model):
-    """The numbers say nothing there."""
+    """The numbers are meaningless there."""
     run(path, f"model = blt.load_model({str(other_model)!r})")
 
 
 @each_notebook
-def test_imports_are_what_the_install_cell_installs(path):
+def test_the_install_cell_installs_all_imports(path):
     requirements = map(Requirement, importlib.metadata.requires("backward-lens-tl") or [])
     installed = {
         requirement.name.replace("-", "_")
@@ -229,14 +226,14 @@ def test_imports_are_what_the_install_cell_installs(path):
 
 
 @each_notebook
-def test_it_begins_with_the_same_set_up_and_names_the_model_once(path):
+def test_it_starts_with_the_install_cell_and_loads_the_model_once(path):
     install, loaded = (cell.source for cell in cells(path, "code")[:2])
     assert install == cells(NOTEBOOKS[0], "code")[0].source
     assert MODEL in loaded.splitlines()
     assert code(path).count(MODEL) == 1
 
 
-def test_the_install_cell_leaves_what_is_installed(monkeypatch):
+def test_the_install_cell_keeps_installed_versions(monkeypatch):
     asked: list[list[str]] = []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(subprocess, "run", lambda command, check: asked.append(command))
@@ -250,16 +247,16 @@ def test_the_install_cell_leaves_what_is_installed(monkeypatch):
     )
 
 
-def test_nothing_is_installed_where_the_package_is(monkeypatch):
+def test_nothing_is_installed_if_the_package_exists(monkeypatch):
     monkeypatch.delattr(subprocess, "run")
     exec(cells(NOTEBOOKS[0], "code")[0].source, {})
 
 
-# ---------------------------------------------------------------------------------- what they show
+# ---------------------------------------------------------------------------------------- contents
 
 
 @each_notebook
-def test_notebook_is_its_script(path):
+def test_notebook_matches_its_script(path):
     script = jupytext.read(path.with_suffix(".py"))
     assert [(cell.cell_type, cell.source) for cell in script.cells] == [
         (cell.cell_type, cell.source) for cell in cells(path)
@@ -267,7 +264,7 @@ def test_notebook_is_its_script(path):
 
 
 @each_notebook
-def test_it_begins_with_a_title_and_a_badge(path):
+def test_it_starts_with_a_title_and_a_badge(path):
     title, badge = cells(path)[0].source.splitlines()[0:3:2]
     assert title.startswith("# ")
     colab = f"https://colab.research.google.com/{ADDRESS}/blob/main/notebooks/{path.name}"
@@ -286,7 +283,7 @@ def test_cells_are_short_and_introduced(path):
 
 
 @each_notebook
-def test_outputs_are_kept(path):
+def test_outputs_are_stored(path):
     found = cells(path, "code")
     assert [cell.execution_count for cell in found] == list(range(1, len(found) + 1))
     outputs = [output for cell in found for output in cell.outputs]
@@ -297,8 +294,8 @@ def test_outputs_are_kept(path):
 
 @pytest.mark.slow
 @each_notebook
-def test_exported_notebook_needs_no_network(path, browser, tmp_path):
-    """With its outputs as they are kept: tables set up by their script, and widgets drawn."""
+def test_exported_notebook_works_offline(path, browser, tmp_path):
+    """With its stored outputs: interactive tables and rendered widgets."""
     page, _ = HTMLExporter(**OFFLINE).from_filename(str(path))
     assert BADGE in page
     exported = tmp_path / "notebook.html"
@@ -314,7 +311,7 @@ def test_exported_notebook_needs_no_network(path, browser, tmp_path):
         shown.check()
 
 
-def test_there_is_a_notebook_with_a_table_and_three_widgets():
+def test_a_notebook_shows_a_table_and_three_widgets():
     looking = code(NOTEBOOKS[0].with_name("looking.ipynb"))
     assert "\nresult\n" in f"{looking}\n"
     assert len(set(re.findall(r"^widgets\.\w+", looking, flags=re.MULTILINE))) >= 3
