@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from backward_lens_tl._checks import check_choice, listed
 from backward_lens_tl.capture.batching import Pass
+from backward_lens_tl.capture.bound_objectives import LossFunction
 from backward_lens_tl.capture.forward_backward import Recorded
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.memory import Memory
 from backward_lens_tl.capture.merging import Gathering
 from backward_lens_tl.capture.objectives import (
-    LossFunction,
     Objective,
     Targets,
     target_ids,

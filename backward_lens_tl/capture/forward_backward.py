@@ -1,8 +1,8 @@
-"""One forward and one backward pass that keep `x_i` and `delta_i` of the matrices asked for.
+"""One forward and one backward pass that keep `x_i` and `delta_i` of some matrices.
 
 Only activations are differentiated: no weight gradient is computed, no `.grad` is written, and
-nothing is kept for layers below the first one asked for. The cost is one forward pass and the
-activation half of one backward pass; logits are made only where the objective reads them.
+autograd keeps nothing for layers below the first one requested. The cost is one forward pass and
+the activation half of one backward pass; logits are computed only where the objective reads them.
 """
 
 from __future__ import annotations
@@ -18,21 +18,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from backward_lens_tl.capture.hook_points import AttentionGradient, HookPointGradient
-from backward_lens_tl.capture.hooks import (
-    Copies,
-    clean_rows,
-    requiring_grad,
+from backward_lens_tl.capture.bound_objectives import BoundObjective
+from backward_lens_tl.capture.hook_point_recorders import (
+    HookPointRecorder,
+    PatternRecorder,
+    VjpRecorder,
 )
+from backward_lens_tl.capture.hook_points import AttentionGradient, HookPointGradient
+from backward_lens_tl.capture.hooks import Copies, clean_rows, requiring_grad
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
-from backward_lens_tl.capture.objectives import BoundObjective
 from backward_lens_tl.capture.prompts import PromptBatch
 from backward_lens_tl.capture.recorders import (
-    HookPointRecorder,
     MatrixRecorders,
-    PatternRecorder,
     Recorder,
-    VjpRecorder,
     recorder_of,
     recording,
 )
@@ -50,13 +48,13 @@ from backward_lens_tl.models.sites import ATTENTION_MATRICES, HookPointSite, Sit
 
 @dataclass(frozen=True)
 class Recorded:
-    """What one forward and backward pass gave, for its own prompts and layers.
+    """The results of one forward and backward pass, for its own prompts and layers.
 
     Attributes:
         gradients: By matrix and layer, in model order.
         loss: Loss of each prompt.
         targets: The token that readouts are compared with, if the objective has one.
-        answers: The model's own most probable token after each prompt.
+        answers: The model's most probable token after each prompt.
         hook_gradients: Activations and gradients at hook points, by name.
         attention: The backward pass through attention patterns, by layer.
     """
@@ -85,8 +83,8 @@ def record(
         batch: The prompts.
         objective: What is differentiated.
         sites: The matrices.
-        points: Hook points whose activations and gradients are kept as well.
-        may_skip_points: Whether those that never fire are left out; else they are an error.
+        points: Hook points whose activations and gradients are kept too.
+        may_skip_points: Whether hook points that never fire are skipped instead of an error.
 
     Returns:
         Factors and losses.
@@ -96,8 +94,8 @@ def record(
         ObjectiveError: If a loss is not finite, or does not depend on the logits.
     """
     run = _Run(host, sites, points)
-    # Without gradients of parameters the graph begins at the lowest matrix asked for. The caller's
-    # own code, hooks and objectives, sees the model as it is.
+    # Without gradients of parameters the graph begins at the lowest matrix requested. The caller's
+    # own code (hooks and objectives) has to see the model unchanged.
     is_alone = objective.looks_at == "prompt" and not host.hooked_modules
     frozen = host.trained() if is_alone else []
     with (
@@ -110,8 +108,7 @@ def record(
         losses = objective.losses(logits, batch)
         _check_finite(losses, batch)
         _check_uses(logits, run.matrices)
-        run.forget_unseen(points=may_skip_points)
-        run.check_points()
+        run.drop_unseen(points=may_skip_points)
         found = _vjps(losses, logits, run.recorders)
     return Recorded(
         gradients=run.gradients(found, batch),
@@ -131,19 +128,16 @@ def record(
 def read_logits(
     host: Host, batch: PromptBatch, n_read: int | None, points: Sequence[HookPointSite] = ()
 ) -> Float[Tensor, "batch read d_vocab"]:
-    """The logits at the last positions of each prompt, or at all, and no others if possible.
+    """The logits at the last positions of each prompt, or at all positions.
 
     Args:
         host: The model.
         batch: The prompts.
-        n_read: At how many positions at each prompt's end; `None` for all positions.
-        points: Hook points that are looked at meanwhile.
+        n_read: Number of positions at each prompt's end; `None` for all positions.
+        points: Hook points that are recorded at the same time.
 
     Returns:
-        The logits, in float32 at least, on the device of the tokens.
-
-    Raises:
-        InputError: If the prompts may not share a pass.
+        The logits, in float32 or float64, on the device of the tokens.
     """
     select = _unchanged if n_read is None else partial(batch.ends, n=n_read)
     return selected_logits(host, batch, select, points)
@@ -155,20 +149,20 @@ def selected_logits(
     select: Callable[[Tensor], Tensor],
     points: Sequence[HookPointSite] = (),
 ) -> Float[Tensor, "rows read d_vocab"]:
-    """The logits at chosen positions, and no others if possible.
+    """The logits at selected positions; others are not computed if no hook can see them.
 
     Args:
         host: The model.
         batch: The prompts.
-        select: From something per position, `[batch, pos, d]`, to that at the positions that are
-            needed, `[rows, read, d]`.
-        points: Hook points that are looked at meanwhile.
+        select: Maps a value per position, `[batch, pos, d]`, to the values at the positions that
+            are needed, `[rows, read, d]`.
+        points: Hook points that are recorded at the same time.
 
     Returns:
-        The logits, in float32 at least, on the device of the tokens.
+        The logits, in float32 or float64, on the device of the tokens.
 
     Raises:
-        InputError: If the prompts may not share a pass.
+        InputError: If the prompts may not share a forward pass.
     """
     if len(host.length_groups(batch.lengths.tolist())) > 1:
         raise InputError(
@@ -178,9 +172,9 @@ def selected_logits(
         )
     if host.are_in_blocks([*host.hooked_modules, *(point.tap.module for point in points)]):
         logits = host.logits_of(batch.tokens, select)
-    else:  # somebody looks on at the unembedding, or near it
+    else:  # a hook sees the unembedding
         logits = select(host.logits(batch.tokens))
-    # On a model that is spread over devices the logits come out on the last one.
+    # If the model is split over devices, logits are on the last one.
     return at_least_float32(logits).to(batch.tokens.device)
 
 
@@ -189,13 +183,7 @@ def _unchanged(values: Tensor) -> Tensor:
 
 
 class _Run:
-    """Everything that is recorded in one forward and backward pass.
-
-    Args:
-        host: The model.
-        sites: The matrices asked for.
-        points: The hook points asked for.
-    """
+    """All recorders of one forward and backward pass."""
 
     def __init__(self, host: Host, sites: Sequence[Site], points: Sequence[HookPointSite]) -> None:
         copies = Copies(shared=not host.hooked_modules)
@@ -211,7 +199,7 @@ class _Run:
         self.tracked_weights = [weight for site in sites for weight in site.weights]
         for layer, pattern in self.patterns.items():
             if not pattern.site.is_replaceable:
-                # The graph has to have begun where such a pattern is made.
+                # Such a pattern has to be in the graph already.
                 self.tracked_weights += find_sites(host, "W_Q", layer)[0].weights
 
     @property
@@ -219,23 +207,16 @@ class _Run:
         """All of them."""
         return [*self.matrices, *self.points, *self.joins.values(), *self.patterns.values()]
 
-    def forget_unseen(self, *, points: bool) -> None:
-        """Drop what never passed: what the model keeps to itself, and hook points.
+    def drop_unseen(self, *, points: bool) -> None:
+        """Drop patterns and joins that the model does not expose, and perhaps hook points.
 
-        Args:
-            points: Whether hook points may be dropped as well.
+        Raises:
+            UnsupportedModelError: If a hook point that is left did not fire exactly once.
         """
         self.patterns = {layer: kept for layer, kept in self.patterns.items() if kept.n_seen == 1}
         self.joins = {key: join for key, join in self.joins.items() if join.n_seen == 1}
         if points:
             self.points = [point for point in self.points if point.n_seen == 1]
-
-    def check_points(self) -> None:
-        """Refuse hook points whose gradient cannot be had.
-
-        Raises:
-            UnsupportedModelError: If one did not pass exactly once, as a part of the graph.
-        """
         for point in self.points:
             if point.n_seen != 1:
                 raise UnsupportedModelError(
@@ -247,7 +228,7 @@ class _Run:
     def gradients(
         self, found: Mapping[Recorder, Sequence[Tensor | None]], batch: PromptBatch
     ) -> dict[tuple[str, int], MatrixGradient]:
-        """Every matrix's factors, with the VJPs where it joins the residual stream."""
+        """The gradient of every matrix."""
         gradients: dict[tuple[str, int], MatrixGradient] = {}
         for recorder in self.matrices:
             key = (recorder.site.matrix, recorder.site.layer)
@@ -262,14 +243,14 @@ class _Run:
 
 
 def _joined(gradient: MatrixGradient, vjps: Tensor, batch: PromptBatch) -> MatrixGradient:
-    """The gradient with the VJPs at the residual stream, if they differ from its own."""
+    """The gradient with the VJPs at the residual stream, if these differ from `vjps`."""
     joined = clean_rows(vjps.reshape(*batch.mask.shape, -1), batch)
     same = joined.shape == gradient.vjps.shape and bool(torch.equal(joined, gradient.vjps))
     return gradient if same else replace(gradient, joined_vjps=joined)
 
 
 def _sharing_inputs(gradient: MatrixGradient, others: Iterable[MatrixGradient]) -> MatrixGradient:
-    """The gradient with the very inputs of another matrix, if that reads the same."""
+    """The gradient sharing its inputs with another matrix that reads the same values."""
     for other in others if gradient.reads_residual else ():
         inputs = other.inputs
         if inputs.shape == gradient.inputs.shape and bool(torch.equal(inputs, gradient.inputs)):
@@ -278,24 +259,20 @@ def _sharing_inputs(gradient: MatrixGradient, others: Iterable[MatrixGradient]) 
 
 
 def _check_uses(logits: Tensor, recorders: Sequence[MatrixRecorders]) -> None:
-    """Refuse a weight that the model also uses past its own place, unseen by our hooks.
-
-    Raises:
-        ModelStateError: If there is such a use.
-    """
+    """Raise if the model uses a weight somewhere else too, where no hook records it."""
     uses = _uses(logits)
     for recorder in recorders:
         others = recorder.other_uses(uses)
         if others > 0:
             raise ModelStateError(
                 f"{recorder.site.matrix} of layer {recorder.site.layer} was used {others + 1} "
-                f"times in the forward pass, {others} of them past its own place, where nothing "
-                "can be captured; its gradient would be incomplete"
+                f"times in the forward pass, {others} of them where nothing can be captured, so "
+                "its gradient would be incomplete; remove the hook or module that uses it again"
             )
 
 
 def _uses(logits: Tensor) -> dict[Tensor, int]:
-    """How often every leaf of the autograd graph enters it."""
+    """How often each leaf enters the autograd graph."""
     uses: dict[Tensor, int] = {}
     seen, waiting = set(), [logits.grad_fn]
     while waiting:
@@ -336,7 +313,7 @@ def _vjps(
     logits: Float[Tensor, "batch pos d_vocab"],
     recorders: Sequence[Recorder],
 ) -> dict[Recorder, list[Tensor | None]]:
-    """`delta` at every edge; prompts do not see each other, so the sum of their losses has it."""
+    """`delta` at every edge, from the summed loss: prompts do not depend on each other."""
     edges = [(recorder, recorder.edges) for recorder in recorders]
     flat = [edge for _, own in edges for edge in own]
     found: Sequence[Tensor | None] = [None] * len(flat)

@@ -1,8 +1,4 @@
-"""Hooks that see the tensors at a tap, and what is kept of them.
-
-Of an input its values are kept; of an output only its place in the autograd graph, where the VJP
-comes from.
-"""
+"""What hooks keep: values of inputs, and of outputs their place in the autograd graph."""
 
 from __future__ import annotations
 
@@ -23,11 +19,11 @@ _T = TypeVar("_T")
 
 
 class Copies:
-    """Copies of tensors that somebody may write into later.
+    """Copies of tensors that may be written into later.
 
     Args:
-        shared: Whether taps that see the same tensor share one. If a hook of the caller may write
-            into its `data`, which nothing takes note of, they may not.
+        shared: Whether hooks that see the same tensor share a copy. They may not if a caller's hook
+            may write into its `data`, which does not change the tensor's version.
     """
 
     def __init__(self, *, shared: bool) -> None:
@@ -35,7 +31,7 @@ class Copies:
         self._made: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
     def of(self, tensor: Tensor) -> Tensor:
-        """A copy, the one there is if nobody has written into the tensor since it was made."""
+        """A copy; an existing one if the tensor has not been written into since."""
         if made := self._made.get(id(tensor)):
             seen, version, copy = made
             if seen() is tensor and version == tensor._version:
@@ -47,11 +43,11 @@ class Copies:
 
 
 class Values:
-    """Tensors that pass a tap, detached.
+    """Tensors that a hook saw, detached.
 
     Args:
-        name: Whose they are, for messages.
-        copies: Makes copies, if somebody may write into them after they have passed.
+        name: What they belong to, for messages.
+        copies: Makes copies, if the tensors may be written into later.
     """
 
     def __init__(self, name: str, copies: Copies | None = None) -> None:
@@ -64,15 +60,15 @@ class Values:
 
     @property
     def only(self) -> Tensor:
-        """The one tensor that passed."""
+        """The single tensor."""
         return _only(self.seen, self._name)
 
 
 class Edges:
-    """Places in the autograd graph of tensors that pass a tap.
+    """Places in the autograd graph of tensors that a hook saw.
 
     Args:
-        name: Whose they are, for messages.
+        name: What they belong to, for messages.
     """
 
     def __init__(self, name: str) -> None:
@@ -80,70 +76,71 @@ class Edges:
         self.seen: list[tuple[GradientEdge, Tensor]] = []
 
     def keep(self, tensor: Tensor) -> Tensor | None:
-        """Keep the place of a tensor, and start the graph here if it has not begun.
+        """Keep the place of a tensor, and start the graph here if it has not started yet.
 
         Args:
             tensor: The tensor.
 
         Returns:
-            What takes its place, equal to it, or `None` if it can stay.
+            An equal tensor to replace it, or `None` if no replacement is needed.
         """
-        # On a frozen model nothing below the lowest tap needs a gradient: begin here.
+        # On a frozen model nothing below the lowest hook needs a gradient.
         source = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-        # The model or a caller's hook may write into it. The edge kept here is that of the tensor
-        # before then, but a view leaves its old node, and a leaf may not be written into: copy.
+        # The model or a caller's hook may write into it later. The edge stays that of the tensor
+        # before, except for views, which change their node, and leaves may not be written into.
         kept = source.clone() if source.is_leaf or source._is_view() else source
-        # One number that stands for zeros of its shape, so that it is not held in memory itself.
+        # Expanded zeros, so that the tensor itself is not kept in memory.
         zeros = kept.detach().new_zeros(()).expand(kept.shape)
         self.seen.append((get_gradient_edge(kept), zeros))
         return None if kept is tensor else kept
 
     @property
     def edge(self) -> GradientEdge:
-        """The one place."""
+        """The single place."""
         return _only(self.seen, self._name)[0]
 
     def vjp(self, found: Tensor | None) -> Tensor:
-        """The VJP at the one place: zeros where the loss does not depend on it.
+        """The VJP at the single place.
 
         Args:
-            found: What autograd gave for `edge`; `None` as under a patch of all that follows.
+            found: What autograd gave for `edge`; `None` if the loss does not depend on it, as under
+                a patch of everything after it.
 
         Returns:
-            The VJP.
+            The VJP; zeros for `None`.
         """
         return _only(self.seen, self._name)[1].clone() if found is None else found
 
 
 @contextmanager
 def requiring_grad(parameters: Iterable[Tensor], *, among: Iterable[Tensor]) -> Iterator[None]:
-    """Let some parameters alone require gradients, and put everything back afterwards.
+    """Set which parameters require gradients inside the context, and restore it afterwards.
 
     Args:
-        parameters: Those that do, frozen ones too.
-        among: Those that do not, unless they are named before.
+        parameters: Those that do, even if they are frozen.
+        among: Those that do not, unless they are in `parameters`.
 
     Yields:
-        Nothing; the parameters are so inside the context.
+        Nothing.
     """
     with ExitStack() as as_before:
         for wanted, tensors in ((False, among), (True, parameters)):
             for tensor in tensors:
-                # Also if nothing changes here: a run that is broken off may leave it changed.
+                # Even if nothing changes here: recorders change it, and may be interrupted.
                 as_before.callback(tensor.requires_grad_, tensor.requires_grad)
                 tensor.requires_grad_(wanted)
         yield
 
 
 def clean_rows(factor: Float[Tensor, "*shape"], batch: PromptBatch) -> Float[Tensor, "*shape"]:
-    """Widen, bring layers that lie on other devices together, and put zeros at padding.
+    """Widen a factor, move it to the device of the tokens, and zero it at padding.
 
     Args:
-        factor: Something per prompt and position, its first two axes.
+        factor: A value per prompt and position, its first two axes.
         batch: The prompts.
 
     Returns:
-        The same, on the device of the tokens.
+        The factor.
     """
     factor = at_least_float32(factor).to(batch.mask.device)
     if not batch.is_padded:

@@ -1,7 +1,7 @@
-"""Hooks that note, during a forward pass, what a matrix's gradient is made of.
+"""Hooks that record the factors of a matrix's gradient during a forward pass.
 
-A recorder keeps the inputs `x` and, of the output `y`, only its place in the autograd graph. After
-the backward pass it puts both factors together.
+A recorder keeps the inputs `x`, and of the outputs `y` only their place in the autograd graph.
+After the backward pass it builds the gradient from both.
 """
 
 from __future__ import annotations
@@ -17,78 +17,29 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from backward_lens_tl.capture.experts import stacked_factors
-from backward_lens_tl.capture.hook_points import AttentionGradient, HookPointGradient
-from backward_lens_tl.capture.hooks import (
-    Copies,
-    Edges,
-    Values,
-    clean_rows,
-)
+from backward_lens_tl.capture.hooks import Copies, Edges, Values, clean_rows
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.prompts import PromptBatch
 from backward_lens_tl.errors import UnsupportedModelError
-from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.sites import (
     READING_MATRICES,
     ExpertsSite,
-    HookPointSite,
     MatrixSite,
     Site,
     StackedExpertsSite,
 )
 from backward_lens_tl.models.taps import Tap, hooked
 
-Watched = tuple[Tap, Callable[[Any], Tensor | None], bool]
-
-
-class OwnUse:
-    """The use of a weight in its own place, between `x` and `y`.
-
-    The weight requires gradients during the run, so that the autograd graph shows every other use
-    of it, but not between these two: there autograd would keep `x` for the weight's gradient, and a
-    caller's hook that writes into `x` would raise.
-
-    Args:
-        site: The matrix.
-        name: Whose it is, for messages.
-        copies: Makes copies.
-    """
-
-    def __init__(self, site: MatrixSite, name: str, copies: Copies) -> None:
-        self.site = site
-        # Matrices that read the residual stream share their input, and a caller's hook on one that
-        # comes later may write into it.
-        self.x = Values(name, copies if site.matrix in READING_MATRICES else None)
-        self.y = Edges(name)
-
-    def watched(self) -> Iterator[Watched]:
-        """`x` is what the caller's hooks made of it; `y` is what the matrix gave, before theirs."""
-        yield self.site.input, self._keep_input, False
-        yield self.site.output, self._keep_output, True
-
-    def others(self, uses: Mapping[Tensor, int]) -> int:
-        """How often the weight was used elsewhere, by its uses in the autograd graph."""
-        return uses.get(self.site.weight.parameter, 0)
-
-    def _keep_input(self, tensor: Tensor) -> None:
-        self.x.keep(tensor)
-        self._let_require_grad(False)
-
-    def _keep_output(self, tensor: Tensor) -> Tensor | None:
-        self._let_require_grad(True)
-        return self.y.keep(tensor)
-
-    def _let_require_grad(self, wanted: bool) -> None:
-        if self.site.weight.parameter.is_leaf:  # not if it is made of others, by a parametrization
-            self.site.weight.parameter.requires_grad_(wanted)
+Hook = tuple[Tap, Callable[[Any], Tensor | None], bool]
+"""Where, what is called there, and whether it runs before hooks that are already there."""
 
 
 class Recorder(ABC):
-    """What passes the taps of one site during a forward pass."""
+    """Records the tensors at one site during a forward pass."""
 
     @abstractmethod
-    def watched(self) -> Iterator[Watched]:
-        """Taps, what sees the tensors there, and whether it comes before hooks already there."""
+    def hooks(self) -> Iterator[Hook]:
+        """The hooks that it needs."""
 
     @property
     @abstractmethod
@@ -96,45 +47,67 @@ class Recorder(ABC):
         """Where the loss has to be differentiated; known after the forward pass."""
 
     def other_uses(self, uses: Mapping[Tensor, int]) -> int:
-        """How often a weight was used elsewhere in the forward pass, where that can be counted.
+        """Number of uses of the weight that are not recorded, as far as they can be counted.
 
         Args:
             uses: How often every leaf enters the autograd graph.
 
         Returns:
-            The number of uses that nothing captures.
+            The number.
         """
         del uses
         return 0
 
 
 class MatrixRecorder(Recorder):
-    """One matrix, used once.
+    """One matrix, used once, between `x` and `y`.
+
+    The weight requires gradients during the run, so that the autograd graph shows every other use
+    of it, but not between these two hooks: there autograd would keep `x` for the weight's gradient,
+    and a caller's hook that writes into `x` would raise.
 
     Args:
         site: Where it is.
         copies: Makes copies.
+        name: For messages, if the site's own name is not enough.
     """
 
-    def __init__(self, site: MatrixSite, copies: Copies) -> None:
+    def __init__(self, site: MatrixSite, copies: Copies, name: str = "") -> None:
         self.site = site
-        self._use = OwnUse(site, f"{site.matrix} of layer {site.layer}", copies)
+        name = name or f"{site.matrix} of layer {site.layer}"
+        # Matrices that read the residual stream share their input, and a caller's hook on a later
+        # one may write into it.
+        self.x = Values(name, copies if site.matrix in READING_MATRICES else None)
+        self.y = Edges(name)
 
-    def watched(self) -> Iterator[Watched]:
-        """Its input and its output."""
-        return self._use.watched()
+    def hooks(self) -> Iterator[Hook]:
+        """`x` after the caller's hooks, and `y` before them."""
+        yield self.site.input, self._keep_input, False
+        yield self.site.output, self._keep_output, True
 
     @property
     def edges(self) -> list[GradientEdge]:
         """At `y`."""
-        return [self._use.y.edge]
+        return [self.y.edge]
 
     def other_uses(self, uses: Mapping[Tensor, int]) -> int:
         """Uses of the weight elsewhere."""
-        return self._use.others(uses)
+        return uses.get(self.site.weight.parameter, 0)
+
+    def _keep_input(self, tensor: Tensor) -> None:
+        self.x.keep(tensor)
+        self._require_grad(False)
+
+    def _keep_output(self, tensor: Tensor) -> Tensor | None:
+        self._require_grad(True)
+        return self.y.keep(tensor)
+
+    def _require_grad(self, wanted: bool) -> None:
+        if self.site.weight.parameter.is_leaf:  # not if a parametrization computes it
+            self.site.weight.parameter.requires_grad_(wanted)
 
     def gradient(self, found: Sequence[Tensor | None], batch: PromptBatch) -> MatrixGradient:
-        """Put the factors together.
+        """Build the gradient.
 
         Args:
             found: What autograd gave for `edges`.
@@ -144,7 +117,7 @@ class MatrixRecorder(Recorder):
             The gradient.
         """
         site, rows = self.site, batch.mask.shape
-        x, y = self._use.x.only, self._use.y.vjp(found[0])
+        x, y = self.x.only, self.y.vjp(found[0])
         _check_rows(x, site, batch)
         return MatrixGradient(
             matrix=site.matrix,
@@ -168,28 +141,29 @@ class ExpertsRecorder(Recorder):
     def __init__(self, site: ExpertsSite, copies: Copies) -> None:
         self.site = site
         name = f"{site.matrix} of layer {site.layer}, expert"
-        self._uses = [
-            OwnUse(expert, f"{name} {index}", copies) for index, expert in enumerate(site.experts)
+        self._experts = [
+            MatrixRecorder(expert, copies, f"{name} {index}")
+            for index, expert in enumerate(site.experts)
         ]
         self._chosen = Values(f"the routing of layer {site.layer}", copies)
 
-    def watched(self) -> Iterator[Watched]:
-        """Every expert's own input and output, and who was routed where."""
-        for use in self._uses:
-            yield from use.watched()
+    def hooks(self) -> Iterator[Hook]:
+        """Every expert's input and output, and the routing."""
+        for expert in self._experts:
+            yield from expert.hooks()
         yield self.site.chosen, self._chosen.keep, False
 
     @property
     def edges(self) -> list[GradientEdge]:
         """At `y` of the experts that were used."""
-        return [use.y.edge for use in self._uses if use.y.seen]
+        return [expert.y.edge for expert in self._experts if expert.y.seen]
 
     def other_uses(self, uses: Mapping[Tensor, int]) -> int:
         """Uses of any expert's weight elsewhere."""
-        return max(use.others(uses) for use in self._uses)
+        return max(expert.other_uses(uses) for expert in self._experts)
 
     def gradient(self, found: Sequence[Tensor | None], batch: PromptBatch) -> MatrixGradient:
-        """Put the factors together, slot by slot.
+        """Build the gradient, slot by slot.
 
         Args:
             found: What autograd gave for `edges`.
@@ -204,16 +178,17 @@ class ExpertsRecorder(Recorder):
         chosen = self._chosen.only
         factors: list[Tensor | None] = [None, None]
         left = iter(found)
-        for expert, use in enumerate(self._uses):
-            if not use.y.seen:
+        for index, expert in enumerate(self._experts):
+            if not expert.y.seen:
                 continue
-            # Every implementation walks through an expert's tokens slot by slot.
-            slots, tokens = torch.eq(chosen.T, expert).nonzero(as_tuple=True)
-            for side, rows in enumerate((use.x.only, use.y.vjp(next(left)))):
+            # Every implementation processes an expert's tokens slot by slot.
+            slots, tokens = torch.eq(chosen.T, index).nonzero(as_tuple=True)
+            for side, rows in enumerate((expert.x.only, expert.y.vjp(next(left)))):
                 if len(rows) != len(tokens):
                     raise UnsupportedModelError(
-                        f"expert {expert} of layer {self.site.layer} saw {len(rows)} tokens, and "
-                        f"{len(tokens)} were routed there; the lens cannot tell which they are"
+                        f"expert {index} of layer {self.site.layer} saw {len(rows)} tokens, and "
+                        f"{len(tokens)} were routed there, so its tokens cannot be identified; ask "
+                        "for matrices='attn'"
                     )
                 laid_out = factors[side]
                 if laid_out is None:
@@ -234,12 +209,13 @@ class StackedExpertsRecorder(Recorder):
     def __init__(self, site: StackedExpertsSite, copies: Copies) -> None:
         self.site = site
         name = f"the experts of layer {site.layer}"
-        self._inputs, self._outputs = Values(name, copies), Values(name, copies)
-        self._chosen, self._weights = Values(name, copies), Values(name, copies)
+        self._inputs, self._chosen, self._weights, self._outputs = (
+            Values(name, copies) for _ in range(4)
+        )
         self._y = Edges(name)
 
-    def watched(self) -> Iterator[Watched]:
-        """What the whole stack reads, how it routes, and what it writes."""
+    def hooks(self) -> Iterator[Hook]:
+        """Inputs, routing and output of the whole stack."""
         module = self.site.stack.module
         for position, kept in enumerate((self._inputs, self._chosen, self._weights)):
             yield Tap(module, "input", argument=position), kept.keep, False
@@ -276,148 +252,18 @@ class StackedExpertsRecorder(Recorder):
         return _by_slot(self.site, inputs, vjps, chosen, batch)
 
 
-class VjpRecorder(Recorder):
-    """The gradient at one hook point.
-
-    Args:
-        site: Which.
-    """
-
-    def __init__(self, site: HookPointSite) -> None:
-        self.site = site
-        self._edge = Edges(f"hook point {site.name}")
-
-    def watched(self) -> Iterator[Watched]:
-        """What the rest of the model sees, after the caller's hooks."""
-        yield self.site.tap, self._keep, False
-
-    def _keep(self, tensor: Tensor) -> Tensor | None:
-        # Indices of experts pass hook points too; some norms show theirs a copy, outside the graph.
-        if not tensor.is_floating_point() or not torch.is_grad_enabled():
-            return None
-        # The tensor may go other ways past the hook point as well, the residual stream does: a node
-        # of its own has the gradient of this way alone, which is the one that a patch here has.
-        own = tensor.clone()
-        replaced = self._edge.keep(own)
-        return own if replaced is None else replaced
-
-    @property
-    def n_seen(self) -> int:
-        """How often something that has a gradient passed."""
-        return len(self._edge.seen)
-
-    @property
-    def edges(self) -> list[GradientEdge]:
-        """At the hook point."""
-        return [self._edge.edge]
-
-    def vjp(self, found: Sequence[Tensor | None], batch: PromptBatch) -> Tensor:
-        """The gradient, laid out as a hook would see it.
-
-        Args:
-            found: What autograd gave for `edges`.
-            batch: The prompts.
-
-        Returns:
-            The gradient.
-        """
-        return self._as_hooked(self._edge.vjp(found[0]), batch)
-
-    def _as_hooked(self, tensor: Tensor, batch: PromptBatch) -> Tensor:
-        return at_least_float32(self.site.as_hooked(tensor)).to(batch.mask.device)
-
-
-class HookPointRecorder(VjpRecorder):
-    """The activation at one hook point, with its gradient.
-
-    Args:
-        site: Which.
-
-    Raises:
-        UnsupportedModelError: If the model does not go on with what passes there.
-    """
-
-    def __init__(self, site: HookPointSite) -> None:
-        super().__init__(site)
-        self._value = Values(f"hook point {site.name}", Copies(shared=False))
-        if not site.is_replaceable:
-            raise UnsupportedModelError(
-                f"hook point {site.name!r} of this architecture shows a copy of the pattern that "
-                "the model does not go on with; ask for matrices='attn', which gives "
-                "reversed_attention"
-            )
-
-    def _keep(self, tensor: Tensor) -> Tensor | None:
-        self._value.keep(tensor)
-        return super()._keep(tensor)
-
-    def gradient(self, found: Sequence[Tensor | None], batch: PromptBatch) -> HookPointGradient:
-        """Put activation and gradient together.
-
-        Args:
-            found: What autograd gave for `edges`.
-            batch: The prompts.
-
-        Returns:
-            Both.
-        """
-        value = self._as_hooked(self._value.only, batch)
-        return HookPointGradient(self.site.name, value, self.vjp(found, batch))
-
-
-class PatternRecorder(VjpRecorder):
-    """The attention pattern of one layer, with its gradient.
-
-    Args:
-        site: Where it is.
-    """
-
-    def __init__(self, site: HookPointSite) -> None:
-        super().__init__(site)
-        self._pattern = Values(f"hook point {site.name}")
-
-    def watched(self) -> Iterator[Watched]:
-        """What the softmax gave, before the caller's hooks."""
-        yield self.site.tap, self._keep, True
-
-    def _keep(self, tensor: Tensor) -> Tensor | None:
-        self._pattern.keep(tensor)
-        if self.site.is_replaceable:
-            return super()._keep(tensor)
-        # Where nothing may take the pattern's place, its graph has to be there already.
-        return self._edge.keep(tensor) if tensor.requires_grad else None
-
-    def gradient(
-        self, found: Sequence[Tensor | None], batch: PromptBatch, d_head: int
-    ) -> AttentionGradient:
-        """Go back through the softmax.
-
-        Args:
-            found: What autograd gave for `edges`.
-            batch: The prompts.
-            d_head: Width of an attention head.
-
-        Returns:
-            The gradient at the scores.
-        """
-        pattern, at_pattern = self._as_hooked(self._pattern.only, batch), self.vjp(found, batch)
-        weighted = pattern * at_pattern
-        at_scores = weighted - pattern * weighted.sum(-1, keepdim=True)
-        return AttentionGradient(at_scores, d_head, self.site.is_replaceable)
-
-
 MatrixRecorders = MatrixRecorder | ExpertsRecorder | StackedExpertsRecorder
 
 
 def recorder_of(site: Site, copies: Copies) -> MatrixRecorders:
-    """A recorder for a matrix.
+    """The recorder for a matrix.
 
     Args:
         site: Where the matrix is.
-        copies: Makes copies, one for several recorders that keep the same.
+        copies: Makes copies; recorders of the same tensor share one.
 
     Returns:
-        The recorder of its kind.
+        The recorder.
     """
     if isinstance(site, MatrixSite):
         return MatrixRecorder(site, copies)
@@ -428,18 +274,18 @@ def recorder_of(site: Site, copies: Copies) -> MatrixRecorders:
 
 @contextmanager
 def recording(recorders: Sequence[Recorder]) -> Iterator[None]:
-    """Hooks of every recorder, taken off again whatever happens.
+    """Register the hooks of all recorders inside the context.
 
     Args:
         recorders: The recorders.
 
     Yields:
-        Nothing; the hooks are there inside the context.
+        Nothing.
     """
-    with ExitStack() as hooks:
+    with ExitStack() as stack:
         for recorder in recorders:
-            for tap, see, before_others in recorder.watched():
-                hooks.enter_context(hooked(tap, see, before_others=before_others))
+            for tap, hook, before_others in recorder.hooks():
+                stack.enter_context(hooked(tap, hook, before_others=before_others))
         yield
 
 
@@ -449,7 +295,7 @@ def _check_rows(x: Float[Tensor, "*rows d"], site: MatrixSite, batch: PromptBatc
     if n_vectors != batch.mask.numel():
         raise UnsupportedModelError(
             f"{site.matrix} of layer {site.layer} saw {n_vectors} vectors for "
-            f"{batch.mask.numel()} tokens; the lens needs one for each"
+            f"{batch.mask.numel()} tokens; only models with one vector per token are supported"
         )
 
 
@@ -460,11 +306,11 @@ def _by_slot(
     chosen: Int[Tensor, "tokens slot"],
     batch: PromptBatch,
 ) -> MatrixGradient:
-    """Lay factors out by prompt, position and slot."""
+    """A gradient whose factors are laid out by prompt, position and slot."""
     rows = batch.mask.shape
-    # All experts of a token read the same, unless a caller's hook comes in between.
+    # All experts of a token read the same vector, unless a caller's hook changes it.
     if inputs.ndim == 3 and site.matrix in READING_MATRICES and inputs.eq(inputs[:, :1]).all():
-        inputs = inputs[:, 0].contiguous()  # a view would hold on to the copies
+        inputs = inputs[:, 0].contiguous()  # a view would keep the copies in memory
     experts = chosen.reshape(*rows, chosen.shape[-1]).to(batch.mask.device)
     return MatrixGradient(
         matrix=site.matrix,

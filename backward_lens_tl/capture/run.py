@@ -10,13 +10,12 @@ from torch import nn
 
 from backward_lens_tl._checks import shown
 from backward_lens_tl.capture.batching import Pass, pass_size, plan_passes
+from backward_lens_tl.capture.bound_objectives import BoundObjective, LossFunction
 from backward_lens_tl.capture.forward_backward import Recorded, record
 from backward_lens_tl.capture.gradient_capture import Coverage, GradientCapture
 from backward_lens_tl.capture.memory import Memory
 from backward_lens_tl.capture.merging import Gathering
 from backward_lens_tl.capture.objectives import (
-    BoundObjective,
-    LossFunction,
     Objective,
     as_objective,
     bind_to_prompts,

@@ -35,10 +35,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import backward_lens_tl as blt
 from backward_lens_tl.capture.batching import length_buckets
+from backward_lens_tl.capture.bound_objectives import BoundObjective
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.memory import Memory
 from backward_lens_tl.capture.objectives import (
-    BoundObjective,
     Objective,
     logit_difference,
     next_token_loss,

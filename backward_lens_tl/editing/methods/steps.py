@@ -23,8 +23,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from backward_lens_tl._checks import check_choice, plain, shown
+from backward_lens_tl.capture.bound_objectives import SequenceNLL
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
-from backward_lens_tl.capture.objectives import Objective, SequenceNLL
+from backward_lens_tl.capture.objectives import Objective
 from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.editing.delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from backward_lens_tl.capture.bound_objectives import SequenceNLL
 from backward_lens_tl.capture.continuations import Continuations
 from backward_lens_tl.capture.forward_backward import record
-from backward_lens_tl.capture.objectives import SequenceNLL
 from backward_lens_tl.capture.run import check_sharing
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.models import Host
