@@ -322,7 +322,7 @@ read_at = {"W_Q": -1, "W_K": source, "W_O": -1}
 pd.DataFrame(
     {
         f"{matrix} at {tokens[pos].strip()!r}": [
-            ", ".join(word.strip() for word in result.top_tokens(matrix, n, pos, k=3))
+            ", ".join(token.strip() for token in result.top_tokens(matrix, n, pos, k=3))
             for n in layers
         ]
         for matrix, pos in read_at.items()

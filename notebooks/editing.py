@@ -63,8 +63,8 @@ layer, size = 3 * model.cfg.n_layers // 4, 30.0
 logits, cache = model.run_with_cache(prompt)
 x = cache["post", layer][0, -1].detach()  # [d_mlp]
 e_t = model.W_U[:, model.to_single_token(target)].detach()  # [d_model]
-length = torch.einsum("m,m->", x, x)
-delta = torch.einsum("m,d->md", x, size / length * e_t)  # [d_mlp, d_model], as W_out
+squared_norm = torch.einsum("m,m->", x, x)
+delta = torch.einsum("m,d->md", x, size / squared_norm * e_t)  # [d_mlp, d_model], as W_out
 
 # %% [markdown]
 # This is the edit. It needs one forward pass and no backward pass. To see its effect without changing the weight,

@@ -194,7 +194,7 @@ blt.backward_lens(model, my_prompt, my_target, matrices="W_out")
 # LeBron James and Stephen Curry were born in Akron, Kevin Durant and Duke Ellington in Washington. James plays
 # for the Lakers. The model was trained on all of this, but the prompt mentions none of them. In layer 0, where
 # attention assembles the name, nine of the top ten tokens are names, among them " James", " Durant",
-# " Ellington", " Monk" and " Jarrett". So the update makes Messi more like an American who plays, be it
+# " Ellington", " Monk" and " Jarrett". So the update makes Messi more like an American who plays, either
 # basketball or the piano. (" piano" is among the top tokens of higher layers. The prompt's " plays" may be the
 # reason, but the table cannot show this.)
 #

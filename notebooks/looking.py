@@ -154,8 +154,8 @@ table.pivot_table(index="layer", columns="segment", values="norm", sort=False).r
 
 # %%
 largest = result.to_df().nlargest(4, "norm")
-largest["words"] = largest.top_tokens.str[:6].str.join(",")
-largest[["matrix", "layer", "token", "norm", "words"]].round(2)
+largest["top tokens"] = largest.top_tokens.str[:6].str.join(",")
+largest[["matrix", "layer", "token", "norm", "top tokens"]].round(2)
 
 # %% [markdown]
 # It is neither at the last token nor near the answer. The output of attention in layer 0 at " Messi" has a norm of
