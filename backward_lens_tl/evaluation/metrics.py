@@ -1,12 +1,12 @@
-"""CounterFact's metrics of one record, in both definitions, and the entropy of a text.
+"""CounterFact's metrics for one record, in both definitions, and the n-gram entropy of a text.
 
-With `new` the edit's answer and `true` the original one (ROME's definitions; the paper's count
-whether an answer is the most probable one, token by token):
+`new` is the edit's answer and `true` the original answer. The paper counts an answer if each of its
+tokens is the most probable one. ROME's success compares probabilities, `P = exp(-nll)`, and its
+magnitude is their difference.
 
-    efficacy, paraphrase    new is said                 success: P(new) > P(true)
-    neighborhood            true is said                success: P(true) > P(new)
-
-where `P = exp(-nll)`, and a magnitude is the difference of the two.
+                            the paper                   success in ROME
+    efficacy, paraphrase    new is the answer           P(new) > P(true)
+    neighborhood            true is the answer          P(true) > P(new)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from backward_lens_tl.evaluation.plan import Probe
 from backward_lens_tl.evaluation.scoring import Score
 
 _WORDS = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")  # noqa: RUF001
-"""Words, with the apostrophes inside of them, and every other mark by itself."""
+"""Words, including apostrophes inside them, and single punctuation marks."""
 
 _NAMES = {"rewrite": "efficacy", "paraphrase": "paraphrase", "neighborhood": "neighborhood"}
 
@@ -34,7 +34,7 @@ class Answered:
     Attributes:
         probe: The prompt.
         new: Score of the new answer.
-        true: Score of the original answer; `None` without one.
+        true: Score of the original answer, if there is one.
     """
 
     probe: Probe
@@ -43,15 +43,14 @@ class Answered:
 
 
 def record_metrics(answered: Sequence[Answered]) -> dict[str, float]:
-    """A record's efficacy, paraphrase and neighborhood.
+    """Efficacy, paraphrase and neighborhood of a record.
 
     Args:
-        answered: Its prompts.
+        answered: The record's prompts with their scores.
 
     Returns:
-        Three numbers each, the mean over the prompts of a kind: by its name what the paper counts,
-        and with `_success` and `_magnitude` what ROME does. NaN where there is no prompt, or no
-        original answer.
+        Means over the prompts of each kind: the paper's metric under its name, and ROME's with
+        `_success` and `_magnitude`. NaN if there is no prompt or no original answer.
     """
     found: dict[str, float] = {}
     for kind, name in _NAMES.items():
@@ -63,7 +62,7 @@ def record_metrics(answered: Sequence[Answered]) -> dict[str, float]:
 
 
 def _values(answered: Answered, *, wants_new: bool) -> tuple[float, float, float]:
-    """Whether the wanted answer is said, whether it is the likelier one, and by how much."""
+    """The paper's metric, and ROME's success and magnitude."""
     both: tuple[Score | None, Score | None] = (answered.new, answered.true)
     wanted, other = both if wants_new else both[::-1]
     is_said = math.nan if wanted is None else float(wanted.is_said)
@@ -81,35 +80,34 @@ def begins_with(text: str, answer: str) -> bool:
     """Whether a continuation begins with an answer, as whole words.
 
     Args:
-        text: What a model goes on with.
+        text: The continuation.
         answer: The answer.
 
     Returns:
-        Whether it does; spaces in front do not count, and `" Parisian"` does not begin with
-        `" Paris"`.
+        Whether it does. Leading spaces are ignored. `" Parisian"` does not begin with `" Paris"`.
     """
     said, wanted = text.lstrip(), answer.strip()
-    behind = said[len(wanted) : len(wanted) + 1]
-    return said.startswith(wanted) and not (wanted[-1:].isalnum() and behind.isalnum())
+    following = said[len(wanted) : len(wanted) + 1]
+    return said.startswith(wanted) and not (wanted[-1:].isalnum() and following.isalnum())
 
 
 def tidied(text: str) -> str:
-    """A generated text as its entropy is taken: NFKD, and a space for two line breaks."""
+    """A generated text in NFKD, with a space for two line breaks, for `ngram_entropy`."""
     return unicodedata.normalize("NFKD", text).replace("\n\n", " ")
 
 
 def ngram_entropy(text: str) -> float:
     """Weighted mean of the entropies of a text's bigrams and trigrams, `H_2 / 3 + 2 H_3 / 3`.
 
-    `H_n = -sum f log2 f` over the frequencies of the n-grams. The authors take NLTK's words; here
-    they are those of a regular expression: runs of letters and digits, with the apostrophes inside
-    of them, and every mark by itself.
+    `H_n = -sum f log2 f` over the frequencies of the n-grams. The authors use NLTK's words; here a
+    regular expression splits the text into runs of letters and digits, including apostrophes inside
+    them, and single punctuation marks.
 
     Args:
         text: The text.
 
     Returns:
-        Bits; 0 for a text that repeats itself throughout, or has at most two words.
+        The entropy in bits. It is 0 if all n-grams are equal, or the text has at most two words.
 
     Examples:
         >>> from backward_lens_tl.evaluation.metrics import ngram_entropy

@@ -1,4 +1,4 @@
-"""How well a model predicts ordinary text: the paper's protocol for the damage of an edit."""
+"""Perplexity on ordinary text, with which the paper measures the damage of an edit."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from backward_lens_tl.models import Host
 from backward_lens_tl.models.loading import FACTS_MODEL
 
 FACTS_TEXTS = "facts"
-"""Ordinary sentences that the facts model has not seen in training."""
+"""Ordinary sentences from the facts model's held-out data."""
 
 WIKITEXT = "Salesforce/wikitext"
-"""WikiText on the Hugging Face hub, of which the paper takes `wikitext-2-raw-v1`."""
+"""WikiText on the Hugging Face hub; the paper uses `wikitext-2-raw-v1`."""
 
 _POSITIONS = 1024
-"""Most tokens of one forward pass: each has the logits of a vocabulary."""
+"""The largest number of tokens per forward pass; each has logits for the whole vocabulary."""
 
 Rows = Sequence[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a model makes of texts.
+    """Perplexity on several texts.
 
     Attributes:
-        mean_of_texts: The mean of their perplexities, which a single odd text may rule.
-        corpus: The perplexity of all tokens together.
+        mean_of_texts: The mean over texts, which a single text can dominate.
+        corpus: The perplexity of all texts together.
     """
 
     mean_of_texts: float
@@ -47,11 +47,11 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Texts:
-    """What perplexity is measured on.
+    """Texts to measure perplexity on.
 
     Attributes:
-        name: Where they come from.
-        texts: The entries that are taken.
+        name: Where the texts come from.
+        texts: The texts.
     """
 
     name: str
@@ -59,49 +59,49 @@ class Texts:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the entries, in hexadecimal."""
+        """SHA-256 of the texts in hex."""
         return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
 
     def tokens(self, host: Host, config: EvaluationConfig) -> Rows:
-        """The entries in tokens.
+        """Tokenize the texts.
 
         Args:
             host: The model.
             config: The settings.
 
         Returns:
-            Ids of each entry of two tokens or more, cut behind `max_tokens`.
+            The token ids of each text, truncated to `max_tokens`. Texts of one token are left out.
 
         Raises:
-            EvaluationError: If no entry has two.
+            EvaluationError: If no text has two tokens.
         """
         longest = min(config.max_tokens, host.n_ctx)
         rows = [tuple(host.tokenize(text, config.prepend_bos)[:longest]) for text in self.texts]
         long_enough = [row for row in rows if len(row) > 1]
         if self.texts and not long_enough:
-            raise EvaluationError(f"no entry of {self.name!r} has two tokens, to predict one")
+            raise EvaluationError(f"no text of {self.name!r} has two tokens")
         return long_enough
 
 
 def read_texts(host: Host, config: EvaluationConfig) -> Texts:
-    """The texts that the settings ask for.
+    """Read the texts that the settings select.
 
     Args:
         host: The model.
         config: The settings.
 
     Returns:
-        The first entries that are long enough.
+        The first texts that are long enough.
 
     Raises:
-        EvaluationError: If they cannot be read, or no entry is long enough.
+        EvaluationError: If the texts cannot be read, or none is long enough.
     """
     name = config.texts or (FACTS_TEXTS if host.name == FACTS_MODEL else WIKITEXT)
     if config.n_texts == 0:
         return Texts("no texts", ())
     long_enough = [text for text in _entries(name) if len(text) >= config.min_characters]
     if not long_enough:
-        raise EvaluationError(f"no entry of {name!r} has {config.min_characters} characters")
+        raise EvaluationError(f"no text of {name!r} has {config.min_characters} characters")
     return Texts(name, tuple(long_enough[: config.n_texts]))
 
 
@@ -113,12 +113,12 @@ def _entries(name: str) -> list[str]:
     if name == WIKITEXT:
         return _wikitext()
     try:
-        # Line ends stay, as in the hub's rows; only a line feed ends one.
+        # Only a line feed ends a line, and it is kept, as in the hub's rows.
         return list(io.StringIO(Path(name).read_bytes().decode()))
     except (OSError, ValueError) as error:
         raise EvaluationError(
             f"texts {name!r} cannot be read: {error}; pass {FACTS_TEXTS!r}, {WIKITEXT!r}, or a "
-            "file with one entry per line, and n_texts=0 for no perplexity"
+            "file with one text per line, or n_texts=0 to skip perplexity"
         ) from error
 
 
@@ -130,23 +130,23 @@ def _wikitext() -> list[str]:
     except Exception as error:  # errors of the hub, of file systems, and of readers of files
         raise EvaluationError(
             f"{WIKITEXT!r} cannot be loaded: {one_line(error)}; pass texts='wiki.test.raw', a file "
-            f"with one entry per line, or {FACTS_TEXTS!r}, or n_texts=0 to skip perplexity"
+            f"with one text per line, or {FACTS_TEXTS!r}, or n_texts=0 to skip perplexity"
         ) from error
     return list(data["text"])
 
 
 @torch.no_grad()
 def perplexity(host: Host, rows: Rows, denominator: Denominator) -> Perplexity:
-    """Perplexity of texts: `exp(sum_i -log P(x_i | x_<i) / n)`, where `i` begins at the second.
+    """Perplexity of texts, `exp(sum_i -log P(x_i | x_<i) / n)`, with `i` from the second token on.
 
     Args:
         host: The model.
-        rows: Token ids of each text, two or more.
-        denominator: Whether `n` is the number of tokens, as in the authors' code, or one less, the
-            number of those that are predicted.
+        rows: The token ids of each text, at least two.
+        denominator: Whether `n` is the number of tokens, as in the authors' code, or the number of
+            predicted tokens, which is one less.
 
     Returns:
-        The perplexity; NaN without texts, and infinite where the model's numbers are none.
+        The perplexity. NaN without texts, infinite if the model returns NaN.
     """
     if not rows:
         return Perplexity(math.nan, math.nan)
@@ -170,8 +170,8 @@ def _exp(value: float) -> float:
 
 
 def _passes(host: Host, rows: Rows) -> Iterator[Rows]:
-    """Texts of similar length together, as many as one pass may have."""
-    # The last token is predicted, and not read.
+    """Groups of texts of similar length, each for one forward pass."""
+    # The last token is predicted but not read.
     for group in host.length_groups([len(row) - 1 for row in rows]):
         together: list[tuple[int, ...]] = []
         for row in sorted((rows[at] for at in group), key=len):

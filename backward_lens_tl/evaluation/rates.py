@@ -1,14 +1,14 @@
-"""The least learning rate at which one step makes a model say the target (paper, appendix G.1).
+"""The least learning rate at which one step makes the target the answer (paper, appendix G.1).
 
-A step on one `W_out` is a direction times a rate. For each layer and each kind of step all rates of
-a grid are tried in one forward pass, one row per rate, without touching a parameter.
+A step on one `W_out` is a direction times a rate. For each layer and kind of step, all rates of a
+grid are tried in one forward pass, with one row per rate, without changing a parameter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float
@@ -31,12 +31,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STEPS = ("sgd", "adam", "shift")
-"""Steps of the two optimizers, and the forward pass shift, whose rate is `eta`."""
-
-_OPTIMIZERS: Mapping[str, Optimizer] = {"sgd": "sgd", "adam": "adam"}
+"""Steps of two optimizers, and the forward pass shift, whose rate is `eta`."""
 
 RATES = tuple(10 ** (exponent / 4) for exponent in range(-16, 13))
-"""From 1e-4 to 1e3, four in each power of ten."""
+"""From 1e-4 to 1e3, four per power of ten."""
 
 
 @torch.no_grad()
@@ -50,25 +48,25 @@ def least_rates(
     config: EvaluationConfig | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Find the least rate that makes the target the most probable token, and what it costs.
+    """Find the least rate that makes the target the most probable token, and the perplexity then.
 
     Args:
-        model: A `HookedTransformer` or `TransformerBridge`; as before when this returns or raises.
-        requests: What it is to be taught; of a target of several tokens the first.
-        steps: Of `STEPS`.
+        model: A `HookedTransformer` or `TransformerBridge`; it is left unchanged.
+        requests: The facts to edit. Only the first token of a target is used.
+        steps: A selection of `STEPS`.
         layers: Layers whose `W_out` is edited, one at a time; `None` for all.
-        rates: The grid, ascending.
-        config: Whether prompts get a BOS token (`prepend_bos`), and the texts that perplexity is
-            measured on; no other setting counts. `n_texts=0` measures none.
-        progress: Whether a bar shows how far it is.
+        rates: The grid, in ascending order.
+        config: Settings, of which only `prepend_bos` and those of the texts for perplexity are
+            used. `n_texts=0` skips perplexity.
+        progress: Whether to show a progress bar.
 
     Returns:
         One row per request, layer and step: `request`, `layer`, `step`, `rate` (missing if no rate
-        of the grid is enough) and `perplexity` of all texts together after that edit.
+        of the grid suffices) and `perplexity` of all texts together after that edit.
 
     Raises:
-        EvaluationError: If the grid is not ascending and positive.
-        EditError: If a request does not fit.
+        EvaluationError: If a step is unknown, or the grid is not ascending and positive.
+        EditError: If a request cannot be used with this model.
     """
     import pandas as pd
 
@@ -79,12 +77,14 @@ def least_rates(
     for rate in grid:
         check_number("rates", rate, zero=False, error=EvaluationError)
     if not grid or sorted(set(grid)) != grid:
-        raise EvaluationError("rates is not an ascending list of positive numbers")
+        raise EvaluationError(
+            "rates is not an ascending list of positive numbers, such as (0.1, 1.0, 10.0)"
+        )
     host = host_of(model)
     chosen = select_layers(layers, host)
     texts = read_texts(host, settings).tokens(host, settings)
-    rows: list[dict[str, Any]] = []
-    for place, request in enumerate(tqdm(listed_requests(requests), disable=not progress)):
+    rows = []
+    for index, request in enumerate(tqdm(listed_requests(requests), disable=not progress)):
         asked = tokenize_request(host, request, settings.prepend_bos)
         first = EditRequest(request.prompt, asked.target[0])
         for step in steps:
@@ -94,57 +94,42 @@ def least_rates(
                 if texts and not math.isnan(rate):
                     with WeightDelta((delta.scale(rate),), {}).applied(model):
                         after = perplexity(host, texts, settings.denominator).corpus
-                rows.append(
-                    {
-                        "request": place,
-                        "layer": delta.layer,
-                        "step": step,
-                        "rate": rate,
-                        "perplexity": after,
-                    }
-                )
-    return pd.DataFrame(rows)
+                rows.append((index, delta.layer, step, rate, after))
+    return pd.DataFrame(rows, columns=["request", "layer", "step", "rate", "perplexity"])
 
 
 def least_rates_by_layer(table: pd.DataFrame, unedited: float) -> pd.DataFrame:
-    """What the least rates of many requests have in common.
+    """Summarize least rates by step and layer.
 
     Args:
-        table: What `least_rates` returned.
-        unedited: Perplexity before any edit.
+        table: A table from `least_rates`.
+        unedited: Perplexity of the unedited model.
 
     Returns:
-        One row per step and layer: `step`, `layer`, `n` requests, `missing` (no rate of the grid
-        was enough), median `rate` with its quartiles `rate_low` and `rate_high`, `spread` (standard
-        deviation of the rate's decimal logarithm), mean `perplexity` after the edits of those
-        requests for which every step has a rate in this layer, and `unedited`.
+        One row per step and layer: `step`, `layer`, `n` requests, `missing` (requests without a
+        sufficient rate), median `rate` with its quartiles `rate_low` and `rate_high`, `spread`
+        (standard deviation of the rate's decimal logarithm), mean `perplexity` after the edits of
+        those requests for which every step has a rate in this layer, and `unedited`.
     """
     import numpy as np
     import pandas as pd
 
-    # Steps are compared on the same requests: those that need more may be harder for all.
-    lacking = table.loc[table["rate"].isna(), ["request", "layer"]]
-    pairs = table.set_index(["request", "layer"]).index
-    is_shared = ~pairs.isin(list(lacking.itertuples(index=False, name=None)))
-    shared = table["perplexity"].where(is_shared)
-    rows = []
-    for (step, layer), own in table.groupby(["step", "layer"], sort=False):
-        rates = own["rate"].dropna()
-        rows.append(
-            {
-                "step": step,
-                "layer": layer,
-                "n": len(own),
-                "missing": len(own) - len(rates),
-                "rate": rates.median(),
-                "rate_low": rates.quantile(0.25),
-                "rate_high": rates.quantile(0.75),
-                "spread": float(np.log10(rates).std(ddof=0)),
-                "perplexity": shared[own.index].mean(),
-                "unedited": unedited,
-            }
-        )
-    return pd.DataFrame(rows)
+    # Steps are compared on the same requests, because some requests are harder for all steps.
+    is_shared = table["rate"].notna().groupby([table["request"], table["layer"]]).transform("all")
+    groups = table.assign(
+        logarithm=np.log10(table["rate"]), shared=table["perplexity"].where(is_shared)
+    ).groupby(["step", "layer"], sort=False)
+    rate = groups["rate"]
+    columns = {
+        "n": groups.size(),
+        "missing": groups.size() - rate.count(),
+        "rate": rate.median(),
+        "rate_low": rate.quantile(0.25),
+        "rate_high": rate.quantile(0.75),
+        "spread": groups["logarithm"].std(ddof=0),
+        "perplexity": groups["shared"].mean(),
+    }
+    return pd.DataFrame(columns).assign(unedited=unedited).reset_index()
 
 
 def _directions(
@@ -154,22 +139,21 @@ def _directions(
     layers: Sequence[int],
     prepend_bos: bool | None,
 ) -> Iterator[MatrixDelta]:
-    """The step on each layer at rate 1."""
+    """The step at rate 1 for each layer."""
     if step == "shift":
         for layer in layers:
             shift = ForwardPassShift(layer=layer, size=1.0, prepend_bos=prepend_bos)
             yield from shift(model, request)
     else:
-        optimizer = _OPTIMIZERS[step]
-        yield from GradientStep(optimizer, lr=1.0, layers=layers, prepend_bos=prepend_bos)(
-            model, request
-        )
+        optimizer = cast(Optimizer, step)
+        method = GradientStep(optimizer, lr=1.0, layers=layers, prepend_bos=prepend_bos)
+        yield from method(model, request)
 
 
 def _least(
     host: Host, delta: MatrixDelta, prompt: Sequence[int], target: int, rates: Sequence[float]
 ) -> float:
-    """The least rate of the grid that makes a token the most probable one; NaN if none does."""
+    """The least rate that makes `target` the most probable token; NaN if none does."""
     [site] = find_editable(host, delta.matrix, delta.layer)
     scales = torch.tensor(rates, device=host.device, dtype=torch.float64)
     with adding(site, _scaled(delta, scales)):
@@ -182,7 +166,7 @@ def _scaled(delta: MatrixDelta, scales: Float[Tensor, "rate"]) -> Addition:
     factors = delta.factors if delta.values is None else (delta.values,)
 
     def added(reads: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        # Some MLPs run over all positions of all prompts as one list.
+        # Some MLPs see all positions of all prompts along one axis.
         rows = reads.to(factors[0]).reshape(len(scales), -1, reads.shape[-1])
         written = rows
         for factor in factors:

@@ -1,11 +1,11 @@
-"""How probable answers are behind prompts: the one thing that all of CounterFact's metrics rest on.
+"""Likelihoods of answers to prompts, from which all of CounterFact's metrics are computed.
 
-For a prompt `p` and an answer of tokens `o_1 ... o_k`, read in one pass (teacher forcing),
+For a prompt `p` and an answer with tokens `o_1 ... o_k`, read in one pass (teacher forcing),
 
     nll(o | p) = -(1 / k) * sum_j log P(o_j | p, o_1 ... o_{j-1})
 
-and an answer is said if each `o_j` is the most probable token at its place. Padding is on the
-right, where no token sees it: a score does not depend on the prompts beside it.
+and an answer is said if each `o_j` is the most probable token at its position. Padding is on the
+right, where no token attends to it, so a score does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Question:
     """A prompt and one of its answers.
 
     Attributes:
-        prompt: Ids of its tokens.
-        answer: Ids of the answer's tokens, at least one.
+        prompt: Token ids of the prompt.
+        answer: Token ids of the answer, at least one.
     """
 
     prompt: tuple[int, ...]
@@ -41,10 +41,9 @@ class Score:
     """How probable an answer is.
 
     Attributes:
-        nll: Its negative log-likelihood, in nats per token; infinite where the model's numbers are
-            none.
-        is_said: Whether each of its tokens is the most probable one at its place.
-        first: Id of the most probable token behind the prompt.
+        nll: Its negative log-likelihood in nats per token; infinite if the model returns NaN.
+        is_said: Whether each of its tokens is the most probable one at its position.
+        first: Id of the most probable token after the prompt.
     """
 
     nll: float
@@ -54,22 +53,20 @@ class Score:
 
 @torch.no_grad()
 def score(host: Host, questions: Sequence[Question], batch_size: int) -> list[Score]:
-    """Score answers.
-
-    Answers that differ in their last token alone share what the model reads.
+    """Score answers. Answers that differ in their last token only share a forward pass.
 
     Args:
         host: The model.
         questions: Prompts and answers.
-        batch_size: Most prompts of one forward pass.
+        batch_size: The largest number of prompts per forward pass.
 
     Returns:
-        A score for each, in their order.
+        The scores, in the order of the questions.
     """
     askers: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
     for place, asked in enumerate(questions):
         askers.setdefault((asked.prompt, asked.answer[:-1]), []).append(place)
-    # Prompts of similar length share a pass, so that little is padding.
+    # Prompts of similar length share a pass, which needs less padding.
     read = sorted(askers, key=lambda each: len(each[0]) + len(each[1]))
     found: dict[int, Score] = {}
     groups = host.length_groups([len(prompt) + len(answer) for prompt, answer in read])
@@ -84,7 +81,7 @@ def score(host: Host, questions: Sequence[Question], batch_size: int) -> list[Sc
 
 
 def batches(rows: Iterable[_T], size: int) -> Iterator[list[_T]]:
-    """Consecutive rows, so many at a time."""
+    """Consecutive rows in batches."""
     left = iter(rows)
     while some := list(islice(left, size)):
         yield some
@@ -93,7 +90,7 @@ def batches(rows: Iterable[_T], size: int) -> Iterator[list[_T]]:
 def _scored(
     host: Host, first: Sequence[Question], asked: Sequence[Question], rows: Sequence[int]
 ) -> list[Score]:
-    """Scores of answers, each at one row of what the model reads for the first ones."""
+    """Scores of answers; `rows` are their rows in the batch of `first`."""
     shared = Continuations.of(
         host, [each.prompt for each in first], [each.answer for each in first]
     )
@@ -105,7 +102,7 @@ def _scored(
         logits = shared.logits(host)[place]
     nll = own.nll(logits).nan_to_num(nan=torch.inf)
     best = logits.argmax(-1)
-    start = (~own.mask).sum(1, keepdim=True)  # the place of each answer's first token
+    start = (~own.mask).sum(1, keepdim=True)  # position of each answer's first token
     return [
         Score(*each)
         for each in zip(

@@ -1,27 +1,28 @@
-"""An evaluation in one row per method: means, standard deviations and bootstrap intervals."""
+"""Summary of an evaluation: means, standard deviations and bootstrap intervals per method."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of each record, and how tables show its mean.
+    """A metric, and how tables show its mean.
 
     Attributes:
         name: Its column in the table of edits.
-        label: What people call it.
-        scale: What it is multiplied by, 100 for rates.
-        decimals: How many are shown.
-        definition: Whose: `"paper"`, `"rome"` or neither.
+        label: Its label in tables and figures.
+        scale: Factor for tables, 100 for rates.
+        decimals: Number of decimals shown.
+        definition: Whose definition it is: `"paper"`, `"rome"` or neither.
     """
 
     name: str
@@ -50,148 +51,119 @@ METRICS = (
     Metric("seconds", "s / edit", 1.0, 3),
     Metric("memory", "MiB", 1 / 2**20),
 )
-"""In the order of the tables; the score S, the harmonic mean of ES, PS and NS, stands beside."""
+"""In the order of the tables. The score S, the harmonic mean of ES, PS and NS, comes after NS."""
 
-_SUCCESS = ("efficacy_success", "paraphrase_success", "neighborhood_success")
-_LEFT_OUT = ("efficacy_magnitude", "paraphrase_magnitude", "neighborhood_magnitude", "norm", "rank")
-"""What a page has no room for."""
-
+_SUCCESS = ["efficacy_success", "paraphrase_success", "neighborhood_success"]
+_NOT_SHOWN = (
+    "efficacy_magnitude",
+    "paraphrase_magnitude",
+    "neighborhood_magnitude",
+    "norm",
+    "rank",
+)
 _INTERVAL = (2.5, 97.5)
 
 
 def summarize(edits: pd.DataFrame, *, seed: int, resamples: int) -> pd.DataFrame:
-    """One row per method.
+    """Summarize the table of edits.
 
     Args:
-        edits: The table of edits.
-        seed: Of the bootstrap.
-        resamples: How many times blocks are drawn with replacement; all methods that have the same
-            blocks are resampled alike.
+        edits: The table.
+        seed: Seed of the bootstrap.
+        resamples: Number of bootstrap samples of blocks. Methods with the same blocks are resampled
+            alike.
 
     Returns:
-        `method`, `records`, `failed`, and for each metric its mean under its name, its population
-        standard deviation (`_std`), and the ends of a 95 % percentile interval (`_low`, `_high`),
-        each times the metric's scale. Records that lack a metric do not count in it.
+        One row per method: `method`, `records`, `failed`, and for each metric its mean under its
+        name, the population standard deviation (`_std`), and a 95 % percentile interval (`_low`,
+        `_high`), all multiplied by the metric's scale. Records without a value are left out.
     """
     import pandas as pd
 
+    names, scales = [metric.name for metric in METRICS], [metric.scale for metric in METRICS]
     rows = []
     for name, own in edits.groupby("method", sort=False):
-        row: dict[str, Any] = {
-            "method": name,
-            "records": len(own),
-            "failed": int(own["error"].notna().sum()),
-        }
-        drawn = _Drawn(own["block"].to_numpy(), seed, resamples)
-        means: dict[str, Any] = {}
-        for metric in METRICS:
-            values = own[metric.name].to_numpy(dtype=float, na_value=math.nan) * metric.scale
-            there = values[~_isnan(values)]
-            means[metric.name] = drawn.means(values)
-            row[metric.name] = there.mean() if len(there) else math.nan
-            row[f"{metric.name}_std"] = _std(there)
-            row |= _interval(metric.name, means[metric.name])
-        row["score"] = float(_harmonic([_array([row[name]]) for name in _SUCCESS])[0])
-        row |= _interval("score", _harmonic([means[name] for name in _SUCCESS]))
-        rows.append(row)
-    return pd.DataFrame(rows, columns=_columns())
+        numbers = pd.DataFrame(
+            own[names].to_numpy(dtype=float, na_value=math.nan) * scales, columns=names
+        )
+        with np.errstate(invalid="ignore"):  # infinite values have no standard deviation
+            means, deviations = numbers.mean(), numbers.std(ddof=0)
+        drawn = pd.DataFrame(
+            _resampled_means(numbers.to_numpy(), own["block"].to_numpy(), seed, resamples),
+            columns=names,
+        )
+        row = {"method": name, "records": len(own), "failed": int(own["error"].notna().sum())}
+        for metric in names:
+            row |= {metric: means[metric], f"{metric}_std": deviations[metric]}
+            row |= _interval(metric, drawn[metric].to_numpy())
+        row["score"] = _harmonic_mean(means[_SUCCESS].to_numpy())
+        rows.append(row | _interval("score", _harmonic_mean(drawn[_SUCCESS].to_numpy())))
+    ends = ("", "_std", "_low", "_high")
+    columns = ["method", "records", "failed", *(f"{name}{end}" for name in names for end in ends)]
+    return pd.DataFrame(rows, columns=[*columns, "score", "score_low", "score_high"])
 
 
-def _columns() -> list[str]:
-    names = [metric.name for metric in METRICS]
-    own = [f"{name}{end}" for name in names for end in ("", "_std", "_low", "_high")]
-    return ["method", "records", "failed", *own, "score", "score_low", "score_high"]
+def _resampled_means(
+    values: np.ndarray, blocks: np.ndarray, seed: int, resamples: int
+) -> np.ndarray:
+    """Means `[resample, metric]` of bootstrap samples of the values `[record, metric]`."""
+    # Blocks are resampled, not records, because the records of a block share one edit.
+    names, block_of = np.unique(blocks, return_inverse=True)
+    n_blocks = len(names)
+    generator = np.random.default_rng(seed)
+    counts = generator.multinomial(n_blocks, np.full(n_blocks, 1 / n_blocks), size=resamples)
 
+    def drawn_sums(each: np.ndarray) -> np.ndarray:
+        by_block = np.zeros((n_blocks, each.shape[1]))
+        np.add.at(by_block, block_of, each)
+        sums: np.ndarray = counts @ by_block
+        return sums
 
-class _Drawn:
-    """Blocks, drawn with replacement: the records of one block have one edit in common."""
-
-    def __init__(self, blocks: np.ndarray, seed: int, resamples: int) -> None:
-        import numpy as np
-
-        names, self.places = np.unique(blocks, return_inverse=True)
-        self.n = len(names)
-        generator = np.random.default_rng(seed)
-        # How often each block is drawn, which is all that a mean depends on.
-        self.counts = generator.multinomial(self.n, np.full(self.n, 1 / self.n), size=resamples)
-
-    def means(self, values: np.ndarray) -> np.ndarray:
-        """The mean of each resample; NaN where it has no value."""
-        import numpy as np
-
-        there = ~np.isnan(values)
-        # Infinite values have no part in sums of products: 0 times infinity is NaN.
-        infinite = np.bincount(self.places, np.isinf(values), self.n)
-        finite = np.where(there & ~np.isinf(values), values, 0.0)
-        sums = self.counts @ np.bincount(self.places, finite, self.n)
-        numbers = self.counts @ np.bincount(self.places, there, self.n)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means: np.ndarray = sums / numbers
-        return np.where(self.counts @ infinite > 0, np.inf, means)
+    # Infinite values are counted separately, because 0 times infinity is NaN.
+    finite, infinite = np.isfinite(values), np.isinf(values)
+    with np.errstate(invalid="ignore"):
+        means = drawn_sums(np.where(finite, values, 0.0)) / drawn_sums(finite | infinite)
+    return np.where(drawn_sums(infinite) > 0, np.inf, means)
 
 
 def _interval(name: str, means: np.ndarray) -> dict[str, float]:
-    import numpy as np
-
-    there = means[~np.isnan(means)]
-    if not len(there):
-        return {f"{name}_low": math.nan, f"{name}_high": math.nan}
-    # Without interpolation, which cannot go towards infinity.
-    low, high = np.percentile(there, _INTERVAL, method="inverted_cdf")
-    return {f"{name}_low": float(low), f"{name}_high": float(high)}
+    present = means[~np.isnan(means)]
+    low = high = math.nan
+    if len(present):
+        # Without interpolation, which fails for infinite values.
+        low, high = np.percentile(present, _INTERVAL, method="inverted_cdf").tolist()
+    return {f"{name}_low": low, f"{name}_high": high}
 
 
-def _std(values: np.ndarray) -> float:
-    import numpy as np
-
-    if not len(values) or np.isinf(values).any():
-        return math.nan
-    return float(values.std(ddof=0))
-
-
-def _harmonic(rates: Sequence[np.ndarray]) -> np.ndarray:
-    """The harmonic mean, which is 0 if any of them is."""
-    import numpy as np
-
+def _harmonic_mean(rates: np.ndarray) -> Any:
+    """The harmonic mean along the last axis, 0 if any rate is 0."""
     with np.errstate(divide="ignore"):
-        inverses: np.ndarray = np.sum([1 / rate for rate in rates], axis=0)
-    return len(rates) / inverses
+        return rates.shape[-1] / (1 / rates).sum(-1)
 
 
-def _isnan(values: np.ndarray) -> Any:
-    import numpy as np
-
-    return np.isnan(values)
-
-
-def _array(values: Sequence[float]) -> np.ndarray:
-    import numpy as np
-
-    return np.array(values, dtype=float)
-
-
-# --- as a table to read --------------------------------------------------------------------------
+# --- as text -------------------------------------------------------------------------------------
 
 
 def shown_table(summary: pd.DataFrame) -> pd.DataFrame:
-    """A summary in texts, as the published tables have it: the mean, and in brackets the deviation.
+    """Format a summary like the published tables: means, with standard deviations in parentheses.
 
     Args:
-        summary: What `summarize` returned.
+        summary: A table from `summarize`.
 
     Returns:
-        A column per metric that has a value somewhere.
+        Text, with one column per metric that has a value.
     """
     import pandas as pd
 
     metrics = [
         metric
         for metric in METRICS
-        if metric.name not in _LEFT_OUT and bool(summary[metric.name].notna().any())
+        if metric.name not in _NOT_SHOWN and bool(summary[metric.name].notna().any())
     ]
     rows = []
     for row in summary.to_dict("records"):
-        shown = {"Method": row["method"], "Records": _records(row)}
+        failed = f" ({row['failed']} failed)" if row["failed"] else ""
+        shown = {"Method": row["method"], "Records": f"{row['records']}{failed}"}
         for metric in metrics:
             shown[metric.label] = _shown(row, metric)
             if metric.name == _SUCCESS[-1]:
@@ -200,16 +172,11 @@ def shown_table(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _records(row: Mapping[Hashable, Any]) -> str:
-    return str(row["records"]) + (f" ({row['failed']} failed)" if row["failed"] else "")
-
-
 def _shown(row: Mapping[Hashable, Any], metric: Metric) -> str:
-    mean, deviation = row[metric.name], row[f"{metric.name}_std"]
-    if math.isnan(mean):
-        return ""
-    text = _number(mean, metric.decimals)
-    return text if math.isnan(deviation) else f"{text} ({_number(deviation, metric.decimals)})"
+    mean, deviation = (
+        _number(row[name], metric.decimals) for name in (metric.name, f"{metric.name}_std")
+    )
+    return f"{mean} ({deviation})" if mean and deviation else mean
 
 
 def _number(value: float, decimals: int) -> str:
@@ -219,13 +186,13 @@ def _number(value: float, decimals: int) -> str:
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """A table of texts in Markdown, its columns in line.
+    """Format a table of text as Markdown; pandas needs another package for that, tabulate.
 
     Args:
         table: The table.
 
     Returns:
-        The lines, without a line break behind the last.
+        The lines, without a final line break.
     """
     names = [str(name) for name in table.columns]
     cells = [[str(cell).replace("|", r"\|") for cell in row] for row in table.to_numpy().tolist()]

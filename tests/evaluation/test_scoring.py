@@ -251,7 +251,7 @@ def test_texts_that_are_refused(facts_model: Any, tmp_path: Path, monkeypatch) -
     host = host_of(facts_model)
     with pytest.raises(EvaluationError, match=r"there.raw' cannot be read.*pass 'facts'"):
         read_texts(host, EvaluationConfig(texts=str(tmp_path / "there.raw")))
-    with pytest.raises(EvaluationError, match="no entry of 'facts' has 5000 characters"):
+    with pytest.raises(EvaluationError, match="no text of 'facts' has 5000 characters"):
         read_texts(host, EvaluationConfig(min_characters=5000))
 
     def load(*_: Any, **__: Any) -> None:
@@ -261,7 +261,7 @@ def test_texts_that_are_refused(facts_model: Any, tmp_path: Path, monkeypatch) -
     with pytest.raises(EvaluationError, match=r"loaded: no network; pass texts='wiki.test.raw'"):
         read_texts(host, EvaluationConfig(texts="Salesforce/wikitext"))
     short = Texts("short", ("a",))
-    with pytest.raises(EvaluationError, match="no entry of 'short' has two tokens"):
+    with pytest.raises(EvaluationError, match="no text of 'short' has two tokens"):
         short.tokens(host, EvaluationConfig())
 
 
