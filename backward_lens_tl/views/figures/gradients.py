@@ -145,7 +145,7 @@ def singular_values(
                 width=0.8 if many else 1.4,
             )
         )
-    x = Axis.counting("index, from the largest", [1, *table["rank"]])
+    x = Axis.counting("index, from the largest", [1, *table["rank"].tolist()])
     y = Axis("singular value", is_log=True)
     return draw(backend, title, Lines(tuple(lines), x, y, colors if many else None))
 
