@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from backward_lens_tl._checks import listed
 from backward_lens_tl.capture.bound_objectives import BoundObjective, LossFunction
-from backward_lens_tl.capture.forward_backward import read_logits
-from backward_lens_tl.capture.hooks import requiring_grad
+from backward_lens_tl.capture.forward import read_logits, requiring_grad
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.objectives import (
     Objective,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from backward_lens_tl.data.readers import read_records
-from backward_lens_tl.editing.mend.training import MENDTraining
+from backward_lens_tl.editing.mend.settings import MENDTraining
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.methods.presets import (
     FACTS_TEST,

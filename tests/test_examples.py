@@ -88,7 +88,7 @@ def test_everything_public_has_an_example_that_runs():
         "backward_lens_tl.backward_lens",
         "backward_lens_tl.editing.second_moments",  # decorated
         "backward_lens_tl.result.BackwardLensResult.load",  # a class method
-        "backward_lens_tl.editing.delta.WeightDelta.applied",  # a context manager
+        "backward_lens_tl.editing.weight_delta.WeightDelta.applied",  # a context manager
         "backward_lens_tl.runs.run.Run.load",  # inherited
         "backward_lens_tl.editing.methods.method.EditMethod.compute",  # abstract
         "backward_lens_tl.views.figures.norms",  # of a namespace whose module defines it

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +24,7 @@ from torch import Tensor, nn
 
 from backward_lens_tl._checks import plain, shown
 from backward_lens_tl.capture.batching import Pass
-from backward_lens_tl.capture.forward_backward import read_logits
-from backward_lens_tl.capture.hooks import Copies, Values
+from backward_lens_tl.capture.forward import forward_pass
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.objectives import Targets, target_nll
 from backward_lens_tl.capture.prompts import PromptBatch, Prompts
@@ -36,7 +34,6 @@ from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import WRITING_MATRICES, MatrixSite
-from backward_lens_tl.models.taps import hooked
 from backward_lens_tl.models.weight_patching import stepped
 from backward_lens_tl.readout.vectors import read_vectors
 
@@ -204,19 +201,12 @@ def _run(host: Host, batch: PromptBatch, target: int, sites: Sequence[MatrixSite
     Returns:
         Outputs and loss.
     """
-    # Copies: the model, or a caller's hook, may write into an output later.
-    copies = Copies(shared=False)
-    seen = [Values(f"{site.matrix} of layer {site.layer}", copies) for site in sites]
-    with ExitStack() as hooks, host.own_precision():
-        for site, values in zip(sites, seen, strict=True):
-            # Before the caller's hooks, as where VJPs are taken.
-            hooks.enter_context(hooked(site.output, values.keep, before_others=True))
-        logits = read_logits(host, batch, n_read=1)[0, -1]
+    seen = forward_pass(host, batch, outputs=sites)
     outputs = [
-        _joined_output(values.only, site, len(batch.mask[0]))
-        for site, values in zip(sites, seen, strict=True)
+        _joined_output(output, site, len(batch.mask[0]))
+        for site, output in zip(sites, seen.outputs, strict=True)
     ]
-    return _Run(outputs, -float(logits.double().log_softmax(-1)[target]))
+    return _Run(outputs, -float(seen.logits[0].double().log_softmax(-1)[target]))
 
 
 def _joined_output(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from backward_lens_tl.capture.forward_backward import read_logits
+from backward_lens_tl.capture.forward import read_logits
 from backward_lens_tl.capture.prompts import PromptBatch, pad_prompts
 from backward_lens_tl.models import Host
 

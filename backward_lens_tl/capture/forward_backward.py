@@ -8,9 +8,8 @@ the activation half of one backward pass; logits are computed only where the obj
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 
 import torch
@@ -19,13 +18,14 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from backward_lens_tl.capture.bound_objectives import BoundObjective
+from backward_lens_tl.capture.forward import read_logits, requiring_grad
 from backward_lens_tl.capture.hook_point_recorders import (
     HookPointRecorder,
     PatternRecorder,
     VjpRecorder,
 )
 from backward_lens_tl.capture.hook_points import AttentionGradient, HookPointGradient
-from backward_lens_tl.capture.hooks import Copies, clean_rows, requiring_grad
+from backward_lens_tl.capture.hooks import Copies, clean_rows
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.prompts import PromptBatch
 from backward_lens_tl.capture.recorders import (
@@ -34,14 +34,8 @@ from backward_lens_tl.capture.recorders import (
     recorder_of,
     recording,
 )
-from backward_lens_tl.errors import (
-    InputError,
-    ModelStateError,
-    ObjectiveError,
-    UnsupportedModelError,
-)
+from backward_lens_tl.errors import ModelStateError, ObjectiveError, UnsupportedModelError
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.selection import find_sites
 from backward_lens_tl.models.sites import ATTENTION_MATRICES, HookPointSite, Site
 
@@ -123,63 +117,6 @@ def record(
             for layer, pattern in run.patterns.items()
         },
     )
-
-
-def read_logits(
-    host: Host, batch: PromptBatch, n_read: int | None, points: Sequence[HookPointSite] = ()
-) -> Float[Tensor, "batch read d_vocab"]:
-    """The logits at the last positions of each prompt, or at all positions.
-
-    Args:
-        host: The model.
-        batch: The prompts.
-        n_read: Number of positions at each prompt's end; `None` for all positions.
-        points: Hook points that are recorded at the same time.
-
-    Returns:
-        The logits, in float32 or float64, on the device of the tokens.
-    """
-    select = _unchanged if n_read is None else partial(batch.ends, n=n_read)
-    return selected_logits(host, batch, select, points)
-
-
-def selected_logits(
-    host: Host,
-    batch: PromptBatch,
-    select: Callable[[Tensor], Tensor],
-    points: Sequence[HookPointSite] = (),
-) -> Float[Tensor, "rows read d_vocab"]:
-    """The logits at selected positions; others are not computed if no hook can see them.
-
-    Args:
-        host: The model.
-        batch: The prompts.
-        select: Maps a value per position, `[batch, pos, d]`, to the values at the positions that
-            are needed, `[rows, read, d]`.
-        points: Hook points that are recorded at the same time.
-
-    Returns:
-        The logits, in float32 or float64, on the device of the tokens.
-
-    Raises:
-        InputError: If the prompts may not share a forward pass.
-    """
-    if len(host.length_groups(batch.lengths.tolist())) > 1:
-        raise InputError(
-            "some prompts are longer than the model's original context and others are not; its "
-            "rotary angles differ between the two, and all prompts of a forward pass share one. "
-            "Pass them in separate calls"
-        )
-    if host.are_in_blocks([*host.hooked_modules, *(point.tap.module for point in points)]):
-        logits = host.logits_of(batch.tokens, select)
-    else:  # a hook sees the unembedding
-        logits = select(host.logits(batch.tokens))
-    # If the model is split over devices, logits are on the last one.
-    return at_least_float32(logits).to(batch.tokens.device)
-
-
-def _unchanged(values: Tensor) -> Tensor:
-    return values
 
 
 class _Run:

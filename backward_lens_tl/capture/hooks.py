@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import TypeVar
 
 from jaxtyping import Float
@@ -110,26 +109,6 @@ class Edges:
             The VJP; zeros for `None`.
         """
         return _only(self.seen, self._name)[1].clone() if found is None else found
-
-
-@contextmanager
-def requiring_grad(parameters: Iterable[Tensor], *, among: Iterable[Tensor]) -> Iterator[None]:
-    """Set which parameters require gradients inside the context, and restore it afterwards.
-
-    Args:
-        parameters: Those that do, even if they are frozen.
-        among: Those that do not, unless they are in `parameters`.
-
-    Yields:
-        Nothing.
-    """
-    with ExitStack() as as_before:
-        for wanted, tensors in ((False, among), (True, parameters)):
-            for tensor in tensors:
-                # Even if nothing changes here: recorders change it, and may be interrupted.
-                as_before.callback(tensor.requires_grad_, tensor.requires_grad)
-                tensor.requires_grad_(wanted)
-        yield
 
 
 def clean_rows(factor: Float[Tensor, "*shape"], batch: PromptBatch) -> Float[Tensor, "*shape"]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backward_lens_tl.capture.forward_backward import read_logits
+from backward_lens_tl.capture.forward import read_logits
 from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.models import Host
 

@@ -3,14 +3,15 @@
     requests ── method(model, requests) ──▶ WeightDelta ── applied, apply_/revert_ ──▶ edited model
                                                         ── save, to_lora, gradient(), delta_tokens
 
-An edit is an object. It changes a model for a while, or until it is reverted, and puts back every
-bit; it can be scaled, added, saved, and looked at through the lens.
+An edit is an object. It changes a model inside a context, or until it is reverted, and restores
+every bit. It can be scaled, added, saved, and read through the lens.
 """
 
-from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
+from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.mend.hypernetwork import MENDEditor
 from backward_lens_tl.editing.mend.mend import MEND
-from backward_lens_tl.editing.mend.training import MENDTraining, train_mend
+from backward_lens_tl.editing.mend.settings import MENDTraining
+from backward_lens_tl.editing.mend.training import train_mend
 from backward_lens_tl.editing.methods.fine_tuning import FineTuning
 from backward_lens_tl.editing.methods.memit import MEMIT
 from backward_lens_tl.editing.methods.method import EditMethod
@@ -21,9 +22,12 @@ from backward_lens_tl.editing.methods.shift import ForwardPassShift
 from backward_lens_tl.editing.methods.steps import GradientStep
 from backward_lens_tl.editing.methods.ultraedit import UltraEdit
 from backward_lens_tl.editing.requests import EditRequest
-from backward_lens_tl.editing.statistics.moments import SecondMoments, facts_moments, second_moments
-from backward_lens_tl.editing.statistics.standardization import PairStatistics, pair_statistics
+from backward_lens_tl.editing.statistics.moment_collection import second_moments
+from backward_lens_tl.editing.statistics.moments import SecondMoments, facts_moments
+from backward_lens_tl.editing.statistics.pair_collection import pair_statistics
+from backward_lens_tl.editing.statistics.standardization import PairStatistics
 from backward_lens_tl.editing.tokens import compare_tokens, delta_tokens
+from backward_lens_tl.editing.weight_delta import WeightDelta
 
 __all__ = [
     "MEMIT",

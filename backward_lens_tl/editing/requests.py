@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import index
 
@@ -21,11 +21,11 @@ class EditRequest:
 
     Attributes:
         prompt: The prompt, such as `"Lionel Messi plays for"`.
-        target: What is to follow it: a text as it continues the prompt, with its leading space, or
-            a token id.
-        subject: What the prompt is about, a part of it, for the methods that edit there.
-        subject_start: Where the subject begins in the prompt, in characters, if it occurs there
-            several times and another than the first is meant.
+        target: The new answer: a text as it continues the prompt, with its leading space, or a
+            token id.
+        subject: The part of the prompt that the fact is about, for methods that edit there.
+        subject_start: The index of the subject's first character in the prompt, needed only if the
+            subject occurs several times and the first is not meant.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -42,7 +42,7 @@ class EditRequest:
 
     @classmethod
     def of(cls, record: Record) -> EditRequest:
-        """The request of a row of a data set.
+        """Create the request of a row of a data set.
 
         Args:
             record: The row.
@@ -51,7 +51,7 @@ class EditRequest:
             Its prompt, target and subject.
 
         Raises:
-            EditError: If it is no record.
+            EditError: If it is not a record.
 
         Examples:
             >>> record = blt.read_records("facts").rows[0]
@@ -61,8 +61,8 @@ class EditRequest:
         """
         if not isinstance(record, Record):
             raise EditError(
-                f"{shown(record)} is a {type(record).__name__}; pass a Record, as those of "
-                "read_records(data) that are no BadRecord"
+                f"{shown(record)} is a {type(record).__name__}; pass a Record, such as the rows of "
+                "read_records(data) that are not BadRecords"
             )
         return cls(record.prompt, record.target, record.subject, record.subject_start)
 
@@ -73,11 +73,11 @@ class TokenizedRequest:
 
     Attributes:
         request: The request.
-        prompt: Ids of the prompt, BOS included where there is one.
-        target: Ids of the target.
+        prompt: Token ids of the prompt, BOS included if there is one.
+        target: Token ids of the target.
         subject_last: Index of the subject's last token in the prompt; `None` without a subject.
-        text: The prompt's text, in which its tokens have their spans.
-        spans: Where in the text each token stands.
+        text: The prompt's text, to which the spans refer.
+        spans: The span of each token in the text.
     """
 
     request: EditRequest
@@ -88,17 +88,8 @@ class TokenizedRequest:
     spans: tuple[Span, ...]
 
     @property
-    def taught(self) -> tuple[int, ...]:
-        """The prompt and all of the target but its last token: what the model reads."""
-        return (*self.prompt, *self.target[:-1])
-
-    @property
     def needed_subject(self) -> int:
-        """Index of the subject's last token.
-
-        Raises:
-            EditError: If the request names no subject.
-        """
+        """Index of the subject's last token; an `EditError` without a subject."""
         if self.subject_last is None:
             raise EditError(
                 f"the request for {self.request.prompt!r} has no subject, and the edit is made at "
@@ -108,19 +99,24 @@ class TokenizedRequest:
         return self.subject_last
 
 
-def listed_requests(requests: EditRequest | Sequence[EditRequest]) -> list[EditRequest]:
-    """One request or several, as a list.
+def tokenize_requests(
+    host: Host, requests: EditRequest | Iterable[EditRequest], prepend_bos: bool | None
+) -> list[TokenizedRequest]:
+    """Tokenize one request or several.
 
     Args:
+        host: The model.
         requests: What a caller passed.
+        prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
 
     Returns:
         At least one request.
 
     Raises:
-        EditError: If there is none, or something else among them.
+        EditError: If there is no request, something is not a request, or as for
+            `tokenize_request`.
     """
-    asked = listed(requests)
+    asked = [requests] if isinstance(requests, EditRequest) else listed(requests)
     if not asked:
         raise EditError("there is no request; pass EditRequest(prompt, target), or several")
     for request in asked:
@@ -129,13 +125,13 @@ def listed_requests(requests: EditRequest | Sequence[EditRequest]) -> list[EditR
                 f"{shown(request)} is a {type(request).__name__}; pass an EditRequest(prompt, "
                 "target), or EditRequest.of(record) for a row of read_records"
             )
-    return asked
+    return [tokenize_request(host, request, prepend_bos) for request in asked]
 
 
 def tokenize_request(
     host: Host, request: EditRequest, prepend_bos: bool | None
 ) -> TokenizedRequest:
-    """Bring a request into tokens.
+    """Tokenize a request.
 
     Args:
         host: The model.
@@ -143,7 +139,7 @@ def tokenize_request(
         prepend_bos: Whether the prompt gets a BOS token; `None` is the model's own default.
 
     Returns:
-        Its tokens.
+        The request in tokens.
 
     Raises:
         EditError: If the prompt or the target is not usable, both together are longer than the
@@ -169,15 +165,7 @@ def tokenize_request(
 
 
 def target_ids(prompt: Prompt, target: str | int) -> list[int]:
-    """Token ids of an answer.
-
-    Args:
-        prompt: The prompt.
-        target: A text that continues it, or a token id.
-
-    Returns:
-        The ids, at least one.
-    """
+    """Token ids of an answer to a prompt: a text that continues it, or one token id."""
     if isinstance(target, str):
         return prompt.continuation(target)
     return [prompt.token_id(target)]
@@ -187,7 +175,7 @@ def _subject_last(prompt: Prompt, request: EditRequest) -> int | None:
     subject, start = request.subject, request.subject_start
     if subject is None:
         if start is not None:
-            raise EditError(f"subject_start is {shown(start)}, and there is no subject to begin")
+            raise EditError(f"subject_start is {shown(start)}, but there is no subject")
         return None
     if start is None:
         return covered_tokens(prompt.text, prompt.spans, subject)[-1]

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from backward_lens_tl._checks import check_choice, is_integer, shown
 from backward_lens_tl.choices import MultiToken
-from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta, edited_site
+from backward_lens_tl.editing.matrix_delta import MatrixDelta
+from backward_lens_tl.editing.weight_delta import WeightDelta, edited_site
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.sites import READING_MATRICES

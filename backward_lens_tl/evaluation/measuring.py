@@ -13,7 +13,7 @@ from torch import nn
 
 from backward_lens_tl.capture.memory import is_lack_of_memory
 from backward_lens_tl.capture.sampling import sample
-from backward_lens_tl.editing.delta import WeightDelta
+from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import BackwardLensError, ModelStateError
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.costs import with_cost

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from backward_lens_tl._checks import check_choice, check_number, listed
-from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
+from backward_lens_tl.capture.forward import Addition, adding, forward_pass
+from backward_lens_tl.capture.prompts import pad_prompts
+from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.shift import ForwardPassShift
 from backward_lens_tl.editing.methods.steps import GradientStep, Optimizer
-from backward_lens_tl.editing.requests import EditRequest, listed_requests, tokenize_request
-from backward_lens_tl.editing.statistics.activations import Addition, activations, adding
+from backward_lens_tl.editing.requests import EditRequest, tokenize_requests
+from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.perplexity import perplexity, read_texts
@@ -84,9 +86,9 @@ def least_rates(
     chosen = select_layers(layers, host)
     texts = read_texts(host, settings).tokens(host, settings)
     rows = []
-    for index, request in enumerate(tqdm(listed_requests(requests), disable=not progress)):
-        asked = tokenize_request(host, request, settings.prepend_bos)
-        first = EditRequest(request.prompt, asked.target[0])
+    tokenized = tokenize_requests(host, requests, settings.prepend_bos)
+    for index, asked in enumerate(tqdm(tokenized, disable=not progress)):
+        first = EditRequest(asked.request.prompt, asked.target[0])
         for step in steps:
             for delta in _directions(model, first, step, chosen, settings.prepend_bos):
                 rate = _least(host, delta, asked.prompt, asked.target[0], grid)
@@ -157,7 +159,7 @@ def _least(
     [site] = find_editable(host, delta.matrix, delta.layer)
     scales = torch.tensor(rates, device=host.device, dtype=torch.float64)
     with adding(site, _scaled(delta, scales)):
-        logits = activations(host, [prompt] * len(rates)).logits
+        logits = forward_pass(host, pad_prompts(host, [prompt] * len(rates))).logits
     enough = (logits.argmax(-1) == target).nonzero()
     return rates[int(enough[0])] if len(enough) else math.nan
 

@@ -146,12 +146,38 @@ class MatrixSite:
         return () if self.bias is None else (self.bias,)
 
     @property
-    def width(self) -> int:
-        """How many numbers both factors have per token, at least."""
+    def shape(self) -> tuple[int, int]:
+        """`(d_in, d_out)` of the matrix with its heads side by side."""
         *heads, d_in, d_out = self.weight.in_out(self.weight.parameter).shape
         n_heads = math.prod(heads)
         is_reading = self.matrix in READING_MATRICES
-        return d_in + n_heads * d_out if is_reading else n_heads * d_in + d_out
+        return (d_in, n_heads * d_out) if is_reading else (n_heads * d_in, d_out)
+
+    @property
+    def width(self) -> int:
+        """How many numbers both factors have per token, at least."""
+        return sum(self.shape)
+
+    def joined(
+        self, weight: Float[Tensor, "*head d_in d_out"]
+    ) -> Float[Tensor, "in_side out_side"]:
+        """Lay heads side by side along the side of the matrix that they divide."""
+        if weight.ndim == 2:
+            return weight
+        return rearrange(weight, f"head d_in d_out -> {self._side_by_side}")
+
+    def as_stored(self, matrix: Float[Tensor, "in_side out_side"]) -> Float[Tensor, "*stored"]:
+        """Lay a matrix with heads side by side out like the parameter."""
+        *heads, _, _ = self.weight.in_out(self.weight.parameter).shape
+        if heads:
+            pattern = f"{self._side_by_side} -> head d_in d_out"
+            matrix = rearrange(matrix, pattern, head=heads[0])
+        return self.weight.as_stored(matrix)
+
+    @property
+    def _side_by_side(self) -> str:
+        is_reading = self.matrix in READING_MATRICES
+        return "d_in (head d_out)" if is_reading else "(head d_in) d_out"
 
     def dense(self, gradients: Sequence[Tensor]) -> Float[Tensor, "*head d_in d_out"]:
         """Lay gradients of `weights` out in TransformerLens's orientation."""

@@ -18,13 +18,8 @@ from torch import Tensor
 
 from backward_lens_tl import capture_gradients, target_nll
 from backward_lens_tl.analysis.neurons import neuron_tokens, spanning_tokens
-from backward_lens_tl.editing.delta import (
-    MatrixDelta,
-    WeightDelta,
-    by_head,
-    side_by_side,
-    total,
-)
+from backward_lens_tl.editing.matrix_delta import MatrixDelta
+from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import (
     EditError,
     ModelStateError,
@@ -81,12 +76,12 @@ def of_model(
 ) -> MatrixDelta:
     """A random edit of a matrix of a model, in its dtype, with its bias if it has one."""
     [site] = find_editable(host_of(model), matrix, layer)
-    weight = side_by_side(site, site.weight.in_out(site.weight.parameter.detach()))
-    made = low_rank(matrix, layer, tuple(weight.shape), rank, seed, weight.dtype)
+    dtype = site.weight.parameter.dtype
+    made = low_rank(matrix, layer, site.shape, rank, seed, dtype)
     return (
         made
         if site.bias is None
-        else replace(made, bias=random(weight.shape[1], seed=seed + 5, dtype=weight.dtype))
+        else replace(made, bias=random(site.shape[1], seed=seed + 5, dtype=dtype))
     )
 
 
@@ -189,9 +184,7 @@ def test_a_sum_of_edits_has_each_matrix_once_in_the_order_of_a_forward_pass() ->
     assert torch.allclose(both["W_out", 1].dense(), expected, rtol=ROUNDING)
     assert torch.equal(both["W_in", 2].dense(), other["W_in", 2].dense())
     assert len(both) == 3
-    summed = total([one, other], {"method": "sum"})
-    assert summed.about == {"method": "sum"}
-    assert torch.equal(summed["W_out", 1].dense(), both["W_out", 1].dense())
+    assert both.about == {"sum_of": (one.about, other.about)}
     with pytest.raises(TypeError):
         one + 1  # type: ignore[operator]
     with pytest.raises(EditError, match="not of one matrix"):
@@ -259,7 +252,7 @@ def test_a_change_of_nothing() -> None:
         assert delta.svd()[1].numel() == 0
         assert delta.factors[0].shape == (52, 0)
     assert (no_products + low_rank()).rank() == 3
-    nothing = total([], {})
+    nothing = WeightDelta((), {})
     assert (nothing.norm, nothing.rank, len(nothing)) == (0, 0, 0)
 
 
@@ -312,7 +305,7 @@ def test_names_say_what_is_there() -> None:
         "MatrixDelta(W_out of layer 1, [52, 24], rank <= 3, with bias)"
     )
     assert repr(whole["W_out", 2]) == "MatrixDelta(W_out of layer 2, [52, 24], dense)"
-    assert repr(total([], {})) == "WeightDelta(edit, nothing)"
+    assert repr(WeightDelta((), {})) == "WeightDelta(edit, nothing)"
 
 
 # ------------------------------------------------------------------------------------ on a model
@@ -386,9 +379,9 @@ def test_heads_lie_side_by_side(case: Case, matrix: str) -> None:
         assert torch.allclose(torch.cat(by_hand, dim=1), expected)
     # NeoX turns queries in float32, behind this place; its norms do not round here.
     assert torch.allclose(change, expected, atol=1e-6 if case.logits_in_float32 else 1e-10)
-    laid_out = by_head(site, dense)
-    assert laid_out.shape == site.weight.in_out(site.weight.parameter).shape
-    assert torch.equal(side_by_side(site, laid_out), dense)
+    stored = site.as_stored(dense)
+    assert stored.shape == site.weight.parameter.shape
+    assert torch.equal(site.joined(site.weight.in_out(stored)), dense)
 
 
 @pytest.mark.versions

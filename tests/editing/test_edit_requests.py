@@ -14,9 +14,9 @@ from backward_lens_tl.data.records import BadRecord
 from backward_lens_tl.editing import EditRequest, ForwardPassShift
 from backward_lens_tl.editing.requests import (
     TokenizedRequest,
-    listed_requests,
     target_ids,
     tokenize_request,
+    tokenize_requests,
 )
 from backward_lens_tl.errors import EditError, InputError
 from backward_lens_tl.models import Host, host_of
@@ -32,6 +32,11 @@ def host(request: pytest.FixtureRequest) -> Host:
 
 def tokenized(host: Host, *args: Any, bos: bool | None = False, **kwargs: Any) -> TokenizedRequest:
     return tokenize_request(host, EditRequest(*args, **kwargs), bos)
+
+
+def taught(asked: TokenizedRequest) -> tuple[int, ...]:
+    """What the model reads of a prompt and its target."""
+    return (*asked.prompt, *asked.target[:-1])
 
 
 def ids(host: Host, text: str) -> list[int]:
@@ -149,10 +154,10 @@ def test_targets_are_taken_as_they_are(host: Host) -> None:
 
 def test_what_a_model_reads_of_prompt_and_target(host: Host) -> None:
     prompt = tuple(ids(host, "Rome is in"))
-    assert tokenized(host, "Rome is in", " Paris").taught == prompt
-    assert tokenized(host, "Rome is in", " Paris Rome").taught == (*prompt, 40)
-    assert tokenized(host, "Rome is in", " Paris Rome the").taught == (*prompt, 40, 85)
-    assert tokenized(host, "Rome is in", 9).taught == prompt
+    assert taught(tokenized(host, "Rome is in", " Paris")) == prompt
+    assert taught(tokenized(host, "Rome is in", " Paris Rome")) == (*prompt, 40)
+    assert taught(tokenized(host, "Rome is in", " Paris Rome the")) == (*prompt, 40, 85)
+    assert taught(tokenized(host, "Rome is in", 9)) == prompt
 
 
 @pytest.mark.parametrize("target", ["", -1, 97, 10**30, None, 1.0, True, [" Paris"], b" Paris"])
@@ -163,7 +168,7 @@ def test_targets_that_are_none(host: Host, target: Any) -> None:
 
 def test_prompt_and_target_fit_into_the_context(host: Host) -> None:
     prompt = "Rome" + " Rome" * (N_CTX - 2)
-    assert len(tokenized(host, prompt, " Paris Rome").taught) == N_CTX
+    assert len(taught(tokenized(host, prompt, " Paris Rome"))) == N_CTX
     with pytest.raises(EditError, match=f"{N_CTX + 1} tokens"):
         tokenized(host, prompt, " Paris Rome the")
     with pytest.raises(EditError, match="context"):
@@ -181,19 +186,19 @@ def test_prompts_that_are_none(host: Host, prompt: Any) -> None:
         tokenized(host, prompt, " Paris")
 
 
-def test_one_request_or_several() -> None:
+def test_one_request_or_several(host: Host) -> None:
     request = EditRequest("Rome is in", " Paris")
-    assert listed_requests(request) == [request]
-    assert listed_requests([request, request]) == [request, request]
-    assert listed_requests(iter([request])) == [request]  # type: ignore[arg-type]
+    for requests, n in ((request, 1), ([request, request], 2), (iter([request]), 1)):
+        found = tokenize_requests(host, requests, False)
+        assert [each.request for each in found] == [request] * n
 
 
 @pytest.mark.parametrize(
     "requests", [[], (), "Rome is in", [("Rome", " Paris")], [None], [EditRequest], {"prompt": "a"}]
 )
-def test_what_is_no_request(requests: Any) -> None:
+def test_what_is_not_a_request(host: Host, requests: Any) -> None:
     with pytest.raises(EditError):
-        listed_requests(requests)
+        tokenize_requests(host, requests, False)
 
 
 @pytest.mark.parametrize("requests", [None, 5])

@@ -417,9 +417,6 @@ def test_the_facts_model_learns(facts_model: Any) -> None:
         ({"norm_constraint": float("nan")}, "norm_constraint"),
         ({"stop_at": None}, "stop_at"),
         ({"stop_at": -1}, "stop_at"),
-        ({"matrices": "W_down"}, "matrices"),
-        ({"matrices": ()}, "matrices"),
-        ({"layers": ()}, "layers"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
@@ -430,6 +427,9 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"matrices": "W_down"}, "unknown matrix 'W_down'"),
+        ({"matrices": ()}, "no matrix was asked for"),
+        ({"layers": ()}, "no layer was asked for"),
         ({"layers": 2}, "layer"),
         ({"layers": (0, -3)}, "layer"),
         ({"layers": 0.5}, "layer"),

@@ -14,13 +14,14 @@ import torch
 from models import HAS_HOOKED, Case, attention_only_model, build, hooked_only
 from torch import Tensor
 
-from backward_lens_tl.editing.delta import WeightDelta
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.methods.normalized_gradient import NormalizedGradient
 from backward_lens_tl.editing.methods.ultraedit import UltraEdit
 from backward_lens_tl.editing.requests import EditRequest, tokenize_request
+from backward_lens_tl.editing.statistics.pair_collection import pair_statistics
 from backward_lens_tl.editing.statistics.spanning import joined_pairs, spanning_pairs
-from backward_lens_tl.editing.statistics.standardization import PairStatistics, pair_statistics
+from backward_lens_tl.editing.statistics.standardization import PairStatistics
+from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import EditError, ResultFileError, UnsupportedModelError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.selection import find_editable
@@ -155,7 +156,9 @@ def test_positions_of_the_last_layer_that_the_loss_does_not_see_are_dropped(one_
     first, top = spanning_pairs(host, tokenized(one_gpt2), find_editable(host, "W_out", [0, last]))
     n_targets = [len(each.target) for each in tokenized(one_gpt2)]
     assert top.mask.sum(1).tolist() == n_targets
-    assert first.mask.sum(1).tolist() == [len(each.taught) for each in tokenized(one_gpt2)]
+    assert first.mask.sum(1).tolist() == [
+        len(each.prompt) + len(each.target) - 1 for each in tokenized(one_gpt2)
+    ]
 
 
 def test_answer_positions_are_those_where_the_targets_tokens_are_to_be_said(one_gpt2: Case) -> None:
@@ -163,10 +166,10 @@ def test_answer_positions_are_those_where_the_targets_tokens_are_to_be_said(one_
     [everywhere] = spanning_pairs(host, requests, find_editable(host, "W_in", [0]))
     [answers] = spanning_pairs(host, requests, find_editable(host, "W_in", [0]), "answer")
     for at, request in enumerate(requests):
-        n, first = len(request.taught), len(request.prompt) - 1
+        n, first = len(request.prompt) + len(request.target) - 1, len(request.prompt) - 1
         assert answers.mask[at].nonzero()[:, 0].tolist() == list(range(first, n))
     assert torch.equal(answers.inputs, everywhere.inputs)
-    assert len(answers.flat[0]) == sum(len(each.target) for each in requests)
+    assert len(answers.inputs[answers.mask]) == sum(len(each.target) for each in requests)
 
 
 def test_pairs_of_many_requests_are_those_of_each_in_its_turn(one_gpt2: Case) -> None:
@@ -217,12 +220,12 @@ def test_statistics_that_are_standardized_by_themselves_have_mean_0_and_variance
     sites = find_editable(host, "mlp", [0, 1, 2])
     for site, pairs in zip(sites, joined_pairs(host, tokenized(one_gpt2), sites), strict=True):
         place = (site.matrix, site.layer)
-        rows = statistics.standardized(place, *pairs)
+        inputs, vjps = statistics.standardized(place, *pairs)
+        rows = torch.cat((inputs, vjps), dim=1)
         assert float(rows.mean(0).abs().max()) < 1e-6
         assert float((rows.std(0) - 1).abs().max()) < 1e-3  # eps beside small deviations
         raw = torch.cat(pairs, dim=1)
         assert float((raw.std(0) - 1).abs().max()) > 0.1
-        inputs, vjps = statistics.split(place, rows)
         assert inputs.shape == pairs[0].shape
         assert vjps.shape == pairs[1].shape
 
@@ -233,8 +236,8 @@ def test_a_coordinate_that_never_changed_becomes_0(one_gpt2: Case) -> None:
     std[5] = 0
     still = replace(statistics, std=(std,))
     inputs, vjps = torch.randn(4, 24).double(), torch.randn(4, 52).double()
-    rows = still.standardized(("W_in", 0), inputs, vjps)
-    other = statistics.standardized(("W_in", 0), inputs, vjps)
+    rows = torch.cat(still.standardized(("W_in", 0), inputs, vjps), dim=1)
+    other = torch.cat(statistics.standardized(("W_in", 0), inputs, vjps), dim=1)
     assert bool((rows[:, 5] == 0).all())
     assert bool((other[:, 5] != 0).all())
     rest = torch.arange(76) != 5
@@ -457,9 +460,9 @@ def test_statistics_of_other_matrices_are_refused(one_gpt2: Case) -> None:
 
 
 def test_statistics_of_other_positions_are_refused(one_gpt2: Case) -> None:
-    with pytest.raises(EditError, match="positions 'answer', and the editor looks at 'all'"):
+    with pytest.raises(EditError, match="positions 'answer', and the editor uses 'all'"):
         NormalizedGradient(statistics_of(one_gpt2, "answer"))(one_gpt2.model, REQUESTS[0])
-    with pytest.raises(EditError, match="positions 'all', and the editor looks at 'answer'"):
+    with pytest.raises(EditError, match="positions 'all', and the editor uses 'answer'"):
         UltraEdit(statistics_of(one_gpt2))(one_gpt2.model, REQUESTS[0])
 
 

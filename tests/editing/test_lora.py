@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from backward_lens_tl import load_facts_model, load_model
-from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta, side_by_side
 from backward_lens_tl.editing.lora import _columns
+from backward_lens_tl.editing.matrix_delta import MatrixDelta
+from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import EditError, ResultFileError, UnsupportedModelError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.selection import find_editable
@@ -69,7 +70,7 @@ def change(
 ) -> MatrixDelta:
     """A random edit that is about `size` times as long as the matrix."""
     [site] = find_editable(host_of(model), matrix, layer)
-    weight = side_by_side(site, site.weight.in_out(site.weight.parameter.detach()))
+    weight = site.joined(site.weight.in_out(site.weight.parameter.detach()))
     generator = torch.Generator().manual_seed(1000 * layer + 10 * seed + len(matrix))
     left, right = (
         torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -27,7 +27,7 @@ from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.editing import EditRequest, facts_moments, second_moments
 from backward_lens_tl.editing.methods.memit import MEMIT
 from backward_lens_tl.editing.methods.rome import ROME
-from backward_lens_tl.editing.statistics.contexts import sampled_prefixes
+from backward_lens_tl.editing.statistics.facts import sampled_prefixes
 from backward_lens_tl.errors import EditError, UnsupportedModelError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.checksums import tensors_digest
@@ -246,7 +246,9 @@ def test_model_and_random_numbers_stay_as_they_were(each: Case) -> None:
 @pytest.mark.usefixtures("as_for_a_user")
 def test_many_facts_at_once(facts_model: Any) -> None:
     records = list(read_records("facts"))[200:202]
-    method = MEMIT((0, 1), facts_moments(), regularization=5.0, starts=("The",), prepend_bos=False)
+    method = MEMIT(
+        (0, 1), moments=facts_moments(), regularization=5.0, starts=("The",), prepend_bos=False
+    )
     delta = method(facts_model, [EditRequest.of(record) for record in records])
     said, kept = [], []
     with delta.applied(facts_model):

@@ -17,13 +17,17 @@ from torch import Tensor
 from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.data.records import Record
 from backward_lens_tl.editing.mend import training as mend_training
+from backward_lens_tl.editing.mend.data import TrainingData
 from backward_lens_tl.editing.mend.hypernetwork import MENDEditor, ResidualLayer
+from backward_lens_tl.editing.mend.losses import edit_losses
 from backward_lens_tl.editing.mend.mend import MEND
-from backward_lens_tl.editing.mend.training import MENDTraining, edit_losses, train_mend
+from backward_lens_tl.editing.mend.settings import MENDTraining
+from backward_lens_tl.editing.mend.training import train_mend
 from backward_lens_tl.editing.methods.normalized_gradient import NormalizedGradient
 from backward_lens_tl.editing.requests import EditRequest, tokenize_request
+from backward_lens_tl.editing.statistics.pair_collection import pair_statistics
 from backward_lens_tl.editing.statistics.spanning import spanning_pairs
-from backward_lens_tl.editing.statistics.standardization import PairStatistics, pair_statistics
+from backward_lens_tl.editing.statistics.standardization import PairStatistics
 from backward_lens_tl.errors import EditError, ResultFileError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.selection import find_editable
@@ -164,7 +168,9 @@ def test_the_edit_is_what_a_loop_over_positions_makes_of_the_pairs(gpt2: Case) -
         assert {name for name, _ in network.places} == {place[0]}
         [pairs] = spanning_pairs(host, requests, find_editable(host, *place))
         expected: Any = 0
-        for inputs, vjps in zip(*(each.numpy() for each in pairs.flat), strict=True):
+        for inputs, vjps in zip(
+            *(each[pairs.mask].numpy() for each in (pairs.inputs, pairs.vjps)), strict=True
+        ):
             row = (np.concatenate([inputs, vjps]) - mean) / (std + 1e-7)
             for layer in network.layers:
                 row = slow_layer(layer, row, network.places.index(place))
@@ -201,7 +207,7 @@ def test_the_first_factor_has_variance_one_over_width_and_comes_of_the_seed(one_
 
 def drawn_from(case: Case) -> tuple[Any, list[Any], Any]:
     host = host_of(case.model)
-    data = mend_training._Data.of(host, RECORDS, None, False)
+    data = TrainingData.of(host, RECORDS, None, False)
     return host, data.draw(replace(SHORT, edits_per_step=3, n_locality=4), 0, 0), data
 
 
@@ -211,7 +217,7 @@ def slow_losses(case: Case, editor: MENDEditor, drawn: Sequence[Any]) -> tuple[f
     for each in drawn:
         delta = MEND(editor, prepend_bos=False)(case.model, each.request.request)
         terms, n = 0.0, 0
-        row = torch.tensor([each.outer.taught])
+        row = torch.tensor([[*each.outer.prompt, *each.outer.target[:-1]]])
         with torch.no_grad():
             before = [case.model(torch.tensor([row])).log_softmax(-1) for row in each.locality]
             with delta.applied(case.model):
@@ -344,10 +350,10 @@ def test_an_interrupted_training_goes_on_to_the_same_editor(
     monkeypatch.setattr(mend_training._Training, "step", breaking)
     with pytest.raises(Interrupted):
         train(one_gpt2, training=training, out=file)
-    with pytest.raises(EditError, match="a training after 2 steps, which has not come to its end"):
+    with pytest.raises(EditError, match="an unfinished training after 2 steps"):
         MENDEditor.load(file)
     done = -10  # two of five steps are in the file: three are left
-    with pytest.raises(EditError, match=r"holds a training with lr 0\.001, and 0\.5 is ask"):
+    with pytest.raises(EditError, match=r"holds a training with lr 0\.001, not 0\.5"):
         train(one_gpt2, training=replace(training, lr=0.5), out=file)
     with pytest.raises(EditError, match="holds a training with records"):
         train(one_gpt2, training=training, out=file, records=RECORDS[:2])
@@ -419,13 +425,13 @@ def test_each_record_comes_once_per_epoch_with_its_own_neighbors(one_gpt2: Case)
 
 
 def test_every_step_draws_anew(one_gpt2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw, asked = mend_training._Data.draw, []
+    draw, asked = TrainingData.draw, []
 
     def watched(self: Any, training: MENDTraining, seed: int, step: int) -> list[Any]:
         asked.append((seed, step))
         return draw(self, training, seed, step)
 
-    monkeypatch.setattr(mend_training._Data, "draw", watched)
+    monkeypatch.setattr(TrainingData, "draw", watched)
     train(one_gpt2)
     assert asked == [(3, 0), (3, 1), (3, 2), (3, 3)]
 
@@ -433,7 +439,7 @@ def test_every_step_draws_anew(one_gpt2: Case, monkeypatch: pytest.MonkeyPatch) 
 def test_texts_of_the_caller_are_left_alone_but_for_those_on_the_subject(one_gpt2: Case) -> None:
     host = host_of(one_gpt2.model)
     texts = ["The dog runs", "Messi runs", "The ball of France"]
-    data = mend_training._Data.of(host, RECORDS, texts, False)
+    data = TrainingData.of(host, RECORDS, texts, False)
     drawn = [each for step in range(9) for each in data.draw(SHORT, 0, step)]
     seen: dict[str, set[str]] = {}
     for each in drawn:
@@ -453,7 +459,7 @@ def test_texts_of_the_caller_are_left_alone_but_for_those_on_the_subject(one_gpt
 def test_training_needs_records(one_gpt2: Case) -> None:
     with pytest.raises(EditError, match="there is no record to train on"):
         train(one_gpt2, records=[])
-    with pytest.raises(EditError, match="is a EditRequest; pass Records"):
+    with pytest.raises(EditError, match="is a EditRequest; pass a Record"):
         train(one_gpt2, records=REQUESTS)
     lonely = replace(RECORDS[0], neighborhood_prompts=(), generation_prompts=())
     with pytest.raises(EditError, match="nothing that the edit of 'The capital of France is' sho"):
@@ -500,7 +506,7 @@ def test_matrices_and_models_that_do_not_fit_are_refused(one_gpt2: Case) -> None
     answers = pair_statistics(
         one_gpt2.model, REQUESTS, layers=[0], positions="answer", progress=False
     )
-    with pytest.raises(EditError, match="looks at 'all'"):
+    with pytest.raises(EditError, match="uses 'all'"):
         MENDEditor.untrained(answers)
 
 

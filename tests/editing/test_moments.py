@@ -17,7 +17,7 @@ from test_shift import EITHER, Pair, pair
 from torch import Tensor
 
 from backward_lens_tl.editing import SecondMoments, facts_moments, second_moments
-from backward_lens_tl.editing.statistics.moments import _digest
+from backward_lens_tl.editing.statistics.moment_collection import _digest
 from backward_lens_tl.errors import (
     BackwardLensError,
     EditError,

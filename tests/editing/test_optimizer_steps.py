@@ -14,10 +14,11 @@ from models import Case, _hf_model, bridge_case, bridge_only, randomise, small_t
 from torch import Tensor, nn
 
 from backward_lens_tl import backward_lens, capture_gradients, sequence_nll
-from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
+from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.steps import GradientStep
 from backward_lens_tl.editing.requests import EditRequest
 from backward_lens_tl.editing.tokens import compare_tokens, delta_tokens
+from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import EditError, InputError, UnsupportedModelError
 from backward_lens_tl.models import host_of
 
@@ -355,8 +356,8 @@ def test_settings_are_told(gpt2: Case) -> None:
     ("settings", "message"),
     [
         ({"optimizer": "lion"}, "optimizer is 'lion'; allowed are 'sgd', 'adam', 'muon'"),
-        ({"lr": 0}, "lr is 0; pass a positive number"),
-        ({"lr": float("inf")}, "lr is inf; pass a positive number"),
+        ({"lr": 0}, "lr is 0; pass a number above 0"),
+        ({"lr": float("inf")}, "lr is inf; pass a number above 0"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"lr": True}, "lr is True"),
         ({"lr": "1"}, "lr is '1'"),

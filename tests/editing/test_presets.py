@@ -37,7 +37,7 @@ from backward_lens_tl.editing.methods.presets import (
     preset_settings,
     with_settings,
 )
-from backward_lens_tl.editing.statistics.moments import second_moments
+from backward_lens_tl.editing.statistics.moment_collection import second_moments
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.plan import unused_records

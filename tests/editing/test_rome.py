@@ -29,8 +29,7 @@ from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.editing import EditRequest, facts_moments, second_moments
 from backward_lens_tl.editing.methods.rome import ROME
 from backward_lens_tl.editing.requests import tokenize_request
-from backward_lens_tl.editing.statistics.contexts import sampled_prefixes
-from backward_lens_tl.editing.statistics.keys import FactContexts
+from backward_lens_tl.editing.statistics.facts import FactContexts, sampled_prefixes
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.checksums import tensors_digest
@@ -58,7 +57,8 @@ def sampled(case: Case, seed: int = 0) -> tuple[str, ...]:
 
 def rome(case: Case, moments: Any = None, **settings: Any) -> ROME:
     own = with_moments(case, [LAYER], [random_moments(52)]) if moments is None else moments
-    return ROME(LAYER, own, **({"prefixes": PREFIXES, "prepend_bos": False} | SETTINGS | settings))
+    settings = {"prefixes": PREFIXES, "prepend_bos": False} | SETTINGS | settings
+    return ROME(LAYER, moments=own, **settings)
 
 
 def change(method: ROME, case: Case, *requests: EditRequest) -> Tensor:
@@ -204,7 +204,8 @@ def test_several_requests_see_those_before_them(gpt2: Case) -> None:
     assert both["W_out", LAYER].rank() == 2
     with first.applied(gpt2.model), pytest.MonkeyPatch.context() as patch:
         # The prefixes are those of the model as it was.
-        patch.setattr("backward_lens_tl.editing.methods.rome.sampled_prefixes", lambda *_: prefixes)
+        module = "backward_lens_tl.editing.methods.fact_method"
+        patch.setattr(f"{module}.sampled_prefixes", lambda *_: prefixes)
         second = method(gpt2.model, OTHER)
     summed = (first + second)["W_out", LAYER].dense()
     dense = both["W_out", LAYER].dense()
@@ -271,7 +272,7 @@ def test_a_known_fact_needs_no_value(facts_model: Any) -> None:
     """Its loss is below 0.05 at once."""
     record = _tuning_record()
     known = EditRequest(record.prompt, record.answer, record.subject)
-    method = ROME(0, facts_moments(), key_mode="bare", prefixes=(), prepend_bos=False)
+    method = ROME(0, moments=facts_moments(), key_mode="bare", prefixes=(), prepend_bos=False)
     assert method(facts_model, known).norm == 0
 
 
@@ -381,7 +382,7 @@ def _tuning_record() -> Any:
 @pytest.mark.usefixtures("as_for_a_user")
 def test_a_fact_is_edited_and_neighbors_are_not(facts_model: Any) -> None:
     few = ((5, 1), (10, 1))
-    method = ROME(0, facts_moments(), key_mode="bare", prefixes=few, prepend_bos=False)
+    method = ROME(0, moments=facts_moments(), key_mode="bare", prefixes=few, prepend_bos=False)
     record = _tuning_record()
     with method(facts_model, EditRequest.of(record)).applied(facts_model):
         said = _answer(facts_model, record.prompt)
@@ -437,9 +438,9 @@ def test_a_key_that_hardly_listens_is_told_of(one_gpt2: Case) -> None:
 )
 @pytest.mark.usefixtures("as_for_a_user")
 def test_wrong_settings_are_told(one_gpt2: Case, settings: dict[str, Any], message: str) -> None:
-    method = replace(rome(one_gpt2), **({"weight_decay": 0.0, "clamp": 1e308} | settings))
+    settings = {"weight_decay": 0.0, "clamp": 1e308} | settings
     with pytest.raises(EditError, match=message):
-        method(one_gpt2.model, REQUEST)
+        replace(rome(one_gpt2), **settings)(one_gpt2.model, REQUEST)
 
 
 def test_a_subject_is_needed_where_it_is_edited(one_gpt2: Case) -> None:

@@ -727,7 +727,7 @@ def test_moments_of_something_else() -> None:
         shift(form="whitened", moments=facts_moments())(own.model, requests(1))
     reading = second_moments(own.model, TEXTS, matrix="W_in", prepend_bos=False, progress=False)
     with pytest.raises(EditError, match="W_in"):
-        shift(form="whitened", moments=reading)
+        shift(form="whitened", moments=reading)(own.model, requests(1))
     few = second_moments(own.model, TEXTS[:1], prepend_bos=False, progress=False)
     with pytest.raises(EditError, match="tokens"):
         shift(form="whitened", moments=few)(own.model, requests(1))

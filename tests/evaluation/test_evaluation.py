@@ -26,7 +26,7 @@ from torch import nn
 import backward_lens_tl as blt
 from backward_lens_tl import cli
 from backward_lens_tl.capture.sampling import sample
-from backward_lens_tl.editing.delta import MatrixDelta
+from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.errors import EditError, EvaluationError, ModelStateError
 from backward_lens_tl.evaluation import measuring

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import backward_lens_tl as blt
 from backward_lens_tl.editing import EditRequest, ForwardPassShift, GradientStep
-from backward_lens_tl.editing.delta import WeightDelta
+from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import EditError, EvaluationError, InputError
 from backward_lens_tl.evaluation import rates, tuning
 from backward_lens_tl.evaluation.config import EvaluationConfig

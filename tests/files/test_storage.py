@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
+from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.mend.hypernetwork import MENDCheckpoint, MENDEditor
 from backward_lens_tl.editing.requests import EditRequest
 from backward_lens_tl.editing.statistics.moments import SecondMoments, facts_moments
-from backward_lens_tl.editing.statistics.standardization import PairStatistics, pair_statistics
+from backward_lens_tl.editing.statistics.pair_collection import pair_statistics
+from backward_lens_tl.editing.statistics.standardization import PairStatistics
+from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import ResultFileError
 from backward_lens_tl.files.storage import Saved, write
 from backward_lens_tl.lens import backward_lens

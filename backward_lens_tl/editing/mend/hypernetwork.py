@@ -1,4 +1,4 @@
-"""MEND's networks: they turn the pairs that span a gradient into those that span an edit.
+"""MEND's networks, which turn the pairs that span a gradient into pairs that span an edit.
 
 Mitchell et al., "Fast Model Editing at Scale" (ICLR 2022, arXiv 2110.11309), section 3.
 """
@@ -22,7 +22,7 @@ from backward_lens_tl.models.checksums import tensors_digest
 from backward_lens_tl.models.sites import MatrixName
 
 LARGEST_RANK = 1920
-"""Rank of each layer's factors at most, as published."""
+"""Largest rank of a layer's factors, as published."""
 
 N_LAYERS = 2
 
@@ -31,12 +31,7 @@ N_LAYERS = 2
 class ResidualLayer:
     """`y = z + relu(scale_k * (z V U + b) + shift_k)`, with scale and shift of each matrix `k`.
 
-    Attributes:
-        down: `V`.
-        up: `U`.
-        bias: `b`.
-        scale: One row for each matrix.
-        shift: Likewise.
+    `down` is `V`, `up` is `U`; `scale` and `shift` have one row per matrix.
     """
 
     down: Float[Tensor, "d_pair rank"]
@@ -47,16 +42,7 @@ class ResidualLayer:
 
     @classmethod
     def identity(cls, width: int, n_matrices: int, generator: torch.Generator) -> ResidualLayer:
-        """A layer that changes nothing yet: `U` and `b` are zero.
-
-        Args:
-            width: Of the pairs.
-            n_matrices: Matrices that share it.
-            generator: Draws `V`, with variance `1 / width`.
-
-        Returns:
-            The layer, in float32.
-        """
+        """A layer that computes the identity; `V` has variance `1 / width`."""
         rank = min(LARGEST_RANK, width)
         return cls(
             down=torch.randn(width, rank, generator=generator) * width**-0.5,
@@ -69,28 +55,15 @@ class ResidualLayer:
     def __call__(
         self, pairs: Float[Tensor, "*rows d_pair"], matrix: int
     ) -> Float[Tensor, "*rows d_pair"]:
-        """Transform the pairs of one matrix.
-
-        Args:
-            pairs: The pairs, side by side.
-            matrix: Its place among the matrices that share the layer.
-
-        Returns:
-            As many pairs.
-        """
+        """Transform concatenated pairs of the matrix with this index."""
         inner = (pairs @ self.down) @ self.up + self.bias
-        # clamp has a gradient at 0, where every layer begins; relu has none there.
+        # clamp has a gradient at 0, where every layer starts; relu has none there.
         return pairs + (self.scale[matrix] * inner + self.shift[matrix]).clamp(min=0)
 
 
 @dataclass(frozen=True, repr=False)
 class PairNetwork:
-    """The network of all matrices of one shape.
-
-    Attributes:
-        places: The matrices with their layers.
-        layers: Its layers, one after the other.
-    """
+    """The network that matrices of one shape share: `places` names them with their layers."""
 
     places: tuple[tuple[MatrixName, int], ...]
     layers: tuple[ResidualLayer, ...]
@@ -98,15 +71,7 @@ class PairNetwork:
     def __call__(
         self, place: tuple[str, int], pairs: Float[Tensor, "*rows d_pair"]
     ) -> Float[Tensor, "*rows d_pair"]:
-        """Transform the pairs of one matrix.
-
-        Args:
-            place: The matrix and its layer.
-            pairs: The standardised pairs, side by side.
-
-        Returns:
-            As many pairs.
-        """
+        """Transform concatenated, standardised pairs of one matrix."""
         at = self.places.index((place[0], place[1]))
         for layer in self.layers:
             pairs = layer(pairs, at)
@@ -118,12 +83,11 @@ class MENDEditor(storage.Saved):
     """What MEND learns: a network for each shape of a matrix, and a learning rate for each matrix.
 
     Attributes:
-        statistics: How pairs are standardised before the networks see them.
-        networks: One for each shape.
+        statistics: Statistics by which pairs are standardised first.
+        networks: One network per shape.
         rates: The learning rate of each of the statistics' matrices.
-        training: What it was trained on and how; empty before.
-        losses: Of each step of the training: of the edits, and of what is to stay as it is, in
-            nats; without the factors that they are weighted with.
+        training: Data and settings of the training; empty before.
+        losses: Unweighted losses of each step of the training, of edits and of locality, in nats.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -150,12 +114,12 @@ class MENDEditor(storage.Saved):
     def untrained(
         cls, statistics: PairStatistics, *, lr: float = 1e-3, seed: int = 0
     ) -> MENDEditor:
-        """An editor that has learned nothing: its edits are those of `NormalizedGradient`.
+        """Create an untrained editor, whose edits are those of `NormalizedGradient`.
 
         Args:
             statistics: Mean and standard deviation of the pairs at the matrices to edit.
             lr: The learning rate of every matrix.
-            seed: Of the networks' weights.
+            seed: Seed of the networks' weights.
 
         Returns:
             The editor, in the precision of the statistics.
@@ -184,23 +148,23 @@ class MENDEditor(storage.Saved):
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Everything that is learned: the networks' weights, and the learning rates last."""
+        """All trained parameters: the networks' weights, then the learning rates."""
         layers = [layer for network in self.networks for layer in network.layers]
         return [getattr(layer, name) for layer in layers for name in _WEIGHTS] + [self.rates]
 
     @property
     def n_parameters(self) -> int:
-        """How many numbers are learned."""
+        """Number of trained parameters."""
         return sum(each.numel() for each in self.parameters)
 
     def with_parameters(self, parameters: Sequence[Tensor]) -> MENDEditor:
-        """The same editor with other numbers.
+        """Replace the parameters.
 
         Args:
-            parameters: As `parameters` lists them.
+            parameters: New parameters, in the order of `parameters`.
 
         Returns:
-            The editor, which holds these very tensors.
+            The editor with these tensors, not copies.
 
         Examples:
             >>> halved = editor.with_parameters([each / 2 for each in editor.parameters])
@@ -221,13 +185,13 @@ class MENDEditor(storage.Saved):
         return replace(self, networks=networks, rates=next(left))
 
     def to(self, device: torch.device) -> MENDEditor:
-        """The same on a device.
+        """Move the parameters to a device.
 
         Args:
             device: The device.
 
         Returns:
-            The editor there.
+            The editor on the device.
 
         Examples:
             >>> editor.to(torch.device("cpu")).rates.device
@@ -238,35 +202,36 @@ class MENDEditor(storage.Saved):
     def factors(
         self, pairs: SpanningPairs
     ) -> tuple[Float[Tensor, "request pos d_in"], Float[Tensor, "request pos d_out"]]:
-        """The edit of one matrix for each request by itself: `dW = sum_i outer(l_i, r_i)`.
+        """Compute the edit of one matrix for each request: `dW = sum_i outer(left_i, right_i)`.
 
         Args:
-            pairs: What spans the gradient there.
+            pairs: The pairs that span the gradient of the matrix.
 
         Returns:
-            What the edit listens to, and what it writes; zeros where the mask of the pairs is
-            False. Differentiable in the editor's parameters.
+            Left and right factors, zero where the mask of the pairs is False. Differentiable in the
+            editor's parameters.
 
         Examples:
             >>> from backward_lens_tl.editing.statistics.spanning import SpanningPairs
             >>> own = capture["W_out", 7]
             >>> pairs = SpanningPairs("W_out", 7, own.inputs, own.vjps, ~own.is_zero)
-            >>> listens, writes = editor.factors(pairs)
-            >>> listens.shape, writes.shape  # [request, pos, d_in], [request, pos, d_out]
+            >>> left, right = editor.factors(pairs)
+            >>> left.shape, right.shape  # [request, pos, d_in], [request, pos, d_out]
             (torch.Size([1, 6, 512]), torch.Size([1, 6, 128]))
         """
         place = (pairs.matrix, pairs.layer)
-        together = self.statistics.standardized(place, pairs.inputs, pairs.vjps)
+        together = torch.cat(self.statistics.standardized(place, pairs.inputs, pairs.vjps), dim=-1)
         at = self.statistics.places.index(place)
         rate = self.rates[at].to(together.device)
         network = next(each for each in self.networks if place in each.places)
-        inputs, vjps = self.statistics.split(place, network(place, together.to(rate.dtype)))
+        widths = [pairs.inputs.shape[-1], pairs.vjps.shape[-1]]
+        inputs, vjps = network(place, together.to(rate.dtype)).split(widths, dim=-1)
         hidden = ~pairs.mask[..., None]
         return inputs.masked_fill(hidden, 0), (-rate * vjps).masked_fill(hidden, 0)
 
     @property
     def fingerprint(self) -> str:
-        """What it is, in one line, for the settings of a method."""
+        """Checksum, steps and statistics in one line, for the settings of a method."""
         named = {str(at): each for at, each in enumerate(self.parameters)}
         steps = self.training.get("steps", 0)
         return f"{tensors_digest(named)[:12]} after {steps} steps, {self.statistics.fingerprint}"
@@ -282,8 +247,8 @@ class MENDEditor(storage.Saved):
             The editor, on the CPU.
 
         Raises:
-            EditError: If the file holds a training that has not come to its end.
-            ResultFileError: If the file holds no editor, or is damaged.
+            EditError: If the file holds an unfinished training.
+            ResultFileError: If the file does not hold an editor, or is damaged.
 
         Examples:
             >>> editor.save(folder / "mend.safetensors")
@@ -294,8 +259,8 @@ class MENDEditor(storage.Saved):
         found: MENDEditor | MENDCheckpoint = storage.read(path, (cls, MENDCheckpoint), cls.PARTS)
         if isinstance(found, MENDCheckpoint):
             raise EditError(
-                f"{str(path)!r} holds a training after {len(found.editor.losses)} steps, which has "
-                "not come to its end; call train_mend with the same arguments to go on with it"
+                f"{str(path)!r} holds an unfinished training after {len(found.editor.losses)} "
+                "steps; call train_mend with the same arguments to resume it"
             )
         return found
 
@@ -305,13 +270,7 @@ class MENDEditor(storage.Saved):
 
 @dataclass(frozen=True, repr=False)
 class MENDCheckpoint(storage.Saved):
-    """A training that has not come to its end.
-
-    Attributes:
-        editor: The editor as it is so far.
-        means: Adam's running mean of each parameter's gradient.
-        squares: Adam's running mean of its square.
-    """
+    """An unfinished training: the editor, and Adam's running means of gradients and squares."""
 
     WHAT = "MEND training"
     PARTS = (MENDEditor, *MENDEditor.PARTS)

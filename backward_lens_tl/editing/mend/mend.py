@@ -1,4 +1,4 @@
-"""MEND: networks that make an edit of the pairs that span a request's gradient."""
+"""MEND: networks that turn the pairs that span a request's gradient into an edit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from backward_lens_tl._checks import check_kind
-from backward_lens_tl.editing.delta import MatrixDelta
+from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.mend.hypernetwork import MENDEditor
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
@@ -21,12 +21,11 @@ from backward_lens_tl.models import Host
 class MEND(EditMethod):
     """MEND (Mitchell et al., ICLR 2022): `dW = -lr sum_i outer(x_i', delta_i')`, `lr` learned.
 
-    A learned network makes `(x_i', delta_i')` of each standardised pair. The edits of several
+    A learned network computes `(x_i', delta_i')` from each standardised pair. The edits of several
     requests are added up.
 
     Attributes:
-        editor: The networks, as `train_mend` gives them.
-        prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
+        editor: The networks, from `train_mend`.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -42,22 +41,13 @@ class MEND(EditMethod):
     """
 
     editor: MENDEditor
-    prepend_bos: bool | None = None
 
     def __post_init__(self) -> None:
-        made = "train_mend(model, records)"
-        check_kind("editor", self.editor, MENDEditor, made, EditError)
+        super().__post_init__()
+        check_kind("editor", self.editor, MENDEditor, "train_mend(model, records)", EditError)
 
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> list[MatrixDelta]:
-        """What is added to each matrix: an outer product per position of each request.
-
-        Args:
-            host: The model.
-            requests: What it is to be taught.
-
-        Returns:
-            The changes, as factors.
-        """
+        """Compute the changes, one outer product per position of each request."""
         sites = self.editor.statistics.sites(host)
         editor = self.editor.to(host.device)
         deltas = []

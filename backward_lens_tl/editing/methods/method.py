@@ -1,32 +1,32 @@
-"""What all methods of editing have in common: settings in, requests in, a delta out."""
+"""What all editing methods share: settings and requests in, a weight delta out."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any, cast
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
 
-from backward_lens_tl._checks import check_choice
-from backward_lens_tl.editing.delta import MatrixDelta, WeightDelta
-from backward_lens_tl.editing.requests import (
-    EditRequest,
-    TokenizedRequest,
-    listed_requests,
-    tokenize_request,
-)
+from backward_lens_tl.editing.matrix_delta import MatrixDelta
+from backward_lens_tl.editing.requests import EditRequest, TokenizedRequest, tokenize_requests
+from backward_lens_tl.editing.settings import Settings
+from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import EditError, raised_as
 from backward_lens_tl.models import Host, host_of
 
 
-class EditMethod(ABC):
-    """A method of editing with its settings: call it with a model and what it is to be taught.
+@dataclass(frozen=True, kw_only=True)
+class EditMethod(Settings, ABC):
+    """An editing method with its settings: call it with a model and the facts to be taught.
 
-    Subclasses are frozen dataclasses with a field `prepend_bos`, which says whether prompts get a
-    BOS token; `None` is the model's own default.
+    Subclasses are frozen dataclasses. Their fields are checked as in
+    `backward_lens_tl.editing.settings`.
+
+    Attributes:
+        prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -40,21 +40,21 @@ class EditMethod(ABC):
         {'FineTuning': 128, 'GradientStep': 6}
     """
 
-    prepend_bos: bool | None
+    prepend_bos: bool | None = None
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """The method's name in tables."""
         return type(self).__name__
 
     def __call__(
         self, model: nn.Module, requests: EditRequest | Sequence[EditRequest]
     ) -> WeightDelta:
-        """Compute an edit; the model is as before when this returns or raises.
+        """Compute an edit; the model does not change.
 
         Args:
             model: A `HookedTransformer` or `TransformerBridge`.
-            requests: What it is to be taught, one fact or several at once.
+            requests: One fact, or several that are taught at once.
 
         Returns:
             The edit.
@@ -64,52 +64,49 @@ class EditMethod(ABC):
             UnsupportedModelError: If the model has a structure that the method cannot edit.
         """
         host = host_of(model)
-        check_choice("prepend_bos", self.prepend_bos, (True, False, None), EditError)
-        asked = listed_requests(requests)
-        tokenized = [tokenize_request(host, request, self.prepend_bos) for request in asked]
+        tokenized = tokenize_requests(host, requests, self.prepend_bos)
         with torch.no_grad(), host.own_precision(), raised_as(EditError):
             matrices = self.compute(host, tokenized)
         return WeightDelta(tuple(matrices), {**self.settings(), "model": host.name})
 
     @abstractmethod
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> Sequence[MatrixDelta]:
-        """What is added to each matrix.
+        """Compute what is added to each matrix.
 
-        Autograd is off; a method that needs it switches it on itself.
+        Autograd is off; a method that needs it turns it on.
 
         Args:
             host: The model.
-            requests: What it is to be taught, at least one.
+            requests: The facts, at least one.
 
         Returns:
             The changes, each matrix once, in the order of a forward pass.
 
         Examples:
-            >>> from backward_lens_tl.editing.requests import tokenize_request
+            >>> from backward_lens_tl.editing.requests import tokenize_requests
             >>> from backward_lens_tl.models import host_of
             >>> host = host_of(model)
             >>> shift = blt.editing.ForwardPassShift(layer=5, size=4.0, form="scale_free")
-            >>> shift.compute(host, [tokenize_request(host, request, None)])
+            >>> shift.compute(host, tokenize_requests(host, request, None))
             [MatrixDelta(W_out of layer 5, [512, 128], rank <= 1)]
         """
 
     def settings(self) -> dict[str, Any]:
-        """The method's name and all its settings, as JSON holds them.
+        """Return the method's name and settings as JSON values.
 
         Returns:
             The settings; statistics and networks by their fingerprint.
 
         Examples:
             >>> blt.editing.GradientStep("sgd", lr=1.0, layers=6).settings()
-            {'method': 'GradientStep', 'optimizer': 'sgd', 'lr': 1.0, 'matrices': ['W_out'],
-            'layers': 6, 'prepend_bos': None}
+            {'method': 'GradientStep', 'prepend_bos': None, 'optimizer': 'sgd', 'lr': 1.0,
+            'matrices': ['W_out'], 'layers': 6}
         """
-        own = {f.name: _plain(getattr(self, f.name)) for f in fields(cast(Any, self))}
+        own = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
         return {"method": self.name, **own}
 
 
 def _plain(value: object) -> Any:
-    """A setting as JSON holds it; statistics and networks by their fingerprint."""
     if isinstance(value, EditMethod):
         return value.settings()
     if hasattr(value, "fingerprint"):

@@ -18,7 +18,8 @@ from torch import nn
 from backward_lens_tl.data.records import Record
 from backward_lens_tl.editing.mend.hypernetwork import MENDEditor
 from backward_lens_tl.editing.mend.mend import MEND
-from backward_lens_tl.editing.mend.training import MENDTraining, train_mend
+from backward_lens_tl.editing.mend.settings import MENDTraining
+from backward_lens_tl.editing.mend.training import train_mend
 from backward_lens_tl.editing.methods.fine_tuning import FineTuning
 from backward_lens_tl.editing.methods.memit import MEMIT
 from backward_lens_tl.editing.methods.method import EditMethod
@@ -27,14 +28,15 @@ from backward_lens_tl.editing.methods.rome import ROME
 from backward_lens_tl.editing.methods.shift import ForwardPassShift
 from backward_lens_tl.editing.methods.steps import GradientStep
 from backward_lens_tl.editing.methods.ultraedit import UltraEdit
-from backward_lens_tl.editing.requests import EditRequest, tokenize_request
-from backward_lens_tl.editing.statistics.moments import SecondMoments, facts_moments, second_moments
-from backward_lens_tl.editing.statistics.standardization import (
+from backward_lens_tl.editing.requests import EditRequest, tokenize_requests
+from backward_lens_tl.editing.statistics.moment_collection import second_moments
+from backward_lens_tl.editing.statistics.moments import SecondMoments, facts_moments
+from backward_lens_tl.editing.statistics.pair_collection import (
     EDITED_LAYERS,
-    PairStatistics,
     pair_statistics,
     requests_digest,
 )
+from backward_lens_tl.editing.statistics.standardization import PairStatistics
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.loading import FACTS_MODEL
@@ -323,7 +325,7 @@ class _Needs:
     def _kept(self, file: Path, requests: Sequence[EditRequest]) -> PairStatistics:
         """Those of a file, unless they are of others: maybe of records that are tested on now."""
         found, host = PairStatistics.load(file), host_of(self._model)
-        tokenized = [tokenize_request(host, request, self.prepend_bos) for request in requests]
+        tokenized = tokenize_requests(host, requests, self.prepend_bos)
         if found.requests != requests_digest(tokenized):
             raise EditError(
                 f"{str(file)!r} holds statistics of other records than those that may be learnt "

@@ -6,9 +6,9 @@ token, and `e_t` the target's row of the decoding matrix,
 
     W_out <- W_out + eta x^T e_t                                      (paper, section 7)
 
-so that the output there changes by `eta ||x||^2 e_t`, and at any other place, which reads `x_j`, by
-`eta <x_j, x> e_t`. Both other forms choose which input is listened to, `l` in `W_out + c l^T e_t`
-with `x l^T = 1`, so that the output changes by just `c e_t`:
+so that the output there changes by `eta ||x||^2 e_t`, and at any other position, which reads `x_j`,
+by `eta <x_j, x> e_t`. The two other forms choose the input direction `l` in `W_out + c l^T e_t`
+with `x l^T = 1`, so that the output changes by exactly `c e_t`:
 
     scale free   l = x / ||x||^2
     whitened     l = C^-1 x / (x^T C^-1 x),   C = E[x x^T]            (this package's own)
@@ -21,58 +21,60 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from backward_lens_tl._checks import check_choice, check_kind, check_number, is_integer, shown
-from backward_lens_tl.editing.delta import MatrixDelta
+from backward_lens_tl._checks import check_kind, shown
+from backward_lens_tl.capture.forward import Addition, adding, forward_pass
+from backward_lens_tl.capture.prompts import pad_prompts
+from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.statistics.activations import Addition, activations, adding
+from backward_lens_tl.editing.settings import Count, NonNegative
 from backward_lens_tl.editing.statistics.moments import RIDGE, SecondMoments
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
+from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.selection import find_editable
 
 ShiftForm = Literal["paper", "scale_free", "whitened"]
 TargetEmbedding = Literal["auto", "unembed", "embed"]
 
 _DEPENDENT = 1e-6
-"""Part of its norm that is added to the Gram matrix of several inputs, which may be dependent."""
+"""Fraction of its mean diagonal that is added to the Gram matrix of several inputs, which may be
+linearly dependent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardPassShift(EditMethod):
     """Write the target's embedding where the prompt's last token reads it.
 
-    One forward pass per edit, one outer product per request, `W_out` alone, no bias. Of a target of
+    One forward pass per edit, one outer product per request, `W_out` only, no bias. Of a target of
     several tokens the first is written.
 
-    Several requests share the edit. In the paper's form their outer products are added up, so that
-    each also writes where others read something alike; the other two forms solve for `l_i` with
-    `x_j l_i^T = 1` where `i = j` and 0 elsewhere, so that each prompt's output changes by its own
+    Several requests share the edit. In the paper's form their outer products are added up, so each
+    of them also writes where others read something similar. The two other forms solve for `l_i`
+    with `x_j l_i^T = 1` where `i = j` and 0 elsewhere, so each prompt's output changes by its own
     `c e_t` alone.
 
     Attributes:
         layer: The layer, negative ones from the end.
         size: `eta` in the paper's form, where it depends on the layer and the model (GPT-2 xl: 0.24
             at layer 35); `c` in the others, where it hardly does.
-        form: Which of the three.
-        iterations: Forward passes at most: each adds `size` to the requests whose target is not yet
+        form: Which of the three forms.
+        iterations: Most forward passes: each adds `size` to the requests whose target is not yet
             the most probable token. The edited layer reads the same before and after, so this
-            finds the smallest multiple of `size` that is enough.
-        skip_if_answered: Whether a request whose target leads already is left out, as in the
-            authors' code.
-        target_embedding: `"unembed"` takes `e_t` out of the unembedding, `"embed"` out of the
-            embedding. `"auto"` takes the embedding where both are or were one matrix, since weight
-            processing folds the final norm into the unembedding and centers it; else the
-            unembedding.
+            finds the smallest sufficient multiple of `size`.
+        skip_if_answered: Whether to leave out requests whose target is already the most probable
+            token, as in the authors' code.
+        target_embedding: Whether `e_t` comes from the unembedding or the embedding. `"auto"` uses
+            the embedding where both are or were one matrix, because weight processing folds the
+            final norm into the unembedding and centers it; otherwise the unembedding.
         moments: Second moments of `W_out`'s inputs, for the whitened form.
-        ridge: Part of the mean variance that is added to `C`.
-        prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
+        ridge: Fraction of the mean variance that is added to the diagonal of `C`.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -87,58 +89,47 @@ class ForwardPassShift(EditMethod):
     layer: int
     size: float
     form: ShiftForm = "paper"
-    iterations: int = 1
+    iterations: Count = 1
     skip_if_answered: bool = False
     target_embedding: TargetEmbedding = "auto"
     moments: SecondMoments | None = None
-    ridge: float = RIDGE
-    prepend_bos: bool | None = None
+    ridge: NonNegative = RIDGE
 
     def __post_init__(self) -> None:
-        check_choice("form", self.form, get_args(ShiftForm), EditError)
-        embeddings = get_args(TargetEmbedding)
-        check_choice("target_embedding", self.target_embedding, embeddings, EditError)
-        if not is_integer(self.iterations) or self.iterations < 1:
-            raise EditError(f"iterations is {shown(self.iterations)}; pass an integer from 1 on")
+        super().__post_init__()
         is_number = isinstance(self.size, int | float) and not isinstance(self.size, bool)
         if not is_number or not math.isfinite(self.size):
             raise EditError(f"size is {shown(self.size)}; pass a number")
-        check_number("ridge", self.ridge, zero=True, error=EditError)
         if self.form == "whitened" and self.moments is None:
             raise EditError(
                 "the whitened form needs moments, the statistics of what W_out reads: collect them "
-                "with second_moments(model, texts), or take facts_moments() for the facts model"
+                "with second_moments(model, texts), or pass facts_moments() for the facts model"
             )
         if self.moments is not None:
             made = "second_moments(model, texts)"
             check_kind("moments", self.moments, SecondMoments, made, EditError)
-        if self.moments is not None and self.moments.matrix != "W_out":
-            raise EditError(
-                f"moments are of what {self.moments.matrix} reads, and the edit is of W_out; "
-                "collect them with second_moments(model, texts, matrix='W_out')"
-            )
 
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> list[MatrixDelta]:
-        """The shift of all requests together."""
+        """Compute the shift of all requests together."""
         [site] = find_editable(host, "W_out", [self.layer])
-        prompts = [request.prompt for request in requests]
-        seen = activations(host, prompts, [site])
-        last = [len(prompt) - 1 for prompt in prompts]
-        reads = seen.inputs["W_out", site.layer][range(len(prompts)), last]
+        batch = pad_prompts(host, [request.prompt for request in requests])
+        seen = forward_pass(host, batch, inputs=[site])
+        rows = torch.arange(len(requests), device=batch.last.device)
+        reads = at_least_float32(seen.inputs[0][rows, batch.last])
         first = [request.target[0] for request in requests]
         embeddings = torch.stack([self._embedding(host, token) for token in first]).to(reads)
         targets = torch.tensor(first, device=reads.device)
-        left = self._listening(host, site.layer, reads)
+        left = self._input_directions(host, site.layer, reads)
 
-        asked = torch.ones(len(prompts), dtype=torch.bool, device=reads.device)
+        asked = torch.ones(len(requests), dtype=torch.bool, device=reads.device)
         if self.skip_if_answered:
             asked = ~_leads(seen.logits, targets)
         sizes = self.size * asked.to(reads.dtype)
         for _ in range(self.iterations - 1):
             right = sizes[:, None] * embeddings
             with adding(site, _writing(left, right)):
-                # One that leads now may not do so when others have written more.
-                is_open = asked & ~_leads(activations(host, prompts).logits, targets)
+                # A target that leads now may no longer do so when others have written more.
+                is_open = asked & ~_leads(forward_pass(host, batch).logits, targets)
             if not is_open.any():
                 break
             sizes = sizes + self.size * is_open.to(reads.dtype)
@@ -146,7 +137,7 @@ class ForwardPassShift(EditMethod):
         written = sizes != 0
         return [MatrixDelta("W_out", site.layer, left[:, written], right[written])]
 
-    def _listening(
+    def _input_directions(
         self, host: Host, layer: int, reads: Float[Tensor, "n d_mlp"]
     ) -> Float[Tensor, "d_mlp n"]:
         """`l` of each request, as columns."""
@@ -154,7 +145,7 @@ class ForwardPassShift(EditMethod):
             return reads.T.contiguous()
         keys = reads.T.double()
         if self.form == "whitened" and self.moments is not None:
-            self.moments.check(host, [layer])
+            self.moments.check(host, [layer], matrix="W_out")
             keys = self.moments.solve(layer, keys, self.ridge)
         gram = reads.double() @ keys
         gram.diagonal().add_(_DEPENDENT * gram.diagonal().mean() * (len(reads) > 1))

@@ -1,36 +1,34 @@
 """One step of an optimizer on weight matrices, as an edit.
 
-With the gradient `G = sum_i x_i^T delta_i` of the loss, from the lens's own capture:
+With the gradient `G = sum_i x_i^T delta_i` of the loss, as captured by the lens:
 
     sgd     -lr G                   as many outer products as positions, exactly
     adam    -lr G / (|G| + eps)     torch's first step: nearly the sign of each entry
     muon    -lr U V^T               from the singular value decomposition G = U S V^T
 
-SGD writes what the gradient's factors say. Adam's step on one number knows nothing of the others,
-so it has full rank as a rule and is held as a matrix. Muon's has the gradient's row and column
-space, and all directions there count alike.
+SGD writes the gradient's factors. Adam's step on each entry is independent of the others, so it
+usually has full rank and is stored as a dense matrix. Muon's step has the gradient's row and column
+space, with all directions there weighted equally.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backward_lens_tl._checks import check_choice, plain, shown
 from backward_lens_tl.capture.bound_objectives import SequenceNLL
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.objectives import Objective
 from backward_lens_tl.capture.run import capture_gradients
-from backward_lens_tl.editing.delta import MatrixDelta
+from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.errors import EditError
+from backward_lens_tl.editing.settings import Positive
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.selection import find_editable
 
@@ -42,32 +40,31 @@ _ADAM_EPS = 1e-8
 
 @dataclass(frozen=True)
 class GradientStep(EditMethod):
-    """One step of an optimizer from the model's weights, on some matrices alone.
+    """One step of an optimizer from the model's weights, on some matrices only.
 
     The loss is the mean over requests of the mean negative log-likelihood of the target's tokens,
-    each read behind the true ones before it (teacher forcing). Biases stay as they are. No weight
+    each read after the true ones before it (teacher forcing). Biases do not change. No weight
     decay.
 
-    - `"sgd"` is `torch.optim.SGD`, held as outer products: `left` has what the matrix read at each
-      position of each request, `right` the VJPs times `-lr`. Positions that add nothing are left
-      out.
+    - `"sgd"` is `torch.optim.SGD`, stored as outer products: `left` has what the matrix read at
+      each position of each request, `right` the VJPs times `-lr`. Positions that add nothing are
+      left out.
     - `"adam"` is the first step of `torch.optim.Adam` with its default betas and `eps` 1e-8. Both
-      bias corrections undo what the betas do to the first gradient. Dense: it makes the
+      bias corrections undo what the betas do to the first gradient. Dense: it computes the
       `d_in x d_out` matrix.
-    - `"muon"` orthogonalises the gradient, heads side by side: every singular value that is more
-      than rounding becomes `lr`. There is no further factor, so the step's spectral norm is `lr`
-      for any size of matrix. `torch.optim.Muon` comes near by five Newton-Schulz iterations, which
-      leave singular values of about 0.7 to 1.2 and do not lift those that are far smaller than the
-      largest; it computes in bfloat16, whose rounding they lift in all other directions. And it
+    - `"muon"` orthogonalises the gradient, heads side by side: every singular value above rounding
+      becomes `lr`. There is no other factor, so the step's spectral norm is `lr` for any size of
+      matrix. `torch.optim.Muon` approximates this by five Newton-Schulz iterations, which leave
+      singular values of about 0.7 to 1.2 and do not lift those that are far smaller than the
+      largest; it computes in bfloat16, whose rounding they lift in all other directions. It also
       multiplies by `sqrt(max(1, rows / columns))` of the stored matrix, or by
       `0.2 sqrt(max(rows, columns))` with `adjust_lr_fn="match_rms_adamw"`.
 
     Attributes:
-        optimizer: `"sgd"`, `"adam"` or `"muon"`.
+        optimizer: The optimizer.
         lr: The learning rate.
         matrices: Names or groups, as in `capture_gradients`.
         layers: Layers, negative ones from the end; `None` for all.
-        prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -83,20 +80,13 @@ class GradientStep(EditMethod):
     """
 
     optimizer: Optimizer
-    lr: int | float
+    lr: Positive
     matrices: str | Sequence[str] = ("W_out",)
     layers: int | Sequence[int] | None = None
-    prepend_bos: bool | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("optimizer", self.optimizer, get_args(Optimizer), EditError)
-        lr = plain(self.lr)
-        if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
-            raise EditError(f"lr is {shown(self.lr)}; pass a positive number")
 
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> Sequence[MatrixDelta]:
-        """What the step adds to each matrix."""
-        find_editable(host, self.matrices, self.layers)  # refuses what cannot be edited
+        """Compute what the step adds to each matrix."""
+        find_editable(host, self.matrices, self.layers)  # raises before any forward pass
         targets = [request.target for request in requests]
         capture = capture_gradients(
             host.model,
@@ -132,14 +122,7 @@ class GradientStep(EditMethod):
 def _mean_over_prompts(
     gradient: MatrixGradient,
 ) -> tuple[Float[Tensor, "d_in n"], Float[Tensor, "n d_out"]]:
-    """Factors of the mean over all prompts, heads side by side, without positions that add nothing.
-
-    Args:
-        gradient: The gradient of every prompt.
-
-    Returns:
-        What was read, as columns, and the VJPs by the number of prompts, as rows.
-    """
+    """Factors of the mean over prompts, heads side by side, without positions that add nothing."""
     left, right = [], []
     for prompt in range(len(gradient.mask)):
         factors = gradient.factored(prompt)

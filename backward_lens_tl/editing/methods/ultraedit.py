@@ -13,33 +13,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backward_lens_tl._checks import check_kind, check_number
-from backward_lens_tl.editing.delta import MatrixDelta
-from backward_lens_tl.editing.methods.method import EditMethod
+from backward_lens_tl.editing.matrix_delta import MatrixDelta
+from backward_lens_tl.editing.methods.pair_method import PairMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.statistics.standardization import PairStatistics
-from backward_lens_tl.errors import EditError
+from backward_lens_tl.editing.settings import Positive
 from backward_lens_tl.models import Host
 
 
 @dataclass(frozen=True)
-class UltraEdit(EditMethod):
-    """An edit that solves for what standardised gradients ask of a matrix, without training.
+class UltraEdit(PairMethod):
+    """An edit that solves for the outputs that standardised gradients ask for, without training.
 
-    At each position at which a token of the target is to be said, the matrix's output is to change
-    by `v = -lr ||x'||^2 delta'`, with the standardised pair `(x', delta')`. The edit is the least
-    of `||X dW - V||^2 + ridge ||dW||^2` with the `x` as they are: `(X^T X + ridge I)^-1 X^T V`,
-    all requests at once.
+    At each position where a token of the target is predicted, the matrix's output should change by
+    `v = -lr ||x'||^2 delta'`, with the standardised pair `(x', delta')`. The edit minimises
+    `||X dW - V||^2 + ridge ||dW||^2` with the `x` themselves: `(X^T X + ridge I)^-1 X^T V`, all
+    requests at once.
+
+    `statistics` are of positions `"answer"`. `matrices` and `layers` select some of the matrices
+    that there are statistics of.
 
     Attributes:
-        statistics: Mean and standard deviation of the pairs at the matrices to edit, of positions
-            `"answer"` (`pair_statistics`).
-        lr: The size of the targets. The published 1e-6 is for models of some billion parameters;
+        lr: The size of the targets. The published 1e-6 is for models of a few billion parameters;
             `||x'||^2` is about the width of what the matrix reads.
-        ridge: What a large change costs; 1 as published.
-        matrices: Only those of these names; `None` for all that there are statistics of.
-        layers: Only those of these layers, negative ones from the end; `None` likewise.
-        prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
+        ridge: The penalty on large changes; 1 as published.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -55,29 +51,11 @@ class UltraEdit(EditMethod):
         WeightDelta(UltraEdit, W_in of layer 7, W_out of layer 7)
     """
 
-    statistics: PairStatistics
-    lr: float = 1e-6
-    ridge: float = 1.0
-    matrices: tuple[str, ...] | None = None
-    layers: tuple[int, ...] | None = None
-    prepend_bos: bool | None = None
-
-    def __post_init__(self) -> None:
-        made = "pair_statistics(model, requests)"
-        check_kind("statistics", self.statistics, PairStatistics, made, EditError)
+    lr: Positive = 1e-6
+    ridge: Positive = 1.0
 
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> list[MatrixDelta]:
-        """What is added to each matrix: an outer product per token of each target.
-
-        Args:
-            host: The model.
-            requests: What it is to be taught.
-
-        Returns:
-            The changes, as factors.
-        """
-        check_number("lr", self.lr, zero=False, error=EditError)
-        check_number("ridge", self.ridge, zero=False, error=EditError)
+        """Compute the changes, one outer product per token of each target."""
         pairs = self.statistics.standardized_pairs(
             host, requests, "answer", self.matrices, self.layers
         )

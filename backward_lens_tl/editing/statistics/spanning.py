@@ -1,4 +1,4 @@
-"""The pairs `(x_i, delta_i)` that span the gradients of requests: what editors make an edit of.
+"""The pairs `(x_i, delta_i)` that span the gradients of requests, from which editors make an edit.
 
 The gradient of a request's loss is `dL/dW = sum_i outer(x_i, delta_i)` over the positions that the
 model reads (paper, equation 8). Editors that transform gradients transform these vectors.
@@ -23,14 +23,14 @@ from backward_lens_tl.models import Host
 from backward_lens_tl.models.sites import MatrixName, MatrixSite
 
 Positions = Literal["all", "answer"]
-"""`"all"` that the model reads, or those alone at which a token of the target is to be said."""
+"""All positions that the model reads, or those at which a token of the target is predicted."""
 
 _BATCH = 16
 
 
 @dataclass(frozen=True, repr=False)
 class SpanningPairs:
-    """What spans the gradient of one matrix, for each of some requests.
+    """The pairs that span the gradient of one matrix, for several requests.
 
     Attributes:
         matrix: TransformerLens's name of the matrix.
@@ -38,7 +38,7 @@ class SpanningPairs:
         inputs: `x_i`, what the matrix reads.
         vjps: `delta_i`, the gradient of the request's loss at what it writes. The loss is the mean
             over the target's tokens, in nats.
-        mask: False at padding, where a factor is all zero, and at positions not asked for.
+        mask: False at padding, where `x_i` or `delta_i` is zero, and at positions not asked for.
     """
 
     matrix: MatrixName
@@ -47,16 +47,9 @@ class SpanningPairs:
     vjps: Float[Tensor, "request pos d_out"]
     mask: Bool[Tensor, "request pos"]
 
-    @property
-    def flat(self) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
-        """The pairs of all requests, one after the other, without those that the mask hides."""
-        return self.inputs[self.mask], self.vjps[self.mask]
-
     def __repr__(self) -> str:
-        n = int(self.mask.sum())
-        return (
-            f"SpanningPairs({self.matrix} of layer {self.layer}, {n} of {len(self.mask)} requests)"
-        )
+        pairs = f"{int(self.mask.sum())} pairs of {len(self.mask)} requests"
+        return f"SpanningPairs({self.matrix} of layer {self.layer}, {pairs})"
 
 
 def spanning_pairs(
@@ -65,11 +58,11 @@ def spanning_pairs(
     sites: Sequence[MatrixSite],
     positions: Positions = "all",
 ) -> list[SpanningPairs]:
-    """Capture the pairs of some requests in one forward and one backward pass.
+    """Capture the pairs of requests in one forward and one backward pass.
 
     Args:
         host: The model.
-        requests: What it is to be taught; it reads the targets, too (teacher forcing).
+        requests: The requests; the model reads their targets as well (teacher forcing).
         sites: The matrices.
         positions: Which positions' pairs are wanted.
 
@@ -77,10 +70,9 @@ def spanning_pairs(
         The pairs of each matrix, in float32, or in float64 if the model computes in it.
     """
     check_sharing(host, sites)
-    prompts = Continuations.of(
-        host, [each.prompt for each in requests], [each.target for each in requests]
-    )
-    objective = SequenceNLL([each.target for each in requests], is_mean=True)
+    targets = [each.target for each in requests]
+    prompts = Continuations.of(host, [each.prompt for each in requests], targets)
+    objective = SequenceNLL(targets, is_mean=True)
     gradients = record(host, prompts.batch, objective, sites).gradients
     wanted = prompts.batch.mask
     if positions == "answer":
@@ -105,12 +97,12 @@ def joined_pairs(
 
     Args:
         host: The model.
-        requests: What it is to be taught.
+        requests: The requests.
         sites: The matrices.
         positions: Which positions' pairs are wanted.
 
     Returns:
-        All `x_i` and all `delta_i` of each matrix.
+        All `x_i` and all `delta_i` of each matrix, without those that a mask hides.
     """
     # A caller's hooks, such as an activation patch, may be made for all prompts at once.
     size = len(requests) if host.hooked_modules else _BATCH
@@ -118,8 +110,10 @@ def joined_pairs(
         spanning_pairs(host, requests[start : start + size], sites, positions)
         for start in range(0, len(requests), size)
     ]
-    joined = []
-    for own in zip(*parts, strict=True):
-        inputs, vjps = zip(*(each.flat for each in own), strict=True)
-        joined.append((torch.cat(inputs), torch.cat(vjps)))
-    return joined
+    return [
+        (
+            torch.cat([each.inputs[each.mask] for each in own]),
+            torch.cat([each.vjps[each.mask] for each in own]),
+        )
+        for own in zip(*parts, strict=True)
+    ]

@@ -1,0 +1,34 @@
+"""What NormalizedGradient and UltraEdit share: standardised pairs of the requests' gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from backward_lens_tl._checks import check_kind
+from backward_lens_tl.editing.methods.method import EditMethod
+from backward_lens_tl.editing.settings import Positive
+from backward_lens_tl.editing.statistics.standardization import PairStatistics
+from backward_lens_tl.errors import EditError
+
+
+@dataclass(frozen=True)
+class PairMethod(EditMethod):
+    """Base class of methods that transform standardised pairs `(x', delta')`.
+
+    Attributes:
+        statistics: Mean and standard deviation of the pairs at the matrices to edit, from
+            `pair_statistics`.
+        lr: The size of the step.
+        matrices: Only matrices of these names; `None` for all that there are statistics of.
+        layers: Only matrices of these layers, negative ones from the end; `None` for all.
+    """
+
+    statistics: PairStatistics
+    lr: Positive = 1e-3
+    matrices: tuple[str, ...] | None = None
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        made = "pair_statistics(model, requests)"
+        check_kind("statistics", self.statistics, PairStatistics, made, EditError)
