@@ -99,7 +99,7 @@ class FactMethod(EditMethod):
             return self.moments.solve(layer, keys, self.ridge)
         return keys.double()
 
-    def find_value(
+    def _find_value(
         self, host: Host, tap: Tap, fact: FactContexts, start: Float[Tensor, "d"]
     ) -> Float[Tensor, "d"]:
         """Search for the vector that makes a model say the target.

@@ -83,7 +83,7 @@ class MEMIT(FactMethod):
         for fact in facts:
             [bare] = read_facts(host, [fact.bare], sites[-1], [resid])
             start = bare.points[0][0]
-            wanted.append(start + self.find_value(host, resid.tap, fact, start))
+            wanted.append(start + self._find_value(host, resid.tap, fact, start))
         changes: list[MatrixDelta] = []
         with ExitStack() as edited:
             for place, site in enumerate(sites):

@@ -160,7 +160,7 @@ class SecondMoments(ModelStatistics):
                 f"layers=[{', '.join(map(str, layers))}])"
             )
         self._check_layers(layers)
-        self.check_model(host, self.matrix, self.layers, "second_moments(model, texts)")
+        self._check_model(host, self.matrix, self.layers, "second_moments(model, texts)")
 
     def _check_layers(self, layers: Sequence[int]) -> None:
         for layer in layers:

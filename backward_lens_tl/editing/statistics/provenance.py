@@ -42,7 +42,7 @@ class ModelStatistics(Saved):
     probe: tuple[int, ...]
     probe_inputs: tuple[Float[Tensor, "d_in"], ...]
 
-    def check_model(
+    def _check_model(
         self, host: Host, matrix: MatrixName, layers: Sequence[int], collect: str
     ) -> None:
         """Refuse a model that the statistics are not of.

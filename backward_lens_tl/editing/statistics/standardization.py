@@ -192,7 +192,7 @@ class PairStatistics(ModelStatistics):
             [('W_out', 7)]
         """
         matrix, layer = self.places[0]
-        self.check_model(host, matrix, [layer], "pair_statistics(model, requests)")
+        self._check_model(host, matrix, [layer], "pair_statistics(model, requests)")
         names = [name for name, _ in self.places] if matrices is None else listed(matrices)
         at = [layer for _, layer in self.places] if layers is None else listed(layers)
         sites = find_editable(host, names, at, mlp_only=True)
