@@ -1,6 +1,6 @@
 """Gradients of weight matrices, kept as their two factors.
 
-For `y = x @ W + b` and a loss read from one forward pass of `n` positions,
+For `y = x @ W + b` and a loss from one forward pass over `n` positions,
 
     dL/dW = sum_i x_i^T delta_i = X^T Delta,   X: [n, d_in],   Delta: [n, d_out]
 
@@ -10,47 +10,40 @@ The rank is at most `n` (lemma 4.1), so everything about the gradient follows fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
-
 import torch
 from einops import einsum
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
 from backward_lens_tl._checks import check_index
-from backward_lens_tl.errors import InputError
-from backward_lens_tl.models.precision import at_least_float32
-from backward_lens_tl.models.sites import READING_MATRICES, MatrixName
+from backward_lens_tl.capture.factors import Factors
 
 
-@dataclass(frozen=True, repr=False)
-class MatrixGradient:
+class MatrixGradient(Factors):
     """The gradient of one weight matrix for each prompt of a batch, as factors.
 
-    Signs are those of the raw gradient: gradient descent *subtracts* it. Padded positions hold
-    zeros.
+    Signs are those of the raw gradient: gradient descent *subtracts* it. Factors are zero at
+    padding.
 
-    A matrix that is divided into heads has an axis for them in the factor that is divided: `vjps`
-    of `W_Q`, `W_K` and `W_V` (as many as there are key-value heads for the last two), `inputs` of
-    `W_O`. The other factor has it too where the heads differ there, as under a patch of
-    `hook_q_input` or `hook_result`. A mixture of experts has an axis for a token's slots instead,
-    and `experts` says whose they are.
+    A matrix with heads has an axis for them in the factor that is divided: `vjps` of `W_Q`, `W_K`
+    and `W_V` (key-value heads for the last two), `inputs` of `W_O`. The other factor has it too if
+    heads differ there, as under a patch of `hook_q_input` or `hook_result`. A mixture of experts
+    has an axis for a token's slots instead, and `experts` says which expert each slot is.
 
     Attributes:
         matrix: TransformerLens's name of the matrix.
         layer: The layer, from 0.
-        inputs: `x_i`, what the matrix reads.
+        inputs: `x_i`, the matrix's inputs.
         vjps: `delta_i`, the gradient of the prompt's loss at the matrix's own output.
         mask: False at padding, and in one expert's gradient where a token was not routed to it.
         experts: The expert of each slot, -1 at padding; `None` without experts.
-        n_experts: How many experts there are.
-        joined_vjps: The gradient where what the matrix wrote is added to the residual stream, if it
-            differs from `vjps`; `resid_vjps` has it in all cases.
+        n_experts: Number of experts.
+        joined_vjps: The gradient where the matrix's output is added to the residual stream, if it
+            differs from `vjps`; `resid_vjps` gives it in all cases.
         input_hook: TransformerLens's hook point that shows `x_i`, if there is one.
-        output_hook: TransformerLens's hook point that shows the output, or what becomes of it on
-            its way to the residual stream.
+        output_hook: TransformerLens's hook point that shows the output, or the output after a norm
+            or scale on its way to the residual stream.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -60,194 +53,19 @@ class MatrixGradient:
         >>> gradient = capture["W_out", 6]
         >>> gradient.inputs.shape, gradient.vjps.shape  # [batch, pos, d_in], [batch, pos, d_out]
         (torch.Size([1, 6, 512]), torch.Size([1, 6, 128]))
-        >>> gradient.rank()  # as many as the prompt has tokens
+        >>> gradient.rank()  # the prompt has 6 tokens
         6
     """
-
-    matrix: MatrixName
-    layer: int
-    inputs: Float[Tensor, "batch pos *head d_in"]
-    vjps: Float[Tensor, "batch pos *head_ d_out"]
-    mask: Bool[Tensor, "batch pos"]
-    experts: Int[Tensor, "batch pos slot"] | None = None
-    n_experts: int | None = None
-    joined_vjps: Float[Tensor, "batch pos d_model"] | None = None
-    input_hook: str | None = None
-    output_hook: str | None = None
-
-    def __repr__(self) -> str:
-        inputs, vjps = list(self.inputs.shape), list(self.vjps.shape)
-        experts = "" if self.n_experts is None else f", {self.n_experts} experts"
-        name = f"{self.matrix} of layer {self.layer}"
-        return f"MatrixGradient({name}, x {inputs}, delta {vjps}{experts})"
-
-    @property
-    def reads_residual(self) -> bool:
-        """Whether the matrix reads the residual stream; if not, it writes to it."""
-        return self.matrix in READING_MATRICES
-
-    @property
-    def spanning_set(self) -> Float[Tensor, "batch pos d_model"]:
-        """The factor of width `d_model`: `x_i` of matrices that read the stream, else `delta_i`.
-
-        Every neuron of the gradient is a combination of these vectors (paper, section 4.2), and so
-        is every head's part. The experts of one token all get the same `delta_i` times the router's
-        weight: theirs are summed.
-
-        Raises:
-            InputError: If heads, or experts, read or write differently; then each has its own.
-        """
-        factor = self.inputs if self.reads_residual else self.vjps
-        if factor.ndim == 3:
-            return factor
-        if self.experts is not None and not self.reads_residual:
-            return factor.sum(2)
-        raise InputError(
-            f"the {self._part}s of {self.matrix} in layer {self.layer} differ at the residual "
-            f"stream, as under a patch; ask for one of them with .{self._part}(index)"
-        )
-
-    @property
-    def resid_vjps(self) -> Float[Tensor, "batch pos d_model"]:
-        """The VJPs where what a writing matrix wrote is added to the residual stream.
-
-        They equal `vjps` unless a norm, a scale, a router or a caller's hook comes in between.
-        `-resid_vjps` is what a step of gradient descent wants to add to the stream; `-vjps` is what
-        it adds to the matrix's own output, which the norm then changes.
-
-        Raises:
-            InputError: If the matrix reads the residual stream.
-        """
-        if self.reads_residual:
-            raise InputError(
-                f"{self.matrix} reads the residual stream and does not write to it; W_O and W_out "
-                "have resid_vjps"
-            )
-        return self.spanning_set if self.joined_vjps is None else self.joined_vjps
-
-    @cached_property
-    def norms(self) -> Float[Tensor, "batch pos"]:
-        """`||delta_i||_2`, how strongly each position writes; the colour of the paper's tables.
-
-        Over all heads, or all of a token's experts, together.
-        """
-        return _norms(self.vjps)
-
-    @cached_property
-    def input_norms(self) -> Float[Tensor, "batch pos"]:
-        """`||x_i||_2`, how long what the matrix read is; over all heads or experts together."""
-        return _norms(self.inputs)
-
-    @cached_property
-    def is_zero(self) -> Bool[Tensor, "batch pos"]:
-        """Where a position adds nothing to the gradient, because `x_i` or `delta_i` is zero.
-
-        With a loss on the last position alone this is every other position of the last layer
-        (paper, appendix A). Padding is zero as well.
-        """
-        no_input, no_vjp = (
-            (factor if factor.ndim == 4 else factor[:, :, None]).eq(0).all(-1)
-            for factor in (self.inputs, self.vjps)
-        )
-        return (no_input | no_vjp).all(-1)
-
-    # --- parts ---------------------------------------------------------------------------------
-
-    @property
-    def n_heads(self) -> int | None:
-        """Heads that the matrix is divided into, or `None`."""
-        if self.experts is not None or self.inputs.ndim + self.vjps.ndim == 6:
-            return None
-        return max(factor.shape[2] for factor in (self.inputs, self.vjps) if factor.ndim == 4)
-
-    def head(self, index: int) -> MatrixGradient:
-        """The gradient of one head's part of an attention matrix.
-
-        Args:
-            index: The head, from 0; a key-value head for `W_K` and `W_V`.
-
-        Returns:
-            Its factors, without an axis for heads.
-
-        Raises:
-            InputError: If there is no such head.
-
-        Examples:
-            >>> prompt, loss = "Lionel Messi plays for", blt.target_nll(" Paris")
-            >>> capture = blt.capture_gradients(model, prompt, loss, matrices="W_Q")
-            >>> capture["W_Q", 5].n_heads
-            4
-            >>> capture["W_Q", 5].head(2)
-            MatrixGradient(W_Q of layer 5, x [1, 6, 128], delta [1, 6, 32])
-        """
-        if self.n_heads is None:
-            raise InputError(f"{self.matrix} of layer {self.layer} is not divided into heads")
-        check_index("head", index, self.n_heads)
-        inputs, vjps = (
-            factor[:, :, index] if factor.ndim == 4 else factor
-            for factor in (self.inputs, self.vjps)
-        )
-        return replace(self, inputs=inputs, vjps=vjps, input_hook=None, output_hook=None)
-
-    def expert(self, index: int) -> MatrixGradient:
-        """The gradient of one expert's matrix.
-
-        Args:
-            index: The expert, from 0.
-
-        Returns:
-            Its factors, without an axis for slots; `mask` is True only at the tokens that were
-            routed to it.
-
-        Raises:
-            InputError: If there is no such expert.
-
-        Examples:
-            >>> gradient = blt.MatrixGradient(
-            ...     "W_out",
-            ...     layer=0,
-            ...     inputs=torch.ones(1, 3, 1, 8),  # [batch, pos, slot, d_in]
-            ...     vjps=torch.ones(1, 3, 4),  # [batch, pos, d_out]
-            ...     mask=torch.ones(1, 3, dtype=torch.bool),
-            ...     experts=torch.tensor([[[0], [1], [1]]]),
-            ...     n_experts=2,
-            ... )
-            >>> gradient.expert(1).mask.tolist()
-            [[False, True, True]]
-        """
-        if self.experts is None or self.n_experts is None:
-            raise InputError(f"{self.matrix} of layer {self.layer} has no experts")
-        check_index("expert", index, self.n_experts)
-        routed = self.experts == index
-        here = routed.any(-1)
-        elsewhere = ~here[..., None]
-        inputs = self.inputs
-        if inputs.ndim == 4:
-            slot = routed.int().argmax(-1)[..., None, None]
-            inputs = inputs.take_along_dim(slot, 2)[:, :, 0]
-        joined = self.joined_vjps
-        return replace(
-            self,
-            inputs=inputs.masked_fill(elsewhere, 0),
-            # An expert that a token is routed to twice reads the same both times.
-            vjps=self.vjps.masked_fill(~routed[..., None], 0).sum(2),
-            mask=here,
-            experts=None,
-            n_experts=None,
-            joined_vjps=None if joined is None else joined.masked_fill(elsewhere, 0),
-        )
-
-    # --- the gradient of one prompt ------------------------------------------------------------
 
     def factored(self, batch: int | None = None) -> FactoredMatrix:
         """The gradient of one prompt as TransformerLens's `FactoredMatrix`.
 
         Args:
-            batch: Which prompt; may be left out where there is one.
+            batch: Which prompt; optional if there is only one.
 
         Returns:
             `A @ B` with `A = X^T`, `[d_in, n]`, and `B = Delta`, `[n, d_out]`; `n` is the
-            prompt's own length. Heads lie side by side in the side that they divide.
+            prompt's own length. Heads are concatenated.
 
         Examples:
             >>> factored = gradient.factored()
@@ -260,14 +78,14 @@ class MatrixGradient:
     def dense(self, batch: int | None = None) -> Float[Tensor, "*head d_in d_out"]:
         """The gradient of one prompt as a matrix.
 
-        This is the only method that allocates `d_in * d_out` numbers: 9.4 MB for an MLP matrix of
-        GPT-2 small in float32, 41 MB for GPT-2 xl.
+        The only method that allocates `d_in * d_out` numbers: 9.4 MB for an MLP matrix of GPT-2
+        small in float32, 41 MB for GPT-2 XL.
 
         Args:
-            batch: Which prompt; may be left out where there is one.
+            batch: Which prompt; optional if there is only one.
 
         Returns:
-            `X^T Delta`, with a first axis for heads or experts where there are any.
+            `X^T Delta`, with a first axis for heads or experts if there are any.
 
         Examples:
             >>> gradient.dense().shape  # [d_in, d_out]
@@ -277,8 +95,7 @@ class MatrixGradient:
             True
         """
         if self.n_experts is not None:
-            parts = [self.expert(index).dense(batch) for index in range(self.n_experts)]
-            return torch.stack(parts)
+            return torch.stack([self.expert(each).dense(batch) for each in range(self.n_experts)])
         inputs, vjps = self._real(batch)
         left, right = ("head " if factor.ndim == 3 else "" for factor in (inputs, vjps))
         heads = left or right
@@ -291,14 +108,14 @@ class MatrixGradient:
         """The gradient of one prompt with respect to the bias that is added to the output.
 
         Args:
-            batch: Which prompt; may be left out where there is one.
+            batch: Which prompt; optional if there is only one.
 
         Returns:
-            `sum_i delta_i`, with a first axis for heads where `vjps` has one, or for experts. For a
-            layer without a bias it is the gradient at one of zero.
+            `sum_i delta_i`, with a first axis for heads if `vjps` has one, or for experts. For a
+            layer without a bias, the gradient of a bias of zero.
 
         Raises:
-            InputError: If heads write differently to the residual stream, which has one bias.
+            InputError: If the heads of `W_O`, which share one bias, write different vectors.
 
         Examples:
             >>> torch.allclose(gradient.bias(), gradient.vjps[0].sum(0))
@@ -307,15 +124,15 @@ class MatrixGradient:
         if self.n_experts is not None:
             return torch.stack([self.expert(index).bias(batch) for index in range(self.n_experts)])
         if not self.reads_residual:
-            self._joined(batch)  # one bias for all heads, which have to agree
+            self._joined(batch)  # raises if heads, which share one bias, differ
         return self._real(batch)[1].sum(0)
 
     def neuron(self, index: int, batch: int | None = None) -> Float[Tensor, "d_model"]:
         """One neuron of the gradient: the vector of width `d_model` that one hidden unit receives.
 
         Args:
-            index: The hidden unit, from 0: of the MLP, or of all heads side by side.
-            batch: Which prompt; may be left out where there is one.
+            index: The hidden unit, from 0: of the MLP, or of the concatenated heads.
+            batch: Which prompt; optional if there is only one.
 
         Returns:
             For index `j`, column `j` of the gradient of a matrix that reads the residual stream,
@@ -337,14 +154,12 @@ class MatrixGradient:
     def neurons(
         self, start: int, stop: int, batch: int | None = None
     ) -> Float[Tensor, "n d_model"]:
-        """Neurons of the gradient side by side, for work on all of them block by block.
-
-        All at once would be the `d_in x d_out` matrix itself.
+        """A block of neurons of the gradient; all at once they are the `d_in x d_out` matrix.
 
         Args:
             start: The first hidden unit, from 0.
             stop: The hidden unit after the last one.
-            batch: Which prompt; may be left out where there is one.
+            batch: Which prompt; optional if there is only one.
 
         Returns:
             `neuron(j)` in row `j - start`.
@@ -363,19 +178,19 @@ class MatrixGradient:
             return einsum(coefficients[:, start:stop], vectors, "pos n, pos d_model -> n d_model")
 
     def neuron_norms(self, batch: int | None = None) -> Float[Tensor, "d_hidden"]:
-        """Length of each neuron of the gradient.
+        """Norm of each neuron of the gradient.
 
         The paper sorts neurons by it (appendix B, figures 8 to 10). Computed in float64, without
         the `d_in x d_out` matrix.
 
         Args:
-            batch: Which prompt; may be left out where there is one.
+            batch: Which prompt; optional if there is only one.
 
         Returns:
-            `||neuron(j)||_2` at `j`; 0 where no position has a coefficient.
+            `||neuron(j)||_2` at `j`.
 
         Raises:
-            InputError: If heads, or experts, have factors of their own.
+            InputError: If heads, or experts, have their own factors.
 
         Examples:
             >>> norms = gradient.neuron_norms()
@@ -388,20 +203,20 @@ class MatrixGradient:
         return norms
 
     def neuron_similarity(self, batch: int | None = None) -> Float[Tensor, "d_hidden n"]:
-        """Cosine between each neuron of the gradient and each vector that spans it.
+        """Cosine between each neuron of the gradient and each vector of the spanning set.
 
-        How much a neuron of the gradient is one of the prompt's own `x_i` or `delta_i` (paper,
-        appendix B, figures 8 to 10). Computed in float64, without the `d_in x d_out` matrix.
+        How close a neuron is to one of the prompt's own `x_i` or `delta_i` (paper, appendix B,
+        figures 8 to 10). Computed in float64, without the `d_in x d_out` matrix.
 
         Args:
-            batch: Which prompt; may be left out where there is one.
+            batch: Which prompt; optional if there is only one.
 
         Returns:
-            The cosine of `neuron(j)` and the spanning vector of position `i` at `[j, i]`; NaN where
-            one of the two is zero, and has no direction.
+            The cosine of `neuron(j)` and the spanning vector of position `i` at `[j, i]`; NaN if
+            one of the two is zero.
 
         Raises:
-            InputError: If heads, or experts, have factors of their own.
+            InputError: If heads, or experts, have their own factors.
 
         Examples:
             >>> similarity = gradient.neuron_similarity()
@@ -415,23 +230,15 @@ class MatrixGradient:
             part / torch.linalg.vector_norm(part, dim=0) for part in self._in_span(batch)
         )
         cosines: Tensor = einsum(neurons, vectors, "span d_hidden, span pos -> d_hidden pos")
-        return cosines.clamp(-1, 1)  # rounding alone would leave the interval
+        return cosines.clamp(-1, 1)  # against rounding
 
     def _in_span(
         self, batch: int | None
     ) -> tuple[Float[Tensor, "span d_hidden"], Float[Tensor, "span n"]]:
-        """Neurons and spanning vectors in an orthonormal basis of the span, which keeps angles.
-
-        With the spanning vectors as columns, `S^T = Q R`, vector `i` is column `i` of `R`, and a
-        neuron of coefficients `c` is `R c`. The Gram matrix `R^T R` would give the same numbers
-        with half the digits where the terms of a neuron cancel.
-
-        Args:
-            batch: Which prompt; may be left out where there is one.
-
-        Returns:
-            Neurons and spanning vectors, as columns.
-        """
+        """Neurons and spanning vectors as columns, in an orthonormal basis of the span."""
+        # With the QR factorisation `S^T = Q R` of the spanning vectors, vector `i` is column `i` of
+        # `R`, and a neuron with coefficients `c` is `R c`. The Gram matrix `R^T R` would give the
+        # same numbers with half the digits where the terms of a neuron cancel.
         coefficients, vectors = self._combination(batch)
         basis = torch.linalg.qr(vectors.double().T, mode="r").R
         return basis @ coefficients.double(), basis
@@ -440,11 +247,10 @@ class MatrixGradient:
         """Singular values of one prompt's gradient, largest first, computed in float64.
 
         Args:
-            batch: Which prompt; may be left out where there is one.
+            batch: Which prompt; optional if there is only one.
 
         Returns:
-            The `min(n, d_in, d_out)` values that can differ from zero. Heads lie side by side in
-            the side that they divide.
+            The `min(n, d_in, d_out)` values that can differ from zero. Heads are concatenated.
 
         Examples:
             >>> values = gradient.singular_values()
@@ -460,16 +266,16 @@ class MatrixGradient:
     ) -> tuple[
         Float[Tensor, "rank_bound"], Float[Tensor, "input_bound"], Float[Tensor, "vjp_bound"]
     ]:
-        """Singular values of one prompt's gradient, and of its inputs and VJPs by themselves.
+        """Singular values of one prompt's gradient, and of its inputs and VJPs.
 
-        Where the gradient's rank is below the number of positions that add something, those of the
-        factors say which side has linearly dependent vectors (lemma 4.1).
+        If the gradient's rank is below the number of positions that add something, those of the
+        factors say which one has linearly dependent vectors (lemma 4.1).
 
         Args:
-            batch: Which prompt; may be left out where there is one.
+            batch: Which prompt; optional if there is only one.
 
         Returns:
-            As `singular_values`, and those of `X` and of `Delta`, each the largest first.
+            `singular_values`, and those of `X` and of `Delta`, each the largest first.
 
         Examples:
             >>> of_last_layer = capture["W_out", 7].spectra()
@@ -485,15 +291,9 @@ class MatrixGradient:
     def _cores(
         self, batch: int | None
     ) -> tuple[Float[Tensor, "input_bound n"], Float[Tensor, "vjp_bound n"]]:
-        """`R_x` and `R_d` of the QR factorisations `X^T = Q_x R_x` and `Delta^T = Q_d R_d`.
-
-        Args:
-            batch: Which prompt; may be left out where there is one.
-
-        Returns:
-            Both, at most `n x n` each. They have the factors' singular values, and `R_x R_d^T` the
-            gradient's.
-        """
+        """`R_x` and `R_d` of the QR factorisations `X^T = Q_x R_x` and `Delta^T = Q_d R_d`."""
+        # Both are at most `n x n`. They have the factors' singular values, and `R_x R_d^T` the
+        # gradient's.
         core_in, core_out = (
             torch.linalg.qr(factor.double().T, mode="r").R for factor in self._joined(batch)
         )
@@ -503,13 +303,13 @@ class MatrixGradient:
         """Rank of one prompt's gradient.
 
         Args:
-            batch: Which prompt; may be left out where there is one.
-            rtol: Singular values up to this part of the largest one count as zero. By default `n`
-                times the `eps` of the factors' dtype: what is smaller cannot be told from the
-                rounding of the backward pass. Give a larger one for a model in half precision.
+            batch: Which prompt; optional if there is only one.
+            rtol: Singular values up to this fraction of the largest one count as zero. By default
+                `n` times the `eps` of the factors' dtype: smaller ones cannot be told from the
+                rounding of the backward pass. Pass a larger one for a model in half precision.
 
         Returns:
-            The number of singular values above that.
+            The number of singular values above it.
 
         Examples:
             >>> capture["W_out", 6].rank(), capture["W_out", 7].rank()  # the last layer has rank 1
@@ -519,10 +319,10 @@ class MatrixGradient:
         return numerical_rank(values, self.rounding(batch) if rtol is None else rtol)
 
     def rounding(self, batch: int | None = None) -> float:
-        """`n` times the `eps` of the factors' dtype, `rank`'s tolerance unless it is given one.
+        """`n` times the `eps` of the factors' dtype, the default tolerance of `rank`.
 
         Args:
-            batch: Which prompt; may be left out where there is one.
+            batch: Which prompt; optional if there is only one.
 
         Returns:
             The tolerance.
@@ -534,55 +334,15 @@ class MatrixGradient:
         return int(self.mask[self._prompt(batch)].sum()) * torch.finfo(self.vjps.dtype).eps
 
     def _own_precision(self) -> torch.autocast:
-        """Keep a caller's autocast from rounding."""
+        """Disable a caller's autocast."""
         return torch.autocast(self.vjps.device.type, enabled=False)
 
     def _combination(
         self, batch: int | None
     ) -> tuple[Float[Tensor, "n d_hidden"], Float[Tensor, "n d_model"]]:
-        """The coefficients of each neuron, and the vectors that they combine (equations 9, 10)."""
+        """Coefficients of each neuron, and the vectors that they combine (equations 9 and 10)."""
         inputs, vjps = self._joined(batch)
         return (vjps, inputs) if self.reads_residual else (inputs, vjps)
-
-    @property
-    def has_joint_factors(self) -> bool:
-        """Whether one pair of factors holds all heads; not so for experts, or heads that differ."""
-        return self.experts is None and self.inputs.ndim + self.vjps.ndim < 8
-
-    @property
-    def _part(self) -> str:
-        return "head" if self.experts is None else "expert"
-
-    def _real(
-        self, batch: int | None
-    ) -> tuple[Float[Tensor, "n *head d_in"], Float[Tensor, "n *head_ d_out"]]:
-        prompt = self._prompt(batch)
-        real = self.mask[prompt]
-        inputs, vjps = self.inputs[prompt, real], self.vjps[prompt, real]
-        return at_least_float32(inputs), at_least_float32(vjps)
-
-    def _prompt(self, batch: int | None) -> int:
-        if batch is None and len(self.mask) > 1:
-            raise InputError(
-                f"batch is None, and there are {len(self.mask)} prompts, each with a gradient of "
-                "its own; say which, as in gradient.dense(batch=0). That of their summed loss is "
-                "sum(gradient.dense(batch) for batch in range(len(gradient.mask)))"
-            )
-        prompt = 0 if batch is None else batch
-        check_index("prompt", prompt, len(self.mask))
-        return prompt
-
-    def _joined(
-        self, batch: int | None
-    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
-        """Both factors, with heads side by side."""
-        if not self.has_joint_factors:
-            raise InputError(
-                f"each {self._part} of {self.matrix} in layer {self.layer} has factors of its own; "
-                f"ask for one of them with .{self._part}(index)"
-            )
-        inputs, vjps = self._real(batch)
-        return inputs.flatten(1), vjps.flatten(1)
 
 
 def numerical_rank(singular_values: Float[Tensor, "rank_bound"], rtol: float) -> int:
@@ -590,8 +350,3 @@ def numerical_rank(singular_values: Float[Tensor, "rank_bound"], rtol: float) ->
     if not len(singular_values):
         return 0
     return int((singular_values > rtol * singular_values.max()).sum())
-
-
-def _norms(factor: Float[Tensor, "batch pos *parts d"]) -> Float[Tensor, "batch pos"]:
-    norms: Tensor = torch.linalg.vector_norm(at_least_float32(factor.flatten(2)), dim=-1)
-    return norms
