@@ -1,4 +1,4 @@
-"""Figures of edits that have several sizes: their numbers are the tables', in both libraries."""
+"""Figures of edits: their numbers match the tables in both libraries."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CURVES = pd.DataFrame(
 
 
 def titles(figure: Any) -> list[str]:
-    """Of all axes, x and y in turns, chart after chart."""
+    """Titles of all axes, alternating x and y, chart by chart."""
     if hasattr(figure, "data"):
         layout = figure.layout.to_plotly_json()
         names = sorted((name for name in layout if name[1:5] == "axis"), key=lambda n: (n[5:], n))
@@ -93,7 +93,7 @@ def test_least_rates(backend: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rates_that_were_never_enough_are_gaps(backend: Any, tmp_path: Any) -> None:
+def test_missing_rates_are_gaps(backend: Any, tmp_path: Any) -> None:
     numbers = ["rate", "rate_low", "rate_high", "perplexity"]
     is_gap = (RATES["step"] == "shift") & (RATES["layer"] == 1)
     table = RATES.copy()
@@ -115,7 +115,7 @@ def test_rates_that_were_never_enough_are_gaps(backend: Any, tmp_path: Any) -> N
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("along", ["edits_at_once", "layer"])
 def test_edit_curves(backend: Any, along: str) -> None:
-    # Whatever the order of the rows is, lines go from left to right.
+    # Lines go from left to right for any order of rows.
     table = CURVES.iloc[::-1]
     figure = figures.edit_curves(table, along, backend=backend)
     for panel, metric in enumerate(("efficacy", "paraphrase", "neighborhood")):
@@ -145,7 +145,7 @@ def test_edit_curves(backend: Any, along: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_layer_or_one_size(backend: Any) -> None:
+def test_a_single_layer_or_size(backend: Any) -> None:
     one = RATES[RATES["layer"] == 2].assign(layer=0)
     assert lines(figures.least_rates(one, backend=backend))["sgd"][0].tolist() == [0]
     one = CURVES[CURVES["edits_at_once"] == 10].assign(paraphrase=math.nan)

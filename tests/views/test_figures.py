@@ -53,7 +53,7 @@ def result(facts_model: Any) -> BackwardLensResult:
 
 @pytest.fixture(scope="module")
 def hostile(facts_model: Any) -> BackwardLensResult:
-    """A prompt in which all that a library may interpret is a token or several."""
+    """A prompt with everything that a plotting library might interpret."""
     return blt.backward_lens(facts_model, HOSTILE, " Paris", matrices="W_out", layers=[4, 7])
 
 
@@ -207,7 +207,7 @@ LABELS = ("Rome", " is", "  ")
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layer_maps(backend: Any) -> None:
-    """Maps of one unit have one scale with 0 in the middle, and that of norms begins at 0."""
+    """Maps of one unit share a scale that is symmetric around 0; a scale of norms starts at 0."""
     maps = {"one": 2 * NUMBERS, "two": NUMBERS, "three": NUMBERS.abs()}
     figure = figures.layer_maps(maps, LABELS, ["nats", "nats", "norm"], backend=backend)
     for drawn, numbers in zip(heatmaps(figure), maps.values(), strict=True):
@@ -327,7 +327,7 @@ def test_norms_by_segment(result: BackwardLensResult, backend: Any, of: Any) -> 
         assert np.isnan(lines(figure)["before subject"][1][-1])
 
 
-def test_a_position_that_was_asked_for_twice_counts_once(facts_model: Any) -> None:
+def test_a_repeated_position_counts_once(facts_model: Any) -> None:
     once, twice = (
         figures.norms_by_segment(
             blt.backward_lens(facts_model, PROMPTS[1], " Rome", positions=positions),
@@ -496,7 +496,7 @@ def test_tables_of_analyses_give_the_same_figures(answered: BackwardLensResult) 
         same(
             figures.gradient_ranks(gradients, matrices), figures.gradient_ranks(answered, matrices)
         )
-    # Of the first projection in the table; prompts are those that count.
+    # The first projection in the table is used; the title counts the prompts with rows.
     some = by_segment.token_ranks_by_segment(cells, prompts=[0, 2])
     assert draw_ranks(some).layout.title.text == (
         "W_out: rank of the target by segment, 2 prompts, logit_lens"
@@ -506,7 +506,7 @@ def test_tables_of_analyses_give_the_same_figures(answered: BackwardLensResult) 
 
 
 def same(one: Any, other: Any) -> None:
-    """Each library draws what Plotly is given, so one of them is enough."""
+    """One library suffices, since both draw the same charts."""
     assert one.to_json() == other.to_json()
 
 
@@ -550,7 +550,7 @@ def test_neuron_overlap(facts_model: Any, result: BackwardLensResult, backend: A
     assert figures.neuron_overlap(table).layout.title.text.startswith("neurons of the gradient")
 
 
-def test_stacked_charts_have_their_bars_beside_them(result: BackwardLensResult) -> None:
+def test_stacked_charts_have_colour_bars_next_to_them(result: BackwardLensResult) -> None:
     layout = figures.neuron_overlap(overlaps(result)).layout
     upper, lower = layout.yaxis.domain, layout.yaxis2.domain
     assert lower[1] < upper[0]
@@ -587,7 +587,7 @@ def test_step_changes(backend: Any) -> None:
     assert writing == [(1e-4, 2e-4), (3, 6)]
 
 
-def test_step_changes_in_words(facts_model: Any) -> None:
+def test_texts_of_step_changes(facts_model: Any) -> None:
     figure = figures.step_changes(STEPS)
     assert figure.layout.title.text == "One step on one matrix: change of the loss, 2 prompts"
     assert figure.layout.xaxis.title.text == "measured change of the loss, in nats"
@@ -606,7 +606,7 @@ def test_step_changes_in_words(facts_model: Any) -> None:
         assert not len(lines(figures.step_changes(worse, scale="log", backend=backend))["W_in"][0])
 
 
-def test_labels_of_many_decades_do_not_meet() -> None:
+def test_labels_of_many_decades_do_not_overlap() -> None:
     table = pd.concat([STEPS, STEPS.assign(loss_change=-1e-5)])
     figure = figures.step_changes(table, scale="log", backend="matplotlib")
     figure.canvas.draw()
@@ -621,7 +621,7 @@ def test_labels_of_many_decades_do_not_meet() -> None:
     assert all(left.x1 + 4 < right.x0 for left, right in pairwise(boxes))
 
 
-def test_only_what_is_shown_is_decomposed(
+def test_only_shown_gradients_are_decomposed(
     facts_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = blt.backward_lens(facts_model, PROMPTS, TARGETS, matrices="all")
@@ -664,7 +664,7 @@ def test_neurons_of_a_layer_from_the_end(result: BackwardLensResult) -> None:
     assert np.isnan(heatmaps(figure)[0][:-1]).all()  # only the last position has a direction
 
 
-def test_part_of_a_result(facts_model: Any, result: BackwardLensResult) -> None:
+def test_a_subset_of_layers_and_positions(facts_model: Any, result: BackwardLensResult) -> None:
     """Layers and positions keep their own numbers, in whatever order they were asked for."""
     part = blt.backward_lens(
         facts_model, PROMPTS[1], " Rome", layers=[2, 5], positions=[-1, 3, 3], matrices="W_out"
@@ -702,7 +702,7 @@ def shown_tokens(result: BackwardLensResult) -> list[str]:
     return [text.strip() or "␣" for text in texts]
 
 
-def test_repeated_tokens_are_columns_of_their_own(facts_model: Any) -> None:
+def test_repeated_tokens_have_separate_columns(facts_model: Any) -> None:
     twice = blt.backward_lens(facts_model, "Rome Rome Rome is in", " Paris", matrices="W_out")
     for backend in BACKENDS:
         (found,) = heatmaps(figures.norms(twice, backend=backend))
@@ -714,7 +714,7 @@ def test_repeated_tokens_are_columns_of_their_own(facts_model: Any) -> None:
 
 @pytest.mark.slow
 def test_tokens_in_a_browser(hostile: BackwardLensResult, browser: Browser, tmp_path: Path) -> None:
-    """Plotly draws every token as it is: nothing becomes a tag, a link, a template or TeX."""
+    """Plotly draws every token literally: nothing becomes a tag, a link, a template or TeX."""
     path = tmp_path / "figure.html"
     page = "<script>window.MathJax = undefined</script>"
     figure = figures.target_ranks(hostile)
@@ -730,7 +730,7 @@ def test_tokens_in_a_browser(hostile: BackwardLensResult, browser: Browser, tmp_
         shown.check()
 
 
-def test_plotly_s_markup_and_tex_are_escaped(hostile: BackwardLensResult) -> None:
+def test_plotly_markup_and_tex_are_escaped(hostile: BackwardLensResult) -> None:
     for name, figure in every_figure(hostile, "plotly").items():
         assert isinstance(figure, go.Figure), name
         texts = [
@@ -746,7 +746,7 @@ def test_plotly_s_markup_and_tex_are_escaped(hostile: BackwardLensResult) -> Non
         assert not [text for text in texts if set("<>$") & set(text.replace("<br>", ""))], name
 
 
-def test_matplotlib_s_mathematics_is_escaped(hostile: BackwardLensResult) -> None:
+def test_matplotlib_mathtext_is_escaped(hostile: BackwardLensResult) -> None:
     figure = figures.target_ranks(hostile, backend="matplotlib")
     figure.canvas.draw()
     labels = [line.get_label() for line in figure.axes[0].lines]
@@ -755,8 +755,8 @@ def test_matplotlib_s_mathematics_is_escaped(hostile: BackwardLensResult) -> Non
     ]
 
 
-def test_matplotlib_draws_whatever_a_token_is(hostile: BackwardLensResult) -> None:
-    """No warning of a missing glyph, and the caller's settings stay as they are."""
+def test_matplotlib_draws_any_token(hostile: BackwardLensResult) -> None:
+    """There is no warning about missing glyphs, and the caller's settings do not change."""
     before = dict(matplotlib.rcParams)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -766,8 +766,8 @@ def test_matplotlib_draws_whatever_a_token_is(hostile: BackwardLensResult) -> No
     assert dict(matplotlib.rcParams) == before
 
 
-def test_tex_is_not_asked_for(hostile: BackwardLensResult) -> None:
-    """It would stop at a token such as `_` or `%`."""
+def test_tex_is_not_used(hostile: BackwardLensResult) -> None:
+    """It would raise an error for a token such as `_` or `%`."""
     with matplotlib.rc_context({"text.usetex": True}):
         figure = figures.norms(hostile, backend="matplotlib")
     labels = [label for label in figure.axes[0].get_xticklabels() if label.get_text()]
@@ -775,7 +775,7 @@ def test_tex_is_not_asked_for(hostile: BackwardLensResult) -> None:
     assert not any(label.get_usetex() for label in (*labels, figure.axes[0].xaxis.label))
 
 
-def test_a_glyph_that_no_font_has_is_shown_by_its_number() -> None:
+def test_a_character_without_a_glyph_is_shown_as_its_code_point() -> None:
     label = "a\U0010fffdb\n"  # for private use: no font but the last resort
     chart = Lines((Line(label, (0.0, 1.0), (1.0, 2.0), "#000000"),), Axis(label), Axis("y"))
     with warnings.catch_warnings():
@@ -794,7 +794,7 @@ def test_figures_can_be_written(result: BackwardLensResult, tmp_path: Path) -> N
     assert '"heatmap"' in figures.norms(result).to_json()
 
 
-def test_libraries_are_imported_where_they_draw() -> None:
+def test_plotting_libraries_are_imported_lazily() -> None:
     """Not by the modules, which every user imports, with or without matplotlib."""
     for module in (figures, draw_plotly, draw_matplotlib):
         tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
@@ -811,7 +811,7 @@ def test_a_notebook_shows_a_figure_without_pyplot(result: BackwardLensResult) ->
     assert (width, height) == tuple(int(side * figure.dpi) for side in figure.get_size_inches())
 
 
-def test_pyplot_knows_of_no_figure(result: BackwardLensResult) -> None:
+def test_figures_are_not_registered_with_pyplot(result: BackwardLensResult) -> None:
     before = pyplot.get_fignums()
     figures.norms(result, backend="matplotlib").canvas.draw()
     assert pyplot.get_fignums() == before
@@ -826,7 +826,7 @@ def test_without_matplotlib_the_error_says_what_to_install(
         figures.norms(result, backend="matplotlib")
 
 
-def test_few_lines_have_names_and_many_a_colour_bar(facts_model: Any) -> None:
+def test_few_lines_have_a_legend_and_many_a_colour_bar(facts_model: Any) -> None:
     for words, many in ((3, False), (30, True)):
         result = blt.backward_lens(facts_model, "Rome" + " is" * words, " Paris", matrices="W_out")
         figure = figures.target_ranks(result)
@@ -848,7 +848,7 @@ def test_few_lines_have_names_and_many_a_colour_bar(facts_model: Any) -> None:
 
 @pytest.mark.usefixtures("as_for_a_user")
 @pytest.mark.parametrize("stranger", [None, torch.zeros(2)])
-def test_what_is_no_result_is_refused(result: BackwardLensResult, stranger: Any) -> None:
+def test_other_types_than_a_result_are_refused(result: BackwardLensResult, stranger: Any) -> None:
     calls = (
         figures.norms,
         lambda given: figures.compare(given, result),
@@ -993,7 +993,7 @@ def test_scales_of_norms(norms: list[float], low: float, high: float, ticks: tup
 @pytest.mark.parametrize(
     ("count", "rows"), [(1, [1]), (2, [2]), (3, [3]), (4, [2, 2]), (5, [3, 2]), (6, [3, 3])]
 )
-def test_charts_stand_in_rows_of_at_most_three(count: int, rows: list[int]) -> None:
+def test_rows_have_at_most_three_charts(count: int, rows: list[int]) -> None:
     line = Line("a", (0.0, 1.0), (1.0, 2.0), "#000000")
     charts = tuple(Lines((line,), Axis("x"), Axis("y"), title=str(i)) for i in range(count))
     places = [(row, column) for row, size in enumerate(rows) for column in range(size)]
@@ -1033,7 +1033,7 @@ def placed(left: list[float], down: list[float]) -> list[tuple[int, int]]:
         ((2e-12, 3.0), ["1e-12", "1e-10", "1e-08", "1e-06", "0.0001", "0.01", "1"]),
     ],
 )
-def test_logarithmic_ticks_are_round_numbers_as_plotly_s(
+def test_logarithmic_ticks_are_plotlys_round_numbers(
     values: tuple[float, float], ticks: list[str]
 ) -> None:
     line = Line("a", (0.0, 1.0), values, "#000000")
@@ -1046,7 +1046,7 @@ def test_logarithmic_ticks_are_round_numbers_as_plotly_s(
     assert not len(axis.get_minorticklocs())
 
 
-def test_nothing_but_zeros_can_be_drawn() -> None:
+def test_only_zeros_can_be_drawn() -> None:
     scale = Colors.of_norms([], "norm", is_log=True)
     blank = Heatmap(((math.nan,),), (("none",),), Axis("x", ("a",)), Axis("y", ("0",)), scale)
     for drawing in (draw_plotly, draw_matplotlib):
@@ -1067,7 +1067,7 @@ def test_a_gradient_of_zero_can_be_drawn(facts_model: Any) -> None:
                 figure.canvas.draw()
 
 
-def test_where_labels_have_no_room_the_last_one_stays() -> None:
+def test_the_last_label_stays_if_not_all_fit() -> None:
     axis = Axis("token", tuple(map(str, range(100))))
     places = [place for place, _ in axis.ticks(30)]
     assert len(places) <= 30

@@ -1,4 +1,4 @@
-"""The layers x tokens table in a real browser: what it shows, and what it does when it is used."""
+"""The layers x tokens table in a real browser: its contents and its controls."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def expected_table(result: BackwardLensResult, matrix: str, state: State) -> dic
 
 
 def see(root: Locator) -> dict[str, Any]:
-    """What is on the screen; of a note, the part that holds numbers."""
+    """What is on the screen; of a note, only the numbers."""
     found = root.evaluate(SEEN)
     for table in found["tables"]:
         table["notes"] = [note.partition(", where")[0] for note in table["notes"]]
@@ -250,7 +250,7 @@ def notebook_of(browser: Browser, folder: Path, body: str, **options: Any) -> It
 # --- what it shows ------------------------------------------------------------------------------
 
 
-def test_words_marks_and_colours_are_those_of_the_result(
+def test_tokens_marks_and_colours_match_the_result(
     browser: Browser, tmp_path: Path, result: BackwardLensResult
 ):
     cells = [cell for matrix in result.matrices for cell in all_cells(result, matrix)]
@@ -269,7 +269,7 @@ def test_words_marks_and_colours_are_those_of_the_result(
             assert is_wide_as_window(page), width
 
 
-def test_each_control_switches_what_it_should_and_nothing_else(
+def test_each_control_changes_only_its_own_setting(
     browser: Browser, tmp_path: Path, result: BackwardLensResult
 ):
     looks = [
@@ -292,9 +292,7 @@ def test_each_control_switches_what_it_should_and_nothing_else(
             previous = state
 
 
-def test_one_lens_alone_is_not_switched_off(
-    browser: Browser, tmp_path: Path, messi: BackwardLensResult
-):
+def test_a_single_lens_stays_visible(browser: Browser, tmp_path: Path, messi: BackwardLensResult):
     alone = replace(messi, readings=(replace(messi.readings[0], faint_norm=0.1),))
     assert expected_table(alone, "W_out", State())["notes"]
     with page_of(browser, tmp_path, alone) as window:
@@ -305,7 +303,7 @@ def test_one_lens_alone_is_not_switched_off(
 
 
 @pytest.mark.parametrize("name", ["linear", "bottom", "W_in"])
-def test_a_lens_may_be_called_like_a_choice_of_another_control(
+def test_a_lens_may_have_the_name_of_another_controls_choice(
     browser: Browser, tmp_path: Path, messi: BackwardLensResult, name: str
 ):
     renamed = replace(messi.readings[1], projection=name)
@@ -321,7 +319,7 @@ def test_a_lens_may_be_called_like_a_choice_of_another_control(
 
 
 @pytest.mark.parametrize("is_restored", [False, True])
-def test_a_page_that_is_come_back_to_shows_what_its_controls_say(
+def test_after_going_back_the_page_matches_its_controls(
     browser: Browser, tmp_path: Path, messi: BackwardLensResult, is_restored: bool
 ):
     path = tmp_path / "page.html"
@@ -336,7 +334,7 @@ def test_a_page_that_is_come_back_to_shows_what_its_controls_say(
         page.go_back()
         left = State(lens="normalized", end="bottom")
         assert_shows(body, messi, left if is_restored else State())
-        # Some set the controls after the scripts have run, and tell them nothing.
+        # Some browsers restore the controls after the scripts have run, without an event.
         radio = page.locator("[name=lens][value=logit_lens]")
         radio.evaluate("radio => { radio.checked = true; }")
         page.evaluate("dispatchEvent(new PageTransitionEvent('pageshow'))")
@@ -345,7 +343,7 @@ def test_a_page_that_is_come_back_to_shows_what_its_controls_say(
         window.check()
 
 
-def test_a_browser_without_the_newest_style_shows_words(
+def test_older_browsers_show_the_tokens(
     browser: Browser, tmp_path: Path, messi: BackwardLensResult
 ):
     path = tmp_path / "page.html"
@@ -363,7 +361,7 @@ def test_a_browser_without_the_newest_style_shows_words(
         assert colour == PAGE_COLOURS["light"]  # it covers what is scrolled below it
 
 
-def test_print_is_whole_and_without_what_only_a_screen_has(
+def test_print_has_the_whole_table_without_controls(
     browser: Browser, tmp_path: Path, deep: tuple[BackwardLensResult, Path]
 ):
     with opened(browser, deep[1], width=400) as window:
@@ -457,14 +455,14 @@ def test_details_follow_the_mouse_and_return_to_the_focused_cell(
             td_of(result, figure, other).hover()
             page.mouse.move(1, 1)
             assert details(figure) == expected_details(clicked)
-        # One table's details are not touched by another's, but all by the lens.
+        # Tables have separate details, but the lens applies to all of them.
         choose(page.locator("body"), "lens", "normalized")
         for matrix in result.matrices:
             clicked = result.under("normalized").cell(matrix, 0, 2)
             assert details(figure_of(page, matrix)) == expected_details(clicked)
 
 
-def test_cells_are_reached_by_keys(browser: Browser, tmp_path: Path, messi: BackwardLensResult):
+def test_arrow_keys_move_between_cells(browser: Browser, tmp_path: Path, messi: BackwardLensResult):
     columns, rows = len(messi.cells("W_in", 0)), len(messi.layers)
     path = [
         ("ArrowUp", 0, 0), ("ArrowLeft", 0, 0), ("Home", 0, 0), ("ArrowRight", 0, 1),
@@ -495,7 +493,7 @@ def test_cells_are_reached_by_keys(browser: Browser, tmp_path: Path, messi: Back
         assert td.evaluate("td => td === document.activeElement")
 
 
-def test_controls_are_worked_by_keys_and_never_sent(
+def test_controls_work_by_keyboard_and_are_never_submitted(
     browser: Browser, tmp_path: Path, messi: BackwardLensResult
 ):
     with page_of(browser, tmp_path, messi) as window:
@@ -516,7 +514,7 @@ def test_controls_are_worked_by_keys_and_never_sent(
         assert_shows(body, messi, replace(state, scale="log"))
         page.keyboard.press("ArrowLeft")
         assert_shows(body, messi, state)
-        # Chromium does not send a form without a button by Enter; others do.
+        # Chromium does not submit a form without a button on Enter; other browsers do.
         page.locator("form").evaluate("form => form.requestSubmit()")
         assert_shows(body, messi, state)
         assert page.url == address
@@ -525,7 +523,7 @@ def test_controls_are_worked_by_keys_and_never_sent(
 # --- in a notebook ------------------------------------------------------------------------------
 
 
-def test_two_tables_on_one_page_go_their_own_ways(
+def test_two_tables_on_one_page_are_independent(
     browser: Browser, tmp_path: Path, messi: BackwardLensResult
 ):
     fragment = messi._repr_html_()
@@ -552,7 +550,7 @@ def test_two_tables_on_one_page_go_their_own_ways(
 
 
 @pytest.mark.parametrize(("theme", "system"), [("dark", "light"), ("light", "dark")])
-def test_a_notebooks_theme_comes_before_the_systems(
+def test_a_notebooks_theme_overrides_the_systems(
     browser: Browser, tmp_path: Path, messi: BackwardLensResult, theme: str, system: str
 ):
     is_light = "true" if theme == "light" else "false"
@@ -730,8 +728,8 @@ def test_a_long_prompt_in_a_deep_model_scrolls_below_its_headers(
         window.check()
 
 
-def test_a_large_page_is_soon_ready(browser: Browser, deep: tuple[BackwardLensResult, Path]):
-    """It takes some 0.9 s, and switching the lens 0.4 s, on a core that has other work, too."""
+def test_a_large_page_is_ready_quickly(browser: Browser, deep: tuple[BackwardLensResult, Path]):
+    """It takes about 0.9 s, and switching the lens 0.4 s, on a busy core."""
     result, path = deep
     with opened(browser, path) as window:
         page = window.page
@@ -752,8 +750,8 @@ def test_a_large_page_is_soon_ready(browser: Browser, deep: tuple[BackwardLensRe
 # --- accessibility ------------------------------------------------------------------------------
 
 
-def grave(page: Page) -> list[tuple[str, list[str]]]:
-    """What axe-core calls serious or critical, and where."""
+def serious(page: Page) -> list[tuple[str, list[str]]]:
+    """Violations that axe-core rates as serious or critical."""
     return [
         (found["id"], [node["html"] for node in found["nodes"]])
         for found in Axe().run(page).response["violations"]
@@ -761,17 +759,19 @@ def grave(page: Page) -> list[tuple[str, list[str]]]:
     ]
 
 
-def test_axe_finds_nothing_grave(browser: Browser, tmp_path: Path, messi: BackwardLensResult):
+def test_axe_finds_no_serious_violation(
+    browser: Browser, tmp_path: Path, messi: BackwardLensResult
+):
     with page_of(browser, tmp_path, messi) as window:
         page, body = window.page, window.page.locator("body")
         td_of(messi, figure_of(page, "W_out"), messi.cell("W_out", 0, 1)).click()
-        assert grave(page) == []
+        assert serious(page) == []
         page.emulate_media(color_scheme="dark")
-        assert grave(page) == []
+        assert serious(page) == []
         choose(body, "end", "bottom")
         choose(body, "scale", "linear")
         page.set_viewport_size({"width": 400, "height": 800})
-        assert grave(page) == []
+        assert serious(page) == []
         # ... and it would find something.
         body.evaluate(
             """body => {
@@ -780,22 +780,22 @@ def test_axe_finds_nothing_grave(browser: Browser, tmp_path: Path, messi: Backwa
             }"""
         )
         planted = {"image-alt", "label", "color-contrast"}
-        assert {name for name, _ in grave(page)} == planted
+        assert {name for name, _ in serious(page)} == planted
         page.locator("img").evaluate("image => image.remove()")
         window.requests.clear()  # that of the image
 
 
-def test_axe_finds_nothing_grave_in_a_notebook(
+def test_axe_finds_no_serious_violation_in_a_notebook(
     browser: Browser, tmp_path: Path, messi: BackwardLensResult
 ):
     with notebook_of(browser, tmp_path, messi._repr_html_() * 2) as window:
-        assert grave(window.page) == []
+        assert serious(window.page) == []
 
 
 def test_a_screen_reader_gets_tables_with_headers(
     browser: Browser, tmp_path: Path, result: BackwardLensResult
 ):
-    """By the browser's own tree of what assistive technology is told."""
+    """Checked in the browser's accessibility tree."""
     with page_of(browser, tmp_path, result) as window:
         session = window.page.context.new_cdp_session(window.page)
         named: dict[str, list[str]] = {}

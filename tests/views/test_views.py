@@ -1,4 +1,4 @@
-"""What a view must show of a result, and what a token must never do to it."""
+"""Views show the result's numbers and tokens, and no token can break them."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_a_page_can_be_written_whatever_the_tokens_are(
     assert parsed((tmp_path / "page.html").read_text(encoding="utf-8")) == page
 
 
-def test_zero_cells_hold_no_word_but_a_reason(page: Node, result: BackwardLensResult):
+def test_zero_cells_have_a_reason_instead_of_a_token(page: Node, result: BackwardLensResult):
     for table, matrix in tables(page, result):
         zero = [cell.is_zero for cell in all_cells(result, matrix)]
         assert sum(zero) == len(NASTY) - 1
@@ -222,7 +222,7 @@ def test_zero_cells_hold_no_word_but_a_reason(page: Node, result: BackwardLensRe
             assert ("adds nothing: δ_i is zero, no gradient reaches" in node.text) == is_zero
 
 
-def test_a_zero_input_is_another_reason():
+def test_a_zero_input_has_its_own_reason():
     whole = make_result(layers=1, pos=2)
     inputs = torch.zeros(1, 2, 6)
     gradient = replace(whole.capture["W_in", 0], inputs=inputs, vjps=inputs + 1)
@@ -269,7 +269,7 @@ def test_the_script_gets_all_tokens_scores_norms_and_ranks(page: Node, result: B
                 assert entries[1::2] == scores
 
 
-def test_tooltips_hold_the_most_for_readers_without_scripts(page: Node, result: BackwardLensResult):
+def test_tooltips_show_norm_rank_and_tokens_without_scripts(page: Node, result: BackwardLensResult):
     for table, matrix in tables(page, result):
         for node, cell in zip(table.all("td"), all_cells(result, matrix), strict=True):
             assert node.attributes["tabindex"] == "0"
@@ -281,7 +281,7 @@ def test_tooltips_hold_the_most_for_readers_without_scripts(page: Node, result: 
             assert repr(running_text(cell.bottom[2].token)) in tooltip
 
 
-def test_controls_offer_what_there_is(page: Node):
+def test_controls_offer_the_results_matrices_and_lenses(page: Node):
     def offered(node: Node) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for button in node.all("input"):
@@ -322,7 +322,7 @@ def test_nothing_is_fetched(render):
 
 
 def test_a_long_prompt_in_a_deep_model_stays_below_2_mb():
-    """Under both lenses, with a vocabulary so large that hardly a token occurs twice."""
+    """Under both lenses, with a vocabulary so large that hardly any token occurs twice."""
     words = tuple(f" w{index * 7919:x}" for index in range(30_000))
     html = render_page(make_result(layers=48, pos=20, k=10, vocab=(*words, PARIS)))
     assert len(html.encode()) < 2e6
@@ -356,7 +356,7 @@ def test_a_notebook_shows_the_first_prompts_and_how_to_see_the_others():
     assert f"save_html(path, batch={MAX_PROMPTS})" in fragment.text
 
 
-def test_the_style_reaches_nothing_outside_its_fragment(result: BackwardLensResult):
+def test_the_style_applies_only_to_its_fragment(result: BackwardLensResult):
     sheet = re.sub(r"/\*.*?\*/", "", parsed(render_table(result)).all("style")[0].text, flags=re.S)
     rules = re.sub(r"@media[^{]*\{", "", sheet)
     for selectors in re.findall(r"([^{}]+)\{", rules):
@@ -429,7 +429,7 @@ def test_the_scale_is_logarithmic_over_three_decades_at_most():
 
 
 @pytest.mark.parametrize("norms", [[], [0.0], [2.0], [float("nan")]])
-def test_a_scale_without_extent_still_has_shades(norms: list[float]):
+def test_a_scale_of_one_norm_or_none_still_has_shades(norms: list[float]):
     scale = NormScale.spanning(norms)
     assert all(0 <= scale.step(norm) < len(LIGHT_SHADES) for norm in [*norms, 0.0, 1.0])
 
@@ -482,7 +482,7 @@ def test_the_terminal_table_fits_and_keeps_every_layer(width: int):
 
 
 @pytest.mark.parametrize(("width", "left_out"), [(60, 6), (100, 1), (200, 0)])
-def test_the_last_tokens_are_kept_where_not_all_fit(width: int, left_out: int):
+def test_the_last_tokens_are_kept_if_not_all_fit(width: int, left_out: int):
     vocab = (PARIS, *(f"{name * 7}" for name in "abcdefghijk"))
     result = make_result(pos=12, vocab=vocab)
     text = printed(result, width)
@@ -526,7 +526,7 @@ def test_zero_cells_are_dots_in_a_terminal():
     assert [line.split()[1:5] for line in last_layer] == [["·"] * 4] * 2
 
 
-def test_faint_cells_are_set_apart_and_explained():
+def test_faint_cells_are_marked_and_explained():
     whole = make_result()
     faint = replace(whole.readings[0], faint_norm=0.1)
     result = replace(whole, readings=(faint, *whole.readings[1:]))

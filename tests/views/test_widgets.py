@@ -1,4 +1,4 @@
-"""CircuitsVis's widgets: what they show, seen in a real browser, and what must never break them."""
+"""Widgets: what they show in a real browser, and inputs that must not break them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def with_norms_times(result: BackwardLensResult, factor: float) -> BackwardLensR
 
 
 def plain(text: str) -> str:
-    """What a reader sees of a widget's text: characters without width are not there."""
+    """A widget's text without its zero-width characters."""
     return re.sub("[\u2060\u2068\u2069]", "", text)
 
 
@@ -162,7 +162,7 @@ def columns(widget: Widget, sample: int, layer: int, side: str) -> list[list[tup
     return [list(column) for column in zip(*pairs, strict=True)]
 
 
-def test_top_tokens_are_the_results_and_zero_cells_have_a_reason(result: BackwardLensResult):
+def test_top_tokens_match_the_result_and_zero_cells_have_a_reason(result: BackwardLensResult):
     widget = widgets.top_tokens(result)
     assert [label.split()[0] for label in widget.props["sampleLabels"]] == list(result.matrices)
     zero = 0
@@ -228,7 +228,7 @@ MASKED = -math.inf
         ([5, 3, 1], [MASKED] * 3),
         ([5, 3, 1], [MASKED, -4, -3]),
         ([math.inf, 3, 1], [-4, -3, -2]),
-        # So many that they are among the top tokens, too.
+        # Masked tokens among the top tokens, too.
         ([5, 3, MASKED], [MASKED] * 3),
         ([MASKED] * 3, [MASKED] * 3),
         ([math.inf] * 3, [2, math.inf, math.inf]),
@@ -282,12 +282,12 @@ def test_an_infinite_top_score_is_a_number_that_the_quantity_names():
         assert strict(widget) == widget.props
 
 
-def test_what_json_does_not_have_is_never_written():
+def test_infinite_numbers_are_not_written_as_json():
     with pytest.raises(ValueError, match="JSON"):
         library.script_json({"score": math.inf})
 
 
-def test_columns_are_named_after_the_positions_where_these_have_gaps():
+def test_columns_name_their_positions_if_some_are_missing():
     result = make_result(pos=5)
     at_two = {
         name: type(readout)(*(value[:, :, [2, 4]] for value in vars(readout).values()))
@@ -307,7 +307,7 @@ def test_columns_are_named_after_the_positions_where_these_have_gaps():
     assert [column[0][0] for column in columns(widget, 1, 0, "topk")][:2] == ["<b>", "⏎"]
 
 
-def test_captions_say_which_positions_there_are_where_these_are_not_all():
+def test_captions_name_the_positions_if_some_are_missing():
     result = make_result(pos=5)
     for show in (widgets.norms, widgets.quantities):
         assert "positions" not in caption(show(result))
@@ -344,7 +344,7 @@ def quantity_of(cell: Cell, name: str) -> float:
     return cell.target_rank if name.startswith("rank") else cell.top[0].score
 
 
-def test_quantities_are_the_results_and_missing_ones_are_told_apart(result: BackwardLensResult):
+def test_quantities_match_the_result_and_missing_ones_are_distinct(result: BackwardLensResult):
     props = widgets.quantities(result).props
     names = props["secondDimensionLabels"]
     assert [name.split(" (")[0] for name in names] == [
@@ -370,7 +370,7 @@ def test_without_a_target_there_is_no_rank():
     assert not any("rank" in label for label in labels)
 
 
-def test_reversed_attention_is_the_prompts_own_and_its_scale_symmetric(result: BackwardLensResult):
+def test_reversed_attention_has_no_padding_and_a_symmetric_scale(result: BackwardLensResult):
     props = widgets.reversed_attention(result, -1).props
     shown = torch.tensor(props["attention"])
     assert shown.shape == (2, len(NASTY), len(NASTY))
@@ -388,7 +388,7 @@ def test_reversed_attention_is_the_prompts_own_and_its_scale_symmetric(result: B
 
 @pytest.mark.usefixtures("as_for_a_user")
 @pytest.mark.parametrize("stranger", [None, torch.zeros(2)])
-def test_what_is_no_result_is_refused(stranger: Any):
+def test_other_types_than_a_result_are_refused(stranger: Any):
     for show in (
         widgets.norms,
         widgets.top_tokens,
@@ -423,7 +423,7 @@ def test_what_is_not_in_the_result_is_refused(result: BackwardLensResult):
 # --- HTML ---------------------------------------------------------------------------------------
 
 
-def test_a_widget_is_circuitsviss_own_and_asks_for_no_network(
+def test_a_widget_is_a_rendered_html_and_needs_no_network(
     four: list[Widget], monkeypatch: pytest.MonkeyPatch
 ):
     asked: list[object] = []
@@ -440,7 +440,7 @@ def test_a_widget_is_circuitsviss_own_and_asks_for_no_network(
     assert asked
 
 
-def test_the_cdns_html_is_small_closed_and_cannot_be_left_by_a_token(four: list[Widget]):
+def test_html_for_the_cdn_is_small_and_well_formed(four: list[Widget]):
     for widget in four:
         html = widget.show_code()
         assert "https://unpkg.com/circuitsvis@" in html
@@ -493,7 +493,7 @@ def test_the_first_output_carries_and_the_same_cell_run_again_does_too():
     assert carried == [True, False, False, True, False, False, True]
 
 
-def test_where_cells_have_no_ids_the_first_run_carries():
+def test_without_cell_ids_the_first_run_carries():
     carrier = Carrier()
     carried = [carrier.must_carry(Execution(run, None)) for run in ("1", "1", "2", "1")]
     assert carried == [True, False, False, False]
@@ -598,7 +598,7 @@ def check_top_tokens(place: Locator, result: BackwardLensResult) -> None:
         expected = result.cell("W_in", 0, column)
         entries = (*expected.top, *reversed(expected.bottom))
         assert cells(column) == [seen(entry.token) for entry in entries]
-    # The colour grows with the score, and the tooltip tells it.
+    # The colour depends on the score, which the tooltip shows.
     target = place.locator("tbody tr").first.locator("td > span").first
     factor = float(
         re.search(r"×(\d+)", place.locator("#sample-selector option").first.text_content())[1]
@@ -649,8 +649,8 @@ def check_attention(page: Opened, place: Locator) -> None:
 
 
 @pytest.mark.slow
-def test_plain_circuitsvis_falls_into_the_traps(browser: Browser, tmp_path: Path):
-    """The negative control: what the widgets here are safe against does happen."""
+def test_plain_circuitsvis_has_these_problems(browser: Browser, tmp_path: Path):
+    """Negative control: the problems that our widgets avoid do occur."""
     tokens, norms = ["<s>", "a", "\n"], torch.tensor([[3e-8], [1e-8], [2e-8]])
     plainly = colored_tokens_multi(tokens, norms)
     html = f"<!DOCTYPE html><body>{plainly.local_src}<p id='after'>after</p></body>"
@@ -671,7 +671,7 @@ def test_plain_circuitsvis_falls_into_the_traps(browser: Browser, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_widget_without_the_javascript_says_what_to_do_and_comes_to_life_with_it(
+def test_a_widget_without_the_javascript_says_what_to_do_and_is_drawn_once_it_is_there(
     browser: Browser, tmp_path: Path, four: list[Widget]
 ):
     hasty = four[0].fragment.replace("< 50)", "< 2)")
