@@ -99,6 +99,20 @@ def replacing(path: str | Path) -> Iterator[Path]:
             partial.unlink()
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8.
+
+    Args:
+        path: The file.
+        text: Its contents.
+
+    Raises:
+        ResultFileError: If the file cannot be written.
+    """
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def read(path: str | Path, kinds: Sequence[type], parts: Sequence[type]) -> Any:
     """Read a dataclass that `write` wrote.
 

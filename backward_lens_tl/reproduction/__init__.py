@@ -17,7 +17,7 @@ from backward_lens_tl._checks import check_path
 from backward_lens_tl.data.readers import FACTS_RECORDS, read_records
 from backward_lens_tl.data.records import Records
 from backward_lens_tl.errors import InputError, UnsupportedModelError
-from backward_lens_tl.files.storage import replacing
+from backward_lens_tl.files.storage import write_text
 from backward_lens_tl.models.loading import FACTS_MODEL, load_model
 from backward_lens_tl.reproduction.evidence import Evidence
 from backward_lens_tl.reproduction.experiments import EXPERIMENTS, Experiment, select_experiments
@@ -106,8 +106,7 @@ def reproduce(
             finding = Finding((), notes=(f"It could not be measured: {error}.",))
         seconds = time.perf_counter() - began
         write_finding(folder, experiment, finding, _about(experiment, evidence, seconds))
-        with replacing(folder / "report.html") as partial:
-            partial.write_text(render_report(read_findings(folder)), encoding="utf-8")
+        write_text(folder / "report.html", render_report(read_findings(folder)))
         found[experiment.name] = finding
     return found
 

@@ -29,8 +29,7 @@ from tqdm.auto import tqdm
 from backward_lens_tl._checks import check_path
 from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.data.records import Records
-from backward_lens_tl.errors import InputError
-from backward_lens_tl.files.storage import replacing
+from backward_lens_tl.files.storage import write_text
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.loading import load_model
 from backward_lens_tl.runs.columns import Column, Tables
@@ -145,7 +144,7 @@ class Run:
         try:
             run = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise cls._error(
+            raise cls.CONFIG.ERROR(
                 f"{os.fspath(folder)!r} is not the folder of {_a(cls.NOUN)}: {path} cannot be "
                 f"read ({error})"
             ) from error
@@ -187,13 +186,13 @@ class Run:
 
         there = self._columns(name)
         if not there:
-            raise self._error(
+            raise self.CONFIG.ERROR(
                 f"this {self.NOUN} has no table of {name}: its settings leave all columns out"
             )
         names = [column.name for column in there]
         for column in columns or ():
             if column not in names:
-                raise self._error(
+                raise self.CONFIG.ERROR(
                     f"this {self.NOUN}'s table of {name} has no column {column!r}; it has "
                     f"{', '.join(names)}"
                 )
@@ -202,7 +201,7 @@ class Run:
         try:
             table = read_table(files, wanted)
         except (OSError, pa.ArrowException) as error:
-            raise self._error(
+            raise self.CONFIG.ERROR(
                 f"a shard of {os.fspath(self.folder / name)!r} is damaged: {error}. Delete the "
                 f"shard's files in {', '.join(self.TABLES)}, and run the {self.NOUN} again: it "
                 "resumes"
@@ -232,13 +231,13 @@ class Run:
             The run; all processes of a launch return together.
         """
         if find_spec("pyarrow") is None:
-            raise cls._error(
+            raise cls.CONFIG.ERROR(
                 f'{_a(cls.NOUN)} needs pyarrow: pip install "backward-lens-tl[parquet]"'
             )
         check_path(out, cls.CONFIG.ERROR)
         if not isinstance(config, cls.CONFIG | None):
             name = cls.CONFIG.__name__
-            raise cls._error(
+            raise cls.CONFIG.ERROR(
                 f"config is a {type(config).__name__}; pass {_a(name)}, such as {name}(seed=1)"
             )
         state = this_process()
@@ -262,17 +261,18 @@ class Run:
             begun._check_same(run)
             return begun
         if any(folder.glob(f"*/{ANY_SHARD}")):
-            raise cls._error(
-                f"{os.fspath(folder)!r} has shards of {_a(cls.NOUN)} but no {_RUN} that says of "
-                "which; choose another folder"
+            raise cls.CONFIG.ERROR(
+                f"{os.fspath(folder)!r} has shards of {_a(cls.NOUN)} but no {_RUN} to "
+                "identify it; choose another folder"
             )
         try:
             for table in cls.TABLES:
                 (folder / table).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise cls._error(f"folder {os.fspath(folder)!r} cannot be created: {error}") from error
-        with replacing(folder / _RUN) as partial:
-            partial.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+            raise cls.CONFIG.ERROR(
+                f"folder {os.fspath(folder)!r} cannot be created: {error}"
+            ) from error
+        write_text(folder / _RUN, json.dumps(run, indent=2) + "\n")
         return cls.load(folder)
 
     def _write_missing(self, plan: Plan[Any], state: PartialState, progress: bool) -> None:
@@ -318,15 +318,11 @@ class Run:
             if name not in ("command", "python") and _lasting(name, before) != _lasting(
                 name, now[name]
             ):
-                raise self._error(
+                raise self.CONFIG.ERROR(
                     f"{os.fspath(self.folder)!r} holds {_a(self.NOUN)} with another {name}: "
                     f"{_difference(before, now[name])}. Resume with what it was begun with, or "
                     "choose another folder"
                 )
-
-    @classmethod
-    def _error(cls, message: str) -> InputError:
-        return cls.CONFIG.ERROR(message)
 
 
 def _about(job: Job[Any], plan: Plan[Any]) -> dict[str, Any]:

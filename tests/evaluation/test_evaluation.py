@@ -193,7 +193,7 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
 
 @pytest.fixture(scope="module")
 def whole(tiny: nn.Module, texts: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the files of an evaluation hold that nobody stopped: two records by one method."""
+    """What the files of an evaluation hold that was not stopped: two records by one method."""
     out = tmp_path_factory.mktemp("whole") / "out"
     evaluate(tiny, ROWS[:2], out, {"nudge": Nudge()}, small_config(texts), progress=False)
     return digests(out)
@@ -309,7 +309,7 @@ def test_scores_under_an_edit_against_a_changed_model(gpt2: Case, tmp_path: Path
 
 @torch.no_grad()
 def slow_answer(case: Case, prompt: list[int], answer: list[int]) -> tuple[float, bool, int]:
-    """Mean loss of an answer, whether it is what is said, and what is said first."""
+    """Mean loss of an answer, whether it is greedy, and the most probable first token."""
     lasts = [
         case.logits(torch.tensor([[*prompt, *answer[:place]]]))[0, -1].double()
         for place in range(len(answer))
@@ -388,7 +388,7 @@ def test_every_kind_of_failure_fails_alone(run) -> None:
     assert not math.isnan(edits.loc["huge", "perplexity"])
 
 
-def test_a_bug_is_no_failed_edit(run) -> None:
+def test_a_bug_is_not_a_failed_edit(run) -> None:
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run({"f": Failing(error=RuntimeError("shapes do not match"))}, ROWS[:1])
 
@@ -408,7 +408,7 @@ def test_a_method_that_changes_the_model_is_caught(run, tiny: nn.Module, tmp_pat
     assert found.edits()["method"].unique().tolist() == ["none"]
 
 
-def test_what_changes_between_the_parts_is_caught(run, tiny: nn.Module, monkeypatch) -> None:
+def test_what_changes_between_shards_is_caught(run, tiny: nn.Module, monkeypatch) -> None:
     """By the fingerprints before and after the whole."""
     host = host_of(tiny)
     parameter = host.parameters()[sorted(host.parameters())[0]]
@@ -526,8 +526,8 @@ def test_free_efficacy_is_that_of_the_continuation(run, tiny: nn.Module) -> None
     edits = run({}, [own[0], {**own[1], "target": " the"}], n_texts=0).edits()
     first = edits.iloc[0]
     assert first["efficacy"] == 1
-    goes_on = first["continuation"][len(first["target"]) :][:1].isalnum()
-    assert first["free_efficacy"] == float(not goes_on)
+    continues = first["continuation"][len(first["target"]) :][:1].isalnum()
+    assert first["free_efficacy"] == float(not continues)
     assert edits["free_efficacy"].iloc[1] == edits["efficacy"].iloc[1]
 
 
@@ -594,7 +594,7 @@ def test_rows_that_cannot_be_evaluated(run) -> None:
     assert nothing._repr_html_()
 
 
-def test_answers_behind_a_space_of_their_own(run) -> None:
+def test_answers_after_a_space_of_their_own(run) -> None:
     """An id as target is taken as it is."""
     [row] = by_record(run({}, [ROWS[2]]).edits(), "none").to_dict("records")
     assert isinstance(row["target"], str)
@@ -766,7 +766,7 @@ def test_the_figure(small: Small, tmp_path: Path, backend: Any) -> None:
     ("moment", "when"),
     [(0, "written"), (3, "placed"), (5, "written"), (5, "placed")],
 )
-def test_killed_at_a_file_it_goes_on_and_ends_the_same(
+def test_killed_at_a_file_it_resumes_and_ends_the_same(
     run, whole: dict[str, str], tmp_path: Path, moment: int, when: str
 ) -> None:
     """At `run.json`, and at some of the five tables of each of four shards."""
@@ -805,7 +805,7 @@ def test_a_process_measures_its_share(run, whole: dict[str, str], monkeypatch) -
     assert digests(done.folder) == whole
 
 
-def test_only_the_same_evaluation_goes_on(run, tmp_path: Path) -> None:
+def test_only_the_same_evaluation_is_resumed(run, tmp_path: Path) -> None:
     run({"nudge": Nudge()}, ROWS[:1], "out")
     other = tmp_path / "other.raw"
     other.write_text("The capital of France is Rome.\n")
@@ -834,7 +834,7 @@ def test_only_the_same_evaluation_goes_on(run, tmp_path: Path) -> None:
         file.write_text(kept)
 
 
-def test_folders_that_are_none_of_an_evaluation(run, tmp_path: Path) -> None:
+def test_folders_that_are_not_of_an_evaluation(run, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="is not the folder of an evaluation"):
         Evaluation.load(tmp_path)
     found = run({}, ROWS[:1], "out", n_texts=0)
@@ -874,7 +874,7 @@ torch.set_num_threads(1)
 from test_evaluation import ROWS, Nudge
 from models import HAS_BRIDGE, build
 from backward_lens_tl.files import storage
-from backward_lens_tl.runs import run, shards
+from backward_lens_tl.runs import shards
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.run import evaluate
 
@@ -913,7 +913,7 @@ def killed(name, moment, when):
         if is_last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run.replacing = shards.replacing = replacing
+    storage.replacing = shards.replacing = replacing
     whole(name)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from backward_lens_tl.files import storage
-from backward_lens_tl.runs import run, shards
+from backward_lens_tl.runs import shards
 from backward_lens_tl.sweeps.columns import TABLES
 
 
@@ -32,7 +32,7 @@ def digests(folder: Path, tables: Iterable[str] = TABLES) -> dict[str, str]:
 def killed(action: Callable[[], object], moment: int, when: str) -> None:
     """Run something that is killed at a file, counted from 0: it is "written" or also "placed".
 
-    A file that is written has its hidden name still, and nobody clears it away.
+    A file that is written still has its hidden name, and is not removed.
     """
     real, left = storage.replacing, iter(range(moment))
 
@@ -48,7 +48,7 @@ def killed(action: Callable[[], object], moment: int, when: str) -> None:
             raise Killed
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run, "replacing", replacing)
+        patched.setattr(storage, "replacing", replacing)
         patched.setattr(shards, "replacing", replacing)
         with pytest.raises(Killed):
             action()

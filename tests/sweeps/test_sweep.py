@@ -235,7 +235,7 @@ def test_a_prompt_that_fails_is_rejected_alone(swept, plain, monkeypatch, error:
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_a_bug_is_no_matter_of_the_prompts(swept, monkeypatch):
+def test_a_bug_does_not_reject_prompts(swept, monkeypatch):
     fail_on(monkeypatch, lambda prompts: RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         swept(layers=0)
@@ -252,7 +252,7 @@ def test_a_prompt_too_long_for_the_budget_is_rejected_alone(swept):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_only_prompts_of_the_part_that_fails_run_alone(swept, monkeypatch):
+def test_only_prompts_of_the_shard_that_fails_run_alone(swept, monkeypatch):
     bad = "Messi plays"
     calls = fail_on(monkeypatch, lambda prompts: InputError("odd") if bad in prompts else None)
     found = swept(layers=0, shard_size=2)
@@ -302,15 +302,15 @@ def slow_factors(
     def before(key: Any) -> Any:
         return lambda module, args: inputs.__setitem__(key, args[0].detach()[0])
 
-    def behind(held: dict[Any, Tensor], key: Any) -> Any:
+    def after(held: dict[Any, Tensor], key: Any) -> Any:
         return lambda module, args, output: held.__setitem__(key, output)
 
     for (matrix, layer), module in case.outputs.items():
-        handles.append(module.register_forward_hook(behind(outputs, (matrix, layer))))
+        handles.append(module.register_forward_hook(after(outputs, (matrix, layer))))
         mlp = case.outputs["W_out", layer]
         is_hooked = hasattr(mlp, "hook_post")
         if is_hooked and matrix == "W_out":
-            hook = behind(inputs, (matrix, layer))
+            hook = after(inputs, (matrix, layer))
             handles.append(mlp.hook_post.register_forward_hook(hook))
         else:
             owner = mlp if is_hooked else module
@@ -351,7 +351,7 @@ def assert_ends(tokens: Any, values: Any, scores: Tensor, texts: list[str]) -> N
 
 
 def slow_segments(case: Case, row: dict[str, Any], ids: list[int]) -> list[str | None]:
-    """By the tokenizer's own offsets, in the words of the paper."""
+    """By the tokenizer's own offsets, with the paper's names."""
     if "subject" not in row:
         return [None] * len(ids)
     text, encoding = row["prompt"], small_tokenizer()(row["prompt"], return_offsets_mapping=True)
@@ -565,15 +565,17 @@ SCHEMA = {
 }
 
 
-def test_the_schema_is_the_same_in_every_part_empty_or_not(in_shards: dict[int, Sweep]):
+def test_the_schema_is_the_same_in_every_shard_empty_or_not(in_shards: dict[int, Sweep]):
     found = in_shards[2]
     for table, expected in SCHEMA.items():
         counts = []
         for file in sorted((found.folder / table).iterdir()):
             schema = pq.read_schema(file)
             # The name of a list's element is the library's.
-            told = re.sub(r"<\w+: ", "<element: ", ", ".join(f"{f.name} {f.type}" for f in schema))
-            assert told == " ".join(expected.split())
+            found_schema = re.sub(
+                r"<\w+: ", "<element: ", ", ".join(f"{f.name} {f.type}" for f in schema)
+            )
+            assert found_schema == " ".join(expected.split())
             counts.append(pq.read_metadata(file).num_rows)
         assert len(counts) == found.n_shards > 2
         assert table == "rejects" or 0 in counts, "the test is to have a shard without rows"
@@ -672,12 +674,12 @@ def test_the_documentation_has_the_schema():
         assert lines == expected
 
 
-# ------------------------------------------------------------------------------ stopped and gone on
+# ------------------------------------------------------------------------------ ------- resuming
 
 
 @pytest.fixture(scope="module")
 def whole(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """A sweep of three shards that nobody stopped."""
+    """A sweep of three shards that was not stopped."""
     out = tmp_path_factory.mktemp("whole") / "out"
     return blt.sweep(tiny, ROWS, out, SweepConfig(**THREE_SHARDS), progress=False)
 
@@ -690,7 +692,7 @@ THREE_SHARDS: dict[str, Any] = {"layers": -1, "matrices": "W_out", "k": 2, "shar
     ("moment", "when"),
     [(0, "written"), (0, "placed"), (2, "written"), (4, "written"), (4, "placed"), (10, "placed")],
 )
-def test_killed_at_a_file_it_goes_on_and_ends_the_same(
+def test_killed_at_a_file_it_resumes_and_ends_the_same(
     swept, whole: Sweep, tmp_path: Path, moment: int, when: str
 ):
     """At `run.json`, and at some of the four tables of each of three shards."""
@@ -736,7 +738,7 @@ def test_a_complete_sweep_is_not_computed_again(swept, monkeypatch):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_only_the_same_sweep_goes_on(swept, tiny: nn.Module):
+def test_only_the_same_sweep_is_resumed(swept, tiny: nn.Module):
     swept(folder="out", layers=0)
     other = build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2", seed=1).model
     changed = [*ROWS[:-1], {**ROWS[-1], "target": 41}]
@@ -757,7 +759,7 @@ def test_only_the_same_sweep_goes_on(swept, tiny: nn.Module):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_other_tokens_of_the_same_texts_do_not_go_on(swept, tiny: nn.Module, monkeypatch):
+def test_other_tokens_of_the_same_texts_are_not_resumed(swept, tiny: nn.Module, monkeypatch):
     """As when the model's own default of a BOS token has changed, or its tokenizer."""
     swept(folder="out", layers=0)
     tokenized = rejects.tokenize_prompts
@@ -774,7 +776,7 @@ def test_other_tokens_of_the_same_texts_do_not_go_on(swept, tiny: nn.Module, mon
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_parts_without_their_run_are_not_taken_for_another_s(swept):
+def test_shards_without_run_json_are_refused(swept):
     found = swept(folder="out", layers=0)
     (found.folder / "run.json").unlink()
     with pytest.raises(SweepError, match=r"has shards of a sweep but no run\.json"):
@@ -782,7 +784,7 @@ def test_parts_without_their_run_are_not_taken_for_another_s(swept):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_a_damaged_part_is_named(swept):
+def test_a_damaged_shard_is_named(swept):
     found = swept(layers=0, shard_size=2)
     (found.folder / "positions" / "shard-000001.parquet").write_bytes(b"")
     with pytest.raises(SweepError, match=r"a shard of '.*positions' is damaged: .*Delete the"):
@@ -791,7 +793,7 @@ def test_a_damaged_part_is_named(swept):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_a_sweep_of_data_that_have_moved_goes_on(swept, tmp_path: Path):
+def test_a_sweep_of_data_that_have_moved_is_resumed(swept, tmp_path: Path):
     for name in ("here.jsonl", "there.jsonl"):
         (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
     first = swept(tmp_path / "here.jsonl", folder="out", layers=0)
@@ -801,7 +803,7 @@ def test_a_sweep_of_data_that_have_moved_goes_on(swept, tmp_path: Path):
 
 @pytest.mark.usefixtures("as_for_a_user")
 @pytest.mark.parametrize("name", ["torch", "backward-lens-tl"])
-def test_another_version_does_not_go_on(swept, name: str):
+def test_another_version_is_not_resumed(swept, name: str):
     found = swept(folder="out", layers=0)
     file = found.folder / "run.json"
     run = json.loads(file.read_text())
@@ -812,7 +814,7 @@ def test_another_version_does_not_go_on(swept, name: str):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_a_part_without_its_last_table_is_written_again(swept):
+def test_a_shard_without_its_last_table_is_written_again(swept):
     """As a kill between two tables of a shard leaves it."""
     found = swept(folder="out", layers=0, shard_size=2)
     before = digests(found.folder)
@@ -828,7 +830,7 @@ def test_a_part_without_its_last_table_is_written_again(swept):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_folders_that_are_none_of_a_sweep(swept, tiny: nn.Module, tmp_path: Path):
+def test_folders_that_are_not_of_a_sweep(swept, tiny: nn.Module, tmp_path: Path):
     with pytest.raises(SweepError, match="is not the folder of a sweep"):
         Sweep.load(tmp_path / "nowhere")
     broken = tmp_path / "broken"

@@ -51,7 +51,7 @@ import torch
 torch.set_num_threads(1)
 from backward_lens_tl import load_facts_model
 from backward_lens_tl.files import storage
-from backward_lens_tl.runs import run, shards
+from backward_lens_tl.runs import shards
 from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.sweeps.config import SweepConfig
 from backward_lens_tl.sweeps.run import sweep
@@ -93,7 +93,7 @@ def killed(name, moment, when):
         if is_last:
             die()
 
-    run.replacing = shards.replacing = replacing
+    storage.replacing = shards.replacing = replacing
     sweep(model, records, out / name, settings, progress=False)
 
 
@@ -207,7 +207,7 @@ def test_processes_that_are_refused_end(commanded: Path):
     assert "holds a sweep with another config: k was 2, is 3" in done.stderr
 
 
-def test_one_process_goes_on_with_what_two_began(commanded: Path, tmp_path: Path):
+def test_one_process_resumes_what_two_began(commanded: Path, tmp_path: Path):
     out = tmp_path / "out"
     launch = [script("torchrun"), "--nproc_per_node", "2", "-m", "backward_lens_tl", "sweep"]
     both = [*launch, *ARGUMENTS.split(), "--out", str(out)]
