@@ -11,13 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from backward_lens_tl._checks import check_choice, listed
-from backward_lens_tl.capture.batching import Pass
 from backward_lens_tl.capture.bound_objectives import LossFunction
 from backward_lens_tl.capture.forward_backward import Recorded
 from backward_lens_tl.capture.gradient_capture import GradientCapture
-from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.memory import Memory
-from backward_lens_tl.capture.merging import Gathering
 from backward_lens_tl.capture.objectives import (
     Objective,
     Targets,
@@ -25,13 +22,14 @@ from backward_lens_tl.capture.objectives import (
     target_nll,
 )
 from backward_lens_tl.capture.prompts import Prompts
-from backward_lens_tl.capture.run import CaptureWork, plan_capture
+from backward_lens_tl.capture.run import plan_capture
 from backward_lens_tl.capture.selection import select_positions
 from backward_lens_tl.choices import Direction, Measure, MultiToken, VjpsAt
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.sites import WRITING_MATRICES
 from backward_lens_tl.models.vocabulary import Vocabulary
+from backward_lens_tl.readout.cells import projected_vectors
 from backward_lens_tl.readout.projections import LogitLens, Projection, as_projections
 from backward_lens_tl.readout.readout import Reading, ReadoutGrid
 from backward_lens_tl.readout.streaming import VectorGroup, read_groups
@@ -51,9 +49,9 @@ def backward_lens(
     projection: str | Projection | Sequence[str | Projection] = ("logit_lens", "normalized"),
     direction: Direction = "update",
     k: int = 10,
-    measures: Measure | Sequence[Measure] = (),
-    prepend_bos: bool | None = None,
     multi_token: MultiToken | None = None,
+    prepend_bos: bool | None = None,
+    measures: Measure | Sequence[Measure] = (),
     vjps_at: VjpsAt = "matrix",
     hook_points: str | Sequence[str] | Callable[[str], bool] | None = None,
     memory: Memory | None = None,
@@ -61,42 +59,44 @@ def backward_lens(
     """Project the gradients of weight matrices into the vocabulary.
 
     The gradient of `W_in`, `W_gate`, `W_Q`, `W_K` or `W_V` is read through its inputs `x_i`, which
-    an update *imprints*; that of `W_out` or `W_O` through its VJPs `delta_i`, whose negative an
-    update adds, which *shifts* the output towards the target (paper, sections 4 and 5).
+    an update *imprints*. The gradient of `W_out` or `W_O` is read through its VJPs `delta_i`: an
+    update adds their negative, which *shifts* the output towards the target (paper, sections 4 and
+    5).
 
     Args:
-        model: A `HookedTransformer` or `TransformerBridge`; nothing of it is changed.
-        prompts: A text, several of any lengths, token ids `[batch, pos]`, or what a tokenizer
-            returned (`input_ids` and `attention_mask`).
+        model: A `HookedTransformer` or `TransformerBridge`. It is not changed.
+        prompts: A text, several of any lengths, token ids `[batch, pos]`, or the output of a
+            tokenizer (`input_ids` and `attention_mask`).
         target: What the model should say next: text or token id, or one per prompt. `None` is the
-            model's own most probable token. Beside an `objective` it is only ranked.
-        objective: What is differentiated; `target_nll(target)` by default.
+            model's own most probable token. With an `objective`, the target is only ranked.
+        objective: What to differentiate; `target_nll(target)` by default.
         matrices: Names among `W_Q`, `W_K`, `W_V`, `W_O`, `W_in`, `W_gate`, `W_out`, or the groups
             `"attn"`, `"mlp"`, `"all"`.
         layers: Layers, negative ones from the end; `None` for all.
-        positions: Positions to project, negative ones from each prompt's end; `None` for all.
+        positions: Positions to project, negative ones from the end of each prompt; `None` for all.
         projection: `"logit_lens"`, `"normalized"`, an object with
-            `project(vectors, layer) -> logits`, or several of these: the result speaks of the
-            first, its table switches between them, and `result.under(name)` speaks of another.
+            `project(vectors, layer) -> logits`, or several of these. Methods of the result use the
+            first, its table switches between them, and `result.under(name)` uses another.
         direction: `"update"` projects what a step of gradient descent adds, `-delta_i` for
             `W_out` and `W_O`; `"gradient"` projects the raw `delta_i`, as the paper does. Inputs
             `x_i` are projected as they are.
-        k: Tokens to keep at either end; all of them where the vocabulary has fewer.
-        measures: What else is taken of each readout, for `to_df`: `"answer_rank"`, the rank of the
-            model's own answer, `"entropy"`, or both. Each costs a pass over the scores.
-        prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
-        multi_token: Which token of a text of several stands for it, `"first"` or `"last"`.
-        vjps_at: Which VJPs of `W_out` and `W_O` are projected: `"matrix"`, those at its own output,
-            which span the gradient, or `"residual"`, those where its output is added to the
-            residual stream. They differ where a norm comes in between, as in Gemma 2 and OLMo 2.
-        hook_points: Hook points to keep activations and gradients of, as in `capture_gradients`.
-        memory: Limits on memory, and how factors are kept; `Memory` says which there are.
+        k: Number of tokens to keep at either end; all of them if the vocabulary has fewer.
+        multi_token: Which token represents a target text of several, `"first"` or `"last"`.
+        prepend_bos: Whether to prepend a BOS token to texts; `None` uses the model's default.
+        measures: Further columns of `to_df`: `"answer_rank"`, the rank of the model's own answer,
+            `"entropy"`, or both. Each costs a pass over the scores.
+        vjps_at: Which VJPs of `W_out` and `W_O` to project: `"matrix"` for those at the matrix's
+            own output, which span the gradient, or `"residual"` for those where the output is added
+            to the residual stream. They differ if a norm comes in between, as in Gemma 2 and OLMo
+            2.
+        hook_points: Hook points whose activations and gradients to keep, as in `capture_gradients`.
+        memory: Limits on memory, and how factors are kept.
 
     Returns:
-        The result; in a notebook it shows itself as a table of layers and tokens.
+        The result. A notebook shows it as a table of layers and tokens.
 
     Raises:
-        InputError: If an argument is not usable; the message says what is allowed.
+        InputError: If an argument is not usable.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -111,12 +111,15 @@ def backward_lens(
     check_choice("direction", direction, get_args(Direction))
     check_choice("vjps_at", vjps_at, get_args(VjpsAt))
     if isinstance(target, Objective) or callable(target):
-        raise InputError("an objective goes by name: backward_lens(model, prompts, objective=...)")
+        raise InputError(
+            "target is an objective; pass it as a keyword, backward_lens(model, prompts, "
+            "objective=...)"
+        )
     k = checked_k(k, host.d_vocab_out)
     projections = as_projections(projection, host)
     for measure in listed(measures):
         check_choice("measures", measure, get_args(Measure))
-    work = plan_capture(
+    plan = plan_capture(
         host,
         prompts,
         target_nll(target, multi_token) if objective is None else objective,
@@ -126,13 +129,11 @@ def backward_lens(
         hook_points=hook_points,
         memory=memory,
     )
-    batch = work.batch
-    ids = None
     if objective is not None and target is not None:
-        asked = target_ids(target, work.prompts, multi_token)
-        ids = torch.tensor(asked, device=batch.mask.device)
-    places = select_positions(positions, batch.mask)
-    grids = {name: ReadoutGrid(work.layers, places, work.kept_on) for name in projections}
+        ids = target_ids(target, plan.prompts, multi_token)
+        plan = replace(plan, targets=torch.tensor(ids, device=plan.batch.mask.device))
+    places = select_positions(positions, plan.batch.mask)
+    grids = {name: ReadoutGrid(plan.layers, places, plan.kept_on) for name in projections}
     reader = _Reader(
         projections=projections,
         direction=direction,
@@ -140,14 +141,11 @@ def backward_lens(
         k=k,
         measures=frozenset(listed(measures)),
         d_vocab=host.d_vocab_out,
-        most_bytes=work.memory.chunk,
+        most_bytes=plan.memory.chunk,
         places=places,
         grids=grids,
     )
-    gathering = work.gathering()
-    for part in work.passes:
-        _analyse(work, part, ids, reader, gathering)
-    capture = work.capture(gathering)
+    capture = plan.run(reader.read)
     readings = tuple(
         Reading(name, grids[name].by_matrix, _faint_norm(lens))
         for name, lens in projections.items()
@@ -155,26 +153,11 @@ def backward_lens(
     return BackwardLensResult(
         capture=capture,
         readings=readings,
-        positions=places.to(work.kept_on),
+        positions=places.to(plan.kept_on),
         token_texts=_texts(host.vocabulary, readings, capture),
         direction=direction,
         vjps_at=vjps_at,
     )
-
-
-def _analyse(
-    work: CaptureWork,
-    part: Pass,
-    targets: Int[Tensor, "batch"] | None,
-    reader: _Reader,
-    gathering: Gathering,
-) -> None:
-    """Run the model once and read what it gave, before factors are rounded or moved."""
-    recorded, prompts = work.record(part), list(part.prompts)
-    if targets is not None:
-        recorded = replace(recorded, targets=targets[prompts])
-    reader.read(recorded, prompts)
-    gathering.add(recorded, prompts)
 
 
 def _faint_norm(projection: Projection) -> float:
@@ -183,7 +166,7 @@ def _faint_norm(projection: Projection) -> float:
 
 @dataclass(frozen=True)
 class _Reader:
-    """How vectors are read over the vocabulary, and where what they say goes."""
+    """Reads the vectors of each pass into grids, one grid per projection."""
 
     projections: Mapping[str, Projection]
     direction: Direction
@@ -199,18 +182,21 @@ class _Reader:
         """Project the spanning set of every matrix and layer at the chosen positions.
 
         Args:
-            recorded: The gradients of some prompts.
-            prompts: Which prompts these are.
+            recorded: The gradients of one pass.
+            prompts: The indices of its prompts.
         """
-        places = self.places[prompts]
+        places = self.places[list(prompts)]
         rows, columns = (places >= 0).nonzero(as_tuple=True)
         positions, ranked = places[rows, columns], self._ranked(recorded)[rows]
-        spanning = {key: self._spanning(gradient) for key, gradient in recorded.gradients.items()}
-        # Matrices that read the same have one tensor, which is read once.
-        distinct = {id(vectors): key for key, vectors in spanning.items()}
+        vectors = {
+            key: projected_vectors(gradient, self.vjps_at)
+            for key, gradient in recorded.gradients.items()
+        }
+        # Matrices with the same inputs share one tensor, which is read once.
+        distinct = {id(own): key for key, own in vectors.items()}
         groups = (
             VectorGroup(
-                layer, self._oriented(matrix, spanning[matrix, layer][rows, positions]), ranked
+                layer, self._oriented(matrix, vectors[matrix, layer][rows, positions]), ranked
             )
             for matrix, layer in distinct.values()
         )
@@ -223,27 +209,21 @@ class _Reader:
             most_bytes=self.most_bytes,
         )
         cells = (rows.new_tensor(prompts)[rows], columns)
-        for grid, read in zip(self.grids.values(), by_projection, strict=True):
-            found = dict(zip(distinct, read, strict=True))
-            for (matrix, layer), vectors in spanning.items():
-                grid.write(matrix, layer, cells, found[id(vectors)])
+        for grid, readouts in zip(self.grids.values(), by_projection, strict=True):
+            found = dict(zip(distinct, readouts, strict=True))
+            for (matrix, layer), own in vectors.items():
+                grid.write(matrix, layer, cells, found[id(own)])
 
     def _ranked(self, recorded: Recorded) -> Int[Tensor, "batch 2"]:
-        """The target and the model's own answer of each prompt, -1 where they are not ranked."""
+        """The target and the model's own answer of each prompt, -1 if they are not ranked."""
         nothing = torch.full_like(recorded.answers, -1)
         targets = nothing if recorded.targets is None else recorded.targets
         answers = recorded.answers if "answer_rank" in self.measures else nothing
         return torch.stack([targets, answers], dim=1)
 
-    def _spanning(self, gradient: MatrixGradient) -> Float[Tensor, "batch pos d_model"]:
-        if self.vjps_at == "residual" and not gradient.reads_residual:
-            return gradient.resid_vjps
-        return gradient.spanning_set
-
     def _oriented(
         self, matrix: str, vectors: Float[Tensor, "n d_model"]
     ) -> Float[Tensor, "n d_model"]:
-        """The vectors with the sign in which they are read."""
         negate = self.direction == "update" and matrix in WRITING_MATRICES
         return -vectors if negate else vectors
 

@@ -1,4 +1,4 @@
-"""Proof, on a user's own model, that the captured factors are the gradient."""
+"""Check on any model that the captured factors are its gradients."""
 
 from __future__ import annotations
 
@@ -24,11 +24,17 @@ from backward_lens_tl.capture.objectives import (
 from backward_lens_tl.capture.prompts import PromptBatch, Prompts, tokenize_prompts
 from backward_lens_tl.capture.run import capture_gradients, plan_capture
 from backward_lens_tl.errors import UnsupportedModelError, ValidationError
-from backward_lens_tl.models import Host, host_of, logit_error, plain_error, probe
+from backward_lens_tl.models import (
+    Host,
+    host_of,
+    logit_error,
+    logits_and_readout,
+    plain_error,
+    probe,
+)
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.selection import find_sites
 from backward_lens_tl.models.sites import MATRIX_NAMES, MatrixName, Site
-from backward_lens_tl.models.taps import hooked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,15 +49,15 @@ _READOUT_PRECISION = _TOLERANCES[torch.float32]
 
 @dataclass(frozen=True)
 class MatrixError:
-    """How far one matrix's factors are from autograd's weight gradient.
+    """Error of one matrix's factors against autograd's weight gradient.
 
     Attributes:
         matrix: TransformerLens's name of the matrix.
         layer: The layer, from 0.
-        relative_error: `||X^T Delta - dL/dW||_F / ||dL/dW||_F`, the batch's prompts, heads and
-            experts together; the numerator alone where autograd's gradient is zero.
-        float32_error: The same against the factors of a float32 copy of a model in half precision:
-            what its rounding costs. `None` for other models.
+        relative_error: `||X^T Delta - dL/dW||_F / ||dL/dW||_F` over all prompts, heads and experts
+            together; the numerator alone if autograd's gradient is zero.
+        float32_error: For a model in half precision, the same error against the factors of a
+            float32 copy: the cost of its rounding. `None` for other models.
     """
 
     matrix: MatrixName
@@ -68,15 +74,15 @@ class ValidationReport:
         model_name: The model's name.
         errors: One entry per matrix and layer, in model order.
         readout_error: Largest difference between the model's logits and the Logit Lens of its
-            last residual stream, in units of the logits' spread.
-        tolerance: The largest relative error that still is float rounding in the model's dtype.
+            last residual stream, in units of the spread of the logits.
+        tolerance: The largest relative error that counts as rounding in the model's dtype.
         refused: What cannot be analysed on this model, `"attn"` or `"mlp"`, with the reason.
-        causality_error: Largest change of the logits before a token when that is another one, in
-            the same units; `None` with hooks of the caller on the model, which would see it.
-        forward_error: Largest difference between the logits that are analysed and those of the
-            model when it is simply called; likewise.
-        plain_error: Largest difference between the model's logits and those of the plain Hugging
-            Face model, when `load_model` loaded it from a folder; `None` for other models.
+        causality_error: Largest change of the logits before a token when the token changes, in the
+            same units; `None` while hooks of the caller are on the model, which would see it.
+        forward_error: Largest difference between the analysed logits and those of a plain call of
+            the model; units and `None` as above.
+        plain_error: Largest difference between the model's logits and those of the Hugging Face
+            model, measured when `load_model` loads from a folder; `None` for other models.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -101,8 +107,8 @@ class ValidationReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every error is float rounding."""
-        # Written so that NaN fails.
+        """Whether every error is rounding."""
+        # NaN fails these comparisons.
         gradients = all(error.relative_error <= self.tolerance for error in self.errors)
         return gradients and self.readout_error <= 10 * max(self.tolerance, _READOUT_PRECISION)
 
@@ -144,9 +150,9 @@ class ValidationReport:
             *(
                 f"{what}: {error:.1e}"
                 for what, error in (
-                    ("logits before a token when that is another one", self.causality_error),
-                    ("logits against those of the model when it is called", self.forward_error),
-                    ("logits against those of the plain Hugging Face model", self.plain_error),
+                    ("logits before a token when the token changes", self.causality_error),
+                    ("logits against those of a plain call", self.forward_error),
+                    ("logits against those of the Hugging Face model", self.plain_error),
                 )
                 if error is not None
             ),
@@ -164,23 +170,23 @@ def validate(
 ) -> ValidationReport:
     """Compare every matrix's `X^T Delta` with autograd's weight gradient, on this model.
 
-    Needs the memory of the weight gradients of all matrices asked for; for a model in half
-    precision also that of a float32 copy of it.
+    Needs memory for the weight gradients of all requested matrices and, for a model in half
+    precision, for a float32 copy of the model.
 
     Args:
-        model: A `HookedTransformer` or `TransformerBridge`; nothing of it is changed.
+        model: A `HookedTransformer` or `TransformerBridge`. It is not changed.
         prompts: Texts or token ids; by default a sequence of 12 tokens of the vocabulary.
-        objective: What is differentiated; by default the training loss, in which every position
-            takes part.
-        matrices: As in `backward_lens`; by default all that can be analysed, and the report says
-            why where attention or MLPs cannot.
+        objective: What to differentiate; by default the training loss, which involves every
+            position.
+        matrices: As in `backward_lens`; by default all matrices that can be analysed. The report
+            gives the reason if attention or MLPs cannot.
 
     Returns:
         The table of errors.
 
     Raises:
-        ValidationError: If an error is larger than float rounding; its message has the table.
-        UnsupportedModelError: If nothing of the model can be analysed.
+        ValidationError: If an error is larger than rounding; the message contains the table.
+        UnsupportedModelError: If no matrix of the model can be analysed.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -190,7 +196,7 @@ def validate(
     """
     host = host_of(model)
     chosen = as_objective(next_token_loss() if objective is None else objective)
-    # Two passes or more: an iterator would be used up by the first.
+    # The prompts are read several times, which would exhaust an iterator.
     shown = _some_tokens(host) if prompts is None else _kept(prompts)
     matrices = None if matrices is None else listed(matrices)
     found, refused = _gradients(host, shown, chosen, matrices)
@@ -215,8 +221,8 @@ def validate(
         what = (
             "the factors of this model are not its gradients, so do not trust the lens on it"
             if not report.max_error <= report.tolerance
-            else "the factors are this model's gradients, and the Logit Lens does not read as it "
-            "does, so do not trust the tokens"
+            else "the factors are this model's gradients, but the Logit Lens does not give its "
+            "logits, so do not trust the tokens"
         )
         raise ValidationError(f"{what}:\n{report!r}")
     return report
@@ -225,7 +231,7 @@ def validate(
 def _gradients(
     host: Host, prompts: Prompts, objective: Objective, matrices: str | Sequence[str] | None
 ) -> tuple[list[MatrixGradient], dict[str, str]]:
-    """The gradients asked for, or all that can be had and why the others cannot."""
+    """The requested gradients, or all that are supported and the reasons for the others."""
     refused: dict[str, str] = {}
     found: list[MatrixGradient] = []
     for group in ("attn", "mlp") if matrices is None else (matrices,):
@@ -248,7 +254,7 @@ def _kept(prompts: Prompts) -> Prompts:
 
 def _some_tokens(host: Host) -> Tensor:
     """Twelve different tokens, spread over the vocabulary."""
-    # Ids that are both read and predicted, so that the training loss can be taken of them.
+    # Ids that are both read and predicted, as the training loss needs.
     size = min(host.d_vocab, host.d_vocab_out)
     usual: Tensor = host.model.b_U[:size].isfinite().nonzero()[:, 0]
     places = torch.arange(1, 1 + min(12, host.n_ctx)) * max(1, len(usual) // 13) % len(usual)
@@ -259,16 +265,16 @@ def _in_float32(
     host: Host, prompts: Prompts, objective: Objective, matrices: str | Sequence[str] | None
 ) -> list[MatrixGradient]:
     """The gradients of a float32 copy of the model."""
-    # A bridge keeps its last attention pattern, and torch copies no tensor that has a graph.
+    # A bridge keeps its last attention pattern, and torch does not copy tensors with a graph.
     with torch.no_grad():
         host.logits(bind_to_prompts(objective, host, tokenize_prompts(host, prompts))[2].tokens)
     widened = copy.deepcopy(host.model).float()
     for module in widened.modules():
-        # Processed weights of a bridge's gated MLPs are no parameters.
+        # Processed weights of a bridge's gated MLPs are not parameters.
         for name, value in list(vars(module).items()):
             if isinstance(value, Tensor) and value.is_floating_point():
                 setattr(module, name, value.float())
-    # TransformerLens's own modules round to the dtype that their configuration names.
+    # TransformerLens's modules round to the dtype in their configuration.
     setattr(widened.cfg, "dtype", torch.float32)  # noqa: B010  (cfg has no static type)
     return _gradients(host_of(widened), prompts, objective, matrices)[0]
 
@@ -298,51 +304,44 @@ def _relative_error(
 def weight_gradients(
     host: Host, prompts: Prompts, objective: Objective, sites: Sequence[Site]
 ) -> tuple[list[Float[Tensor, "*head d_in d_out"]], float]:
-    """Autograd's own weight gradients, and how well the Logit Lens gives the model's logits.
+    """Autograd's own weight gradients, and the error of the Logit Lens.
 
-    The prompts go through the model in the passes of `capture_gradients`, and logits are read at
-    the same positions. In products of other shapes activations and logits round otherwise, and a
-    softmax that is sure of itself makes much of that: what `p - 1` has are the digits that `p`
-    lost.
+    The passes are those of `capture_gradients`, and logits are read at the same positions: products
+    of other shapes round differently, and where a softmax is nearly one-hot, `p - 1` magnifies it.
 
     Args:
         host: The model.
         prompts: Texts or token ids.
-        objective: What is differentiated.
+        objective: What to differentiate.
         sites: The matrices.
 
     Returns:
-        Each matrix's gradient, all prompts summed, and the largest difference between the logits
-        and the Logit Lens of the last residual stream, in units of the spread of a pass's logits.
+        The gradient of each matrix, summed over prompts, and the largest difference between the
+        logits and the Logit Lens of the last residual stream, in units of the spread of the logits.
     """
-    work = plan_capture(
+    plan = plan_capture(
         host,
         prompts,
         objective,
         matrices=list(dict.fromkeys(site.matrix for site in sites)),
         layers=sorted({site.layer for site in sites}),
-        prepend_bos=None,
-        hook_points=None,
-        memory=None,
     )
     # Matrices that are stacked in one parameter share it.
     weights = list({id(weight): weight for site in sites for weight in site.weights}.values())
     totals, errors = [torch.zeros(()) for _ in weights], []
-    for part in work.passes:
-        batch = work.batch.part(torch.tensor(part.prompts, device=work.batch.mask.device))
-        gradients, error = _of_a_pass(host, batch, work.objective, weights)
+    for each in plan.passes:
+        gradients, error = _of_a_pass(host, plan.batch_of(each.prompts), plan.objective, weights)
         totals = [total.to(own.device) + own for total, own in zip(totals, gradients, strict=True)]
         errors.append(error)
     found = dict(zip(map(id, weights), totals, strict=True))
     dense = [site.dense([found[id(weight)] for weight in site.weights]) for site in sites]
-    return dense, float(torch.tensor(errors).max())  # unlike Python's, it passes NaN on
+    return dense, float(torch.tensor(errors).max())  # unlike Python's, it propagates NaN
 
 
 def _of_a_pass(
     host: Host, batch: PromptBatch, objective: BoundObjective, weights: Sequence[Tensor]
 ) -> tuple[list[Tensor], float]:
-    """The gradient of each weight, and the readout's error, of prompts that go in together."""
-    streams: list[Tensor] = []
+    """The gradient of each weight, and the error of the Logit Lens."""
     with (
         torch.enable_grad(),
         host.own_precision(),
@@ -350,9 +349,5 @@ def _of_a_pass(
     ):
         losses = objective.losses(read_logits(host, batch, objective.n_read(batch)), batch)
         gradients = torch.autograd.grad(losses.sum(), weights, materialize_grads=True)
-    with torch.no_grad(), host.own_precision(), hooked(host.unembedding.input, streams.append):
-        logits = host.logits(batch.tokens).to(batch.mask.device)[batch.mask]
-        read = host.unembedding.logits(streams[0].to(batch.mask.device)[batch.mask]).to(
-            logits.device
-        )
+    logits, read = logits_and_readout(host, lambda: host.logits(batch.tokens), batch.mask)
     return list(map(at_least_float32, gradients)), logit_error(read, logits)

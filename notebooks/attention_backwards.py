@@ -75,7 +75,9 @@ result.capture.loss.item()  # in nats; 0 is the best
 # layer with the largest Reversed Attention. It shows the largest error relative to the largest entry.
 
 # %%
-maps = torch.stack([result.reversed_attention(layer)[0] for layer in layers])  # [layer, head, q, k]
+maps = torch.stack(
+    [result.capture.reversed_attention(layer)[0] for layer in layers]
+)  # [layer, head, q, k]
 layer = int(maps.abs().amax(dim=(1, 2, 3)).argmax())
 hooked = {
     name: result.capture.hook_gradients[f"blocks.{layer}.attn.hook_{name}"]
@@ -248,7 +250,7 @@ figures.layer_maps(
 #
 # ## Adding Reversed Attention to a forward pass
 #
-# `result.attention_patch(layer, scale)` returns a hook that adds `scale` times Reversed Attention to the pattern.
+# `result.capture.attention_patch(layer, scale)` returns a hook that adds `scale` times Reversed Attention to the pattern.
 # An update corresponds to a negative scale. The next cells patch all layers at once over a range of scales, and
 # compare with the first-order estimate and with a control of the same size, in which each head gets the map of
 # the next head in the same layer.
@@ -275,7 +277,9 @@ def control_patch(layer, scale):
 slope = (maps * asked).sum().item()
 scales = [-30.0, -20.0, -10.0, -5.0, -1.0, 0.0, 1.0, 5.0, 10.0, 20.0]
 predicted = [{"loss": result.capture.loss.item() + scale * slope} for scale in scales]
-real = [scored([result.attention_patch(n, scale=scale) for n in layers]) for scale in scales]
+real = [
+    scored([result.capture.attention_patch(n, scale=scale) for n in layers]) for scale in scales
+]
 control = [scored([control_patch(n, scale) for n in layers]) for scale in scales]
 columns = {"first order": predicted, "Reversed Attention": real, "control": control}
 pd.concat(

@@ -100,7 +100,7 @@ widgets.quantities(result)
 # attention would. This is the layer with the largest entry:
 
 # %%
-size = {layer: result.reversed_attention(layer).abs().max() for layer in result.layers}
+size = {layer: result.capture.reversed_attention(layer).abs().max() for layer in result.layers}
 widgets.reversed_attention(result, layer=max(size, key=size.get))
 
 # %% [markdown]

@@ -162,9 +162,9 @@ def test_what_a_result_gives(facts_pair: tuple[nn.Module, nn.Module], tmp_path: 
     pd.testing.assert_frame_equal(result.to_df(), loaded.to_df(), rtol=1e-4, atol=1e-6)
     assert TARGET in result._repr_html_()
     assert len(blt.analysis.gradient_ranks(result)) == len(blt.analysis.gradient_ranks(loaded))
-    assert set(result.to_cache().keys()) == set(loaded.to_cache().keys())
-    attention = result.reversed_attention(-1)
-    assert torch.equal(attention.cpu(), loaded.reversed_attention(-1).cpu())
+    assert set(result.capture.to_cache().keys()) == set(loaded.capture.to_cache().keys())
+    attention = result.capture.reversed_attention(-1)
+    assert torch.equal(attention.cpu(), loaded.capture.reversed_attention(-1).cpu())
 
 
 # How far the factors of a matrix, and the scores of its top tokens, may be from those in float32.
@@ -254,10 +254,11 @@ def test_passes_under_a_budget(
     case, model = pair
     shapes: list[tuple[int, ...]] = []
     watch_forward(monkeypatch, lambda tokens: shapes.append(tuple(tokens.shape)))
-    plain = blt.backward_lens(model, PROMPTS, 5, k=3)
+    options: Any = {"matrices": ("W_in", "W_out"), "k": 3}
+    plain = blt.backward_lens(model, PROMPTS, 5, **options)
     without = len(shapes)
     # Just enough for one layer of the longest prompt, in addition to all factors.
-    found = blt.backward_lens(model, PROMPTS, 5, k=3, memory=Memory(budget=850_000))
+    found = blt.backward_lens(model, PROMPTS, 5, memory=Memory(budget=850_000), **options)
     assert len(shapes) > without + 1
     close = {"rtol": 1e-4, "atol": 1e-5} if case.logits_in_float32 else CLOSE
     assert_equal(on_cpu(read_values(found), device), on_cpu(read_values(plain), device), close)

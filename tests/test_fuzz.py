@@ -603,8 +603,8 @@ def at(name: str, argument: str) -> ResultCall:
 
 
 def patched(result: BackwardLensResult, scale: Any) -> object:
-    _, hook = result.attention_patch(0, scale)
-    pattern = torch.zeros_like(result.reversed_attention(0))
+    _, hook = result.capture.attention_patch(0, scale)
+    pattern = torch.zeros_like(result.capture.reversed_attention(0))
     found = hook(pattern, None)
     assert found.shape == pattern.shape
     assert found.isfinite().all(), f"a pattern of {scale!r}"
@@ -621,8 +621,6 @@ RESULT_CALLS: dict[str, ResultCall] = {
             "result.norms",
             "result.is_zero",
             "result.target",
-            "result.reversed_attention",
-            "result.attribution",
             "result.save",
             "result.save_html",
             "result.load",
@@ -651,9 +649,11 @@ RESULT_CALLS: dict[str, ResultCall] = {
     "capture[matrix]": lambda result, value: result.capture[value, 0],
     "capture[layer]": lambda result, value: result.capture["W_in", value],
     "result.save_html batch": lambda result, value: result.save_html("page.html", value),
-    "result.attention_patch layer": lambda result, value: result.attention_patch(value, 1.0),
-    "result.attention_patch scale": patched,
-    "pattern": lambda result, value: result.attention_patch(0, 1.0)[1](value, None),
+    "capture.attention_patch layer": lambda result, value: result.capture.attention_patch(
+        value, 1.0
+    ),
+    "capture.attention_patch scale": patched,
+    "pattern": lambda result, value: result.capture.attention_patch(0, 1.0)[1](value, None),
     "dense.neuron batch": lambda result, value: result.capture["W_in", 0].neuron(0, value),
 }
 
@@ -686,7 +686,7 @@ INDICES = [
 
 
 @pytest.mark.parametrize("value", [True, False, 1.0, np.float32(1), decimal.Decimal(1)], ids=repr)
-@pytest.mark.parametrize("name", [*INDICES, "capture.attention_of", "result.reversed_attention"])
+@pytest.mark.parametrize("name", [*INDICES, "capture.attention_of", "capture.reversed_attention"])
 def test_what_only_equals_an_index_is_none(
     result: BackwardLensResult, name: str, value: Any, tmp_path: Path
 ) -> None:

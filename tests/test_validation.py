@@ -16,6 +16,7 @@ from backward_lens_tl.capture.objectives import target_nll
 from backward_lens_tl.errors import BackwardLensError, ValidationError
 from backward_lens_tl.models.sites import ATTENTION_MATRICES
 from backward_lens_tl.models.taps import Tap
+from backward_lens_tl.models.unembedding import Unembedding
 from backward_lens_tl.validation import ValidationReport, validate
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
@@ -145,13 +146,13 @@ def test_output_read_after_the_post_norm_fails(name: str, monkeypatch: pytest.Mo
 
 def test_wrong_lens_fails(gpt2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The readout is held to the model's own logits."""
-    original = models.Host.unembed
+    original = Unembedding.logits
 
     def without_the_bias(self: Any, vectors: Tensor) -> Tensor:
         return original(self, vectors) - 0.1 * torch.arange(97)
 
     validate(gpt2.model)
-    monkeypatch.setattr(models.Host, "unembed", without_the_bias)
+    monkeypatch.setattr(Unembedding, "logits", without_the_bias)
     with pytest.raises(ValidationError):
         validate(gpt2.model)
 

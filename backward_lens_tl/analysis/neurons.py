@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from backward_lens_tl._checks import check_index, is_integer, shown
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.tables import norm_order
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.readout.projections import Projection
-from backward_lens_tl.readout.tables import norm_order
 from backward_lens_tl.readout.vectors import read_vectors
 from backward_lens_tl.result import BackwardLensResult
 

@@ -50,7 +50,7 @@ def gradient_ranks(gradients: Source) -> pd.DataFrame:
 
     Args:
         gradients: A sweep, a result, or the table that `Sweep.gradients` or
-            `BackwardLensResult.gradient_df` returns, of any number of prompts.
+            `GradientCapture.gradient_df` returns, of any number of prompts.
 
     Returns:
         One row per `matrix`, `layer` and `n_tokens`, in the order of the table's matrices, of

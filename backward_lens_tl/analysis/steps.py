@@ -28,7 +28,7 @@ from backward_lens_tl.capture.forward import forward_pass
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.objectives import Targets, target_nll
 from backward_lens_tl.capture.prompts import PromptBatch, Prompts
-from backward_lens_tl.capture.run import CaptureWork, plan_capture
+from backward_lens_tl.capture.run import CapturePlan, plan_capture
 from backward_lens_tl.choices import MultiToken
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host, host_of
@@ -115,19 +115,17 @@ def step_changes(
     import pandas as pd
 
     rate = _checked_rate(learning_rate)
-    work = plan_capture(
+    plan = plan_capture(
         host_of(model),
         prompts,
         target_nll(target, multi_token),
         matrices=matrices,
         layers=layers,
         prepend_bos=prepend_bos,
-        hook_points=None,
-        memory=None,
     )
-    sites = find_editable(work.host, matrices, layers)
+    sites = find_editable(plan.host, matrices, layers)
     # Prompt by prompt, so that a matrix meets its inputs before and after in one shape of product.
-    by_prompt = (_rows(work, sites, prompt, rate) for prompt in range(len(work.batch.mask)))
+    by_prompt = (_rows(plan, sites, prompt, rate) for prompt in range(len(plan.batch.mask)))
     table = pd.DataFrame([row for rows in by_prompt for row in rows])
     return table.astype({"shift_target_rank": "Int64"})
 
@@ -148,24 +146,24 @@ def _checked_rate(learning_rate: object) -> float | None:
 
 
 def _rows(
-    work: CaptureWork, sites: Sequence[MatrixSite], prompt: int, rate: float | None
+    plan: CapturePlan, sites: Sequence[MatrixSite], prompt: int, rate: float | None
 ) -> list[dict[str, Any]]:
     """A step on each matrix for one prompt."""
-    recorded = work.record(Pass((prompt,), work.layers))
-    batch = work.batch.part(torch.tensor([prompt], device=work.batch.mask.device))
+    recorded = plan.record(Pass((prompt,), plan.layers))
+    batch = plan.batch_of([prompt])
     # One for before and after, also where it is the model's own answer.
     target = -1 if recorded.targets is None else int(recorded.targets[0])
-    before = _run(work.host, batch, target, sites)
+    before = _run(plan.host, batch, target, sites)
     steps = []
     for site, output in zip(sites, before.outputs, strict=True):
         prediction = _Prediction.of(recorded.gradients[site.matrix, site.layer])
         eta = _usual_rate(before.loss, prediction.squared_norm) if rate is None else rate
         with stepped(site, -eta * prediction.gradient.dense()):
-            after = _run(work.host, batch, target, [site])
+            after = _run(plan.host, batch, target, [site])
         steps.append(
             _Step(site, prediction, eta, output, after.outputs[0], before.loss, after.loss)
         )
-    ranks = _shift_target_ranks(work.host, steps, target)
+    ranks = _shift_target_ranks(plan.host, steps, target)
     return [
         {"prompt": prompt, **step.row(), "shift_target_rank": rank}
         for step, rank in zip(steps, ranks, strict=True)

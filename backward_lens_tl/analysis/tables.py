@@ -41,7 +41,7 @@ def table_of(
     if isinstance(source, Sweep):
         table = getattr(source, name)(columns)
     elif isinstance(source, BackwardLensResult):
-        table = source.to_df() if name == "positions" else source.gradient_df()
+        table = source.to_df() if name == "positions" else source.capture.gradient_df()
     return checked_table(table, columns, SOURCES[name])
 
 

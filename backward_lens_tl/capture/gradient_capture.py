@@ -1,55 +1,39 @@
-"""All that one forward and one backward pass gave."""
+"""The gradients that a capture holds, as factors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from backward_lens_tl._checks import is_integer
-from backward_lens_tl.capture.hook_points import AttentionGradient, HookPointGradient, attribution
+from backward_lens_tl._checks import is_index, is_integer
+from backward_lens_tl.capture.coverage import Coverage
+from backward_lens_tl.capture.hook_points import (
+    AttentionGradient,
+    HookFunction,
+    HookPointGradient,
+    attention_patch,
+    attribution,
+)
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.sites import ATTENTION_MATRICES, MatrixName
 
-
-@dataclass(frozen=True)
-class Coverage:
-    """Whose gradients a capture has, and whose not.
-
-    Attributes:
-        covered: Parameters whose gradient follows from the captured factors.
-        not_covered: All others of the model.
-        parameters: `"processed"` if TransformerLens changed matrices of attention or MLPs when it
-            loaded them, by `fold_ln` or `center_writing_weights`: factors belong to those, not to
-            the raw model's. Else `"raw"`. It is read off the weights.
-        differing: The captured matrices that are not the raw model's.
-    """
-
-    covered: tuple[str, ...] = ()
-    not_covered: tuple[str, ...] = ()
-    parameters: Literal["raw", "processed"] = "raw"
-    differing: tuple[MatrixName, ...] = ()
-
-    def __repr__(self) -> str:
-        differing = f", not the raw model's: {', '.join(self.differing)}" if self.differing else ""
-        return (
-            f"Coverage({len(self.covered)} parameters, {len(self.not_covered)} not covered, "
-            f"{self.parameters} weights{differing})"
-        )
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, repr=False)
 class GradientCapture:
-    """The gradients of several weight matrices from one forward and backward pass.
+    """The gradients of several weight matrices, as factors.
 
-    `capture["W_out", 5]` is one of them; iterating goes through all in model order.
+    `capture["W_out", 5]` is one of them; iteration is in model order.
 
     Attributes:
         gradients: By matrix and layer, in model order.
@@ -57,20 +41,20 @@ class GradientCapture:
         mask: False at padding, which is on the right.
         str_tokens: Text of each real token of each prompt.
         loss: Loss of each prompt.
-        targets: The token that readouts are compared with, if the objective has one.
+        targets: The token whose rank readouts report, if the objective has one.
         answers: The model's own most probable token after each prompt, before any update.
-        n_layers: How many layers the model has.
-        objective: How the objective was made.
-        model_name: The model's name.
-        coverage: Which parameters these gradients are of, and which they are not.
-        hook_gradients: Activations and gradients at the hook points asked for, by name.
-        attention: The backward pass through the pattern of each layer whose attention matrices
-            were asked for, by layer.
-        prompts: Text of each prompt as the caller wrote it, continuation included; of a prompt
-            given as ids, what they decode to without special tokens. Characters that `str_tokens`
-            have split over several tokens are whole here.
-        spans: Where in that text each real token stands: half-open spans of its characters, of no
-            width for special tokens.
+        n_layers: Number of layers of the model.
+        objective: Name of the objective, with its arguments.
+        model_name: Name of the model.
+        coverage: Which parameters these gradients belong to.
+        hook_gradients: Activations and gradients at the requested hook points, by name.
+        attention: The backward pass through the attention pattern, by layer, for each layer whose
+            attention matrices were captured.
+        prompts: Text of each prompt as the caller wrote it, continuation included. For a prompt
+            given as ids, the decoded text without special tokens. Unlike `str_tokens`, it does not
+            split characters that span several tokens.
+        spans: Where each real token is in that text, as half-open spans of characters; empty for
+            special tokens.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -95,7 +79,7 @@ class GradientCapture:
     n_layers: int
     objective: str
     model_name: str
-    coverage: Coverage = Coverage()
+    coverage: Coverage = field(default_factory=Coverage)
     hook_gradients: Mapping[str, HookPointGradient] = field(default_factory=dict)
     attention: Mapping[int, AttentionGradient] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
@@ -129,11 +113,11 @@ class GradientCapture:
 
     @property
     def top_vjps(self) -> Float[Tensor, "batch d_model"] | None:
-        """The VJP of the top layer at each prompt's last token, from which all others come.
+        """The VJP of the last layer at each prompt's last token, the origin of all other VJPs.
 
-        Without the final norm it is the sum of token embeddings of lemma 5.1. It is that of `W_out`
-        where its output is added to the residual stream; `None` if `W_out` of the model's last
-        layer was not captured.
+        Without the final norm it is the sum of token embeddings of lemma 5.1. It is the VJP of
+        `W_out` where its output is added to the residual stream; `None` if `W_out` of the model's
+        last layer was not captured.
         """
         top = self.gradients.get(("W_out", self.n_layers - 1))
         if top is None:
@@ -142,7 +126,7 @@ class GradientCapture:
         return at_least_float32(top.resid_vjps[prompts, self.mask.sum(1) - 1])
 
     def prompt(self, batch: int) -> str:
-        """Text of a prompt as a whole, or of its tokens side by side if that was not kept.
+        """Text of a prompt, or its tokens' joined texts if the text was not kept.
 
         Args:
             batch: Which prompt.
@@ -160,14 +144,14 @@ class GradientCapture:
         """The backward pass through one layer's attention pattern.
 
         Args:
-            layer: The layer, from 0.
+            layer: A layer of the model, or a negative index into the captured layers.
 
         Returns:
             The gradient at the scores, and Reversed Attention.
 
         Raises:
-            InputError: If no attention matrix of the layer was asked for, or the model keeps its
-                pattern to itself.
+            InputError: If no attention matrix of the layer was captured, or the model does not
+                expose its pattern.
 
         Examples:
             >>> prompt, loss = "Lionel Messi plays for", blt.target_nll(" Paris")
@@ -175,6 +159,7 @@ class GradientCapture:
             >>> capture.attention_of(5)  # [batch, head, query, key]
             AttentionGradient([1, 4, 6, 6])
         """
+        layer = self._layer(layer)
         if is_integer(layer) and layer in self.attention:
             return self.attention[layer]
         if (
@@ -195,18 +180,18 @@ class GradientCapture:
         """Reversed Attention, the attention map of the backward pass.
 
         `RA = A * (E - rowsum(A * E)) / sqrt(d_head)` with the pattern `A` and `E = delta_z V^T`
-        (Katz and Wolf, NAACL 2025, arXiv 2412.17019): the gradient at the scores that the softmax
-        gets, divided by `sqrt(d_head)`.
+        (Katz and Wolf, NAACL 2025, arXiv 2412.17019): the gradient at the inputs of the softmax,
+        divided by `sqrt(d_head)`.
 
         Args:
-            layer: The layer, from 0.
+            layer: A layer of the model, or a negative index into the captured layers.
 
         Returns:
             The map; zero where attention is masked.
 
         Raises:
-            InputError: If no attention matrix of the layer was asked for, or the model keeps its
-                pattern to itself.
+            InputError: If no attention matrix of the layer was captured, or the model does not
+                expose its pattern.
 
         Examples:
             >>> prompt, loss = "Lionel Messi plays for", blt.target_nll(" Paris")
@@ -217,6 +202,36 @@ class GradientCapture:
         """
         return self.attention_of(layer).reversed_attention
 
+    def attention_patch(self, layer: int, scale: float) -> tuple[str, HookFunction]:
+        """A hook that adds Reversed Attention to the attention pattern of a forward pass.
+
+        A negative `scale` lowers the loss: to first order the loss changes by `scale` times the
+        inner product of Reversed Attention and the gradient at the pattern.
+
+        Args:
+            layer: A layer of the model, or a negative index into the captured layers.
+            scale: Factor of Reversed Attention.
+
+        Returns:
+            The name of the hook point and the hook. The hook takes a pattern of the same prompts,
+            or, for a capture of one prompt, of any number of copies.
+
+        Raises:
+            InputError: If no attention matrix of the layer was captured; from the hook, if the
+                pattern is of other prompts.
+            UnsupportedModelError: If the model ignores what a hook returns at its pattern, as
+                GPT-Neo, GPT-J and OPT do as a TransformerBridge.
+
+        Examples:
+            >>> prompt, loss = "Lionel Messi plays for", blt.target_nll(" Paris")
+            >>> capture = blt.capture_gradients(model, prompt, loss, matrices="attn")
+            >>> with model.hooks(fwd_hooks=[capture.attention_patch(5, scale=-10.0)]):
+            ...     patched = blt.capture_gradients(model, prompt, loss)
+            >>> bool(patched.loss < capture.loss)
+            True
+        """
+        return attention_patch(self.attention_of(layer), self._layer(layer), scale)
+
     def to_cache(self, model: object = None) -> ActivationCache:
         """The captured activations and gradients as TransformerLens's `ActivationCache`.
 
@@ -224,10 +239,11 @@ class GradientCapture:
             model: The model, for those of the cache's own methods that need it.
 
         Returns:
-            Activations under their hook point's name, and gradients under that name and `_grad`:
-            for every matrix those that have a hook point, and all that `hook_points` asked for.
-            Under a caller's hook at the same point, a matrix's gradient is the one before it, and
-            that of `hook_points` the one after it. Matrices have zeros at padding.
+            Activations under the name of their hook point, and gradients under that name and
+            `_grad`: for every matrix those that have a hook point, and everything that
+            `hook_points` requested. If a caller's hook is at the same point, the gradient of a
+            matrix is the one before it, and that of `hook_points` the one after it. Entries of
+            matrices are zero at padding.
 
         Examples:
             >>> cache = capture.to_cache(model)
@@ -292,6 +308,69 @@ class GradientCapture:
             )
         pairs = ((self.hook_gradients[name], other.hook_gradients[name]) for name in shared)
         return {here.name: attribution(here, there) for here, there in pairs}
+
+    def gradient_df(self, *, matrix: str | None = None, batch: int | None = None) -> pd.DataFrame:
+        """Each gradient as a whole, one row per prompt, matrix and layer.
+
+        Each row takes singular value decompositions of matrices of at most `n x n`.
+
+        Args:
+            matrix: Only the rows of this matrix; `None` for all.
+            batch: Only the rows of this prompt; `None` for all.
+
+        Returns:
+            Columns `prompt`, `matrix`, `layer`, `is_last_layer` (of the model), `n_tokens` (of the
+            prompt), `n_writing` (positions that add something), `loss`, `rank` (paper, figure 4),
+            `largest_rank` (`min(n_writing, d_in, d_out)`, lemma 4.1), `input_rank` and `vjp_rank`
+            (of each factor alone), `norm` (Frobenius norm), `top_energy` (fraction of the squared
+            norm in the largest singular value), `rank_99` (number of singular values that hold
+            99 % of it) and `singular_values` (a list, largest first). If heads or experts have
+            separate factors, `rank` and everything derived from it is missing and the list is
+            empty.
+
+        Raises:
+            InputError: If there is no such matrix or prompt.
+
+        Examples:
+            >>> gradients = capture.gradient_df(matrix="W_out")
+            >>> gradients[["layer", "n_tokens", "rank"]].tail(2).values.tolist()
+            [[6, 6, 6], [7, 6, 1]]
+        """
+        from backward_lens_tl.capture.tables import gradient_table
+
+        return gradient_table(self, matrix, batch)
+
+    def neuron_df(self, matrix: str, layer: int, batch: int = 0) -> pd.DataFrame:
+        """The neurons of one gradient and their similarity to its spanning vectors.
+
+        Args:
+            matrix: Name of the matrix.
+            layer: A layer of the model, or a negative index into the captured layers.
+            batch: Which prompt.
+
+        Returns:
+            One row per neuron and position (paper, figures 8 to 10): `neuron`, `neuron_norm`,
+            `norm_order` (0 for the longest neuron; ties in the order of their index), `position`,
+            `token` and `similarity` (cosine of the neuron and the position's spanning vector,
+            missing where one of them is zero).
+
+        Raises:
+            InputError: If the matrix was not captured, or heads or experts have separate factors.
+
+        Examples:
+            >>> neurons = capture.neuron_df("W_out", layer=6)
+            >>> longest = neurons[neurons["norm_order"] == 0].set_index("token")
+            >>> longest["similarity"].idxmax()
+            ' for'
+        """
+        from backward_lens_tl.capture.tables import neuron_table
+
+        return neuron_table(self, matrix, self._layer(layer), batch)
+
+    def _layer(self, layer: int) -> int:
+        """A layer; a negative index into the captured layers becomes the number in the model."""
+        is_negative = is_index(layer, len(self.layers)) and layer < 0
+        return self.layers[layer] if is_negative else layer
 
     def __repr__(self) -> str:
         return (

@@ -1,4 +1,4 @@
-"""A whole batch's gradients, put together from passes over parts of it."""
+"""Merge what several passes recorded into the gradients of the whole batch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from backward_lens_tl.capture.memory import Memory
 from backward_lens_tl.capture.prompts import PromptBatch
 
 
-class Gathering:
-    """What the passes over a batch gave so far, in the form in which it is kept.
+class Merger:
+    """Merges passes, and keeps factors in the requested dtype and on the requested device.
 
     Args:
         batch: All prompts, on the device where factors are kept.
@@ -25,35 +25,35 @@ class Gathering:
 
     def __init__(self, batch: PromptBatch, memory: Memory) -> None:
         self._batch, self._memory = batch, memory
-        self._recorded: Recorded | None = None
+        self._merged: Recorded | None = None
 
     @property
-    def recorded(self) -> Recorded:
-        """What was added, at least one pass."""
-        if self._recorded is None:
+    def merged(self) -> Recorded:
+        """Everything that was added; at least one pass."""
+        if self._merged is None:
             raise LookupError("nothing was added")
-        return self._recorded
+        return self._merged
 
     def add(self, part: Recorded, prompts: Sequence[int]) -> None:
-        """Take what one pass gave.
+        """Add one pass.
 
         Args:
-            part: That.
+            part: What it recorded.
             prompts: The indices of its prompts.
         """
-        before = self._recorded
+        before = self._merged
         if len(prompts) < len(self._batch.mask) or not self._memory.keeps_as_computed:
-            part = _Placing(self._batch, self._memory, prompts).of(before, part)
+            part = _Placer(self._batch, self._memory, prompts).place(before, part)
         if before is not None:
             gradients = {**before.gradients, **part.gradients}
             part = replace(
                 part, gradients=gradients, attention={**before.attention, **part.attention}
             )
-        self._recorded = part
+        self._merged = part
 
 
-class _Placing:
-    """Puts what one pass gave where its prompts stand among all.
+class _Placer:
+    """Writes what one pass recorded into tensors for all prompts.
 
     Args:
         batch: All prompts.
@@ -65,18 +65,18 @@ class _Placing:
         self._batch, self._memory = batch, memory
         self._device = batch.mask.device
         self._prompts = torch.tensor(prompts, device=self._device)
-        # What was written where, by the ids of tensors that live as long as this does.
+        # Keyed by ids of tensors that outlive this object.
         self._written: dict[tuple[int | None, int], Tensor] = {}
 
-    def of(self, whole: Recorded | None, part: Recorded) -> Recorded:
-        """Lay out what a pass gave.
+    def place(self, whole: Recorded | None, part: Recorded) -> Recorded:
+        """Write a pass into the tensors of all prompts, in place where they exist.
 
         Args:
-            whole: What is kept so far; its tensors are written into.
-            part: What the pass gave.
+            whole: The passes merged so far.
+            part: What the pass recorded.
 
         Returns:
-            The part, with its values among those of all prompts.
+            The pass's matrices and layers, with tensors for all prompts.
         """
         gradients = {} if whole is None else whole.gradients
         attention = {} if whole is None else whole.attention
@@ -91,7 +91,7 @@ class _Placing:
             loss=self._put(None if whole is None else whole.loss, part.loss),
             targets=targets,
             answers=self._put(None if whole is None else whole.answers, part.answers),
-            # Where hook points are asked for there is one pass.
+            # With hook points there is only one pass.
             hook_gradients={
                 name: replace(
                     point, value=point.value.to(self._device), vjp=point.vjp.to(self._device)
@@ -109,7 +109,7 @@ class _Placing:
         if experts is not None:
             kept = None if whole is None else whole.experts
             experts = self._put(kept, experts, by_position=(1,), fill=-1)
-        # Before the VJPs themselves are written, which it may be a copy of.
+        # Before the VJPs themselves are written; it may start as a copy of them.
         joined = self._joined(whole, part)
         return replace(
             part,
@@ -121,16 +121,16 @@ class _Placing:
         )
 
     def _shared_inputs(self, whole: Tensor | None, part: Tensor) -> Tensor:
-        """Matrices that read the same share one tensor of inputs, also where it is kept."""
+        """Matrices with the same inputs keep sharing one tensor."""
         key = (None if whole is None else id(whole), id(part))
         if key not in self._written:
             if whole is not None and any(before == id(whole) for before, _ in self._written):
-                whole = whole.clone()  # they read the same until now, and no longer
+                whole = whole.clone()  # their inputs differ from this pass on
             self._written[key] = self._factor(whole, part)
         return self._written[key]
 
     def _joined(self, whole: MatrixGradient | None, part: MatrixGradient) -> Tensor | None:
-        """VJPs at the residual stream, there only if they differ from the matrix's own."""
+        """VJPs at the residual stream; `None` if they equal the matrix's own."""
         if part.joined_vjps is None and (whole is None or whole.joined_vjps is None):
             return None
         kept = None if whole is None else whole.joined_vjps
@@ -157,7 +157,7 @@ class _Placing:
         fill: int = 0,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Write a tensor into the one that is kept of all prompts, made when it is first needed."""
+        """Write a tensor into that of all prompts, which is allocated on first use."""
         if whole is None:
             n_prompts, n_positions = self._batch.mask.shape
             shape = [

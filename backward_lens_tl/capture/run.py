@@ -1,20 +1,22 @@
-"""Gradients of weight matrices, as factors, in as many passes over the model as they need."""
+"""Capture the gradients of weight matrices as factors, in one or several passes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from backward_lens_tl._checks import shown
 from backward_lens_tl.capture.batching import Pass, pass_size, plan_passes
 from backward_lens_tl.capture.bound_objectives import BoundObjective, LossFunction
+from backward_lens_tl.capture.coverage import coverage_of
 from backward_lens_tl.capture.forward_backward import Recorded, record
-from backward_lens_tl.capture.gradient_capture import Coverage, GradientCapture
+from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.memory import Memory
-from backward_lens_tl.capture.merging import Gathering
+from backward_lens_tl.capture.merging import Merger
 from backward_lens_tl.capture.objectives import (
     Objective,
     as_objective,
@@ -41,25 +43,25 @@ def capture_gradients(
 ) -> GradientCapture:
     """Capture the gradients of weight matrices as factors.
 
-    Works on frozen models and under `torch.no_grad()`. Prompts of similar length go through the
-    model together. Hooks that the caller has on the model act on this run: under an activation
-    patch, the gradients are those of the patched model, and all prompts go in one pass.
+    Works on frozen models and under `torch.no_grad()`. Prompts of similar length share a pass.
+    Hooks that the caller has on the model are active: under an activation patch, the gradients are
+    those of the patched model, and all prompts share one pass.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
         prompts: A text, several of any lengths, or token ids `[batch, pos]`.
-        objective: What is differentiated, for example `target_nll(" Paris")`.
+        objective: What to differentiate, for example `target_nll(" Paris")`.
         matrices: Names among `W_Q`, `W_K`, `W_V`, `W_O`, `W_in`, `W_gate`, `W_out`, or the groups
             `"attn"`, `"mlp"`, `"all"`.
         layers: Layers, negative ones from the end; `None` for all.
-        prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
-        hook_points: TransformerLens's hook points whose activations and gradients are kept as
-            well: a name, several, or a function of the name, as in `run_with_cache`.
+        prepend_bos: Whether to prepend a BOS token to texts; `None` uses the model's default.
+        hook_points: TransformerLens's hook points whose activations and gradients are kept too: a
+            name, several, or a function of the name, as in `run_with_cache`.
         memory: Limits on memory, and how factors are kept.
 
     Returns:
-        The captured gradients, in float32, or in float64 if the model computes in it; a caller's
-        autocast does not act on them.
+        The captured gradients, in float32, or in float64 if the model is. The caller's autocast
+        does not apply.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -71,7 +73,7 @@ def capture_gradients(
         >>> gradient.rank(), capture["W_out", 7].rank()
         (6, 1)
     """
-    work = plan_capture(
+    plan = plan_capture(
         host_of(model),
         prompts,
         objective,
@@ -81,27 +83,25 @@ def capture_gradients(
         hook_points=hook_points,
         memory=memory,
     )
-    gathering = work.gathering()
-    for part in work.passes:
-        gathering.add(work.record(part), part.prompts)
-    return work.capture(gathering)
+    return plan.run()
 
 
 @dataclass(frozen=True)
-class CaptureWork:
-    """All that a capture needs, and the passes that it takes.
+class CapturePlan:
+    """A checked capture and the passes that it takes.
 
     Attributes:
         host: The model.
         prompts: All prompts, with the objective's continuations.
         batch: The same, as one batch.
-        objective: What is differentiated.
-        objective_name: How it was made.
+        objective: What to differentiate.
+        objective_name: Its name, with its arguments.
         sites: The matrices, in model order.
-        points: Hook points that are kept as well.
-        may_skip_points: Whether those that never fire are left out.
+        points: Hook points that are kept too.
+        may_skip_points: Whether to leave out hook points that never fire.
         memory: The caller's limits.
-        passes: Which prompts and layers go together.
+        passes: Which prompts and layers share a pass.
+        targets: Tokens to rank instead of the objective's own.
     """
 
     host: Host
@@ -114,57 +114,69 @@ class CaptureWork:
     may_skip_points: bool
     memory: Memory
     passes: tuple[Pass, ...]
+    targets: Int[Tensor, "batch"] | None = None
 
-    def record(self, part: Pass) -> Recorded:
-        """Run the model once.
-
-        Args:
-            part: Some prompts and layers.
-
-        Returns:
-            Their factors, as they were computed.
-        """
-        prompts = torch.tensor(part.prompts, device=self.batch.mask.device)
-        return record(
-            self.host,
-            self.batch.part(prompts),
-            self.objective,
-            [site for site in self.sites if site.layer in part.layers],
-            self.points,
-            may_skip_points=self.may_skip_points,
-        )
-
-    def gathering(self) -> Gathering:
-        """Where the passes' results come together."""
-        return Gathering(self._kept_batch, self.memory)
-
-    def capture(self, gathering: Gathering) -> GradientCapture:
-        """The result of all passes.
+    def run(self, read: Callable[[Recorded, Sequence[int]], None] | None = None) -> GradientCapture:
+        """Run all passes and merge what they record.
 
         Args:
-            gathering: What they gave.
+            read: Called after each pass with what it recorded and the indices of its prompts,
+                before factors are rounded or moved.
 
         Returns:
             The captured gradients.
         """
-        recorded, batch = gathering.recorded, self._kept_batch
+        batch = self.batch.to(self.kept_on)
+        merger = Merger(batch, self.memory)
+        for each in self.passes:
+            recorded = self.record(each)
+            if read is not None:
+                read(recorded, each.prompts)
+            merger.add(recorded, each.prompts)
+            del recorded  # before the next pass allocates
+        merged = merger.merged
         return GradientCapture(
-            gradients=recorded.gradients,
+            gradients=merged.gradients,
             tokens=batch.tokens,
             mask=batch.mask,
             str_tokens=tuple(self.host.vocabulary.texts(prompt.ids) for prompt in self.prompts),
             prompts=tuple(prompt.text for prompt in self.prompts),
             spans=tuple(prompt.spans for prompt in self.prompts),
-            loss=recorded.loss,
-            targets=recorded.targets,
-            answers=recorded.answers,
+            loss=merged.loss,
+            targets=merged.targets,
+            answers=merged.answers,
             n_layers=self.host.n_layers,
             objective=self.objective_name,
             model_name=self.host.name,
-            coverage=_coverage(self.host, self.sites),
-            hook_gradients=recorded.hook_gradients,
-            attention=recorded.attention,
+            coverage=coverage_of(self.host, self.sites),
+            hook_gradients=merged.hook_gradients,
+            attention=merged.attention,
         )
+
+    def record(self, some: Pass) -> Recorded:
+        """Run one forward and backward pass.
+
+        Args:
+            some: Its prompts and layers.
+
+        Returns:
+            Their factors, as they were computed.
+        """
+        recorded = record(
+            self.host,
+            self.batch_of(some.prompts),
+            self.objective,
+            [site for site in self.sites if site.layer in some.layers],
+            self.points,
+            may_skip_points=self.may_skip_points,
+        )
+        if self.targets is None:
+            return recorded
+        return replace(recorded, targets=self.targets[list(some.prompts)])
+
+    def batch_of(self, prompts: Sequence[int]) -> PromptBatch:
+        """Some of the prompts, as a batch."""
+        return self.batch.part(torch.tensor(prompts, device=self.batch.mask.device))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -176,10 +188,6 @@ class CaptureWork:
         """The device of the result."""
         return self.memory.device_for(self.batch.mask.device)
 
-    @property
-    def _kept_batch(self) -> PromptBatch:
-        return self.batch.to(self.kept_on)
-
 
 def plan_capture(
     host: Host,
@@ -188,27 +196,27 @@ def plan_capture(
     *,
     matrices: str | Sequence[str],
     layers: int | Sequence[int] | None,
-    prepend_bos: bool | None,
-    hook_points: str | Sequence[str] | Callable[[str], bool] | None,
-    memory: Memory | None,
-) -> CaptureWork:
-    """Check the arguments of `capture_gradients`, which it explains, and plan the passes.
+    prepend_bos: bool | None = None,
+    hook_points: str | Sequence[str] | Callable[[str], bool] | None = None,
+    memory: Memory | None = None,
+) -> CapturePlan:
+    """Check the arguments of `capture_gradients` and plan the passes.
 
     Args:
         host: The model.
         prompts: The prompts.
-        objective: What is differentiated.
+        objective: What to differentiate.
         matrices: Names or groups of matrices.
         layers: The layers.
-        prepend_bos: Whether texts get a BOS token.
-        hook_points: Hook points that are kept as well.
+        prepend_bos: Whether to prepend a BOS token to texts.
+        hook_points: Hook points to keep too.
         memory: Limits on memory.
 
     Returns:
-        The work.
+        The plan.
 
     Raises:
-        InputError: If `memory` is no `Memory`, or its budget too small.
+        InputError: If `memory` is not a `Memory`, or its budget is too small.
     """
     if not isinstance(memory, Memory | None):
         raise InputError(f"memory is {shown(memory)}; pass a Memory(...), or None for no limits")
@@ -221,7 +229,16 @@ def plan_capture(
         objective, host, tokenize_prompts(host, prompts, prepend_bos)
     )
     lengths = batch.lengths.tolist()
-    return CaptureWork(
+    passes = plan_passes(
+        lengths,
+        chosen,
+        pass_size(host, sites, bound.n_read(batch), max(lengths)),
+        limits,
+        in_one=bool(points or host.hooked_modules or bound.looks_at == "batch"),
+        by_prompt=bound.looks_at == "prompt",
+        groups=host.length_groups(lengths),
+    )
+    return CapturePlan(
         host=host,
         prompts=continued,
         batch=batch,
@@ -232,22 +249,12 @@ def plan_capture(
         # As in run_with_cache, a function of the name may name hook points that never fire.
         may_skip_points=callable(hook_points),
         memory=limits,
-        passes=tuple(
-            plan_passes(
-                lengths,
-                chosen,
-                pass_size(host, sites, bound.n_read(batch), max(lengths)),
-                limits,
-                in_one=bool(points or host.hooked_modules or bound.looks_at == "batch"),
-                by_prompt=bound.looks_at == "prompt",
-                groups=host.length_groups(lengths),
-            )
-        ),
+        passes=tuple(passes),
     )
 
 
 def check_sharing(host: Host, sites: Sequence[Site]) -> None:
-    """Refuse a weight that several modules hold, whose gradient is the sum over all of them.
+    """Refuse a weight that several modules share; its gradient is the sum over all of them.
 
     Args:
         host: The model.
@@ -265,18 +272,3 @@ def check_sharing(host: Host, sites: Sequence[Site]) -> None:
                     f"uses ({', '.join(holders)}), and its gradient is the sum over them; untie "
                     "it (give each module a copy) to see its parts"
                 )
-
-
-def _coverage(host: Host, sites: Sequence[Site]) -> Coverage:
-    covered = {id(tensor) for site in sites for tensor in (*site.weights, *site.biases)}
-    named = host.parameters()
-    processed = host.processed_matrices
-    captured = dict.fromkeys(site.matrix for site in sites)
-    return Coverage(
-        covered=tuple(name for name, parameter in named.items() if id(parameter) in covered),
-        not_covered=tuple(
-            name for name, parameter in named.items() if id(parameter) not in covered
-        ),
-        parameters="processed" if processed else "raw",
-        differing=tuple(matrix for matrix in captured if matrix in processed),
-    )

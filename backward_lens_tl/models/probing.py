@@ -1,4 +1,4 @@
-"""A few tokens through a model, to see whether it is what the lens takes it for."""
+"""Probe a model with a few tokens: is it causal, and does the Logit Lens read it correctly?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.metadata import version
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from backward_lens_tl.errors import UnsupportedModelError
@@ -19,7 +19,7 @@ _N_TOKENS = 6
 _CANDIDATES = 64
 
 _ROUNDINGS = 4
-"""Roundings of a number's own size that are no difference."""
+"""Differences of up to this many `eps` of a number count as rounding."""
 
 _ROWS = 16
 
@@ -29,21 +29,21 @@ _TO_NORMAL = 1.4826
 _TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4}
 _HALF_PRECISION_TOLERANCE = 0.3
 _PLAIN_TOLERANCE = 1e-3
-"""TransformerLens computes some parts in another order, or in float32."""
+"""TransformerLens computes some operations in another order, or in float32."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a few tokens through a model show. Errors are in spreads of the logits.
+    """Errors of a model on a few tokens, in units of the spread of the logits.
 
     Attributes:
-        causality_error: Largest change of the logits before the last token when that is another
-            token.
-        forward_error: Largest difference between the logits that are analysed and those that the
-            model gives when it is simply called.
+        causality_error: Largest change of the logits before the last token when the last token
+            changes.
+        forward_error: Largest difference between the analysed logits and those of a plain call of
+            the model.
         vjp_error: Relative difference between the VJPs of both at the last residual stream.
-        readout_error: Largest difference between the logits and what the final norm and the
-            unembedding make of the last residual stream.
+        readout_error: Largest difference between the logits and the Logit Lens of the last
+            residual stream.
         tolerance: The largest error that can be rounding in the model's dtype.
     """
 
@@ -60,8 +60,8 @@ class Probe:
             host: The model.
 
         Raises:
-            UnsupportedModelError: If tokens see those after them, or the pass that is analysed is
-                not the one that the model makes when it is called.
+            UnsupportedModelError: If tokens attend to later ones, or the analysed forward pass
+                differs from that of a plain call.
         """
         if not self.causality_error <= self.tolerance:  # NaN fails
             raise UnsupportedModelError(
@@ -77,14 +77,14 @@ class Probe:
             )
 
     def check_readout(self, host: Host) -> None:
-        """Refuse to read vectors in a way in which the model does not read its own stream.
+        """Refuse the Logit Lens if it does not read the model's own last residual stream.
 
         Args:
             host: The model.
 
         Raises:
-            UnsupportedModelError: If its logits are not norm and unembedding of its last residual
-                stream.
+            UnsupportedModelError: If the logits are not the final norm and the unembedding of the
+                last residual stream.
         """
         if not self.readout_error <= self.tolerance:
             raise UnsupportedModelError(
@@ -99,13 +99,13 @@ class Probe:
 def logit_error(found: Float[Tensor, "*n d_vocab"], expected: Float[Tensor, "*n d_vocab"]) -> float:
     """The largest difference between two sets of logits, in units of their spread.
 
-    The spread is the median absolute deviation, as a normal distribution's standard deviation:
-    the logits of padded vocabularies, which may be minus infinity, do not widen it. Equal
-    infinities do not differ, and neither do numbers that are equal up to their own rounding.
+    The spread is the median absolute deviation, scaled to the standard deviation of a normal
+    distribution, so that logits of padded vocabularies, which may be minus infinity, do not affect
+    it. Equal infinities and numbers that are equal up to rounding do not count as different.
 
     Args:
         found: The logits.
-        expected: What they should be.
+        expected: The expected logits.
 
     Returns:
         The error; NaN if either holds NaN.
@@ -119,12 +119,11 @@ def logit_error(found: Float[Tensor, "*n d_vocab"], expected: Float[Tensor, "*n 
             .max()
             for own, other in zip(found.split(_ROWS), expected.split(_ROWS), strict=True)
         ]
-    ).max()  # unlike Python's, it passes NaN on
+    ).max()  # unlike Python's, it propagates NaN
     return float(largest.clamp_min(0)) / _spread(expected[:_ROWS].double())
 
 
 def _spread(logits: Float[Tensor, "n d_vocab"]) -> float:
-    """How far apart logits are."""
     real = logits[logits.isfinite()]
     if not len(real):
         return 1.0
@@ -144,15 +143,15 @@ _PLAIN: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
 def check_plain(
     host: Host, tokens: Int[Tensor, "2 pos"], expected: Float[Tensor, "2 pos d_vocab"]
 ) -> None:
-    """Refuse a model that is not the plain Hugging Face model that it was made of.
+    """Refuse a model that does not compute what the Hugging Face model that it wraps computes.
 
     Args:
         host: The model.
-        tokens: As `probe_tokens` gives them.
-        expected: The plain model's logits.
+        tokens: The tokens from `probe_tokens`.
+        expected: The logits of the Hugging Face model.
 
     Raises:
-        UnsupportedModelError: If its own logits differ by more than rounding.
+        UnsupportedModelError: If the logits differ by more than rounding.
     """
     with torch.no_grad():
         error = logit_error(host.logits(tokens.to(host.device)).to(expected.device), expected)
@@ -166,26 +165,26 @@ def check_plain(
 
 
 def plain_error(model: nn.Module) -> float | None:
-    """How far a model's logits were from the plain model's when it was loaded from a folder.
+    """The error of a model's logits against Hugging Face's, measured when it was loaded.
 
     Args:
         model: The model.
 
     Returns:
-        The error, in spreads of the logits; `None` if it was not loaded from a folder.
+        The error, in units of the spread of the logits; `None` if it was not loaded from a folder.
     """
     return _PLAIN.get(model)
 
 
 def probe(host: Host) -> Probe | None:
-    """Look at a model, the first time that it is asked about.
+    """Probe a model once, and cache the errors.
 
     Args:
         host: The model.
 
     Returns:
-        What was seen; `None` of a model that gives NaN, and while there are hooks of the caller on
-        it, which would see these tokens.
+        The errors; `None` if the model returns NaN, or while hooks of the caller are on it, which
+        would see the tokens of the probe.
     """
     state = (host.attention_implementation, host.model.W_U.dtype, *_forwards(host))
     known = _PROBES.get(host.model)
@@ -200,7 +199,7 @@ def probe(host: Host) -> Probe | None:
 
 
 def _forwards(host: Host) -> Iterator[object]:
-    """What would be run, as far as it is cheaply told; somebody may replace it."""
+    """What a call would run, as far as it is cheap to tell; a user may replace a `forward`."""
     modules = (host.model, host.model.unembed, host.unembedding.input.module)
     for module in (*modules, *(getattr(each, "original_component", None) for each in modules)):
         yield type(module).forward if isinstance(module, nn.Module) else None
@@ -213,43 +212,65 @@ def _probed(host: Host) -> Probe | None:
     tokens = probe_tokens(host.d_vocab, host.n_ctx, host.vocabulary.special_ids).to(host.device)
     # First: a bridge keeps its last attention pattern, and one with a graph cannot be copied.
     vjp_error = _vjp_error(host, tokens)
-    streams: list[Tensor] = []
     with host.own_precision():
         logits = host.logits_of(tokens, lambda values: values)
-        with hooked(host.unembedding.input, streams.append):
-            called = host.model(tokens, return_type="logits")
-    if not streams:
-        raise UnsupportedModelError(
-            f"{host.name!r} does not run its own final norm; if its Hugging Face model was wrapped "
-            "by a second bridge, load it anew for each"
-        )
-    with host.own_precision():
-        read = host.unembedding.logits(streams[0].reshape(-1, host.d_model))
+    called, read = logits_and_readout(
+        host, lambda: host.model(tokens, return_type="logits"), torch.ones_like(tokens).bool()
+    )
     if bool(logits.isnan().any()):
-        return None  # what is computed of the user's own prompts says where it comes from
+        return None  # the run on the user's own prompts reports where NaN comes from
     first, second = logits
     return Probe(
         causality_error=logit_error(first[:-1], second[:-1]) if len(first) > 1 else 0.0,
         forward_error=logit_error(logits, called.to(logits.device)),
         vjp_error=vjp_error,
-        readout_error=logit_error(read.to(called.device), called.flatten(0, 1)),
+        readout_error=logit_error(read, called),
         tolerance=_TOLERANCES.get(host.model.W_U.dtype, _HALF_PRECISION_TOLERANCE),
     )
 
 
+@torch.no_grad()
+def logits_and_readout(
+    host: Host, run: Callable[[], Tensor], mask: Bool[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "n d_vocab"], Float[Tensor, "n d_vocab"]]:
+    """Run the model, and read its last residual stream with the Logit Lens.
+
+    Args:
+        host: The model.
+        run: Runs the model and returns its logits, `[batch, pos, d_vocab]`.
+        mask: The positions to compare.
+
+    Returns:
+        The logits, and the scores of the Logit Lens, at these positions.
+
+    Raises:
+        UnsupportedModelError: If the model does not run its own final norm.
+    """
+    streams: list[Tensor] = []
+    with host.own_precision(), hooked(host.unembedding.input, streams.append):
+        logits = run().to(mask.device)[mask]
+        if not streams:
+            raise UnsupportedModelError(
+                f"{host.name!r} does not run its own final norm; if its Hugging Face model was "
+                "wrapped by a second bridge, load it again for each"
+            )
+        stream = streams[0].reshape(*mask.shape, -1).to(mask.device)
+        return logits, host.unembedding.logits(stream[mask]).to(logits.device)
+
+
 def _vjp_error(host: Host, tokens: Int[Tensor, "2 pos"]) -> float:
-    """How far the gradient at the last residual stream is from that of the model when called."""
+    """Relative error of the gradient at the last residual stream against that of a plain call."""
     analysed = _stream_vjp(host, lambda: host.logits_of(tokens, lambda values: values))
     called = _stream_vjp(host, lambda: host.model(tokens, return_type="logits"))
     if analysed is None or called is None:
-        return 0.0  # this architecture does not show its stream there
+        return 0.0  # this architecture does not expose its stream there
     difference, size = (analysed - called).norm(), called.norm()
     return float(difference / size if size > 0 else difference)
 
 
 @torch.enable_grad()
 def _stream_vjp(host: Host, run: Callable[[], Tensor]) -> Tensor | None:
-    """The VJP of logits at the last block's output; `None` where that is not to be seen."""
+    """The VJP of logits at the last block's output; `None` if the model does not expose it."""
     streams: list[Tensor] = []
 
     def begin(stream: Tensor) -> Tensor:
@@ -261,7 +282,7 @@ def _stream_vjp(host: Host, run: Callable[[], Tensor]) -> Tensor | None:
         logits = run()
     if not streams:
         return None
-    # Any upstream will do that is another number for each token.
+    # Any upstream gradient that differs between tokens will do.
     upstream = torch.linspace(-1, 1, logits.shape[-1], device=logits.device).exp()
     real = logits.isfinite()
     [vjp] = torch.autograd.grad(
@@ -276,7 +297,7 @@ def probe_tokens(d_vocab: int, n_ctx: int, special_ids: Container[int]) -> Int[T
     Args:
         d_vocab: Number of token ids that the model reads.
         n_ctx: Longest prompt that it accepts.
-        special_ids: Tokens to leave out; of padding HookedTransformer may make a mask of its own.
+        special_ids: Tokens to leave out; HookedTransformer may mask padding tokens.
 
     Returns:
         Their ids.

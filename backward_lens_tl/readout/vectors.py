@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ class VectorReadout:
     def __repr__(self) -> str:
         lead, k = self.top_ids.shape[:-1], self.top_ids.shape[-1]
         lines = [f"VectorReadout of {list(lead)} vectors, k={k}"]
-        indices = list(np.ndindex(*lead))
+        indices = list(product(*map(range, lead)))
         for index in indices[:_SHOWN_VECTORS]:
             tokens = self._texts(self.top_ids[index][:_SHOWN_TOKENS])
             lines.append(f"{list(index) or ''} {' '.join(map(repr, tokens))}".strip())
@@ -238,11 +238,20 @@ def _target_ids(
     check_multi_token(multi_token)
     if target is None:
         return None
-    wanted = np.array(plain(target), dtype=object)
-    if wanted.shape not in ((), tuple(lead)):
+    wanted = plain(target)
+    if not isinstance(wanted, list | tuple):
+        return torch.tensor(vocabulary.token_id(wanted, multi_token)).expand(lead)
+    ids = [vocabulary.token_id(each, multi_token) for each in _flat(wanted, lead)]
+    return torch.tensor(ids).reshape(lead)
+
+
+def _flat(targets: object, lead: Sequence[int]) -> list[Any]:
+    """Targets nested like the vectors, in the order of the vectors."""
+    if not lead:
+        return [targets]
+    if not isinstance(targets, list | tuple) or len(targets) != lead[0]:
         raise TargetError(
-            f"target has shape {wanted.shape} and vectors has the leading axes {tuple(lead)}; pass "
-            "one target, or one per vector"
+            f"target is {targets!r} where the vectors have an axis of {lead[0]}; pass one target, "
+            "or one per vector"
         )
-    ids = [vocabulary.token_id(each, multi_token) for each in wanted.flat]
-    return torch.tensor(ids).reshape(wanted.shape).expand(lead)
+    return [token for each in targets for token in _flat(each, lead[1:])]

@@ -95,7 +95,7 @@ def _measured(model: nn.Module, items: Sequence[Item], config: SweepConfig) -> _
     )
     tables = {"prompts": pd.DataFrame(_prompt_rows(result, items))}
     if config.columns("gradients"):
-        tables["gradients"] = result.gradient_df()
+        tables["gradients"] = result.capture.gradient_df()
     if position_columns:
         subjects = [item.subject for item in items]
         lenses = [result.under(lens) for lens in result.projections]

@@ -203,7 +203,7 @@ def test_causes_are_true_of_exact_ranks() -> None:
 
 def test_the_facts_model_keeps_the_law(result: blt.BackwardLensResult) -> None:
     """Against dense gradients: the paper's figure 4."""
-    table = result.gradient_df()
+    table = result.capture.gradient_df()
     found = gradient_ranks(table)
     assert not found["exceptions"].any()
     assert found["law"].eq(found["n_tokens"].where(found["layer"] < 7, 1)).all()
@@ -223,10 +223,10 @@ def test_the_facts_model_keeps_the_law(result: blt.BackwardLensResult) -> None:
 def test_a_loss_on_all_tokens_has_no_last_layer_of_rank_1(facts_model: Any) -> None:
     """The last token predicts nothing that is known, and adds nothing in any layer."""
     every = blt.backward_lens(facts_model, "Rome is in Italy", objective=blt.next_token_loss())
-    found = gradient_ranks(every.gradient_df())
+    found = gradient_ranks(every.capture.gradient_df())
     assert found["law"].eq(found["n_tokens"]).all()
     assert found["exceptions"].all()
-    assert set(rank_exceptions(every.gradient_df())["cause"]) == {"1 position adds nothing"}
+    assert set(rank_exceptions(every.capture.gradient_df())["cause"]) == {"1 position adds nothing"}
 
 
 def test_attention_departs_from_the_law_by_its_nature(facts_model: Any) -> None:
@@ -234,7 +234,7 @@ def test_attention_departs_from_the_law_by_its_nature(facts_model: Any) -> None:
     result = blt.backward_lens(
         facts_model, "Lionel Messi plays for", " Paris", matrices=["W_Q", "W_K"]
     )
-    off = rank_exceptions(result.gradient_df())
+    off = rank_exceptions(result.capture.gradient_df())
     early = off[off["layer"] < 7]
     queries, keys = (early[early["matrix"] == name] for name in ("W_Q", "W_K"))
     assert len(queries) == 7
@@ -356,7 +356,7 @@ def test_a_sweep_s_narrow_types(positions: pd.DataFrame, result: blt.BackwardLen
     expected = {"check_dtype": False, "rtol": 1e-12}
     for function in (norms_by_segment, token_ranks_by_segment, norm_correlation):
         pd.testing.assert_frame_equal(function(narrow), function(positions), **expected)
-    wide = result.gradient_df()
+    wide = result.capture.gradient_df()
     narrow = wide.astype({"rank": "float64", "layer": "int32", "n_tokens": "int32"})
     for function in (gradient_ranks, rank_exceptions):
         pd.testing.assert_frame_equal(function(narrow), function(wide), **expected)
@@ -478,7 +478,7 @@ def test_a_sweep_a_result_and_their_tables_give_the_same(
         pd.testing.assert_frame_equal(function(sweep), function(sweep.positions()))
     for function in (gradient_ranks, rank_exceptions):
         pd.testing.assert_frame_equal(function(sweep), function(sweep.gradients()))
-        pd.testing.assert_frame_equal(function(result), function(result.gradient_df()))
+        pd.testing.assert_frame_equal(function(result), function(result.capture.gradient_df()))
     pd.testing.assert_frame_equal(norm_correlation(result), norm_correlation(result.to_df()))
 
 
@@ -493,9 +493,9 @@ def test_errors(result: blt.BackwardLensResult, positions: pd.DataFrame) -> None
         refused("the table is a NoneType; pass a table of", function, None)
     for function in (gradient_ranks, rank_exceptions):
         refused("no column 'is_last_layer', .*its gradient_df", function, positions)
-        refused("the table has no rows", function, result.gradient_df().iloc[:0])
+        refused("the table has no rows", function, result.capture.gradient_df().iloc[:0])
     for function in (*by_segment, norm_correlation):
-        refused("no column 'position'", function, result.gradient_df())
+        refused("no column 'position'", function, result.capture.gradient_df())
         refused("the table has no rows", function, positions.iloc[:0])
     for function in by_segment:
         refused(

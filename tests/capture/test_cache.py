@@ -155,7 +155,10 @@ def test_a_result_makes_the_same_cache(pair: Case, tmp_path: Path) -> None:
     result = backward_lens(pair.model, tokens, TARGET, **options)
     expected = capture_all(pair.model, tokens, **options).to_cache()
     result.save(tmp_path / "result")
-    for cache in (result.to_cache(), BackwardLensResult.load(tmp_path / "result").to_cache()):
+    for cache in (
+        result.capture.to_cache(),
+        BackwardLensResult.load(tmp_path / "result").capture.to_cache(),
+    ):
         assert cache.keys() == expected.keys()
         for name in expected.keys():  # noqa: SIM118  (iterating a cache gives no names)
             assert torch.equal(cache[name], expected[name]), name
@@ -441,7 +444,10 @@ def test_attribution_of_results_is_that_of_their_captures(pair: Case) -> None:
     clean, corrupt, of_clean, of_corrupt = two_runs(pair)
     options: Any = {"matrices": "W_out", "hook_points": ATTRIBUTED}
     results = [backward_lens(pair.model, tokens, TARGET, **options) for tokens in (clean, corrupt)]
-    found, expected = results[1].attribution(results[0]), of_corrupt.attribution(of_clean)
+    found, expected = (
+        results[1].capture.attribution(results[0].capture),
+        of_corrupt.attribution(of_clean),
+    )
     assert found.keys() == expected.keys()
     for name in expected:
         assert torch.equal(found[name], expected[name])
@@ -606,8 +612,8 @@ def test_what_is_covered_depends_on_what_was_asked(pair: Case) -> None:
     assert all(".1." in name for name in layer.covered)
     assert len(layer.covered) * 3 == len(everything.covered)
     result = backward_lens(pair.model, tokens, TARGET, matrices="all")
-    assert result.coverage == everything
-    assert f"{len(everything.covered)} parameters" in repr(result.coverage)
+    assert result.capture.coverage == everything
+    assert f"{len(everything.covered)} parameters" in repr(result.capture.coverage)
 
 
 def matrices_of(model: Any) -> dict[str, Tensor]:

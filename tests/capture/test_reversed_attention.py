@@ -503,14 +503,14 @@ def test_a_result_has_it_by_layer(pair: Case) -> None:
     capture, result = reversed_attention(pair.model, tokens), lens(pair.model, tokens)
     for layer in range(pair.n_layers):
         expected = capture.reversed_attention(layer)
-        assert torch.equal(result.reversed_attention(layer), expected)
-        assert torch.equal(result.reversed_attention(layer - pair.n_layers), expected)
+        assert torch.equal(result.capture.reversed_attention(layer), expected)
+        assert torch.equal(result.capture.reversed_attention(layer - pair.n_layers), expected)
     some = lens(pair.model, tokens, layers=[0, 2])
     torch.testing.assert_close(
-        some.reversed_attention(-1), capture.reversed_attention(2), rtol=1e-12, atol=1e-15
+        some.capture.reversed_attention(-1), capture.reversed_attention(2), rtol=1e-12, atol=1e-15
     )
     torch.testing.assert_close(
-        some.reversed_attention(0), capture.reversed_attention(0), rtol=1e-12, atol=1e-15
+        some.capture.reversed_attention(0), capture.reversed_attention(0), rtol=1e-12, atol=1e-15
     )
 
 
@@ -518,13 +518,13 @@ def test_layers_without_it_are_refused(gpt2: Case) -> None:
     tokens = gpt2.tokens(5)
     of_mlps = lens(gpt2.model, tokens, matrices="mlp")
     with pytest.raises(InputError, match=r"no Reversed Attention of layer 1.*matrices='attn'"):
-        of_mlps.reversed_attention(1)
+        of_mlps.capture.reversed_attention(1)
     with pytest.raises(InputError, match=r"no Reversed Attention of layer 1.*matrices='attn'"):
-        of_mlps.attention_patch(1, 1.0)
+        of_mlps.capture.attention_patch(1, 1.0)
     some = lens(gpt2.model, tokens, layers=[0, 2])
     for layer in (1, 3, -3, "1", None, True):
         with pytest.raises(InputError, match=r"layer"):
-            some.reversed_attention(layer)  # type: ignore[arg-type]
+            some.capture.reversed_attention(layer)  # type: ignore[arg-type]
 
 
 def test_a_saved_result_keeps_it(pair: Case, tmp_path: Path) -> None:
@@ -533,11 +533,13 @@ def test_a_saved_result_keeps_it(pair: Case, tmp_path: Path) -> None:
     result.save(tmp_path / "result")
     loaded = BackwardLensResult.load(tmp_path / "result")
     for layer in range(pair.n_layers):
-        assert torch.equal(loaded.reversed_attention(layer), result.reversed_attention(layer))
-    hooks = [loaded.attention_patch(1, 2.0)]
+        assert torch.equal(
+            loaded.capture.reversed_attention(layer), result.capture.reversed_attention(layer)
+        )
+    hooks = [loaded.capture.attention_patch(1, 2.0)]
     with torch.no_grad(), pair.model.hooks(fwd_hooks=hooks):
         found = run(pair.model, tokens)
-    with torch.no_grad(), pair.model.hooks(fwd_hooks=[result.attention_patch(1, 2.0)]):
+    with torch.no_grad(), pair.model.hooks(fwd_hooks=[result.capture.attention_patch(1, 2.0)]):
         assert torch.equal(found, run(pair.model, tokens))
 
 
@@ -549,11 +551,11 @@ def test_a_saved_result_keeps_it(pair: Case, tmp_path: Path) -> None:
 def test_a_patch_adds_it_to_the_pattern(pair: Case, scale: float) -> None:
     layer, tokens = 1, pair.tokens(6, 6)
     result = lens(pair.model, tokens)
-    name, patch = result.attention_patch(layer, scale)
+    name, patch = result.capture.attention_patch(layer, scale)
     assert name == f"blocks.{layer}.attn.hook_pattern"
     before, _ = at_hook(pair.model, name, tokens)
     after, _ = at_hook(pair.model, name, tokens, patches=[(name, patch)])
-    expected = scale * result.reversed_attention(layer)
+    expected = scale * result.capture.reversed_attention(layer)
     assert expected.any()
     # Two additions in float64.
     torch.testing.assert_close(after - before, expected, rtol=0, atol=1e-14 * abs(scale))
@@ -565,13 +567,13 @@ def test_a_patch_changes_the_loss_as_predicted_to_first_order(pair: Case) -> Non
     result = lens(pair.model, tokens)
 
     def loss(layer: int, scale: float) -> float:
-        hooks = [result.attention_patch(layer, scale)]
+        hooks = [result.capture.attention_patch(layer, scale)]
         with torch.no_grad(), pair.model.hooks(fwd_hooks=hooks):
             return float(nll(TARGET)(run(pair.model, tokens), tokens))
 
     for layer in range(pair.n_layers):
         _, at_pattern = at_hook(pair.model, f"blocks.{layer}.attn.hook_pattern", tokens)
-        slope = float((at_pattern * result.reversed_attention(layer)).sum())
+        slope = float((at_pattern * result.capture.reversed_attention(layer)).sum())
         # It is sum A (E - mean E)^2 / sqrt(d_head): never negative.
         assert slope > 0
         # Steps by which the loss changes by 1e-4, or by 1e-2 where it is rounded at 1e-7.
@@ -588,9 +590,9 @@ def test_patches_of_several_layers_act_together(pair: Case) -> None:
     slopes = []
     for layer in range(pair.n_layers):
         _, at_pattern = at_hook(pair.model, f"blocks.{layer}.attn.hook_pattern", tokens)
-        slopes.append(float((at_pattern * result.reversed_attention(layer)).sum()))
+        slopes.append(float((at_pattern * result.capture.reversed_attention(layer)).sum()))
     step = -1e-2 / sum(slopes)
-    hooks = [result.attention_patch(layer, step) for layer in range(pair.n_layers)]
+    hooks = [result.capture.attention_patch(layer, step) for layer in range(pair.n_layers)]
     with torch.no_grad(), pair.model.hooks(fwd_hooks=hooks):
         after = float(nll(TARGET)(run(pair.model, tokens), tokens))
     assert after - float(result.capture.loss) == pytest.approx(-1e-2, rel=0.1)
@@ -598,7 +600,7 @@ def test_patches_of_several_layers_act_together(pair: Case) -> None:
 
 def test_a_patch_fits_copies_of_one_prompt_and_no_other_prompts(pair: Case) -> None:
     tokens = pair.tokens(6)
-    hook = lens(pair.model, tokens).attention_patch(1, -2.0)
+    hook = lens(pair.model, tokens).capture.attention_patch(1, -2.0)
     with torch.no_grad(), pair.model.hooks(fwd_hooks=[hook]):
         alone = run(pair.model, tokens)
         copies = run(pair.model, tokens.expand(3, -1))
@@ -607,7 +609,7 @@ def test_a_patch_fits_copies_of_one_prompt_and_no_other_prompts(pair: Case) -> N
         for wrong in (pair.tokens(5), pair.tokens(7, 7)):
             with pytest.raises(InputError, match=r"pattern of layer 1.*prompts that it was made"):
                 run(pair.model, wrong)
-    of_two = lens(pair.model, pair.tokens(6, 6)).attention_patch(1, -2.0)
+    of_two = lens(pair.model, pair.tokens(6, 6)).capture.attention_patch(1, -2.0)
     with (
         torch.no_grad(),
         pair.model.hooks(fwd_hooks=[of_two]),
@@ -633,7 +635,7 @@ def test_a_patch_leaves_nothing_on_the_model(pair: Case) -> None:
     with torch.no_grad():
         plain = run(pair.model, tokens)
     before = hooks_of(pair.model)
-    hook = lens(pair.model, tokens).attention_patch(1, -2.0)
+    hook = lens(pair.model, tokens).capture.attention_patch(1, -2.0)
     assert hooks_of(pair.model) == before
     with torch.no_grad(), pair.model.hooks(fwd_hooks=[hook]):
         assert hooks_of(pair.model) != before
@@ -654,19 +656,19 @@ def test_a_patched_run_can_be_analysed_again(pair: Case) -> None:
     """The lens inside the patch: Reversed Attention of the patched model."""
     tokens, d_head = pair.tokens(6), HEADS[pair.name][2]
     result = lens(pair.model, tokens)
-    hook = result.attention_patch(1, -5.0)
+    hook = result.capture.attention_patch(1, -5.0)
     with pair.model.hooks(fwd_hooks=[hook]):
         again = lens(pair.model, tokens)
     for layer in range(pair.n_layers):
         expected = scores_gradient(pair.model, layer, tokens, patches=[hook]) / math.sqrt(d_head)
-        assert difference(again.reversed_attention(layer), expected) <= tolerance_of(pair)
+        assert difference(again.capture.reversed_attention(layer), expected) <= tolerance_of(pair)
     assert not torch.equal(again.capture.loss, result.capture.loss)
 
 
 def test_a_patch_of_a_model_in_half_precision_keeps_its_dtype() -> None:
     case = build("bridge-llama", torch.bfloat16)
     tokens = case.tokens(6)
-    name, patch = lens(case.model, tokens).attention_patch(1, -2.0)
+    name, patch = lens(case.model, tokens).capture.attention_patch(1, -2.0)
     seen: list[Tensor] = []
 
     def look(value: Tensor, hook: Any) -> None:
@@ -689,9 +691,9 @@ def test_a_patch_of_delegated_attention_is_refused(family: str) -> None:
         with model.hooks(fwd_hooks=[(name, lambda value, hook: 0 * value)]):
             assert torch.equal(run(model, tokens), plain)
     result = lens(model, tokens)
-    assert result.reversed_attention(1).any()
+    assert result.capture.reversed_attention(1).any()
     with pytest.raises(UnsupportedModelError, match=r"layer 1 computes attention where a hook"):
-        result.attention_patch(1, 1.0)
+        result.capture.attention_patch(1, 1.0)
 
 
 @hooked_only
@@ -700,8 +702,8 @@ def test_a_hooked_transformer_takes_the_patch_that_its_bridge_refuses(family: st
     model, tokens = model_of(family, "hooked"), some_tokens(n_prompts=1)
     result = lens(model, tokens)
     _, at_pattern = at_hook(model, "blocks.1.attn.hook_pattern", tokens)
-    slope = float((at_pattern * result.reversed_attention(1)).sum())
-    with torch.no_grad(), model.hooks(fwd_hooks=[result.attention_patch(1, -1e-3 / slope)]):
+    slope = float((at_pattern * result.capture.reversed_attention(1)).sum())
+    with torch.no_grad(), model.hooks(fwd_hooks=[result.capture.attention_patch(1, -1e-3 / slope)]):
         after = float(nll(TARGET)(run(model, tokens), tokens))
     assert after - float(result.capture.loss) == pytest.approx(-1e-3, rel=0.05)
 
@@ -713,9 +715,9 @@ def test_a_patch_on_sinks_and_softcaps(family: str, kind: str) -> None:
     model, tokens = model_of(family, kind), some_tokens(n_prompts=1)
     result = lens(model, tokens)
     _, at_pattern = at_hook(model, "blocks.0.attn.hook_pattern", tokens)
-    slope = float((at_pattern * result.reversed_attention(0)).sum())
+    slope = float((at_pattern * result.capture.reversed_attention(0)).sum())
     assert slope > 0
-    with torch.no_grad(), model.hooks(fwd_hooks=[result.attention_patch(0, -1e-3 / slope)]):
+    with torch.no_grad(), model.hooks(fwd_hooks=[result.capture.attention_patch(0, -1e-3 / slope)]):
         after = float(nll(TARGET)(run(model, tokens), tokens))
     # The rest is of second order, and Hugging Face's float32.
     assert after - float(result.capture.loss) == pytest.approx(-1e-3, rel=0.05)

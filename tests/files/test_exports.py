@@ -142,7 +142,7 @@ def test_segments_stand_in_the_table(result: BackwardLensResult) -> None:
 
 
 def test_gradients_as_a_table(result: BackwardLensResult) -> None:
-    table = result.gradient_df()
+    table = result.capture.gradient_df()
     assert len(table) == len(PROMPTS) * len(result.matrices) * len(result.layers)
     for row in table.itertuples():
         dense = result.capture[row.matrix, row.layer].dense(row.prompt)
@@ -151,18 +151,18 @@ def test_gradients_as_a_table(result: BackwardLensResult) -> None:
 
 
 def test_neurons_as_a_table(result: BackwardLensResult) -> None:
-    table = result.neuron_df("W_out", -1, batch=1)
+    table = result.capture.neuron_df("W_out", -1, batch=1)
     last = result.layers[-1]
     dense = result.capture["W_out", last].dense(1)
     norms = table.drop_duplicates("neuron")["neuron_norm"]
     wanted = torch.linalg.vector_norm(dense, dim=1)
     torch.testing.assert_close(torch.tensor(norms.to_numpy()), wanted, rtol=1e-9, atol=1e-12)
-    with pytest.raises(InputError, match="'W_Q' is not in this result"):
-        result.neuron_df("W_Q", 0)
-    with pytest.raises(InputError, match="layer 7 was not analysed"):
-        result.neuron_df("W_out", 7)
+    with pytest.raises(InputError, match=r"\('W_Q', 0\) was not captured"):
+        result.capture.neuron_df("W_Q", 0)
+    with pytest.raises(InputError, match=r"\('W_out', 7\) was not captured"):
+        result.capture.neuron_df("W_out", 7)
     with pytest.raises(InputError, match="prompt 2 does not exist"):
-        result.neuron_df("W_out", 0, batch=2)
+        result.capture.neuron_df("W_out", 0, batch=2)
 
 
 # ---------------------------------------------------------------------------------- the saved file

@@ -194,7 +194,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "layer": ({"layer": 8}, "layer 8 does not exist; allowed are -8 to 7"),
     "k": ({"k": 0}, "k is 0; pass an integer from 1 on"),
     "projections": ({"projection": ("logit_lens", "normalized")}, "unknown projection"),
-    "targets": ({"target": [PARIS]}, r"shape \(1,\) .* leading axes \(2,\); pass one target"),
+    "targets": (
+        {"target": [PARIS]},
+        r"target is \[.*\] where the vectors have an axis of 2; pass one target",
+    ),
     "two tokens": ({"target": f"{PARIS} Rome"}, r"is 2 tokens .* multi_token='first'"),
     "no token id": ({"target": 1.5}, "target 1.5 is a float"),
     "multi_token": ({"target": PARIS, "multi_token": "all"}, "multi_token is 'all'"),

@@ -98,7 +98,7 @@ STEPS = pd.DataFrame(
 
 def overlaps(result: BackwardLensResult, layer: int = 4) -> pd.DataFrame:
     """The longest neurons as `neuron_overlap` has them, with any overlaps."""
-    table = result.neuron_df("W_out", layer)
+    table = result.capture.neuron_df("W_out", layer)
     table = table[table["norm_order"] < 20]
     zero = table[table["position"] == 0].assign(position=None, token="zero vector", similarity=None)
     table = pd.concat([table.astype({"position": "Int64"}), zero.astype({"position": "Int64"})])
@@ -491,7 +491,7 @@ def test_tables_of_analyses_give_the_same_figures(answered: BackwardLensResult) 
     for of, projection in (("target", None), ("answer", "normalized")):
         options = {"of": of, "projection": projection}
         same(draw_ranks(ranks, **options), draw_ranks(answered, SUBJECTS, **options))
-    gradients = answered.gradient_df()
+    gradients = answered.capture.gradient_df()
     for matrices in (None, ["W_out", "W_in"]):
         same(
             figures.gradient_ranks(gradients, matrices), figures.gradient_ranks(answered, matrices)
@@ -882,12 +882,12 @@ def test_errors(result: BackwardLensResult, facts_model: Any) -> None:
         "of is 'x'; allowed are 'vjp', 'input'", figures.norms_by_segment, result, "Rome", of="x"
     )
     for function in (figures.norms, figures.target_ranks, figures.singular_values):
-        refused("'W_Q' is not in this result; it has W_in, W_out", function, result, "W_Q")
+        refused("'W_Q'", function, result, "W_Q")
         refused("prompt 3 does not exist; allowed are 0 to 2", function, result, batch=3)
-    refused("'W_Q' is not in this result", figures.gradient_ranks, result, ["W_in", "W_Q"])
+    refused("'W_Q'.* was not captured", figures.gradient_ranks, result, ["W_in", "W_Q"])
     refused(r"matrices is \[\]; pass some of W_in, W_out", figures.gradient_ranks, result, [])
-    refused("'W_Q' is not in this result", figures.neuron_similarity, result, "W_Q", 0)
-    refused("layer 8 was not analysed", figures.neuron_similarity, result, "W_in", 8)
+    refused("'W_Q'.* was not captured", figures.neuron_similarity, result, "W_Q", 0)
+    refused("'W_in', 8. was not captured", figures.neuron_similarity, result, "W_in", 8)
     refused("prompt 7 does not exist", figures.compare, result, result, batch=(0, 7))
     refused("batch is 0; pass one for each", figures.compare, result, result, batch=0)
     refused(r"names is \['a'\]; pass one for each", figures.compare, result, result, names=["a"])
@@ -941,12 +941,12 @@ def test_errors_of_tables(result: BackwardLensResult) -> None:
         "projection is 'tuned'; allowed are 'logit_lens'\n", figures.token_ranks_by_segment, ranks,
         projection="tuned",
     )  # fmt: skip
-    gradients = result.gradient_df()
+    gradients = result.capture.gradient_df()
     refused("'W_Q' is not in this table", figures.gradient_ranks, gradients, ["W_in", "W_Q"])
     refused(r"matrices is \[\]; pass some of W_in, W_out", figures.gradient_ranks, gradients, [])
-    refused("no column 'n_tokens'.* result.gradient_df", figures.gradient_ranks, cells)
+    refused("no column 'n_tokens'.* result.capture.gradient_df", figures.gradient_ranks, cells)
     refused("no column 'neuron', .*analysis.neuron_ov", figures.neuron_overlap, cells)
-    refused("no column 'overlap'", figures.neuron_overlap, result.neuron_df("W_in", 0))
+    refused("no column 'overlap'", figures.neuron_overlap, result.capture.neuron_df("W_in", 0))
     refused("no column 'learning_rate', .*analysis.step", figures.step_changes, cells)
     refused("the table is a BackwardLensResult", figures.step_changes, result)
     refused("scale is 'log2'", figures.step_changes, STEPS, scale="log2")

@@ -209,7 +209,9 @@ def with_scores(
     }
     for scores, changed in zip(ends.values(), (top, bottom), strict=True):
         scores[0, 0, 0] = torch.tensor(changed)
-    return with_reading(result, readouts={**result.readouts, "W_out": replace(readout, **ends)})
+    return with_reading(
+        result, readouts={**result.readings[0].readouts, "W_out": replace(readout, **ends)}
+    )
 
 
 def strict(widget: Widget) -> Any:
@@ -291,7 +293,7 @@ def test_columns_name_their_positions_if_some_are_missing():
     result = make_result(pos=5)
     at_two = {
         name: type(readout)(*(value[:, :, [2, 4]] for value in vars(readout).values()))
-        for name, readout in result.readouts.items()
+        for name, readout in result.readings[0].readouts.items()
     }
     chosen = replace(with_reading(result, readouts=at_two), positions=torch.tensor([[2, 4]]))
     widget = widgets.top_tokens(chosen, matrices="W_out")
@@ -316,7 +318,7 @@ def test_captions_name_the_positions_if_some_are_missing():
                 result,
                 readouts={
                     name: type(readout)(*(v[:, :, [4, 1]] for v in vars(readout).values()))
-                    for name, readout in result.readouts.items()
+                    for name, readout in result.readings[0].readouts.items()
                 },
             ),
             positions=torch.tensor([[4, 1]]),
@@ -374,7 +376,7 @@ def test_reversed_attention_has_no_padding_and_a_symmetric_scale(result: Backwar
     props = widgets.reversed_attention(result, -1).props
     shown = torch.tensor(props["attention"])
     assert shown.shape == (2, len(NASTY), len(NASTY))
-    expected = result.reversed_attention(3)[0, :, : len(NASTY), : len(NASTY)]
+    expected = result.capture.reversed_attention(3)[0, :, : len(NASTY), : len(NASTY)]
     torch.testing.assert_close(shown, expected, rtol=1e-5, atol=0)
     assert (
         props["maxValue"]

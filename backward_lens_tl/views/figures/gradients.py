@@ -48,7 +48,7 @@ def gradient_ranks(
 
     Args:
         source: A result, all of whose prompts count, or a table of gradients of any number of
-            prompts, from `BackwardLensResult.gradient_df` or a sweep.
+            prompts, from `GradientCapture.gradient_df` or a sweep.
         matrices: One or more names; by default all matrices.
         backend: `"plotly"` or `"matplotlib"`.
 
@@ -70,12 +70,14 @@ def gradient_ranks(
     """
     import pandas as pd
 
-    check_source(source, "result.gradient_df")
+    check_source(source, "result.capture.gradient_df")
     if isinstance(source, BackwardLensResult):
         names = _names(matrices, source.matrices)
-        table = pd.concat([source.gradient_df(matrix=name) for name in dict.fromkeys(names)])
+        table = pd.concat(
+            [source.capture.gradient_df(matrix=name) for name in dict.fromkeys(names)]
+        )
     else:
-        checked_table(source, _COLUMNS, "what result.gradient_df() returns")
+        checked_table(source, _COLUMNS, "what result.capture.gradient_df() returns")
         names = _names(matrices, source["matrix"].unique().tolist())
         for name in names:
             check_matrix(name, source)
@@ -118,7 +120,7 @@ def singular_values(
     check_result(result)
     result.readout(matrix)
     title = f"{matrix}: singular values of the gradient{towards(result, batch)}"
-    table = result.gradient_df(matrix=matrix, batch=batch)
+    table = result.capture.gradient_df(matrix=matrix, batch=batch)
     if table["rank"].isna().any():
         raise InputError(
             f"heads or experts of {matrix} have separate factors, so it has no singular values as "

@@ -61,7 +61,7 @@ def neuron_similarity(
         'W_out of layer 6: neurons of the gradient and the δ_i that span it'
     """
     check_result(result)
-    chart = _neuron_map(result.neuron_df(matrix, layer, batch), "similarity")
+    chart = _neuron_map(result.capture.neuron_df(matrix, layer, batch), "similarity")
     own = result.layer_number(layer)
     vectors = "x_i" if result.capture[matrix, own].reads_residual else "δ_i"
     title = f"{matrix} of layer {own}: neurons of the gradient and the {vectors} that span it"

@@ -37,8 +37,8 @@ def reversed_attention(result: BackwardLensResult, layer: int, batch: int = 0) -
     """
     check_result(result)
     described = of_prompt(result, batch)
-    maps = result.reversed_attention(layer)[batch]
     index = result.layer_number(layer)
+    maps = result.capture.reversed_attention(index)[batch]
     tokens = result.capture.str_tokens[batch]
     maps = maps[:, : len(tokens), : len(tokens)].detach().cpu().double()
     largest = float(maps.abs().max())

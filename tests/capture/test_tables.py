@@ -15,8 +15,8 @@ from torch import Tensor
 import backward_lens_tl as blt
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.tables import gradient_table, neuron_table
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.readout.tables import gradient_table, neuron_table
 
 PROMPTS = ["Lionel Messi plays for", "The Eiffel Tower is in the city of", "Rome is in"]
 TARGETS = [" Paris", " Rome", " Paris"]
