@@ -82,7 +82,7 @@ data = pd.DataFrame([*rows, *wrong])
 data.iloc[[0, 1, -3, -2, -1]]
 
 # %% [markdown]
-# You can pass other data in the same way. Files, names and tables are read by `blt.read_records`, which recognises
+# You can pass other data in the same way. Files, names and tables are read by `blt.read_records`, which recognizes
 # the formats of CounterFact by their columns:
 #
 # ```python

@@ -295,7 +295,7 @@ pd.concat(tokens).set_index("edit")[
 # All three have " Paris" on top. The shift writes the target's own row, so the next tokens have similar rows: the
 # country, the language, another city with a team. The gradient also decreases " Miami", the old answer, which the
 # shift does not know. (It is third from the bottom; two tokens with rows close to that direction are even lower.)
-# The tokens of ROME's vector are different: fragments of words, and " Piaf", the French singer. It was optimised
+# The tokens of ROME's vector are different: fragments of words, and " Piaf", the French singer. It was optimized
 # for its effect in later layers, which does not require interpretable tokens.
 #
 # How similar is the shift to the gradient that it replaces? `compare_tokens` compares edits of one matrix with the

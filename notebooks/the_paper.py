@@ -437,7 +437,7 @@ figures.neuron_overlap(overlap, "W_in", layer, backend="matplotlib")
 # ## Lemma 5.2: imprint and shift
 #
 # > *The paper:* after a step `W <- W - eta dL/dW`, run again on the same prompt, the matrix's output at
-# > a token with input `x` has changed by `-eta sum_i (x . x_i) delta_i`. `W_in` recognises what was
+# > a token with input `x` has changed by `-eta sum_i (x . x_i) delta_i`. `W_in` recognizes what was
 # > imprinted, `W_out` is shifted against its VJPs, towards the target.
 #
 # `step_changes` takes such a step on one matrix at a time, runs the model again, and restores the exact
