@@ -794,6 +794,10 @@ def test_figures_can_be_written(result: BackwardLensResult, tmp_path: Path) -> N
     assert '"heatmap"' in figures.norms(result).to_json()
 
 
+def test_only_public_names_are_listed() -> None:
+    assert dir(figures) == sorted(figures.__all__)
+
+
 def test_plotting_libraries_are_imported_lazily() -> None:
     """Not by the modules, which every user imports, with or without matplotlib."""
     for module in (figures, draw_plotly, draw_matplotlib):

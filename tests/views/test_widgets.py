@@ -17,6 +17,7 @@ import nbformat
 import pytest
 import torch
 from browser import Opened, opened
+from circuitsvis import activations, attention, tokens, topk_tokens
 from circuitsvis.tokens import colored_tokens_multi
 from circuitsvis.utils.render import RenderedHTML
 from nbclient import NotebookClient
@@ -440,6 +441,31 @@ def test_a_widget_is_a_rendered_html_and_needs_no_network(
     assert not asked
     colored_tokens_multi(["a"], torch.ones(1, 1))._repr_html_()
     assert asked
+
+
+def test_properties_have_the_names_that_circuitsviss_functions_pass(
+    four: list[Widget], monkeypatch: pytest.MonkeyPatch
+):
+    passed: dict[str, set[str]] = {}
+
+    def render(element: str, **props: Any) -> None:
+        passed[element] = set(props)
+
+    for module in (activations, attention, tokens, topk_tokens):
+        monkeypatch.setattr(module, "render", render)
+    ones = torch.ones(1, 1, 1)
+    activations.text_neuron_activations(["a"], ones)
+    attention.attention_heads(ones, ["a"])
+    tokens.colored_tokens_multi(["a"], ones[0])
+    topk_tokens.topk_tokens([["a"]], [ones.numpy()])
+    for shown in four:
+        # Python has no arguments for the bounds.
+        own = set(shown.props) - {"positiveBounds", "negativeBounds"}
+        assert own <= passed[shown.element]
+
+
+def test_only_public_names_are_listed():
+    assert dir(widgets) == sorted(widgets.__all__)
 
 
 def test_html_for_the_cdn_is_small_and_well_formed(four: list[Widget]):
