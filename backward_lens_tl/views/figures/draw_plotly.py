@@ -43,7 +43,7 @@ def draw(grid: Grid) -> go.Figure:
     tops, height = _starts(grid.heights, _BOTTOM + above)
     top = _TOP + above
     right = _BAR * grid.bar_columns + _LEGEND * grid.has_legend or 30
-    figure = go.Figure()
+    figure, ups = go.Figure(), []
     figure.update_layout(
         template="plotly_white",
         width=_LEFT + inner + right,
@@ -62,6 +62,7 @@ def draw(grid: Grid) -> go.Figure:
         suffix, left = "" if index == 1 else str(index), lefts[column]
         across = left / inner, (left + width) / inner
         up = max(0.0, 1 - (tops[row] + chart_height) / height), 1 - tops[row] / height
+        ups.append(up)
         figure.update_layout({f"xaxis{suffix}": _axis(chart.x, width, across, f"y{suffix}")})
         figure.update_layout({f"yaxis{suffix}": _axis(chart.y, chart_height, up, f"x{suffix}")})
         _add(figure, chart, grid, suffix)
@@ -72,23 +73,11 @@ def draw(grid: Grid) -> go.Figure:
                 x=across[0], y=up[1], xref="paper", yref="paper", xanchor="left", yanchor="bottom",
             )  # fmt: skip
     for index, colors in enumerate(grid.colors, start=1):
-        figure.update_layout({_bar_name(index): _bar(colors, index)})
-    if grid.is_stacked:
-        _place_bars(figure, grid)
+        own = [up for up, chart in zip(ups, grid.charts, strict=True) if chart.colors == colors]
+        # The bar of stacked charts spans those that share it.
+        span = (own[-1][0], own[0][1]) if grid.is_stacked else None
+        figure.update_layout({_bar_name(index): _bar(colors, index, span)})
     return figure
-
-
-def _place_bars(figure: go.Figure, grid: Grid) -> None:
-    """Put the colour bars of stacked charts next to them; one that several share spans them."""
-    for index, colors in enumerate(grid.colors, start=1):
-        ups = [
-            figure.layout[f"yaxis{place if place > 1 else ''}"].domain
-            for place, chart in enumerate(grid.charts, start=1)
-            if chart.colors == colors
-        ]
-        low, high = min(low for low, _ in ups), max(high for _, high in ups)
-        place = {"x": 1, "y": (low + high) / 2, "len": high - low, "yanchor": "middle", "ypad": 0}
-        figure.update_layout({_bar_name(index): {"colorbar": place}})
 
 
 def _starts(sizes: tuple[int, ...], gap: int) -> tuple[list[int], int]:
@@ -207,15 +196,18 @@ def _bar_name(index: int) -> str:
     return "coloraxis" if index == 1 else f"coloraxis{index}"
 
 
-def _bar(colors: Colors, index: int) -> dict[str, Any]:
+def _bar(colors: Colors, index: int, span: tuple[float, float] | None) -> dict[str, Any]:
     last = len(colors.stops) - 1
     bar: dict[str, Any] = {
         "title": {"text": _text(colors.title), "side": "right"},
         "thickness": 14,
         "outlinewidth": 0,
-        "x": 1 + 0.12 * (index - 1),
+        "x": 1 if span else 1 + 0.12 * (index - 1),
         "xpad": 16,
     }
+    if span:
+        low, high = span
+        bar |= {"y": (low + high) / 2, "len": high - low, "yanchor": "middle", "ypad": 0}
     if colors.ticks:
         bar |= {
             "tickvals": [_height(value, colors.is_log) for value in colors.ticks],
