@@ -427,7 +427,7 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"matrices": "W_down"}, "unknown matrix 'W_down'"),
+        ({"matrices": "W_down"}, "matrices is 'W_down'; it should be"),
         ({"matrices": ()}, "no matrix was asked for"),
         ({"layers": ()}, "no layer was asked for"),
         ({"layers": 2}, "layer"),

@@ -285,7 +285,7 @@ def test_a_norm_behind_the_mlp_is_refused(kind: str) -> None:
         ({"layers": ()}, "no layer was asked for"),
         ({"layers": (0, 3)}, "layer 3 does not exist"),
         ({"moments": None}, r"second_moments\(model, texts, layers=\[0, 1\]\)"),
-        ({"regularization": 0.0}, "regularization is 0.0; pass a number above 0"),
+        ({"regularization": 0.0}, "regularization is 0.0; it should be greater than 0"),
         ({"fact_token": "first"}, "fact_token is 'first'"),
         ({"steps": 1.5}, "steps is 1.5"),
         ({"layers": (0, 2)}, "not of layer 2"),

@@ -345,7 +345,7 @@ def test_settings_are_told(gpt2: Case) -> None:
         "optimizer": "adam",
         "lr": LR,
         "matrices": ["W_in", "W_out"],
-        "layers": 1,
+        "layers": [1],
         "prepend_bos": False,
         "model": host_of(gpt2.model).name,
     }
@@ -355,9 +355,9 @@ def test_settings_are_told(gpt2: Case) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimizer": "lion"}, "optimizer is 'lion'; allowed are 'sgd', 'adam', 'muon'"),
-        ({"lr": 0}, "lr is 0; pass a number above 0"),
-        ({"lr": float("inf")}, "lr is inf; pass a number above 0"),
+        ({"optimizer": "lion"}, "optimizer is 'lion'; it should be 'sgd', 'adam' or 'muon'"),
+        ({"lr": 0}, "lr is 0; it should be greater than 0"),
+        ({"lr": float("inf")}, "lr is inf; it should be a finite number"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"lr": True}, "lr is True"),
         ({"lr": "1"}, "lr is '1'"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from backward_lens_tl.editing.settings import Count, NonNegative, Positive, Settings
+from backward_lens_tl.errors import EditError
+from backward_lens_tl.runs.config import Checked, Count, NonNegative, Positive
 
 
 @dataclass(frozen=True)
-class MENDTraining(Settings):
+class MENDTraining(Checked):
     """Settings of a training.
 
     Attributes:
@@ -31,6 +32,8 @@ class MENDTraining(Settings):
         >>> training.steps, training.lr
         (500, 0.0003)
     """
+
+    ERROR = EditError
 
     steps: Count = 200
     edits_per_step: Count = 10

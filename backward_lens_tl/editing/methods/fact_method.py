@@ -21,12 +21,12 @@ from backward_lens_tl.capture.continuations import Continuations
 from backward_lens_tl.capture.forward import adding_at, requiring_grad
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.settings import Count, NonNegative, Positive
 from backward_lens_tl.editing.statistics.facts import FactContexts, FactToken, sampled_prefixes
 from backward_lens_tl.editing.statistics.moments import RIDGE, SecondMoments
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.taps import Tap
+from backward_lens_tl.runs.config import Count, NonNegative, Positive
 
 _GOOD_ENOUGH = 0.05
 """The search ends at a loss below this."""

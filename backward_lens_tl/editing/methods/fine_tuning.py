@@ -15,17 +15,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backward_lens_tl._checks import listed
 from backward_lens_tl.capture.continuations import Continuations
 from backward_lens_tl.capture.forward import adding, read_logits, requiring_grad
 from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.settings import Count, NonNegative, Positive
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import MatrixName, MatrixSite
+from backward_lens_tl.runs.config import Count, NonNegative, Positive
 
 FineTuningObjective = Literal["teacher_forced", "prompt_last"]
 FineTuningOptimizer = Literal["adam", "sgd"]
@@ -74,11 +73,6 @@ class FineTuning(EditMethod):
     train_bias: bool = True
     objective: FineTuningObjective = "teacher_forced"
     stop_at: NonNegative = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("layers", "matrices"):  # equal settings compare equal
-            object.__setattr__(self, name, tuple(listed(getattr(self, name))))
 
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> list[MatrixDelta]:
         """Train the changes of all matrices together."""

@@ -21,13 +21,13 @@ from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.fact_method import FactMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.settings import Positive
 from backward_lens_tl.editing.statistics.facts import read_facts
 from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import UnsupportedModelError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import MatrixSite
+from backward_lens_tl.runs.config import Count, Positive
 
 _STARTS = ("The", "Therefore", "Because", "I", "You")
 _PER_WIDTH = 3.0
@@ -65,11 +65,11 @@ class MEMIT(FactMethod):
         ' Paris'
     """
 
-    layers: tuple[int, ...]
+    layers: Sequence[int]
     regularization: Positive | None = None
     clamp: Positive = field(default=0.75, kw_only=True)
-    starts: tuple[str, ...] = _STARTS
-    prefix_length: int = 10
+    starts: Sequence[str] = _STARTS
+    prefix_length: Count = 10
 
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> Sequence[MatrixDelta]:
         """Compute the change of each layer's matrix, of rank up to the number of requests."""

@@ -12,18 +12,18 @@ from torch import nn
 
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.requests import EditRequest, TokenizedRequest, tokenize_requests
-from backward_lens_tl.editing.settings import Settings
 from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import EditError, raised_as
 from backward_lens_tl.models import Host, host_of
+from backward_lens_tl.runs.config import Checked
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditMethod(Settings, ABC):
+class EditMethod(Checked, ABC):
     """An editing method with its settings: call it with a model and the facts to be taught.
 
-    Subclasses are frozen dataclasses. Their fields are checked as in
-    `backward_lens_tl.editing.settings`.
+    Subclasses are frozen dataclasses. Their fields are checked against
+    their annotations.
 
     Attributes:
         prepend_bos: Whether prompts get a BOS token; `None` is the model's own default.
@@ -39,6 +39,8 @@ class EditMethod(Settings, ABC):
         >>> {method.name: method(model, request).rank for method in methods}
         {'FineTuning': 128, 'GradientStep': 6}
     """
+
+    ERROR = EditError
 
     prepend_bos: bool | None = None
 
@@ -100,7 +102,7 @@ class EditMethod(Settings, ABC):
         Examples:
             >>> blt.editing.GradientStep("sgd", lr=1.0, layers=6).settings()
             {'method': 'GradientStep', 'prepend_bos': None, 'optimizer': 'sgd', 'lr': 1.0,
-            'matrices': ['W_out'], 'layers': 6}
+            'matrices': ['W_out'], 'layers': [6]}
         """
         own = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
         return {"method": self.name, **own}

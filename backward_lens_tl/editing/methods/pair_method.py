@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from backward_lens_tl._checks import check_kind
 from backward_lens_tl.editing.methods.method import EditMethod
-from backward_lens_tl.editing.settings import Positive
 from backward_lens_tl.editing.statistics.standardization import PairStatistics
 from backward_lens_tl.errors import EditError
+from backward_lens_tl.runs.config import Positive
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class PairMethod(EditMethod):
 
     statistics: PairStatistics
     lr: Positive = 1e-3
-    matrices: tuple[str, ...] | None = None
-    layers: tuple[int, ...] | None = None
+    matrices: Sequence[str] | None = None
+    layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,6 @@ Of all `l` with `x l^T = 1` the whitened one writes least, on average, at the to
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -27,18 +26,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from backward_lens_tl._checks import check_kind, shown
+from backward_lens_tl._checks import check_kind
 from backward_lens_tl.capture.forward import Addition, adding, forward_pass
 from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.settings import Count, NonNegative
 from backward_lens_tl.editing.statistics.moments import RIDGE, SecondMoments
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.runs.config import Count, Finite, NonNegative
 
 ShiftForm = Literal["paper", "scale_free", "whitened"]
 TargetEmbedding = Literal["auto", "unembed", "embed"]
@@ -87,7 +86,7 @@ class ForwardPassShift(EditMethod):
     """
 
     layer: int
-    size: float
+    size: Finite
     form: ShiftForm = "paper"
     iterations: Count = 1
     skip_if_answered: bool = False
@@ -97,9 +96,6 @@ class ForwardPassShift(EditMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        is_number = isinstance(self.size, int | float) and not isinstance(self.size, bool)
-        if not is_number or not math.isfinite(self.size):
-            raise EditError(f"size is {shown(self.size)}; pass a number")
         if self.form == "whitened" and self.moments is None:
             raise EditError(
                 "the whitened form needs moments, the statistics of what W_out reads: collect them "

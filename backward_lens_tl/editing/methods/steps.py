@@ -28,9 +28,9 @@ from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.settings import Positive
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.runs.config import Positive
 
 Optimizer = Literal["sgd", "adam", "muon"]
 
