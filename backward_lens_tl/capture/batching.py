@@ -1,7 +1,7 @@
-"""Which prompts and layers go through the model together.
+"""Divides the work of a capture into microbatches.
 
-Prompts of similar length share a pass, so that little of it is padding. Under a memory budget a
-pass has fewer prompts, or fewer layers.
+Prompts of similar length share a microbatch, so that there is little padding. Under a memory budget
+microbatches have fewer prompts, or fewer layers.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from backward_lens_tl.models import Host
 from backward_lens_tl.models.sites import ATTENTION_MATRICES, Site
 
 _MAX_PADDING = 0.2
-"""Padded positions of a pass, as a part of its real ones."""
+"""Padded positions of a microbatch, as a fraction of its real ones."""
 
 _FLOAT32 = 4
 
 _GRAPH_WIDTHS = 18
 _GRAPH_MLP_WIDTHS = 6
 _GRAPH_PATTERNS = 3
-"""Numbers that a block takes in a forward and backward pass: per token, in units of `d_model` and,
-for each matrix that the MLP reads with, of `d_mlp`; and per head and pair of tokens. Measured."""
+"""Values that autograd keeps per block, as measured: per token, in units of `d_model` and, for each
+reading matrix of the MLP, of `d_mlp`; and per head and pair of tokens."""
 
 _USUAL_PASS = 256 * 2**20
-"""What passes take on a CPU if nobody says: with more prompts they are no faster."""
+"""Default size of a microbatch on a CPU, in bytes; larger ones are not faster."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A part of the work that is one forward and one backward pass.
+    """A microbatch: the prompts and layers of one forward and one backward pass.
 
     Attributes:
         prompts: Indices of the prompts.
@@ -47,17 +47,17 @@ class Pass:
 
 @dataclass(frozen=True)
 class PassSize:
-    """What passes over a model take, in bytes.
+    """An estimate of the memory that microbatches take, in bytes.
 
     Attributes:
         per_token: What autograd keeps for the backward pass, per token and block.
-        per_pair: Likewise per pair of tokens of a prompt and block.
+        per_pair: The same, per pair of tokens of a prompt and block.
         per_prompt: Logits and their gradient.
-        factors: Numbers in the factors of each layer asked for, per token.
-        n_blocks: Blocks from the lowest layer asked for to the last.
-        device: Where the model is.
+        factors: Number of values in the factors of each requested layer, per token.
+        n_blocks: Number of blocks from the lowest requested layer to the last.
+        device: The model's device.
         patterns: Gradients at attention patterns that are kept, per pair of tokens of a prompt.
-        itemsize: Bytes of a factor's number, as it is computed.
+        itemsize: Bytes per value of a factor, as it is computed.
     """
 
     per_token: int
@@ -70,7 +70,7 @@ class PassSize:
     itemsize: int = 4
 
     def of(self, n_prompts: int, length: int, layers: Sequence[int]) -> int:
-        """Estimate one pass.
+        """Estimate one microbatch.
 
         Args:
             n_prompts: Number of prompts.
@@ -85,12 +85,12 @@ class PassSize:
         return n_prompts * (self.n_blocks * block + factors + self.per_prompt)
 
     def kept(self, n_prompts: int, length: int, memory: Memory) -> int:
-        """What the factors of all passes take beside a pass.
+        """Estimate the factors that are kept of all microbatches.
 
         Args:
             n_prompts: Number of prompts.
             length: Tokens of the longest.
-            memory: How they are kept.
+            memory: How factors are kept.
 
         Returns:
             Bytes on the model's device.
@@ -103,12 +103,12 @@ class PassSize:
 
 
 def pass_size(host: Host, sites: Sequence[Site], n_read: int | None, longest: int) -> PassSize:
-    """Estimate passes from the sizes of a model.
+    """Estimate memory from the sizes of a model.
 
     Args:
         host: The model.
         sites: The matrices.
-        n_read: Positions of each prompt that the logits are needed of; `None` for all.
+        n_read: Number of positions of each prompt whose logits are needed; `None` for all.
         longest: Tokens of the longest prompt.
 
     Returns:
@@ -145,22 +145,22 @@ def plan_passes(
     by_prompt: bool,
     groups: Sequence[Sequence[int]] | None = None,
 ) -> list[Pass]:
-    """Divide the work into passes.
+    """Divide the work into microbatches.
 
     Args:
         lengths: Number of tokens of each prompt.
         layers: The layers.
-        size: What passes take.
+        size: The estimate of memory.
         memory: The caller's limits.
-        in_one: Whether there may be only one, because somebody looks on.
-        by_prompt: Whether prompts of one length need not stay together, if there is no budget.
-        groups: Prompts that may share a pass, if not all may.
+        in_one: Whether there may be only one, because of a caller's hook or objective.
+        by_prompt: Whether prompts of one length may be separated even without a budget.
+        groups: Prompts that may share a microbatch; `None` if all may.
 
     Returns:
-        The passes; together they cover every prompt and layer once.
+        The microbatches; together they cover every prompt and layer once.
 
     Raises:
-        InputError: If the budget is too small for any pass.
+        InputError: If the budget is too small.
     """
     all_layers, longest = tuple(layers), max(lengths)
     everything = size.of(len(lengths), longest, all_layers)
@@ -173,11 +173,11 @@ def plan_passes(
         for prompts in groups or [range(len(lengths))]
         for bucket in length_buckets([lengths[prompt] for prompt in prompts])
     ]
-    if memory.budget is None and by_prompt:
-        return _usual_passes(buckets, all_layers, lengths, size)
     if memory.budget is None:
+        if by_prompt:
+            buckets = _of_usual_size(buckets, all_layers, lengths, size)
         return [Pass(bucket, all_layers) for bucket in buckets]
-    # What one pass alone computes is kept as it is, and takes no more.
+    # The factors of a single microbatch are kept as they are, and take no more memory.
     is_kept = len(buckets) == 1 and memory.keeps_as_computed
     if is_kept and everything <= memory.budget:
         return [Pass(buckets[0], all_layers)]
@@ -193,21 +193,21 @@ def _check_one_pass(takes: int, budget: int | None) -> None:
     if budget is not None and takes > budget:
         raise InputError(
             f"this takes about {_shown(takes)} in one pass, and the budget is {_shown(budget)}; "
-            "with hooks on the model, or hook_points, all goes in one pass: pass fewer prompts or "
+            "with hooks on the model, or hook_points, there is only one pass; use fewer prompts or "
             "layers, or a larger budget"
         )
 
 
-def _usual_passes(
+def _of_usual_size(
     buckets: Sequence[tuple[int, ...]],
     layers: tuple[int, ...],
     lengths: Sequence[int],
     size: PassSize,
-) -> list[Pass]:
-    """Passes that take about as much as is worth while, with one prompt at least."""
+) -> list[tuple[int, ...]]:
+    """Batches of the default size, with at least one prompt each."""
     most = _free_cuda_memory(size.device) // 4 if size.device.type == "cuda" else _USUAL_PASS
     return [
-        Pass(part, layers)
+        part
         for bucket in buckets
         for longest in [max(lengths[prompt] for prompt in bucket)]
         for part in _smaller(bucket, max(1, most // size.of(1, longest, layers)), lengths)
@@ -222,7 +222,7 @@ def _passes(
     budget: int,
     kept: int,
 ) -> list[Pass]:
-    """Passes over prompts of similar length, within a budget."""
+    """Microbatches of prompts of similar length, within a budget."""
     longest, room = max(lengths[prompt] for prompt in bucket), budget - kept
     if n_prompts := max(0, room) // size.of(1, longest, layers):
         return [Pass(part, layers) for part in _smaller(bucket, n_prompts, lengths)]
@@ -232,21 +232,21 @@ def _passes(
     if not n_layers:
         raise InputError(
             f"a pass over one layer and one prompt of {longest} tokens takes about "
-            f"{_shown(kept + sizes[0])}, of which {_shown(kept)} are the factors of all, and the "
-            f"budget is {_shown(budget)}; allow more, pass fewer or shorter prompts, or keep the "
-            "factors in less with factor_dtype or elsewhere with factor_device"
+            f"{_shown(kept + sizes[0])}, including {_shown(kept)} for the factors of all prompts, "
+            f"and the budget is {_shown(budget)}; increase it, pass fewer or shorter prompts, or "
+            "set factor_dtype or factor_device"
         )
     return [Pass((prompt,), part) for prompt in bucket for part in _parts(layers, n_layers)]
 
 
 def _free_cuda_memory(device: torch.device) -> int:
-    """Bytes that torch could take, those that it holds and does not use included."""
+    """Bytes that torch could allocate, including its unused reserve."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def _smaller(bucket: tuple[int, ...], most: int, lengths: Sequence[int]) -> list[tuple[int, ...]]:
-    """Batches of at most so many prompts, with no more padding."""
+    """Batches of at most `most` prompts, with no more padding."""
     by_length = tuple(sorted(bucket, key=lengths.__getitem__, reverse=True))
     return [
         tuple(sorted(part[index] for index in batch))
@@ -281,7 +281,7 @@ def length_buckets(lengths: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _parts(items: tuple[int, ...], most: int) -> list[tuple[int, ...]]:
-    """Cut into as few parts as possible, all about equally long."""
+    """Split into as few parts as possible, of about equal length."""
     step = ceil(len(items) / ceil(len(items) / most))
     return [items[start : start + step] for start in range(0, len(items), step)]
 

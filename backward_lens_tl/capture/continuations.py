@@ -1,4 +1,4 @@
-"""Prompts with the answers that are to follow them, and how probable a model finds those."""
+"""Prompts with answers, and the probability that a model gives to the answers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from backward_lens_tl.models import Host
 class Continuations:
     """Prompts, each with an answer, as a batch for one forward pass.
 
-    The model reads the prompt and all of the answer but its last token (teacher forcing).
+    The model gets the prompt and all of the answer except its last token (teacher forcing).
 
     Attributes:
-        batch: What the model reads.
-        answers: Ids of each answer's tokens, on the right; 0 before them.
-        mask: False where an answer has fewer tokens than the longest.
+        batch: The model's input.
+        answers: Ids of each answer's tokens, padded on the left with 0.
+        mask: False at this padding.
     """
 
     batch: PromptBatch
@@ -34,7 +34,7 @@ class Continuations:
     def of(
         cls, host: Host, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
     ) -> Continuations:
-        """Put prompts and answers side by side.
+        """Append answers to prompts.
 
         Args:
             host: The model.
@@ -59,33 +59,33 @@ class Continuations:
         return cls(batch, ids.to(device), mask.to(device))
 
     def logits(self, host: Host) -> Float[Tensor, "batch n d_vocab"]:
-        """What the model says where each answer's tokens are to come, in float32 at least.
+        """The logits that predict each answer's tokens, in float32 or float64.
 
         Args:
             host: The model.
 
         Returns:
-            The logits; those before an answer that is shorter than the longest mean nothing.
+            The logits; meaningless where `mask` is False.
         """
         return read_logits(host, self.batch, self.answers.shape[1])
 
     def log_probs(self, logits: Float[Tensor, "batch n d_vocab"]) -> Float[Tensor, "batch n"]:
-        """Log-probability of each answer's tokens, 0 before an answer.
+        """Log-probability of each answer's tokens, in nats; 0 where `mask` is False.
 
         Args:
-            logits: As `logits` gives them.
+            logits: The result of `logits`.
 
         Returns:
-            Natural logarithms.
+            The log-probabilities.
         """
         chosen = logits.log_softmax(-1).gather(-1, self.answers[..., None])[..., 0]
         return chosen.masked_fill(~self.mask, 0)
 
     def nll(self, logits: Float[Tensor, "batch n d_vocab"]) -> Float[Tensor, "batch"]:
-        """Negative log-likelihood of each answer in nats, the mean over its tokens.
+        """Negative log-likelihood of each answer in nats, averaged over its tokens.
 
         Args:
-            logits: As `logits` gives them.
+            logits: The result of `logits`.
 
         Returns:
             One number per prompt.
@@ -93,12 +93,12 @@ class Continuations:
         return -self.log_probs(logits).sum(1) / self.mask.sum(1)
 
     def are_said(self, logits: Float[Tensor, "batch n d_vocab"]) -> Bool[Tensor, "batch"]:
-        """Whether each of an answer's tokens is the most probable one at its place.
+        """Whether every token of an answer is the most probable one at its position.
 
         Args:
-            logits: As `logits` gives them.
+            logits: The result of `logits`.
 
         Returns:
-            One truth value per prompt.
+            One value per prompt.
         """
         return ((logits.argmax(-1) == self.answers) | ~self.mask).all(1)

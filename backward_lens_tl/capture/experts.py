@@ -1,4 +1,4 @@
-"""Factors of the experts in a stack whose forward pass shows only its own input and output.
+"""Factors of stacked experts, derived from the input and output of the whole stack.
 
 For a token `t` and one of its slots `s` with expert `e` and router weight `p[t, s]`,
 
@@ -20,7 +20,7 @@ from backward_lens_tl.errors import UnsupportedModelError
 from backward_lens_tl.models.sites import READING_MATRICES, StackedExpertsSite
 
 _ROUNDING = 8
-"""How many `eps` the derived output may be off, relative to its norm."""
+"""Allowed relative error of the derived output, in `eps`."""
 
 
 def stacked_factors(
@@ -35,18 +35,18 @@ def stacked_factors(
 
     Args:
         site: Which matrix.
-        inputs: What the stack read.
+        inputs: The stack's inputs.
         chosen: Each token's experts.
         routing: The router's weights.
-        outputs: What the stack wrote.
-        vjps: The VJP there.
+        outputs: The stack's outputs.
+        vjps: The VJPs at its outputs.
 
     Returns:
-        Inputs, `[tokens, d_model]` where all experts of a token read the same and
-        `[tokens, slot, d_mlp]` else; VJPs, `[tokens, slot, d_out]`.
+        Inputs, `[tokens, d_model]` for reading matrices, which share them, or
+        `[tokens, slot, d_mlp]`; VJPs, `[tokens, slot, d_out]`.
 
     Raises:
-        UnsupportedModelError: If the stack computes something else than the formula above.
+        UnsupportedModelError: If the stack computes something other than the formula above.
     """
     stack = site.stack
     with torch.no_grad():
@@ -90,10 +90,10 @@ def _check_outputs(
     written = written if stack.b_out is None else written + stack.b_out[chosen]
     expected = (routing[..., None].to(written.dtype) * written).sum(1)
     off, size = (expected.double() - outputs.double()).norm(), outputs.double().norm()
-    # Not a quotient: a stack may write nothing but zeros.
+    # Not a quotient: the output may be all zeros.
     if not off <= _ROUNDING * torch.finfo(outputs.dtype).eps * size:
         raise UnsupportedModelError(
             f"the experts of layer {site.layer} ({type(stack.module).__name__}) compute something "
-            f"else than a gated MLP: their output is {float(off / size):.1e} off; ask for "
-            "matrices='attn' instead"
+            f"else than a gated MLP: their output has a relative error of {off / size:.1e}; "
+            "ask for matrices='attn'"
         )

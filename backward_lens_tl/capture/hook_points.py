@@ -36,15 +36,15 @@ class HookPointGradient:
 class AttentionGradient:
     """The backward pass through the attention pattern of one layer.
 
-    With the pattern `A` that the softmax gave and the gradient `E` there, which is `delta_z V^T`
-    unless a caller's hook comes in between, the gradient at the softmax's scores is
-    `A * (E - rowsum(A * E))`, also for attention sinks, softcaps and masks. Reversed Attention is
-    that divided by `sqrt(d_head)` (Katz and Wolf, NAACL 2025, arXiv 2412.17019).
+    With the softmax's output `A` and the gradient `E` there (`delta_z V^T` unless a caller's hook
+    comes in between), the gradient at the softmax's scores is `A * (E - rowsum(A * E))`, also with
+    attention sinks, softcaps and masks. Reversed Attention is this divided by `sqrt(d_head)` (Katz
+    and Wolf, NAACL 2025, arXiv 2412.17019).
 
     Attributes:
         scores_vjp: The gradient at the scores; zero where attention is masked.
-        d_head: Width of an attention head.
-        is_patchable: Whether the model goes on with what a hook makes of its pattern.
+        d_head: Width of a head.
+        is_patchable: Whether the model uses the pattern that a hook returns.
     """
 
     scores_vjp: Float[Tensor, "batch head query key"]
@@ -68,20 +68,21 @@ def attention_patch(
     Args:
         attention: The backward pass through the pattern.
         layer: Its layer, from 0.
-        scale: What Reversed Attention is multiplied by.
+        scale: Factor of Reversed Attention.
 
     Returns:
-        The name of the hook point and the hook; it takes a pattern of the same prompts, or one
-        prompt's for any number of copies.
+        The name of the hook point and the hook. The hook expects a pattern of the same prompts, or
+        of any number of copies of a single one.
 
     Raises:
-        InputError: If `scale` is no finite number; by the hook, if the pattern is of other prompts.
-        UnsupportedModelError: If the model does not go on with what a hook makes of its pattern.
+        InputError: If `scale` is not a finite number; in the hook, if the pattern has another
+            shape.
+        UnsupportedModelError: If the model does not use the pattern that a hook returns.
     """
     if not attention.is_patchable:
         raise UnsupportedModelError(
-            f"layer {layer} computes attention where a hook cannot reach it: what a hook at "
-            "hook_pattern returns is dropped, so there is nothing to patch"
+            f"layer {layer} does not use what a hook at hook_pattern returns, so it cannot be "
+            "patched; load the model as a HookedTransformer"
         )
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
         raise InputError(f"scale is {scale!r}; pass a finite number")
@@ -93,9 +94,9 @@ def attention_patch(
         same_prompts = len(added) == 1 or shape[:1] == added.shape[:1]
         if not same_prompts or shape[1:] != added.shape[1:]:
             raise InputError(
-                f"the pattern of layer {layer} is {type(pattern).__name__} of shape {shape}, and "
+                f"the pattern of layer {layer} is a {type(pattern).__name__} of shape {shape}, and "
                 f"Reversed Attention has {tuple(added.shape)}; run the model on the prompts that "
-                "it was made from"
+                "were captured"
             )
         return pattern + added.to(pattern)
 
@@ -103,10 +104,10 @@ def attention_patch(
 
 
 def attribution(here: HookPointGradient, there: HookPointGradient) -> Float[Tensor, "batch *shape"]:
-    """What a patch of one hook point would change, to first order.
+    """First-order change of the loss under a patch of one hook point.
 
     Args:
-        here: The run that would be patched.
+        here: The run that is patched.
         there: The run that the patch comes from.
 
     Returns:
@@ -118,7 +119,7 @@ def attribution(here: HookPointGradient, there: HookPointGradient) -> Float[Tens
     if here.value.shape != there.value.shape:
         raise InputError(
             f"{here.name} has shape {tuple(here.value.shape)} here and {tuple(there.value.shape)} "
-            "there; both captures have to be of one model"
+            "there; both captures must be of the same model"
         )
     # Masked scores are minus infinity in both runs, and their gradient is zero.
     return ((there.value - here.value) * here.vjp).masked_fill(here.vjp == 0, 0).sum(-1)

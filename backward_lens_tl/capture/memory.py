@@ -1,4 +1,4 @@
-"""How much memory a call may take, and in what form the factors are kept."""
+"""Limits on the memory of a call, and the form in which factors are kept."""
 
 from __future__ import annotations
 
@@ -17,22 +17,20 @@ if TYPE_CHECKING:
 class Memory:
     """Limits on the memory of one call.
 
-    Words, scores, target ranks and losses do not depend on it: they are computed before factors are
-    rounded or moved. Norms, cosines and ranks of gradients are those of the factors as they are
-    kept.
+    Tokens, scores, target ranks and losses do not depend on it: they are computed before factors
+    are rounded or moved. Norms, cosines and ranks of gradients are those of the kept factors.
 
     Attributes:
-        budget: Bytes that the call may take beyond the model. Prompts, and if one alone is too
-            large its layers, then go through the model in as many passes as that needs, and the
-            scores over the vocabulary are made in smaller chunks. It is kept by an estimate from
-            the model's sizes. `None` sets no limit.
-        factor_dtype: What `x_i` and `delta_i` are kept in, `torch.bfloat16` for half the memory;
-            `None` is float32, or float64 for a model that computes in it.
-        factor_device: Where they are kept, for example `"cpu"` for a model on a GPU; `None` is the
-            model's own device.
+        budget: Bytes that the call may use in addition to the model, estimated from the model's
+            sizes. Prompts, and for a single prompt that is too large its layers, are divided into
+            microbatches, and scores over the vocabulary into chunks. `None` sets no limit.
+        factor_dtype: The dtype of the kept `x_i` and `delta_i`, such as `torch.bfloat16` for half
+            the memory; `None` is float32, or float64 for a model in float64.
+        factor_device: The device of the kept factors, such as `"cpu"` for a model on a GPU; `None`
+            is the model's own.
 
     Raises:
-        InputError: If a value is not usable.
+        InputError: If a value is invalid.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -63,7 +61,7 @@ class Memory:
         # What torch raises depends on the device and on how it was built.
         except (RuntimeError, TypeError, AssertionError, ImportError) as error:
             raise InputError(
-                f"factor_device is {shown(self.factor_device)}, which is no device of this "
+                f"factor_device is {shown(self.factor_device)}, which is not a device of this "
                 "machine; pass for example 'cpu', or None for the model's own"
             ) from error
         if device is not None and device.type == "meta":
@@ -76,14 +74,14 @@ class Memory:
 
     @property
     def chunk(self) -> int | None:
-        """Bytes that the scores of one chunk of vectors may take, an eighth of the budget."""
+        """Bytes for the scores of one chunk of vectors, an eighth of the budget."""
         return None if self.budget is None else self.budget // 8
 
     def device_for(self, model_device: torch.device) -> torch.device:
-        """Where factors are kept.
+        """The device of the kept factors.
 
         Args:
-            model_device: Where the model is.
+            model_device: The model's device.
 
         Returns:
             The device.
@@ -100,7 +98,7 @@ class Memory:
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was too little memory.
+    """Whether an error reports a lack of memory.
 
     Args:
         error: The error.

@@ -33,12 +33,11 @@ class Prompt:
     """One prompt in tokens.
 
     Attributes:
-        ids: Token ids, BOS included where there is one.
-        text: What the caller wrote; of ids, or where the tokenizer has no offsets, what they
-            decode to.
-        spans: Where in the text each token stands; a token that was added to it has no width.
-        written: What the caller wrote, which targets continue; `None` for ids.
-        vocabulary: The model's.
+        ids: Token ids, including BOS if there is one.
+        text: The caller's text; for ids, and for tokenizers without offsets, the decoded text.
+        spans: Each token's position in the text; added tokens have empty spans.
+        written: The caller's text, which targets continue; `None` for ids.
+        vocabulary: The model's vocabulary.
     """
 
     ids: tuple[int, ...]
@@ -54,7 +53,7 @@ class Prompt:
         Args:
             host: The model.
             text: The text.
-            prepend_bos: Whether it gets a BOS token, as in `Host.tokenize`.
+            prepend_bos: Whether to prepend a BOS token, as in `Host.tokenize`.
 
         Returns:
             The prompt.
@@ -68,7 +67,7 @@ class Prompt:
 
     @classmethod
     def of_ids(cls, host: Host, ids: Sequence[int]) -> Prompt:
-        """Take token ids as they are.
+        """Use token ids as they are.
 
         Args:
             host: The model.
@@ -87,20 +86,19 @@ class Prompt:
             text: The continuation, such as `" Paris"`.
 
         Returns:
-            The tokens that prompt and continuation, written as one text, have after the prompt's.
+            The tokens after the prompt's, when prompt and continuation are tokenised together.
 
         Raises:
-            TargetError: If there are none, or joining changes the prompt's own tokens.
+            TargetError: If there are none, or the prompt's own tokens change.
         """
         return self.vocabulary.encode(text, self._joinable)
 
     def token_id(self, target: str | int, multi_token: MultiToken | None = None) -> int:
-        """The one token that a target after the prompt stands for.
+        """The token that represents a target after the prompt.
 
         Args:
             target: A text that continues the prompt, or a token id.
-            multi_token: Which token of a text of several stands for it; `None` refuses such
-                a text.
+            multi_token: Which token represents a text of several tokens; `None` raises.
 
         Returns:
             The token id.
@@ -112,26 +110,26 @@ class Prompt:
 
     @property
     def placed_text(self) -> str:
-        """The prompt's text, in which characters of what the caller wrote can be counted.
+        """The prompt's text, if token positions are known in the text that the caller wrote.
 
         Raises:
-            InputError: If the tokens' places are only known in another text.
+            InputError: If they are only known in the decoded text.
         """
         if self.text != self.written:
             raise InputError(
-                f"the tokenizer does not say where in {self.written!r} its tokens stand, and they "
-                f"decode to {self.text!r}, so subject_start cannot be followed; leave it out, or "
-                "use a fast tokenizer"
+                f"the tokenizer does not give the positions of its tokens in {self.written!r}, and "
+                f"they decode to {self.text!r}, so subject_start cannot be used; omit it, or use a "
+                "fast tokenizer"
             )
         return self.text
 
     @property
     def _joinable(self) -> str | None:
-        """The text that a continuation is joined to."""
+        """The text that a continuation is appended to."""
         return self.written if self.written is not None else self.vocabulary.text_of(self.ids)
 
     def extended(self, ids: Sequence[int]) -> Prompt:
-        """The prompt with more tokens at its end, an answer's for example.
+        """The prompt with tokens appended, for example an answer's.
 
         Args:
             ids: The tokens.
@@ -156,13 +154,13 @@ class Prompt:
 class PromptBatch:
     """Prompts of one forward pass.
 
-    Padding is always on the right, whatever the tokenizer's habit: in a causal model no real
-    token sees it, so a prompt in a batch gives the same numbers as the prompt alone.
+    Padding is always on the right, whatever the tokenizer does: in a causal model no real token
+    attends to it, so a prompt in a batch gives the same numbers as the prompt alone.
 
     Attributes:
         tokens: Token ids; 0 at padding.
         mask: False at padding.
-        prompts: Index of each prompt among all that the caller gave.
+        prompts: Index of each prompt among all prompts of the call.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -199,19 +197,18 @@ class PromptBatch:
         )
 
     def to(self, device: torch.device) -> PromptBatch:
-        """The same on a device."""
+        """Move the batch to a device."""
         return PromptBatch(self.tokens.to(device), self.mask.to(device), self.prompts.to(device))
 
     def ends(self, values: Float[Tensor, "batch pos d"], n: int) -> Float[Tensor, "batch n d"]:
-        """What lies at the last `n` positions of each prompt.
+        """Values at the last `n` positions of each prompt.
 
         Args:
-            values: Something per prompt and position.
-            n: How many positions, at most as many as the longest prompt has.
+            values: A value per prompt and position.
+            n: Number of positions, at most that of the longest prompt.
 
         Returns:
-            The values, so that `[:, -1]` is the last token's. For a prompt of fewer positions the
-            first is repeated in front.
+            The values; `[:, -1]` is the last token's. Shorter prompts repeat their first position.
         """
         back = torch.arange(1 - n, 1, device=values.device)
         last = self.last.to(values.device)[:, None]
@@ -222,21 +219,21 @@ class PromptBatch:
 def tokenize_prompts(
     host: Host, prompts: Prompts, prepend_bos: bool | None = None
 ) -> tuple[Prompt, ...]:
-    """Bring prompts into tokens.
+    """Tokenise prompts.
 
     Args:
         host: The model.
-        prompts: A text, several, token ids `[batch, pos]` (taken as they are, all of them real),
-            or what a tokenizer returned: a mapping with `input_ids` and perhaps `attention_mask`,
-            which says what is real.
-        prepend_bos: Whether texts get a BOS token, as in `Host.tokenize`.
+        prompts: A text, several texts, token ids `[batch, pos]` without padding, or a tokenizer's
+            output: a mapping with `input_ids` and, optionally, an `attention_mask` that is 0 at
+            padding.
+        prepend_bos: Whether to prepend a BOS token to texts, as in `Host.tokenize`.
 
     Returns:
         The prompts.
 
     Raises:
-        InputError: If a prompt is empty or not a text, there is no prompt, a token has no
-            embedding, or ids have the wrong shape or dtype or come with `prepend_bos`.
+        InputError: If there is no prompt, one is empty or not a text, a token has no embedding, or
+            ids have the wrong shape or dtype or come with `prepend_bos`.
     """
     if isinstance(prompts, Mapping):
         rows = _rows_of_mapping(host, prompts, prepend_bos)
@@ -269,10 +266,10 @@ def _of_text(host: Host, index: int, text: object, prepend_bos: bool | None) -> 
 def _rows_of_mapping(
     host: Host, encoded: Mapping[str, Any], prepend_bos: bool | None
 ) -> list[list[int]]:
-    """The real tokens of what a tokenizer returned."""
+    """The tokens in a tokenizer's output, without padding."""
     if "input_ids" not in encoded:
         raise InputError(
-            f"a mapping with {', '.join(map(repr, encoded)) or 'nothing'} is no prompt; pass "
+            f"a mapping with {', '.join(map(repr, encoded)) or 'nothing'} is not a prompt; pass "
             "texts, or a tokenizer's output, which has 'input_ids'"
         )
     ids = _rows("input_ids", encoded["input_ids"])
@@ -281,15 +278,15 @@ def _rows_of_mapping(
         mask = _rows("attention_mask", encoded["attention_mask"])
     if list(map(len, mask)) != list(map(len, ids)):
         raise InputError(
-            "input_ids and attention_mask have different shapes; pass both as the tokenizer gave "
-            "them"
+            "input_ids and attention_mask have different shapes; pass both as the tokenizer "
+            "returned them"
         )
     real = [_real(row, own) for row, own in zip(ids, mask, strict=True)]
     return [row for own in real for row in _checked_ids(host, torch.tensor([own]), prepend_bos)]
 
 
 def _rows(name: str, values: object) -> list[list[int]]:
-    """One list per prompt, where a tokenizer may have returned tensors or a single row."""
+    """One list per prompt; a tokenizer may return tensors or a single row."""
     rows = [] if is_integer(values) else [plain(row) for row in listed(values)]
     if rows and all(map(is_integer, rows)):
         rows = [rows]
@@ -303,13 +300,13 @@ def _rows(name: str, values: object) -> list[list[int]]:
 
 
 def _real(ids: list[int], mask: list[int]) -> list[int]:
-    """The tokens of one prompt without its padding, which is at one end."""
+    """The tokens of one prompt without its padding at one end."""
     real = [at for at, is_real in enumerate(mask) if is_real]
     if not real:
         raise InputError("input_ids hold a prompt without a token; each needs at least one")
     if len(real) != real[-1] - real[0] + 1:
         raise InputError(
-            f"attention_mask hides tokens inside of a prompt ({mask}); leave them out of input_ids "
+            f"attention_mask hides tokens inside of a prompt ({mask}); remove them from input_ids "
             "if they do not belong to it"
         )
     return ids[real[0] : real[-1] + 1]
@@ -336,7 +333,7 @@ def _checked_ids(host: Host, ids: Tensor, prepend_bos: bool | None) -> list[list
 
 
 def pad_prompts(host: Host, rows: Sequence[Sequence[int]]) -> PromptBatch:
-    """Put token ids of different lengths into one batch.
+    """Pad token ids of different lengths to one batch.
 
     Args:
         host: The model, for its context length and device.
@@ -359,7 +356,7 @@ def pad_prompts(host: Host, rows: Sequence[Sequence[int]]) -> PromptBatch:
         if len(row) > host.n_ctx:
             raise InputError(
                 f"prompt {index} has {len(row)} tokens (answer included); the model's context "
-                f"holds {host.n_ctx}. Shorten it, or pass a part of it"
+                f"holds {host.n_ctx}; shorten it"
             )
     tokens = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Continuations drawn from a model, each prompt with random numbers of its own."""
+"""Samples continuations from a model, with a random generator per prompt."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ def sample(
     top_k: int,
     seeds: Sequence[int],
 ) -> list[list[int]]:
-    """Draw continuations of prompts.
+    """Sample continuations of prompts.
 
-    Each prompt has a generator of its own, on the CPU, so that what it draws depends neither on the
-    prompts beside it nor on the device, and torch's own random numbers stay as they were. Every
-    token takes a forward pass over all that is before it: caches differ between TransformerLens's
-    classes, and hooks of the caller see whole prompts this way.
+    Each prompt has its own generator on the CPU, so its continuation depends neither on the other
+    prompts nor on the device, and torch's global generator is unchanged. Every token takes a
+    forward pass over the whole text: key-value caches differ between TransformerLens's classes, and
+    the caller's hooks see whole prompts.
 
     Args:
         host: The model.
         prompts: Token ids of each prompt, at least one token each.
-        n_tokens: How many tokens each prompt gets; fewer where the model's context ends (the last
-            one is drawn when it is full), or after the tokenizer's end of text.
-        top_k: Tokens that are drawn among; 1 takes the most probable one, and so does a model whose
-            logits are not finite.
+        n_tokens: Number of tokens for each prompt; fewer if the model's context is full (its last
+            position still predicts a token), or after the tokenizer's end of text.
+        top_k: Number of most probable tokens to sample from; 1 is greedy. If logits are not finite,
+            sampling is greedy too.
         seeds: One for each prompt.
 
     Returns:
-        The continuations, without their prompts and without the end of text.
+        The continuations, without prompts and end of text.
     """
     end = getattr(host.tokenizer, "eos_token_id", None)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -66,8 +66,8 @@ def sample(
 
 
 def _drawn(logits: Float[Tensor, "d_vocab"], top_k: int, generator: torch.Generator) -> int:
-    """A token among the most probable ones, in proportion to its probability."""
-    # Of a model that a huge edit has disabled nothing can be drawn.
+    """Sample one of the most probable tokens, in proportion to its probability."""
+    # Logits are not finite if a very large edit has broken the model.
     if top_k == 1 or not bool(logits.isfinite().all()):
         return int(logits.argmax())
     best, tokens = logits.topk(min(top_k, len(logits)))

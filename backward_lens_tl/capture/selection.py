@@ -56,11 +56,11 @@ def select_positions(
         mask: False at padding, which is on the right.
 
     Returns:
-        Indices from 0, in the order asked for; -1 where a shorter prompt has no such position
-        because all were asked for.
+        Indices from 0, in the given order; if all positions are requested, -1 where a prompt is
+        shorter.
 
     Raises:
-        InputError: If a prompt has no such position, or nothing is asked for.
+        InputError: If a prompt has no such position, or none is given.
     """
     if positions is None:
         everywhere = torch.arange(mask.shape[1], device=mask.device)
@@ -76,7 +76,7 @@ def select_positions(
 
 
 def position_index(position: int, length: int, prompt: int) -> int:
-    """Turn one position of one prompt into an index from 0.
+    """Resolve one position of one prompt.
 
     Args:
         position: The index, negative from the end.

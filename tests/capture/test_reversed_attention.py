@@ -692,7 +692,7 @@ def test_a_patch_of_delegated_attention_is_refused(family: str) -> None:
             assert torch.equal(run(model, tokens), plain)
     result = lens(model, tokens)
     assert result.capture.reversed_attention(1).any()
-    with pytest.raises(UnsupportedModelError, match=r"layer 1 computes attention where a hook"):
+    with pytest.raises(UnsupportedModelError, match="layer 1 does not use what a hook"):
         result.capture.attention_patch(1, 1.0)
 
 
