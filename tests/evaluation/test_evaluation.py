@@ -67,7 +67,7 @@ class Nudge(EditMethod):
 
     size: float = 3.0
     layer: int = 1
-    prepend_bos: bool | None = False
+    prepend_bos: bool | None = field(default=False, kw_only=True)
     asked: list[list[str]] = field(default_factory=list, compare=False, repr=False)
 
     def settings(self) -> dict[str, Any]:
