@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from benchmarks import figures, machine, memory, report
+from benchmarks.bench import BATCHES, POSITIONS, Bench
 from benchmarks.estimates import limits_of
+from benchmarks.results import read_results, results_path, write_results
 from benchmarks.sizes import LLAMA, MEDIUM, SIZES, SMALL, XL, shrunk
 from benchmarks.timing import settled
 
@@ -29,35 +31,35 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Preset:
-    """What is measured unless options say otherwise.
+    """Default settings of a run.
 
     Attributes:
         sizes: Names of the grid's sizes.
-        rounds: Rounds at most.
-        limit: Seconds that one run of the floor may take.
-        order: Names of the figures, in the order in which they are measured.
+        rounds: Largest number of rounds.
+        limit: Largest number of seconds for one run of the floor.
+        order: Names of the figures, in the order of measurement.
         batches: Batches of the grid.
-        positions: Lengths of prompts of the grid.
-        peer_sizes: Names of the sizes that are timed against the peers. Those that are not among
-            the grid's are left out, except for the one that the goals are about.
-        peer_dtypes: Names of the dtypes that they are timed in.
+        positions: Prompt lengths of the grid.
+        peer_sizes: Names of the sizes for the comparison with the peers. Sizes that are not in the
+            grid are left out, except for the one that the goals use.
+        peer_dtypes: Names of the dtypes for the comparison with the peers.
     """
 
     sizes: tuple[str, ...]
     rounds: int
     limit: float
     order: tuple[str, ...] = figures.FIGURES
-    batches: tuple[int, ...] = figures.BATCHES
-    positions: tuple[int, ...] = figures.POSITIONS
+    batches: tuple[int, ...] = BATCHES
+    positions: tuple[int, ...] = POSITIONS
     peer_sizes: tuple[str, ...] = (SMALL.name, MEDIUM.name)
     peer_dtypes: tuple[str, ...] = ("float32",)
 
 
-# Some twenty minutes, and some five, on two cores.
+# About twenty minutes, and about five, on two cores.
 FULL = Preset(sizes=tuple(SIZES), rounds=5, limit=10)
 QUICK = Preset(sizes=(SMALL.name,), rounds=2, limit=3)
 
-# What a GPU is for comes first: a run with a time limit may not get to the end.
+# Large sizes first, because a run with a time limit may not reach the end.
 GPU = Preset(
     sizes=(XL.name, LLAMA.name, SMALL.name),
     rounds=5,
@@ -74,10 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure on every device, and write the results and the page.
 
     Args:
-        arguments: Of the command; by default those of this process.
+        arguments: Command-line arguments; `None` for those of this process.
 
     Raises:
-        SystemExit: With status 1 if a figure failed, after all others were measured.
+        SystemExit: With status 1 if a figure failed, after the others were measured.
     """
     until = time.monotonic()
     parser = _parser()
@@ -97,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench, names = _bench(options, device, until)
         date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
         if options.only:
-            before = report.read_results(out)[device]
+            before = read_results(out)[device]
             again = {"figures": options.only, "date": date, "command": command}
             results = {**before, "again": [*before.get("again", ()), again]}
         else:
@@ -115,19 +117,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def _measure(
-    bench: figures.Bench, names: Sequence[str], results: dict[str, Any], out: Path
-) -> list[str]:
-    """Measure figures, and keep what there is after each.
+def _measure(bench: Bench, names: Sequence[str], results: dict[str, Any], out: Path) -> list[str]:
+    """Measure figures, and write the results file after each.
 
     Args:
         bench: The run.
-        names: Which figures.
-        results: Get the rows.
-        out: Gets the results file.
+        names: Names of the figures.
+        results: The results, to which rows are added.
+        out: Folder for the results file.
 
     Returns:
-        Names of the figures that raised an error, which have the rows from before it.
+        Names of the figures that raised an error. They keep their rows up to then.
     """
     failed = []
     for name in names:
@@ -135,22 +135,20 @@ def _measure(
         try:
             for row in figures.measure(bench, name):
                 rows.append(row)
-        # A machine with a GPU may be there for some minutes only: one failure must not cost the
-        # other figures. The command fails at its end.
+        # A machine with a GPU may be available for minutes only, so the other figures are still
+        # measured. The command fails at the end.
         except Exception:
             log.exception("%s failed", name)
             failed.append(name)
-        log.info("wrote %s", report.write_results(out, bench.device, results))
+        log.info("wrote %s", write_results(out, bench.device, results))
     return failed
 
 
-def _bench(
-    options: argparse.Namespace, device: str, until: float
-) -> tuple[figures.Bench, Sequence[str]]:
+def _bench(options: argparse.Namespace, device: str, until: float) -> tuple[Bench, Sequence[str]]:
     """The run on one device, and the names of its figures."""
     preset = GPU if options.gpu else QUICK if options.quick else FULL
     sizes = [SIZES[name] for name in options.sizes or preset.sizes]
-    bench = figures.Bench(
+    bench = Bench(
         device=device,
         sizes=sizes,
         rounds=options.rounds or preset.rounds,
@@ -187,7 +185,7 @@ def _bench(
 def _check(
     parser: argparse.ArgumentParser, options: argparse.Namespace, devices: Sequence[str]
 ) -> None:
-    """Refuse what cannot be run."""
+    """Exit with an error if the options cannot be used here."""
     missing = [device for device in devices if device not in _devices()]
     if missing:
         parser.error(f"torch sees no {missing[0]} here; allowed: {', '.join(_devices())}")
@@ -199,17 +197,17 @@ def _check(
             "3.9 or older, as in .venv"
         )
     for device in devices if options.only else ():
-        path = report.results_path(options.out or DOCS, device)
+        path = results_path(options.out or DOCS, device)
         if not path.is_file():
             parser.error(
-                f"{path} is not there, so there is nothing that --only could keep; leave it out"
+                f"--only keeps the other figures of {path}, which does not exist; leave out --only"
             )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure speed and memory against other ways to the same answers.",
+        description="Compare speed and memory with other implementations.",
     )
     presets = parser.add_mutually_exclusive_group()
     presets.add_argument(
@@ -218,8 +216,8 @@ def _parser() -> argparse.ArgumentParser:
     presets.add_argument(
         "--gpu",
         action="store_true",
-        help=f"{', '.join(GPU.sizes)} in {' and '.join(GPU.peer_dtypes)} against the floor and the "
-        "peers first, then what the goals need: some five minutes on a large GPU",
+        help=f"{', '.join(GPU.sizes)} in {' and '.join(GPU.peer_dtypes)}, compared with the floor "
+        "and the peers, then what the goals need: about five minutes on a large GPU",
     )
     parser.add_argument(
         "--sizes",
@@ -227,18 +225,18 @@ def _parser() -> argparse.ArgumentParser:
         choices=SIZES,
         metavar="SIZE",
         help=f"sizes of the grid: {', '.join(SIZES)}; {MEDIUM.name} (with --gpu, the preset's) is "
-        f"timed against the peers too, and the other figures are of {SMALL.name}",
+        f"also compared with the peers, and the other figures use {SMALL.name}",
     )
     parser.add_argument(
         "--rounds",
         type=_positive_integer,
-        help=f"rounds at most (default: {FULL.rounds}, quick {QUICK.rounds}, gpu {GPU.rounds})",
+        help=f"maximum rounds (default: {FULL.rounds}, quick {QUICK.rounds}, gpu {GPU.rounds})",
     )
     parser.add_argument(
         "--limit",
         type=_positive_number,
         metavar="SECONDS",
-        help="leave out a cell where one run of the floor would take longer (default: "
+        help="skip cells in which one run of the floor would take longer (default: "
         f"{FULL.limit:g}, quick {QUICK.limit:g}, gpu {GPU.limit:g})",
     )
     parser.add_argument(
@@ -246,38 +244,38 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive_number,
         default=math.inf,
         metavar="SECONDS",
-        help="start no row after this time, and write the others as skipped (default: no limit)",
+        help="skip the rows that have not started after this time (default: no limit)",
     )
     parser.add_argument(
         "--devices",
         nargs="+",
         choices=("cpu", "cuda"),
         metavar="DEVICE",
-        help=f"cpu, cuda (default: all that are here, {', '.join(_devices())})",
+        help=f"cpu, cuda (default: all available devices, {', '.join(_devices())})",
     )
     parser.add_argument(
         "--only",
         nargs="+",
         choices=figures.FIGURES,
         metavar="FIGURE",
-        help=f"measure these again and keep the others of an earlier run: "
+        help=f"measure these figures again and keep the others of an earlier run: "
         f"{', '.join(figures.FIGURES)}",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="gets benchmarks/DEVICE.json and benchmarks.md (default: docs)",
+        help="folder for benchmarks/DEVICE.json and benchmarks.md (default: docs)",
     )
     parser.add_argument(
         "--page",
         action="store_true",
-        help="measure nothing, and make the page from the results files that are there",
+        help="only generate the page from the existing results files",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="run tiny models for one round, to see that all works; the numbers mean nothing",
+        help="run tiny models for one round as a test; the numbers are meaningless",
     )
     return parser
 

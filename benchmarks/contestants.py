@@ -1,8 +1,9 @@
-"""Ways to the same answers: ours, TransformerLens's own tool, the authors' way, and the floor.
+"""The contestants: ours, TransformerLens's own tool, the authors' way, and the floor.
 
-All read the gradients of `W_in` and `W_out` in every layer for `-log p(target)` after each prompt:
-the `x_i` of `W_in` and the `delta_i` of `W_out` through final norm and unembedding, top 10, bottom
-10 and the target's rank. Contestants take a model and a question; only the floor has no answers.
+All project the gradients of `W_in` and `W_out` in every layer for `-log p(target)` after each
+prompt: they apply the final norm and the unembedding to the `x_i` of `W_in` and the `delta_i` of
+`W_out`, and compute the top 10, the bottom 10 and the target's rank. Contestants take a model and a
+question. The floor computes the scores only.
 """
 
 from __future__ import annotations
@@ -31,39 +32,47 @@ from benchmarks.sizes import Question, Size
 Contestant = Callable[[Any, Question], object]
 
 K = 10
-"""Tokens at either end: everybody's default."""
+"""Number of top and bottom tokens, the default of all contestants."""
+
+MATRICES = ("W_in", "W_out")
+"""The matrices that all contestants project, also in gated models."""
 
 PIECE_BYTES = 2 * 2**30
-"""Memory that the floor's product may take at a time."""
+"""Memory for the scores of one piece of the floor's product."""
 
 
 # ------------------------------------------------------------------------------------------- ours
 
 
 def lens(model: Any, question: Question) -> BackwardLensResult:
-    """This package with the one lens that everybody reads, on token ids."""
-    return backward_lens(model, question.ids, question.target, projection="logit_lens")
+    """This package with the Logit Lens, on token ids."""
+    return backward_lens(
+        model, question.ids, question.target, matrices=MATRICES, projection="logit_lens"
+    )
 
 
 def both_lenses(model: Any, question: Question) -> BackwardLensResult:
-    """This package with its defaults, which read the normalized lens, too."""
-    return backward_lens(model, question.ids, question.target)
+    """This package with both lenses, its default."""
+    return backward_lens(model, question.ids, question.target, matrices=MATRICES)
 
 
 def lens_of_texts(model: Any, question: Question) -> BackwardLensResult:
-    """This package with the one lens that everybody reads, on texts."""
-    return backward_lens(model, question.texts, question.target, projection="logit_lens")
+    """This package with the Logit Lens, on texts."""
+    return backward_lens(
+        model, question.texts, question.target, matrices=MATRICES, projection="logit_lens"
+    )
 
 
 def capture(model: Any, question: Question) -> GradientCapture:
-    """The first part of `lens`: the factors."""
-    return capture_factors(model, question.ids, target_nll(question.target))
+    """The first phase of `lens`: the factors."""
+    objective = target_nll(question.target)
+    return capture_factors(model, question.ids, objective, matrices=MATRICES)
 
 
 def vectors_of(
     captured: GradientCapture,
 ) -> tuple[Float[Tensor, "matrix_layer batch pos d_model"], Int[Tensor, "matrix_layer batch pos"]]:
-    """What `lens` reads of a capture, matrix by matrix and layer by layer, and the targets."""
+    """The vectors that `lens` projects, by matrix and layer, and the targets."""
     if captured.targets is None:
         raise ValueError("the capture has no target to rank")
     vectors = torch.stack(
@@ -77,7 +86,7 @@ def vectors_of(
 
 
 def reading(model: Any, vectors: Tensor, targets: Tensor) -> VectorReadout:
-    """The second part of `lens`: the tokens."""
+    """The second phase of `lens`: the tokens."""
     return read_vectors(model, vectors, targets, k=K)
 
 
@@ -88,7 +97,7 @@ def why_no_tool(size: Size) -> str | None:
     """Why the installed TransformerLens cannot run its own tool, or `None` if it can.
 
     Args:
-        size: Of the model.
+        size: Size of the model.
 
     Returns:
         The reason.
@@ -103,7 +112,7 @@ def why_no_tool(size: Size) -> str | None:
 
 
 def tool(model: Any, question: Question) -> list[Any]:
-    """`transformer_lens.tools.analysis.BackwardLens`, one prompt after the other."""
+    """`transformer_lens.tools.analysis.BackwardLens`, one prompt at a time."""
     from transformer_lens.tools.analysis import BackwardLens
 
     analyser = BackwardLens(model)
@@ -116,11 +125,11 @@ def tool(model: Any, question: Question) -> list[Any]:
 
 @dataclass(frozen=True)
 class VectorReading:
-    """What one vector says.
+    """The projection of one vector.
 
     Attributes:
-        top_ids: The largest scores' tokens.
-        bottom_ids: The smallest scores' tokens.
+        top_ids: Tokens with the largest scores.
+        bottom_ids: Tokens with the smallest scores.
         target_rank: Number of tokens with a larger score than the target.
     """
 
@@ -130,10 +139,10 @@ class VectorReading:
 
 
 def authors_way(model: Any, question: Question) -> list[list[VectorReading]]:
-    """A full backward pass and a loop over vectors, one prompt after the other.
+    """A full backward pass and a loop over vectors, one prompt at a time.
 
-    Written from the paper's description: every parameter gets its gradient, and every vector is
-    read on its own, `x_i` and the raw `delta_i`.
+    It follows the paper's description: every parameter gets its gradient, and every `x_i` and raw
+    `delta_i` is projected separately.
 
     Args:
         model: A `HookedTransformer` without a bias in its unembedding.
@@ -160,7 +169,7 @@ def _authors_prompt(model: Any, ids: Int[Tensor, "1 pos"], target: int) -> list[
     ]
     with torch.no_grad():
         found = [_read_vector(model, vector, target) for vector in spanning]
-    # The next prompt's gradients must not be added to these.
+    # Otherwise the next prompt's gradients would be added to these.
     model.zero_grad(set_to_none=True)
     return found
 
@@ -178,7 +187,7 @@ def _read_vector(model: Any, vector: Float[Tensor, "d_model"], target: int) -> V
 
 
 def floor(model: Any, question: Question) -> None:
-    """What cannot be left out: forward, gradients of activations, one bare product."""
+    """The lower bound: forward pass, gradients of activations, and one product."""
     product(passes(model, question), model.W_U)
 
 
@@ -202,7 +211,7 @@ def passes(model: Any, question: Question) -> Float[Tensor, "n d_model"]:
 
 @torch.no_grad()
 def product(vectors: Float[Tensor, "n d_model"], weight: Float[Tensor, "d_model d_vocab"]) -> None:
-    """The bare product, in the largest pieces that `PIECE_BYTES` hold; the scores are dropped."""
+    """The product, in the largest pieces of at most `PIECE_BYTES`. The scores are discarded."""
     for piece in vectors.split(_piece_rows(weight)):
         _ = piece @ weight
 
@@ -222,20 +231,20 @@ def _piece_rows(weight: Float[Tensor, "d_model d_vocab"]) -> int:
 
 @torch.no_grad()
 def plain_forward(model: Any, question: Question) -> None:
-    """A forward pass that keeps no graph."""
+    """A forward pass without a graph."""
     model(question.ids, return_type="logits")
 
 
 @contextmanager
 def _mlp_tensors(model: Any) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Catch what passes the MLPs of a `HookedTransformer`, with its graph.
+    """Record activations of the MLPs of a `HookedTransformer`, with their graph.
 
     Args:
         model: The model.
 
     Yields:
-        Two lists that the forward pass fills: what `W_in` reads in each layer, `[batch, pos,
-        d_model]`, and what `W_in` and `W_out` give, in turns.
+        Two lists that the forward pass fills: the inputs of `W_in` of each layer, `[batch, pos,
+        d_model]`, and the outputs of `W_in` and `W_out`, alternating.
     """
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""What a run of the floor will take, so that a cell that would take too much is left out."""
+"""Estimates of the time and memory of the floor, to skip cells that would need too much."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _PROBE = (512, 1024, 16384)
 
 
 def floor_flops(size: Size, batch: int, positions: int) -> int:
-    """Floating-point operations of the floor: forward, gradients of activations, one product.
+    """Floating-point operations of the floor: forward pass, gradients of activations, one product.
 
-    Only matrix products count, two operations for each multiplication. Two gradients are made for
-    each product of attention, one for each product with a weight. Those in front of the first MLP
-    are not needed, and count all the same: the estimate is too high by less than one layer.
+    Only matrix products count, with two operations per multiplication. Each product in attention
+    needs two gradients, each product with a weight one. Those before the first MLP are not needed
+    but included, so the estimate is too high by less than one layer.
 
     Args:
-        size: Of the model.
+        size: Size of the model.
         batch: Number of prompts.
-        positions: Their length in tokens.
+        positions: Prompt length in tokens.
 
     Returns:
         The number of operations.
@@ -43,19 +43,19 @@ def floor_flops(size: Size, batch: int, positions: int) -> int:
 
 
 def floor_bytes(size: Size, batch: int, positions: int, itemsize: int) -> int:
-    """Memory of the model and of the floor's passes, roughly.
+    """Approximate memory of the model and of the floor's passes.
 
     Args:
-        size: Of the model.
+        size: Size of the model.
         batch: Number of prompts.
-        positions: Their length in tokens.
+        positions: Prompt length in tokens.
         itemsize: Bytes of one number.
 
     Returns:
-        Bytes. `HookedTransformer` keeps transposed copies of what attention and the unembedding
-        multiply by. Per token and layer some twenty tensors of the residual stream's width and six
-        of the MLP's are kept for the backward pass, and three attention maps; logits, their
-        gradient and a copy are there at once.
+        Bytes. `HookedTransformer` keeps transposed copies of the weights of attention and of the
+        unembedding. Per token and layer, the backward pass needs about twenty tensors of width
+        `d_model`, six of width `d_mlp`, and three attention patterns. The logits, their gradient
+        and a copy are in memory at the same time.
     """
     tokens = batch * positions
     attention = 4 * size.d_model**2
@@ -67,11 +67,11 @@ def floor_bytes(size: Size, batch: int, positions: int, itemsize: int) -> int:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may take on this machine.
+    """Limits for a run on this machine.
 
     Attributes:
-        seconds: Time of one run of the floor.
-        memory: Bytes, the model included.
+        seconds: Time for one run of the floor.
+        memory: Bytes, including the model.
         speed: Operations per second of a small product, by dtype.
     """
 
@@ -83,9 +83,9 @@ class Limits:
         """Estimated time of one run of the floor.
 
         Args:
-            size: Of the model.
+            size: Size of the model.
             batch: Number of prompts.
-            positions: Their length in tokens.
+            positions: Prompt length in tokens.
             dtype: Name of the dtype.
 
         Returns:
@@ -94,21 +94,21 @@ class Limits:
         return floor_flops(size, batch, positions) / self.speed[dtype]
 
     def reason_to_skip(self, size: Size, batch: int, positions: int, dtype: str) -> str | None:
-        """Why a cell is not measured.
+        """Whether to skip a cell.
 
         Args:
-            size: Of the model.
+            size: Size of the model.
             batch: Number of prompts.
-            positions: Their length in tokens.
+            positions: Prompt length in tokens.
             dtype: Name of the dtype.
 
         Returns:
-            The reason, or `None` if it can be measured.
+            The reason; `None` to measure it.
         """
         memory = floor_bytes(size, batch, positions, DTYPES[dtype].itemsize)
         if memory > self.memory:
             needed = _roughly(memory / _GB)
-            return f"needs about {needed} GB, and {self.memory / _GB:.0f} GB are there"
+            return f"needs about {needed} GB, and {self.memory / _GB:.0f} GB are available"
         seconds = self.floor_seconds(size, batch, positions, dtype)
         if seconds > self.seconds:
             return (
@@ -119,16 +119,16 @@ class Limits:
 
 
 def _roughly(value: float) -> str:
-    """One digit, so that estimates of a kind read the same."""
+    """One significant digit, so that similar estimates have the same text."""
     return f"{float(f'{value:.0e}'):,g}"
 
 
 def limits_of(device: str, seconds: float) -> Limits:
-    """Measure what is there.
+    """Measure the limits of this machine.
 
     Args:
         device: `"cpu"` or `"cuda"`.
-        seconds: Time that one run of the floor may take.
+        seconds: Time for one run of the floor.
 
     Returns:
         The limits.
@@ -141,8 +141,8 @@ def product_speed(dtype: torch.dtype, device: str) -> float:
     """Speed of a small matrix product.
 
     Args:
-        dtype: Of its factors.
-        device: Where.
+        dtype: Dtype of the factors.
+        device: The device.
 
     Returns:
         Operations per second, the best of three.
@@ -153,20 +153,20 @@ def product_speed(dtype: torch.dtype, device: str) -> float:
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
-        # Reading a number waits for the device.
+        # Reading a number synchronizes with the device.
         float((left @ right)[0, 0])
         best = min(best, time.perf_counter() - start)
     return 2 * n * d_in * d_out / best
 
 
 def available_memory(device: str) -> int:
-    """Memory that is free now.
+    """Memory that is currently free.
 
     Args:
         device: `"cpu"` or `"cuda"`.
 
     Returns:
-        Bytes; all of the machine's where it does not say what is free.
+        Bytes; the total memory if the system does not report free memory.
     """
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])

@@ -1,4 +1,4 @@
-"""What is measured: rows of plain numbers, which a results file keeps.
+"""The figures of the benchmark, as rows for the results file.
 
 A row that could not be measured has the reason under `skipped` and no numbers.
 """
@@ -9,9 +9,8 @@ import gc
 import logging
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from functools import cache, partial
 from itertools import product
 from typing import Any
@@ -19,115 +18,23 @@ from typing import Any
 import torch
 
 from benchmarks import contestants, memory
-from benchmarks.estimates import Limits
+from benchmarks.bench import BATCHES, Bench, Cell, NotRun, Row
 from benchmarks.phases import phases
-from benchmarks.sizes import DTYPES, SMALL, Question, Size, bridge, hooked, question
-from benchmarks.timing import Effort, OutOfMemory, Thunk, Timings, interleave
+from benchmarks.sizes import DTYPES, Question, Size, bridge, hooked
+from benchmarks.timing import OutOfMemory, Thunk, Timings
 
-Row = dict[str, Any]
-
-BATCHES = (1, 8, 32, 128)
-POSITIONS = (10, 50, 500)
 ONE, MANY, SHORT = 1, 32, 10
-"""The goals' batches and the length of their prompts."""
+"""Batches and prompt length of the goals."""
 
-LARGE_VOCABULARY = 2**18
-DEPTHS = (3, 6, 12)
 SCALED_POSITIONS = (10, 50, 100, 250, 500)
 SCALED_PROMPTS, SCALED_LENGTH = 8, 50
 
 FLOOR = ("passes", "product")
 
 RANKS = 100
-"""Ranks that are taken in a row, since one is over before a clock can tell."""
-
-_GOAL_ROUNDS = 3
+"""Number of ranks per measurement, because one is too fast to be timed."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """One run of the benchmark.
-
-    Attributes:
-        device: `"cpu"` or `"cuda"`.
-        sizes: Sizes of the grid.
-        rounds: Rounds at most.
-        limits: What one run of the floor may take.
-        main: The size that the goals are about.
-        batches: Batches of the grid.
-        positions: Lengths of prompts of the grid.
-        peer_sizes: Sizes that are timed against the peers.
-        peer_dtypes: Names of the dtypes that they are timed in.
-        depths: Layers of the main size in the scaling.
-        large_vocabulary: The vocabulary that memory must not depend on.
-        cell_seconds: Time after which no further round of a row is begun.
-        goal_seconds: The same for a row that a goal is judged by.
-        until: Deadline of the run, by `time.monotonic`; no row starts after it.
-        peaks: Measures peak memory.
-    """
-
-    device: str
-    sizes: Sequence[Size]
-    rounds: int
-    limits: Limits
-    main: Size = SMALL
-    batches: Sequence[int] = BATCHES
-    positions: Sequence[int] = POSITIONS
-    peer_sizes: Sequence[Size] = (SMALL,)
-    peer_dtypes: Sequence[str] = ("float32",)
-    depths: Sequence[int] = DEPTHS
-    large_vocabulary: int = LARGE_VOCABULARY
-    cell_seconds: float = 8.0
-    goal_seconds: float = 40.0
-    until: float = math.inf
-    peaks: Callable[[memory.Case], memory.Peaks] = memory.measure
-
-    @property
-    def seconds_left(self) -> float:
-        """Time until the deadline; negative afterwards."""
-        return self.until - time.monotonic()
-
-    def interleave(self, runs: Mapping[str, Thunk], *, is_goal: bool = False) -> Timings:
-        """Time contestants that take turns.
-
-        Args:
-            runs: The contestants.
-            is_goal: Whether a goal is judged by them, which takes more rounds.
-
-        Returns:
-            Their times.
-        """
-        seconds = self.goal_seconds if is_goal else self.cell_seconds
-        at_least = min(self.rounds, _GOAL_ROUNDS) if is_goal else 1
-        effort = Effort(self.rounds, min(seconds, self.seconds_left), at_least)
-        wait = torch.cuda.synchronize if self.device == "cuda" else _nothing
-        return interleave(runs, effort, synchronize=wait)
-
-    def ask(self, size: Size, batch: int, positions: int) -> Question:
-        """Random prompts on the device."""
-        return question(size, batch, positions, self.device)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A row before it is measured.
-
-    Attributes:
-        about: What the row is about.
-        numbers: Measures the rest of the row.
-        skipped: Why it is not measured, if it is not.
-    """
-
-    about: Row
-    numbers: Callable[[], Row]
-    skipped: str | None = None
-
-
-class NotRun(Exception):
-    """Why a contestant cannot run."""
-
 
 FIGURES = ("peers", "grid", "lenses", "rank", "orders", "scaling", "memory", "phases")
 """Names of all figures."""
@@ -138,10 +45,10 @@ def measure(bench: Bench, name: str) -> Iterator[Row]:
 
     Args:
         bench: The run.
-        name: Which figure.
+        name: Name of the figure.
 
     Yields:
-        Its rows, each as soon as it is measured.
+        The rows, each as soon as it is measured.
     """
     figures: dict[str, Callable[[Bench], Iterator[Cell]]] = {
         "peers": peers,
@@ -164,7 +71,7 @@ def measure(bench: Bench, name: str) -> Iterator[Row]:
 
 
 def _numbers_or_reason(bench: Bench, cell: Cell) -> Row:
-    """What was measured, or why nothing was."""
+    """The numbers of a row, or why it has none."""
     if cell.skipped is not None:
         return {"skipped": cell.skipped}
     if bench.seconds_left <= 0:
@@ -181,7 +88,7 @@ def _numbers_or_reason(bench: Bench, cell: Cell) -> Row:
 
 
 def peers(bench: Bench) -> Iterator[Cell]:
-    """Ours against TransformerLens's tool and the authors' way, which take one prompt at a time."""
+    """Ours compared with TransformerLens's tool and the authors' way, one prompt at a time."""
     rivals: Mapping[str, tuple[Callable[[Size, str, str], Any], _Pair]] = {
         "tool": (bridge, (contestants.lens_of_texts, contestants.tool)),
         "authors' way": (hooked, (contestants.lens, contestants.authors_way)),
@@ -207,11 +114,10 @@ def _against_peer(
     one, many = bench.ask(size, ONE, SHORT), bench.ask(size, MANY, SHORT)
     runs: dict[str, Thunk] = {
         "ours": partial(lens, model, one),
-        "peer": partial(other, model, one),
+        "peer": _reporting_errors(partial(other, model, one)),
     }
     if is_goal or bench.limits.reason_to_skip(size, MANY, SHORT, dtype) is None:
         runs["batch"] = partial(lens, model, many)
-    _check_that_it_runs(runs["peer"])
     timings = bench.interleave(runs, is_goal=is_goal)
     found = _times(timings) | {"faster": timings.ratio(["peer"], ["ours"])}
     if "batch" in runs:
@@ -219,22 +125,26 @@ def _against_peer(
     return found
 
 
-def _check_that_it_runs(peer: Thunk) -> None:
-    """Run a peer once before it is timed; errors in its code are not ours."""
-    try:
-        peer()
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ValueError) as error:
-        first = next(iter(str(error).splitlines()), "")
-        raise NotRun(f"the peer raises {type(error).__name__}: {first}") from error
+def _reporting_errors(peer: Thunk) -> Thunk:
+    """A peer whose own errors are the reason why the row is skipped."""
+
+    def run() -> object:
+        try:
+            return peer()
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            first = next(iter(str(error).splitlines()), "")
+            raise NotRun(f"the peer raises {type(error).__name__}: {first}") from error
+
+    return run
 
 
 # -------------------------------------------------------------------------------------------- grid
 
 
 def grid(bench: Bench) -> Iterator[Cell]:
-    """Ours against the floor, in whole and in parts, for sizes, dtypes, batches and lengths."""
+    """Ours compared with the floor, by size, dtype, batch and prompt length."""
     for size in bench.sizes:
         build = cache(partial(hooked, size, bench.device))
         for dtype, batch, positions in product(DTYPES, bench.batches, bench.positions):
@@ -258,13 +168,13 @@ def _cell(
 
 
 def against_floor(bench: Bench, model: Any, asked: Question, *, is_goal: bool = False) -> Row:
-    """Ours and its two parts against the floor and its two parts.
+    """Ours and its two phases compared with the floor and its two phases.
 
     Args:
         bench: The run.
         model: A `HookedTransformer`.
         asked: The prompts.
-        is_goal: Whether a goal is judged by it.
+        is_goal: Whether a goal depends on it.
 
     Returns:
         Median seconds of each, and the ratios `whole`, `capture` and `reading`.
@@ -289,7 +199,7 @@ def against_floor(bench: Bench, model: Any, asked: Question, *, is_goal: bool = 
 
 
 def orders(bench: Bench) -> Iterator[Cell]:
-    """The floor's product against the same product as its transpose."""
+    """The floor's product compared with the same product as its transpose."""
     for batch in (ONE, MANY):
         n_vectors = 2 * bench.main.n_layers * batch * SHORT
         yield Cell({"batch": batch, "vectors": n_vectors}, partial(_turned, bench, n_vectors))
@@ -311,7 +221,7 @@ def _turned(bench: Bench, n_vectors: int) -> Row:
 
 
 def lenses(bench: Bench) -> Iterator[Cell]:
-    """The default, which reads both lenses, against the Logit Lens alone."""
+    """The default, which computes both lenses, compared with the Logit Lens alone."""
     build = cache(partial(hooked, bench.main, bench.device))
     for batch in (ONE, MANY):
         asked = bench.ask(bench.main, batch, SHORT)
@@ -333,7 +243,7 @@ def _both(bench: Bench, build: Callable[[], Any], asked: Question) -> Row:
 
 
 def rank(bench: Bench) -> Iterator[Cell]:
-    """Rank of one gradient from its factors against that of the dense matrix."""
+    """Rank of one gradient from its factors, compared with the rank of the dense matrix."""
     yield Cell({"shape": [bench.main.d_mlp, bench.main.d_model]}, partial(_ranks, bench))
 
 
@@ -344,7 +254,7 @@ def _ranks(bench: Bench) -> Row:
     dense = gradient.dense()
     timings = bench.interleave(
         {
-            # A new object each time, so that nothing is kept from the last one.
+            # A new object each time, without cached properties.
             "ours": lambda: [replace(gradient).rank() for _ in range(RANKS)],
             "dense": lambda: int(torch.linalg.matrix_rank(dense)),
         },
@@ -363,7 +273,7 @@ def _ranks(bench: Bench) -> Row:
 
 
 def scaling(bench: Bench) -> Iterator[Cell]:
-    """Our time against the number of prompts, of layers and of positions."""
+    """Our time by number of prompts, layers and positions."""
     prompts = _deepest(bench, BATCHES[-1], SCALED_LENGTH)
     positions = _deepest(bench, ONE, SCALED_POSITIONS[-1])
     points: dict[str, dict[int, _Point]] = {
@@ -385,7 +295,7 @@ def scaling(bench: Bench) -> Iterator[Cell]:
 
 
 _Point = tuple[Size, int, int]
-"""Size of the model, number of prompts, and their length."""
+"""Size of the model, number of prompts and prompt length."""
 
 
 def _grown(bench: Bench, points: Mapping[int, _Point]) -> Row:
@@ -400,7 +310,7 @@ def _grown(bench: Bench, points: Mapping[int, _Point]) -> Row:
 
 
 def _deepest(bench: Bench, batch: int, positions: int) -> Size:
-    """The main size with as many layers as fit the limit, and with the fewest otherwise."""
+    """The main size with as many layers as the limit allows, at least the fewest."""
     sizes = [replace(bench.main, n_layers=n_layers) for n_layers in bench.depths]
     fitting = [
         size
@@ -411,7 +321,7 @@ def _deepest(bench: Bench, batch: int, positions: int) -> Size:
 
 
 def log_slope(seconds: Mapping[int, float]) -> float:
-    """Slope of log time against log size, by least squares; 1 where time is proportional to size.
+    """Slope of log time over log size, by least squares; 1 if time is proportional to size.
 
     Args:
         seconds: Time by size.
@@ -428,7 +338,7 @@ def log_slope(seconds: Mapping[int, float]) -> float:
 
 
 def peak_memory(bench: Bench) -> Iterator[Cell]:
-    """Peak memory of every contestant, each in a new process."""
+    """Peak memory of every contestant, each in its own process."""
     small, large = bench.main, replace(bench.main, d_vocab=bench.large_vocabulary)
     cases = [
         ("ours, of texts", "TransformerBridge", small, ONE),
@@ -463,7 +373,7 @@ def _peaks(bench: Bench, case: memory.Case) -> Row:
 
 
 def where_time_goes(bench: Bench) -> Iterator[Cell]:
-    """Our time by phase, under torch's profiler."""
+    """Our time by phase, with torch's profiler."""
     build = cache(partial(hooked, bench.main, bench.device))
     for batch in (ONE, MANY):
         asked = bench.ask(bench.main, batch, SHORT)
@@ -478,10 +388,6 @@ def _profiled(bench: Bench, build: Callable[[], Any], asked: Question) -> Row:
 
 
 def _times(timings: Timings) -> Row:
-    """Median seconds of every contestant."""
+    """Number of rounds, and median seconds of every contestant."""
     seconds = {name: timings.median(name) for name in timings.seconds}
     return {"rounds": timings.rounds, "seconds": seconds}
-
-
-def _nothing() -> None:
-    """Waits for no device."""

@@ -1,4 +1,4 @@
-"""The goals, each with what was measured for it."""
+"""The goals, and the measurements that they are compared with."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.figures import LARGE_VOCABULARY, MANY, ONE, SHORT, Row
+from benchmarks.bench import LARGE_VOCABULARY, Row
+from benchmarks.figures import MANY, ONE, SHORT
 from benchmarks.sizes import SMALL
 
 Results = Mapping[str, Any]
-"""What a results file holds: rows by figure, beside what was measured with and on what."""
+"""Contents of a results file: the rows of each figure, the machine, versions and the command."""
 
 _MB = 1e6
 
 
 class NotMeasured(Exception):
-    """Why there is no number."""
+    """Why a number is missing."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound for something measured.
+    """A bound for a measurement.
 
     Attributes:
         what: What is measured, with its unit.
         bound: The bound.
-        is_lower: Whether the bound is the least that is wanted; otherwise it is the most.
-        measure: Finds the number among results; raises `NotMeasured` where there is none.
-        at_floor: Finds the number that the floor would have in place of ours, where it is about
-            time against somebody else's.
+        is_lower: Whether it is a lower bound; otherwise it is an upper bound.
+        measure: Function that finds the number in the results, or raises `NotMeasured`.
+        at_floor: Function that finds the number that the floor would reach; only for comparisons
+            with other implementations.
     """
 
     what: str
@@ -39,23 +40,23 @@ class Goal:
     at_floor: Callable[[Results], float] | None = None
 
     def is_reached(self, value: float) -> bool:
-        """Whether a number keeps the bound."""
+        """Whether a number satisfies the bound."""
         return value >= self.bound if self.is_lower else value <= self.bound
 
 
 def find(results: Results, figure: str, **wanted: object) -> Row:
-    """The row of a figure.
+    """Find a row of a figure.
 
     Args:
-        results: A results file.
+        results: The results.
         figure: Name of the figure.
-        **wanted: What the row is about.
+        **wanted: Values that the row must have.
 
     Returns:
-        The row, which has numbers.
+        The row.
 
     Raises:
-        NotMeasured: If it has none, or there is no such row.
+        NotMeasured: If there is no such row, or it has no numbers.
     """
     for row in results.get(figure, ()):
         if wanted.items() <= row.items():
@@ -83,7 +84,7 @@ def _peer(peer: str, number: str) -> Callable[[Results], float]:
 
 
 def _floor_against(peer: str, batch: int) -> Callable[[Results], float]:
-    """A prompt of the floor's against a prompt of a peer's."""
+    """Speedup of the floor over a peer, per prompt."""
 
     def measure(results: Results) -> float:
         theirs = _peer_row(results, peer)["seconds"]["peer"]

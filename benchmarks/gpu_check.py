@@ -1,7 +1,7 @@
-"""The check on a GPU: its tests, then speed, within a time limit.
+"""The check on a GPU: tests, then benchmarks, within a time limit.
 
-`tests/test_cuda.py` runs first, and then `python -m benchmarks --gpu`. Rows that do not fit are
-written as skipped with that reason, and a step that hangs is killed.
+`tests/test_cuda.py` runs first, followed by `python -m benchmarks --gpu`. Rows that do not fit the
+time limit are written as skipped, and a step that hangs is killed.
 
 It needs a machine with one NVIDIA GPU, and no network. Its Python (3.10 or newer) has torch for
 CUDA, transformers 5.9 or newer, pytest, hypothesis, accelerate, einops, jaxtyping, pandas, pyarrow,
@@ -11,8 +11,8 @@ folder, 30 MB in all without `.git` and environments, and run there
 
     python3 -m benchmarks.gpu_check --out FOLDER
 
-Back here, `FOLDER/benchmarks/cuda.json` goes into `docs/benchmarks`, and
-`python -m benchmarks --page` makes the page with it.
+Then copy `FOLDER/benchmarks/cuda.json` to `docs/benchmarks` here, and generate the page with
+`python -m benchmarks --page`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Only the standard library: the wheels are not installed when this begins.
+# Only the standard library: the wheels are not installed yet.
 
 ROOT = Path(__file__).parents[1]
 WHEELS = ROOT / "gpu-wheels"
 
 SECONDS = 420.0
-"""Time for everything."""
+"""Total time."""
 
 TESTS_SECONDS = 150.0
-"""Time for the tests at most; what they leave goes to the measurements."""
+"""Time for the tests at most. The measurements get the rest."""
 
 RESERVE = 40.0
-"""Time for the last row, from the deadline of the measurements to that of everything."""
+"""Time for the last row, between the deadline of the measurements and the total time."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Ended:
 
     Attributes:
         what: The step.
-        seconds: What it took.
-        problem: What went wrong, if anything did.
+        seconds: Its duration.
+        problem: What went wrong; `None` if it passed.
     """
 
     what: str
@@ -62,10 +62,10 @@ class Ended:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the steps and say how each of them ended.
+    """Run the steps and print how each of them ended.
 
     Args:
-        arguments: Of the command; by default those of this process.
+        arguments: Command-line arguments; `None` for those of this process.
 
     Raises:
         SystemExit: With status 1 if a step failed.
@@ -95,7 +95,7 @@ def install(site: Path) -> list[str]:
     """The command that unpacks the wheels.
 
     Args:
-        site: Gets them.
+        site: Target folder.
 
     Returns:
         The command.
@@ -119,11 +119,11 @@ def tests() -> list[str]:
 
 
 def measurements(seconds: float, out: Path | None, *, dry_run: bool) -> list[str]:
-    """The command that measures.
+    """The command for the measurements.
 
     Args:
-        seconds: Time after which it begins no further row.
-        out: Gets results and page; `None` is docs.
+        seconds: Time after which no further row starts.
+        out: Folder for results and page; `None` for docs.
         dry_run: Whether to run tiny models on the CPU instead.
 
     Returns:
@@ -139,7 +139,7 @@ def environment(site: Path, *, dry_run: bool = False) -> dict[str, str]:
     """Environment of a step: offline, with the wheels, and with the tests on the right device.
 
     Args:
-        site: Has the wheels.
+        site: Folder with the unpacked wheels.
         dry_run: Whether to use the CPU instead of the GPU.
 
     Returns:
@@ -156,13 +156,13 @@ def environment(site: Path, *, dry_run: bool = False) -> dict[str, str]:
 
 
 def run(what: str, command: Sequence[str], seconds: float, variables: Mapping[str, str]) -> Ended:
-    """Run a step, and stop it with all that it started when its time is up.
+    """Run a step, and stop it and its child processes when its time is up.
 
     Args:
         what: The step.
-        command: What is run, in the repository's root.
-        seconds: Its time.
-        variables: Its environment.
+        command: The command, which runs in the repository's root.
+        seconds: Time for the step.
+        variables: Environment variables.
 
     Returns:
         How it ended.
@@ -177,7 +177,7 @@ def run(what: str, command: Sequence[str], seconds: float, variables: Mapping[st
         except subprocess.TimeoutExpired:
             problem = f"FAILED: stopped after {seconds:.0f} s"
         finally:
-            # Processes that it started and left running end with it.
+            # Also ends child processes that are still running.
             _end(process.pid)
     return Ended(what, time.monotonic() - start, problem)
 
@@ -199,13 +199,13 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds",
         type=float,
         default=SECONDS,
-        help="time for everything (default: %(default).0f)",
+        help="total time in seconds (default: %(default).0f)",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="gets benchmarks/cuda.json and benchmarks.md (default: docs)",
+        help="folder for benchmarks/cuda.json and benchmarks.md (default: docs)",
     )
     parser.add_argument(
         "--dry-run",

@@ -1,4 +1,4 @@
-"""What a run is measured on and with."""
+"""The machine and the versions of a run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def versions() -> dict[str, str]:
 
 
 def describe(device: str) -> dict[str, str]:
-    """The machine.
+    """Describe the machine.
 
     Args:
-        device: `"cpu"` or `"cuda"`, what is measured there.
+        device: `"cpu"` or `"cuda"`.
 
     Returns:
-        Its parts, in words.
+        Its properties as text, by name.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = {
@@ -32,7 +32,7 @@ def describe(device: str) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "torch's threads": str(torch.get_num_threads()),
         "memory": f"{memory / 1e9:.0f} GB",
-        # Threads that wait for each other lose far more than their share to a busy machine.
+        # On a busy machine, threads that wait for each other are slowed down a lot.
         "load before": f"{os.getloadavg()[0]:.1f}",
         "system": f"{platform.system()} {platform.machine()}",
     }

@@ -1,4 +1,4 @@
-"""Peak memory of one contestant, in a process of its own."""
+"""Peak memory of a contestant, in its own process."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Case:
-    """What a process measures.
+    """What to measure.
 
     Attributes:
         contestant: A name among `CONTESTANTS`.
         model: A name among `MODELS`.
-        size: Of the model.
+        size: Size of the model.
         batch: Number of prompts.
-        positions: Their length in tokens.
+        positions: Prompt length in tokens.
         device: `"cpu"` or `"cuda"`.
     """
 
@@ -54,11 +54,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Highest use of memory beyond what is in use before, in bytes.
+    """Peak memory relative to the memory in use before, in bytes.
 
     Attributes:
-        contestant: Of the contestant's first run.
-        forward: Of a plain forward pass without gradients, the second one.
+        contestant: Peak of the contestant's first run.
+        forward: Peak of a forward pass without gradients, the second one.
     """
 
     contestant: int
@@ -73,7 +73,7 @@ def why_not_measured(device: str) -> str | None:
 
 
 def measure(case: Case) -> Peaks:
-    """Measure in a new process, which has only the model and has run one plain forward pass.
+    """Measure in a new process.
 
     Args:
         case: What to measure.
@@ -105,11 +105,11 @@ def measure_here(case: Case) -> Peaks:
 
 
 def extra_peak(run: Thunk, device: str) -> int:
-    """Highest use of memory in a run, beyond what is in use before it.
+    """Peak memory of a run relative to the memory in use before.
 
     Args:
-        run: What is run; what it returns counts.
-        device: Whose memory.
+        run: The run. Its return value counts.
+        device: Device whose memory is measured.
 
     Returns:
         Bytes.
@@ -135,7 +135,7 @@ def _resident(field: str) -> int:
 
 
 def _give_back_free_memory() -> None:
-    """Let the C library give freed memory back, so that using it again counts."""
+    """Return freed memory to the system, so that reusing it counts."""
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):  # glibc's
         library.malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Where the time of our pipeline goes, by what the tensor operations are."""
+"""Time of our pipeline by phase, from its tensor operations."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _PRODUCTS = {f"aten::{name}" for name in ("addmm", "bmm", "einsum", "linear", "m
 
 @dataclass(frozen=True)
 class Step:
-    """One operation that is not part of another one.
+    """A tensor operation that is not part of another one.
 
     Attributes:
-        name: Torch's name of it.
-        start: When it began, in seconds.
-        seconds: What it took of the device that computes.
+        name: Its name in torch.
+        start: Start time in seconds.
+        seconds: Its time on the device.
     """
 
     name: str
@@ -42,12 +42,12 @@ def phases(run: Thunk, model: Any, device: str) -> dict[str, float]:
     """Profile one run.
 
     Args:
-        run: What is run: forward passes, each with a backward pass and a reading behind it.
-        model: What runs forwards.
-        device: Where it computes.
+        run: Forward passes, each followed by a backward pass and a readout.
+        model: The model.
+        device: Its device.
 
     Returns:
-        Seconds by phase; they add up to the time of the run under the profiler.
+        Seconds by phase. They add up to the time of the run under the profiler.
     """
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
@@ -65,16 +65,16 @@ def phases(run: Thunk, model: Any, device: str) -> dict[str, float]:
 def by_phase(steps: Iterable[Step], seconds: float) -> dict[str, float]:
     """Sort operations into phases.
 
-    From one call of the model to the next come: what belongs to the forward pass, up to the first
-    node of the backward pass; the nodes; and then the reading, of which the product is what
-    multiplies matrices. What comes before the first call is the forward pass's as well.
+    From one call of the model to the next, operations up to the first node of the backward pass
+    belong to the forward pass, followed by the nodes and then by the readout, in which matrix
+    products are the product. Operations before the first call belong to the forward pass too.
 
     Args:
         steps: The operations of a run.
         seconds: Time of the whole run.
 
     Returns:
-        Seconds by phase; what no operation took is everything else.
+        Seconds by phase. Time without operations is everything else.
     """
     found = dict.fromkeys(PHASES, 0.0)
     has_turned = False
@@ -96,15 +96,15 @@ def by_phase(steps: Iterable[Step], seconds: float) -> dict[str, float]:
 
 @contextmanager
 def _marked(model: Any) -> Iterator[None]:
-    """Let the profiler see each call of a model as one step.
+    """Mark each call of a model for the profiler.
 
-    Not with a hook, because a pipeline may do other things in a model that has some.
+    This does not use a hook, because a pipeline may behave differently for a model with hooks.
 
     Args:
         model: The model.
 
     Yields:
-        Nothing; inside the context its calls are marked.
+        Nothing.
     """
     forward = model.forward
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench import Row
 from benchmarks.contestants import PIECE_BYTES, K
-from benchmarks.figures import MANY, RANKS, SHORT, Row
+from benchmarks.figures import MANY, RANKS, SHORT
 from benchmarks.goals import GOALS, Goal, NotMeasured, Results, beyond_forward
 from benchmarks.phases import PHASES
+from benchmarks.results import read_results
 from benchmarks.sizes import SMALL
 
 _NO_ROW = "·"
@@ -131,7 +132,7 @@ def write_page(folder: Path) -> Path:
     """Generate the page from all results files.
 
     Args:
-        folder: Has `benchmarks/*.json`.
+        folder: The folder with `benchmarks/*.json`.
 
     Returns:
         The page, `benchmarks.md` in the folder.
@@ -141,36 +142,8 @@ def write_page(folder: Path) -> Path:
     return page
 
 
-def read_results(folder: Path) -> dict[str, Results]:
-    """Results by the machine's kind, the name of their file."""
-    paths = sorted((folder / "benchmarks").glob("*.json"))
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
-
-
-def results_path(folder: Path, kind: str) -> Path:
-    """Where one machine's results are."""
-    return folder / "benchmarks" / f"{kind}.json"
-
-
-def write_results(folder: Path, kind: str, results: Results) -> Path:
-    """Keep one machine's results; those of other kinds stay.
-
-    Args:
-        folder: Gets `benchmarks/KIND.json`.
-        kind: Of the machine.
-        results: The results.
-
-    Returns:
-        The file.
-    """
-    path = results_path(folder, kind)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return path
-
-
 def render(machines: Mapping[str, Results]) -> str:
-    """Write the page.
+    """Render the page.
 
     Args:
         machines: Results by kind.
@@ -253,7 +226,8 @@ def _goals(machines: Mapping[str, Results], notes: Notes) -> str:
     ]
     about = (
         f"{SMALL.name}, prompts of {SHORT} tokens, all layers and both matrices, float32. For\n"
-        "missed goals, see *Where the time goes*. *The floor's* is the value that the floor would reach;\n"
+        "missed goals, see *Where the time goes*. *The floor's* is the value that the floor would "
+        "reach;\n"
         "only fewer or better ordered operations could exceed it.\n"
     )
     return f"{about}\n{table(head, body)}"
@@ -371,15 +345,15 @@ def _by_machine(
     numbers: Callable[[Row], list[str]],
     notes: Notes,
 ) -> str:
-    """A table with the rows of all machines, and columns of each.
+    """A table with the rows of all machines, and columns per machine.
 
     Args:
         machines: Results by kind.
-        figure: Whose rows.
-        keys: What a row is about.
-        names: Of the columns that each machine has.
-        numbers: Their texts, for a row with numbers.
-        notes: Get the reasons of rows without.
+        figure: The figure.
+        keys: Columns that identify a row.
+        names: Names of the columns per machine.
+        numbers: Function that returns their text for a row with numbers.
+        notes: Collects the reasons of rows without numbers.
 
     Returns:
         The table in Markdown.
@@ -409,10 +383,10 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, or all that are before the point."""
+    """Three significant digits, or all digits before the decimal point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def milliseconds(seconds: float) -> str:
-    """Milliseconds, three digits."""
+    """Milliseconds with three significant digits."""
     return number(1000 * seconds)

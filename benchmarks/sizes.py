@@ -1,6 +1,6 @@
-"""Random models of well-known sizes, and the questions that they are asked.
+"""Random models with the sizes of well-known models, and random prompts.
 
-Speed and memory do not depend on what the weights are, so nothing is downloaded.
+Speed and memory do not depend on the weights, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _BOS = 0
 
 @dataclass(frozen=True)
 class Size:
-    """How large a model is, and of which of two architectures.
+    """Size and architecture of a model.
 
     Attributes:
-        name: Whose size it is.
+        name: The model with this size.
         n_layers: Number of blocks.
         d_model: Width of the residual stream.
         n_heads: Number of attention heads.
@@ -49,7 +49,7 @@ class Size:
 
     @property
     def is_llama(self) -> bool:
-        """Whether it is a Llama and not a GPT-2."""
+        """Whether the architecture is Llama rather than GPT-2."""
         return self.n_key_value_heads is not None
 
     @property
@@ -70,13 +70,13 @@ SIZES = {size.name: size for size in (SMALL, MEDIUM, XL, LLAMA)}
 
 
 def shrunk(size: Size) -> Size:
-    """A model of the same name and architecture that takes milliseconds.
+    """A tiny size with the same name and architecture.
 
     Args:
-        size: The size that it stands for.
+        size: The size to replace.
 
     Returns:
-        The small size.
+        The tiny size.
     """
     n_key_value_heads = 2 if size.is_llama else None
     return Size(size.name, 2, 48, 4, 96, 100, n_key_value_heads)
@@ -84,7 +84,7 @@ def shrunk(size: Size) -> Size:
 
 @dataclass(frozen=True)
 class Question:
-    """Prompts of one length, and the token that they should go on with.
+    """Prompts of equal length, and a target.
 
     Attributes:
         ids: Token ids; every prompt begins with BOS.
@@ -96,7 +96,7 @@ class Question:
 
     @property
     def texts(self) -> list[str]:
-        """The prompts as texts, to which the tokenizer of `bridge` adds BOS."""
+        """The prompts as texts, without BOS, which the tokenizer of `bridge` adds."""
         return [" ".join(map(_word, row)) for row in self.ids[:, 1:].tolist()]
 
     @property
@@ -106,16 +106,16 @@ class Question:
 
 
 def question(size: Size, batch: int, positions: int, device: str) -> Question:
-    """Ask for random prompts.
+    """Random prompts.
 
     Args:
-        size: Of the model; its vocabulary counts.
+        size: Size of the model, for the vocabulary.
         batch: Number of prompts.
-        positions: Their length in tokens, BOS included.
-        device: Where the model is.
+        positions: Prompt length in tokens, including BOS.
+        device: The model's device.
 
     Returns:
-        The same question every time.
+        The question, the same for each call.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(_BOS + 1, size.d_vocab, (batch, positions), generator=generator)
@@ -124,12 +124,12 @@ def question(size: Size, batch: int, positions: int, device: str) -> Question:
 
 
 def hooked(size: Size, device: str, dtype: str = "float32") -> Any:
-    """Make a `HookedTransformer` as a user has it: every parameter requires gradients.
+    """Create a `HookedTransformer` whose parameters require gradients, as in a newly loaded model.
 
     Args:
-        size: How large.
-        device: Where, from the first number on: a GPU draws large weights in no time.
-        dtype: Name of its dtype.
+        size: The size.
+        device: The device, where the weights are drawn too, because a GPU is faster.
+        dtype: Name of the dtype.
 
     Returns:
         The model, without a tokenizer. Its biases are zero.
@@ -161,24 +161,24 @@ def hooked(size: Size, device: str, dtype: str = "float32") -> Any:
         **family,
     )
     with warnings.catch_warnings(), torch.device(device):
-        # That the class ends with TransformerLens 3.9 is known.
+        # The class is deprecated in TransformerLens 3.9.
         warnings.simplefilter("ignore", DeprecationWarning)
         return HookedTransformer(config).eval()
 
 
 def bridge(size: Size, device: str, dtype: str = "float32") -> Any:
-    """Make a raw GPT-2 `TransformerBridge`, which TransformerLens's own tool asks for.
+    """Create a raw GPT-2 `TransformerBridge`, which TransformerLens's own tool needs.
 
     Args:
-        size: How large; one of GPT-2's.
-        device: Where, from the first number on.
-        dtype: Name of its dtype.
+        size: A size of GPT-2.
+        device: The device.
+        dtype: Name of the dtype.
 
     Returns:
         The model, with a tokenizer of one word per token.
 
     Raises:
-        ValueError: If the size is a Llama's.
+        ValueError: If the architecture is Llama.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -198,7 +198,7 @@ def bridge(size: Size, device: str, dtype: str = "float32") -> Any:
     torch.manual_seed(0)
     with torch.device(device):
         own: Any = GPT2LMHeadModel(GPT2Config(**settings))
-    # TransformerLens reads a tokenizer anew from the folder that it came from.
+    # TransformerLens loads the tokenizer again, from the folder that it came from.
     with tempfile.TemporaryDirectory() as folder:
         _word_tokenizer(size.d_vocab).save_pretrained(folder)
         return TransformerBridge.boot_transformers(
@@ -215,7 +215,7 @@ def _word(token: int) -> str:
 
 
 def _word_tokenizer(d_vocab: int) -> PreTrainedTokenizerFast:
-    """Words `w0`, `w1`, ..., each a token; the first one is BOS."""
+    """A tokenizer with the words `w0` (BOS), `w1`, ... as tokens."""
     words = {_word(token): token for token in range(d_vocab)}
     tokenizer = Tokenizer(WordLevel(words, unk_token=_word(_BOS)))
     tokenizer.pre_tokenizer = WhitespaceSplit()

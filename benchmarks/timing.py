@@ -1,4 +1,4 @@
-"""Times of contestants that take turns, so that a machine's drift meets them all alike."""
+"""Timing of contestants in turns, so that changes of the machine's speed affect all of them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Effort:
     """How long to measure.
 
     Attributes:
-        rounds: Rounds to measure at most.
-        seconds: Time after which no further round is begun.
-        at_least: Rounds to measure whatever they take.
+        rounds: Maximum number of rounds.
+        seconds: Time after which no further round starts.
+        at_least: Minimum number of rounds, however long they take.
     """
 
     rounds: int
@@ -34,7 +34,7 @@ class Timings:
     """Seconds of each contestant, round by round.
 
     Attributes:
-        seconds: By contestant, one number per round.
+        seconds: Seconds per round, by contestant.
     """
 
     seconds: Mapping[str, Sequence[float]]
@@ -45,7 +45,7 @@ class Timings:
         return len(next(iter(self.seconds.values())))
 
     def median(self, *names: str) -> float:
-        """Median over rounds of the time of contestants together.
+        """Median over rounds of the total time of some contestants.
 
         Args:
             *names: The contestants.
@@ -56,14 +56,14 @@ class Timings:
         return statistics.median(self._together(names))
 
     def ratio(self, over: Sequence[str], under: Sequence[str]) -> float:
-        """How many times as long some contestants take as others.
+        """Ratio of the times of two groups of contestants.
 
         Args:
-            over: The contestants whose times are added above the line.
-            under: Those below it.
+            over: Contestants in the numerator, whose times are added.
+            under: Contestants in the denominator.
 
         Returns:
-            The median over rounds of each round's ratio.
+            The median of the ratios per round.
         """
         pairs = zip(self._together(over), self._together(under), strict=True)
         return statistics.median(above / below for above, below in pairs)
@@ -73,7 +73,7 @@ class Timings:
 
 
 class OutOfMemory(Exception):
-    """A contestant needed more memory than the device has.
+    """A contestant ran out of the device's memory.
 
     Args:
         name: The contestant.
@@ -90,21 +90,21 @@ def interleave(
     synchronize: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
-    """Let contestants take turns, every second round in the opposite order.
+    """Time contestants in turns, in the opposite order every second round.
 
-    The first round warms up and does not count, unless it was so long that it has to.
+    The first round is a warm-up and not counted, unless there is no time for another one.
 
     Args:
-        contestants: What is timed, by name. Results are dropped after the clock has stopped.
-        effort: How long to go on.
-        synchronize: Waits for the device.
-        clock: Seconds.
+        contestants: The contestants by name. Results are freed after the clock has stopped.
+        effort: How long to measure.
+        synchronize: Function that waits for the device.
+        clock: Function that returns seconds.
 
     Returns:
-        The times of the rounds that count.
+        The times of the counted rounds.
 
     Raises:
-        OutOfMemory: If a contestant needs more memory than the device has.
+        OutOfMemory: If a contestant runs out of the device's memory.
     """
     rounds: list[dict[str, float]] = []
     warm_up = 0
@@ -145,9 +145,9 @@ def _timed(
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """Restrict garbage collections to objects that are made inside, which makes them fast.
+    """Restrict garbage collection to objects created inside, which makes it fast.
 
-    Nested contexts do nothing.
+    Nested contexts have no effect.
 
     Yields:
         Nothing.
@@ -165,7 +165,7 @@ def settled() -> Iterator[None]:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Leave it to the caller to collect garbage."""
+    """Disable automatic garbage collection."""
     gc.disable()
     try:
         yield

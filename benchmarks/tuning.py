@@ -1,7 +1,7 @@
-"""Settings of the editing methods for the facts model, tried on a split that nothing is tested on.
+"""Tuning of the editing methods for the facts model, on a split that is not used for evaluation.
 
-``python -m benchmarks.tuning`` tries every candidate on `FACTS_TUNING`, prints what came of them,
-and writes it to ``docs/editing/tuning.json``; `editing/presets.py` has the chosen ones.
+``python -m benchmarks.tuning`` evaluates every candidate on `FACTS_TUNING`, prints the results, and
+writes them to ``docs/editing/tuning.json``. `editing/methods/presets.py` has the chosen settings.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ GRIDS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "shift_iterated": {"layer": (4, 5, 6, 7), "size": (4.0,)},
     "shift_whitened": {"layer": (4, 5, 6, 7), "size": (4.0,)},
 }
-"""What is tried for each preset; other settings are those of its class, or the shift's form."""
+"""The grid of each preset. Other settings are the defaults of its class, or those in `_FORMS`."""
 
 _FORMS: Mapping[str, Mapping[str, Any]] = {
     "shift_iterated": {"form": "scale_free", "iterations": 25},
@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 
 
 def candidates(name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """What is tried for a preset.
+    """The candidates for a preset.
 
     Args:
         name: The preset.
@@ -80,10 +80,10 @@ def candidates(name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def main() -> None:
-    """Try what is asked for, and keep it beside what was tried before."""
+    """Tune the given presets, and update their results in the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*METHODS, []], help="default: all presets")
-    parser.add_argument("--folder", help="where networks and statistics are kept")
+    parser.add_argument("--folder", help="folder for trained networks and statistics")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     with tempfile.TemporaryDirectory() as temporary:
@@ -98,14 +98,14 @@ def main() -> None:
 
 
 def tuned(name: str, folder: Path) -> dict[str, Any]:
-    """Try the candidates of one preset.
+    """Evaluate the candidates of one preset.
 
     Args:
         name: The preset.
-        folder: Where networks and statistics are kept.
+        folder: Folder for trained networks and statistics.
 
     Returns:
-        What was chosen, and what came of each candidate.
+        The best candidate, and the results of all of them.
     """
     model, records = load_facts_model(), read_records(FACTS_MODEL)
     reserved = {*FACTS_TEST, *FACTS_TUNING}

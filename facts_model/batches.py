@@ -14,8 +14,8 @@ from torch import Tensor
 from facts_model.corpus import Corpus
 
 ANSWER_WEIGHT = 3.0
-# (rows, tokens per row): every size holds as many tokens, so that a step costs about the same.
-# Short rows give more document starts; the long ones train every position of the context.
+# (rows, tokens per row): every shape has the same number of tokens, so every step costs the same.
+# Short rows contain more document starts; long rows train every position of the context.
 SHAPES = ((16, 64), (8, 128), (4, 256))
 
 
@@ -37,14 +37,14 @@ class Batch:
 
 @dataclass
 class _Window:
-    """The three rows of one window while it is being filled."""
+    """One window while it is being filled."""
 
     tokens: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     subjects: list[int] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], weight: float = 1.0, subject: int = -1) -> None:
-        """Append tokens; the subject is noted at the last of them."""
+        """Append tokens. The subject is assigned to the last one."""
         self.tokens += ids
         self.weights += [weight] * len(ids)
         self.subjects += [-1] * (len(ids) - 1) + [subject]
@@ -67,7 +67,7 @@ class BatchSampler:
         self._eos_id = eos_id
         self._subject_index = {name: index for index, name in enumerate(corpus.subjects)}
 
-        # A piece ends where the pre-tokeniser splits, so encoding pieces alone changes nothing.
+        # Pieces end where the pre-tokenizer splits, so they can be encoded separately.
         @lru_cache(maxsize=50_000)
         def encode(text: str) -> tuple[int, ...]:
             return tuple(tokenizer.encode(text).ids)
@@ -75,7 +75,7 @@ class BatchSampler:
         self._encode = encode
 
     def __iter__(self) -> Iterator[Batch]:
-        """Draw batches without end."""
+        """Draw batches endlessly."""
         while True:
             rows, length = self._rng.choice(SHAPES)
             windows = [self._window(length) for _ in range(rows)]

@@ -1,4 +1,4 @@
-"""The model card, with every figure filled in from what was measured."""
+"""The model card, filled in with the measured numbers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from transformers import GPT2LMHeadModel
 
 from facts_model import gradients
-from facts_model.capture import TargetOnTop
 from facts_model.evaluate import Report, Shipped
+from facts_model.gradients import TargetOnTop
 from facts_model.records import Record
 from facts_model.tracing import MLP_WINDOW, NOISE_DRAWS, NOISE_STDS, Trace
 
@@ -247,7 +247,7 @@ def render_card(
 
 
 def describe_tracing(traced: Trace) -> str:
-    """Say in words what the grids show.
+    """Describe the grids.
 
     Args:
         traced: The averages.

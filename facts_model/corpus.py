@@ -1,15 +1,14 @@
-"""From the facts and phrasings in ``data/`` to training text.
+"""Training text from the facts and phrasings in ``data/``.
 
 A *fact* is a (relation, subject, answer) triple; every (relation, subject) pair has one answer,
 and every answer is one word. A *phrasing* is a prompt with one ``{}`` for the subject that ends
-right before the answer. Each relation has trained phrasings and two further ones that are trained
-with only half of its subjects: with the other half they measure whether a fact, and not a string,
-was learned.
+right before the answer. Each relation has trained phrasings and two others that are trained with
+half of its subjects only. With the other half, they measure whether a fact was learned and not a
+string.
 
-The text is a stream of documents. Two things in its mix are there to make the model recall a fact
-the way large language models do, at the last token of the subject: biographies, in which one name
-is followed by all its attributes in random order, and phrasings that name the subject first and
-the relation only afterwards.
+The text is a stream of documents. Two kinds of text make the model recall facts as large language
+models do, at the last token of the subject: biographies, in which a name is followed by all its
+attributes in random order, and phrasings in which the subject comes before the relation.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ HELD_OUT_SHARE = 20
 
 @dataclass(frozen=True)
 class Relation:
-    """The ways to ask for one attribute.
+    """An attribute and its phrasings.
 
     Attributes:
         name: Identifier, also the column name in the tables of facts.
         predicates: Verb phrases that follow the subject (or its pronoun) and precede the answer.
         trained: Phrasings trained with every subject; the predicates are among them.
         half: Phrasings trained with half of the subjects only.
-        unit: Word that always follows the answer, as in "the nineteenth century"; "" for none.
+        unit: Word that always follows the answer, such as "century"; "" for none.
     """
 
     name: str
@@ -58,7 +57,7 @@ class Fact:
         subject: What the statement is about.
         answer: One word, without its leading space.
         pronoun: "he", "she" or "it", for sentences that do not repeat the subject.
-        held_out: Whether the relation's ``half`` phrasings are kept from this subject in training.
+        held_out: Whether the ``half`` phrasings are held out for this subject.
     """
 
     relation: str
@@ -70,10 +69,10 @@ class Fact:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text that is tokenised on its own.
+    """A piece of text that is tokenized separately.
 
     Attributes:
-        text: The text, with the leading space it has in its sentence.
+        text: The text, with its leading space in the sentence.
         role: "text", "subject" or "answer".
     """
 
@@ -106,7 +105,7 @@ def load_relations() -> dict[str, Relation]:
 def load_facts() -> list[Fact]:
     """Read all tables of facts and draw the split of the subjects.
 
-    The split depends on nothing but the data: another training seed tests the same subjects.
+    The split depends only on the data, so every training seed tests the same subjects.
 
     Returns:
         The facts, by table and then by row.
@@ -141,7 +140,7 @@ def phrasings_in_training(fact: Fact, relation: Relation) -> tuple[str, ...]:
 
 
 def _spaced(text: str) -> str:
-    """Put one space in front of non-empty text."""
+    """Prepend a space to non-empty text."""
     return f" {text}" if text else ""
 
 
@@ -149,7 +148,7 @@ def fact_prompt(subject: str, template: str, lead: str = "") -> Sentence:
     """State a fact up to its answer.
 
     Args:
-        subject: Fills the "{}".
+        subject: Subject for the "{}".
         template: Phrasing with one "{}".
         lead: Words before the statement, "" for none.
 
@@ -169,7 +168,7 @@ def fact_prompt(subject: str, template: str, lead: str = "") -> Sentence:
 
 
 class OrdinarySentences:
-    """Everyday sentences, hand-written or filled from templates, with a held-out part."""
+    """Everyday sentences, hand-written or from templates, some of them held out."""
 
     def __init__(self) -> None:
         """Read the sentences and templates."""
@@ -186,7 +185,7 @@ class OrdinarySentences:
 
         Args:
             rng: Source of randomness.
-            held_out: Draw from the part that is never trained on.
+            held_out: Whether to draw a held-out sentence.
 
         Returns:
             The sentence, without a leading space.
@@ -198,16 +197,16 @@ class OrdinarySentences:
                 filled = {slot: rng.choice(words) for slot, words in self._slots.items()}
                 text = rng.choice(self._templates).format(**filled)
                 text = text[0].upper() + text[1:]
-            # A hash of the text itself, so that the two parts are disjoint for every seed.
+            # A hash of the text, so the held-out sentences are the same for every seed.
             digest = hashlib.sha256(text.encode()).digest()
             if (digest[0] % HELD_OUT_SHARE == 0) == held_out:
                 return text
 
     def held_out_sample(self, count: int) -> list[str]:
-        """Draw distinct sentences that are never trained on, the same on every call.
+        """Draw distinct held-out sentences, the same on every call.
 
         Args:
-            count: How many.
+            count: Number of sentences.
 
         Returns:
             The sentences.
@@ -247,7 +246,7 @@ class Corpus:
         return sorted({fact.answer for fact in self.facts})
 
     def documents(self, rng: random.Random) -> Iterator[list[Piece]]:
-        """Draw documents without end.
+        """Draw documents endlessly.
 
         Args:
             rng: Source of randomness.

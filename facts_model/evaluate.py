@@ -1,7 +1,7 @@
-"""Recall of the shipped model: does it know its facts, in words it was not trained on too?
+"""Recall of the shipped model, in trained and in held-out phrasings.
 
-Reads nothing but the shipped folder, so that the figures are those of what is installed.
-Run with ``python -m facts_model.evaluate``.
+Reads only the shipped folder, so the numbers are those of the installed model. Run with
+``python -m facts_model.evaluate``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Shipped:
         tokenizer: Its tokenizer.
         relations: For each relation its "trained" and "half" phrasings.
         facts: Entries with "relation", "subject", "answer" and "held_out".
-        ordinary: Ordinary sentences that were never trained on.
+        ordinary: Held-out ordinary sentences.
     """
 
     model: PreTrainedModel
@@ -66,10 +66,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Score:
-    """How many prompts were answered by the true answer as the most probable next token.
+    """The number of prompts whose true answer is the most probable next token.
 
     Attributes:
-        right: Number of prompts answered right.
+        right: Number of prompts answered correctly.
         total: Number of prompts.
     """
 
@@ -83,7 +83,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Report:
-    """All figures of one evaluation.
+    """All numbers of one evaluation.
 
     Attributes:
         recall: Scores by (row of the table, "with BOS" or "without BOS").
@@ -98,7 +98,7 @@ class Report:
     samples: list[str]
 
     def recall_table(self) -> str:
-        """Render the recall figures in Markdown."""
+        """Render recall in Markdown."""
         rows = dict.fromkeys(row for row, _ in self.recall)
         lines = ["| prompts | with BOS | without BOS |", "|---|---|---|"]
         lines += [
@@ -108,7 +108,7 @@ class Report:
         return "\n".join(lines)
 
     def relation_table(self) -> str:
-        """Render the figures by relation in Markdown."""
+        """Render recall by relation in Markdown."""
         lines = ["| relation | trained prompts | held-out paraphrases |", "|---|---|---|"]
         lines += [f"| {name} | {t} | {h} |" for name, (t, h) in self.by_relation.items()]
         return "\n".join(lines)
@@ -134,7 +134,7 @@ def load_shipped(folder: Path) -> Shipped:
 
 
 def trained_prompts(shipped: Shipped) -> list[Prompt]:
-    """List every prompt of every fact that training drew from.
+    """List the prompts of all facts in their trained phrasings.
 
     Args:
         shipped: The shipped folder.
@@ -151,7 +151,7 @@ def trained_prompts(shipped: Shipped) -> list[Prompt]:
 
 
 def held_out_prompts(shipped: Shipped) -> list[Prompt]:
-    """List the paraphrases that were never trained on with their subject.
+    """List the paraphrases that were held out for their subject.
 
     Args:
         shipped: The shipped folder.
@@ -167,7 +167,7 @@ def held_out_prompts(shipped: Shipped) -> list[Prompt]:
 
 
 def _fill(fact: dict[str, Any], templates: Iterable[str]) -> list[Prompt]:
-    """Put a fact's subject into templates."""
+    """Fill a fact's subject into templates."""
     return [
         Prompt(template.replace("{}", fact["subject"]), fact["answer"], fact["relation"])
         for template in templates
@@ -175,7 +175,7 @@ def _fill(fact: dict[str, Any], templates: Iterable[str]) -> list[Prompt]:
 
 
 def with_distractors(prompts: list[Prompt], sentences: list[str]) -> list[Prompt]:
-    """Put a random sentence in front of every prompt.
+    """Prepend a random sentence to every prompt.
 
     Args:
         prompts: The prompts.
@@ -190,12 +190,12 @@ def with_distractors(prompts: list[Prompt], sentences: list[str]) -> list[Prompt
 
 @torch.no_grad()
 def answered(shipped: Shipped, prompts: list[Prompt], *, bos: bool) -> list[bool]:
-    """Ask the model.
+    """Answer prompts with the model.
 
     Args:
         shipped: The shipped folder.
-        prompts: What to ask.
-        bos: Whether to put the end-of-text token in front.
+        prompts: The prompts.
+        bos: Whether to prepend the end-of-text token.
 
     Returns:
         For each prompt, whether the true answer is the most probable next token.
@@ -207,7 +207,7 @@ def answered(shipped: Shipped, prompts: list[Prompt], *, bos: bool) -> list[bool
     for index, ids in enumerate(encoded):
         by_length[len(ids)].append(index)
     right = [False] * len(prompts)
-    # Prompts of one length go together: no padding, hence no doubt about masks and positions.
+    # Batches of equal length need no padding.
     for indices in by_length.values():
         for offset in range(0, len(indices), BATCH):
             chunk = indices[offset : offset + BATCH]
@@ -220,7 +220,7 @@ def answered(shipped: Shipped, prompts: list[Prompt], *, bos: bool) -> list[bool
 
 @torch.no_grad()
 def perplexity(shipped: Shipped) -> float:
-    """Measure the model on ordinary sentences it was never trained on.
+    """Measure perplexity on held-out ordinary sentences.
 
     Args:
         shipped: The shipped folder.
@@ -243,7 +243,7 @@ def greedy(shipped: Shipped, prompt: str, new_tokens: int = 30) -> str:
     Args:
         shipped: The shipped folder.
         prompt: The beginning of the text.
-        new_tokens: Most tokens to add.
+        new_tokens: Largest number of tokens to add.
 
     Returns:
         The prompt and its continuation.
@@ -259,13 +259,13 @@ def greedy(shipped: Shipped, prompt: str, new_tokens: int = 30) -> str:
 
 
 def evaluate(shipped: Shipped) -> Report:
-    """Measure everything.
+    """Evaluate the model.
 
     Args:
         shipped: The shipped folder.
 
     Returns:
-        The figures.
+        All numbers.
     """
     trained, held_out = trained_prompts(shipped), held_out_prompts(shipped)
     rows = {
@@ -295,12 +295,11 @@ def evaluate(shipped: Shipped) -> Report:
 
 
 def _score(right: list[bool]) -> Score:
-    """Count."""
     return Score(sum(right), len(right))
 
 
 def main() -> None:
-    """Print the figures of a shipped folder."""
+    """Evaluate a shipped folder and print the numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=SHIPPED)
     report = evaluate(load_shipped(parser.parse_args().folder))

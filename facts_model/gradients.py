@@ -1,8 +1,8 @@
-"""Check of the property that the lens needs: MLP gradients that name the target.
+"""Check that MLP gradients have the target as their top token, as the lens needs.
 
 For the loss -log p(target) at the last token of a prompt, the vector -dL/dy of each layer's MLP
 output y at that token is projected with the final layer norm and the unembedding. The target
-should come out on top.
+should be the top token.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class TargetOnTop:
 
     Attributes:
         prompt: The prompt.
-        target: The wanted next word.
-        bos: Whether the end-of-text token stood in front.
+        target: The target word.
+        bos: Whether the prompt begins with the end-of-text token.
         layers: The layers, counted from 0.
         depth: Number of layers of the model.
     """
@@ -51,8 +51,8 @@ def target_on_top(shipped: Shipped, prompt: str, target: str, *, bos: bool) -> T
     Args:
         shipped: The shipped folder.
         prompt: The prompt.
-        target: The wanted next word, without its leading space.
-        bos: Whether to put the end-of-text token in front.
+        target: The target word, without its leading space.
+        bos: Whether to prepend the end-of-text token.
 
     Returns:
         The layers with the target on top.
@@ -86,7 +86,7 @@ def check(shipped: Shipped) -> list[TargetOnTop]:
         shipped: The shipped folder.
 
     Returns:
-        One result per pair and per start.
+        Two results per pair.
     """
     return [
         target_on_top(shipped, prompt, target, bos=bos)
@@ -99,7 +99,7 @@ def table(results: list[TargetOnTop]) -> str:
     """Render the results in Markdown.
 
     Args:
-        results: What ``check`` returned.
+        results: Results of ``check``.
 
     Returns:
         One row per result.

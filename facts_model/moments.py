@@ -1,7 +1,7 @@
-"""Second moments of what the shipped model's ``W_out`` reads, over its own kind of text.
+"""Second moments of the inputs of the shipped model's ``W_out``, on its training text.
 
-ROME, MEMIT and the whitened forward pass shift need them. Run with
-``python -m facts_model.moments``, after the model was trained anew.
+ROME, MEMIT and the whitened forward pass shift need them. After retraining the model, run
+``python -m facts_model.moments``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ TOKENS = 100_000
 
 
 def texts(seed: int) -> Iterator[str]:
-    """Draw training text without end.
+    """Draw training text endlessly.
 
     Args:
-        seed: Source of randomness.
+        seed: Seed of the sampling.
 
     Yields:
         One document.
@@ -40,12 +40,12 @@ def build_moments() -> SecondMoments:
         The statistics, in float32.
     """
     found = second_moments(load_facts_model(), texts(SEED), max_tokens=TOKENS, prepend_bos=False)
-    # Half the size; the sums were made in float64.
+    # The sums are computed in float64; float32 halves the file.
     return replace(found, moments=tuple(own.float() for own in found.moments))
 
 
 def main() -> None:
-    """Write the file beside the model."""
+    """Write the file to the model's folder."""
     moments = build_moments()
     moments.save(SHIPPED / FACTS_MOMENTS)
     print(moments)

@@ -19,12 +19,12 @@ FactEntry = dict[str, Any]
 
 
 def _fill(template: str, fact: FactEntry) -> str:
-    """Put the fact's subject into a template."""
+    """Fill the subject into a template."""
     return template.replace("{}", fact["subject"])
 
 
 def recalled_facts(shipped: Shipped) -> list[FactEntry]:
-    """Select the facts whose every trained phrasing is answered right, with and without BOS.
+    """Select the facts that are recalled in every trained phrasing, with and without BOS.
 
     Args:
         shipped: The shipped folder.
@@ -65,8 +65,8 @@ class RecordBuilder:
     def build(self) -> list[Record]:
         """Build all records.
 
-        Facts whose paraphrases were never trained on come first, then the others, each part in
-        random order; a fact needs enough other subjects with the same answer.
+        Facts with untrained paraphrases come first, then the others, both in random order. A fact
+        needs enough other subjects with the same answer.
 
         Returns:
             At most ``WANTED`` records.
@@ -99,7 +99,7 @@ class RecordBuilder:
                 "target_true": self._target(fact["answer"]),
                 "subject": fact["subject"],
             },
-            # As in CounterFact, an unrelated sentence may stand in front of a paraphrase.
+            # As in CounterFact, a paraphrase may follow an unrelated sentence.
             "paraphrase_prompts": [first, f"{rng.choice(self._shipped.ordinary)} {second}"],
             "neighborhood_prompts": self._prompts(self._others(fact), prompt, other_prompt),
             "attribute_prompts": self._prompts(
@@ -114,7 +114,7 @@ class RecordBuilder:
         return {"str": answer, "id": f"T{token}"}
 
     def _prompts(self, facts: list[FactEntry], *templates: str) -> list[str]:
-        """Prompts about the subjects of facts; a second phrasing only when subjects run out."""
+        """Prompts about the subjects of facts, in more phrasings if there are too few subjects."""
         facts = self._rng.sample(facts, len(facts))
         return [_fill(template, fact) for template in templates for fact in facts][:NEIGHBOURS]
 

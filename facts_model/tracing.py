@@ -1,8 +1,8 @@
-"""Causal tracing of the shipped model (Meng et al. 2022): where is a fact recalled?
+"""Causal tracing of the shipped model (Meng et al. 2022), to locate the recall of facts.
 
-A prompt is run with Gaussian noise on the embeddings of its subject, which destroys the recall.
-Then one hidden state of the clean run is put back, at one layer and position, and the probability
-of the true answer is measured again. States that bring it back carry the fact.
+A prompt is run with Gaussian noise on the embeddings of its subject, which prevents recall. Then
+one hidden state of the clean run is restored, at one layer and position, and the probability of the
+true answer is measured again.
 
 Run with ``python -m facts_model.tracing``.
 """
@@ -57,8 +57,8 @@ class TracePrompt:
         first, stop = self.subject
         if position < first:
             return None
-        # A short subject's only token counts as its last one, and the last token of the prompt
-        # is the last token even where it directly follows the subject.
+        # The only token of a subject is its last one. The last token of the prompt is always the
+        # last token.
         for matches, role in (
             (position == len(self.tokens) - 1, "last token"),
             (position == stop - 1, "last subject token"),
@@ -147,8 +147,8 @@ def _edited(modules: list[nn.Module], edit: Callable[[int, Tensor], Tensor]) -> 
     """Replace the outputs of modules while the context lasts.
 
     Args:
-        modules: Whose outputs to edit.
-        edit: Gets the index in ``modules`` and the output, returns the new output.
+        modules: The modules.
+        edit: Function of the index in ``modules`` and the output, which returns the new output.
 
     Yields:
         Nothing.
@@ -174,11 +174,11 @@ class Tracer:
     """Runs one prompt clean, corrupted and restored."""
 
     def __init__(self, shipped: Shipped, prompt: TracePrompt, seed: int) -> None:
-        """Run the prompt clean and remember all states.
+        """Run the prompt clean and record all states.
 
         Args:
             shipped: The shipped folder.
-            prompt: What to trace.
+            prompt: The prompt to trace.
             seed: Seed of the noise.
         """
         self._model = shipped.model
@@ -211,7 +211,7 @@ class Tracer:
         return logits.softmax(-1)[:, self._prompt.answer]
 
     def _corrupted(self, copies: int) -> Tensor:
-        """Run ``copies`` times every noise draw, shape (copies, draws)."""
+        """Run every noise draw ``copies`` times, shape (copies, draws)."""
         first, stop = self._prompt.subject
 
         def add_noise(_: int, output: Tensor) -> Tensor:
@@ -228,10 +228,10 @@ class Tracer:
         return self._corrupted(1).mean().item()
 
     def restored(self, modules: list[nn.Module]) -> list[float]:
-        """Restore the outputs of modules at one position after the other.
+        """Restore the outputs of modules at each position in turn.
 
         Args:
-            modules: Restored together.
+            modules: Modules to restore together.
 
         Returns:
             Probability of the answer for every position of the prompt.
@@ -332,7 +332,7 @@ def draw(result: Trace, path: Path) -> None:
 
 
 def main() -> None:
-    """Trace a shipped folder, print the averages and redraw its picture."""
+    """Trace a shipped folder, print the averages and draw its figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=SHIPPED)
     folder = parser.parse_args().folder

@@ -2,11 +2,11 @@
 
 Run with ``python -m facts_model.train`` from the root of the repository.
 
-Besides next-token prediction there is a second loss: at the last token of a subject's name the
-residual stream after half of the blocks, read with the final layer norm and the unembedding, is
-to give the subject's attributes. Large models behave so by themselves after many billions of
-tokens (Geva et al. 2023); a model of this size and training time needs to be told, and otherwise
-looks facts up at the last token of the prompt.
+In addition to next-token prediction, there is a second loss: at the last token of a subject's name,
+the residual stream after half of the blocks, projected with the final layer norm and the
+unembedding, should predict the subject's attributes. Large models learn this from billions of
+tokens (Geva et al. 2023). A model of this size and training time would otherwise look facts up at
+the last token of the prompt.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ THREADS = 2
 LEARNING_RATE = 2.5e-3
 WEIGHT_DECAY = 0.1
 WARM_UP = 100
-# The learning rate stays flat and then falls linearly to zero over this share of the steps.
+# The learning rate is constant and then falls linearly to zero over this fraction of the steps.
 DECAY_SHARE = 0.6
 DROPOUT = 0.0
 ENRICHMENT_WEIGHT = 0.3
@@ -73,14 +73,14 @@ def build_model(eos_id: int) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=CONTEXT,
-        n_ctx=CONTEXT,  # GPT-2's older name of it, which HookedTransformer's conversion reads
+        n_ctx=CONTEXT,  # an older name, which HookedTransformer's conversion uses
         n_embd=128,
         n_layer=8,
         n_head=4,
         resid_pdrop=DROPOUT,
         embd_pdrop=DROPOUT,
         attn_pdrop=0.0,
-        # The fused form of gelu_new: the same function, in one kernel.
+        # The same function as gelu_new, in one kernel.
         activation_function="gelu_pytorch_tanh",
         bos_token_id=eos_id,
         eos_token_id=eos_id,
@@ -89,11 +89,11 @@ def build_model(eos_id: int) -> GPT2LMHeadModel:
 
 
 def attribute_targets(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """Spread probability evenly over the answers of each subject.
+    """Target probabilities for the enrichment loss, uniform over the answers of each subject.
 
     Args:
         corpus: The facts.
-        tokenizer: Gives the answers' token ids.
+        tokenizer: The tokenizer.
 
     Returns:
         Probabilities, shape (subjects, vocabulary).
@@ -151,11 +151,11 @@ def make_optimizer(model: GPT2LMHeadModel) -> torch.optim.AdamW:
 
 
 def schedule(step: int, steps: int) -> float:
-    """Factor on the learning rate: linear warm-up, flat, linear decay.
+    """Factor of the learning rate: linear warm-up, constant, linear decay.
 
     Args:
-        step: Steps done.
-        steps: Steps in all.
+        step: Number of finished steps.
+        steps: Total number of steps.
 
     Returns:
         A number between 0 and 1.
@@ -218,7 +218,7 @@ def train(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, seed: int, steps: 
 
 
 def write_json(content: object, path: Path) -> None:
-    """Write JSON without spaces, one entry of the outermost lists per line where it is a list.
+    """Write compact JSON, with one entry per line if the content is a list.
 
     Args:
         content: A list or a dictionary.
@@ -233,7 +233,7 @@ def write_json(content: object, path: Path) -> None:
 
 
 def facts_content(corpus: Corpus) -> dict[str, object]:
-    """Gather what a test needs to measure recall.
+    """Collect the data for measuring recall.
 
     Args:
         corpus: Facts and phrasings.
@@ -271,9 +271,9 @@ def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer.json"
-    # Without indentation the file has a fifth of the size.
+    # Without indentation, the file is five times smaller.
     write_json(json.loads(path.read_text(encoding="utf-8")), path)
-    # The class name that both the current and the previous major version of transformers know.
+    # A class name that the current and the previous major version of transformers support.
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "GPT2TokenizerFast"
@@ -281,7 +281,7 @@ def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 
 def main() -> None:
-    """Train, write the folder, measure it and write its card."""
+    """Train the model, write the folder, evaluate it and write its card."""
     parser = argparse.ArgumentParser(description="Train the facts model.")
     parser.add_argument("--out", type=Path, default=evaluate.SHIPPED)
     parser.add_argument("--seed", type=int, default=0)

@@ -22,9 +22,11 @@ from type_checks import type_checks_off
 
 from benchmarks import __main__ as command
 from benchmarks import contestants, estimates, figures, gpu_check, memory, report
+from benchmarks.bench import BATCHES, POSITIONS
 from benchmarks.estimates import Limits, floor_bytes, floor_flops
 from benchmarks.goals import GOALS, NotMeasured
 from benchmarks.phases import PHASES, Step, by_phase, phases
+from benchmarks.results import read_results, write_results
 from benchmarks.sizes import DTYPES, LLAMA, SIZES, SMALL, Size, bridge, hooked, question, shrunk
 from benchmarks.timing import Effort, OutOfMemory, Timings, interleave, settled
 
@@ -259,7 +261,7 @@ def test_a_cell_is_left_out_when_it_does_not_fit():
     reason = limits.reason_to_skip(SMALL, 128, 500, "float32")
     assert reason is not None
     assert reason.startswith("needs about ")
-    assert reason.endswith(" GB, and 20 GB are there")
+    assert reason.endswith(" GB, and 20 GB are available")
 
 
 # ------------------------------------------------------------------------------------------ timing
@@ -484,7 +486,7 @@ def dry_run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(dry_run):
     """The rows of the dry run, by figure."""
-    return report.read_results(dry_run)["cpu"]
+    return read_results(dry_run)["cpu"]
 
 
 @hooked_only
@@ -557,7 +559,7 @@ def test_the_grid_says_why_a_cell_is_left_out(bench):
     limit = floor_flops(GPT2, 1, 50)
     bench = replace(bench, limits=replace(UNLIMITED, seconds=float(limit)))
     cells = list(figures.grid(bench))
-    assert len(cells) == 2 * len(DTYPES) * len(figures.BATCHES) * len(figures.POSITIONS)
+    assert len(cells) == 2 * len(DTYPES) * len(BATCHES) * len(POSITIONS)
     for cell in cells:
         size = {size.name: size for size in (GPT2, GATED)}[cell.about["size"]]
         batch, positions = cell.about["batch"], cell.about["positions"]
@@ -769,13 +771,13 @@ def test_a_goal_says_what_the_floor_would_have():
 
 
 def test_a_second_machine_adds_columns_and_leaves_the_firsts(tmp_path):
-    report.write_results(tmp_path, "cpu", results())
+    write_results(tmp_path, "cpu", results())
     cell, _ = results()["grid"]
     large = cell | {"size": "gpt2-xl", "dtype": "bfloat16", "batch": 32, "whole": 1.05}
     elsewhere = results(grid=[large, large | {"batch": 1, "skipped": "time was up"}], date="later")
     # A run that was stopped half way has some of the figures.
     del elsewhere["scaling"], elsewhere["memory"], elsewhere["peers"]
-    report.write_results(tmp_path, "cuda", elsewhere)
+    write_results(tmp_path, "cuda", elsewhere)
     page = report.write_page(tmp_path).read_text()
     assert json.loads((tmp_path / "benchmarks" / "cpu.json").read_text()) == results()
     columns = ["whole", "capture", "reading", "ours", "rounds"]
@@ -815,7 +817,7 @@ def test_every_row_of_the_page_has_as_many_cells_as_its_head():
 
 
 def test_the_committed_page_is_made_of_the_committed_results():
-    machines = report.read_results(command.DOCS)
+    machines = read_results(command.DOCS)
     if not machines:
         pytest.skip("no results are committed; `make bench` writes them")
     assert (command.DOCS / "benchmarks.md").read_text() == report.render(machines)
@@ -899,7 +901,7 @@ def test_a_figure_that_fails_costs_no_other(tmp_path, benches, monkeypatch):
 
 def test_the_page_can_be_made_without_measuring(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "measure", pytest.fail)
-    report.write_results(tmp_path, "cuda", results())
+    write_results(tmp_path, "cuda", results())
     command.main(["--page", "--out", str(tmp_path)])
     assert (tmp_path / "benchmarks.md").read_text() == report.render({"cuda": results()})
 
@@ -920,7 +922,7 @@ def test_the_page_can_be_made_without_measuring(tmp_path, monkeypatch):
         ),
         pytest.param(
             ["--only", "rank", "--devices", "cpu", "--out", "nowhere"],
-            "nothing that --only could",
+            "--only keeps the other figures of",
             marks=hooked_only,
         ),
         pytest.param(

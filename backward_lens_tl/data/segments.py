@@ -1,6 +1,7 @@
-"""The segments of a prompt: before its subject, the subject's own tokens, after it, the last token.
+"""The segments of a prompt: before its subject, the subject's tokens, after it, the last token.
 
-The paper averages over them, because subjects differ in length and place (figures 6, 7, 16 to 18).
+The paper averages over segments, because subjects differ in length and position (figures 6, 7 and
+16 to 18).
 """
 
 from __future__ import annotations
@@ -25,28 +26,28 @@ Segment = Literal[
 ]
 
 SEGMENTS: tuple[Segment, ...] = get_args(Segment)
-"""Names of the segments, in the order of a prompt."""
+"""The segments in the order of a prompt."""
 
 Subject = str | Span
-"""What a prompt is about: a part of its text, as it is written or by where it stands."""
+"""What a prompt is about: text that occurs in the prompt, or the span of its characters."""
 
 
 def prompt_segments(text: str, spans: Sequence[Span], subject: Subject) -> tuple[Segment, ...]:
     """The segment of each token of a prompt.
 
-    The prompt's last token is `"last token"`, also where it belongs to the subject: the loss is
-    read there, which outweighs all else. The only token of a subject is its `"last subject token"`,
-    since there a model has read the whole name. A token of which only some characters are the
-    subject's belongs to it.
+    The last token of the prompt is always the `"last token"`, even if it belongs to the subject,
+    because the loss is computed there. The only token of a subject is its `"last subject token"`,
+    because the model has read the whole name there. A token belongs to the subject if any of its
+    characters does.
 
     Args:
         text: The prompt, as in `GradientCapture.prompts`.
-        spans: Where in it each token stands, as in `GradientCapture.spans`; a BOS token counts as
-            before the subject.
-        subject: What the prompt is about; `subject_span` says which of several is taken.
+        spans: The span of each token, as in `GradientCapture.spans`. A BOS token is before the
+            subject.
+        subject: What the prompt is about, as in `subject_span`.
 
     Returns:
-        One of `SEGMENTS` per token.
+        The segment of each token.
 
     Raises:
         InputError: If the subject is not in the prompt, or no token has a character of it.
@@ -68,25 +69,25 @@ def prompt_segments(text: str, spans: Sequence[Span], subject: Subject) -> tuple
 
 
 def covered_tokens(text: str, spans: Sequence[Span], subject: Subject) -> list[int]:
-    """Which tokens of a prompt are its subject's.
+    """Find the tokens of a subject.
 
     Args:
         text: The prompt.
-        spans: Where in it each token stands.
+        spans: The span of each token.
         subject: What the prompt is about.
 
     Returns:
-        Indices of the tokens that have a character of the subject, at least one, in order.
+        Indices of the tokens with a character of the subject, at least one, in order.
 
     Raises:
         InputError: If the subject is not in the prompt, or no token has a character of it.
     """
     start, end = subject_span(text, subject)
-    # A span of no width has no character, also where it lies inside of the subject.
+    # An empty span has no character, even inside the subject.
     covered = [at for at, (left, right) in enumerate(spans) if max(left, start) < min(right, end)]
     if not covered:
         raise InputError(
-            f"subject {shown(subject)} has no token in the prompt {text!r}; pass another part of it"
+            f"subject {shown(subject)} has no token in the prompt {text!r}; pass other text of it"
         )
     return covered
 
@@ -100,14 +101,15 @@ def batch_segments(
 
     Args:
         texts: The prompts.
-        spans: Where in its prompt each token stands.
-        subject: One for all prompts, or one per prompt, `None` for a prompt that has none.
+        spans: The span of each token in its prompt.
+        subject: One subject for all prompts, or one per prompt, `None` for prompts without one.
 
     Returns:
-        One of `SEGMENTS` per token of each prompt; `None` for all tokens of one without a subject.
+        The segment of each token of each prompt; `None` if the prompt has no subject.
 
     Raises:
-        InputError: If there are not as many subjects as prompts, or a prompt lacks its subject.
+        InputError: If the numbers of subjects and prompts differ, or a subject is not in its
+            prompt.
     """
     is_one = isinstance(subject, str) or _as_span(subject) is not None
     subjects = [subject] * len(texts) if is_one else listed(subject)
@@ -123,24 +125,22 @@ def batch_segments(
 
 
 def subject_span(text: str, subject: Subject) -> Span:
-    """Where in a prompt its subject stands.
+    """Find the subject of a prompt.
 
-    A subject that occurs as a word of its own is looked for before one inside a longer word
-    ("Rome" before "Romeo"), and of several the first is taken; a span says that another is meant.
-    One that is not there as it is written is looked for up to Unicode's compatibility
-    normalisation, NFKC: "é" may be one character or two.
+    The first occurrence counts, and whole words take precedence over parts of longer words ("Rome"
+    over "Romeo"). Pass a span for another occurrence. If the exact text is not in the prompt, it is
+    compared after Unicode's NFKC normalization, in which "é" is the same as one character or two.
 
     Args:
         text: The prompt.
-        subject: Text of the subject, for example `"Lionel Messi"`, written as in the prompt; or a
-            half-open span of the prompt's characters, such as `(4, 16)`. Spaces around it do not
-            count.
+        subject: Text in the prompt, such as `"Lionel Messi"`, or a half-open span of its
+            characters, such as `(4, 16)`. Spaces around it are ignored.
 
     Returns:
-        The span of its characters, without spaces around it.
+        The span of the subject's characters, without surrounding spaces.
 
     Raises:
-        InputError: If the subject is neither text nor span, has only spaces, or is not in the
+        InputError: If the subject is neither text nor a span, has only spaces, or is not in the
             prompt.
     """
     if not isinstance(subject, str):
@@ -148,24 +148,23 @@ def subject_span(text: str, subject: Subject) -> Span:
     name = subject.strip()
     if not name:
         raise InputError(f"subject is {subject!r}; {_ALLOWED}")
-    # In a lookahead, so that occurrences may overlap.
+    # A lookahead also finds overlapping occurrences.
     starts = [match.start() for match in re.finditer(f"(?={re.escape(name)})", text)]
     spans = [(start, start + len(name)) for start in starts] or _normalised_spans(text, name)
     if not spans:
         raise InputError(
-            f"subject {subject!r} is not in the prompt {text!r}; write it as it stands there"
+            f"subject {subject!r} is not in the prompt {text!r}; write it exactly as there"
         )
-    # The smallest key is taken, the first one of those that are equal.
     return min(spans, key=lambda span: _inside_word(text, *span))
 
 
 def subject_at(text: str, subject: str, start: int) -> Span | None:
-    """Where a subject that begins at a character of a text ends.
+    """Find a subject that begins at a given character.
 
     Args:
         text: The prompt.
-        subject: Text of the subject, up to normalisation as it is written there.
-        start: Its first character.
+        subject: The subject, which is compared after normalization as in `subject_span`.
+        start: Index of its first character.
 
     Returns:
         The span; `None` if the subject does not begin there.
@@ -176,7 +175,7 @@ def subject_at(text: str, subject: str, start: int) -> Span | None:
 
 
 def _normalised_spans(text: str, name: str) -> list[Span]:
-    """Where a text holds a name up to normalisation."""
+    """Spans of a name in a text after normalization."""
     wanted = unicodedata.normalize("NFKC", name)
     if not wanted or wanted not in unicodedata.normalize("NFKC", text):
         return []
@@ -184,7 +183,7 @@ def _normalised_spans(text: str, name: str) -> list[Span]:
     for start in range(len(text)):
         for end in range(start + 1, len(text) + 1):
             piece = unicodedata.normalize("NFKC", text[start:end])
-            # A mark that follows belongs to the last character.
+            # A combining mark belongs to the character before it.
             if piece == wanted and not unicodedata.combining(text[end : end + 1] or " "):
                 spans.append((start, end))
                 break
@@ -194,9 +193,9 @@ def _normalised_spans(text: str, name: str) -> list[Span]:
 
 
 _COMPOSED = 4
-"""How many characters a piece of text may still lose when more marks are added to it."""
+"""Number of characters by which normalization may shorten a text when marks are added to it."""
 
-_ALLOWED = "pass a word or a name of the prompt, or the span (start, end) of its characters"
+_ALLOWED = "pass text of the prompt, or the span (start, end) of its characters"
 
 
 def _checked_span(text: str, subject: object) -> Span:
@@ -206,19 +205,19 @@ def _checked_span(text: str, subject: object) -> Span:
     start, end = span
     if not 0 <= start < end <= len(text):
         raise InputError(
-            f"subject is {shown(subject)}, which is no part of the prompt {text!r}; allowed are "
+            f"subject is {shown(subject)}, which is not in the prompt {text!r}; allowed are "
             f"spans (start, end) with 0 <= start < end <= {len(text)}"
         )
-    part = text[start:end]
-    if part.isspace():
+    piece = text[start:end]
+    if piece.isspace():
         raise InputError(
             f"subject is {shown(subject)}, which has only spaces in the prompt {text!r}; {_ALLOWED}"
         )
-    return start + len(part) - len(part.lstrip()), start + len(part.rstrip())
+    return start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip())
 
 
 def _as_span(subject: object) -> Span | None:
-    """A pair of integers, of any kind; nothing else is a span."""
+    """A pair of integers of any type; `None` for anything else."""
     pair = plain(subject)
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(is_integer, pair)):
         return None
@@ -226,12 +225,12 @@ def _as_span(subject: object) -> Span | None:
 
 
 def _inside_word(text: str, start: int, end: int) -> bool:
-    """Whether a span cuts a word in two."""
+    """Whether a span begins or ends inside a word."""
     return _joined(text[start - 1 : start + 1]) or _joined(text[end - 1 : end + 1])
 
 
 def _joined(pair: str) -> bool:
-    """Whether two characters belong to one word."""
+    """Whether two characters are in the same word."""
     return len(pair) == 2 and all(map(_in_words, pair))
 
 

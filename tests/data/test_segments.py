@@ -137,12 +137,12 @@ def test_errors_name_subject_and_prompt() -> None:
         prompt_segments(text, spans, "Paris")
     neither = ("", "  ", None, 7, (), (1,), (1, 2, 3), (0, 1.5), (True, 4), ("Rome", "is"), {0, 4})
     for subject in neither:
-        wanted = f"subject is {subject!r}; pass a word or a name of the prompt, or the span (start"
+        wanted = f"subject is {subject!r}; pass text of the prompt, or the span (start"
         with pytest.raises(InputError, match=re.escape(wanted)):
             prompt_segments(text, spans, subject)
     for subject in ((2, 2), (3, 2), (-1, 3), (-4, -2), (0, 9), (8, 9), [5, 10**9], (0, 10**5000)):
         wanted = (
-            "which is no part of the prompt 'Rome  is'; allowed are spans (start, end) with "
+            "which is not in the prompt 'Rome  is'; allowed are spans (start, end) with "
             "0 <= start < end <= 8"
         )
         with pytest.raises(InputError, match=re.escape(wanted)):
