@@ -89,7 +89,7 @@ def _efficacy(measured: pd.DataFrame) -> Check:
     return Check(
         "with the forward pass shift, the target is the model's answer in at least "
         f"{_SUCCESSFUL:.0f} % of the records",
-        efficacy["shift"] >= _SUCCESSFUL,
+        bool(efficacy["shift"] >= _SUCCESSFUL),
         listed_values(efficacy.drop(NONE).items(), unit=" %"),
     )
 
@@ -101,19 +101,18 @@ def _fluency(measured: pd.DataFrame) -> Check:
     return Check(
         "its edits keep 99 % of the n-gram entropy of generations, and perplexity grows by less "
         "than 1 %",
-        kept >= 1 - _HARMLESS and growth < _HARMLESS,
+        bool(kept >= 1 - _HARMLESS and growth < _HARMLESS),
         f"{100 * kept:.1f} % of the entropy; perplexity {perplexity[NONE]:.3f} before, "
         f"{perplexity['shift']:.3f} after",
     )
 
 
 def _neighborhood(measured: pd.DataFrame) -> Check:
-    own = _percentages(measured["neighborhood"], ("shift", "rome", "memit"))
+    own = measured["neighborhood"]
     return Check(
         "it preserves fewer neighborhood prompts than ROME and MEMIT",
-        measured.loc["shift", "neighborhood"]
-        < min(measured.loc[["rome", "memit"], "neighborhood"]),
-        own,
+        bool(own["shift"] < min(own["rome"], own["memit"])),
+        _percentages(own, ("shift", "rome", "memit")),
     )
 
 
@@ -121,7 +120,7 @@ def _paraphrase(measured: pd.DataFrame) -> Check:
     own = measured["paraphrase"]
     return Check(
         "it generalizes to more paraphrases than fine-tuning the first MLP, and to fewer than ROME",
-        own["ft_first"] < own["shift"] < own["rome"],
+        bool(own["ft_first"] < own["shift"] < own["rome"]),
         _percentages(own, ("ft_first", "shift", "rome")),
     )
 

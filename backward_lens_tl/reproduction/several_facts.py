@@ -88,7 +88,7 @@ def _checks(table: pd.DataFrame) -> tuple[Check, ...]:
         Check(
             f"{size} facts at once are edited with an efficacy of at least {_SUCCESSFUL:.0f} %, if "
             "each fact gets its own size",
-            iterated[size] >= _SUCCESSFUL,
+            bool(iterated[size] >= _SUCCESSFUL),
             listed_values(largest["efficacy"].items(), unit=" %"),
         ),
         Check(
@@ -101,7 +101,7 @@ def _checks(table: pd.DataFrame) -> tuple[Check, ...]:
         ),
         Check(
             f"with {size} facts, MEMIT preserves more neighborhood prompts than the whitened shift",
-            neighborhood[_MEMIT] > neighborhood[_WHITENED],
+            bool(neighborhood[_MEMIT] > neighborhood[_WHITENED]),
             listed_values(neighborhood.items(), unit=" %"),
         ),
     )
