@@ -144,7 +144,7 @@ def by_layer(kind, read):
 
 
 at_corrupt, at_clean = corrupt.capture.hook_gradients, clean.capture.hook_gradients
-change = corrupt.attribution(clean)
+change = corrupt.capture.attribution(clean.capture)
 attributed = {kind: by_layer(kind, lambda name: change[name][0] / gap) for kind in kinds}
 norm = {kind: by_layer(kind, lambda name: at_corrupt[name].vjp[0].norm(dim=-1)) for kind in kinds}
 step = {
@@ -379,6 +379,6 @@ after
 # - More figures and tables: [Looking at a result](../docs/looking.md).
 #
 # **Exercise.** Reverse the roles: capture the *clean* prompt with `blt.target_nll(" Paris")`, and use
-# `clean.attribution(corrupt)` to find the activation of the corrupt run that would raise the loss most, in nats.
+# `clean.capture.attribution(corrupt.capture)` to find the activation of the corrupt run that would raise the loss most, in nats.
 # Then run that patch and look at the loss. Before you do, estimate the factor by which the two will differ; the
 # last table tells you why.
