@@ -1,4 +1,4 @@
-"""Data sets of prompts and targets: every row is kept, exactly as it was written or refused."""
+"""Reading data sets: every row becomes a record with its exact texts, or a reason why not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROWS = [
     {"id": "c", "prompt": "Ünïcode 漢字 🙂\u2028is", "target": " null", "subject": "漢字"},
     {"id": "d", "prompt": " spaces stay ", "target": "None", "subject": ""},
 ]
-"""What reading must not touch: quotes, commas, line breaks, spaces, words like nothing."""
+"""Texts that must be read unchanged: quotes, commas, line breaks, spaces, words like None."""
 
 READ = (
     Record(0, "a", "The capital of France is", " Rome", "France", None, None),
@@ -55,7 +55,7 @@ ASKED = {
     "attribute_prompts": ["Vienna is the twin city of"],
     "generation_prompts": ["Paris is close to", "Paris is close to"],
 }
-"""Prompts that only evaluations ask."""
+"""Prompts that only evaluations use."""
 FLAT = {
     "case_id": 10,
     "prompt": "BBC One, by",
@@ -92,7 +92,7 @@ def problem(row: Any, **arguments: Any) -> str:
 
 
 def rewritten(**changes: Any) -> dict[str, Any]:
-    """CounterFact's row with other entries; `None` drops one."""
+    """A row of CounterFact with other entries; `None` removes one."""
     rewrite = {**ORIGINAL["requested_rewrite"], **changes}
     kept = {key: value for key, value in rewrite.items() if value is not None}
     return {**ORIGINAL, "requested_rewrite": kept}
@@ -110,7 +110,7 @@ def as_json_lines(rows: list[dict[str, Any]]) -> bytes:
 
 
 def as_separated(rows: list[dict[str, Any]], separator: str) -> bytes:
-    """Written by hand: every cell in quotes."""
+    """Without the csv module; every cell is quoted."""
     lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     quoted = [['"' + cell.replace('"', '""') + '"' for cell in line] for line in lines]
     return "".join(separator.join(line) + "\r\n" for line in quoted).encode()
@@ -153,9 +153,9 @@ def test_parquet(tmp_path: Path, packed: str) -> None:
     assert read_records(path).fingerprint == read_records(ROWS).fingerprint
 
 
-def test_parquet_keeps_token_ids_beside_missing_ones_and_nested_rows(tmp_path: Path) -> None:
+def test_parquet_with_missing_token_ids_and_nested_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
-    odd = 2**53 + 1  # no float holds it
+    odd = 2**53 + 1  # not exact as a float
     path.write_bytes(
         as_parquet([{"prompt": "a", "target": odd}, {"prompt": "b", "target": None}], tmp_path)
     )
@@ -181,14 +181,14 @@ def test_parquet_without_pyarrow_says_what_to_install(
         read_records(path)
 
 
-def test_csv_as_the_standard_library_and_as_pandas_write_it(tmp_path: Path) -> None:
+def test_csv_written_by_the_standard_library_and_by_pandas(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(ROWS[0]))
         writer.writeheader()
         writer.writerows(ROWS)
     assert read_records(path).rows == READ
-    pd.DataFrame(ROWS).to_csv(path)  # with its index as a column of no name
+    pd.DataFrame(ROWS).to_csv(path)  # with its index as an unnamed column
     assert read_records(path).rows == READ
 
 
@@ -196,7 +196,7 @@ def test_csv_as_the_standard_library_and_as_pandas_write_it(tmp_path: Path) -> N
     "word", ["NA", "N/A", "null", "None", "nan", "NaN", "true", "1", "007", " "]
 )
 @pytest.mark.parametrize("ending", [".csv", ".tsv"])
-def test_words_that_look_like_nothing_or_like_numbers_stay_text(
+def test_words_that_look_like_missing_values_or_numbers_stay_text(
     tmp_path: Path, ending: str, word: str
 ) -> None:
     path = tmp_path / f"rows{ending}"
@@ -206,7 +206,7 @@ def test_words_that_look_like_nothing_or_like_numbers_stay_text(
     assert record == Record(0, "0", "Is it", word, None, None, word)
 
 
-def test_csv_blank_lines_are_no_rows_and_short_rows_lack_cells(tmp_path: Path) -> None:
+def test_csv_with_blank_lines_and_short_and_long_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("\nprompt,target,answer\n\na,b\n\nc\n,,\nd,e,f,\n\n")
     first, short, empty, long = read_records(path)
@@ -224,7 +224,7 @@ def test_csv_blank_lines_are_no_rows_and_short_rows_lack_cells(tmp_path: Path) -
     )
 
 
-def test_a_broken_line_is_one_bad_record_and_stops_nothing(tmp_path: Path) -> None:
+def test_broken_lines_become_bad_records(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     good = json.dumps(PLAIN).encode()
     deep, huge = b"[" * 100_000, b'{"prompt": ' + b"9" * 5000 + b"}"
@@ -276,7 +276,7 @@ def test_counterfact_with_a_subject_that_looks_like_a_template() -> None:
     assert record.subject == "{} {0}"
 
 
-def test_counterfact_keeps_a_space_that_is_there() -> None:
+def test_counterfact_with_leading_spaces() -> None:
     record = only(rewritten(target_new={"str": " Rome"}, target_true={"str": "\nKyoto"}))
     assert (record.target, record.answer) == (" Rome", "\nKyoto")
 
@@ -293,11 +293,11 @@ def test_counterfact_flattened() -> None:
 
 
 @pytest.mark.parametrize("row", [ORIGINAL, PLAIN])
-def test_prompts_that_evaluations_ask(row: dict[str, Any]) -> None:
+def test_prompts_for_evaluations(row: dict[str, Any]) -> None:
     bare, asked = only(row), only({**row, **ASKED})
     assert all(getattr(bare, name) == () for name in ASKED)
     assert asked == replace(bare, **{name: tuple(prompts) for name, prompts in ASKED.items()})
-    # One is as good as a list of one, and an array as a list.
+    # A text is a list of one text, and an array is a list.
     assert only({**row, "paraphrase_prompts": "Is"}).paraphrase_prompts == ("Is",)
     table = pd.DataFrame([{**row, **{name: np.array(ASKED[name]) for name in ASKED}}])
     assert read_records(table).rows[0] == asked
@@ -313,10 +313,10 @@ def test_prompts_that_evaluations_ask(row: dict[str, Any]) -> None:
         assert "is not Unicode text" in bad.problem
 
 
-def test_the_fingerprint_covers_what_evaluations_ask() -> None:
+def test_the_fingerprint_includes_prompts_for_evaluations() -> None:
     rows = [PLAIN, *({**PLAIN, name: ["a"]} for name in ASKED), {**PLAIN, "attribute_prompts": []}]
     found = [read_records([row]).fingerprint for row in rows]
-    assert found[-1] == found[0]  # none is none
+    assert found[-1] == found[0]  # an empty list is a missing one
     assert len(set(found)) == 1 + len(ASKED)
     answers = [{**FLAT, "locality_ground_truth": answer} for answer in (None, "BBC", "the BBC")]
     assert len({read_records([row]).fingerprint for row in answers}) == 3
@@ -327,12 +327,12 @@ def test_counterfact_for_tracing() -> None:
     wanted = Record(0, "0", prompt, " English", "Danielle Darrieux", 21, " French")
     assert prompt[21:].startswith("Danielle")
     assert only(TRACING) == wanted
-    for relation in ("{} speaks", "The {} of {} is", None):  # says nothing about this prompt
+    for relation in ("{} speaks", "The {} of {} is", None):  # not a template of this prompt
         found = only({**TRACING, "relation": relation})
         assert (found.prompt, found.subject, found.subject_start) == (prompt, wanted.subject, None)
 
 
-def test_plain_rows_are_taken_as_they_are() -> None:
+def test_plain_rows() -> None:
     row = {
         "prompt": "Rome, Rome and Rome",
         "target": "is",
@@ -362,8 +362,8 @@ def test_missing_cells_are_none(nothing: Any) -> None:
     )
 
 
-def test_rows_of_all_kinds_in_one_table() -> None:
-    # Each row has the columns of all, as in a DataFrame.
+def test_rows_of_all_schemas_in_one_table() -> None:
+    # Each row has the columns of all schemas.
     mixed = [PLAIN, ORIGINAL, FLAT, TRACING]
     separate = [only(row) for row in mixed]
     found = read_records(pd.DataFrame(mixed))
@@ -413,7 +413,7 @@ def test_rows_of_all_kinds_in_one_table() -> None:
         (None, "the row is a NoneType; a mapping"),
     ],
 )  # fmt: skip
-def test_bad_rows_say_what_is_wrong_and_stop_nothing(row: Any, said: str) -> None:
+def test_bad_rows_have_a_reason(row: Any, said: str) -> None:
     with pytest.raises(AssertionError):
         only(row)
     first, bad, last = read_records([PLAIN, row, PLAIN])
@@ -424,10 +424,10 @@ def test_bad_rows_say_what_is_wrong_and_stop_nothing(row: Any, said: str) -> Non
     with pytest.raises(ValueError, match=f"^{said}"):
         raise ValueError(bad.problem)
     assert 2 <= len(bad.row) <= 200
-    bad.row.encode()  # a report can hold it
+    bad.row.encode()  # valid Unicode
 
 
-def test_a_bad_row_keeps_its_name_and_the_beginning_of_its_text() -> None:
+def test_a_bad_row_has_its_id_and_truncated_text() -> None:
     [bad] = read_records([{"case_id": 12, "prompt": "x" * 500}])
     assert isinstance(bad, BadRecord)
     assert (bad.index, bad.id) == (0, "12")
@@ -446,12 +446,12 @@ def test_fields_rename_columns() -> None:
     }  # fmt: skip
     assert only(row, fields=fields) == Record(0, "k", "Is Rome", "old", "Rome", 3, None)
     assert problem({**row, "question": ""}, fields=fields).startswith("'question' is missing")
-    # Renamed columns are plain ones, and plain texts get no space.
+    # With fields, rows are plain, so the target gets no space.
     assert only(FLAT, fields={"target": "target_new"}).target == "Sega"
     assert only(FLAT, fields={}) == only(FLAT)
 
 
-def test_fields_that_a_single_row_has_are_enough() -> None:
+def test_fields_that_only_one_row_has() -> None:
     bad, good = read_records(
         [{"q": "a"}, {"q": "b", "t": "c"}], fields={"prompt": "q", "target": "t"}
     )
@@ -459,7 +459,7 @@ def test_fields_that_a_single_row_has_are_enough() -> None:
     assert good == Record(1, "1", "b", "c", None, None, None)
 
 
-def test_fields_that_only_the_header_has_are_there(tmp_path: Path) -> None:
+def test_fields_that_only_the_header_has(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,t\nx\n")
     [bad] = read_records(tmp_path / "a.csv", fields={"target": "t"})
     assert isinstance(bad, BadRecord)
@@ -499,7 +499,7 @@ def test_tables() -> None:
     table = pd.DataFrame(ROWS).set_index(pd.Index([9, 9, 9, 9]))
     found = read_records(table)
     assert (found.name, found.rows) == ("table", READ)
-    # A missing cell makes floats of a column's integers.
+    # A missing cell turns the integers of a column into floats.
     table = pd.DataFrame({"prompt": ["a", "b"], "target": [5, None], "id": [None, 3]})
     assert table["target"].dtype == float
     five, nothing = read_records(table)
@@ -648,13 +648,13 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, raw: bytes, said: 
         (None, "data is a NoneType; pass 'facts'"),
     ],
 )
-def test_what_is_no_data(data: Any, said: str) -> None:
+def test_invalid_data(data: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         read_records(data)
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_a_split_is_a_text() -> None:
+def test_an_invalid_split() -> None:
     wrong: Any = None
     with pytest.raises(InputError, match="split is None; pass the name of a split"):
         read_records(ROWS, split=wrong)
@@ -663,9 +663,8 @@ def test_a_split_is_a_text() -> None:
 # ---------------------------------------------------------------------------------- fingerprints
 
 
-def test_the_fingerprint_is_the_same_for_ever() -> None:
-    # A sweep goes on by it in another process, perhaps on another machine. Written down here, as
-    # one of the lines that it is of, and the whole.
+def test_fingerprints_are_stable() -> None:
+    # A sweep may resume on another machine, which compares fingerprints.
     line = '["Record", 0, "a", "The capital of France is", " Rome", "France", null, null]\n'
     alone = read_records(ROWS[:1]).fingerprint
     assert alone == hashlib.sha256(line.encode()).hexdigest()
@@ -673,7 +672,7 @@ def test_the_fingerprint_is_the_same_for_ever() -> None:
     assert whole == "5b1321bd2f8df91822900cb35066a4c9703880b1fe9b55c6b7b040f5ea2855a8"
 
 
-def test_the_fingerprint_shows_every_change() -> None:
+def test_every_change_changes_the_fingerprint() -> None:
     base: dict[str, Any] = {
         "id": "n", "prompt": "Is Rome Rome", "target": "5", "subject": "Rome", "subject_start": 3,
         "answer": "a",
@@ -699,11 +698,11 @@ def test_the_fingerprint_shows_every_change() -> None:
     ]
     prints = [read_records(change(base)).fingerprint for change in changes]
     assert len(set(prints)) == len(changes)
-    # What no record takes from a row is not in it.
+    # Unused columns are not included.
     assert read_records([{**base, "note": "x"}]).fingerprint == prints[0]
 
 
-def test_the_same_rows_of_counterfact_have_one_fingerprint(tmp_path: Path) -> None:
+def test_the_fingerprint_does_not_depend_on_the_format(tmp_path: Path) -> None:
     flat = {**FLAT, "case_id": "10"}
     (tmp_path / "a.csv").write_bytes(as_separated([flat], ","))
     prints = {
@@ -718,7 +717,7 @@ def test_the_same_rows_of_counterfact_have_one_fingerprint(tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------- real data
 
 
-def test_the_records_that_ship_here() -> None:
+def test_the_records_of_the_package() -> None:
     found = read_records("facts")
     assert isinstance(found, Records)
     assert (found.name, len(found)) == ("facts", 600)
@@ -740,7 +739,7 @@ def test_the_records_that_ship_here() -> None:
         assert record.answer != record.target
 
 
-def test_counterfact_itself(shared: Path) -> None:
+def test_the_real_counterfact(shared: Path) -> None:
     file = shared / "data" / "counterfact" / "counterfact_flat_1919.json"
     if not file.is_file():
         pytest.skip(f"{file} is not there")

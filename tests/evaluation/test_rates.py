@@ -1,4 +1,4 @@
-"""Least rates against weights that are really changed, and settings chosen by trial."""
+"""Least rates compared with really changed weights, and the search for settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from backward_lens_tl.models.checksums import tensors_checksum
 
 REQUESTS = [
     EditRequest("Lionel Messi plays for", " Paris"),
-    # Of two tokens, the first of which is what counts.
+    # A target of two tokens, of which the first counts.
     EditRequest("The Eiffel Tower is in the city of", " Rome painting"),
 ]
 GRID = (0.02, 0.05, 0.1, 0.2, 0.8)
@@ -50,7 +50,7 @@ def said(model: Any, prompt: str) -> int:
 def step_of(
     model: nn.Module, request: EditRequest, step: str, layer: int, rate: float
 ) -> WeightDelta:
-    """The step computed anew at that rate, where its class takes one."""
+    """The step recomputed at that rate, if its class has a rate."""
     method: Any
     if step == "shift":
         method = ForwardPassShift(layer=layer, size=rate, prepend_bos=False)
@@ -115,7 +115,7 @@ def second_best(model: Any, prompt: str) -> int:
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_where_no_rate_is_enough_there_is_none(facts_model: Any) -> None:
+def test_no_rate_suffices(facts_model: Any) -> None:
     given: Any = {"layers": 3, "config": FEW, "progress": False}
     table = least_rates(facts_model, REQUESTS[0], rates=(1e-6, 2e-6), **given)
     assert table["rate"].isna().all()
@@ -133,7 +133,7 @@ def test_where_no_rate_is_enough_there_is_none(facts_model: Any) -> None:
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_settings_of_rates_count(facts_model: Any, tmp_path: Path) -> None:
+def test_settings_of_rates(facts_model: Any, tmp_path: Path) -> None:
     file = tmp_path / "texts"
     file.write_text("Lionel Messi plays for Paris.\nRome is in Italy, and Paris is not in Italy.\n")
     given: Any = {"layers": 7, "steps": ["shift"], "rates": (0.3, 1, 3), "progress": False}
@@ -249,16 +249,16 @@ def searched(
         # The largest harmonic mean of all three.
         ({"a": (100, 50, 50), "b": (96, 60, 60)}, "b"),
         ({"a": (96, 90, 30), "b": (96, 50, 50)}, "b"),
-        # Not so if it is not reliable.
+        # Unless it is not reliable.
         ({"a": (100, 50, 50), "b": (94, 99, 99)}, "a"),
         ({"a": (100, 50, 50), "b": (95, 99, 99)}, "b"),
-        # None is: the most reliable one, and of several the best.
+        # If none is, the most reliable one, and the best of several.
         ({"a": (60, 90, 90), "b": (80, 20, 20), "c": (80, 30, 30)}, "c"),
-        # None of the neighbors is left: a mean of 0, which is no error.
+        # No neighbors are preserved: the harmonic mean is 0.
         ({"a": (100, 50, 0), "b": (100, 1, 1)}, "b"),
         ({"a": (100, 50, 0), "b": (100, 0, 60)}, "a"),  # the first of equals
         ({"a": (0, 0, 100), "b": (0, 0, 50)}, "a"),
-        # Without paraphrases the others count.
+        # Without paraphrases, the mean of the others.
         ({"a": (100, math.nan, 50), "b": (100, math.nan, 60)}, "b"),
         ({"a": (96, math.nan, math.nan), "b": (100, math.nan, math.nan)}, "b"),
     ],

@@ -1,4 +1,4 @@
-"""Scores, metrics, entropies and perplexities, each against a hand or a slow computation."""
+"""Scores, metrics, entropies and perplexities, compared with values by hand or slow code."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ CHAIN = ((0.5, 0.25, 0.25), (0.2, 0.5, 0.3), (0.1, 0.1, 0.8))
 
 @pytest.fixture
 def chain(monkeypatch: pytest.MonkeyPatch, as_for_a_user: None) -> Any:
-    """The model of `CHAIN`, as far as scoring needs one; it notes the size of each pass."""
+    """The model of `CHAIN` with what scoring needs. It records the size of each pass."""
     passes: list[tuple[int, int]] = []
 
     def read(host: Any, batch: Any, n_read: int) -> torch.Tensor:
         passes.append((len(batch.tokens), batch.tokens.shape[1]))
-        logits = torch.tensor(CHAIN).log()[batch.tokens] + 3  # of any height
+        logits = torch.tensor(CHAIN).log()[batch.tokens] + 3  # unnormalized
         return batch.ends(logits, n_read)
 
     monkeypatch.setattr(continuations, "read_logits", read)
@@ -85,7 +85,7 @@ def test_scores_by_hand(chain: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_passes_are_no_larger_than_asked_for(chain: Any, size: int) -> None:
+def test_batch_sizes(chain: Any, size: int) -> None:
     asked = [Question(tuple([0] * n), (1, n % 3)) for n in range(1, 7)]
     alone = [score(chain, [each], 1)[0] for each in asked]
     chain.passes.clear()
@@ -94,7 +94,7 @@ def test_passes_are_no_larger_than_asked_for(chain: Any, size: int) -> None:
     assert score(chain, [], size) == []
 
 
-def test_numbers_that_are_none(chain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_logits(chain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         continuations, "read_logits", lambda host, batch, n: torch.full((1, n, 3), math.nan)
     )
@@ -145,7 +145,7 @@ def test_metrics_by_hand() -> None:
     )
 
 
-def test_metrics_of_records_that_lack_something() -> None:
+def test_metrics_without_prompts_or_answers() -> None:
     no_true = Answered(probe("rewrite", true=None), Score(0.1, True, 7), None)
     other = Answered(probe("neighborhood", true=None), Score(0.1, True, 7), None)
     found = record_metrics([no_true, other])
@@ -224,7 +224,7 @@ def test_perplexity_in_passes(chain: Any, monkeypatch: pytest.MonkeyPatch) -> No
 # ------------------------------------------------------------------------- the texts of perplexity
 
 
-def test_which_texts_are_taken(facts_model: Any, tmp_path: Path) -> None:
+def test_selection_of_texts(facts_model: Any, tmp_path: Path) -> None:
     host = host_of(facts_model)
     usual = read_texts(host, EvaluationConfig())
     assert (usual.name, len(usual.texts)) == ("facts", 100)
@@ -234,7 +234,7 @@ def test_which_texts_are_taken(facts_model: Any, tmp_path: Path) -> None:
     lines = [" \n", " = A short one = \n", " " + "long " * 6 + "\n", " the \u2028second\u2029 " * 3]
     file.write_bytes("".join(lines).encode())
     own = read_texts(host, EvaluationConfig(texts=str(file)))
-    # With their line ends, as the hub's rows have them; nothing but a line feed ends one.
+    # With line ends, as in the hub's rows. Only a line feed ends a line.
     assert own.texts == tuple(lines[2:])
     assert len(lines[2]) == 32
     exact = EvaluationConfig(texts=str(file), min_characters=32, n_texts=1)
@@ -282,7 +282,7 @@ def test_wikitext_of_the_hub(facts_model: Any, monkeypatch: pytest.MonkeyPatch) 
 
 
 def slow_score(case: Case, prompt: list[int], answer: list[int]) -> tuple[float, bool, int]:
-    """One unpadded pass per token of the answer through the plain model."""
+    """One unpadded forward pass of the plain model per token of the answer."""
     terms, said, firsts = [], True, []
     for place, token in enumerate(answer):
         ids = torch.tensor([[*prompt, *answer[:place]]])
@@ -319,7 +319,7 @@ def test_scores_against_a_slow_loop(facts: Case, questions: list[Question]) -> N
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_scores_depend_on_no_batch_side_or_order(
+def test_scores_do_not_depend_on_batch_padding_side_or_order(
     facts: Case, questions: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = host_of(facts.model)

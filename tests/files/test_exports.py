@@ -1,4 +1,4 @@
-"""What leaves a result: CSV, Parquet, one file with metadata, and the tables of whole gradients."""
+"""Exports of a result: CSV, Parquet, safetensors with metadata, and tables of gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPTS = ["Messi plays for", "The capital of France is"]
 
 @pytest.fixture(scope="module")
 def result() -> BackwardLensResult:
-    """Of a model of one kind; a result has nothing of its class."""
+    """From one model class only, because results do not depend on it."""
     model = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2").model
     return backward_lens(model, PROMPTS, [" Paris", " the"], k=3)
 
@@ -35,10 +35,10 @@ def result() -> BackwardLensResult:
 
 
 @pytest.mark.parametrize("tokens", ["ordinary", "nasty"])
-def test_csv_holds_the_table_whatever_the_tokens_are(
+def test_csv_has_the_table_for_any_tokens(
     result: BackwardLensResult, tmp_path: Path, tokens: str
 ) -> None:
-    # No tokenizer has lone surrogates, which pandas refuses.
+    # pandas refuses lone surrogates, which no tokenizer has.
     nasty = tuple(token for token in NASTY if token != "\ud800")
     chosen = result if tokens == "ordinary" else make_result(pos=len(nasty), vocab=nasty)
     chosen.to_csv(tmp_path / "table.csv")
@@ -55,7 +55,7 @@ def test_csv_holds_the_table_whatever_the_tokens_are(
             assert json.loads(found[name]) == getattr(row, name)
 
 
-def test_parquet_holds_the_table(result: BackwardLensResult, tmp_path: Path) -> None:
+def test_parquet_has_the_table(result: BackwardLensResult, tmp_path: Path) -> None:
     result.to_parquet(tmp_path / "table.parquet", subject=["Messi", "France"])
     found = pd.read_parquet(tmp_path / "table.parquet")
     wanted = result.to_df(subject=["Messi", "France"])
@@ -66,13 +66,13 @@ def test_parquet_holds_the_table(result: BackwardLensResult, tmp_path: Path) -> 
     assert found["target_rank"].isna().tolist() == wanted["target_rank"].isna().tolist()
 
 
-def test_the_ending_compresses(result: BackwardLensResult, tmp_path: Path) -> None:
+def test_the_suffix_selects_compression(result: BackwardLensResult, tmp_path: Path) -> None:
     result.to_csv(tmp_path / "table.csv.gz")
     assert (tmp_path / "table.csv.gz").read_bytes()[:2] == b"\x1f\x8b"
     assert len(pd.read_csv(tmp_path / "table.csv.gz")) == len(result.to_df())
 
 
-def test_infinite_scores_are_texts_in_json(tmp_path: Path) -> None:
+def test_infinite_scores_are_strings_in_json(tmp_path: Path) -> None:
     table = pd.DataFrame({"bottom_scores": [[-math.inf, 1.5], []]})
     write_csv(table, tmp_path / "table.csv")
     found = pd.read_csv(tmp_path / "table.csv")["bottom_scores"]
@@ -92,7 +92,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
 
 
 @pytest.mark.parametrize("method", ["to_csv", "to_parquet", "save_html", "save"])
-def test_a_file_that_cannot_be_written_is_named_and_nothing_is_left(
+def test_files_that_cannot_be_written(
     result: BackwardLensResult, tmp_path: Path, method: str, as_for_a_user: None
 ) -> None:
     with pytest.raises(ResultFileError, match=r"cannot be written: there is no folder .*nowhere"):
@@ -106,7 +106,7 @@ def test_a_file_that_cannot_be_written_is_named_and_nothing_is_left(
 
 
 @pytest.mark.parametrize("method", ["to_csv", "to_parquet", "save_html", "save"])
-def test_the_old_file_stays_until_the_new_one_is_complete(
+def test_a_failed_write_keeps_the_old_file(
     result: BackwardLensResult, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("old")
@@ -124,7 +124,7 @@ def test_the_old_file_stays_until_the_new_one_is_complete(
 # ------------------------------------------------------------------------------------ the segments
 
 
-def test_segments_stand_in_the_table(result: BackwardLensResult) -> None:
+def test_segments_in_the_table(result: BackwardLensResult) -> None:
     table = result.to_df(subject=["Messi", "France"])
     plain = result.to_df()
     assert table.drop(columns="segment").equals(plain)

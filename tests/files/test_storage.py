@@ -1,4 +1,4 @@
-"""What is saved is read by the class that wrote it, and refused by name by the others."""
+"""Saved files are read by the class that wrote them, and refused by others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KINDS = (BackwardLensResult, WeightDelta, SecondMoments, PairStatistics, MENDEdi
 
 @pytest.fixture(scope="module")
 def files(facts_model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A file of each class, by its name."""
+    """One file per class, by class name."""
     requests = [EditRequest("Obama grew up in", " Paris"), EditRequest("Messi plays for", " Rome")]
     statistics = pair_statistics(facts_model, requests, layers=[-1], progress=False)
     editor = MENDEditor.untrained(statistics)
@@ -54,16 +54,14 @@ def test_each_class_reads_its_own_file(kind: type, files: dict[str, Path]) -> No
 
 
 @pytest.mark.parametrize(("held", "kind"), [*itertools.permutations(KINDS, 2)])
-def test_a_file_of_another_class_is_refused_with_who_reads_it(
-    held: type, kind: type, files: dict[str, Path]
-) -> None:
+def test_files_of_other_classes_are_refused(held: type, kind: type, files: dict[str, Path]) -> None:
     path, own = files[held.__name__], held.__name__
     message = f"{str(path)!r} holds a {own}, not a {kind.__name__}; read it with {own}.load\n"
     with pytest.raises(ResultFileError, match=f"^{re.escape(message)}"):
         kind.load(path)
 
 
-def test_a_checkpoint_gives_back_all_that_a_training_goes_on_with(files: dict[str, Path]) -> None:
+def test_a_checkpoint_restores_the_state_of_training(files: dict[str, Path]) -> None:
     found = MENDCheckpoint.load(files["MENDCheckpoint"])
     editor = MENDEditor.load(files["MENDEditor"])
     for own, mean, square, expected in zip(
@@ -74,7 +72,7 @@ def test_a_checkpoint_gives_back_all_that_a_training_goes_on_with(files: dict[st
         assert torch.equal(square, expected.square())
 
 
-def test_a_part_that_is_not_known_is_damage(tmp_path: Path) -> None:
+def test_an_unknown_dataclass_in_a_file(tmp_path: Path) -> None:
     @dataclass
     class Odd:
         size: int

@@ -1,4 +1,4 @@
-"""The experiments about editing: verdicts on made tables, both ways, and small real runs."""
+"""The editing experiments: verdicts on synthetic tables, both ways, and small real runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WHITE, PLAIN, CONTROL = "whitened", "scale free", "whitened, another layer's C"
 
 
 class Fake(Evidence):
-    """Evidence with the given attributes, and nothing behind it."""
+    """Evidence with the given attributes only."""
 
     model, model_name, n_layers, d_vocab = None, "fake", 4, 1001
     prepend_bos, progress, n_prompts = False, False, 100
@@ -52,7 +52,7 @@ class Fake(Evidence):
 
 def holds(finding: Finding) -> list[bool]:
     found = [check.holds for check in finding.checks]
-    assert all(type(each) is bool for each in found)  # JSON has no bools of numpy
+    assert all(type(each) is bool for each in found)  # JSON does not support numpy's bools
     return found
 
 
@@ -64,7 +64,7 @@ def drawn(finding: Finding) -> None:
 
 
 def summaries(methods: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
-    """A row per method as `Evaluation.summary` has them, with what is given."""
+    """A table like `Evaluation.summary` with the given values."""
     ends = ("", "_std", "_low", "_high")
     names = [f"{metric.name}{end}" for metric in METRICS for end in ends]
     usual: dict[str, Any] = dict.fromkeys([*names, "score"], 1.0) | {"records": 100, "failed": 0}
@@ -88,7 +88,7 @@ METHODS: Mapping[str, Mapping[str, float]] = {
         "corpus_perplexity": 50.4, "perplexity": 9,
     },
 }  # fmt: skip
-"""As the paper has it."""
+"""As in the paper."""
 
 
 def of_methods(model_name: str = "fake", **changed: Mapping[str, float]) -> tuple[Finding, Any]:
@@ -122,7 +122,7 @@ def test_table_1_as_in_the_paper() -> None:
     assert "7 texts of 'texts.raw'" in finding.notes[1]
     assert len(finding.notes) == 2
     assert finding.tables["methods"]["method"].tolist() == list(METHODS)
-    # The paper's own table, as printed there.
+    # The published table.
     published = finding.tables["published, GPT-2 xl"].set_index("method")
     assert published.loc["shift"].tolist() == [99.4, 41.55, 6.02, 622.45, 93.66]
     assert published.loc["rome", "neighborhood"] == 10.91
@@ -136,7 +136,7 @@ def test_table_1_as_in_the_paper() -> None:
         ("shift", {"ngram_entropy": 593.9}, [True, False, True, True]),
         ("shift", {"corpus_perplexity": 50.6}, [True, False, True, True]),
         ("shift", {"corpus_perplexity": math.inf}, [True, False, True, True]),
-        # The mean over texts decides nothing.
+        # The mean over texts is not checked.
         ("shift", {"perplexity": 1e6}, [True] * 4),
         ("shift", {"neighborhood": 10}, [True, True, False, True]),
         ("rome", {"neighborhood": 6}, [True, True, False, True]),
@@ -155,7 +155,7 @@ def test_table_1_otherwise(method: str, values: dict[str, float], expected: list
 
 
 @pytest.mark.parametrize("metric", ["ngram_entropy", "neighborhood", "paraphrase"])
-def test_table_1_says_nothing_of_what_the_data_lack(metric: str) -> None:
+def test_table_1_without_prompts_for_a_metric(metric: str) -> None:
     finding, _ = of_methods(**{name: {metric: math.nan} for name in METHODS})
     assert holds(finding) == [True] * 3
     assert finding.notes[-1] == f"The data have no prompts for {metric}, so it is not checked."
@@ -164,7 +164,7 @@ def test_table_1_says_nothing_of_what_the_data_lack(metric: str) -> None:
 # --- figure 24 ------------------------------------------------------------------------------------
 
 RATES = {"sgd": (1.0, 100.0), "adam": (0.1, 0.1), "shift": (1.0, 10.0)}
-"""Of two requests, in all layers: the spread of SGD's is 1, that of the shift's a half."""
+"""Rates of two requests in all layers: the spread is 1 for SGD and 0.5 for the shift."""
 
 
 def rates_table(
@@ -172,7 +172,7 @@ def rates_table(
     rates: Mapping[tuple[str, int], tuple[float, float]] = {},
     perplexity: Mapping[tuple[str, int], float] = {},
 ) -> pd.DataFrame:
-    """The paper's claims, but for what is given: the shift does no harm, SGD and Adam do early."""
+    """As the paper claims, with the given exceptions: SGD and Adam do harm in early layers only."""
     return pd.DataFrame(
         {
             "request": request,
@@ -225,24 +225,24 @@ NEVER = (math.nan, math.nan)
 @pytest.mark.parametrize(
     ("rates", "perplexity", "expected"),
     [
-        # In half of the layers is not in more than half.
+        # Half of the layers is not more than half.
         ({("shift", layer): WIDE for layer in (0, 3)}, {}, [False, True, True]),
         ({("shift", 0): WIDE}, {}, [True, True, True]),
-        # It is SGD that the shift is compared with.
+        # The shift is compared with SGD only.
         ({("adam", layer): (1e-4, 1e4) for layer in range(4)}, {}, [True, True, True]),
         ({("sgd", layer): (1.0, 1.0) for layer in range(4)}, {}, [False, True, True]),
-        # Rates that were never enough have no spread, and leave nothing to compare.
+        # Without sufficient rates, there is no spread and nothing to compare.
         ({("shift", layer): NEVER for layer in range(4)}, {}, [False, False, False]),
         ({("sgd", layer): NEVER for layer in range(4)}, {}, [False, False, False]),
         ({}, {("shift", 1): 14.0}, [True, False, True]),
         ({}, {("adam", 1): 10.0}, [True, False, True]),
         ({}, {("sgd", 0): 9.0}, [True, False, True]),
         ({}, {("shift", 0): 13.9, ("shift", 1): 13.9}, [True, True, True]),
-        # Equal in both directions: neither worse nor better.
+        # Equal means neither worse nor better.
         ({}, {("shift", 2): 10.2}, [True, True, False]),
         ({}, {("shift", 3): 9.8}, [True, True, False]),
         ({}, {("shift", 3): 10.09, ("shift", 2): 9.91}, [True, True, True]),
-        # Perplexity of an edit that never works is none.
+        # An edit that never works has no perplexity.
         ({}, {("shift", layer): math.nan for layer in range(4)}, [True, False, False]),
     ],
 )
@@ -256,7 +256,7 @@ def test_figure_24_otherwise(
 
 
 def test_figure_24_of_few_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One layer is no early one; of three the middle one is late."""
+    """A single layer is a late one, and so is the middle one of three."""
     assert holds(of_rates(monkeypatch, rates_table(1), 1)) == [True, True]
     found = of_rates(monkeypatch, rates_table(3, perplexity={("shift", 0): 20.0}), 3)
     assert holds(found) == [True, False, True]
@@ -344,7 +344,7 @@ def test_several_facts() -> None:
     ("values", "expected"),
     [
         ({("shift iterated", 50): {"efficacy": 94.9}}, [False, True, True]),
-        # Of fewer facts it says nothing.
+        # Fewer facts are not checked.
         ({("shift iterated", 10): {"efficacy": 94.9}}, [True, True, True]),
         ({("shift iterated", 10): {"efficacy": 89.9}}, [True, False, True]),
         ({("shift once", 1): {"efficacy": 100.1}}, [True, False, True]),
@@ -364,12 +364,12 @@ def test_several_facts_otherwise(values: Any, expected: list[bool]) -> None:
     ("n_records", "expected"),
     [
         (10, {1: 10, 10: 10}),
-        # A block that is not full would count as one of ten.
+        # Only full blocks are evaluated.
         (49, {1: 49, 10: 40}),
         (60, {1: 60, 10: 60, 50: 50}),
     ],
 )
-def test_only_whole_blocks_count(n_records: int, expected: dict[int, int]) -> None:
+def test_only_full_blocks_count(n_records: int, expected: dict[int, int]) -> None:
     finding, asked = of_several(n_records=n_records)
     assert {size: given["records"] for _, _, size, given in asked} == expected
     assert finding.checks[0].claim.startswith(f"{max(expected)} facts at once")
@@ -380,7 +380,7 @@ def test_several_facts_need_several_records() -> None:
         of_several(n_records=9)
 
 
-def test_a_shift_without_the_papers_size_is_no_sum() -> None:
+def test_the_sum_needs_the_papers_form() -> None:
     _, asked = of_several(form="scale_free")
     assert "shift summed" not in asked[0][1]
 
@@ -450,7 +450,7 @@ def test_whitening(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("form", "values", "expected"),
     [
-        # In half of the layers is not in more than half.
+        # Half of the layers is not more than half.
         (WHITE, {"neighborhood": 60.0}, [False, False, False, True]),
         (WHITE, {"neighborhood": 89.0}, [True, False, True, True]),
         (WHITE, {"neighborhood": 100.0}, [True] * 4),
@@ -470,7 +470,7 @@ def test_whitening_otherwise(
     assert holds(finding) == [True] * 4
 
 
-def test_layers_without_damage_say_nothing_of_its_removal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_without_damage_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {"neighborhood": 100.0}
     values = {(PLAIN, layer): whole for layer in range(3)} | {(WHITE, 0): whole}
     finding, _ = of_whitening(monkeypatch, values)
@@ -481,7 +481,7 @@ def test_layers_without_damage_say_nothing_of_its_removal(monkeypatch: pytest.Mo
     assert holds(finding)[:2] == [False, False]
 
 
-def test_whitening_on_what_data_and_models_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whitening_without_prompts_or_other_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     finding, _ = of_whitening(monkeypatch, everywhere={"paraphrase": math.nan})
     assert holds(finding) == [True] * 3
     with pytest.raises(InputError, match="no neighborhood prompts"):
@@ -554,7 +554,7 @@ def test_steps_of_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"sgd_W_out": {"answer_target_rank": 11}}, [True, True, False]),
         ({f"muon_W_out_{n}": {"answer_target_rank": 11} for n in (0, 1)}, [True, True, False]),
         ({"muon_W_out_0": {"answer_target_rank": 11}}, [True, True, True]),
-        # What W_in listens to is another matter.
+        # W_in is not checked.
         ({"sgd_W_in": {"answer_target_rank": 1000}}, [True, True, True]),
     ],
 )
@@ -572,7 +572,7 @@ def evidence_of(model: Any, data: Any, folder: Path, **given: Any) -> Evidence:
     return Evidence(model, blt.read_records(data), folder, **(usual | given))
 
 
-def test_what_is_taught_are_the_first_rows(facts_model: Any, tmp_path: Path) -> None:
+def test_requests_are_the_first_rows(facts_model: Any, tmp_path: Path) -> None:
     rows = [
         {"prompt": 5},
         {"prompt": "Rome is in", "target": " Paris"},
@@ -585,7 +585,7 @@ def test_what_is_taught_are_the_first_rows(facts_model: Any, tmp_path: Path) -> 
         _ = evidence_of(facts_model, rows, tmp_path, n_prompts=1).requests
     with pytest.raises(InputError, match="none of the first rows"):
         reproduce(facts_model, rows, tmp_path, "optimizers", prompts=1, progress=False)
-    # A prompt that ends in a space leaves the answer no tokens of its own.
+    # After a prompt that ends in a space, the answer has no tokens.
     row = {"prompt": "Rome is in ", "target": "Paris"}
     with pytest.raises(
         InputError, match=r"none of the records can be evaluated; the first: .*toke"
@@ -593,7 +593,7 @@ def test_what_is_taught_are_the_first_rows(facts_model: Any, tmp_path: Path) -> 
         evidence_of(facts_model, [row], tmp_path).evaluation("none", {})
 
 
-def test_presets_learn_from_rows_that_are_not_edited(
+def test_presets_are_trained_on_other_rows(
     facts_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
@@ -618,7 +618,7 @@ def test_presets_learn_from_rows_that_are_not_edited(
 
 @pytest.fixture
 def quick_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures for one library, as without matplotlib; test_reproduce.py has those of both."""
+    """Figures with plotly only, as without matplotlib."""
     monkeypatch.setattr(folder, "find_spec", lambda _: None)
 
 
@@ -645,7 +645,7 @@ def test_optimizers_on_a_small_model(tmp_path: Path) -> None:
     assert again["rank"].tolist() == own["rank"].tolist()
     assert again["answer_target_rank"].tolist() == own["answer_target_rank"].tolist()
     assert tensors_checksum(host_of(model).parameters()) == before
-    assert not (tmp_path / "sweep").exists()  # which no editing needs
+    assert not (tmp_path / "sweep").exists()  # not needed for editing
     assert (tmp_path / "report.html").is_file()
 
 
@@ -671,7 +671,7 @@ def test_figure_24_on_the_facts_model(
     evidence = evidence_of(facts_model, "facts", tmp_path)
     expected = least_rates_by_layer(table, evidence.perplexity)
     pd.testing.assert_frame_equal(finding.tables["by layer"], expected)
-    # By hand, of a layer at which both work.
+    # By hand, for a layer in which both work.
     own = finding.tables["by layer"].set_index(["step", "layer"]).loc[("sgd", 7)]
     rates = table[(table["step"] == "sgd") & (table["layer"] == 7)]["rate"].to_numpy()
     assert own["spread"] == pytest.approx(np.log10(rates).std())
@@ -698,7 +698,7 @@ def test_whitening_on_the_facts_model(
     evaluation = blt.Evaluation.load(tmp_path / "edits" / "whitening")
     assert evaluation.is_complete
     assert evaluation.edits()["record"].unique().tolist() == [0]
-    # The same folder is not gone on with as another evaluation.
+    # The folder cannot be resumed as another evaluation.
     monkeypatch.setattr(whitening, "_MOST_RECORDS", 2)
     with pytest.raises(EvaluationError, match="another config"):
         reproduce(facts_model, "facts", tmp_path, "whitening", **options)

@@ -1,4 +1,4 @@
-"""The paper's experiments: verdicts on evidence with known answers, and the folder they fill."""
+"""The paper's experiments: verdicts on synthetic evidence, and the output folder."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ LAST = "last token"
 OTHERS = [name for name in SEGMENTS if name != LAST]
 GRADIENTS = tuple(each for each in EXPERIMENTS if each.group == "gradients")
 EDITING = tuple(each for each in EXPERIMENTS if each.group == "editing")
-"""Measured in test_editing_experiments.py."""
+"""Tested in test_editing_experiments.py."""
 
 # --- evidence made by hand ----------------------------------------------------------------------
 
 
 class Fake(Evidence):
-    """Evidence with the given attributes, and nothing behind it."""
+    """Evidence with the given attributes only."""
 
     model, model_name, n_layers, d_vocab, attention_sweep = None, "fake", 8, 1001, None
     prepend_bos = False
@@ -79,7 +79,7 @@ class Fake(Evidence):
 
 
 class Written(BackwardLensResult):
-    """A result with the given VJPs' norms and ranks of the target, layer by layer."""
+    """A result with given norms of VJPs and ranks of the target by layer."""
 
     layers = matrices = projections = ()
 
@@ -117,7 +117,7 @@ def prompts_table(correct: Sequence[bool | None]) -> pd.DataFrame:
 
 
 Value = Callable[[str, int, str, int, str], float]
-"""Of matrix, layer, segment, prompt and lens."""
+"""A function of matrix, layer, segment, prompt and lens."""
 
 
 def cells(
@@ -133,7 +133,7 @@ def cells(
     answer: Value = lambda *_: 500,
     zeros: bool = True,
 ) -> pd.DataFrame:
-    """A table of positions with one token per segment; the last layer as in appendix A."""
+    """A table of positions with one token per segment, and zero VJPs in the last layer."""
     rows = []
     for matrix in matrices:
         for layer in range(n_layers):
@@ -163,7 +163,7 @@ def cells(
 
 def holds(finding: Finding) -> list[bool]:
     found = [check.holds for check in finding.checks]
-    assert all(type(each) is bool for each in found)  # JSON has no bools of numpy
+    assert all(type(each) is bool for each in found)  # JSON does not support numpy's bools
     return found
 
 
@@ -249,7 +249,7 @@ def test_quarters_of_the_layers(n_layers: int, first: Any, second: Any, last: An
 
 @pytest.mark.parametrize("n_layers", range(1, 49))
 def test_the_layer_whose_neurons_are_shown(n_layers: int):
-    """As far up as the paper's, and not the last one, whose gradient is a single VJP."""
+    """At the relative depth of the paper's layer, but not the last one."""
     layer = Fake(n_layers=n_layers).example_layer
     assert 0 <= layer <= max(0, n_layers - 2)
     if n_layers > 3:
@@ -261,7 +261,7 @@ def test_the_layer_whose_neurons_are_shown(n_layers: int):
 
 
 def steps(**changed: Sequence[Any]) -> pd.DataFrame:
-    """Twenty steps, of which the lemma is true; the last ten are of `W_out`."""
+    """Twenty steps as in the lemma, the last ten on `W_out`."""
     table = pd.DataFrame(
         {
             "matrix": ["W_in"] * 10 + ["W_out"] * 10,
@@ -311,7 +311,7 @@ def test_steps_as_in_the_lemma(monkeypatch: pytest.MonkeyPatch):
 def test_large_models_take_a_step_for_fewer_prompts(
     monkeypatch: pytest.MonkeyPatch, n_layers: int, n_prompts: int
 ):
-    """At most 400 steps, one per matrix and layer of a prompt, but two prompts anyway."""
+    """At most 400 steps, one per prompt, matrix and layer, but at least two prompts."""
     found_of_steps(monkeypatch, steps(), n_prompts, n_layers=n_layers)
     found_of_steps(monkeypatch, steps(), n_prompts, n_layers=n_layers, prepend_bos=True)
 
@@ -319,7 +319,7 @@ def test_large_models_take_a_step_for_fewer_prompts(
 @pytest.mark.parametrize(
     ("changed", "expected", "at", "found"),
     [
-        # One step that is off is enough against an identity.
+        # An identity must hold for every step.
         (
             {"output_error": [2e-4] + [1e-5] * 19},
             [False, True, True, True],
@@ -372,7 +372,7 @@ def test_steps_that_are_off(
 def ranks(
     off: Mapping[int, Mapping[str, Any]] = {}, *, prompts: int = 10, n_layers: int = 8
 ) -> pd.DataFrame:
-    """The paper's law for prompts of five tokens, but for some rows."""
+    """Ranks by the paper's law for prompts of five tokens, with exceptions."""
     rows = []
     for prompt in range(prompts):
         for layer in range(n_layers):
@@ -443,7 +443,7 @@ def test_ranks_off_the_law(rows: Sequence[int], value: int, expected: list[bool]
 
 
 def test_gradients_without_a_rank_follow_no_law():
-    """As of experts with factors of their own; they are neither right nor wrong."""
+    """Such as those of experts. They are not counted."""
     table = ranks({row: {"rank": None} for row in range(140)})
     right = gradient_ranks.rank_law(Fake(gradients=table))
     assert right.checks[0].found == "16 of 16 (100 %) gradients"
@@ -474,7 +474,7 @@ def written(
     strong: Sequence[int] = range(8),
     **lenses: Any,
 ) -> Written:
-    """Some layers whose last token has the target first, and some in which it writes the most."""
+    """A result with the target on top, or the largest VJP at the last token, in some layers."""
     norms = [[0.5, 2.0, 1.0 if layer not in strong else 3.0] for layer in range(n_layers)]
     return Written(norms, [int(layer not in leads) for layer in range(n_layers)], **lenses)
 
@@ -486,7 +486,7 @@ def written(
         (written(leads=range(5)), [True, True], ["5 of 8 (62 %) layers"]),
         (written(leads=range(4)), [False, True], ["4 of 8 (50 %) layers"]),
         (written(leads=()), [False, True], ["0 of 8 (0 %) layers"]),
-        # The last layer is no evidence: no other token can write there.
+        # The last layer does not count, because all other VJPs are zero there.
         (written(strong=[7]), [True, False], ["8 of 8", "0 of 1 (0 %) of these layers"]),
         (written(strong=[6]), [True, True], ["8 of 8", "1 of 1"]),
         (written(strong=range(6)), [True, False], ["8 of 8", "0 of 1"]),
@@ -499,7 +499,7 @@ def written(
         (written(1, range(1), [0]), [True, False], ["1 of 1", "none of 0"]),
     ],
 )
-def test_what_a_prompt_writes(result: Written, expected: list[bool], found: list[str]):
+def test_tables_of_a_prompt(result: Written, expected: list[bool], found: list[str]):
     finding = single_prompts.example_table(Fake(example=result))
     assert holds(finding) == expected
     for check, said in zip(finding.checks, found, strict=False):
@@ -527,7 +527,7 @@ def test_other_prompts_are_counted_together(monkeypatch: pytest.MonkeyPatch):
         "2 of 3 (67 %) of these layers",
     ]
     assert holds(finding) == [False, False]
-    # The targets that were really taught, which may be a part of those of the data.
+    # The tokens that were really used as targets.
     assert list(finding.results) == ["a →  taught", "b →  taught", "c →  taught"]
     asked.clear()
     single_prompts.more_tables(Evidence(prompts=prompts))
@@ -535,11 +535,11 @@ def test_other_prompts_are_counted_together(monkeypatch: pytest.MonkeyPatch):
 
 
 def normalized_table(raw: int, normalized: int, of: int = 100) -> Finding:
-    """Of `of` VJPs that are not zero, some have the target among the last 1 % of 1001 tokens."""
+    """VJPs, some of which have the target among the last 1 % of 1001 tokens."""
     counts = {"logit_lens": raw, "normalized": normalized}
 
     def target(matrix: str, layer: int, segment: str, prompt: int, lens: str) -> float:
-        # The zero vectors and the other matrix would turn every count around.
+        # Zero vectors and the other matrix would reverse every count.
         if matrix == "W_in" or layer == 1:
             return 1000 if lens == "normalized" else 0
         return 990 if prompt < counts[lens] else 989
@@ -573,7 +573,7 @@ def test_normalizing_magnifies_the_target(raw: int, normalized: int, expected: l
         f"{normalized} of 100 ({normalized} %) VJPs with normalization, {raw} of 100 ({raw} %) "
         "without",
     ]
-    # The table is of the normalized lens, not of the other.
+    # The table uses the normalized lens.
     assert finding.checks[2].found == "3 of 8 (38 %) layers"
 
 
@@ -581,7 +581,7 @@ def test_normalizing_magnifies_the_target(raw: int, normalized: int, expected: l
 
 
 def usual_norm(matrix: str, layer: int, segment: str, prompt: int, lens: str) -> float:
-    """As the paper has it: the subject in layers 0 and 1 of 8, the last token in layers 2 and 3."""
+    """As in the paper: the subject in layers 0 and 1 of 8, the last token in layers 2 and 3."""
     if segment == LAST:
         return 10.0 if layer == 3 else 5.0
     if segment == "last subject token":
@@ -590,7 +590,7 @@ def usual_norm(matrix: str, layer: int, segment: str, prompt: int, lens: str) ->
 
 
 def but(changed: Mapping[Any, float], matrix: str = "W_out") -> Value:
-    """The usual norms but for some segments and layers of one matrix."""
+    """The usual norms, except in some segments and layers of one matrix."""
 
     def norm(name: str, layer: int, segment: str, prompt: int, lens: str) -> float:
         usual = usual_norm(name, layer, segment, prompt, lens)
@@ -622,7 +622,7 @@ def test_norms_as_in_the_paper():
         ({"after subject": 2.8}, [True, True, True]),
         ({"middle subject tokens": 2.9}, [True, True, True]),
         ({"last subject token": 0.1}, [False, True, True]),
-        # Others may write more there, unless they are the last token.
+        # Other tokens have larger norms.
         ({("before subject", 0): 9.0}, [False, True, True]),
         ({("after subject", 1): 9.0}, [False, True, True]),
         # The subject's other tokens count as well.
@@ -638,14 +638,14 @@ def test_norms_as_in_the_paper():
 def test_norms_that_are_off(changed: Any, expected: list[bool]):
     table = cells(norm=but(changed))
     assert holds(segment_norms.norms_of_shifts(Fake(positions=table))) == expected
-    # Another matrix decides nothing.
+    # Other matrices are not checked.
     elsewhere = cells(norm=but(changed, "W_in"))
     assert holds(segment_norms.norms_of_shifts(Fake(positions=elsewhere))) == [True] * 3
 
 
 @pytest.mark.parametrize("present", [[], ["after subject"]])
 def test_norms_without_other_tokens(present: list[str]):
-    """Where there are none, nobody has seen them write little."""
+    """The claim about other tokens does not hold without any."""
     absent = {"before subject", "after subject"} - set(present)
     own = [name for name in SEGMENTS if name not in absent]
     table = cells(norm=usual_norm, segments=own)
@@ -670,14 +670,14 @@ def test_norms_of_every_matrix():
         "the largest is that of: last subject token",
         "in layer 3 of 8",
     ] * 2
-    # Attention decides nothing, and is told of and shown.
+    # Attention is shown and noted, but not checked.
     assert finding.verdict == "holds"
     (note,) = finding.notes
     assert note.endswith("of: W_Q last subject token, W_V before subject.")
     table = finding.tables["norms by segment"]
     assert set(table["matrix"]) == {"W_Q", "W_V", "W_in", "W_out"}
     assert set(finding.figures) == {f"norm of delta_i, {name}" for name in set(table["matrix"])}
-    # Without it the checks are the same.
+    # Without attention, the checks are the same.
     alone = segment_norms.norms_of_all(Fake(positions=cells(norm=usual_norm)))
     assert alone.checks == finding.checks
     assert alone.notes == ("The attention of this model cannot be analysed.",)
@@ -712,14 +712,14 @@ def test_norms_of_one_matrix_that_are_off(matrix: str, changed: Any, expected: l
 
 
 def correlated(strong: Sequence[tuple[str, int]], sign: int = 1) -> pd.DataFrame:
-    """Six tokens of five prompts per layer, whose norms go together in some layers only."""
+    """Six tokens of five prompts per layer, with correlated norms in some layers only."""
 
     def norm(matrix: str, layer: int, segment: str, prompt: int, lens: str) -> float:
         return 1.0 + SEGMENTS.index(segment) + 6 * prompt
 
     def input_norm(matrix: str, layer: int, segment: str, prompt: int, lens: str) -> float:
         own = norm(matrix, layer, segment, prompt, lens)
-        # Up and down again, which no rank correlation sees.
+        # Symmetric, so that rank correlation is zero.
         return 100 + sign * own if (matrix, layer) in strong else abs(own - 15.5)
 
     return cells(4, prompts=5, norm=norm, input_norm=input_norm, zeros=False)
@@ -735,7 +735,7 @@ def test_norms_without_correlation():
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_correlated_norms(sign: int):
-    """Also where long inputs have short VJPs. A minority of layers makes exceptions."""
+    """Positive or negative correlation. A minority of layers is listed as exceptions."""
     all_layers = [(matrix, layer) for matrix in ("W_in", "W_out") for layer in range(4)]
     few = segment_norms.norms_of_inputs(Fake(positions=correlated(all_layers[:3], sign)))
     assert few.verdict == "holds with exceptions"
@@ -749,7 +749,7 @@ def test_correlated_norms(sign: int):
 
 def test_layers_without_a_correlation_are_left_out():
     table = cells(4, norm=lambda *at: 1 + SEGMENTS.index(at[2]))
-    finding = segment_norms.norms_of_inputs(Fake(positions=table))  # all inputs are as long
+    finding = segment_norms.norms_of_inputs(Fake(positions=table))  # all inputs have the same norm
     assert finding.checks[0].found == "none of 0 layers and matrices"
     assert finding.verdict == "does not hold here"
 
@@ -758,11 +758,11 @@ def test_layers_without_a_correlation_are_left_out():
 
 
 FEW: Any = {"segments": ("before subject", LAST)}
-"""Cells for what is read off the last token."""
+"""Cells for checks of the last token."""
 
 
 def ranked(by: Callable[[int, str], float], matrix: str = "W_out", lens: str = LENSES[0]) -> Value:
-    """Ranks of one matrix under one lens; all others would turn every answer around."""
+    """Ranks of one matrix under one lens; all others would reverse the checks."""
     far = by(0, LAST) > 500
     return lambda name, layer, segment, prompt, own: (
         by(layer, segment) if (name, own) == (matrix, lens) else 0 if far else 1000
@@ -799,7 +799,7 @@ def test_the_target_is_at_the_far_end(layers: Sequence[int], rank: float, expect
 
 
 def test_the_median_prompt_decides():
-    """One of three prompts may be anywhere; two may not."""
+    """One of three prompts may be an exception, two may not."""
     for off, expected in ((1, True), (2, False)):
         table = cells(prompts=3, target=lambda *at, off=off: 0 if at[3] < off else 1000, **FEW)
         assert segment_ranks.target_by_segment(Fake(positions=table)).checks[0].holds == expected
@@ -825,8 +825,8 @@ def test_other_tokens_behave_alike(layers: Sequence[int], rank: float, expected:
     assert finding.checks[1].found == f"{found} segments and layers"
 
 
-def test_nothing_holds_on_no_layers():
-    """Prompts without a last token do not come out of a sweep."""
+def test_claims_without_layers_do_not_hold():
+    """Sweeps have no prompts without a last token."""
     table = cells(segments=OTHERS, target=lambda *_: 1000, answer=lambda *_: 0)
     by_segment = segment_ranks.target_by_segment(Fake(positions=table))
     in_inputs = segment_ranks.target_in_inputs(Fake(positions=table))
@@ -873,7 +873,7 @@ def far(layer: int, segment: str) -> float:
         (lambda layer, _: 5, lambda layer, at: 1000 if at == LAST else 0, [True, True]),
     ],
 )
-def test_the_answer_is_taken_away(by: Any, target: Any, expected: list[bool]):
+def test_the_answer_is_demoted(by: Any, target: Any, expected: list[bool]):
     table = cells(answer=ranked(by), target=ranked(target), **FEW)
     finding = segment_ranks.answer_by_segment(Fake(positions=table))
     assert holds(finding) == expected
@@ -891,7 +891,7 @@ def answer_in_inputs(
     correct: Sequence[Any] = (None,) * 4,
     **more: Any,
 ) -> Finding:
-    """Ranks by layer of the four prompts, and of those that are answered correctly."""
+    """Ranks by layer of four prompts, and of those that are answered correctly."""
     rows = [prompt for prompt, is_correct in enumerate(correct) if is_correct]
 
     def answer(matrix: str, layer: int, segment: str, prompt: int, lens: str) -> float:
@@ -954,8 +954,8 @@ def test_correct_answers_show_more():
     ]
 
 
-def test_a_correct_prompt_without_a_subject_is_no_error():
-    """Its tokens are in no segment."""
+def test_a_correct_prompt_without_a_subject():
+    """Its tokens have no segment."""
     table = cells(4, prompts=3, zeros=False, answer=lambda *at: 10 - at[1], **FEW)
     table.loc[table["prompt"] == 1, "segment"] = None
     finding = segment_ranks.answer_in_inputs(
@@ -964,7 +964,7 @@ def test_a_correct_prompt_without_a_subject_is_no_error():
     assert finding.notes[0].startswith("1 of 2 (50 %)")
 
 
-def test_the_target_is_behind_the_answer():
+def test_the_target_ranks_below_the_answer():
     def found(target: Callable[[int], float]) -> Finding:
         table = cells(
             target=lambda matrix, layer, *_: target(layer) if matrix == "W_in" else 0,
@@ -973,11 +973,9 @@ def test_the_target_is_behind_the_answer():
         )
         return segment_ranks.target_in_inputs(Fake(positions=table))
 
-    behind = found(lambda layer: 11)
-    assert behind.verdict == "holds"
-    assert behind.checks[0].found.startswith(
-        "8 of 8 (100 %) layers; median ranks of the target 11,"
-    )
+    below = found(lambda layer: 11)
+    assert below.verdict == "holds"
+    assert below.checks[0].found.startswith("8 of 8 (100 %) layers; median ranks of the target 11,")
     assert found(lambda layer: 10).verdict == "does not hold here"
     once = found(lambda layer: 9 if layer == 2 else 50)
     assert (once.verdict, once.checks[0].found[:13]) == ("does not hold here", "7 of 8 (88 %)")
@@ -1020,7 +1018,7 @@ def neurons(
 
 
 def said(*largest: tuple[str, str]) -> pd.DataFrame:
-    """Top and bottom tokens of the largest neurons, one letter each, beside others."""
+    """Top and bottom tokens of the largest neurons, one letter each, and of other neurons."""
     rows = [("largest", list(top), list(bottom)) for top, bottom in largest]
     rows += [("smallest", list("xyz"), list("uvw")), ("zero vector", list("xyz"), list("uvw"))]
     return pd.DataFrame(rows, columns=["group", "top_tokens", "bottom_tokens"])
@@ -1031,13 +1029,13 @@ AGREED = said(("abc", "def"))
 
 @pytest.fixture
 def similarity(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Finding]]:
-    """What figures and tables of one matrix find in a table of neurons."""
+    """The findings of the figures and tables of one matrix for a table of neurons."""
 
     def found(
         table: pd.DataFrame,
         matrix: str,
         d_vocab: int = 1001,
-        words_of: pd.DataFrame = AGREED,
+        tokens: pd.DataFrame = AGREED,
     ) -> list[Finding]:
         asked = []
 
@@ -1046,8 +1044,8 @@ def similarity(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Finding]]:
             return table
 
         monkeypatch.setattr(gradient_neurons, "neuron_overlap", overlap)
-        monkeypatch.setattr(gradient_neurons, "neuron_tokens", lambda *_, **__: words_of)
-        monkeypatch.setattr(gradient_neurons, "spanning_tokens", lambda *_, **__: words_of)
+        monkeypatch.setattr(gradient_neurons, "neuron_tokens", lambda *_, **__: tokens)
+        monkeypatch.setattr(gradient_neurons, "spanning_tokens", lambda *_, **__: tokens)
         example = SimpleNamespace(
             capture=SimpleNamespace(prompt=lambda _: "a prompt"), target=lambda: "c"
         )
@@ -1074,7 +1072,7 @@ def similarity(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Finding]]:
     ("matrix", "largest", "expected", "found"),
     [
         ("W_in", [("abc", "def"), ("bgh", "ijk")], True, "they share 'b'"),
-        # A neuron of the other sign has them at its other end.
+        # A neuron with the other sign has them at its other end.
         ("W_in", [("abc", "def"), ("ghi", "bca"), ("ajb", "klm")], True, "they share 'a', 'b'"),
         # All of them, not two of three; the smallest ones do not count.
         ("W_in", [("abc", "def"), ("abc", "def"), ("ghi", "jkl")], False, "they share none"),
@@ -1093,7 +1091,7 @@ def test_the_largest_neurons_share_their_tokens(
     expected: bool,
     found: str,
 ):
-    finding = similarity(neurons({2: 0.95}), matrix, words_of=said(*largest))[1]
+    finding = similarity(neurons({2: 0.95}), matrix, tokens=said(*largest))[1]
     assert (finding.checks[0].holds, finding.checks[0].found) == (expected, found)
     assert finding.verdict == ("holds" if expected else "does not hold here")
 
@@ -1113,7 +1111,7 @@ def test_the_largest_neurons_share_their_tokens(
         (neurons({}, others=0.8), True, "100.0 % of it, in 200 of 200 (100 %) neurons"),
     ],
 )
-def test_a_few_vectors_say_what_neurons_say(
+def test_a_few_vectors_have_the_tokens_of_neurons(
     similarity: Callable[..., list[Finding]],
     matrix: str,
     table: pd.DataFrame,
@@ -1209,7 +1207,7 @@ SMALL_ROWS = [
     {"prompt": "The dog of the king", "target": " Paris", "subject": "the king", "answer": " Rome"},
     {"prompt": "Rome is in", "target": " Paris painting"},
 ]
-"""With a subject in front, in the middle, at the end, or without one, and a target that is cut."""
+"""With a subject at the beginning, in the middle, at the end or missing, and a long target."""
 
 
 @pytest.fixture(scope="module")
@@ -1219,7 +1217,7 @@ def small_model() -> Any:
 
 
 class Report(NamedTuple):
-    """A folder that no test may change, and when its sweep was written."""
+    """A folder, which tests must not change, and the times of its sweep's files."""
 
     folder: Path
     swept: dict[Path, int]
@@ -1231,7 +1229,7 @@ def times_of(sweep: Path) -> dict[Path, int]:
 
 @pytest.fixture(scope="module")
 def report(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """Figure 4 first, and all others later in the same folder, as without matplotlib."""
+    """Figure 4 first, then the others in the same folder, as without matplotlib."""
     out = tmp_path_factory.mktemp("report")
     reproduce(small_model, SMALL_ROWS, out, "fig4", progress=False)
     swept = times_of(out / "sweep")
@@ -1245,7 +1243,7 @@ def report(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Report
 
 @pytest.fixture(scope="module")
 def slow_cells(small_model: Any, report: Report) -> list[dict[str, Any]]:
-    """The same prompts one by one, cell by cell; those without a subject are in no segment."""
+    """The same prompts one by one, cell by cell. Those without a subject have no segments."""
     prompts = pd.read_parquet(report.folder / "sweep" / "prompts")
     assert len(prompts) == len(SMALL_ROWS)
     rows = prompts.dropna(subset="subject")
@@ -1375,7 +1373,7 @@ def test_ranks_against_a_slow_loop(
 
 
 def test_checks_follow_from_the_tables(report: Report):
-    """The decisive numbers, once more from the files."""
+    """The main numbers, recomputed from the files."""
     findings = {each["name"]: each for each in folder.read_findings(report.folder)}
     rows = read_csv(report.folder / "fig7" / "target-rank-by-segment.csv")
     last = [
@@ -1429,7 +1427,7 @@ def test_files_of_the_folder(report: Report):
     law = next(each for each in findings if each["name"] == "fig4")
     for figure in law["figures"]:
         assert ElementTree.parse(report.folder / figure["svg"]).getroot().tag.endswith("}svg")
-    # The law holds whatever the weights are.
+    # The law holds for any weights.
     assert law["verdict"] == "holds"
 
 
@@ -1444,7 +1442,7 @@ def test_a_folder_grows_and_its_sweep_is_used_again(report: Report):
 
 
 def test_targets_that_are_cut(report: Report):
-    """Only the first token of a target is taught, and the name of its table says which."""
+    """Only the first token of a target is used, and its table is named after it."""
     finding = json.loads((report.folder / "fig11" / "finding.json").read_text(encoding="utf-8"))
     shown = [each["name"] for each in finding["results"]]
     assert "Rome is in →  Paris" in shown
@@ -1454,7 +1452,7 @@ def test_targets_that_are_cut(report: Report):
 
 
 class Links(HTMLParser):
-    """Tags of a page, and where its links and frames lead to."""
+    """Tags of a page, and addresses of its links and frames."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1491,7 +1489,7 @@ def test_another_model_or_data_is_refused(small_model: Any, report: Report):
 
 
 def test_prompts_that_look_alike_have_files_of_their_own(tmp_path: Path):
-    """Long ones, and those of other scripts, whose names are cut."""
+    """Long prompts and those in other scripts, whose file names are truncated."""
     names = ["x" * 80, "x" * 81, "東京", "パリ", "a-2", "a", "A", "?"]
     finding = Finding((YES,), {name: pd.DataFrame({"n": [name]}) for name in names})
     folder.write_finding(tmp_path, EXPERIMENTS[0], finding, {})
@@ -1511,7 +1509,7 @@ ROWS = [
     {"prompt": "plays for", "target": " Paris"},
     {"prompt": "Messi", "target": " Paris", "subject": "Messi"},
 ]
-"""With a subject at the end or without one, and of a single token or so."""
+"""With a subject at the end, without one, and with a single token."""
 
 
 @pytest.fixture(scope="module")
@@ -1549,7 +1547,7 @@ def test_data_without_subjects(small_model: Any, tmp_path: Path):
             assert experiment.measure(evidence).checks
 
 
-def test_one_that_cannot_be_measured_keeps_no_other(small_model: Any, tmp_path: Path):
+def test_the_others_are_measured_if_one_cannot_be(small_model: Any, tmp_path: Path):
     with pytest.raises(InputError, match=r"no token has a segment.*subject"):
         reproduce(small_model, WITHOUT_SUBJECT, tmp_path, "fig6", progress=False)
     names = ["fig4", "fig6", "table3"]
@@ -1570,7 +1568,7 @@ def test_one_that_cannot_be_measured_keeps_no_other(small_model: Any, tmp_path: 
 
 
 def experiment(name: str, error: Exception | None) -> Any:
-    """One that finds something, or fails."""
+    """An experiment that succeeds or fails."""
 
     def measure(evidence: Evidence) -> Finding:
         if error is not None:
@@ -1587,7 +1585,7 @@ def with_experiments(monkeypatch: pytest.MonkeyPatch, **errors: Exception | None
     monkeypatch.setattr(module, "select_experiments", lambda _: chosen)
 
 
-def test_a_model_that_an_experiment_does_not_know(
+def test_a_model_that_an_experiment_does_not_support(
     small_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     problem = UnsupportedModelError("experts")
@@ -1603,10 +1601,10 @@ def test_a_model_that_an_experiment_does_not_know(
         reproduce(small_model, WITHOUT_SUBJECT, tmp_path, "gradients", progress=False)
 
 
-def test_what_was_found_is_there_if_another_one_stops_it(
+def test_findings_are_kept_if_a_later_experiment_crashes(
     small_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """An error that is not about data or model comes through, as Ctrl-C would."""
+    """Errors that are not about the data or the model are raised, like Ctrl-C."""
     with_experiments(monkeypatch, fig3=None, fig4=RuntimeError("stop"), fig5=None)
     with pytest.raises(RuntimeError, match="stop"):
         reproduce(small_model, WITHOUT_SUBJECT, tmp_path, "gradients", progress=False)
@@ -1615,7 +1613,7 @@ def test_what_was_found_is_there_if_another_one_stops_it(
 
 
 @pytest.mark.parametrize(
-    ("bos", "words_of", "n_more"),
+    ("bos", "text", "n_more"),
     [(False, "without BOS", 0), (True, "with BOS", 1), (None, "with the default BOS", 1)],
 )
 def test_a_bos_token(
@@ -1623,10 +1621,10 @@ def test_a_bos_token(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     bos: bool | None,
-    words_of: str,
+    text: str,
     n_more: int,
 ):
-    """The facts model's own default is to have one; the paper's own prompt has as many."""
+    """The facts model has a BOS token by default. The setting applies to the example too."""
     n_tokens = len(facts_model.to_tokens(ROWS[0]["prompt"], prepend_bos=False)[0]) + n_more
 
     def measure(evidence: Evidence) -> Finding:
@@ -1641,12 +1639,12 @@ def test_a_bos_token(
     options = {} if bos is False else {"prepend_bos": bos}
     reproduce(facts_model, ROWS[:1], tmp_path, "fig4", progress=False, **options)
     (finding,) = folder.read_findings(tmp_path)
-    assert finding["about"]["bos"] == words_of
-    assert f" {words_of}" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert finding["about"]["bos"] == text
+    assert f" {text}" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_counting_targets_that_are_cut():
-    """Ids are no texts, and prompts that were rejected do not count."""
+    """Token ids and rejected prompts do not count."""
     rows = [SimpleNamespace(target=each) for each in (" Paris", " New York", 5, " Los Angeles")]
     shown = pd.DataFrame({"prompt": [0, 1, 2], "target": [" Paris", " New", " x"]})
     own = SimpleNamespace(rows=[*rows, object()])
@@ -1661,7 +1659,7 @@ def test_data_by_default():
         assert default_data("facts", experiments) == "facts"
     for other in ("gpt2-xl", torch.nn.Identity()):
         assert default_data(other, GRADIENTS) == COUNTERFACT
-        # Editing needs paraphrases and neighbors, which the other has not.
+        # Editing needs paraphrase and neighborhood prompts.
         assert default_data(other, EDITING) == COUNTERFACT_RECORDS
         assert default_data(other, EXPERIMENTS) == COUNTERFACT_RECORDS
     assert COUNTERFACT != COUNTERFACT_RECORDS
@@ -1695,7 +1693,7 @@ def test_a_model_of_one_layer(tmp_path: Path):
 
 
 def grave(shown: Page) -> list[tuple[str, list[str]]]:
-    """What axe-core calls serious or critical, and where."""
+    """Serious and critical violations of axe-core, with their elements."""
     return [
         (found["id"], [node["html"] for node in found["nodes"]])
         for found in Axe().run(shown).response["violations"]
@@ -1712,7 +1710,7 @@ def test_the_report_in_a_browser(browser: Browser, everything: Path, scheme: str
         frames = shown.locator("iframe")
         n_frames = frames.count()
         assert n_frames > 20
-        # They load when they are scrolled to. They look the same in the dark; three are enough.
+        # Frames load when they are scrolled to. For the dark scheme, three are enough.
         for index in range(n_frames if scheme == "light" else 3):
             frames.nth(index).scroll_into_view_if_needed()
             inner = frames.nth(index).content_frame
@@ -1722,7 +1720,7 @@ def test_the_report_in_a_browser(browser: Browser, everything: Path, scheme: str
         for width in (400, 1280):
             shown.set_viewport_size({"width": width, "height": 800})
             assert shown.evaluate("document.documentElement.scrollWidth") <= width
-        # Files of the folder, and nothing of any network.
+        # Only files of the folder, no network.
         assert window.requests
         assert all(address.startswith("file://") for address in window.requests)
         # axe-core posts messages to frames, which Chromium refuses between files.
@@ -1742,8 +1740,8 @@ def test_prompts_are_text_in_the_report(browser: Browser, everything: Path):
         )
 
 
-def test_words_of_the_report():
-    """What verdicts and checks read like, escaped, with a mark that can be heard."""
+def test_text_of_the_report():
+    """Verdicts and checks, escaped, with an accessible mark."""
     about = {"model": "<m>", "n_layers": 8, "d_vocab": 50257, "data": "d&d", "prompts": 9}
     about |= {"rejected": 2, "seconds": 3.4, "bos": "without BOS", "cut": 1}
     finding = {
@@ -1822,16 +1820,16 @@ def test_the_command(
     assert "prompt" not in err
     for finding in folder.read_findings(out):
         assert finding["about"].items() >= {"model": "facts", "bos": "without BOS"}.items()
-    # The one is not gone on with as the other.
+    # The folder cannot be resumed with other settings.
     assert cli.main([*argv, "--bos"]) == 2
     assert "holds a sweep with another config" in capsys.readouterr().err
-    # Without it there are bars.
+    # Without --quiet, there are progress bars.
     argv.remove("fig23")
     assert cli.main(argv[:-1]) == 0
     assert "experiment" in capsys.readouterr().err
 
 
-def test_the_command_says_what_was_not_measured_and_what_departs(
+def test_the_command_prints_what_was_not_measured_and_exceptions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     findings = {"fig3": Finding((NO, ALMOST)), "fig6": Finding((), notes=("It could not.",))}
@@ -1875,7 +1873,7 @@ def test_errors_of_the_command(
     assert re.search(r"^backward-lens: error: .*missing\.json", error("fig4", "--data", missing))
     assert "error: " in error("fig4", "--model", str(tmp_path / "no-model"))
     assert not (tmp_path / "x").exists()
-    # A wrong name costs no model.
+    # A wrong name is an error before the model is loaded.
     monkeypatch.setattr(loading, "load_model", None)
     assert "there is no experiment 'fig99'; allowed are fig3, fig1" in error("fig4", "fig99")
 
@@ -1923,7 +1921,7 @@ def test_everything_on_a_local_folder(tmp_path: Path, shared: Path, stories_fold
 
 
 def test_the_documentation_has_every_experiment():
-    """Names and titles of the page's table are those of the code."""
+    """The page's table has the names and titles of the code."""
     rows = re.findall(r"^\| `([^|]*)` \| ([^|]*) \|", section("Experiments"), flags=re.M)
     expected = [("`, `".join(experiment.covers), experiment.title) for experiment in EXPERIMENTS]
     assert rows == expected
@@ -1937,16 +1935,16 @@ def section(title: str) -> str:
 
 
 def documented_verdicts(column: int) -> dict[str, str]:
-    """What the page says of a model, by experiment."""
+    """The verdicts of the page for a model, by experiment."""
     rows = re.findall(
         r"^\| `(\w+)` \| ([^|]*) \| ([^|]*) \|",
         section("Results on small models"),
         flags=re.M,
     )
-    words_of = {
+    verdict_of = {
         "holds": "holds",
         "with exceptions": "holds with exceptions",
         "**does not hold**": "does not hold here",
         "not measured": "not measured",
     }
-    return {name: words_of[columns[column]] for name, *columns in rows}
+    return {name: verdict_of[columns[column]] for name, *columns in rows}
