@@ -1,7 +1,7 @@
-"""What `HookedTransformer` and `TransformerBridge` look like inside; nothing else knows.
+"""The internals of `HookedTransformer` and `TransformerBridge`.
 
-Everything after it sees a [`Host`][backward_lens_tl.models.host.Host]: tokens in, logits out,
-and for each weight matrix its site.
+All other code uses a [`Host`][backward_lens_tl.models.host.Host]: tokens to logits, and a site for
+each weight matrix.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _HOSTS: dict[str, type[Host]] = {
 
 
 def host_of(model: object) -> Host:
-    """Wrap a TransformerLens model that can be analysed, in a state in which it can be.
+    """Wrap a TransformerLens model, and check that it can be analysed.
 
-    The class is recognised by name along the inheritance chain, because `HookedTransformer`
-    cannot be imported from TransformerLens 4.
+    The class is recognised by name along the inheritance chain, because TransformerLens 4 has no
+    `HookedTransformer`.
 
     Args:
         model: A `HookedTransformer` or a `TransformerBridge`.
@@ -57,7 +57,8 @@ def host_of(model: object) -> Host:
 
     Raises:
         InputError: If it is neither.
-        UnsupportedModelError: If it is not a causal decoder, or the analysed pass is not its own.
+        UnsupportedModelError: If it is not a causal decoder, or its own forward pass differs from
+            the analysed one.
         ModelStateError: If it is in a state in which gradients would be wrong.
     """
     for base in type(model).__mro__:
@@ -80,7 +81,7 @@ def _described(model: object) -> str:
 
 
 def _advice(model: object) -> str:
-    """How to come from what was passed to a model, where that can be told."""
+    """How to get a TransformerLens model from what was passed."""
     if isinstance(model, str | PathLike):
         return f": load_model({str(model)!r})"
     hf_model = "model"

@@ -1,4 +1,4 @@
-"""Checksums, by which the same weights and the same data are known again."""
+"""Checksums that identify weights and data."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 _PIECE = 2**22
-"""Values that a checksum goes over at a time, to save memory."""
+"""Number of values per step of a checksum, to save memory."""
 
 _ODD = 0x1E3779B97F4A7C15
-"""A factor without a pattern in its bits."""
+"""An odd factor with irregular bits."""
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], about: str = "") -> str:
@@ -20,7 +20,7 @@ def tensors_digest(tensors: Mapping[str, Tensor], about: str = "") -> str:
 
     Args:
         tensors: The tensors, by name; their order does not matter.
-        about: A text that belongs to them.
+        about: A text to include.
 
     Returns:
         SHA-256, in hexadecimal.
@@ -34,10 +34,10 @@ def tensors_digest(tensors: Mapping[str, Tensor], about: str = "") -> str:
 
 
 def checksum(tensor: Tensor) -> int:
-    """A quick checksum of a tensor's bits, computed where it lies.
+    """A quick checksum of a tensor's bits, computed on its device.
 
-    It tells any single change and any exchange of two values, and may be deceived on purpose;
-    `tensors_digest` may not.
+    It detects any single change and any exchange of two values, but unlike `tensors_digest` it can
+    be fooled deliberately.
 
     Args:
         tensor: The tensor.

@@ -1,4 +1,4 @@
-"""Weights that lie in linear modules, torch's or Hugging Face's."""
+"""Weights of linear modules, torch's or Hugging Face's."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from backward_lens_tl.models.taps import Tap
 
 
 def linear_site(matrix: MatrixName, layer: int, linear: nn.Module, **details: Any) -> MatrixSite:
-    """A matrix that a linear module multiplies by, tapped at that module.
+    """The site of a linear module's weight.
 
     Args:
         matrix: TransformerLens's name of the matrix.
         layer: The layer.
         linear: The module.
-        **details: Further fields of the site.
+        **details: Other fields of the site.
 
     Returns:
         The site.
@@ -37,21 +37,13 @@ def linear_site(matrix: MatrixName, layer: int, linear: nn.Module, **details: An
 
 
 def is_adapted(linear: object) -> bool:
-    """Whether PEFT has put an adapter around a module."""
+    """Whether PEFT has wrapped a module in an adapter."""
     return isinstance(linear, nn.Module) and hasattr(linear, "base_layer")
 
 
 def _base_layer(linear: Any, matrix: MatrixName, layer: int) -> Any:
-    """The linear module that holds a matrix: itself, or the one inside a LoRA adapter.
-
-    With `y = x @ (W + s A B) + b`, the gradient of the effective weight is that of `W`.
-
-    Returns:
-        The module.
-
-    Raises:
-        UnsupportedModelError: If an adapter does anything else than add to the weight.
-    """
+    """The linear module that holds a matrix: itself, or the one inside a LoRA adapter."""
+    # With `y = x @ (W + s A B) + b`, the gradient of the effective weight is that of `W`.
     if not is_adapted(linear):
         return linear
     is_lora = hasattr(linear, "lora_A") and hasattr(linear, "lora_B")
@@ -68,18 +60,18 @@ def _base_layer(linear: Any, matrix: MatrixName, layer: int) -> Any:
 
 
 def stored_layout(linear: nn.Module, matrix: str, layer: int) -> Literal["in_out", "out_in"]:
-    """How a linear module keeps its weight, by its class.
+    """The layout of a linear module's weight.
 
     Args:
         linear: The module.
-        matrix: Whose weight it is, for the message.
-        layer: Whose weight it is, for the message.
+        matrix: Name of the matrix, for the message.
+        layer: The layer, for the message.
 
     Returns:
         `"out_in"` for torch's `Linear`, `"in_out"` for Hugging Face's `Conv1D`.
 
     Raises:
-        UnsupportedModelError: If it is neither, or its weight is computed on the way.
+        UnsupportedModelError: If it is neither, or its weight is parametrized.
     """
     if not is_parametrized(linear):
         if isinstance(linear, nn.Linear):
@@ -89,28 +81,28 @@ def stored_layout(linear: nn.Module, matrix: str, layer: int) -> Literal["in_out
     if hasattr(linear, "original_component"):
         raise UnsupportedModelError(
             f"{matrix} of layer {layer} is inside two bridges: its Hugging Face model was wrapped "
-            "twice; load it anew for each TransformerBridge"
+            "twice; load it again for each TransformerBridge"
         )
     raise UnsupportedModelError(
         f"{matrix} of layer {layer} is a {type(linear).__module__}.{type(linear).__qualname__}; "
-        "the lens knows torch.nn.Linear and transformers' Conv1D, without parametrizations, and "
+        "supported are torch.nn.Linear and transformers' Conv1D, without parametrizations, and "
         "LoRA adapters around them"
     )
 
 
 def float_parameter(weight: object, matrix: str, layer: int) -> Tensor:
-    """A weight that has a gradient.
+    """Check that a weight can have a gradient.
 
     Args:
-        weight: What the model holds.
-        matrix: Whose it is, for the message.
-        layer: Whose it is, for the message.
+        weight: The model's weight.
+        matrix: Name of the matrix, for the message.
+        layer: The layer, for the message.
 
     Returns:
         The weight.
 
     Raises:
-        UnsupportedModelError: If it is not a tensor of real numbers, as a quantised one is not.
+        UnsupportedModelError: If it is not a tensor of real numbers, as if quantised.
     """
     if isinstance(weight, Tensor) and weight.is_floating_point():
         return weight

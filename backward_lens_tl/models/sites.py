@@ -1,9 +1,9 @@
-"""Weight matrices, and where each meets its input and its output in a forward pass.
+"""Weight matrices, and where the forward pass reads their inputs and writes their outputs.
 
-The places are the matrix's *own* input and output. Three hook points look right and are not:
-`ln2.hook_normalized` (before the norm's gain and bias, but for `LayerNorm` in TransformerLens 2),
-`hook_mlp_in` (before the norm, and only with `use_hook_mlp_in`), and `hook_mlp_out` on models that
-normalise the MLP's output.
+These are the matrix's *own* input and output. Three hook points look right but are not:
+`ln2.hook_normalized` (before the norm's gain and bias, except for `LayerNorm` in TransformerLens
+2), `hook_mlp_in` (before the norm, and only with `use_hook_mlp_in`), and `hook_mlp_out` in models
+that normalise the MLP's output.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from backward_lens_tl.models.taps import Tap
 
 MatrixName = Literal["W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out"]
 MATRIX_NAMES: tuple[MatrixName, ...] = get_args(MatrixName)
-"""Every matrix that can be asked for, in the order in which a layer uses them."""
+"""All matrices, in the order in which a layer uses them."""
 
 ATTENTION_MATRICES: tuple[MatrixName, ...] = ("W_Q", "W_K", "W_V", "W_O")
 """The matrices of attention; the others are those of the MLP."""
@@ -35,7 +35,7 @@ WRITING_MATRICES = frozenset(MATRIX_NAMES) - READING_MATRICES
 """Matrices that write to the residual stream: their outputs have width `d_model`."""
 
 _MOST_SLOTS = 8
-"""Experts that one token is routed to, at most, in the models that there are."""
+"""Largest number of experts per token in existing models."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class HookPointSite:
 
     Attributes:
         name: TransformerLens's name.
-        tap: Where the activation passes, after every edit by the caller's hooks.
-        as_hooked: Lays a tensor out as hooks see it there, for example by head.
-        is_replaceable: Whether the model goes on with what a hook returns; some attention shows
-            its hooks a finished pattern, and drops what they make of it.
+        tap: The activation after the caller's hooks.
+        as_hooked: Converts a tensor to the layout that hooks see there, for example by head.
+        is_replaceable: Whether the model uses what a hook returns; some attention shows its hooks
+            a finished pattern and ignores what they return.
     """
 
     name: str
@@ -62,9 +62,9 @@ class Stored:
 
     Attributes:
         parameter: The parameter.
-        layout: `"in_out"` is TransformerLens's `[d_in, d_out]`, with a first axis for heads where
-            there is one; `"out_in"` is that of `torch.nn.Linear`.
-        n_heads: Heads that a parameter without an axis for them is divided into.
+        layout: `"in_out"` is TransformerLens's `[d_in, d_out]`, possibly with a first axis for
+            heads; `"out_in"` is that of `torch.nn.Linear`.
+        n_heads: Number of heads, if the parameter has no axis for them.
         divided: The side that is divided into heads.
     """
 
@@ -74,7 +74,7 @@ class Stored:
     divided: Literal["in", "out"] = "out"
 
     def in_out(self, tensor: Float[Tensor, "*stored"]) -> Float[Tensor, "*head d_in d_out"]:
-        """Turn a tensor laid out like the parameter into TransformerLens's orientation."""
+        """Convert a tensor from the parameter's layout to TransformerLens's orientation."""
         turned = tensor.T if self.layout == "out_in" else tensor
         if self.n_heads is None:
             return turned
@@ -83,14 +83,7 @@ class Stored:
         return heads
 
     def as_stored(self, matrix: Float[Tensor, "*head d_in d_out"]) -> Float[Tensor, "*stored"]:
-        """Lay a tensor of TransformerLens's orientation out like the parameter.
-
-        Args:
-            matrix: As `in_out` gives it.
-
-        Returns:
-            What `in_out` makes the matrix of.
-        """
+        """Convert a tensor from TransformerLens's orientation to the parameter's layout."""
         joined = matrix
         if self.n_heads is not None:
             joined = rearrange(matrix, f"head d_in d_out -> {self._side_by_side}")
@@ -98,28 +91,29 @@ class Stored:
 
     @property
     def _side_by_side(self) -> str:
-        """How heads lie in a matrix that has no axis for them."""
+        """The einops pattern of concatenated heads."""
         return "d_in (head d_out)" if self.divided == "out" else "(head d_in) d_out"
 
 
 @dataclass(frozen=True)
 class MatrixSite:
-    """Where one weight matrix of one layer meets its input and its output.
+    """One weight matrix of one layer, with its input and output.
 
     Attributes:
         matrix: TransformerLens's name of the matrix.
         layer: The layer, from 0.
-        input: Where `x` passes, `[batch, pos, d_in]`, after every edit by the caller's hooks.
-        output: Where `y = x @ W + b` passes, `[batch, pos, d_out]`, before any such edit.
+        input: `x`, `[batch, pos, d_in]`, after the caller's hooks.
+        output: `y = x @ W + b`, `[batch, pos, d_out]`, before the caller's hooks.
         weight: The stored parameter.
         bias: `b`, if there is one.
-        input_heads: Heads that `x` is divided into, along an axis of its own or along `d_in`.
-        output_heads: Likewise for `y`.
-        heads_per_weight: Heads of `y` that one head of the weight serves (ungrouped queries).
+        input_heads: Number of heads of `x`, in a separate axis or concatenated along `d_in`.
+        output_heads: The same for `y`.
+        heads_per_weight: Heads of `y` per head of the weight (ungrouped queries).
         input_hook: TransformerLens's name of the hook point that shows `x`, if there is one.
-        output_hook: Likewise for `y`, or for what becomes of it on its way to the residual stream.
-        joins: Where what a writing matrix wrote is added to the residual stream, behind a norm or
-            a scale if there is one.
+        output_hook: The same for `y`, or for `y` after a norm or scale on its way to the residual
+            stream.
+        joins: Where the output of a writing matrix is added to the residual stream, after a norm
+            or scale if there is one.
     """
 
     matrix: MatrixName
@@ -155,7 +149,7 @@ class MatrixSite:
 
     @property
     def width(self) -> int:
-        """How many numbers both factors have per token, at least."""
+        """Number of values in both factors per token, at least."""
         return sum(self.shape)
 
     def joined(
@@ -180,22 +174,22 @@ class MatrixSite:
         return "d_in (head d_out)" if is_reading else "(head d_in) d_out"
 
     def dense(self, gradients: Sequence[Tensor]) -> Float[Tensor, "*head d_in d_out"]:
-        """Lay gradients of `weights` out in TransformerLens's orientation."""
+        """Convert gradients of `weights` to TransformerLens's orientation."""
         return self.weight.in_out(gradients[0])
 
     def by_head(
         self, factor: Float[Tensor, "*rows d"], side: Literal["input", "output"], rows: torch.Size
     ) -> Float[Tensor, "batch pos *head d_side"]:
-        """Lay a factor out as `[*rows, d]`, or `[*rows, head, d]` where heads differ.
+        """Reshape a factor to `[*rows, d]`, or `[*rows, head, d]` if heads differ.
 
         Args:
-            factor: `x` or `delta`, as it passed its tap. Some MLPs, OPT's for one, run over all
-                positions of all prompts as one list.
+            factor: `x` or `delta`, as recorded. Some MLPs, such as OPT's, flatten batch and
+                position.
             side: Which of the two.
             rows: The leading axes, batch and position.
 
         Returns:
-            The factor. Copies of the residual stream that are the same for all heads are one.
+            The factor. Copies of the residual stream that are equal for all heads are merged.
 
         Raises:
             UnsupportedModelError: If heads that share one weight read different inputs.
@@ -210,7 +204,7 @@ class MatrixSite:
             )
         is_stream = (side == "input") == (self.matrix in READING_MATRICES)
         if is_stream and bool((split == split[..., :1, :]).all()):
-            return split[..., 0, :].contiguous()  # a view would hold on to the copies
+            return split[..., 0, :].contiguous()  # a view would keep the copies in memory
         if is_stream and self.heads_per_weight > 1:
             raise UnsupportedModelError(
                 f"the heads that share one {self.matrix} in layer {self.layer} read different "
@@ -227,9 +221,9 @@ class ExpertsSite:
     Attributes:
         matrix: TransformerLens's name of the matrix.
         layer: The layer, from 0.
-        experts: The matrix of each expert; a forward pass shows it the tokens routed there.
-        chosen: Where the indices of each token's experts pass, `[tokens, slot]`.
-        joins: Where what all experts wrote is added to the residual stream.
+        experts: The matrix of each expert, which gets the tokens that are routed to it.
+        chosen: The indices of each token's experts, `[tokens, slot]`.
+        joins: Where the output of all experts is added to the residual stream.
     """
 
     matrix: MatrixName
@@ -245,7 +239,7 @@ class ExpertsSite:
 
     @property
     def width(self) -> int:
-        """How many numbers both factors have per token, at most, in the models that there are."""
+        """Number of values in both factors per token, at most."""
         return min(_MOST_SLOTS, self.n_experts) * self.experts[0].width
 
     @property
@@ -259,27 +253,27 @@ class ExpertsSite:
         return tuple(bias for expert in self.experts for bias in expert.biases)
 
     def dense(self, gradients: Sequence[Tensor]) -> Float[Tensor, "expert d_in d_out"]:
-        """Lay gradients of `weights` out in TransformerLens's orientation."""
+        """Convert gradients of `weights` to TransformerLens's orientation."""
         pairs = zip(self.experts, gradients, strict=True)
         return torch.stack([expert.dense([gradient]) for expert, gradient in pairs])
 
 
 @dataclass(frozen=True)
 class StackedExperts:
-    """All experts of one layer, their weights stacked in parameters with an axis for experts.
+    """All experts of one layer, with weights stacked along an axis for experts.
 
-    The forward pass shows only what the whole stack reads and writes, so an expert's own input and
-    VJP are derived from those; `capture/experts.py` does it.
+    Hooks see only the input and output of the whole stack; `capture/experts.py` derives those of
+    each expert.
 
     Attributes:
-        module: The stack; called with hidden states `[tokens, d_model]`, indices of each token's
-            experts `[tokens, slot]`, and the router's weights `[tokens, slot]`.
+        module: The stack. Its arguments are hidden states `[tokens, d_model]`, indices of each
+            token's experts `[tokens, slot]`, and the router's weights `[tokens, slot]`.
         w_in: `W_in` and `W_gate` of all experts, `[expert, d_model, 2 * d_mlp]`.
         b_in: Their biases, `[expert, 2 * d_mlp]`, if there are any.
         w_out: `W_out`, `[expert, d_mlp, d_model]`.
         b_out: Its bias, `[expert, d_model]`, if there is one.
-        activate: From the pre-activations of both, `[..., 2 * d_mlp]`, to `[..., d_mlp]`.
-        gate: True at those of the `2 * d_mlp` columns that belong to `W_gate`.
+        activate: Maps pre-activations of both, `[..., 2 * d_mlp]`, to `[..., d_mlp]`.
+        gate: True at the columns, out of `2 * d_mlp`, that belong to `W_gate`.
     """
 
     module: nn.Module
@@ -299,11 +293,11 @@ class StackedExpertsSite:
         matrix: TransformerLens's name of the matrix.
         layer: The layer, from 0.
         stack: The experts.
-        weights: The parameter that holds the matrix, as it is stored.
-        biases: The parameter that holds its bias, if there is one.
-        columns: True at the matrix's own among the columns that the parameter has.
+        weights: The parameter that contains the matrix, as it is stored.
+        biases: The parameter that contains its bias, if there is one.
+        columns: True at the columns of the parameter that belong to the matrix; `None` for all.
         is_transposed: Whether the parameter is stored as `[expert, d_out, d_in]`.
-        joins: Where what all experts wrote is added to the residual stream.
+        joins: Where the output of all experts is added to the residual stream.
     """
 
     matrix: MatrixName
@@ -322,11 +316,11 @@ class StackedExpertsSite:
 
     @property
     def width(self) -> int:
-        """How many numbers both factors have per token, at most, in the models that there are."""
+        """Number of values in both factors per token, at most."""
         return min(_MOST_SLOTS, self.n_experts) * sum(self.stack.w_out.shape[1:])
 
     def dense(self, gradients: Sequence[Tensor]) -> Float[Tensor, "expert d_in d_out"]:
-        """Lay gradients of `weights` out in TransformerLens's orientation."""
+        """Convert gradients of `weights` to TransformerLens's orientation."""
         turned = gradients[0].transpose(1, 2) if self.is_transposed else gradients[0]
         return turned if self.columns is None else turned[..., self.columns]
 

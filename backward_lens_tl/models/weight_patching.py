@@ -1,4 +1,4 @@
-"""Weight matrices, changed for a while and then put back to the last bit."""
+"""Temporary changes of weight matrices, restored to the last bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from backward_lens_tl.errors import InputError
 from backward_lens_tl.models.sites import MatrixSite
 
 Change = tuple[Tensor, Float[Tensor, "..."]]
-"""A parameter, and what is added to it, laid out like it."""
+"""A parameter, and a tensor of the same layout to add to it."""
 
 
 @contextmanager
@@ -20,26 +20,26 @@ def stepped(
     sites: MatrixSite | Sequence[MatrixSite],
     changes: Float[Tensor, "..."] | Sequence[Float[Tensor, "..."]],
 ) -> Iterator[None]:
-    """Add something to weight matrices, and put them back afterwards, whatever happens.
+    """Add to weight matrices inside the context, and restore them afterwards.
 
-    The weights change in place, under frozen parameters and under `torch.no_grad()` as well, and
-    autograd takes no note of it: a graph that a caller made before can still be used afterwards,
-    when every bit is as it was. Inside the context it may not be differentiated.
+    Weights change in place, even if they are frozen or under `torch.no_grad()`, and autograd does
+    not notice: a graph that a caller built before is valid again afterwards. Inside the context it
+    must not be differentiated.
 
-    Takes a copy of each weight, and a change is as large as the weight.
+    Copies each weight, and a change is as large as the weight.
 
     Args:
         sites: One matrix, or several.
-        changes: What is added, in TransformerLens's orientation, `[d_in, d_out]` or `[head, d_in,
-            d_out]`: one tensor per matrix. It is added in its own precision and then rounded to
-            the weight's.
+        changes: One tensor per matrix in TransformerLens's orientation, `[d_in, d_out]` or
+            `[head, d_in, d_out]`. It is added in its own precision and then rounded to the
+            weight's.
 
     Yields:
-        Nothing; the weights are so inside the context.
+        Nothing.
 
     Raises:
         InputError: If there is not one change per matrix, or one has another shape; then nothing
-            has changed.
+            changes.
     """
     wanted = [sites] if isinstance(sites, MatrixSite) else list(sites)
     added = [changes] if isinstance(changes, Tensor) else list(changes)
@@ -58,14 +58,13 @@ def stepped(
 
 @contextmanager
 def changed(changes: Iterable[Change]) -> Iterator[None]:
-    """Add to parameters, and put them back afterwards, whatever happens.
+    """Add to parameters inside the context, and restore them afterwards.
 
     Args:
-        changes: What is added to each, one after the other: of several to one parameter the later
-            sees the earlier.
+        changes: The changes, applied in this order; one parameter may have several.
 
     Yields:
-        Nothing; the parameters are so inside the context.
+        Nothing.
     """
     kept: list[tuple[Tensor, Tensor]] = []
     try:
@@ -78,13 +77,13 @@ def changed(changes: Iterable[Change]) -> Iterator[None]:
 
 
 def add_in_place(change: Change) -> tuple[Tensor, Tensor]:
-    """Add to a parameter, so that autograd takes no note of it.
+    """Add to a parameter without autograd noticing.
 
     Args:
-        change: The parameter and what is added.
+        change: The parameter and what to add.
 
     Returns:
-        The parameter, and a copy of what it was.
+        The parameter, and a copy of its old values.
     """
     parameter, added = change
     weight = parameter.data  # which has a version counter of its own
@@ -94,11 +93,11 @@ def add_in_place(change: Change) -> tuple[Tensor, Tensor]:
 
 
 def put_back(parameter: Tensor, before: Tensor) -> None:
-    """Give a parameter the values that it had, so that autograd takes no note of it.
+    """Restore a parameter without autograd noticing.
 
     Args:
         parameter: The parameter.
-        before: Its values.
+        before: Its old values.
     """
     parameter.data.copy_(before)
 
