@@ -1,6 +1,6 @@
-"""The paper's analyses: each from a sweep, a result or their tables to a small tidy table.
+"""The paper's analyses: each turns a sweep, a result or one of their tables into a small table.
 
-Those by segment take of a result the table `to_df(subject)`, since it needs to be told its subject.
+For a result, analyses by segment take the table `to_df(subject)`, which needs the subject.
 
 `gradient_ranks` and `rank_exceptions` are figure 4; `norms_by_segment` and `norm_correlation`
 figures 6, 16 and 17; `token_ranks_by_segment` figures 7 and 18 to 21; `neuron_tokens`,

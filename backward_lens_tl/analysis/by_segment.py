@@ -19,18 +19,18 @@ _CELL = ["prompt", "matrix", "layer", "position"]
 _NORMS = {"vjp": "norm", "input": "input_norm"}
 _RANKS = {"target": "target_rank", "answer": "answer_rank"}
 _UNRANKED = {
-    "target": "the objective is not about one token; pass target=... beside it",
+    "target": "the objective is not about one token; pass target=... in addition",
     "answer": 'ask for it with backward_lens(..., measures=("answer_rank",))',
 }
 
 
 def norms_by_segment(positions: Source, of: Literal["vjp", "input"] = "vjp") -> pd.DataFrame:
-    """How long vectors are, by segment and layer (paper, figures 6, 16 and 17).
+    """Norms of vectors by segment and layer (paper, figures 6, 16 and 17).
 
-    The mean is over tokens: a segment of several tokens counts once for each, and a prompt with a
-    long subject counts more than one with a short one. Vectors that are zero, as all VJPs but one
-    in the last layer, are counted, as in the paper. Each cell counts once, under however many
-    projections the table has it.
+    The mean is over tokens, so a segment of several tokens counts several times, and a prompt with
+    a long subject counts more than one with a short subject. As in the paper, zero vectors are
+    included, such as all but one of the VJPs in the last layer. A cell counts once, even if the
+    table has several projections.
 
     Args:
         positions: A sweep, or the table that `Sweep.positions` or
@@ -39,13 +39,12 @@ def norms_by_segment(positions: Source, of: Literal["vjp", "input"] = "vjp") -> 
 
     Returns:
         One row per `matrix`, `layer` and `segment`, in the order of the table's matrices, of layers
-        and of `SEGMENTS`, with `of`, the `mean` norm, its standard deviation `std` (that of a
-        sample; missing for one token), `count` (how many tokens) and `prompts` (how many the
-        matrix has in all segments together). Tokens without a segment, because their prompt has no
-        subject, are left out.
+        and of `SEGMENTS`, with `of`, the `mean` norm, the sample standard deviation `std` (missing
+        for one token), `count` (number of tokens) and `prompts` (number of prompts of the matrix in
+        all segments). Tokens of prompts without a subject have no segment and are left out.
 
     Raises:
-        InputError: If it is no such table, has no rows, or no token has a segment.
+        InputError: If the table has other columns or no rows, or no token has a segment.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -72,32 +71,32 @@ def token_ranks_by_segment(
     *,
     prompts: int | Iterable[int] | None = None,
 ) -> pd.DataFrame:
-    """Where a token stands in the vocabulary, by segment and layer (figures 7 and 18 to 21).
+    """Ranks of a token in the vocabulary, by segment and layer (figures 7 and 18 to 21).
 
-    Cells that add nothing have no rank and do not count: a zero vector reads as the final norm's
-    bias, which ranks the token somewhere for no reason of the prompt's. The paper counts them,
-    which is why the curves of its figure 7 meet in the last layer (appendix A). Averages are over
-    tokens, as in `norms_by_segment`.
+    Cells that add nothing have no rank and are left out: a zero vector reads as the final norm's
+    bias, whose rank does not depend on the prompt. The paper includes them, which is why the curves
+    of its figure 7 meet in the last layer (appendix A). Averages are over tokens, as in
+    `norms_by_segment`.
 
     Args:
         positions: A sweep, or the table that `Sweep.positions` or
-            `BackwardLensResult.to_df(subject)` returns, of any number of prompts. The paper's have
+            `BackwardLensResult.to_df(subject)` returns, of any number of prompts. The paper uses
             `direction="gradient"`.
-        of: `"target"`, or `"answer"` for the token that the model itself answered, which the table
-            has with `measures=("answer_rank",)`.
-        prompts: Numbers of the prompts that count, such as those that the model answers correctly
+        of: `"target"`, or `"answer"` for the model's own answer, which needs
+            `measures=("answer_rank",)`.
+        prompts: Numbers of the prompts to include, such as those that the model answers correctly
             (figures 20 and 21); `None` for all.
 
     Returns:
         One row per `matrix`, `projection`, `layer` and `segment`, in the order of the table's
         matrices and projections, of layers and of `SEGMENTS`, with `of`, the `mean` rank (0 is the
-        most probable token), `median`, `lower_quartile`, `upper_quartile`, `count` (how many
-        tokens) and `prompts` (how many the matrix has in all segments together). Where all cells
-        add nothing, as in the last layer but for the last token, `count` is 0 and the rank missing.
+        most probable token), `median`, `lower_quartile`, `upper_quartile`, `count` (number of
+        tokens) and `prompts` (number of prompts of the matrix in all segments). Where no cell adds
+        anything, as in the last layer except at the last token, `count` is 0 and ranks are missing.
 
     Raises:
-        InputError: If it is no such table, has no rows, no token has a segment, there is no such
-            prompt, or no rank of the token.
+        InputError: If the table has other columns or no rows, no token has a segment, there is no
+            such prompt, or no rank of the token.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -127,11 +126,11 @@ def token_ranks_by_segment(
 
 
 def norm_correlation(positions: Source) -> pd.DataFrame:
-    """Whether long inputs have long VJPs, layer by layer (paper, figure 17).
+    """Correlation of the norms of inputs and VJPs, layer by layer (paper, figure 17).
 
-    The paper says of its figures that "there is no correlation between the norm of `x_i` and
-    `delta_i`". Cells that add nothing are left out: all that are zero would be tied in one place.
-    With them, the last layer would only tell the last token from all others.
+    The paper states that "there is no correlation between the norm of `x_i` and `delta_i`". Cells
+    that add nothing are left out, because zero norms would all be tied. With them, the last layer
+    would only separate the last token from all others.
 
     Args:
         positions: A sweep, a result, or the table that `Sweep.positions` or
@@ -139,12 +138,11 @@ def norm_correlation(positions: Source) -> pd.DataFrame:
 
     Returns:
         One row per `matrix` and `layer`, in the order of the table's matrices and of layers, with
-        `spearman` (the correlation of the two norms' ranks among all tokens of all prompts, from -1
-        to 1; missing where there are fewer than two tokens or all norms of one kind are equal) and
-        `count` (how many tokens).
+        `spearman` (rank correlation of the two norms over all tokens of all prompts; missing for
+        fewer than two tokens or if all norms of one kind are equal) and `count` (number of tokens).
 
     Raises:
-        InputError: If it is no such table, or has no rows.
+        InputError: If the table has other columns or no rows.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -159,7 +157,7 @@ def norm_correlation(positions: Source) -> pd.DataFrame:
     norms = list(_NORMS.values())
     table = table_of(positions, "positions", [*_CELL, *norms, "is_zero"])
     cells = _once(table, _CELL, [*norms, "is_zero"])
-    # Those that add nothing stay as missing, so that each matrix and layer has its row.
+    # Masked rather than dropped, so that each matrix and layer keeps a row.
     cells[norms] = cells[norms].mask(cells["is_zero"].astype(bool))
     rows = []
     for (matrix, layer), part in grouped(cells, ("matrix", "layer")):
@@ -171,16 +169,13 @@ def norm_correlation(positions: Source) -> pd.DataFrame:
     return with_types_of(table, pd.DataFrame(rows))
 
 
-# --- parts ---------------------------------------------------------------------------------------
-
-
 def _once(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
-    """Some columns of a table, with one row per cell; a position may be asked for twice."""
+    """Some columns of a table, with one row per cell; a position may be requested twice."""
     return table[[*keys, *columns]].drop_duplicates(list(keys), ignore_index=True)
 
 
 def _segmented(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
-    """One row per cell that has a segment, with the segments in the order of a prompt."""
+    """One row per cell that has a segment, with segments in the order of a prompt."""
     import pandas as pd
 
     cells = _once(table, keys, ["segment", *columns])
@@ -196,13 +191,13 @@ def _segmented(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str])
 
 
 def _with_prompts(found: pd.DataFrame, cells: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """Groups with the number of prompts that their matrix, or matrix and projection, has."""
+    """Groups with the number of prompts that have the same values of `keys`."""
     counts = grouped(cells, keys)["prompt"].nunique().rename("prompts")
     return found.join(counts, on=list(keys)).astype({"prompts": "int64"})
 
 
 def _numbers(prompts: object, present: pd.Series[int]) -> list[int]:
-    """The prompts that count, all of them in the table."""
+    """The requested prompts; all of them must be in the table."""
     there = sorted(set(present.tolist()))
     if prompts is None:
         return there

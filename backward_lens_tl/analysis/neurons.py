@@ -1,11 +1,11 @@
-"""Single neurons of a gradient beside the vectors that span it (paper, appendix B).
+"""Single neurons of a gradient compared with the vectors that span it (paper, appendix B).
 
-The paper reads a gradient through its spanning set, a few vectors, and not through its thousands of
-neurons. These tables show on one gradient that nothing is lost: every neuron says what one or two
-of the spanning vectors say. Signs are those of the raw gradient, as in the paper.
+The paper reads a gradient through its spanning set, a few vectors, instead of its thousands of
+neurons. These tables show for one gradient that nothing is lost: every neuron reads like one or two
+of the spanning vectors. Signs are those of the raw gradient, as in the paper.
 
-Neurons are made and read block by block. Together they are the `d_in x d_out` matrix, and their
-scores over the vocabulary are larger still.
+Neurons are computed and read in blocks: together they are the `d_in x d_out` matrix, and their
+scores over the vocabulary are even larger.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _BLOCK = 512
-"""Neurons that are made at a time: 3 MB of them for GPT-2 xl, whose matrix has 41 MB."""
+"""Neurons computed at a time: 3 MB for GPT-2 XL, whose matrix has 41 MB."""
 
 _ZERO_VECTOR = "zero vector"
-"""What the paper's tables call the reading of no vector at all, which is the final norm's bias."""
+"""The paper's name for the reading of the zero vector, which is the final norm's bias."""
 
 
 def neuron_tokens(
@@ -50,32 +50,31 @@ def neuron_tokens(
     k: int = 10,
     projection: str | Projection = "logit_lens",
 ) -> pd.DataFrame:
-    """What neurons of one gradient say, grouped by their length (paper, tables 2 and 4).
+    """Tokens of neurons of one gradient, grouped by norm (paper, tables 2 and 4).
 
-    Only neurons that are not zero are grouped: one that is zero says what the zero vector says.
-    Where there are too few for three groups, the largest come first and then the smallest; no
-    neuron is in two groups.
+    Only nonzero neurons are grouped; a zero neuron reads like the zero vector. If there are too few
+    for three groups, the largest are taken first and then the smallest. No neuron is in two groups.
 
     Args:
-        model: The model that the gradients are of.
+        model: The model that the gradients belong to.
         capture: The gradients, or a result of `backward_lens`.
         matrix: Name of the matrix.
         layer: The layer, from 0.
         batch: Which prompt.
-        per_group: Neurons in each group.
-        k: Tokens to show at either end.
-        projection: As in `backward_lens`, but one alone.
+        per_group: Number of neurons in each group.
+        k: Number of tokens to show at either end.
+        projection: One projection, as in `backward_lens`.
 
     Returns:
-        Columns `group` (`"largest"`, `"middle"`, those about the median, `"smallest"`, or `"zero
-        vector"`), `neuron`, `norm`, `norm_order` (0 for the longest; equal ones in the order of
-        their index), `top_tokens` and `bottom_tokens` (lists of texts, best and smallest first).
-        Longer neurons come first. The last row is the zero vector's, without `neuron` and
+        Columns `group` (`"largest"`, `"middle"` around the median, `"smallest"`, or `"zero
+        vector"`), `neuron`, `norm`, `norm_order` (0 for the longest; ties in the order of their
+        index), `top_tokens` and `bottom_tokens` (lists of texts, best and smallest first). Longer
+        neurons come first. The last row is that of the zero vector, without `neuron` and
         `norm_order`.
 
     Raises:
         InputError: If an argument is not usable, the gradients are of a model of another width, or
-            heads or experts have factors of their own.
+            heads or experts have separate factors.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -118,22 +117,22 @@ def spanning_tokens(
     k: int = 10,
     projection: str | Projection = "logit_lens",
 ) -> pd.DataFrame:
-    """What the vectors say that span one gradient (paper, tables 3 and 5).
+    """Tokens of the vectors that span one gradient (paper, tables 3 and 5).
 
     Args:
-        model: The model that the gradients are of.
+        model: The model that the gradients belong to.
         capture: The gradients, or a result of `backward_lens`.
         matrix: Name of the matrix.
         layer: The layer, from 0.
         batch: Which prompt.
-        k: Tokens to show at either end.
-        projection: As in `backward_lens`, but one alone.
+        k: Number of tokens to show at either end.
+        projection: One projection, as in `backward_lens`.
 
     Returns:
-        Columns `position`, `token`, `norm` (of the spanning vector itself: of `x_i` where the
-        matrix reads the residual stream, else of `delta_i`), `top_tokens` and `bottom_tokens`
-        (lists of texts, best and smallest first), one row per position. A vector of norm 0 says
-        what the zero vector says, as in the paper.
+        Columns `position`, `token`, `norm` (of the spanning vector: `x_i` if the matrix reads the
+        residual stream, else `delta_i`), `top_tokens` and `bottom_tokens` (lists of texts, best and
+        smallest first), one row per position. A vector of norm 0 reads like the zero vector, as in
+        the paper.
 
     Raises:
         InputError: If an argument is not usable, the gradients are of a model of another width, or
@@ -173,28 +172,27 @@ def neuron_overlap(
     k: int = 10,
     projection: str | Projection = "logit_lens",
 ) -> pd.DataFrame:
-    """How much each neuron of one gradient says what a spanning vector says (figures 8 to 10).
+    """Overlap of the top tokens of neurons and spanning vectors (paper, figures 8 to 10).
 
     Args:
-        model: The model that the gradients are of.
+        model: The model that the gradients belong to.
         capture: The gradients, or a result of `backward_lens`.
         matrix: Name of the matrix.
         layer: The layer, from 0.
         batch: Which prompt.
-        k: Top tokens of either that are compared.
-        projection: As in `backward_lens`, but one alone.
+        k: Number of top tokens to compare.
+        projection: One projection, as in `backward_lens`.
 
     Returns:
-        Columns `neuron`, `neuron_norm`, `norm_order` (0 for the longest neuron; equal ones in the
-        order of their index), `position`, `token`, `similarity` (the cosine of the neuron and the
-        position's spanning vector, NaN where one of them is zero) and `overlap` (the part of the
-        `k` top tokens that both share, 0 to 1). For each neuron there is a row per position, and
-        after them one for the zero vector, whose `position` is missing and whose `token` is `"zero
-        vector"`.
+        Columns `neuron`, `neuron_norm`, `norm_order` (0 for the longest neuron; ties in the order
+        of their index), `position`, `token`, `similarity` (cosine of the neuron and the position's
+        spanning vector, NaN where one of them is zero) and `overlap` (fraction of the `k` top
+        tokens that both share). Each neuron has a row per position, followed by one for the zero
+        vector, with a missing `position` and the `token` `"zero vector"`.
 
     Raises:
         InputError: If an argument is not usable, the gradients are of a model of another width, or
-            heads or experts have factors of their own.
+            heads or experts have separate factors.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -258,13 +256,13 @@ def _spanning(gradient: MatrixGradient, batch: int) -> Float[Tensor, "n d_model"
 
 
 def _by_length(norms: Float[Tensor, "d_hidden"], per_group: int) -> list[tuple[str, int, int]]:
-    """Group, rank and index of some neurons that are not zero, longer ones first."""
+    """Group, order by norm and index of some nonzero neurons, longer ones first."""
     order: list[int] = norms.argsort(descending=True, stable=True).tolist()
     ranks = range(int((norms > 0).sum()))
     largest, rest = ranks[:per_group], ranks[per_group:]
     first_smallest = max(0, len(rest) - per_group)
     between, smallest = rest[:first_smallest], rest[first_smallest:]
-    # As many are cut off at either end, so the median of these is that of all.
+    # Equally many are cut off at either end, so the median stays the same.
     first_middle = max(0, len(between) - per_group) // 2
     middle = between[first_middle : first_middle + per_group]
     groups = {"largest": largest, "middle": middle, "smallest": smallest}
@@ -272,7 +270,7 @@ def _by_length(norms: Float[Tensor, "d_hidden"], per_group: int) -> list[tuple[s
 
 
 def _blocks(gradient: MatrixGradient, batch: int) -> Iterator[Float[Tensor, "block d_model"]]:
-    """All neurons, a few at a time."""
+    """All neurons, in blocks."""
     hidden = gradient.vjps if gradient.reads_residual else gradient.inputs
     n_neurons = hidden.shape[2:].numel()
     for start in range(0, n_neurons, _BLOCK):

@@ -1,4 +1,4 @@
-"""The rank of each gradient against the length of its prompt, and why one is off (figure 4)."""
+"""The rank of each gradient against the length of its prompt, and its exceptions (figure 4)."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _CAUSE_COLUMNS = (
     "input_rank",
     "vjp_rank",
 )
-"""What `_cause` is told, in its order."""
+"""The arguments of `_cause`, in order."""
 
 
 def gradient_ranks(gradients: Source) -> pd.DataFrame:
-    """Which ranks the gradients of prompts of each length have (paper, figure 4).
+    """Ranks of gradients by the length of their prompt (paper, figure 4).
 
-    The paper's law is about MLPs and a loss on the last token. A gradient has the rank `n`, the
-    number of the prompt's tokens; in the model's last layer it has rank 1, where only the last
-    token's VJP differs from zero (lemma 4.1 and appendix A). A loss on several tokens is told by
-    those that write in the last layer: where there is more than one, the law is `n` there, too.
-    Attention departs from it by its nature, as `rank_exceptions` says of each gradient: the first
-    token can look at nothing but itself, so its query adds nothing; the VJPs of the keys add up to
-    zero where positions are not rotated into them; and those of the last layer's keys and values
-    all follow one query per head, which bounds the rank by the number of heads.
+    The paper's law holds for MLPs and a loss on the last token. A gradient has rank `n`, the number
+    of tokens of the prompt, and rank 1 in the model's last layer, where only the VJP of the last
+    token is nonzero (lemma 4.1 and appendix A). If more than one token writes in the last layer,
+    the loss involves several tokens, and the law is `n` there too. Attention deviates from the law,
+    as `rank_exceptions` reports for each gradient: the first token attends only to itself, so its
+    query adds nothing; the VJPs of keys sum to zero unless keys are rotated; and those of keys and
+    values of the last layer all follow from one query per head, so their rank is at most the number
+    of heads.
 
     Args:
         gradients: A sweep, a result, or the table that `Sweep.gradients` or
@@ -54,13 +54,13 @@ def gradient_ranks(gradients: Source) -> pd.DataFrame:
 
     Returns:
         One row per `matrix`, `layer` and `n_tokens`, in the order of the table's matrices, of
-        layers and of lengths, with `prompts` (how many), the `lowest`, `median` and `highest` rank,
-        `law` (the rank by the law) and `exceptions` (how many prompts have another one). Prompts
-        that differ in their law, as those of several losses may, have rows of their own. Gradients
-        without a rank, because heads or experts have factors of their own, are left out.
+        layers and of lengths, with `prompts` (their number), the `lowest`, `median` and `highest`
+        rank, `law` (the rank by the law) and `exceptions` (number of prompts with another rank).
+        Prompts with different laws, as with several losses, have separate rows. Gradients without
+        a rank, because heads or experts have separate factors, are left out.
 
     Raises:
-        InputError: If it is no such table, or has no rows.
+        InputError: If the table has other columns or no rows.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -88,30 +88,30 @@ def gradient_ranks(gradients: Source) -> pd.DataFrame:
 
 
 def rank_exceptions(gradients: Source) -> pd.DataFrame:
-    """The gradients that are off the law of their rank, and why.
+    """The gradients whose rank deviates from the law, with the cause.
 
-    The paper saw "a drop of one or two" in the rank, "once in a few dozen examples", and took it
-    for linear dependency of the `x_i` or the `delta_i` (section 6).
+    The paper saw "a drop of one or two" in the rank, "once in a few dozen examples", and attributed
+    it to linear dependency of the `x_i` or the `delta_i` (section 6).
 
     Args:
         gradients: As for `gradient_ranks`.
 
     Returns:
-        One row per gradient off the law, in the order of the table: `prompt`, `matrix`, `layer`,
-        `n_tokens`, `law`, `rank` and `cause`, a text. It names every cause that the other columns
-        prove, with semicolons between them:
+        One row per exception, in the order of the table: `prompt`, `matrix`, `layer`, `n_tokens`,
+        `law`, `rank` and `cause`, a text. It lists every cause that follows from the other columns,
+        separated by semicolons:
 
         - positions that add nothing, because their `x_i` or `delta_i` is zero;
-        - a matrix of fewer dimensions than there are positions that add something;
-        - linearly dependent inputs, or VJPs, to the tolerance of the rank;
-        - rounding: the factors have ranks from which a larger one follows for their product
+        - more positions that add something than the matrix has dimensions;
+        - linearly dependent inputs or VJPs, within the tolerance of the rank;
+        - rounding: the ranks of the factors imply a larger rank of their product
           (`rank(X^T Delta) >= rank(X) + rank(Delta) - n`, Sylvester), but its smallest singular
           values are below the tolerance.
 
-        Where they prove none, the text says so. Gradients without a rank are left out.
+        If no cause follows, the text says so. Gradients without a rank are left out.
 
     Raises:
-        InputError: If it is no such table, or has no rows.
+        InputError: If the table has other columns or no rows.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -132,11 +132,11 @@ def rank_exceptions(gradients: Source) -> pd.DataFrame:
 
 
 def _measured(gradients: pd.DataFrame) -> pd.DataFrame:
-    """The gradients that have a rank, with their law, and ranks as plain integers."""
+    """The gradients that have a rank, with their law, and ranks as int64."""
     table = gradients.loc[gradients["rank"].notna(), list(_COLUMNS)].reset_index(drop=True)
     numbers = ("n_tokens", "n_writing", "rank", "largest_rank", "input_rank", "vjp_rank")
     table = table.astype(dict.fromkeys(numbers, "int64"))
-    # A gradient of zero has no position that writes, and says nothing of where the loss is.
+    # A zero gradient has no position that writes, which says nothing about the loss.
     is_one = table["is_last_layer"].astype(bool) & (table["n_writing"] <= 1)
     table["law"] = table["n_tokens"].mask(is_one, 1)
     return table
@@ -151,7 +151,7 @@ def _cause(
     input_rank: int,
     vjp_rank: int,
 ) -> str:
-    """Why a rank is below the law, in words."""
+    """Why a rank is below the law."""
     if not n_writing:
         return "no position adds anything"
     causes = []
@@ -167,15 +167,15 @@ def _cause(
 def _dependence(
     n_tokens: int, rank: int, largest_rank: int, input_rank: int, vjp_rank: int
 ) -> list[str]:
-    """Why a rank is below the largest that it could have."""
+    """Why a rank is below its upper bound."""
     causes = []
     if input_rank < largest_rank:
         causes.append("inputs x_i are linearly dependent")
     if vjp_rank < largest_rank:
         causes.append("VJPs delta_i are linearly dependent")
-    # Sylvester's bound is of all positions, as the factors' ranks are; one that adds nothing lowers
-    # a factor's rank, so that the bound stays true.
+    # Sylvester's bound counts all positions, as the ranks of the factors do. A position that adds
+    # nothing lowers the rank of a factor, so the bound still holds.
     if rank < input_rank + vjp_rank - n_tokens:
         causes.append("small singular values are lost in rounding")
-    # The factors' ranks are of all positions: dependence among those that write may not be seen.
+    # The ranks of the factors count all positions and may hide dependence among those that write.
     return causes or ["positions that add something are linearly dependent, or lost in rounding"]

@@ -1,14 +1,14 @@
-"""Imprint and shift: what one step of gradient descent does, predicted and measured (lemma 5.2).
+"""Imprint and shift: the effect of one gradient step, predicted and measured (lemma 5.2).
 
-A step `W <- W - eta dL/dW` on one matrix alone, run again on the same prompt, meets the inputs that
-it met before, because they do not depend on `W`. So the matrix's own output at position `p` changes
-by exactly
+After a step `W <- W - eta dL/dW` on one matrix, a second run on the same prompt gives this matrix
+the same inputs, because they do not depend on `W`. Its output at position `p` therefore changes by
+exactly
 
     -eta * sum_i (x_p . x_i) delta_i
 
-(paper, lemma 5.2, equations 13 and 14, figures 1 and 3): what a position reads is compared with
-what was *imprinted* in each position, and the output is *shifted* against each position's VJP. The
-loss changes by `-eta ||dL/dW||_F^2` to first order only.
+(paper, lemma 5.2, equations 13 and 14, figures 1 and 3): the input of a position is compared with
+the *imprinted* input of every position, and the output is *shifted* against the VJP of each. The
+loss changes by `-eta ||dL/dW||_F^2`, to first order only.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _USUAL_GAIN = 0.01
-"""Part of the loss that a step takes off, to first order, if nobody says."""
+"""Default decrease of the loss, as a fraction of it, to first order."""
 
 
 @torch.no_grad()
@@ -56,40 +56,40 @@ def step_changes(
     prepend_bos: bool | None = None,
     multi_token: MultiToken | None = None,
 ) -> pd.DataFrame:
-    """Take a step of gradient descent on each matrix alone, and measure what it changes.
+    """Take a gradient step on each matrix separately, and measure what it changes.
 
-    Every step is on one matrix, for one prompt, and undone before the next, to the last bit. Each
-    takes a forward pass over its prompt, and each prompt one backward pass. One weight gradient
-    after the other, `[d_in, d_out]`, is in memory. Prompts go through the model one by one, with
-    the hooks that a caller has on it.
+    Every step is on one matrix, for one prompt, and is undone bit for bit before the next. Each
+    step takes one forward pass, and each prompt one backward pass. One weight gradient,
+    `[d_in, d_out]`, is in memory at a time. Prompts are run one by one; the caller's hooks on the
+    model are active.
 
     Args:
-        model: A `HookedTransformer` or `TransformerBridge`; as before when this returns or raises.
+        model: A `HookedTransformer` or `TransformerBridge`. It is restored even after exceptions.
         prompts: A text, several of any lengths, or token ids `[batch, pos]`.
         target: What the model should say next, as in `backward_lens`; the loss is its negative
             log-likelihood.
-        learning_rate: `eta`. `None` takes for each gradient the one at which the loss falls by 1 %
-            to first order, `0.01 L / ||dL/dW||_F^2`, and 0 where the gradient is zero.
+        learning_rate: `eta`. `None` uses, for each gradient, the rate at which the loss falls by
+            1 % to first order, `0.01 L / ||dL/dW||_F^2`, and 0 if the gradient is zero.
         matrices: As in `backward_lens`.
         layers: Layers, negative ones from the end; `None` for all.
-        prepend_bos: Whether texts get a BOS token; `None` is the model's own default.
-        multi_token: Which token of a text of several stands for it, `"first"` or `"last"`.
+        prepend_bos: Whether to prepend a BOS token to texts; `None` uses the model's default.
+        multi_token: Which token represents a target text of several, `"first"` or `"last"`.
 
     Returns:
         One row per prompt, matrix and layer, in the order of a forward pass:
 
         - `prompt`, `matrix`, `layer`, `learning_rate`;
         - `output_change`: Frobenius norm, over positions, of the measured change of the matrix's
-          own output;
-        - `output_error`: `||measured - predicted||_F / ||predicted||_F` of that change; only
-          rounding keeps it from 0;
-        - `rounding`: what rounding alone makes of `output_error`, in its order of magnitude: the
-          `eps` of the model's dtype times `||output||_F / ||predicted||_F`. A larger learning rate
-          makes it smaller;
-        - `self_imprint`: cosine, at the last position `n`, of the predicted change and its own part
-          in it, `-eta ||x_n||^2 delta_n`: near 1 the output is shifted against its own VJP, which
-          is what the lemma says of one position;
-        - `loss`: before the step, in nats; `loss_change`: what the step changed of it, measured;
+          output;
+        - `output_error`: `||measured - predicted||_F / ||predicted||_F` of that change; it differs
+          from 0 only by rounding;
+        - `rounding`: the order of magnitude of `output_error` that rounding causes: the `eps` of
+          the model's dtype times `||output||_F / ||predicted||_F`. It decreases with the learning
+          rate;
+        - `self_imprint`: cosine, at the last position `n`, of the predicted change and the term
+          that comes from this position, `-eta ||x_n||^2 delta_n`. Near 1, the output is shifted
+          against its own VJP, as the lemma states for one position;
+        - `loss`: before the step, in nats; `loss_change`: its measured change;
           `predicted_loss_change`: `-eta ||dL/dW||_F^2`, to first order;
         - `shift_target_rank`: the target's rank by the Logit Lens in the measured change of the
           output at the last position, 0 for the most promoted token; missing for matrices that read
@@ -101,8 +101,7 @@ def step_changes(
 
     Raises:
         InputError: If an argument is not usable.
-        UnsupportedModelError: If a matrix is a mixture of experts, or no weight that can be
-            changed.
+        UnsupportedModelError: If a matrix is a mixture of experts, or cannot be changed.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -124,7 +123,7 @@ def step_changes(
         prepend_bos=prepend_bos,
     )
     sites = find_editable(plan.host, matrices, layers)
-    # Prompt by prompt, so that a matrix meets its inputs before and after in one shape of product.
+    # Prompt by prompt, so that products before and after the step have the same shape.
     by_prompt = (_rows(plan, sites, prompt, rate) for prompt in range(len(plan.batch.mask)))
     table = pd.DataFrame([row for rows in by_prompt for row in rows])
     return table.astype({"shift_target_rank": "Int64"})
@@ -151,7 +150,7 @@ def _rows(
     """A step on each matrix for one prompt."""
     recorded = plan.record(Pass((prompt,), plan.layers))
     batch = plan.batch_of([prompt])
-    # One for before and after, also where it is the model's own answer.
+    # The same target before and after, even if it is the model's own answer.
     target = -1 if recorded.targets is None else int(recorded.targets[0])
     before = _run(plan.host, batch, target, sites)
     steps = []
@@ -176,10 +175,10 @@ def _usual_rate(loss: float, squared_norm: float) -> float:
 
 @dataclass(frozen=True)
 class _Run:
-    """What a forward pass over one prompt gave.
+    """A forward pass over one prompt.
 
     Attributes:
-        outputs: The output of each matrix, as the model computed it, each of its own width.
+        outputs: The output of each matrix, as the model computed it.
         loss: The loss.
     """
 
@@ -188,17 +187,6 @@ class _Run:
 
 
 def _run(host: Host, batch: PromptBatch, target: int, sites: Sequence[MatrixSite]) -> _Run:
-    """Run the model once over one prompt.
-
-    Args:
-        host: The model.
-        batch: The prompt.
-        target: The loss's target.
-        sites: The matrices whose outputs are kept.
-
-    Returns:
-        Outputs and loss.
-    """
     seen = forward_pass(host, batch, outputs=sites)
     outputs = [
         _joined_output(output, site, len(batch.mask[0]))
@@ -210,7 +198,7 @@ def _run(host: Host, batch: PromptBatch, target: int, sites: Sequence[MatrixSite
 def _joined_output(
     output: Float[Tensor, "*rows d"], site: MatrixSite, n: int
 ) -> Float[Tensor, "pos d_out"]:
-    """An output with heads side by side, or their sum where they write to the residual stream."""
+    """An output with heads concatenated, or summed where they write to the residual stream."""
     if site.matrix in WRITING_MATRICES:
         return output.reshape(n, site.output_heads or 1, -1).sum(1)
     return output.reshape(n, -1)
@@ -221,13 +209,13 @@ def _joined_output(
 
 @dataclass(frozen=True)
 class _Prediction:
-    """What a step of learning rate 1 changes, from the factors of the gradient, in float64.
+    """The predicted effect of a step with learning rate 1, in float64.
 
     Attributes:
         gradient: The gradient of one prompt.
-        change: Of the matrix's own output, to all orders.
-        own: The part of it that comes from each position's own factors.
-        squared_norm: `||dL/dW||_F^2`, by which the loss falls, to first order.
+        change: The exact change of the matrix's output.
+        own: The term of it that comes from each position's own factors.
+        squared_norm: `||dL/dW||_F^2`, the decrease of the loss to first order.
     """
 
     gradient: MatrixGradient
@@ -237,18 +225,11 @@ class _Prediction:
 
     @classmethod
     def of(cls, gradient: MatrixGradient) -> _Prediction:
-        """Predict, head by head where there are heads.
-
-        Args:
-            gradient: The gradient of one prompt.
-
-        Returns:
-            The prediction.
-        """
+        """Predict from factors, head by head if there are heads."""
         heads = gradient.n_heads
         parts = [gradient] if heads is None else [gradient.head(index) for index in range(heads)]
         changes, own, squared_norms = zip(*map(_of_weight, parts), strict=True)
-        if gradient.reads_residual:  # every head has an output of its own
+        if gradient.reads_residual:  # heads have separate outputs
             whole, own_part = torch.cat(changes, dim=1), torch.cat(own, dim=1)
         else:
             whole, own_part = torch.stack(changes).sum(0), torch.stack(own).sum(0)
@@ -262,22 +243,22 @@ def _of_weight(
     inputs, vjps = gradient.inputs[0].double(), gradient.vjps[0].double()
     likeness = inputs @ inputs.T
     squared_norm = float((likeness * (vjps @ vjps.T)).sum())
-    # A sum of squares, which rounding alone may bring below zero.
+    # A sum of squares; rounding may make it negative.
     return -likeness @ vjps, -likeness.diagonal()[:, None] * vjps, max(squared_norm, 0.0)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One step, before and after.
+    """One step.
 
     Attributes:
         site: The matrix.
-        prediction: What a step of learning rate 1 changes.
+        prediction: The predicted effect of a step with learning rate 1.
         rate: The learning rate.
         before: The matrix's output before the step.
-        after: And after it.
+        after: The output after it.
         loss: The loss before the step.
-        loss_after: And after it.
+        loss_after: The loss after it.
     """
 
     site: MatrixSite
@@ -290,12 +271,12 @@ class _Step:
 
     @property
     def measured(self) -> Float[Tensor, "pos d_out"]:
-        """The change of the output, beside the factors."""
+        """The measured change of the output, on the device of the factors."""
         change = self.after.double() - self.before.double()
         return change.to(self.prediction.change.device)
 
     def row(self) -> dict[str, Any]:
-        """What `step_changes` says of it, but for ranks."""
+        """The columns of `step_changes`, except ranks."""
         measured, predicted = self.measured, self.rate * self.prediction.change
         length = float(predicted.norm())
         eps = torch.finfo(self.before.dtype).eps
@@ -323,7 +304,7 @@ def _cosine(one: Float[Tensor, "d"], other: Float[Tensor, "d"]) -> float:
 
 
 def _shift_target_ranks(host: Host, steps: Sequence[_Step], target: int) -> list[int | None]:
-    """The target's rank in each change at the last position, where it is one of the stream's."""
+    """The target's rank in each change at the last position, if the matrix writes to the stream."""
     written = [
         index
         for index, step in enumerate(steps)

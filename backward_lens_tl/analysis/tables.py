@@ -1,4 +1,4 @@
-"""The tables that analyses are made from, and their rows in groups."""
+"""Check and group the tables that analyses read."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ SOURCES = {
     "positions": "a table of positions: a sweep, its positions(), or result.to_df(subject)",
     "gradients": "a table of gradients: a sweep, its gradients(), a result or its gradient_df()",
 }
-"""What analyses take, for messages."""
+"""For error messages."""
 
 
 def table_of(
     source: Source, name: Literal["positions", "gradients"], columns: Sequence[str]
 ) -> pd.DataFrame:
-    """The rows that an analysis is made from.
+    """The table that an analysis reads.
 
     Args:
-        source: A sweep, a result, or a table with the columns that these give.
-        name: Which of their tables.
-        columns: The columns that are needed.
+        source: A sweep, a result, or one of their tables.
+        name: Which table.
+        columns: The columns that it must have.
 
     Returns:
-        The table, at least with these columns and one row.
+        The table, with these columns and at least one row.
 
     Raises:
         InputError: If it is something else, lacks a column or is empty.
@@ -46,11 +46,11 @@ def table_of(
 
 
 def checked_table(table: object, columns: Sequence[str], origin: str) -> pd.DataFrame:
-    """Refuse what is no table with some columns and at least one row.
+    """Refuse anything but a table with some columns and at least one row.
 
     Args:
         table: What was passed.
-        columns: The columns that it needs.
+        columns: The columns that it must have.
         origin: Where such a table comes from, for the message.
 
     Returns:
@@ -72,15 +72,15 @@ def checked_table(table: object, columns: Sequence[str], origin: str) -> pd.Data
 
 
 def grouped(table: pd.DataFrame, keys: Sequence[str]) -> Any:
-    """Rows with the same keys, in the order of a table's matrices and projections.
+    """Group rows by keys, with matrices and projections in order of appearance.
 
     Args:
-        table: The table. Its matrices and projections become categories in order of appearance;
-            `with_types_of` undoes that.
-        keys: What the rows of one group have in common, outermost first.
+        table: The table. In the groups, matrices and projections are categories; `with_types_of`
+            undoes that.
+        keys: The columns to group by.
 
     Returns:
-        pandas' groups, without those that have no rows.
+        pandas' groups, without empty ones.
     """
     import pandas as pd
 
@@ -90,14 +90,6 @@ def grouped(table: pd.DataFrame, keys: Sequence[str]) -> Any:
 
 
 def with_types_of(source: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
-    """A table of groups whose texts have the types of the table that was grouped.
-
-    Args:
-        source: The table that was grouped.
-        found: The table of its groups.
-
-    Returns:
-        `found` without categories, unless `source` has them.
-    """
+    """The table of groups with the text dtypes of the table that was grouped."""
     texts = [key for key in ("matrix", "projection", "segment") if key in found.columns]
     return found.astype({key: source[key].dtype for key in texts})

@@ -1,13 +1,13 @@
 """The calls of `transformer_lens.tools.analysis.BackwardLens`, on this package's capture.
 
-TransformerLens 3.9 to 4.2 had a Backward Lens of its own. Code written for it runs with
+TransformerLens 3.9 to 4.2 had its own Backward Lens. Code written for it runs with
 
     from backward_lens_tl.compat import BackwardLens
 
-on every model that this package analyses. Names, defaults, shapes and kinds of error are theirs:
-tensors are copies on the CPU, in float32 or int64, and gradients have the sign that descent
-*subtracts*. New code is better served by [`backward_lens`][backward_lens_tl.lens.backward_lens];
-`docs/migration.md` has both side by side.
+on every model that this package supports. Names, defaults, shapes and error types are those of
+TransformerLens: tensors are copies on the CPU, in float32 or int64, and gradients have the sign
+that descent *subtracts*. New code should use [`backward_lens`][backward_lens_tl.lens.backward_lens];
+`docs/migration.md` compares the two.
 """
 
 from backward_lens_tl.compat.errors import AnalysisError, ArgumentTypeError, LayerNotAnalyzedError

@@ -1,4 +1,4 @@
-"""Errors that can be caught where TransformerLens's own tool raised Python's."""
+"""Errors that also derive from the built-in errors that TransformerLens's own tool raised."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ class ArgumentTypeError(BackwardLensError, TypeError):
 
 
 class AnalysisError(ModelStateError, ValueError):
-    """The model is in a state in which the answer would be wrong; theirs is a `ValueError`."""
+    """The model is in a state in which the answer would be wrong; also a `ValueError`."""
 
 
 class LayerNotAnalyzedError(BackwardLensError, KeyError):
-    """A result does not hold the layer that is asked for."""
+    """A result does not have the requested layer."""
 
     __str__ = Exception.__str__  # KeyError shows its message in quotes
 
 
 def check_type(name: str, value: object, kind: type) -> None:
-    """Refuse a value of another type; `True` is no integer here.
+    """Refuse a value of another type; `True` does not count as an integer.
 
     Args:
         name: The argument.
@@ -28,7 +28,7 @@ def check_type(name: str, value: object, kind: type) -> None:
         kind: The type that it must have.
 
     Raises:
-        ArgumentTypeError: If it has not.
+        ArgumentTypeError: If it has another type.
     """
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ArgumentTypeError(

@@ -35,7 +35,7 @@ from backward_lens_tl.readout.vectors import read_vectors
 from backward_lens_tl.validation import weight_gradients
 
 DEFAULT_TOP_K = 10
-"""How many tokens `analyze` keeps at either end unless told otherwise."""
+"""Number of tokens that `analyze` keeps at either end by default."""
 
 
 class BackwardLens:
@@ -55,7 +55,7 @@ class BackwardLens:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        with suppress(ModelStateError):  # analyze looks again; until then the state may change
+        with suppress(ModelStateError):  # analyze checks again; the state may change until then
             _host_with_tokenizer(model)
 
     def analyze(
@@ -73,16 +73,16 @@ class BackwardLens:
         Args:
             prompt: The text.
             target_token: A text of exactly one token.
-            layers: Layers from 0, none twice, in the order of the result.
-            normalized: Read the vectors' directions too (paper, appendix F).
-            top_k: How many tokens to keep at either end.
-            return_full_logits: Keep every logit, `[pos, d_vocab]` per matrix and reading.
+            layers: Layers from 0 without repeats, in the order of the result.
+            normalized: Also read the directions of the vectors (paper, appendix F).
+            top_k: Number of tokens to keep at either end.
+            return_full_logits: Keep all logits, `[pos, d_vocab]` per matrix and reading.
 
         Returns:
             The result.
 
         Raises:
-            InputError: If an argument has a value that is not allowed.
+            InputError: If an argument is not usable.
 
         Examples:
             >>> from backward_lens_tl.compat import BackwardLens
@@ -139,9 +139,9 @@ class BackwardLens:
 
 
 class _WeightGradients:
-    """Autograd's own weight gradients of one analysis, made when one is first asked for.
+    """Autograd's own weight gradients of one analysis, computed on first access.
 
-    A result keeps no model alive, so the model is there only as long as its owner keeps it.
+    A result does not keep the model alive; it has a weak reference to it.
 
     Args:
         model: The model.
@@ -178,7 +178,7 @@ class _WeightGradients:
 
 
 def _gone() -> None:
-    """What a copy of a result knows of the model."""
+    """Stands for the model in a copy of a result."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class _Reader:
     by_autograd: _WeightGradients
 
     def read(self, gradients: Sequence[MatrixGradient]) -> list[BackwardLensMatrixResult]:
-        """Factors and readings of one layer's matrices; their logits are gone before the next's."""
+        """Factors and readings of the matrices of one layer."""
         factors = [self._factors(gradient) for gradient in gradients]
         projected: list[ProjectedFactor] = [
             "forward_inputs" if gradient.reads_residual else "output_gradients"
@@ -239,7 +239,7 @@ class _Reader:
         projection: str,
         gradient: MatrixGradient,
     ) -> list[dict[str, Any]]:
-        """The fields that one projection fills, of several matrices by one product."""
+        """The fields that one projection fills, for several matrices in one product."""
         lens = _KeepingScores(as_projection(projection, self.host), gradient)
         read = read_vectors(
             self.host.model,
@@ -280,7 +280,7 @@ class _KeepingScores:
 
 
 def _float32(tensor: Float[Tensor, "*shape"], gradient: MatrixGradient) -> Float[Tensor, "*shape"]:
-    """Float32, which a model in float64 may overflow and one in half precision may not have."""
+    """Convert to float32, which values of a float64 model may overflow."""
     converted = tensor.detach().float()
     if not bool(converted.isfinite().all()):
         raise AnalysisError(
@@ -293,7 +293,7 @@ def _float32(tensor: Float[Tensor, "*shape"], gradient: MatrixGradient) -> Float
 def _host_with_tokenizer(model: nn.Module) -> Host:
     try:
         host = host_of(model)
-    except InputError as error:  # the only one: the model's class is not TransformerLens's
+    except InputError as error:  # the class is not one of TransformerLens's
         raise ArgumentTypeError(str(error)) from error
     if host.tokenizer is None:
         raise InputError(

@@ -17,10 +17,10 @@ from backward_lens_tl.errors import InputError
 from backward_lens_tl.readout.topk import count_beyond
 
 WeightLayout = Literal["in_out", "out_in"]
-"""Which axis of a stored weight is its input's."""
+"""Which axis of a stored weight is the input axis."""
 
 ProjectedFactor = Literal["forward_inputs", "output_gradients"]
-"""Which factor has the residual stream's width, and is projected: `x_i` or `delta_i`."""
+"""Which factor has the width of the residual stream and is projected: `x_i` or `delta_i`."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class LinearGradientFactors:
     """The gradient of one weight matrix, `X^T Delta`, as its factors.
 
     Attributes:
-        forward_inputs: `x_i`, what the matrix reads.
-        output_gradients: `delta_i`, the gradient of the loss at the matrix's own output.
-        weight_layout: `"in_out"`, TransformerLens's orientation, whatever the model stores.
+        forward_inputs: `x_i`, the inputs of the matrix.
+        output_gradients: `delta_i`, the gradient of the loss at the output of the matrix.
+        weight_layout: `"in_out"`, TransformerLens's orientation, on every model.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -51,26 +51,26 @@ class LinearGradientFactors:
 
     @cached_property
     def weight_gradient(self) -> Float[Tensor, "d_in d_out"]:
-        """Autograd's own weight gradient, on the model as it is when this is first asked for."""
+        """Autograd's own weight gradient, on the model as it is at the first access."""
         return self._by_autograd()
 
     @cached_property
     def reconstructed_gradient(self) -> Float[Tensor, "d_in d_out"]:
-        """`X^T Delta`; its `d_in * d_out` numbers are made here, when first asked for."""
+        """`X^T Delta`, a `d_in x d_out` matrix that is computed on first access."""
         return einsum(
             self.forward_inputs, self.output_gradients, "pos d_in, pos d_out -> d_in d_out"
         )
 
     @cached_property
     def absolute_reconstruction_error(self) -> float:
-        """The largest difference of an entry of the two."""
+        """The largest difference between entries of the two gradients."""
         return float((self.reconstructed_gradient - self.weight_gradient).abs().max())
 
     @cached_property
     def relative_reconstruction_error(self) -> float:
         """Frobenius norm of the difference, relative to the larger of the two gradients' norms."""
         ours, autograd = self.reconstructed_gradient, self.weight_gradient
-        # float32's eps keeps it finite where both are zero.
+        # The eps of float32 keeps it finite if both are zero.
         scale = max(float(ours.norm()), float(autograd.norm()), torch.finfo(torch.float32).eps)
         return float((ours - autograd).norm()) / scale
 
@@ -108,26 +108,26 @@ class VocabularyRanking:
 
 @dataclass(frozen=True)
 class BackwardLensMatrixResult:
-    """One weight matrix: its gradient's factors, and what those of width `d_model` say in words.
+    """One weight matrix: the factors of its gradient and the tokens of those of width `d_model`.
 
     Attributes:
         factors: The gradient.
         projected_factor: Which of its factors is read over the vocabulary.
-        factor_norms: Length of each vector that is read.
-        zero_norm_mask: Where that is exactly zero.
+        factor_norms: Norm of each vector that is read.
+        zero_norm_mask: Where the norm is exactly zero.
         vocabulary_size: Number of logits.
-        target_token_id: The token that the loss is about.
+        target_token_id: The target of the loss.
         top_ranking: The tokens of the largest logits.
         bottom_ranking: The tokens of the smallest logits.
         target_largest_ranks: Number of logits larger than the target's.
         target_smallest_ranks: Number of logits smaller than the target's.
-        normalized_top_ranking: As `top_ranking`, of the vectors' directions. This and what follows
-            is `None` unless it was asked for.
+        normalized_top_ranking: As `top_ranking`, for the directions of the vectors. This and the
+            following fields are `None` unless requested.
         normalized_bottom_ranking: Likewise.
         normalized_target_largest_ranks: Likewise.
         normalized_target_smallest_ranks: Likewise.
-        vocabulary_logits: Every logit.
-        normalized_vocabulary_logits: Every logit of the vectors' directions.
+        vocabulary_logits: All logits.
+        normalized_vocabulary_logits: All logits of the directions of the vectors.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -159,10 +159,10 @@ class BackwardLensMatrixResult:
     normalized_vocabulary_logits: Float[Tensor, "pos d_vocab"] | None = None
 
     def logits(self, *, normalized: bool = False) -> Float[Tensor, "pos d_vocab"]:
-        """Every logit of every position, if they were kept.
+        """All logits of all positions, if they were kept.
 
         Args:
-            normalized: Those of the vectors' directions.
+            normalized: Those of the directions of the vectors.
 
         Returns:
             The logits.
@@ -189,8 +189,8 @@ class BackwardLensMatrixResult:
         """The tokens of the largest logits.
 
         Args:
-            k: How many, up to those that were kept.
-            normalized: Of the vectors' directions.
+            k: Number of tokens, up to those that were kept.
+            normalized: Read the directions of the vectors.
 
         Returns:
             Values and ids, `[pos, k]`, largest first.
@@ -206,8 +206,8 @@ class BackwardLensMatrixResult:
         """The tokens of the smallest logits.
 
         Args:
-            k: How many, up to those that were kept.
-            normalized: Of the vectors' directions.
+            k: Number of tokens, up to those that were kept.
+            normalized: Read the directions of the vectors.
 
         Returns:
             Values and ids, `[pos, k]`, smallest first.
@@ -225,8 +225,8 @@ class BackwardLensMatrixResult:
 
         Args:
             tokenizer: Anything with `decode(ids)`.
-            k: How many, up to those that were kept.
-            normalized: Of the vectors' directions.
+            k: Number of tokens, up to those that were kept.
+            normalized: Read the directions of the vectors.
 
         Returns:
             `k` texts per position.
@@ -243,8 +243,8 @@ class BackwardLensMatrixResult:
 
         Args:
             tokenizer: Anything with `decode(ids)`.
-            k: How many, up to those that were kept.
-            normalized: Of the vectors' directions.
+            k: Number of tokens, up to those that were kept.
+            normalized: Read the directions of the vectors.
 
         Returns:
             `k` texts per position.
@@ -259,18 +259,18 @@ class BackwardLensMatrixResult:
     def target_ranks(
         self, target_token_id: int, *, largest: bool, normalized: bool = False
     ) -> Int[Tensor, "pos"]:
-        """How many logits are beyond that of a token.
+        """Number of logits larger or smaller than that of a token.
 
         Args:
-            target_token_id: The token; one other than the analysed target needs the full logits.
+            target_token_id: The token. Tokens other than the analysed target need the full logits.
             largest: Count the larger logits; else the smaller ones.
-            normalized: Of the vectors' directions.
+            normalized: Read the directions of the vectors.
 
         Returns:
             The counts; 0 is the outermost token.
 
         Raises:
-            InputError: If the token is not in the vocabulary, or what is needed was not kept.
+            InputError: If the token is not in the vocabulary, or the logits were not kept.
 
         Examples:
             >>> output = analyzed.layer(6).output_projection
@@ -293,11 +293,11 @@ class BackwardLensMatrixResult:
     def gradient_descent_target_ranks(
         self, target_token_id: int, *, normalized: bool = False
     ) -> Int[Tensor, "pos"]:
-        """Ranks from the smallest logit on, which are those of what descent adds.
+        """Ranks counted from the smallest logit, which are the ranks in what descent adds.
 
         Args:
-            target_token_id: The token; one other than the analysed target needs the full logits.
-            normalized: Of the vectors' directions.
+            target_token_id: The token. Tokens other than the analysed target need the full logits.
+            normalized: Read the directions of the vectors.
 
         Returns:
             The number of smaller logits.
@@ -310,7 +310,7 @@ class BackwardLensMatrixResult:
         return self.target_ranks(target_token_id, largest=False, normalized=normalized)
 
     def _reading(self, name: str, normalized: bool) -> Any:
-        """One of the fields that exist twice, for the vectors and for their directions."""
+        """A field for the vectors, or its counterpart for their directions."""
         check_type("normalized", normalized, bool)
         if normalized and self.normalized_top_ranking is None:
             raise InputError(
@@ -327,8 +327,8 @@ class BackwardLensLayerResult:
         layer: The layer, from 0.
         input_projection: `W_in`, read through its inputs.
         output_projection: `W_out`, read through its output gradients.
-        gate_projection: `W_gate`, read through its inputs, where the MLP has one. Theirs has no
-            such field.
+        gate_projection: `W_gate`, read through its inputs, if the MLP has one. TransformerLens's
+            class does not have this field.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -347,17 +347,17 @@ class BackwardLensLayerResult:
 
 @dataclass(frozen=True)
 class BackwardLensResult:
-    """What one call of `analyze` gives; it holds neither the model nor its tokenizer.
+    """The result of `analyze`; it holds neither the model nor its tokenizer.
 
     Attributes:
-        prompt: As it was passed.
-        prompt_token_ids: Its tokens, a BOS token included where the model wants one.
-        target_token: As it was passed.
-        target_token_id: Its one token.
+        prompt: As passed.
+        prompt_token_ids: Its tokens, including a BOS token if the model uses one.
+        target_token: As passed.
+        target_token_id: Its id.
         loss: Cross-entropy of the target after the prompt, in nats.
-        layers: The analysed layers, in the order in which they were asked for.
-        includes_normalized_logits: Whether the vectors' directions were read too.
-        includes_full_logits: Whether every logit was kept.
+        layers: The analysed layers, in the order requested.
+        includes_normalized_logits: Whether the directions of the vectors were read too.
+        includes_full_logits: Whether all logits were kept.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -420,7 +420,7 @@ class BackwardLensResult:
 def ranks_beyond(
     logits: Float[Tensor, "pos d_vocab"], token_id: int, *, largest: bool
 ) -> Int[Tensor, "pos"]:
-    """How many logits are larger, or smaller, than a token's.
+    """Number of logits larger or smaller than that of a token.
 
     Args:
         logits: The logits.

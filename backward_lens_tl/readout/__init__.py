@@ -1,1 +1,1 @@
-"""From vectors of the residual stream's width to tokens, ranks and tables."""
+"""From vectors of width `d_model` to tokens and target ranks."""

@@ -16,7 +16,7 @@ from backward_lens_tl.models import Host, probe
 class Projection(Protocol):
     """Anything that reads vectors as scores over the vocabulary.
 
-    A text under its attribute `name` is what results call it; else they call it by its class.
+    Results name it after its attribute `name` if that is a text, otherwise after its class.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -41,11 +41,11 @@ class Projection(Protocol):
         """Score every token for every vector.
 
         Args:
-            vectors: Vectors of the residual stream's width.
+            vectors: Vectors of width `d_model`.
             layer: The layer that they come from.
 
         Returns:
-            Scores; larger is more promoted.
+            Scores; a larger score is more promoted.
 
         Examples:
             >>> class Unembedding:
@@ -59,14 +59,15 @@ class Projection(Protocol):
 class LogitLens:
     """The model's own decoding, `LL(v) = softmax(ln_final(v) @ W_U + b_U)` (paper, section 3.3).
 
-    Scores are the logits, before the softmax, which changes neither order nor ranks. The norm's
-    statistics are computed afresh for each vector; logit softcap and scale are the model's own.
+    Scores are the logits; the softmax would not change their order. The statistics of the norm are
+    computed for each vector, and the model's logit softcap and scale are applied.
 
     Args:
         host: The model.
 
     Raises:
-        UnsupportedModelError: If the model's own logits are not this of its last residual stream.
+        UnsupportedModelError: If this lens does not give the model's logits from its last residual
+            stream.
     """
 
     def __init__(self, host: Host) -> None:
@@ -88,10 +89,10 @@ class LogitLens:
         """Score every token for every vector, and then for its direction.
 
         Args:
-            vectors: Vectors of the residual stream's width.
+            vectors: Vectors of width `d_model`.
 
         Yields:
-            Scores of this lens, and then, in the same memory, of the normalized one.
+            Scores of this lens, then of the normalized one, which may use the same memory.
         """
         yield from self._host.unembedding.logits_of_both(vectors, _directions(vectors))
 
@@ -99,7 +100,7 @@ class LogitLens:
 class NormalizedLogitLens(LogitLens):
     """The Logit Lens of `v / ||v||_2` (paper, appendix F); a zero vector stays zero.
 
-    It differs from the Logit Lens where a vector is so short that the final norm's `eps` counts,
+    It differs from the Logit Lens for vectors so short that the `eps` of the final norm matters,
     as VJPs often are.
 
     Args:
@@ -121,7 +122,7 @@ _SHORTEST = 1e-15
 
 
 def _directions(vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
-    # The shortest are brought to a largest part of 1 first: in float32 their squares would be zero.
+    # The shortest are first scaled to a largest entry of 1; their squares underflow in float32.
     largest = vectors.abs().amax(-1, keepdim=True)
     is_long = (largest > _SHORTEST) | (largest == 0)
     even = vectors / largest.masked_fill(is_long, 1)
@@ -138,12 +139,11 @@ def as_projections(
     """Resolve a `projection` argument that may name several.
 
     Args:
-        projection: One, or several, each as `as_projection` takes it.
+        projection: One projection or several, each as for `as_projection`.
         host: The model.
 
     Returns:
-        The projections by name, in the order given; an object's is its attribute `name`, or else
-        that of its class.
+        The projections by name, in the order given.
 
     Raises:
         InputError: If there is none, one is not usable, or two have the same name.
@@ -201,13 +201,13 @@ def as_projection(projection: str | Projection, host: Host) -> Projection:
 def scores_by_each(
     projections: Sequence[Projection], vectors: Float[Tensor, "n d_model"], layer: int
 ) -> Iterator[tuple[int, Float[Tensor, "n d_vocab"]]]:
-    """Score vectors by several projections, one after the other.
+    """Score vectors with several projections, one after the other.
 
-    The two lenses need one product together.
+    The Logit Lens and its normalized version share one product.
 
     Args:
         projections: The projections.
-        vectors: Vectors of the residual stream's width.
+        vectors: Vectors of width `d_model`.
         layer: The layer that they come from.
 
     Yields:
@@ -226,18 +226,11 @@ def scores_by_each(
         yield from zip(shared, raw.project_both(vectors), strict=True)
     for index, projection in enumerate(projections):
         if index not in shared:
-            # A caller's projection may work in place, and others come after it.
+            # A caller's projection may work in place.
             own = vectors if len(projections) == 1 else vectors.clone()
             yield index, projection.project(own, layer)
 
 
 def reads_layers_alike(projection: Projection) -> bool:
-    """Whether vectors of several layers may be projected in one call.
-
-    Args:
-        projection: The projection.
-
-    Returns:
-        True for this package's own; a caller's is asked layer by layer.
-    """
+    """Whether a projection is the same in all layers; true for the built-in ones only."""
     return type(projection) in _BY_NAME.values()

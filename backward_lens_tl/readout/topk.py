@@ -18,13 +18,13 @@ from backward_lens_tl._checks import shown
 from backward_lens_tl.errors import InputError
 
 _BLOCK = 64
-"""Tokens of one block: the maxima of 50,257 scores and ten blocks are about as many numbers."""
+"""Tokens per block: 50,257 scores have about as many block maxima as ten blocks have tokens."""
 
 _LARGE = 4
-"""Where candidates would be this part of the vocabulary, or more, all of it is taken instead."""
+"""If candidates are at least 1/4 of the vocabulary, all of it is sorted instead."""
 
 _SLICE = 4096
-"""Tokens that are compared with the target at a time: as many as stay in a processor's cache."""
+"""Tokens compared with the target at a time: as many as fit in a processor's cache."""
 
 _Pick = Callable[[Float[Tensor, "n m"], int, bool], Int[Tensor, "n k"]]
 
@@ -57,12 +57,12 @@ class Extremes(NamedTuple):
 def extremes(scores: Float[Tensor, "n d_vocab"], k: int, *, largest: bool) -> Extremes:
     """The `k` largest or smallest scores of each vector.
 
-    Fastest if the scores of one token lie side by side in memory, as in a transposed
+    Fastest if the scores of one token are contiguous in memory, as in a transposed
     `[d_vocab, n]`.
 
     Args:
         scores: Scores of every token for each vector, in any memory layout.
-        k: How many; at most `d_vocab`.
+        k: Number of scores; at most `d_vocab`.
         largest: Which end.
 
     Returns:
@@ -73,7 +73,7 @@ def extremes(scores: Float[Tensor, "n d_vocab"], k: int, *, largest: bool) -> Ex
     blocks = _outermost_of_blocks(scores, largest)
     rows = torch.arange(len(scores), device=scores.device)
     found = _outermost(scores, blocks, rows, wanted, largest, _pick_any)
-    # Where the k + 1 outermost scores all differ, no choice was left. Else choose by token id.
+    # Ties among the k + 1 outermost scores are broken by token id.
     tied = (found.scores[:, 1:] == found.scores[:, :-1]).any(1).nonzero()[:, 0]
     if len(tied):
         chosen = _outermost(scores, blocks, tied, wanted, largest, _pick_earliest)
@@ -89,13 +89,12 @@ def count_beyond(
     Args:
         scores: Scores of every token for each vector, in any memory layout.
         bounds: The bound of each vector.
-        largest: Whether the larger ones are counted.
+        largest: Whether to count the larger ones.
 
     Returns:
         The counts.
     """
-    # Ones and zeros in float32 are added many times faster than booleans, and up to 2^24 of them
-    # exactly.
+    # float32 sums are many times faster than boolean ones, and exact for up to 2^24 ones.
     buffer = torch.empty_like(scores[:, :_SLICE], dtype=torch.float32)
     count = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
     is_beyond = torch.gt if largest else torch.lt
@@ -113,7 +112,6 @@ def _outermost(
     largest: bool,
     pick: _Pick,
 ) -> Extremes:
-    """The `k` outermost scores of some vectors, and the token ids that are picked for them."""
     candidates = _candidates(blocks[rows], scores.shape[1], k, largest, pick)
     values = scores[rows[:, None], candidates]
     order = pick(values, k, largest)
@@ -123,16 +121,16 @@ def _outermost(
 def _candidates(
     blocks: Float[Tensor, "m n_blocks"], d_vocab: int, k: int, largest: bool, pick: _Pick
 ) -> Int[Tensor, "m candidates"]:
-    """Token ids, ascending, among which the `k` outermost are."""
+    """Token ids, ascending, that include the `k` outermost."""
     n, n_blocks = blocks.shape
     if k * _BLOCK * _LARGE >= d_vocab:
         return torch.arange(d_vocab, device=blocks.device).expand(n, -1)
-    # The blocks in ascending order, so that the first of several equal candidates has the smallest
-    # id. What is left over behind the last block is always among them.
+    # Blocks in ascending order, so that the first of several equal candidates has the smallest id.
+    # The tokens after the last full block are always candidates.
     chosen = pick(blocks, k, largest).sort(dim=1).values
     inside = chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=blocks.device)
-    behind = torch.arange(n_blocks * _BLOCK, d_vocab, device=blocks.device).expand(n, -1)
-    return torch.cat([inside.flatten(1), behind], dim=1)
+    remainder = torch.arange(n_blocks * _BLOCK, d_vocab, device=blocks.device).expand(n, -1)
+    return torch.cat([inside.flatten(1), remainder], dim=1)
 
 
 def _outermost_of_blocks(
@@ -144,15 +142,15 @@ def _outermost_of_blocks(
     in_blocks = scores[:, : n_blocks * _BLOCK]
     if scores.stride(0) != 1:
         return reduce(in_blocks.unflatten(1, size), 2)
-    # Along memory, where the scores of one token lie side by side.
+    # Reduce along contiguous memory.
     return reduce(in_blocks.T.unflatten(0, size), 1).T.contiguous()
 
 
 def _pick_any(values: Float[Tensor, "n m"], k: int, largest: bool) -> Int[Tensor, "n k"]:
-    """Places of the `k` outermost values; of equal ones any."""
+    """Indices of the `k` outermost values, with ties in any order."""
     return values.topk(k, dim=1, largest=largest).indices
 
 
 def _pick_earliest(values: Float[Tensor, "n m"], k: int, largest: bool) -> Int[Tensor, "n k"]:
-    """Places of the `k` outermost values; of equal ones the first."""
+    """Indices of the `k` outermost values, the first of equal ones."""
     return values.sort(dim=1, descending=largest, stable=True).indices[:, :k]
