@@ -6,8 +6,8 @@ TransformerLens 3.9 to 4.2 had its own Backward Lens. Code written for it runs w
 
 on every model that this package supports. Names, defaults, shapes and error types are those of
 TransformerLens: tensors are copies on the CPU, in float32 or int64, and gradients have the sign
-that descent *subtracts*. New code should use [`backward_lens`][backward_lens_tl.lens.backward_lens];
-`docs/migration.md` compares the two.
+that descent *subtracts*. New code should use
+[`backward_lens`][backward_lens_tl.lens.backward_lens]; `docs/migration.md` compares the two.
 """
 
 from backward_lens_tl.compat.errors import AnalysisError, ArgumentTypeError, LayerNotAnalyzedError

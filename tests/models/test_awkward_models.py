@@ -137,8 +137,8 @@ def test_a_model_from_a_folder_is_the_plain_model(architecture: str, tmp_path: P
     assert report.forward_error < 1e-4
     assert report.plain_error is not None
     assert report.plain_error < 1e-4
-    assert "those of the plain Hugging Face model" in repr(report)
-    assert "logits before a token when that is another one" in repr(report)
+    assert "those of the Hugging Face model" in repr(report)
+    assert "logits before a token when the token changes" in repr(report)
 
 
 @pytest.mark.parametrize("kind", ["bridge", "hooked"])
