@@ -12,10 +12,12 @@ from backward_lens_tl.editing.mend.hypernetwork import MENDEditor
 from backward_lens_tl.editing.mend.mend import MEND
 from backward_lens_tl.editing.mend.settings import MENDTraining
 from backward_lens_tl.editing.mend.training import train_mend
+from backward_lens_tl.editing.methods.fact_method import FactMethod
 from backward_lens_tl.editing.methods.fine_tuning import FineTuning
 from backward_lens_tl.editing.methods.memit import MEMIT
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.methods.normalized_gradient import NormalizedGradient
+from backward_lens_tl.editing.methods.pair_method import PairMethod
 from backward_lens_tl.editing.methods.presets import preset_methods, preset_settings
 from backward_lens_tl.editing.methods.rome import ROME
 from backward_lens_tl.editing.methods.shift import ForwardPassShift
@@ -35,6 +37,7 @@ __all__ = [
     "ROME",
     "EditMethod",
     "EditRequest",
+    "FactMethod",
     "FineTuning",
     "ForwardPassShift",
     "GradientStep",
@@ -42,6 +45,7 @@ __all__ = [
     "MENDTraining",
     "MatrixDelta",
     "NormalizedGradient",
+    "PairMethod",
     "PairStatistics",
     "SecondMoments",
     "UltraEdit",

@@ -1,13 +1,14 @@
 """An edit as a LoRA adapter of the Hugging Face model, in PEFT's format.
 
-PEFT adds `scale * x @ A^T @ B^T + b` to what a linear layer gives: with `A = left^T`, `B = right^T`
-and scale 1 it is the edit. What takes work is to find the layer, and where in it a matrix lies:
+PEFT adds `scale * x @ A^T @ B^T + b` to the output of a linear layer: with `A = left^T`,
+`B = right^T` and scale 1 it is the edit. The work is to find the layer, and the columns of it that
+are the matrix:
 
     W_Q   W_K   W_V     in TransformerLens, heads side by side
      │     │     │
     [q │ k │ v]         one layer of GPT-2, or [q k v of head 0 │ q k v of head 1 │ ...] of NeoX
 
-Weights are compared, not names, so this knows no architecture.
+Weights are compared, not names, so no architecture is special.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from backward_lens_tl.models.loading import without_progress_bars
 from backward_lens_tl.models.precision import at_least_float32
 
 _PREFIX = "base_model.model."
-"""What PEFT puts before a layer's name."""
+"""PEFT's prefix of layer names."""
 
 _ROUNDINGS = 8
-"""What the mean of a row makes of its rounding, in `eps` of the largest weight."""
+"""Rounding after the mean of a row was subtracted, in `eps` of the largest weight."""
 
 _FEW = 16
-"""Rows that are compared first: columns that differ nearly always do so there."""
+"""Rows that are compared first: columns that differ nearly always differ there."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ class Adapted:
     """A matrix of a TransformerLens model, and what an edit adds to it.
 
     Attributes:
-        name: Whose matrix it is, for messages.
+        name: The matrix and its layer, for messages.
         weight: The matrix, heads side by side.
-        left: What the edit listens to.
-        right: What it writes.
-        bias: What it adds to the bias, if anything.
-        n_parts: Into how many parts of as many columns each the layer may have divided it: heads.
-        writes: Whether it writes to the residual stream, whose mean may have been taken off.
+        left: Left factor of the edit.
+        right: Right factor of the edit.
+        bias: What the edit adds to the bias, if anything.
+        n_parts: Number of equal blocks of columns, heads, that the layer may have interleaved.
+        writes: Whether it writes to the residual stream, whose mean may have been subtracted.
     """
 
     name: str
@@ -67,39 +68,33 @@ class Adapted:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A linear layer of the Hugging Face model.
-
-    Attributes:
-        name: Its full name.
-        weight: Its weight as `[d_in, d_out]`.
-        is_conv1d: Whether it is stored so, as Hugging Face's `Conv1D`.
-    """
+    """A linear layer of the Hugging Face model; `weight` is `[d_in, d_out]`, as in `Conv1D`."""
 
     name: str
     weight: Float[Tensor, "d_in d_out"]
     is_conv1d: bool
 
     def centered(self) -> _Layer:
-        """The layer with the mean of every row taken off."""
+        """The layer with the mean of every row subtracted."""
         wide = at_least_float32(self.weight)
         return _Layer(self.name, wide - wide.mean(1, keepdim=True), self.is_conv1d)
 
 
 _Place = tuple[_Layer, Int[Tensor, "_"]]
-"""A layer, and which of its columns a matrix's columns are."""
+"""A layer, and the indices of the columns that are a matrix's."""
 
 
 def write_adapter(
     folder: str | Path, base: Any, adapted: Sequence[Adapted], *, may_be_centered: bool
 ) -> None:
-    """Write an adapter; `WeightDelta.to_lora` explains it.
+    """Write an adapter, as explained in `WeightDelta.to_lora`.
 
     Args:
-        folder: Where it is written.
+        folder: The folder to write to.
         base: A `PreTrainedModel`, a folder or a name on the hub.
         adapted: The matrices, and what is added to each.
-        may_be_centered: Whether the model computes the same where the mean over the residual
-            stream is taken off what is written to it.
+        may_be_centered: Whether the model is invariant to the mean over the residual stream of
+            what is written to it.
 
     Raises:
         EditError: If there is nothing to write, a matrix is in no layer or in several, or PEFT is
@@ -137,14 +132,14 @@ def _peft() -> ModuleType:
 
 
 def _layers(base: Any) -> tuple[list[_Layer], str]:
-    """The linear layers of the model that an adapter is for, and the model's name."""
+    """The linear layers of the base model, and its name."""
     if isinstance(base, nn.Module):
         return list(_linear_layers(base)), str(getattr(base, "name_or_path", ""))
     check_path(base, EditError)
     try:
         with without_progress_bars():
             loaded: nn.Module = AutoModelForCausalLM.from_pretrained(base)
-    # A damaged file can make the libraries that read it raise anything.
+    # The libraries that read files can raise anything.
     except Exception as error:
         raise EditError(
             f"transformers cannot load the base {os.fspath(base)!r}: {str(error).splitlines()[0]}"
@@ -157,26 +152,26 @@ def _linear_layers(base: nn.Module) -> Iterator[_Layer]:
         if "_original_component" in name or hasattr(module, "original_component"):
             raise EditError(
                 "the base is a Hugging Face model that a TransformerBridge has wrapped, so its "
-                "layers have other names than PEFT will meet; pass one that is loaded anew, or "
-                "its folder or name"
+                "layers have other names than PEFT expects; pass a freshly loaded one, or its "
+                "folder or name"
             )
         weight = getattr(module, "weight", None)
         is_conv1d = type(module).__name__ == "Conv1D"
         if not (is_conv1d or isinstance(module, nn.Linear)) or not isinstance(weight, Tensor):
             continue
-        if weight.is_floating_point() and weight.ndim == 2:  # neither is so where it is quantised
+        if weight.is_floating_point() and weight.ndim == 2:  # not so for quantised weights
             is_turned = stored_layout(module, name, 0) == "out_in"
             stored = weight.detach()
             yield _Layer(name, stored.T if is_turned else stored, is_conv1d)
 
 
-# --- where a matrix lies -----------------------------------------------------------------------
+# --- finding a matrix ---------------------------------------------------------------------------
 
 
 def _place(
     adapted: Adapted, layers: Sequence[_Layer], base: str, *, may_be_centered: bool
 ) -> _Place:
-    """The one layer that holds a matrix, and where in it."""
+    """The one layer that holds a matrix, and its columns there."""
     found = list(_places(adapted, layers))
     if not found and may_be_centered:
         fitting = (layer for layer in layers if layer.weight.shape == adapted.weight.shape)
@@ -184,9 +179,9 @@ def _place(
     if not found:
         raise EditError(
             f"no linear layer of the base {base!r} has the weights of {adapted.name}. Either it is "
-            "another model, the TransformerLens model is edited just now, or TransformerLens has "
-            "processed its weights (fold_ln): load it without processing, as load_model does, and "
-            "compute the edit on that"
+            "another model, an edit is applied to the TransformerLens model, or TransformerLens "
+            "has processed its weights (fold_ln): load it without processing, as load_model does, "
+            "and compute the edit on that"
         )
     if len(found) > 1:
         names = ", ".join(layer.name for layer, _ in found)
@@ -198,7 +193,7 @@ def _place(
 
 
 def _places(adapted: Adapted, layers: Sequence[_Layer]) -> Iterator[_Place]:
-    """Where a matrix lies as a whole, or else in parts: head by head, or column by column."""
+    """Where a matrix lies: as a whole, or else head by head, or column by column."""
     width = adapted.weight.shape[1]
     divisions = dict.fromkeys((1, adapted.n_parts, width))
     for n_parts in divisions:
@@ -215,7 +210,7 @@ def _places(adapted: Adapted, layers: Sequence[_Layer]) -> Iterator[_Place]:
 def _columns(
     weight: Float[Tensor, "d_in d_out"], layer: Float[Tensor, "layer_in layer_out"], n_parts: int
 ) -> Iterator[Int[Tensor, "d_out"]]:
-    """Which columns of a layer are those of a matrix, if they are; twice if it is there twice."""
+    """The columns of a layer that are a matrix's, once for each time that they occur."""
     if weight.shape[0] != layer.shape[0] or weight.shape[1] > layer.shape[1]:
         return
     width = weight.shape[1] // n_parts
@@ -224,7 +219,7 @@ def _columns(
         starts.append(_starts(part, layer))
         if not starts[-1]:
             return
-    # Of parts that are alike, such as heads of zeros, it could not be told which is which.
+    # Equal parts, such as heads of zeros, cannot be told apart.
     ways = zip(*starts, strict=True) if n_parts == 1 else [tuple(own[0] for own in starts)]
     is_clear = n_parts == 1 or all(len(own) == 1 for own in starts)
     for way in ways:
@@ -234,9 +229,9 @@ def _columns(
 
 
 def _starts(part: Float[Tensor, "d_in width"], layer: Float[Tensor, "d_in layer_out"]) -> list[int]:
-    """At which columns of a layer a part of a matrix begins."""
+    """The columns of a layer at which a part of a matrix begins."""
     rows = torch.linspace(0, len(part) - 1, min(_FEW, len(part)), device=part.device).long()
-    # The column that tells most: one of zeros is found in many places.
+    # The column with the largest norm: one of zeros is found in many places.
     at = int(at_least_float32(part).norm(dim=0).argmax())
     last = layer.shape[1] - part.shape[1]
     few = layer[rows.to(layer.device)][:, at : at + last + 1]
@@ -248,7 +243,7 @@ def _starts(part: Float[Tensor, "d_in width"], layer: Float[Tensor, "d_in layer_
 
 
 def _are_alike(one: Float[Tensor, "d_in #width"], other: Float[Tensor, "d_in width"]) -> Tensor:
-    """Where two weights are the same but for rounding to the coarser of both dtypes."""
+    """Where two weights agree up to rounding to the coarser of both dtypes."""
     eps = max(torch.finfo(each.dtype).eps for each in (one, other))
     a, b = one.to(device=other.device, dtype=torch.float64), other.double()
     fine = min(eps, torch.finfo(torch.float32).eps)
@@ -263,7 +258,7 @@ def _are_alike(one: Float[Tensor, "d_in #width"], other: Float[Tensor, "d_in wid
 def _tensors(
     name: str, parts: Sequence[tuple[Adapted, _Place]], *, has_bias: bool
 ) -> dict[str, Tensor]:
-    """The adapter of one layer: the factors of all matrices that lie in it."""
+    """The adapter of one layer: the factors of all matrices in it."""
     layer = parts[0][1][0].weight
     left = torch.cat([at_least_float32(each.left).cpu() for each, _ in parts], dim=1)
     right = left.new_zeros(left.shape[1], layer.shape[1])
@@ -282,13 +277,13 @@ def _tensors(
 
 
 def _config(peft: Any, base: str, ranks: Mapping[str, int], is_conv1d: bool, has_bias: bool) -> Any:
-    """PEFT's own description of the adapter."""
+    """PEFT's configuration of the adapter."""
     if has_bias and "lora_bias" not in {field.name for field in fields(peft.LoraConfig)}:
         raise EditError(
-            f"the edit changes biases, which LoRA in peft {peft.__version__} cannot; upgrade to "
-            "peft 0.14 or newer"
+            f"the edit changes biases, which LoRA in peft {peft.__version__} does not support; "
+            "upgrade to peft 0.14 or newer"
         )
-    # PEFT takes names as regular expressions here. An `alpha` equal to the rank makes the scale 1.
+    # Names are regular expressions here. `alpha` equal to the rank makes the scale 1.
     by_name = {name.replace(".", r"\."): rank for name, rank in ranks.items()}
     largest = max(ranks.values())
     return peft.LoraConfig(

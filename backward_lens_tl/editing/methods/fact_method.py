@@ -52,6 +52,12 @@ class FactMethod(EditMethod):
         clamp: `||delta||` is at most this multiple of `||v0||`.
         seed: Seed of the sampled prefixes.
         ridge: Fraction of the mean variance that is added to the diagonal of `C`.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> method = blt.editing.MEMIT(layers=(0, 1), moments=blt.editing.facts_moments())
+        >>> isinstance(method, blt.editing.FactMethod), method.steps, method.clamp
+        (True, 20, 0.75)
     """
 
     moments: SecondMoments | Literal["identity"] | None = None

@@ -44,7 +44,8 @@ class MEMIT(FactMethod):
     with the width and suits a few facts.
 
     Settings of the search (`steps`, `lr`, `weight_decay`, `kl_factor`, `clamp`), `moments`,
-    `fact_token`, `seed`, `ridge` and `prepend_bos` are explained in `FactMethod`.
+    `fact_token`, `seed`, `ridge` and `prepend_bos` are explained in
+    [`FactMethod`][backward_lens_tl.editing.FactMethod].
 
     Attributes:
         layers: The layers; negative ones count from the end.

@@ -16,7 +16,8 @@ class NormalizedGradient(PairMethod):
     """An edit `dW = -lr sum_i outer(x_i', delta_i')` of standardised pairs, without training.
 
     This is MEND before training, when its network is the identity. `statistics` are of all
-    positions. `matrices` and `layers` select some of the matrices that there are statistics of.
+    positions. `matrices` and `layers` are explained in
+    [`PairMethod`][backward_lens_tl.editing.PairMethod].
 
     Examples:
         >>> import backward_lens_tl as blt

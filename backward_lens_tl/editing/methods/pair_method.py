@@ -22,6 +22,18 @@ class PairMethod(EditMethod):
         lr: The size of the step.
         matrices: Only matrices of these names; `None` for all that there are statistics of.
         layers: Only matrices of these layers, negative ones from the end; `None` for all.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> requests = [
+        ...     blt.editing.EditRequest("Obama grew up in", " Paris"),
+        ...     blt.editing.EditRequest("Lionel Messi plays for", " Rome"),
+        ... ]
+        >>> statistics = blt.editing.pair_statistics(model, requests, layers=[-1], progress=False)
+        >>> method = blt.editing.NormalizedGradient(statistics, layers=[-1])
+        >>> isinstance(method, blt.editing.PairMethod), method.layers
+        (True, (-1,))
     """
 
     statistics: PairStatistics

@@ -1,15 +1,15 @@
-"""Every method with settings for a model: tuned, published, or by depth; and what methods need.
+"""Every method with settings for a model: tuned, published, or scaled by depth.
 
 Settings of the facts model were chosen on rows of its records that the benchmark does not use
-(`FACTS_TUNING`); `make tune` does it again and docs/editing.md shows what was tried. Those of
-GPT-2 xl are the published ones. Other models have layers as far up as GPT-2 xl's.
+(`FACTS_TUNING`, `make tune`); docs/editing.md shows what was tried. Those of GPT-2 xl are the
+published ones. Other models are edited at the same relative depth as GPT-2 xl.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,14 @@ from backward_lens_tl.editing.statistics.pair_collection import (
     pair_statistics,
     requests_digest,
 )
+from backward_lens_tl.editing.statistics.spanning import Positions
 from backward_lens_tl.editing.statistics.standardization import PairStatistics
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.loading import FACTS_MODEL
 
 FACTS_TEST = range(200)
-"""Rows of the facts model's records that no setting was chosen on."""
+"""Rows of the facts model's records on which no setting was chosen."""
 
 FACTS_TUNING = range(200, 250)
 """Rows on which the facts model's settings were chosen."""
@@ -71,7 +72,7 @@ METHODS: Mapping[str, type[EditMethod]] = {
     "shift_iterated": ForwardPassShift,
     "shift_whitened": ForwardPassShift,
 }
-"""The presets, in the order of tables: the paper's rivals, their relatives, the shift's forms."""
+"""The presets, in the order of tables."""
 
 _FACTS: Mapping[str, Settings] = {
     "ft_first": {"layers": 0, "lr": 5e-4},
@@ -117,27 +118,27 @@ def preset_methods(
     prepend_bos: bool | None = False,
     progress: bool = True,
 ) -> dict[str, EditMethod]:
-    """Methods with settings for a model, and with the statistics and networks that they need.
+    """Create methods with settings for a model, and the statistics and networks that they need.
 
-    Those are made when a method first needs them, kept in the folder, and read from there the next
-    time. The facts model's second moments ship with it; for other models they are collected from
-    WikiText-103 on the Hugging Face hub.
+    Statistics and networks are computed when a method first needs them, and saved in the folder for
+    the next time. The facts model's second moments ship with it; for other models they are
+    collected from WikiText-103 on the Hugging Face hub.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
         names: Of `METHODS`, or `"all"`.
         folder: For `second_moments.safetensors`, `pairs.safetensors`, `pairs-answer.safetensors`
-            and `mend.safetensors`; it has to be there.
-        training: Records for MEND's training, and for the statistics of gradients; not those that
-            the methods are tested on.
+            and `mend.safetensors`; it must exist.
+        training: Records for MEND's training and for the statistics of gradients, other than those
+            that the methods are tested on.
         prepend_bos: Whether prompts get a BOS token; the paper's had none.
-        progress: Whether bars show how far it is.
+        progress: Whether to show progress bars.
 
     Returns:
         The methods by name, in the order of `METHODS`.
 
     Raises:
-        EditError: If there is no such preset, or what a method needs cannot be had.
+        EditError: If there is no such preset, or what a method needs is not available.
 
     Examples:
         >>> import tempfile
@@ -173,16 +174,16 @@ def with_settings(
     prepend_bos: bool | None = False,
     progress: bool = False,
 ) -> EditMethod:
-    """A preset's method with other settings.
+    """Create a preset's method with other settings.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
         name: The preset.
-        settings: Arguments of its class, but for statistics and networks.
+        settings: Arguments of its class, without statistics and networks.
         folder: As in `preset_methods`.
-        training: Likewise.
-        prepend_bos: Likewise.
-        progress: Likewise.
+        training: As in `preset_methods`.
+        prepend_bos: As in `preset_methods`.
+        progress: As in `preset_methods`.
 
     Returns:
         The method.
@@ -201,14 +202,14 @@ def _check_name(name: object, known: tuple[str, ...]) -> None:
 
 
 def preset_settings(model: str, n_layers: int) -> Mapping[str, Settings]:
-    """The settings of each preset, without statistics and networks.
+    """Return the settings of each preset, without statistics and networks.
 
     Args:
-        model: The model's name, with or without that of its owner.
-        n_layers: How many layers it has.
+        model: The model's name, with or without its owner's.
+        n_layers: Its number of layers.
 
     Returns:
-        Arguments of the method's class, or for MEND of its training, by the preset's name.
+        Arguments of the method's class, or of the training for MEND, by the preset's name.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -225,7 +226,7 @@ def preset_settings(model: str, n_layers: int) -> Mapping[str, Settings]:
 
 
 def _by_depth(settings: Settings, n_layers: int) -> Settings:
-    """GPT-2 xl's settings with layers as far up in another model."""
+    """GPT-2 xl's settings with layers at the same relative depth."""
 
     def scaled(layer: int) -> int:
         return min(n_layers - 1, round(layer * n_layers / _GPT2_XL_LAYERS))
@@ -239,145 +240,102 @@ def _by_depth(settings: Settings, n_layers: int) -> Settings:
     if own.pop("regularization", None) is not None:
         own["regularization"] = None  # which scales with the width
     if own.get("form", "paper") == "paper" and "size" in own:
-        # The paper's eta is one of GPT-2 xl alone.
+        # The paper's eta is for GPT-2 xl only.
         own |= {"form": "scale_free", "size": 30.0}
     return own
 
 
+@dataclass
 class _Needs:
-    """What methods are made from, each when it is first asked for.
+    """What methods are created from, computed on demand; arguments as in `preset_methods`."""
 
-    Args:
-        model: The model.
-        folder: Where it is kept.
-        training: Records that may be trained on.
-        prepend_bos: Whether texts and prompts get a BOS token.
-        progress: Whether bars show how far it is.
-
-    Attributes:
-        prepend_bos: As given.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        folder: Path,
-        training: tuple[Record, ...],
-        prepend_bos: bool | None,
-        progress: bool,
-    ) -> None:
-        self._model, self._folder, self._progress = model, folder, progress
-        self.prepend_bos = prepend_bos
-        self._training = training[:_TRAINING_RECORDS]
+    model: nn.Module
+    folder: Path
+    training: tuple[Record, ...]
+    prepend_bos: bool | None
+    progress: bool
 
     @cached_property
     def moments(self) -> SecondMoments:
-        """Second moments of what `W_out` reads."""
-        if host_of(self._model).name == FACTS_MODEL:
+        """Second moments of the inputs of `W_out`."""
+        if host_of(self.model).name == FACTS_MODEL:
             return facts_moments()
-        file = self._folder / "second_moments.safetensors"
+        file = self.folder / "second_moments.safetensors"
         if file.exists():
             found = SecondMoments.load(file)
             if found.n_tokens >= _STATISTICS_TOKENS:
                 return found
-        # A collection that was stopped goes on.
+        # Resumes an interrupted collection.
         return second_moments(
-            self._model,
+            self.model,
             _wikitext(),
             max_tokens=_STATISTICS_TOKENS,
             prepend_bos=self.prepend_bos,
             out=file,
-            progress=self._progress,
+            progress=self.progress,
         )
 
-    @cached_property
-    def pairs(self) -> PairStatistics:
-        """Mean and deviation of the pairs at all positions."""
-        return self._pairs("all", "pairs.safetensors")
-
-    @cached_property
-    def answer_pairs(self) -> PairStatistics:
-        """Mean and deviation of the pairs where the target's tokens are to be said."""
-        return self._pairs("answer", "pairs-answer.safetensors")
-
-    @property
-    def last_layers(self) -> tuple[int, ...]:
-        """The layers that editors of gradients edit if nobody says."""
-        n_layers = host_of(self._model).n_layers
-        return tuple(range(max(0, n_layers - len(EDITED_LAYERS)), n_layers))
-
-    def _pairs(self, positions: Any, name: str) -> PairStatistics:
-        file = self._folder / name
-        requests = list(map(EditRequest.of, islice(self._needed_training, _STATISTICS_REQUESTS)))
+    def pairs(self, positions: Positions, file_name: str) -> Settings:
+        """Statistics of the pairs of all layers, and the last layers as those to edit."""
+        file, host = self.folder / file_name, host_of(self.model)
+        records = self.needed_training[:_STATISTICS_REQUESTS]
+        requests = [EditRequest.of(record) for record in records]
         if file.exists():
-            return self._kept(file, requests)
-        found = pair_statistics(
-            self._model,
-            requests,
-            layers=range(host_of(self._model).n_layers),
-            positions=positions,
-            prepend_bos=self.prepend_bos,
-            progress=self._progress,
-        )
-        found.save(file)
-        return found
-
-    def _kept(self, file: Path, requests: Sequence[EditRequest]) -> PairStatistics:
-        """Those of a file, unless they are of others: maybe of records that are tested on now."""
-        found, host = PairStatistics.load(file), host_of(self._model)
-        tokenized = tokenize_requests(host, requests, self.prepend_bos)
-        if found.requests != requests_digest(tokenized):
-            raise EditError(
-                f"{str(file)!r} holds statistics of other records than those that may be learnt "
-                "from here; choose another folder"
+            found = PairStatistics.load(file)
+            tokenized = tokenize_requests(host, requests, self.prepend_bos)
+            if found.requests != requests_digest(tokenized):
+                raise EditError(
+                    f"{str(file)!r} holds statistics of other records than the training records "
+                    "of this call; choose another folder"
+                )
+        else:
+            found = pair_statistics(
+                self.model,
+                requests,
+                layers=range(host.n_layers),
+                positions=positions,
+                prepend_bos=self.prepend_bos,
+                progress=self.progress,
             )
-        return found
+            found.save(file)
+        layers = range(max(0, host.n_layers - len(EDITED_LAYERS)), host.n_layers)
+        return {"statistics": found, "layers": tuple(layers)}
 
-    def editor(self, **settings: Any) -> MENDEditor:
-        """MEND's trained networks.
-
-        Args:
-            **settings: Of the training.
-
-        Returns:
-            The networks.
-        """
+    def editor(self, settings: Settings) -> MENDEditor:
+        """MEND's networks, trained with these settings."""
         return train_mend(
-            self._model,
-            self._needed_training,
+            self.model,
+            self.needed_training,
             **settings,
             prepend_bos=self.prepend_bos,
-            out=self._folder / "mend.safetensors",
-            progress=self._progress,
+            out=self.folder / "mend.safetensors",
+            progress=self.progress,
         )
 
     @property
-    def _needed_training(self) -> tuple[Record, ...]:
-        if not self._training:
+    def needed_training(self) -> tuple[Record, ...]:
+        """The training records; an `EditError` if there are none."""
+        if not self.training:
             raise EditError(
                 "MEND and the other editors of gradients need records to learn from, apart from "
                 "those that are evaluated, and there are none left; evaluate fewer records, or "
                 "pass methods that need none, such as 'shift'"
             )
-        return self._training
-
-
-_OF_CLASS: Mapping[type[EditMethod], Callable[[_Needs], Settings]] = {
-    NormalizedGradient: lambda needs: {"statistics": needs.pairs, "layers": needs.last_layers},
-    UltraEdit: lambda needs: {"statistics": needs.answer_pairs, "layers": needs.last_layers},
-    ROME: lambda needs: {"moments": needs.moments},
-    MEMIT: lambda needs: {"moments": needs.moments},
-}
+        return self.training[:_TRAINING_RECORDS]
 
 
 def _with_needs(kind: type[EditMethod], settings: Settings, needs: _Needs) -> EditMethod:
-    if kind is MEND:  # the networks are all that it has, and the settings are of their training
-        return MEND(needs.editor(**settings), prepend_bos=needs.prepend_bos)
-    needed = _OF_CLASS[kind](needs) if kind in _OF_CLASS else {}
-    if settings.get("form") == "whitened":
+    if kind is MEND:  # its settings are those of the training
+        return MEND(needs.editor(settings), prepend_bos=needs.prepend_bos)
+    needed: Settings = {}
+    if kind is NormalizedGradient:
+        needed = needs.pairs("all", "pairs.safetensors")
+    elif kind is UltraEdit:
+        needed = needs.pairs("answer", "pairs-answer.safetensors")
+    elif kind in (ROME, MEMIT) or settings.get("form") == "whitened":
         needed = {"moments": needs.moments}
-    make: Callable[..., EditMethod] = kind
-    return make(**{**needed, **settings}, prepend_bos=needs.prepend_bos)
+    create: Callable[..., EditMethod] = kind
+    return create(**{**needed, **settings}, prepend_bos=needs.prepend_bos)
 
 
 def _wikitext() -> Iterator[str]:
@@ -388,7 +346,7 @@ def _wikitext() -> Iterator[str]:
         data = datasets.load_dataset(
             _WIKITEXT, "wikitext-103-raw-v1", split="train", streaming=True
         )
-    # It passes on what the hub, its file systems and the files' readers raise.
+    # The hub, its file systems and the readers of files can raise anything.
     except Exception as error:
         raise EditError(
             f"second moments are collected from {_WIKITEXT!r}, which cannot be loaded from the "

@@ -38,7 +38,8 @@ class ROME(FactMethod):
     warning reports edits that are larger than the matrix.
 
     Settings of the search (`steps`, `lr`, `weight_decay`, `kl_factor`, `clamp`), `moments`,
-    `fact_token`, `seed`, `ridge` and `prepend_bos` are explained in `FactMethod`.
+    `fact_token`, `seed`, `ridge` and `prepend_bos` are explained in
+    [`FactMethod`][backward_lens_tl.editing.FactMethod].
 
     Attributes:
         layer: The layer, from 0; negative ones count from the end.

@@ -29,8 +29,8 @@ class UltraEdit(PairMethod):
     `||X dW - V||^2 + ridge ||dW||^2` with the `x` themselves: `(X^T X + ridge I)^-1 X^T V`, all
     requests at once.
 
-    `statistics` are of positions `"answer"`. `matrices` and `layers` select some of the matrices
-    that there are statistics of.
+    `statistics` are of positions `"answer"`. `matrices` and `layers` are explained in
+    [`PairMethod`][backward_lens_tl.editing.PairMethod].
 
     Attributes:
         lr: The size of the targets. The published 1e-6 is for models of a few billion parameters;
