@@ -344,7 +344,7 @@ def test_the_same_weights_in_two_layers(
 @bridge_only
 def test_a_base_inside_of_a_bridge_is_refused(facts_base: nn.Module, tmp_path: Path) -> None:
     model = load_facts_model("bridge")
-    with pytest.raises(EditError, match="loaded anew"):
+    with pytest.raises(EditError, match="freshly loaded"):
         EDITS["W_out"](model).to_lora(tmp_path, model, model.original_model)
 
 
