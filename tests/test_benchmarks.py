@@ -1,4 +1,4 @@
-"""The benchmarks time the same work for everybody, count rounds right, and report what they saw."""
+"""The benchmarks time the same work for all contestants, and report the right numbers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ has_tool = pytest.mark.skipif(
 
 @pytest.fixture(scope="module", autouse=True)
 def _settled():
-    """Collecting all of Python's garbage takes a third of a second, and every timing does it."""
+    """Freeze garbage collection, which would take a third of a second per timing."""
     with settled():
         yield
 
@@ -61,7 +61,7 @@ def ask(size, batch=2, positions=7):
 
 
 def with_gains(model):
-    """A model whose final norm matters: without gains it leaves the order of scores as it is."""
+    """A model with gains in its final norm, so that the norm changes the order of scores."""
     generator = torch.Generator().manual_seed(1)
     gains = [weight for weight in model.ln_final.parameters() if weight.eq(1).all()]
     assert len(gains) == 1
@@ -71,7 +71,7 @@ def with_gains(model):
 
 
 def nonzero(result, matrix):
-    """Cells whose vector is not zero: of a zero vector all scores are equal, and any are on top."""
+    """Cells whose vector is not zero, because the scores of a zero vector are all equal."""
     cells = ~result.is_zero(matrix)
     assert cells.any()
     return cells
@@ -87,7 +87,7 @@ def test_the_tool_gives_our_answers():
     w_in, w_out = ours.readout("W_in"), ours.readout("W_out")
     for matrix, side, found in (
         ("W_in", "input_projection", (w_in.top_ids, w_in.bottom_ids, w_in.target_rank)),
-        # They project the raw `delta_i`, we its negative, and these models have no biases.
+        # The tool projects `delta_i`, we project its negative. These models have no biases.
         ("W_out", "output_projection", (w_out.bottom_ids, w_out.top_ids, w_out.target_rank)),
     ):
         for prompt, result in enumerate(theirs):
@@ -128,7 +128,7 @@ def test_the_authors_way_gives_our_answers(size):
                     assert read.bottom_ids.tolist() == bottom[at].tolist()
                     if matrix == "W_in":
                         assert read.target_rank == readout.target_rank[at]
-                    else:  # counted from the other end
+                    else:  # from the other end
                         assert read.target_rank + readout.target_rank[at] == size.d_vocab - 1
     # In the last layer only the last position's `delta_i` is not zero.
     assert compared == batch * positions * (2 * size.n_layers - 1) + batch
@@ -156,13 +156,13 @@ def test_the_floor_has_our_factors(size, monkeypatch):
     vjps = [captured[name, layer].vjps for layer in layers for name in ("W_in", "W_out")]
     pairs = [*zip(vectors, torch.stack(spanning).flatten(0, -2), strict=True)]
     for found, wanted in [*pairs, *zip(gradients, vjps, strict=True)]:
-        # float32 rounds at 6e-8 and some hundred numbers are added on the way.
+        # The rounding error of float32 is 6e-8, and about a hundred numbers are added.
         assert wanted.norm() == found.norm() == 0 or relative_error(found, wanted) < 1e-5
 
 
 @hooked_only
 @TINY
-def test_our_two_parts_are_our_whole(size):
+def test_our_two_phases_give_our_results(size):
     model, asked = hooked(size, "cpu"), ask(size)
     whole = contestants.lens(model, asked)
     parts = contestants.reading(model, *contestants.vectors_of(contestants.capture(model, asked)))
@@ -189,7 +189,7 @@ def test_the_floors_product_is_of_all_spanning_vectors(size, monkeypatch):
 
 
 @hooked_only
-def test_nobody_leaves_anything_on_the_model_for_the_next():
+def test_contestants_leave_the_model_unchanged():
     model, asked = hooked(GPT2, "cpu"), ask(GPT2)
     for contestant in (contestants.floor, contestants.authors_way, contestants.plain_forward):
         contestant(model, asked)
@@ -207,7 +207,7 @@ def test_nobody_leaves_anything_on_the_model_for_the_next():
 @hooked_only
 @TINY
 @pytest.mark.parametrize("positions", [7, 40])
-def test_the_floors_operations_are_estimated_from_above_by_less_than_a_layer(size, positions):
+def test_the_estimate_of_the_floors_operations(size, positions):
     counted, estimated = [], []
     for deep in (size, replace(size, n_layers=size.n_layers + 1)):
         model, asked = hooked(deep, "cpu"), ask(deep, positions=positions)
@@ -223,10 +223,10 @@ def test_the_floors_operations_are_estimated_from_above_by_less_than_a_layer(siz
 @hooked_only
 @TINY
 @pytest.mark.parametrize("positions", [50, 200])
-def test_the_floors_memory_is_estimated_within_a_factor_of_two(size, positions):
+def test_the_estimate_of_the_floors_memory(size, positions):
     model, asked = hooked(size, "cpu"), ask(size, positions=positions)
     kept = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
-    # Logits, their gradient and a copy are there when the backward pass begins.
+    # Logits, their gradient and a copy exist when the backward pass begins.
     logits = 3 * asked.ids.numel() * size.d_vocab * 4
 
     def keep(tensor):
@@ -240,10 +240,10 @@ def test_the_floors_memory_is_estimated_within_a_factor_of_two(size, positions):
     assert measured / 2 < floor_bytes(size, *asked.ids.shape, itemsize=4) < 2 * measured
 
 
-def test_a_cell_is_left_out_when_its_floor_takes_too_long():
-    # One layer of width 1, one head, an MLP of width 1 and a vocabulary of 1; one prompt of one
-    # token: 4 + 2 + 1 products with weights forwards and as many backwards, 2 of attention forwards
-    # and 4 backwards, 2 of the spanning vectors; 22 in all, 44 operations.
+def test_cells_with_a_slow_floor_are_skipped():
+    # One layer, one head, widths and vocabulary of 1, and one prompt of one token. Products with
+    # weights: 4 + 2 + 1 in the forward pass, and the same in the backward pass; of attention: 2 in
+    # the forward pass and 4 in the backward pass; of the spanning vectors: 2. 44 operations.
     size = Size("smallest", 1, 1, 1, 1, 1)
     assert floor_flops(size, 1, 1) == 44
     limits = Limits(seconds=2.0, memory=10**9, speed={"float32": 22.0, "bfloat16": 21.0})
@@ -251,11 +251,11 @@ def test_a_cell_is_left_out_when_its_floor_takes_too_long():
     assert limits.reason_to_skip(size, 1, 1, "float32") is None
     reason = limits.reason_to_skip(size, 1, 1, "bfloat16")
     assert reason == "one run of the floor would take about 2 s, and the limit is 2 s (--limit)"
-    # A second prompt is as much again.
+    # A second prompt doubles it.
     assert floor_flops(size, 2, 1) == 88
 
 
-def test_a_cell_is_left_out_when_it_does_not_fit():
+def test_cells_that_do_not_fit_into_memory_are_skipped():
     limits = Limits(seconds=math.inf, memory=20 * 10**9, speed=UNLIMITED.speed)
     assert limits.reason_to_skip(SMALL, 128, 50, "float32") is None
     reason = limits.reason_to_skip(SMALL, 128, 500, "float32")
@@ -268,7 +268,7 @@ def test_a_cell_is_left_out_when_it_does_not_fit():
 
 
 class Clock:
-    """A clock that only the contestants move."""
+    """A clock that only contestants advance."""
 
     def __init__(self):
         self.now = 0.0
@@ -288,7 +288,7 @@ class Clock:
         return interleave(runs, effort, clock=lambda: self.now)
 
 
-def test_contestants_take_turns_and_the_first_round_warms_up():
+def test_contestants_alternate_and_the_first_round_is_a_warm_up():
     clock = Clock()
     timings = clock.interleave(Effort(3, seconds=100), a=[9, 1, 2, 3], b=[9, 2, 2, 2])
     assert clock.turns == [*"ab", *"ba", *"ab", *"ba"]
@@ -299,22 +299,22 @@ def test_contestants_take_turns_and_the_first_round_warms_up():
 @pytest.mark.parametrize(
     ("effort", "counted"),
     [
-        (Effort(1, seconds=1000), [11]),  # as many as are asked for, behind a warm-up
-        (Effort(5, seconds=45), [11, 12, 13]),  # another one as long as the last would go beyond
+        (Effort(1, seconds=1000), [11]),  # the given number, after a warm-up
+        (Effort(5, seconds=45), [11, 12, 13]),  # another round would exceed the time
         (Effort(5, seconds=44), [11, 12]),
-        (Effort(5, seconds=20), [11]),  # just enough for a warm-up and one that counts
+        (Effort(5, seconds=20), [11]),  # enough for a warm-up and one counted round
         (Effort(5, seconds=19), [10]),
         (Effort(5, seconds=5), [10]),
         (Effort(5, seconds=5, at_least=3), [10, 11, 12]),
         (Effort(5, seconds=40, at_least=3), [11, 12, 13]),
     ],
 )
-def test_slow_rounds_are_fewer_and_then_the_first_one_counts(effort, counted):
+def test_the_number_of_slow_rounds(effort, counted):
     timings = Clock().interleave(effort, a=[10, 11, 12, 13, 14, 15, 16])
     assert timings.seconds["a"] == counted
 
 
-def test_a_ratio_does_not_see_a_machine_that_gets_slower():
+def test_ratios_on_a_machine_that_slows_down():
     timings = Timings({"a": [1.0, 10.0, 3.0], "b": [2.0, 20.0, 6.0], "c": [1.0, 10.0, 3.0]})
     assert timings.ratio(["b"], ["a"]) == 2
     assert timings.ratio(["b"], ["a", "c"]) == 1
@@ -322,13 +322,13 @@ def test_a_ratio_does_not_see_a_machine_that_gets_slower():
     assert timings.median("a", "c") == 6
 
 
-def test_a_ratio_is_the_median_of_ratios_and_not_the_ratio_of_medians():
+def test_a_ratio_is_the_median_of_ratios():
     timings = Timings({"a": [1.0, 2.0, 3.0], "b": [3.0, 1.0, 9.0]})
     assert timings.ratio(["b"], ["a"]) == 3
     assert timings.median("b") / timings.median("a") == 1.5
 
 
-def test_the_contestant_that_runs_out_of_memory_is_named():
+def test_a_contestant_that_runs_out_of_memory():
     def run():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -336,7 +336,7 @@ def test_the_contestant_that_runs_out_of_memory_is_named():
     with pytest.raises(OutOfMemory, match="b ran out of the device's memory"):
         interleave({"a": lambda: None, "b": run}, Effort(1, 1.0))
     assert gc.isenabled()
-    assert abs(gc.get_freeze_count() - frozen) < 100  # what was frozen may be freed meanwhile
+    assert abs(gc.get_freeze_count() - frozen) < 100  # frozen objects may be freed
 
 
 def test_the_slope_is_the_exponent():
@@ -352,13 +352,13 @@ def test_operations_are_sorted_into_phases():
     one_pass = [
         ("aten::index", 0.25),
         ("benchmarks: forward", 2.0),
-        ("aten::mm", 1.0),  # the logits
+        ("aten::mm", 1.0),  # logits
         (node, 3.0),
         (node, 1.0),
         ("aten::matmul", 8.0),
         ("aten::topk", 0.5),
     ]
-    # In a second pass nothing shows that the first one's reading is over before the model runs.
+    # Only the mark of the model shows where the second forward pass begins.
     passes = [*one_pass, *one_pass[1:]]
     steps = [Step(name, float(at), seconds) for at, (name, seconds) in enumerate(passes)]
     assert by_phase(reversed(steps), seconds=35.0) == {
@@ -371,7 +371,7 @@ def test_operations_are_sorted_into_phases():
 
 
 @hooked_only
-def test_every_phase_of_our_pipeline_is_seen():
+def test_all_phases_of_our_pipeline():
     model = hooked(GPT2, "cpu")
     run = partial(contestants.lens, model, ask(GPT2))
     run()
@@ -382,9 +382,9 @@ def test_every_phase_of_our_pipeline_is_seen():
 
 
 @hooked_only
-def test_more_passes_are_more_of_the_forward_pass_and_not_of_the_reading():
-    # Wide MLPs and a small vocabulary: without the mark of each forward pass, all but the first
-    # pass's would count as reading.
+def test_phases_of_several_passes():
+    # Wide MLPs and a small vocabulary: without marks, all forward passes but the first would count
+    # as readout.
     size = replace(GPT2, d_mlp=2048, d_vocab=20)
     model, asked = hooked(size, "cpu"), ask(size, batch=4, positions=50)
 
@@ -401,7 +401,7 @@ _PEAK = """
 import torch
 from benchmarks import memory
 
-size = 3 * 2**24  # more than the 32 MiB up to which the C library may keep what is freed
+size = 3 * 2**24  # above the 32 MiB up to which the C library keeps freed memory
 
 def run():
     torch.ones(size, dtype=torch.uint8)
@@ -414,22 +414,22 @@ print(*(memory.extra_peak(run, "cpu") - size for _ in range(2)))
 
 
 @reads_peaks
-def test_the_peak_is_what_a_run_takes_at_once():
-    """In a process of its own: resident memory is that of all that it does."""
+def test_the_peak_of_a_run():
+    """In a separate process, because resident memory is that of the whole process."""
     root = Path(memory.__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", _PEAK], cwd=root, capture_output=True, text=True, check=True
     )
     beyond = list(map(int, done.stdout.split()))
-    # One block at a time; 2 MiB for what Python itself takes.
+    # One block at a time, and 2 MiB for Python.
     assert len(beyond) == 2
     assert max(map(abs, beyond)) < 2 * 2**20
 
 
 @reads_peaks
-def test_the_peak_counts_memory_that_the_c_library_kept_back():
-    # Small blocks come from the heap, which stays with the process when they are given back; the
-    # last one keeps its end in use.
+def test_the_peak_includes_reused_memory():
+    # Small blocks are on the heap, which the process keeps when they are freed; the last block
+    # keeps its end in use.
     size = 60_000
 
     def run():
@@ -443,7 +443,7 @@ def test_the_peak_counts_memory_that_the_c_library_kept_back():
 @reads_peaks
 @hooked_only
 def test_peaks_of_a_contestant_and_of_a_plain_forward():
-    # Larger logits than anything else: [8, 50, 8000] in float32 are 13 MB.
+    # The logits are the largest tensor: [8, 50, 8000] in float32 are 13 MB.
     size = replace(GPT2, d_vocab=8000)
     logits = 8 * 50 * 8000 * 4
     peaks = memory.measure_here(memory.Case("floor", "HookedTransformer", size, 8, 50, "cpu"))
@@ -455,7 +455,7 @@ def test_peaks_of_a_contestant_and_of_a_plain_forward():
 @pytest.mark.slow
 @reads_peaks
 @hooked_only
-def test_every_contestant_can_be_measured_in_a_process_of_its_own():
+def test_memory_of_a_contestant_in_its_own_process():
     for name in memory.CONTESTANTS:
         on_bridge = name in ("tool", "ours, of texts")
         if on_bridge and contestants.why_no_tool(GPT2) is not None:
@@ -474,7 +474,7 @@ def bench():
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
-    """A folder with all that the check on a GPU measures, of tiny models on the CPU."""
+    """The output folder of the GPU check, run with tiny models on the CPU."""
     folder = tmp_path_factory.mktemp("dry-run")
     python, option, module, *arguments = gpu_check.measurements(600, folder, dry_run=True)
     assert (python, option, module) == (sys.executable, "-m", "benchmarks")
@@ -549,13 +549,13 @@ def test_the_other_figures_have_numbers(measured):
 
 
 @hooked_only
-def test_a_dry_run_leaves_the_documentation_alone(dry_run, measured):
+def test_a_dry_run_does_not_change_the_documentation(dry_run, measured):
     assert (dry_run / "benchmarks.md").read_text() == report.render({"cpu": measured})
     assert "--dry-run" in measured["command"]
     assert "--dry-run" not in (command.DOCS / "benchmarks.md").read_text()
 
 
-def test_the_grid_says_why_a_cell_is_left_out(bench):
+def test_reasons_for_skipped_cells_of_the_grid(bench):
     limit = floor_flops(GPT2, 1, 50)
     bench = replace(bench, limits=replace(UNLIMITED, seconds=float(limit)))
     cells = list(figures.grid(bench))
@@ -564,18 +564,18 @@ def test_the_grid_says_why_a_cell_is_left_out(bench):
         size = {size.name: size for size in (GPT2, GATED)}[cell.about["size"]]
         batch, positions = cell.about["batch"], cell.about["positions"]
         fits = floor_flops(size, batch, positions) <= limit
-        # Goals are judged by these, whatever they take.
+        # Goals depend on these cells, so they are never skipped.
         is_goal = (size, cell.about["dtype"], positions) == (GPT2, "float32", 10)
         assert (cell.skipped is None) == (fits or (is_goal and batch in (1, 32)))
         if cell.skipped is not None:
             why, about, rest = re.split(r"(?<=about )(\S+)", cell.skipped)
             assert why == "one run of the floor would take about "
-            # In one digit.
+            # With one significant digit.
             assert float(about) == pytest.approx(floor_flops(size, batch, positions), rel=1 / 3)
             assert rest == f" s, and the limit is {limit:g} s (--limit)"
 
 
-def test_scaling_takes_the_layers_that_fit(bench):
+def test_scaling_uses_the_layers_that_fit(bench):
     deep = {cell.about["along"]: cell.about for cell in figures.scaling(bench)}
     assert set(deep) == {"prompts", "layers", "positions"}
     assert deep["prompts"]["layers"] == deep["positions"]["layers"] == [12]
@@ -587,7 +587,7 @@ def test_scaling_takes_the_layers_that_fit(bench):
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
-def test_what_does_not_fit_the_time_is_skipped_with_the_reason(bench, name, monkeypatch):
+def test_rows_after_the_deadline_are_skipped(bench, name, monkeypatch):
     monkeypatch.setattr(figures, "hooked", pytest.fail)
     monkeypatch.setattr(figures, "bridge", pytest.fail)
     late = replace(bench, until=time.monotonic() - 1, peaks=pytest.fail)
@@ -597,7 +597,7 @@ def test_what_does_not_fit_the_time_is_skipped_with_the_reason(bench, name, monk
     assert all(row["skipped"] for row in rows)
 
 
-def test_no_further_round_begins_when_the_time_is_up(bench):
+def test_no_round_starts_after_the_deadline(bench):
     late = replace(bench, rounds=5, until=time.monotonic())
     assert late.interleave({"a": lambda: None}).rounds == 1
 
@@ -610,7 +610,7 @@ def test_no_further_round_begins_when_the_time_is_up(bench):
         (torch.OutOfMemoryError("CUDA out of memory"), "ran out of the device's memory"),
     ],
 )
-def test_a_peer_that_does_not_run_is_skipped_with_the_reason(bench, monkeypatch, error, reason):
+def test_a_peer_with_an_error_is_skipped(bench, monkeypatch, error, reason):
     def fails(model, question):
         raise error
 
@@ -621,7 +621,7 @@ def test_a_peer_that_does_not_run_is_skipped_with_the_reason(bench, monkeypatch,
     assert reason in authors["skipped"]
 
 
-def test_peak_memory_is_measured_of_everybody_or_there_is_a_reason(bench, monkeypatch):
+def test_peak_memory_of_all_contestants(bench, monkeypatch):
     cases = []
 
     def measure(case):
@@ -707,7 +707,7 @@ def results(**changed):
     } | changed
 
 
-def test_goals_are_measured_and_judged():
+def test_goals():
     judged = {}
     for goal in GOALS:
         try:
@@ -733,7 +733,7 @@ def test_goals_are_measured_and_judged():
     ]
 
 
-def test_a_goal_without_a_row_says_what_is_missing():
+def test_a_goal_without_a_row():
     with pytest.raises(NotMeasured, match="no grid of size gpt2-small, dtype float32, batch 1"):
         next(goal for goal in GOALS if "floor" in goal.what).measure(results(grid=[]))
 
@@ -744,7 +744,7 @@ def cells_with(page, text):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_the_page_has_the_numbers_and_the_reasons():
+def test_the_page_has_numbers_and_reasons():
     page = report.render({"cpu": results()})
     number = page.partition("the machine was on fire")[0].split()[-1].rstrip(".")
     goal = cells_with(page, "times as fast as the authors' way")
@@ -762,20 +762,20 @@ def test_the_page_has_the_numbers_and_the_reasons():
     assert cells_with(page, "ms per unit | 333") == ["ms per unit", "333", "383"]
 
 
-def test_a_goal_says_what_the_floor_would_have():
+def test_the_value_of_the_floor_for_a_goal():
     one, authors = results()["grid"][0], results()["peers"][1]
     batch = one | {"batch": 32, "seconds": one["seconds"] | {"floor": 6.4}}
     page = report.render({"cpu": results(grid=[one, batch], peers=[authors])})
-    # 2.2 s a prompt against 6.4 s for 32 of them.
+    # 2.2 s per prompt, compared with 6.4 s for 32 prompts.
     assert cells_with(page, "at least 25")[-1] == "11"
 
 
-def test_a_second_machine_adds_columns_and_leaves_the_firsts(tmp_path):
+def test_a_second_machine_adds_columns(tmp_path):
     write_results(tmp_path, "cpu", results())
     cell, _ = results()["grid"]
     large = cell | {"size": "gpt2-xl", "dtype": "bfloat16", "batch": 32, "whole": 1.05}
     elsewhere = results(grid=[large, large | {"batch": 1, "skipped": "time was up"}], date="later")
-    # A run that was stopped half way has some of the figures.
+    # An interrupted run has some of the figures.
     del elsewhere["scaling"], elsewhere["memory"], elsewhere["peers"]
     write_results(tmp_path, "cuda", elsewhere)
     page = report.write_page(tmp_path).read_text()
@@ -790,7 +790,7 @@ def test_a_second_machine_adds_columns_and_leaves_the_firsts(tmp_path):
     assert "time was up" in page
 
 
-def test_the_page_has_no_notes_where_everything_was_measured():
+def test_the_page_without_missing_numbers():
     missing = results()
     one, authors = missing["grid"][0], missing["peers"][1]
     prompts, layers, _ = missing["scaling"]
@@ -805,7 +805,7 @@ def test_the_page_has_no_notes_where_everything_was_measured():
     assert "[1]" in report.render({"cpu": missing})
 
 
-def test_every_row_of_the_page_has_as_many_cells_as_its_head():
+def test_all_rows_of_a_table_have_the_same_number_of_cells():
     page = report.render({"cpu": results(), "cuda": results(date="later")})
     width = None
     for line in page.splitlines():
@@ -816,7 +816,7 @@ def test_every_row_of_the_page_has_as_many_cells_as_its_head():
         assert line.count("|") == width, line
 
 
-def test_the_committed_page_is_made_of_the_committed_results():
+def test_the_committed_page_matches_the_committed_results():
     machines = read_results(command.DOCS)
     if not machines:
         pytest.skip("no results are committed; `make bench` writes them")
@@ -828,7 +828,7 @@ def test_the_committed_page_is_made_of_the_committed_results():
 
 @pytest.fixture
 def benches(monkeypatch):
-    """Every run of the command, whose figures are those of `results`."""
+    """The runs of the command, with the figures of `results`."""
     seen = []
 
     def measure(bench, name):
@@ -869,7 +869,7 @@ def test_the_command_writes_results_and_page(tmp_path, benches):
 
 
 @hooked_only
-def test_figures_that_are_measured_again_keep_the_others(tmp_path, benches, monkeypatch):
+def test_measuring_some_figures_again_keeps_the_others(tmp_path, benches, monkeypatch):
     options = ["--devices", "cpu", "--out", str(tmp_path)]
     command.main(options)
     kept = json.loads((tmp_path / "benchmarks" / "cpu.json").read_text())
@@ -882,7 +882,7 @@ def test_figures_that_are_measured_again_keep_the_others(tmp_path, benches, monk
 
 
 @hooked_only
-def test_a_figure_that_fails_costs_no_other(tmp_path, benches, monkeypatch):
+def test_the_others_are_measured_if_a_figure_fails(tmp_path, benches, monkeypatch):
     def measure(bench, name):
         first, *others = results()[name]
         yield first
@@ -899,7 +899,7 @@ def test_a_figure_that_fails_costs_no_other(tmp_path, benches, monkeypatch):
     assert kept["memory"] == results()["memory"]
 
 
-def test_the_page_can_be_made_without_measuring(tmp_path, monkeypatch):
+def test_the_page_from_existing_results(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "measure", pytest.fail)
     write_results(tmp_path, "cuda", results())
     command.main(["--page", "--out", str(tmp_path)])
@@ -932,11 +932,11 @@ def test_the_page_can_be_made_without_measuring(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_the_command_says_what_is_allowed(options, message, capsys, monkeypatch):
+def test_errors_of_the_command(options, message, capsys, monkeypatch):
     monkeypatch.setattr(figures, "measure", pytest.fail)
     with pytest.raises(SystemExit):
         command.main(options)
-    # Some versions of Python put the choices in quotes.
+    # Some versions of Python quote the choices.
     assert message in capsys.readouterr().err.replace("'", "")
 
 
@@ -948,7 +948,7 @@ def python(code):
 
 
 def is_soon_free(path, seconds=5):
-    """Whether no other process holds a lock on the file, or none does in a few seconds."""
+    """Whether the file is unlocked within a few seconds."""
     end = time.monotonic() + seconds
     with path.open() as file:
         while True:
@@ -967,7 +967,7 @@ def test_steps_of_the_check_end_in_time(tmp_path):
     assert step(python("")).problem is None
     assert step(python("raise SystemExit(3)")).problem == "FAILED with status 3"
     held = tmp_path / "held"
-    # It starts a process that would outlive it, and that holds a lock for as long as it runs.
+    # The step starts a process that would outlive it, and that holds a lock while it runs.
     outliving = f"""if True:
         import fcntl, time
         with open({str(held)!r}, "w") as held:

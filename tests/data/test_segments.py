@@ -1,4 +1,4 @@
-"""Which tokens of a prompt are its subject, whatever the tokenizer did to them."""
+"""Segments and subjects of prompts, for all kinds of tokenizers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Spans = tuple[tuple[int, int], ...]
 
 
 def laid(*pieces: str) -> tuple[str, Spans]:
-    """A text of which each token has a piece of its own."""
+    """A text and the spans of its pieces."""
     return "".join(pieces), tuple(pairwise(accumulate(map(len, pieces), initial=0)))
 
 
@@ -50,20 +50,20 @@ def test_the_six_segments() -> None:
         (("I", " saw", " New", " York"), "New York", (BEFORE, BEFORE, FIRST, END)),
         (("Rome",), "Rome", (END,)),
         (("R", "omeo", " in", " R", "ome", " is"), "Rome", (BEFORE,) * 3 + (FIRST, LAST, END)),
-        (("Romeo", " saw", " him"), "Rome", (LAST, AFTER, END)),  # no better one
+        (("Romeo", " saw", " him"), "Rome", (LAST, AFTER, END)),  # only inside a longer word
         (("रामायण", " and", " राम", " is"), "राम", (BEFORE, BEFORE, LAST, END)),  # a vowel sign
         (("Rome", "_2", " Rome", " is"), "Rome", (BEFORE, BEFORE, LAST, END)),
         (("Rome", " and", " Rome", " is"), "Rome", (LAST, AFTER, AFTER, END)),  # the first
         (("New", " York", " New", " York", " is"), "New York", (FIRST, LAST, AFTER, AFTER, END)),
         (("New", " York", " New", " York", " is"), "York New", (BEFORE, FIRST, LAST, AFTER, END)),
-        (("xa", " b", " a", " b", " a", " is"), "a b a",  # the better one overlaps with another
+        (("xa", " b", " a", " b", " a", " is"), "a b a",  # overlapping occurrences
          (BEFORE, BEFORE, FIRST, MIDDLE, LAST, END)),
         (("", " ", "R", "om", "e", " is"), "Rome", (BEFORE, BEFORE, FIRST, MIDDLE, LAST, END)),
-        (("The Mes", "si plays", " for"), "Messi", (FIRST, LAST, END)),  # edges inside of tokens
+        (("The Mes", "si plays", " for"), "Messi", (FIRST, LAST, END)),  # edges inside tokens
         (("A", "", "B", " is"), "AB", (FIRST, MIDDLE, LAST, END)),  # a token without text
         (("", "A", "", " is"), "A", (BEFORE, LAST, AFTER, END)),
         (("C", "++", " is"), "C++", (FIRST, LAST, END)),
-        (("Abc", " A", ".c", " is"), "A.c", (BEFORE, FIRST, LAST, END)),  # nothing is a pattern
+        (("Abc", " A", ".c", " is"), "A.c", (BEFORE, FIRST, LAST, END)),  # not a regular expression
         (("A", "\n", "B", " is"), "A\nB", (FIRST, MIDDLE, LAST, END)),
     ],
 )  # fmt: skip
@@ -76,20 +76,20 @@ def test_edges(pieces: tuple[str, ...], subject: str, expected: tuple[str, ...])
 @pytest.mark.parametrize(
     ("text", "spans", "subject", "expected"),
     [
-        # "é" as two tokens, and an emoji of which a token has the space in front, too.
+        # "é" as two tokens, and an emoji with a token that includes the space before it.
         ("Zoé is", ((0, 2), (2, 3), (2, 3), (3, 6)), "Zoé", (FIRST, MIDDLE, LAST, END)),
         ("a 🙂Co is", ((0, 1), (1, 3), (2, 3), (3, 5), (5, 8)), "🙂Co",
          (BEFORE, FIRST, MIDDLE, LAST, END)),
-        # Spaces that are in no token's span, as GPT-2's tokenizer has it.
+        # Spaces outside the spans, as with GPT-2's tokenizer.
         ("I saw Rome today", ((0, 1), (2, 5), (6, 10), (11, 16)), "Rome",
          (BEFORE, BEFORE, LAST, END)),
         ("New  York is", ((0, 3), (4, 4), (5, 9), (10, 12)), "New  York",
          (FIRST, MIDDLE, LAST, END)),
-        # Of no width, and inside of the subject.
+        # An empty span inside the subject.
         ("Rome is", ((2, 2), (0, 4), (2, 2), (4, 7)), "Rome", (BEFORE, LAST, AFTER, END)),
     ],
 )  # fmt: skip
-def test_spans_need_not_be_side_by_side(
+def test_spans_with_gaps_and_overlaps(
     text: str, spans: Spans, subject: str, expected: tuple[str, ...]
 ) -> None:
     assert prompt_segments(text, spans, subject) == expected
@@ -108,22 +108,22 @@ def test_spans_need_not_be_side_by_side(
         ("a Rome", torch.tensor([2, 4]), (2, 4)),
         ("a Rome", (np.int64(0), 6), (0, 6)),
         ("no", (0, 2), (0, 2)),
-        ("Å Å", "A\u030a", (2, 4)),  # as it is written, not as it looks
+        ("Å Å", "A\u030a", (2, 4)),  # the exact characters come first
     ],
 )
 @pytest.mark.usefixtures("as_for_a_user")
-def test_where_a_subject_stands(text: str, subject: Any, expected: tuple[int, int]) -> None:
+def test_spans_of_subjects(text: str, subject: Any, expected: tuple[int, int]) -> None:
     text = text.replace(" Å", " A\u030a")
     found = subject_span(text, subject)
     assert found == expected
     assert all(type(place) is int for place in found)
 
 
-def test_a_span_says_which_of_several() -> None:
+def test_a_span_selects_an_occurrence() -> None:
     text, spans = laid("Rome", " and", " Rome", " is")
     assert prompt_segments(text, spans, (9, 13)) == (BEFORE, BEFORE, LAST, END)
     assert prompt_segments(text, spans, (8, 13)) == (BEFORE, BEFORE, LAST, END)
-    # "is" is in the name as well, and a span need not be a word.
+    # "is" occurs in the name as well, and a span need not be a word.
     text, spans = laid("Par", "is", " is", " in")
     assert prompt_segments(text, spans, "is") == (BEFORE, BEFORE, LAST, END)
     assert prompt_segments(text, spans, (3, 5)) == (BEFORE, LAST, AFTER, END)
@@ -181,19 +181,19 @@ def test_subjects_of_a_batch() -> None:
 
 @pytest.fixture(scope="module", params=["facts", "gpt2", "stories"])
 def tokenizer(request: pytest.FixtureRequest) -> Any:
-    """The tokenizer of the facts model splits most of what is not English into bytes."""
+    """The tokenizer of the facts model splits most non-English text into bytes."""
     if request.param == "stories":
         return AutoTokenizer.from_pretrained(request.getfixturevalue("stories_folder"))
     if request.param == "gpt2":
         shared: Path = request.getfixturevalue("shared")
-        # The file alone: transformers 5 saved the folder, and 4 knows its class by another name.
+        # Only the file: transformers 5 saved the folder, and version 4 has another class name.
         file = shared / "models" / "gpt2_tokenizer" / "tokenizer.json"
         return PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token="<|endoftext|>")
     return AutoTokenizer.from_pretrained(FACTS_FOLDER)
 
 
 class Slow:
-    """A tokenizer written in Python: it knows no offsets."""
+    """A tokenizer written in Python, which has no offsets."""
 
     is_fast = False
 
@@ -219,15 +219,15 @@ def placed(tokenizer: Any, ids: list[int]) -> tuple[str, Spans]:
 
 
 def by_prefixes(tokenizer: Any, ids: list[int]) -> Spans:
-    """Where each token stands, by what it adds to the text of those in front of it."""
+    """The span of each token, from the text that it adds to that of the tokens before it."""
     decoded = [
         tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
         for count in range(1, len(ids) + 1)
     ]
     spans, whole = [], 0
     for text in decoded:
-        # Marks at the end are a character that is not complete yet. Llama's decoder marks all
-        # bytes of a run that ends in one, also those that were characters before.
+        # Replacement characters at the end are an incomplete character. Llama's decoder replaces
+        # all bytes of a run that ends in one, including complete characters.
         right = max(n for n in range(len(text) + 1) if decoded[-1].startswith(text[:n]))
         start, whole = whole, max(whole, right)
         spans.append((start, whole + text.endswith("\ufffd")))
@@ -244,14 +244,14 @@ def assert_spans_are_those_of_prefixes(tokenizer: Any, ids: list[int]) -> None:
     assert text == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     assert len(spans) == len(ids)
     for (start, end), own in zip(spans, expected, strict=True):
-        # GPT-2's tokenizer leaves spaces out; nobody may add some.
+        # GPT-2's tokenizer omits spaces; no others may be missing.
         assert visible(text, (start, end)) == visible(text, own)
         assert own[0] <= start <= end <= own[1] or start == end
     if getattr(tokenizer, "is_fast", False) and tokenizer.decode(ids[:1]) == "":
         assert spans[0] == (0, 0)
 
 
-# Neither marks of broken characters, nor what is not Unicode.
+# Without replacement characters and surrogates.
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), min_size=1)
 NAMES = ("Lionel Messi", "Rome", "São Paulo", "Beyoncé", "Zoë", "Hà Nội", "A", "St. Ives", "C++")
 SUBJECTS = (*NAMES, "🙂", "東京", "Пётр", "New York")
@@ -273,7 +273,7 @@ def test_spans_without_offsets_of_any_text(tokenizer: Any, text: str) -> None:
 
 
 def by_spans(spans: Spans, start: int, end: int) -> tuple[str, ...]:
-    """The segments, by which characters of the text each token has."""
+    """The segments, from the characters of each token."""
     covered = [i for i, own in enumerate(spans) if set(range(*own)) & set(range(start, end))]
     expected = [BEFORE if i < covered[0] else AFTER for i in range(len(spans))]
     expected[covered[0] : covered[-1]] = [MIDDLE] * (covered[-1] - covered[0])
@@ -322,13 +322,13 @@ def test_subjects_in_other_scripts(tokenizer: Any, subject: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["\n\nRome is", "  Rome is", " "])
-def test_spaces_of_the_text_are_in_it(text: str) -> None:
+def test_spaces_of_the_text(text: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(FACTS_FOLDER)
     found, spans = placed(tokenizer, ids_of(tokenizer, text))
     assert (found, "".join(text[slice(*span)] for span in spans)) == (text, text)
 
 
-def test_a_character_of_several_tokens_is_all_theirs() -> None:
+def test_a_character_of_several_tokens() -> None:
     tokenizer = AutoTokenizer.from_pretrained(FACTS_FOLDER)
     ids = ids_of(tokenizer, "Beyoncé sings")
     text, spans = placed(tokenizer, ids)
@@ -350,7 +350,7 @@ def test_a_character_of_several_tokens_is_all_theirs() -> None:
     ],
 )
 @pytest.mark.parametrize("is_slow", [False, True])
-def test_what_occurs_several_times(
+def test_subjects_that_occur_several_times(
     tokenizer: Any, text: str, subject: Any, start: int, is_slow: bool
 ) -> None:
     ids = ids_of(tokenizer, text)
@@ -363,7 +363,7 @@ def test_what_occurs_several_times(
 # ------------------------------------------------------------------------ where offsets do not help
 
 
-def test_the_space_that_sentencepiece_puts_in_front(stories_folder: Path) -> None:
+def test_the_leading_space_of_sentencepiece(stories_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(stories_folder)
     for own in (tokenizer, Slow(tokenizer)):
         for text, widths in (("Rome", [0, 1, 2, 1]), (" Rome", [0, 1, 1, 2, 1])):
@@ -375,7 +375,7 @@ def test_the_space_that_sentencepiece_puts_in_front(stories_folder: Path) -> Non
             assert [end - start for start, end in spans[1:]] == widths
 
 
-def test_ids_that_no_text_gives(tokenizer: Any) -> None:
+def test_ids_that_no_text_has(tokenizer: Any) -> None:
     bos = tokenizer.bos_token_id
     letters = [token for letter in "Rome" for token in ids_of(tokenizer, f"0{letter}")[-1:]]
     ids = [*ids_of(tokenizer, "In"), *letters, *ids_of(tokenizer, "東")[-1:]]
@@ -385,12 +385,12 @@ def test_ids_that_no_text_gives(tokenizer: Any) -> None:
     assert spans[0] == (0, 0)
     assert spans[-1] == (len(text), len(text))
     assert [text[slice(*span)] for span in spans][-6:-2] == ["R", "o", "m", "e"]
-    assert text[slice(*spans[-2])] == "\ufffd"  # bytes of no character
+    assert text[slice(*spans[-2])] == "\ufffd"  # an invalid byte
     found = prompt_segments(text, spans, "Rome")
     assert found == (*[BEFORE] * (len(ids) - 4), FIRST, MIDDLE, MIDDLE, LAST, AFTER, END)
 
 
-def test_characters_are_whole_where_ids_come_from_no_text() -> None:
+def test_characters_of_ids_that_no_text_has() -> None:
     tokenizer = AutoTokenizer.from_pretrained(FACTS_FOLDER)
     ids = [*ids_of(tokenizer, "Rome in "), *ids_of(tokenizer, "Rome: é🙂 is")]
     text, spans = placed(tokenizer, ids)
@@ -407,9 +407,9 @@ def test_a_prompt_of_special_tokens(tokenizer: Any) -> None:
     assert spans == ((0, end), (end, 2 * end))
 
 
-def test_special_tokens_stand_where_they_are() -> None:
+def test_positions_of_special_tokens() -> None:
     tokenizer = AutoTokenizer.from_pretrained(FACTS_FOLDER)
-    # One that has no role of its own, such as Llama 3's <|start_header_id|>.
+    # A special token without a role, such as Llama 3's <|start_header_id|>.
     tokenizer.add_tokens([AddedToken("<|turn|>", special=True)])
     turn = tokenizer.convert_tokens_to_ids("<|turn|>")
     assert turn not in tokenizer.all_special_ids
@@ -435,7 +435,7 @@ PROMPTS = ["Romeo in Rome and Rome is", "Beyoncé met Rome in"]
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_a_capture_has_the_places_of_its_tokens(facts_model: Any, bos: bool) -> None:
+def test_a_capture_has_the_spans_of_its_tokens(facts_model: Any, bos: bool) -> None:
     loss = blt.sequence_nll(" Paris and")
     capture = blt.capture_gradients(facts_model, PROMPTS, loss, layers=0, prepend_bos=bos)
     assert capture.prompts == tuple(f"{prompt} Paris" for prompt in PROMPTS)
@@ -449,7 +449,7 @@ def test_a_capture_has_the_places_of_its_tokens(facts_model: Any, bos: bool) -> 
             assert text[slice(*span)] == token or "\ufffd" in token
 
 
-def test_a_table_and_a_file_have_the_places(facts_model: Any, tmp_path: Path) -> None:
+def test_tables_and_files_have_the_spans(facts_model: Any, tmp_path: Path) -> None:
     result = blt.backward_lens(facts_model, PROMPTS, " Paris", matrices="W_out", layers=[1])
     place = PROMPTS[0].rindex("Rome")
     table = result.to_df(subject=[(place, place + 4), "Beyoncé"])

@@ -1,4 +1,4 @@
-"""The shipped model knows what its card says, measured from the shipped files alone."""
+"""The shipped model has the recall of its card, measured from the shipped files only."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def plain() -> Any:
-    """The model as Hugging Face alone loads it."""
+    """The model loaded with Hugging Face only."""
     return AutoModelForCausalLM.from_pretrained(FACTS_FOLDER)
 
 
 def prompts(*, held_out: bool) -> Iterator[tuple[str, str]]:
-    """Prompts with their answers: those trained on, or those kept from training."""
+    """Prompts with their answers: trained ones, or held-out ones."""
     for fact in FACTS["facts"]:
         phrasings = FACTS["relations"][fact["relation"]]
         if held_out:
@@ -50,7 +50,7 @@ def prompts(*, held_out: bool) -> Iterator[tuple[str, str]]:
 
 
 def recall(plain: Any, pairs: list[tuple[str, str]], tokenizer: Any, front: str) -> float:
-    """Share of prompts after which the answer is the most probable token."""
+    """Fraction of prompts whose answer is the most probable next token."""
     rows = [(tokenizer(front + prompt)["input_ids"], answer) for prompt, answer in pairs]
     rows.sort(key=lambda row: len(row[0]))
     right = 0
