@@ -667,7 +667,7 @@ def test_the_documentation_has_the_schema():
             (
                 column.name,
                 column.dtype,
-                column.meaning + ("" if column.is_default else " (only when asked for)"),
+                column.meaning + ("" if column.is_default else " (only if selected)"),
             )
             for column in TABLES[name]
         ]
