@@ -1,4 +1,4 @@
-"""Arguments of any type, made plain or refused."""
+"""Checks of arguments of any type."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any, SupportsIndex, TypeGuard
 from backward_lens_tl.errors import InputError
 
 _TOKEN_IDS = 2**63
-"""torch has no larger ones."""
+"""Larger integers do not fit torch's int64."""
 
 
 def plain(value: object) -> Any:
-    """Numbers and lists instead of tensors and arrays; anything else as it is.
+    """Convert tensors and arrays to numbers and lists; return anything else unchanged.
 
     Args:
         value: The value.
 
     Returns:
-        The plain value.
+        The number, list or unchanged value.
 
     Raises:
         InputError: If a tensor has no values to read.
@@ -37,7 +37,7 @@ def plain(value: object) -> Any:
 
 
 def listed(value: object) -> list[Any]:
-    """A list of one value, or of those in a collection; a text is one value."""
+    """Return a collection, or a single value such as a string, as a list."""
     value = plain(value)
     if isinstance(value, str) or not isinstance(value, Iterable):
         return [value]
@@ -53,10 +53,10 @@ def check_choice(
         name: The argument.
         value: Its value.
         allowed: Texts, booleans, `None`.
-        error: What is raised.
+        error: The error to raise.
 
     Raises:
-        InputError: If the value is none of them.
+        InputError: If it is not among them.
     """
     # An array would compare entry by entry, and 1 is not True here.
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
@@ -64,15 +64,15 @@ def check_choice(
 
 
 def check_text(name: str, text: str, error: type[InputError] = InputError) -> None:
-    """Refuse text that is not Unicode, which no tokenizer takes.
+    """Refuse text that is not valid Unicode.
 
     Args:
-        name: Whose text it is.
+        name: The argument.
         text: The text.
-        error: What is raised.
+        error: The error to raise.
 
     Raises:
-        InputError: If it holds half of a surrogate pair.
+        InputError: If it has a lone surrogate.
     """
     try:
         text.encode()
@@ -81,7 +81,7 @@ def check_text(name: str, text: str, error: type[InputError] = InputError) -> No
 
 
 def shown(value: object) -> str:
-    """A value for a message; Python prints no integer of thousands of digits."""
+    """Return a value as text for a message; Python does not print integers with many digits."""
     try:
         return repr(value)
     except ValueError:
@@ -94,25 +94,25 @@ def is_integer(value: object) -> TypeGuard[SupportsIndex]:
 
 
 def is_token_id(value: object) -> TypeGuard[SupportsIndex]:
-    """Whether a value is an integer that torch can hold as a token's id, of whatever model."""
+    """Whether a value is an integer that can be a token id in torch."""
     return is_integer(value) and 0 <= index(value) < _TOKEN_IDS
 
 
 def is_index(value: object, size: int) -> bool:
-    """Whether a value is an integer that indexes something of a size, from either end."""
+    """Whether a value is a valid index, which may be negative, into something of a size."""
     return is_integer(value) and -size <= index(value) < size
 
 
 def check_index(kind: str, value: int, size: int) -> None:
-    """Refuse an index that is not from 0 to one below a size.
+    """Refuse an index that is not in `range(size)`.
 
     Args:
-        kind: What is indexed, for the message.
+        kind: What is indexed.
         value: The index.
-        size: How many there are.
+        size: The size.
 
     Raises:
-        InputError: If there is none of that index.
+        InputError: If it is out of range.
     """
     if not is_index(value, size) or value < 0:
         raise InputError(f"{kind} {shown(value)} does not exist; allowed are 0 to {size - 1}")
@@ -121,16 +121,16 @@ def check_index(kind: str, value: int, size: int) -> None:
 def check_number(
     name: str, value: object, *, zero: bool, error: type[InputError] = InputError
 ) -> None:
-    """Refuse what is no finite number above 0, or from 0 on.
+    """Refuse a value that is not a finite number above 0, or from 0.
 
     Args:
         name: The argument.
         value: Its value.
         zero: Whether 0 is allowed.
-        error: What is raised.
+        error: The error to raise.
 
     Raises:
-        InputError: If it is negative, not finite or no number.
+        InputError: If it is not such a number.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         is_allowed = 0 < value < math.inf or (zero and value == 0)
@@ -138,24 +138,6 @@ def check_number(
         is_allowed = False
     if not is_allowed:
         raise error(f"{name} is {shown(value)}; pass a number {'from' if zero else 'above'} 0")
-
-
-def check_settings(
-    names: Iterable[str], known: Sequence[str], error: type[InputError] = InputError
-) -> None:
-    """Refuse settings that do not exist.
-
-    Args:
-        names: Those that were given.
-        known: Those that there are.
-        error: What is raised.
-
-    Raises:
-        InputError: If one is unknown.
-    """
-    for name in names:
-        if name not in known:
-            raise error(f"there is no setting {name!r}; allowed are {', '.join(known)}")
 
 
 def check_kind(
@@ -166,9 +148,9 @@ def check_kind(
     Args:
         name: The argument.
         value: Its value.
-        kind: The type that it must be of.
-        made_by: What makes one, for the message.
-        error: What is raised.
+        kind: The required type.
+        made_by: What returns such a value.
+        error: The error to raise.
 
     Raises:
         InputError: If it is of another type.
@@ -178,11 +160,11 @@ def check_kind(
 
 
 def check_path(path: object, error: type[Exception]) -> None:
-    """Refuse what is no path to a file.
+    """Refuse a value that is not a path.
 
     Args:
-        path: What was passed.
-        error: What is raised.
+        path: The value.
+        error: The error to raise.
     """
     if not isinstance(path, str | Path):
         raise error(f"path is {path!r}, a {type(path).__name__}; pass a text or a pathlib.Path")

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from backward_lens_tl.choices import Lens
@@ -47,7 +47,9 @@ class ShowCommand(Command):
             settings: The settings that were given, by name.
         """
         with _quiet():
-            result = self._result(SweepConfig(**settings))
+            config = SweepConfig(**settings)
+            both = tuple(dict.fromkeys((*config.projection, *_LENSES)))
+            result = self._result(replace(config, projection=both))
         if self.html is not None:
             result.save_html(self.html)  # first: a reader such as `head` may close the pipe below
         from rich.console import Console
@@ -69,15 +71,9 @@ class ShowCommand(Command):
             load_model(self.model, self.kind),
             self.prompt,
             self.target,
-            matrices=config.matrices,
-            layers=config.layers,
             positions=self.positions,
-            projection=list(dict.fromkeys((*config.projection, *_LENSES))),
-            direction=config.direction,
-            vjps_at=config.vjps_at,
-            k=config.k,
-            prepend_bos=config.prepend_bos,
             multi_token=config.multi_token,
+            **config.for_lens(),
         )
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origi
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from backward_lens_tl._checks import check_settings, listed, plain, shown
+from backward_lens_tl._checks import listed, plain, shown
 from backward_lens_tl.errors import InputError
 
 Count = Annotated[int, Field(ge=1)]
@@ -97,7 +97,10 @@ class Config(Checked):
             >>> blt.SweepConfig.from_json({"k": 3}).k
             3
         """
-        check_settings(settings, [field.name for field in fields(cls)], cls.ERROR)
+        known = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise cls.ERROR(f"there is no setting {name!r}; allowed are {', '.join(known)}")
         return cls(**settings)
 
     @classmethod

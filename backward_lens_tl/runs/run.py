@@ -313,15 +313,12 @@ class Run:
 
     def _check_same(self, run: Mapping[str, Any]) -> None:
         now = json.loads(json.dumps(run))  # with lists instead of tuples
-        for name in now:
-            before = self.run.get(name)
-            if name not in ("command", "python") and _lasting(name, before) != _lasting(
-                name, now[name]
-            ):
+        for name, entry in now.items():
+            changes = _changes(name, self.run.get(name), entry)
+            if changes and name not in ("command", "python"):
                 raise self.CONFIG.ERROR(
                     f"{os.fspath(self.folder)!r} holds {_a(self.NOUN)} with another {name}: "
-                    f"{_difference(before, now[name])}. Resume with what it was begun with, or "
-                    "choose another folder"
+                    f"{changes}. Resume with what it was begun with, or choose another folder"
                 )
 
 
@@ -357,15 +354,11 @@ def _a(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiouE' else 'a'} {noun}"
 
 
-def _lasting(name: str, entry: Any) -> Any:
-    """An entry without the names of files, which may have moved."""
-    if name not in ("model", "data", "texts") or not isinstance(entry, dict):
-        return entry
-    return {key: value for key, value in entry.items() if key != "name"}
-
-
-def _difference(before: Any, now: Any) -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        return "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
-    return f"was {before!r}, is {now!r}"
+def _changes(name: str, before: Any, now: Any) -> str:
+    """What differs between two entries, apart from names of files, which may have moved."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return "" if before == now else f"was {before!r}, is {now!r}"
+    may_move = name in ("model", "data", "texts")
+    keys = [key for key in {**before, **now} if not (may_move and key == "name")]
+    changed = [key for key in keys if before.get(key) != now.get(key)]
+    return "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)

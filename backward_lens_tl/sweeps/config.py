@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator, InstanceOf
-
+from backward_lens_tl._checks import shown
 from backward_lens_tl.capture.memory import Memory
 from backward_lens_tl.choices import Direction, Lens, MultiToken, VjpsAt
 from backward_lens_tl.errors import SweepError
@@ -15,16 +14,9 @@ from backward_lens_tl.runs.columns import Column
 from backward_lens_tl.runs.config import Config, Count
 from backward_lens_tl.sweeps.columns import TABLES
 
-
-def _as_memory(value: Any) -> Any:
-    """Limits on memory as they are, or from JSON."""
-    if not isinstance(value, Mapping):
-        return value
-    import torch
-
-    dtype = value.get("factor_dtype")
-    named = None if dtype is None else getattr(torch, str(dtype).removeprefix("torch."), dtype)
-    return Memory(**{**value, "factor_dtype": named})
+_FOR_LENS = (
+    "matrices", "layers", "projection", "direction", "vjps_at", "k", "prepend_bos", "memory"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,10 +69,11 @@ class SweepConfig(Config):
     prompts: Count | None = None
     seed: int = 0
     shard_size: Count = 64
-    memory: Annotated[InstanceOf[Memory] | None, BeforeValidator(_as_memory)] = None
+    memory: Memory | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "memory", _as_memory(self.memory))
         if not self.projection or len(set(self.projection)) < len(self.projection):
             raise SweepError(
                 f"projection is {self.projection!r}; pass 'logit_lens', 'normalized', or both"
@@ -114,6 +107,31 @@ class SweepConfig(Config):
             return ()
         return tuple(column for column in TABLES[table] if column.is_key or column.name in asked)
 
+    def for_lens(self) -> dict[str, Any]:
+        """Return the settings that are arguments of `backward_lens`.
+
+        Returns:
+            The values by name; without `multi_token`, since targets of sweeps are token ids.
+
+        Examples:
+            >>> list(blt.SweepConfig().for_lens())[:4]
+            ['matrices', 'layers', 'projection', 'direction']
+        """
+        return {name: getattr(self, name) for name in _FOR_LENS}
+
     @property
     def _chosen(self) -> dict[str, str | Sequence[str] | None]:
         return {"positions": self.position_columns, "gradients": self.gradient_columns}
+
+
+def _as_memory(value: Any) -> Memory | None:
+    """Limits on memory as they are, or from JSON."""
+    if value is None or isinstance(value, Memory):
+        return value
+    if not isinstance(value, Mapping):
+        raise SweepError(f"memory is {shown(value)}; pass a Memory, such as Memory(budget=2**30)")
+    import torch
+
+    dtype = value.get("factor_dtype")
+    named = None if dtype is None else getattr(torch, str(dtype).removeprefix("torch."), dtype)
+    return Memory(**{**value, "factor_dtype": named})

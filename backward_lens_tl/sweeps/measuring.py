@@ -83,15 +83,8 @@ def _measured(model: nn.Module, items: Sequence[Item], config: SweepConfig) -> _
         model,
         [item.record.prompt for item in items],
         [item.target for item in items],
-        matrices=config.matrices,
-        layers=config.layers,
-        projection=config.projection,
-        direction=config.direction,
-        vjps_at=config.vjps_at,
-        k=config.k,
         measures=[measure for measure in _MEASURES if measure in position_columns],
-        prepend_bos=config.prepend_bos,
-        memory=config.memory,
+        **config.for_lens(),
     )
     tables = {"prompts": pd.DataFrame(_prompt_rows(result, items))}
     if config.columns("gradients"):

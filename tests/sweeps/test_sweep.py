@@ -913,7 +913,7 @@ def test_fingerprints_change_with_one_bit_of_either(swept, plain):
         ({"prompts": 1.5}, "prompts is 1.5; it should be a valid integer"),
         ({"shard_size": 0}, "shard_size is 0; it should be greater"),
         ({"shard_size": "8"}, "shard_size is '8'; it should be a valid integer"),
-        ({"memory": 10**9}, "memory is 1000000000; it should be an instance of Memory, or None"),
+        ({"memory": 10**9}, "memory is 1000000000; pass a Memory"),
         ({"seed": "now"}, "seed is 'now'; it should be a valid integer"),
     ],
 )
@@ -943,7 +943,8 @@ def test_settings_that_the_model_refuses(swept, tmp_path: Path, settings, messag
 def test_settings_that_compare_equal(swept):
     assert SweepConfig(matrices="mlp", layers=[0, 1]) == SweepConfig(("mlp",), (0, 1))
     assert SweepConfig(layers=torch.tensor([0, 1])) == SweepConfig(layers=range(2))
-    given = SweepConfig(k=np.int64(4), layers=(np.int64(1),), seed=np.int32(2))
+    memory = blt.Memory(budget=10**9, factor_dtype=torch.bfloat16, factor_device="cpu")
+    given = SweepConfig(k=np.int64(4), layers=(np.int64(1),), seed=np.int32(2), memory=memory)
     assert given == SweepConfig.from_json(json.loads(json.dumps(given.to_json())))
     assert swept(k=np.int64(4)).config.k == 4
     with pytest.raises(SweepError, match="config is a dict; pass a SweepConfig"):
