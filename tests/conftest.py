@@ -34,12 +34,6 @@ FACTS_FOLDER = Path(__file__).parents[1] / "backward_lens_tl" / "facts_model"
 KINDS = ("bridge", "hooked")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Small models lose more to the hand-over between threads than they gain."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def as_for_a_user() -> Iterator[None]:
     """Without the tests' run-time type checks, which stay on in the other files.

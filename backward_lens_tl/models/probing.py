@@ -222,7 +222,7 @@ def _probed(host: Host) -> Probe | None:
     first, second = logits
     return Probe(
         causality_error=logit_error(first[:-1], second[:-1]) if len(first) > 1 else 0.0,
-        forward_error=logit_error(logits, called.to(logits.device)),
+        forward_error=logit_error(logits.flatten(0, 1), called.to(logits.device)),
         vjp_error=vjp_error,
         readout_error=logit_error(read, called),
         tolerance=_TOLERANCES.get(host.model.W_U.dtype, _HALF_PRECISION_TOLERANCE),
