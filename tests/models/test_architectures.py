@@ -503,7 +503,7 @@ def test_coverage_is_of_what_was_asked_for(family: str, kind: str) -> None:
 @models(("qwen2_moe",))
 def test_router_and_shared_expert_are_not_covered(family: str, kind: str) -> None:
     model = model_in(family, kind)
-    coverage = backward_lens(model, prompts(), objective=loss, matrices="all").coverage
+    coverage = backward_lens(model, prompts(), objective=loss, matrices="all").capture.coverage
     for layer in range(N_LAYERS):
         mlp = f"model.layers.{layer}.mlp"
         shared = {f"{mlp}.shared_expert.{name}_proj.weight" for name in ("gate", "up", "down")}
