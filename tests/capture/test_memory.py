@@ -402,7 +402,8 @@ def test_views_show_a_result_in_bfloat16(facts_result: Any) -> None:
     assert (found["is_faint"] != expected["is_faint"]).mean() < 0.01
     for layer in (0, -1):
         assert small.top_tokens("W_out", layer, -1) == plain.top_tokens("W_out", layer, -1)
-        assert torch.equal(small.capture.reversed_attention(layer), plain.capture.reversed_attention(layer))
+        maps = (each.capture.reversed_attention(layer) for each in (small, plain))
+        assert torch.equal(*maps)
     cache, wanted = small.capture.to_cache(), plain.capture.to_cache()
     assert set(cache.keys()) == set(wanted.keys())
 
