@@ -1,4 +1,4 @@
-"""Edits as objects: their arithmetic, and that they put back every bit of a model."""
+"""Edits as objects: their arithmetic, and that they restore every bit of a model."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_rank_and_norm_of_several_matrices() -> None:
     assert whole.rank == 3 + 2 + 24
     stacked = torch.cat([each.dense().flatten() for each in whole])
     assert whole.norm == pytest.approx(float(stacked.norm()), rel=ROUNDING)
-    # A norm in float32 would lose the digits behind the seventh.
+    # A norm in float32 would lose the digits after the seventh.
     assert edit(low_rank().scale(1 + 1e-9)).norm != edit(low_rank()).norm
 
 
@@ -239,7 +239,7 @@ def test_factors_of_a_dense_change_are_exact() -> None:
     error = (left.double() @ right.double() - values.double()).norm() / values.double().norm()
     assert float(error) <= 3 * torch.finfo(torch.float32).eps
     assert left.shape[1] > delta.rank() == 2
-    assert left.shape[1] < 24  # but not those that are no more than rounding
+    assert left.shape[1] < 24  # but not those within rounding
 
 
 def test_a_change_of_nothing() -> None:
@@ -377,7 +377,7 @@ def test_heads_lie_side_by_side(case: Case, matrix: str) -> None:
         d_head = dense.shape[1] // heads
         by_hand = [inputs @ dense[:, h * d_head : (h + 1) * d_head] for h in range(heads)]
         assert torch.allclose(torch.cat(by_hand, dim=1), expected)
-    # NeoX turns queries in float32, behind this place; its norms do not round here.
+    # NeoX rotates queries in float32, after this point; its norms do not round here.
     assert torch.allclose(change, expected, atol=1e-6 if case.logits_in_float32 else 1e-10)
     stored = site.as_stored(dense)
     assert stored.shape == site.weight.parameter.shape
@@ -515,7 +515,7 @@ def test_apply_and_revert(gpt2: Case) -> None:
             assert torch.equal(gpt2.model(tokens), expected)
             with pytest.raises(ModelStateError, match="applied to the model already"):
                 delta.apply_(gpt2.model)
-            with delta.applied(gpt2.model):  # a context inside is put back to the edited model
+            with delta.applied(gpt2.model):  # an inner context restores the edited model
                 pass
             assert torch.equal(gpt2.model(tokens), expected)
         finally:
@@ -534,7 +534,7 @@ def test_edits_are_reverted_in_the_opposite_order(gpt2: Case) -> None:
         edited = weight.detach().clone()
         with pytest.raises(ModelStateError, match="in the opposite order"):
             one.revert_(gpt2.model)
-        assert torch.equal(weight.detach(), edited)  # refused, nothing was put back
+        assert torch.equal(weight.detach(), edited)  # refused, nothing was restored
         other.revert_(gpt2.model)  # the one elsewhere does not matter
         one.revert_(gpt2.model)
         elsewhere.revert_(gpt2.model)
@@ -680,7 +680,7 @@ def test_a_step_of_gradient_descent_reads_like_its_gradient(facts_model: Any, ma
     assert torch.allclose(seen.spanning_set, gradient.spanning_set, atol=1e-6)
     as_edit = replace(capture, gradients={(matrix, 4): seen})
     for read in (neuron_tokens, spanning_tokens):
-        words, expected = (read(facts_model, each, matrix, 4) for each in (as_edit, capture))
+        found, expected = (read(facts_model, each, matrix, 4) for each in (as_edit, capture))
         for column in expected.columns.difference(["norm"]):
-            assert words[column].tolist() == expected[column].tolist()
-        assert words["norm"].tolist() == pytest.approx(expected["norm"].tolist(), rel=1e-4)
+            assert found[column].tolist() == expected[column].tolist()
+        assert found["norm"].tolist() == pytest.approx(expected["norm"].tolist(), rel=1e-4)

@@ -161,7 +161,7 @@ def test_what_a_model_reads_of_prompt_and_target(host: Host) -> None:
 
 
 @pytest.mark.parametrize("target", ["", -1, 97, 10**30, None, 1.0, True, [" Paris"], b" Paris"])
-def test_targets_that_are_none(host: Host, target: Any) -> None:
+def test_invalid_targets(host: Host, target: Any) -> None:
     with pytest.raises(EditError):
         tokenized(host, "Rome is in", target)
 
@@ -181,7 +181,7 @@ def test_prompt_and_target_fit_into_the_context(host: Host) -> None:
 @pytest.mark.parametrize(
     "prompt", ["", None, 5, ["Rome is in"], ["Rome", "Paris"], b"Rome", "\ud800"]
 )
-def test_prompts_that_are_none(host: Host, prompt: Any) -> None:
+def test_invalid_prompts(host: Host, prompt: Any) -> None:
     with pytest.raises(EditError):
         tokenized(host, prompt, " Paris")
 

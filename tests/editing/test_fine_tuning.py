@@ -178,7 +178,7 @@ def test_several_requests(each: Pair) -> None:
 def test_several_matrices_and_layers(each: Pair) -> None:
     matrices = [m for m, layer in hf_matrices(each.raw) if layer == 0]
     if "hooked" in type(each.model).__name__.lower() and "W_gate" in matrices:
-        pytest.skip("a HookedTransformer adds a gated MLP's reading bias behind the product")
+        pytest.skip("a HookedTransformer adds a gated MLP's reading bias after the product")
     found = tuning(layers=(-1, 0), matrices=matrices[::-1], lr=1e-2, steps=3)(each.model, REQUEST)
     order = [m for m in ("W_in", "W_gate", "W_out") if m in matrices]
     assert [(own.layer, own.matrix) for own in found] == [(n, m) for n in (0, 1) for m in order]

@@ -26,7 +26,7 @@ from backward_lens_tl.errors import EditError, ResultFileError, UnsupportedModel
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.selection import find_editable
 
-ROUNDING = 1e-10  # of some thousand float64 operations, behind norms with a small eps
+ROUNDING = 1e-10  # of some thousand float64 operations, after norms with a small eps
 FLOAT32 = 1e-5  # some TransformerLens models round to float32 on the way
 
 REQUESTS = (
@@ -161,7 +161,7 @@ def test_positions_of_the_last_layer_that_the_loss_does_not_see_are_dropped(one_
     ]
 
 
-def test_answer_positions_are_those_where_the_targets_tokens_are_to_be_said(one_gpt2: Case) -> None:
+def test_answer_positions_are_those_where_the_targets_tokens_are_predicted(one_gpt2: Case) -> None:
     host, requests = host_of(one_gpt2.model), tokenized(one_gpt2)
     [everywhere] = spanning_pairs(host, requests, find_editable(host, "W_in", [0]))
     [answers] = spanning_pairs(host, requests, find_editable(host, "W_in", [0]), "answer")
@@ -223,7 +223,9 @@ def test_statistics_that_are_standardized_by_themselves_have_mean_0_and_variance
         inputs, vjps = statistics.standardized(place, *pairs)
         rows = torch.cat((inputs, vjps), dim=1)
         assert float(rows.mean(0).abs().max()) < 1e-6
-        assert float((rows.std(0) - 1).abs().max()) < 1e-3  # eps beside small deviations
+        assert (
+            float((rows.std(0) - 1).abs().max()) < 1e-3
+        )  # eps matters for small ones
         raw = torch.cat(pairs, dim=1)
         assert float((raw.std(0) - 1).abs().max()) > 0.1
         assert inputs.shape == pairs[0].shape
@@ -468,7 +470,7 @@ def test_statistics_of_other_positions_are_refused(one_gpt2: Case) -> None:
 
 @pytest.mark.usefixtures("as_for_a_user")
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), True])
-def test_sizes_that_are_no_positive_numbers_are_refused(one_gpt2: Case, value: Any) -> None:
+def test_sizes_must_be_positive(one_gpt2: Case, value: Any) -> None:
     statistics = statistics_of(one_gpt2, "answer", layers=[0])
     with pytest.raises(EditError, match="lr is"):
         NormalizedGradient(statistics, lr=value)(one_gpt2.model, REQUESTS[0])

@@ -499,7 +499,7 @@ def test_columns_that_cannot_be_told_apart() -> None:
     twice = torch.cat([layer, layer], dim=1)
     assert found(layer, twice) == [list(range(12)), list(range(12, 24))]
     with_zeros = torch.cat([torch.zeros(20, 4), layer, torch.zeros(20, 4)], dim=1)
-    # Columns of zeros inside of a part that has others are no hindrance.
+    # Columns of zeros inside of a part that has others are allowed.
     assert found(with_zeros[:, :8], with_zeros) == [list(range(8))]
     shuffled = with_zeros[:, [0, 1, 8, 9]]
     assert found(shuffled, with_zeros, n_parts=4) == []

@@ -157,12 +157,12 @@ def test_the_default_regularization_grows_with_the_width(one_gpt2: Case) -> None
         assert torch.equal(delta["W_out", layer].dense(), same["W_out", layer].dense())
 
 
-# --------------------------------------------------------------------------------- beside the facts
+# ----------------------------------------------------------------------------------- other facts
 
 
 @pytest.mark.parametrize("fact_token", ["subject_last", "last"])
 def test_one_layer_and_one_request_become_rome(each: Case, fact_token: str) -> None:
-    """At one layer a vector added to the MLP's output is one added behind the layer."""
+    """At one layer a vector added to the MLP's output is one added after the layer."""
     shared: dict[str, Any] = SETTINGS | {"weight_decay": 0.0, "clamp": 1e9}
     shared |= {"fact_token": fact_token, "prepend_bos": False, "ridge": 0.0}
     shared |= {"moments": with_moments(each, [1], [MOMENTS[0]])}
@@ -273,7 +273,7 @@ def _answer(model: Any, prompt: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["bridge", "hooked"])
-def test_a_norm_behind_the_mlp_is_refused(kind: str) -> None:
+def test_a_norm_after_the_mlp_is_refused(kind: str) -> None:
     case = build(f"{kind}-gemma2")
     with pytest.raises(UnsupportedModelError, match="between W_out of layer 0 and the residual"):
         memit(case)(case.model, REQUEST)

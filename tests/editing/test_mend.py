@@ -261,7 +261,7 @@ def test_the_gradient_through_the_edited_pass_is_that_of_finite_differences(one_
     h = 1e-6
     for at, gradient in enumerate(gradients):
         way = random(*gradient.shape, seed=at)
-        ahead, behind = (
+        above, below = (
             loss(
                 [
                     each + sign * h * way if at == i else each
@@ -270,7 +270,7 @@ def test_the_gradient_through_the_edited_pass_is_that_of_finite_differences(one_
             )
             for sign in (1, -1)
         )
-        expected = float(ahead - behind) / (2 * h)
+        expected = float(above - below) / (2 * h)
         found = float((gradient * way).sum())
         # Central differences lose about h^2 and eps / h; kinks of relu lie h apart at most.
         assert abs(found - expected) < 1e-6 + 1e-4 * abs(expected), at
@@ -332,7 +332,7 @@ class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_training_goes_on_to_the_same_editor(
+def test_an_interrupted_training_resumes_to_the_same_editor(
     one_gpt2: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = replace(SHORT, save_every=2, steps=5)
@@ -424,7 +424,7 @@ def test_each_record_comes_once_per_epoch_with_its_own_neighbors(one_gpt2: Case)
         assert len(set(own)) > 1
 
 
-def test_every_step_draws_anew(one_gpt2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_draws_its_own_edits(one_gpt2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     draw, asked = TrainingData.draw, []
 
     def watched(self: Any, training: MENDTraining, seed: int, step: int) -> list[Any]:
@@ -436,7 +436,7 @@ def test_every_step_draws_anew(one_gpt2: Case, monkeypatch: pytest.MonkeyPatch) 
     assert asked == [(3, 0), (3, 1), (3, 2), (3, 3)]
 
 
-def test_texts_of_the_caller_are_left_alone_but_for_those_on_the_subject(one_gpt2: Case) -> None:
+def test_locality_texts_with_the_subject_are_not_used(one_gpt2: Case) -> None:
     host = host_of(one_gpt2.model)
     texts = ["The dog runs", "Messi runs", "The ball of France"]
     data = TrainingData.of(host, RECORDS, texts, False)
@@ -485,7 +485,7 @@ def test_training_needs_records(one_gpt2: Case) -> None:
     ],
 )
 @pytest.mark.usefixtures("as_for_a_user")
-def test_settings_that_are_no_positive_numbers_are_refused(name: str, value: Any) -> None:
+def test_settings_must_be_positive(name: str, value: Any) -> None:
     with pytest.raises(EditError, match=f"{name} is"):
         MENDTraining(**{name: value})
 

@@ -1,4 +1,4 @@
-"""Second moments against a loop over tokens of a Hugging Face model; going on gives equal bits."""
+"""Second moments against a loop over tokens of a Hugging Face model; resuming gives equal bits."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_in_float32_sums_keep_their_digits() -> None:
     assert 1e-13 < relative_error(found.of(1), collect(reference.model).of(1)) < 3e-6
 
 
-# --------------------------------------------------------------------------------------- going on
+# ---------------------------------------------------------------------------------------- resuming
 
 
 class Broken(Exception):
@@ -204,7 +204,7 @@ def hundred() -> tuple[Any, list[str], SecondMoments]:
 @pytest.mark.parametrize(
     ("broken_at", "save_every"), [([17], 1), ([50], 48), ([33, 70], 20), ([5, 16, 90, 99], 20)]
 )
-def test_broken_off_and_gone_on_with(
+def test_an_interrupted_collection_resumes(
     hundred: tuple[Any, list[str], SecondMoments],
     tmp_path: Path,
     broken_at: list[int],
@@ -225,7 +225,7 @@ def test_broken_off_and_gone_on_with(
 
 
 @pytest.mark.parametrize("stops", [[1, 100, 101], [50, 300, 555]])
-def test_a_part_at_a_time(own: Pair, tmp_path: Path, stops: list[int]) -> None:
+def test_a_collection_in_several_calls(own: Pair, tmp_path: Path, stops: list[int]) -> None:
     some, file = texts(100, seed=8), tmp_path / "moments.safetensors"
     whole = collect(own.model, some)
     before = 0
@@ -436,7 +436,7 @@ def test_the_facts_models_own(facts_model: Any) -> None:
 
 
 def test_the_facts_models_own_are_of_its_training_text(facts_model: Any) -> None:
-    """A part of them, computed anew: the texts that it names are those of the generator."""
+    """Some of them, recomputed: the texts that it names are those of the generator."""
     shipped = facts_moments()
     part = collect(facts_model, training_texts(SEED), max_tokens=4000)
     assert part.matrix == shipped.matrix
@@ -454,7 +454,7 @@ def test_the_facts_models_own_are_of_its_training_text(facts_model: Any) -> None
 
 
 @pytest.mark.slow
-def test_the_facts_models_own_are_built_anew() -> None:
+def test_the_facts_models_own_are_reproducible() -> None:
     found, shipped = build_moments(), facts_moments()
     assert found.texts == shipped.texts
     if HAS_BRIDGE and HAS_HOOKED:  # 3.9 computed those that ship; other versions round otherwise

@@ -1,4 +1,4 @@
-"""One step of SGD, Adam and Muon as edits, and what edits say in words."""
+"""One step of SGD, Adam and Muon as edits, and their top tokens."""
 
 from __future__ import annotations
 
@@ -363,7 +363,7 @@ def test_settings_are_told(gpt2: Case) -> None:
         ({"lr": "1"}, "lr is '1'"),
     ],
 )
-def test_settings_that_are_none(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(EditError, match=message):
         GradientStep(**({"optimizer": "sgd", "lr": 1.0} | settings))
 
@@ -389,13 +389,13 @@ def test_experts_are_refused() -> None:
         step("sgd", model, requests=REQUESTS[:1], matrices="W_out")
 
 
-# ------------------------------------------------------------------------------------ in words
+# -------------------------------------------------------------------------------------- tokens
 
 
-def test_words_of_a_step_are_those_of_the_gradient(facts_model: Any) -> None:
+def test_tokens_of_a_step_are_those_of_the_gradient(facts_model: Any) -> None:
     """What SGD writes at a position is its VJP, turned round and `||x_i||` times as long."""
     delta = step("sgd", facts_model, requests=MESSI, lr=1.0, matrices=("W_in", "W_out"))
-    words = delta_tokens(
+    table = delta_tokens(
         facts_model, delta, k=4, target=" Paris", projection="normalized", most=None
     )
     result = backward_lens(
@@ -404,7 +404,7 @@ def test_words_of_a_step_are_those_of_the_gradient(facts_model: Any) -> None:
     for each in delta:
         gradient = result.capture[each.matrix, each.layer]
         counts = (~gradient.is_zero[0]).nonzero()[:, 0].tolist()
-        rows = words[(words["matrix"] == each.matrix) & (words["layer"] == each.layer)]
+        rows = table[(table["matrix"] == each.matrix) & (table["layer"] == each.layer)]
         assert len(rows) == len(counts)
         assert rows["norm"].is_monotonic_decreasing
         for _, row in rows.iterrows():
@@ -423,7 +423,7 @@ def test_words_of_a_step_are_those_of_the_gradient(facts_model: Any) -> None:
                 assert row["vector_norm"] == pytest.approx(length, rel=1e-4)
 
 
-def expected_words(model: Any, vector: Tensor, k: int) -> list[str]:
+def expected_tokens(model: Any, vector: Tensor, k: int) -> list[str]:
     scores = host_of(model).unembedding.logits(vector[None].to(torch.float32))[0]
     vocabulary = host_of(model).vocabulary
     return list(vocabulary.texts(scores.topk(k).indices.tolist()))
@@ -431,12 +431,12 @@ def expected_words(model: Any, vector: Tensor, k: int) -> list[str]:
 
 @pytest.mark.parametrize("components", ["made", "singular"])
 @pytest.mark.parametrize("matrix", ["W_out", "W_O", "W_in", "W_Q"])
-def test_words_are_read_of_the_vector_that_meets_the_stream(
+def test_tokens_are_read_from_the_vector_in_the_stream(
     facts_model: Any, matrix: str, components: str
 ) -> None:
     """By hand: the Logit Lens of each vector, and its bottom as the top of the opposite scores."""
     delta = step("sgd", facts_model, requests=MESSI, lr=2.0, matrices=matrix, layers=3)
-    words = delta_tokens(facts_model, delta, k=3, components=components)  # type: ignore[arg-type]
+    table = delta_tokens(facts_model, delta, k=3, components=components)  # type: ignore[arg-type]
     each = delta[matrix, 3]
     if components == "made":
         left, right = each.factors
@@ -444,21 +444,21 @@ def test_words_are_read_of_the_vector_that_meets_the_stream(
         u, s, vh = torch.linalg.svd(each.dense().double(), full_matrices=False)
         sign = torch.tensor([1.0 if float(c[c.abs().argmax()]) > 0 else -1.0 for c in u.T]).double()
         left, right = u * sign, s[:, None] * vh * sign[:, None]
-    assert len(words) == min(10, each.left.shape[1] if components == "made" else each.rank())
-    for _, row in words.iterrows():
+    assert len(table) == min(10, each.left.shape[1] if components == "made" else each.rank())
+    for _, row in table.iterrows():
         at = row["component"]
         is_reading = matrix in ("W_in", "W_Q")
         vector = left[:, at] if is_reading else right[at] * left[:, at].norm()
         assert row["vector_norm"] == pytest.approx(float(vector.norm()), rel=1e-4)
         assert row["norm"] == pytest.approx(float(left[:, at].norm() * right[at].norm()), rel=1e-4)
-        assert row["top_tokens"] == expected_words(facts_model, vector, 3)
+        assert row["top_tokens"] == expected_tokens(facts_model, vector, 3)
         assert row["top_scores"] == sorted(row["top_scores"], reverse=True)
         assert row["bottom_scores"] == sorted(row["bottom_scores"])
         assert row["bottom_scores"][0] < row["top_scores"][-1]
-    assert "target_rank" not in words
+    assert "target_rank" not in table
 
 
-def test_dense_edits_have_singular_words_only(facts_model: Any) -> None:
+def test_dense_edits_have_singular_tokens_only(facts_model: Any) -> None:
     delta = step("adam", facts_model, requests=MESSI, matrices="W_out", layers=5, lr=0.01)
     made, singular = (
         delta_tokens(facts_model, delta, k=2, components=each, most=4, target=" Paris")  # type: ignore[arg-type]
@@ -476,13 +476,13 @@ def test_a_shift_says_its_target(facts_model: Any) -> None:
     token = host.vocabulary.encode(" Paris")[0]
     embedding = facts_model.W_E[token].detach()
     made = MatrixDelta("W_out", 6, left=torch.ones(512, 1), right=embedding[None])
-    words = delta_tokens(facts_model, WeightDelta((made,), {}), k=1, target=token)
-    [row] = words.to_dict("records")
+    table = delta_tokens(facts_model, WeightDelta((made,), {}), k=1, target=token)
+    [row] = table.to_dict("records")
     assert (row["top_tokens"], row["target_rank"]) == ([" Paris"], 0)
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_words_that_cannot_be_told(facts_model: Any, gpt2: Case) -> None:
+def test_tokens_that_do_not_exist(facts_model: Any, gpt2: Case) -> None:
     delta = step("sgd", facts_model, requests=MESSI, layers=5)
     for more, message in (
         ({"k": 0}, "k is 0"),
@@ -500,8 +500,8 @@ def test_words_that_cannot_be_told(facts_model: Any, gpt2: Case) -> None:
     assert "target_rank" in empty
 
 
-def listening(delta: MatrixDelta) -> Tensor:
-    """What an edit listens to: its left vectors, each by the length of its right one."""
+def response(delta: MatrixDelta) -> Tensor:
+    """What an edit responds to: its left vectors, each by the length of its right one."""
     left, right = delta.factors
     parts = [column * row.norm() for column, row in zip(left.T, right, strict=True)]
     return torch.stack(parts).sum(0).double()
@@ -526,12 +526,12 @@ def test_optimizers_side_by_side(facts_model: Any) -> None:
         cosine = float((dense * first).sum() / dense.norm() / first.norm())
         assert row["alignment"] == pytest.approx(cosine, abs=1e-4)
         if name != "muon":  # all of whose directions are as long
-            listens = listening(deltas["sgd"]["W_out", layer])
-            side = 1.0 if float(u[:, 0] @ listens) >= 0 else -1.0
+            responds = response(deltas["sgd"]["W_out", layer])
+            side = 1.0 if float(u[:, 0] @ responds) >= 0 else -1.0
             vector = vh[0] * side
-            assert row["top_tokens"] == expected_words(facts_model, vector, 10)
-        answer = listening(deltas["sgd"]["W_out", layer]) @ dense
-        assert row["answer_tokens"] == expected_words(facts_model, answer / answer.norm(), 10)
+            assert row["top_tokens"] == expected_tokens(facts_model, vector, 10)
+        answer = response(deltas["sgd"]["W_out", layer]) @ dense
+        assert row["answer_tokens"] == expected_tokens(facts_model, answer / answer.norm(), 10)
         shared = set(row["answer_tokens"]) & set(table.loc[layer, "sgd"]["answer_tokens"])
         assert row["answer_overlap"] == pytest.approx(len(shared) / 10)
     sgd, adam, muon = (table.xs(name, level="edit") for name in deltas)
@@ -553,12 +553,12 @@ def test_steps_on_a_matrix_that_reads_are_compared_by_what_they_read(facts_model
     row = compare_tokens(facts_model, {"sgd": one, "adam": other}, " Paris").iloc[1]
     dense, first = other["W_in", 4].dense().double(), one["W_in", 4]
     u, _, _ = torch.linalg.svd(dense, full_matrices=False)
-    side = 1.0 if float(u[:, 0] @ listening(first)) >= 0 else -1.0
-    assert row["top_tokens"] == expected_words(facts_model, side * u[:, 0], 10)
+    side = 1.0 if float(u[:, 0] @ response(first)) >= 0 else -1.0
+    assert row["top_tokens"] == expected_tokens(facts_model, side * u[:, 0], 10)
     left, right = first.factors
     writes = (right * left.norm(dim=0)[:, None]).sum(0).double()
     answer = dense @ writes
-    assert row["answer_tokens"] == expected_words(facts_model, answer / answer.norm(), 10)
+    assert row["answer_tokens"] == expected_tokens(facts_model, answer / answer.norm(), 10)
 
 
 def test_edits_that_cannot_be_compared(facts_model: Any) -> None:

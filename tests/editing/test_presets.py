@@ -271,7 +271,7 @@ def test_moments_of_another_model(
     assert 0 < n_pulled < len(TEXTS) * 20
     assert (tmp_path / "second_moments.safetensors").is_file()
     again: Any = preset_methods(tiny, "rome", **given)["rome"]
-    assert len(pulled) == n_pulled  # nothing was collected anew
+    assert len(pulled) == n_pulled  # nothing was collected again
     assert again.moments.fingerprint == moments.fingerprint
 
 

@@ -1,4 +1,4 @@
-"""ROME against its formulas: the search, what is written, and what is left alone."""
+"""ROME against its formulas: the search, what is written, and what does not change."""
 
 from __future__ import annotations
 
@@ -289,7 +289,7 @@ def test_the_seed_decides(one_gpt2: Case) -> None:
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_the_subject_is_found_behind_a_prefix_that_names_it(one_gpt2: Case, bos: bool) -> None:
+def test_the_subject_is_found_after_a_prefix_that_names_it(one_gpt2: Case, bos: bool) -> None:
     host = host_of(one_gpt2.model)
     prefixes = ("Messi plays. ", "The dog of Messi is Messi.. ", "Messi")
     asked = tokenize_request(host, REQUEST, bos)
@@ -401,7 +401,7 @@ def _answer(model: Any, prompt: str) -> str:
 # ------------------------------------------------------------------------------------------- errors
 
 
-def test_a_key_that_hardly_listens_is_told_of(one_gpt2: Case) -> None:
+def test_a_key_that_hardly_responds_gives_a_warning(one_gpt2: Case) -> None:
     """Statistics under which the bare key has next to nothing of C^-1 times the mean key."""
     keys = keys_of(one_gpt2, REQUEST)
     bare, mean = keys[0], keys.mean(0)

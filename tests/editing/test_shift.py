@@ -353,7 +353,7 @@ def test_the_moments_ridge_counts() -> None:
         closed = torch.linalg.solve(ridged(moments, ridge), x)
         expected = torch.outer(closed / (x @ closed), own.embedding(TARGETS[0]))
         assert relative_error(dense(delta), expected) < 1e-8
-    # All ridge is no whitening.
+    # Only ridge means no whitening.
     free = shift(form="scale_free", size=1)(own.model, requests(1))
     assert relative_error(dense(delta), dense(free)) < 1e-6
 
