@@ -1,9 +1,9 @@
-"""What a language model's gradients write into its weights, in words.
+"""Read the gradients of language models as tokens.
 
 An implementation of "Backward Lens: Projecting Language Model Gradients into the Vocabulary Space"
 (Katz et al., EMNLP 2024) on TransformerLens.
 
-Names are imported when they are first used, so that importing the package is cheap.
+Names are imported on first use, so importing the package is fast.
 """
 
 from importlib import import_module

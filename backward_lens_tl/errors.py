@@ -1,9 +1,9 @@
 """The package's own errors.
 
-Every refusal names the value, what is allowed and the way out. All of them derive from
-[`BackwardLensError`][backward_lens_tl.errors.BackwardLensError]; each also derives from the
-built-in that a caller would expect, so `except ValueError` keeps working. A traceback ends with the
-address of the page that has the usual causes and their fixes.
+Every message names the value, what is allowed and what to do. All errors derive from
+[`BackwardLensError`][backward_lens_tl.errors.BackwardLensError] and from the built-in error that a
+caller would expect, so `except ValueError` works too. A traceback ends with the address of the page
+that lists causes and fixes.
 """
 
 from __future__ import annotations
@@ -12,42 +12,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 DOCUMENTATION = "https://backward-lens-tl.readthedocs.io/en/latest/"
-"""Where the documentation is."""
+"""Address of the documentation."""
 
 
 def one_line(error: Exception) -> str:
-    """An error as a command reports it, with the address of its documentation if it has one.
+    """An error as the command line reports it: in one line, with the address of its documentation.
 
     Args:
         error: Any error.
 
     Returns:
-        Its message and that address, without line breaks.
+        The line.
     """
     page = f" (see {error.documentation})" if isinstance(error, BackwardLensError) else ""
     return " ".join(str(error).splitlines()) + page
 
 
 class BackwardLensError(Exception):
-    """Base class of everything that this package raises on purpose."""
+    """Base class of the package's errors."""
 
     def __new__(cls, *args: object, **options: object) -> BackwardLensError:
-        """Make the error, also of a subclass that has an `__init__` of its own."""
+        """Create the error and add its documentation as a note."""
         error = super().__new__(cls, *args, **options)
-        # As Python 3.11's `add_note` does: a traceback shows it, and the message stays as it is.
+        # Like Python 3.11's `add_note`: tracebacks show it, and the message does not change.
         error.__notes__ = [f"See {error.documentation}"]
         return error
 
     @property
     def documentation(self) -> str:
-        """The address of the page that has the usual causes and their fixes."""
+        """Address of the page that lists causes and fixes."""
         package = __name__.partition(".")[0]
         own = next(kind for kind in type(self).__mro__ if kind.__module__.startswith(package))
         return f"{DOCUMENTATION}errors/#{own.__name__.lower()}"
 
 
 class InputError(BackwardLensError, ValueError):
-    """An argument is not usable: prompt, matrix, layer, position, `k`, projection, ..."""
+    """An argument is invalid: prompt, matrix, layer, position, `k`, projection, ..."""
 
 
 class TargetError(InputError):
@@ -59,11 +59,11 @@ class ObjectiveError(InputError):
 
 
 class ModelNotFoundError(InputError):
-    """A model name is neither `facts`, nor a local folder, nor reachable on the hub."""
+    """A model name is neither `facts`, nor a local folder, nor available on the hub."""
 
 
 class ModelStateError(BackwardLensError, RuntimeError):
-    """The model, or torch itself, is in a state in which the answer would be wrong."""
+    """The model, or torch itself, is in a state in which the result would be wrong."""
 
 
 class UnsupportedModelError(BackwardLensError, NotImplementedError):
@@ -75,23 +75,23 @@ class ValidationError(BackwardLensError, ArithmeticError):
 
 
 class WidgetError(BackwardLensError, RuntimeError):
-    """The installed circuitsvis renders its widgets in a way that is not known here."""
+    """The installed circuitsvis renders its widgets in an unknown way."""
 
 
 class SweepError(InputError):
-    """A sweep's folder or settings do not fit what is asked of it."""
+    """A sweep's folder or settings do not match the call."""
 
 
 class EditError(InputError):
-    """An edit does not fit the model, the request or the statistics that it is computed from."""
+    """An edit does not match the model, the request or its statistics."""
 
 
 class EvaluationError(InputError):
-    """An evaluation's folder or settings do not fit what is asked of it."""
+    """An evaluation's folder or settings do not match the call."""
 
 
 class ResultFileError(BackwardLensError, ValueError):
-    """A file is not a saved result, or one that this version cannot read."""
+    """A file is not a saved result, or this version cannot read it."""
 
 
 @contextmanager
