@@ -11,15 +11,14 @@ that descent *subtracts*. New code should use
 """
 
 from backward_lens_tl.compat.errors import AnalysisError, ArgumentTypeError, LayerNotAnalyzedError
+from backward_lens_tl.compat.factors import LinearGradientFactors, WeightLayout
 from backward_lens_tl.compat.lens import DEFAULT_TOP_K, BackwardLens
 from backward_lens_tl.compat.results import (
     BackwardLensLayerResult,
     BackwardLensMatrixResult,
     BackwardLensResult,
-    LinearGradientFactors,
     ProjectedFactor,
     VocabularyRanking,
-    WeightLayout,
 )
 
 __all__ = [
