@@ -1,4 +1,4 @@
-"""The readouts of a lens: what each matrix, layer and position of a result says."""
+"""The readouts of a result: tensors, cells and tokens of every matrix, layer and position."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ResultT = TypeVar("_ResultT", bound="LensReadouts")
 
 @dataclass(frozen=True, repr=False)
 class LensReadouts:
-    """The part of a `BackwardLensResult` that answers what cells say.
+    """Readouts of every matrix, layer, prompt and position; the base of `BackwardLensResult`.
 
     Attributes:
         capture: The captured factors, with the sign of the raw gradient.
