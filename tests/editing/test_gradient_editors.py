@@ -223,9 +223,7 @@ def test_statistics_that_are_standardized_by_themselves_have_mean_0_and_variance
         inputs, vjps = statistics.standardized(place, *pairs)
         rows = torch.cat((inputs, vjps), dim=1)
         assert float(rows.mean(0).abs().max()) < 1e-6
-        assert (
-            float((rows.std(0) - 1).abs().max()) < 1e-3
-        )  # eps matters for small ones
+        assert float((rows.std(0) - 1).abs().max()) < 1e-3  # eps matters for small ones
         raw = torch.cat(pairs, dim=1)
         assert float((raw.std(0) - 1).abs().max()) > 0.1
         assert inputs.shape == pairs[0].shape
