@@ -607,7 +607,7 @@ def test_a_patch_fits_copies_of_one_prompt_and_no_other_prompts(pair: Case) -> N
         for row in copies:
             torch.testing.assert_close(row, alone[0], rtol=1e-5, atol=1e-6)
         for wrong in (pair.tokens(5), pair.tokens(7, 7)):
-            with pytest.raises(InputError, match=r"pattern of layer 1.*prompts that it was made"):
+            with pytest.raises(InputError, match=r"pattern of layer 1.*prompts that were captured"):
                 run(pair.model, wrong)
     of_two = lens(pair.model, pair.tokens(6, 6)).capture.attention_patch(1, -2.0)
     with (
