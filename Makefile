@@ -105,7 +105,7 @@ gpu-check: .venv/installed ## tests and benchmarks on an NVIDIA GPU, in seven mi
 	.venv/bin/python -m benchmarks.gpu_check $(GPU_CHECK)
 
 notebooks: .venv/installed ## regenerate and execute the notebooks
-	@.venv/bin/jupytext -q --to ipynb notebooks/*.py
+	@.venv/bin/jupytext -q --update --to ipynb notebooks/*.py
 	@PYTHONWARNINGS=ignore TQDM_DISABLE=1 $(OFFLINE) .venv/bin/jupyter-execute --inplace \
 	    notebooks/*.ipynb
 
