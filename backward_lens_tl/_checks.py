@@ -156,7 +156,7 @@ def check_kind(
         InputError: If it is of another type.
     """
     if not isinstance(value, kind):
-        raise error(f"{name} is {shown(value)}; pass {kind.__name__}, as {made_by} gives")
+        raise error(f"{name} is {shown(value)}; pass {kind.__name__}, as returned by {made_by}")
 
 
 def check_path(path: object, error: type[Exception]) -> None:

@@ -393,7 +393,7 @@ def test_own_projections_stand_beside_the_lenses(gpt2: Case) -> None:
         alone = backward_lens(gpt2.model, tokens, 45, projection=lens)
         real = ~alone.is_zero("W_out")
         assert_same_reading(result.under(lens).readout("W_out"), alone.readout("W_out"), real)
-    with pytest.raises(InputError, match=r"'jacobian' was not asked for.*normalized, Ties"):
+    with pytest.raises(InputError, match=r"'jacobian' was not requested.*normalized, Ties"):
         result.under("jacobian")
 
 

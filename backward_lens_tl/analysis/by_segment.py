@@ -20,7 +20,7 @@ _NORMS = {"vjp": "norm", "input": "input_norm"}
 _RANKS = {"target": "target_rank", "answer": "answer_rank"}
 _UNRANKED = {
     "target": "the objective is not about one token; pass target=... in addition",
-    "answer": 'ask for it with backward_lens(..., measures=("answer_rank",))',
+    "answer": 'request it with backward_lens(..., measures=("answer_rank",))',
 }
 
 
@@ -203,7 +203,7 @@ def _numbers(prompts: object, present: pd.Series[int]) -> list[int]:
         return there
     numbers = listed(prompts)
     if not numbers:
-        raise InputError("no prompt was asked for; leave `prompts` out for all of them")
+        raise InputError("prompts is empty; omit it to select all of them")
     for number in numbers:
         if not is_integer(number) or number not in there:
             raise InputError(

@@ -196,8 +196,8 @@ class NextTokenLoss(BoundObjective):
             )
         if int(batch.tokens.max()) >= logits.shape[-1]:
             raise ObjectiveError(
-                f"token id {int(batch.tokens.max())} of the prompts has no logit, the model gives "
-                f"{logits.shape[-1]}; remove it, or use target_nll(...)"
+                f"token id {int(batch.tokens.max())} of the prompts has no logit; the model has "
+                f"{logits.shape[-1]} logits. Remove the token, or use target_nll(...)"
             )
         nll = -_pick(logits[:, :-1].log_softmax(-1), batch.tokens[:, 1:])
         return nll.masked_fill(~batch.mask[:, 1:], 0).sum(1) / batch.last

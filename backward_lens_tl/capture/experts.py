@@ -93,7 +93,7 @@ def _check_outputs(
     # Not a quotient: the output may be all zeros.
     if not off <= _ROUNDING * torch.finfo(outputs.dtype).eps * size:
         raise UnsupportedModelError(
-            f"the experts of layer {site.layer} ({type(stack.module).__name__}) compute something "
-            f"else than a gated MLP: their output has a relative error of {off / size:.1e}; "
-            "ask for matrices='attn'"
+            f"the experts of layer {site.layer} ({type(stack.module).__name__}) do not "
+            f"compute a gated MLP: their output has a relative error of {off / size:.1e}; "
+            "pass matrices='attn'"
         )

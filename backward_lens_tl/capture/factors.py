@@ -62,7 +62,7 @@ class Factors:
             return factor.sum(2)
         raise InputError(
             f"the {self._part}s of {self.matrix} in layer {self.layer} differ at the residual "
-            f"stream, as under a patch; ask for one of them with .{self._part}(index)"
+            f"stream, as under a patch; select one with .{self._part}(index)"
         )
 
     @property
@@ -213,8 +213,8 @@ class Factors:
     def _prompt(self, batch: int | None) -> int:
         if batch is None and len(self.mask) > 1:
             raise InputError(
-                f"batch is None, and there are {len(self.mask)} prompts, each with a gradient of "
-                "its own; say which, as in gradient.dense(batch=0). The gradient of their summed "
+                f"batch is None, but there are {len(self.mask)} prompts, each with its own "
+                "gradient; select one, as in gradient.dense(batch=0). The gradient of their summed "
                 "loss is sum(gradient.dense(batch) for batch in range(len(gradient.mask)))"
             )
         prompt = 0 if batch is None else batch
@@ -227,8 +227,8 @@ class Factors:
         """Both factors, with heads concatenated."""
         if not self.has_joint_factors:
             raise InputError(
-                f"each {self._part} of {self.matrix} in layer {self.layer} has factors of its own; "
-                f"ask for one of them with .{self._part}(index)"
+                f"each {self._part} of {self.matrix} in layer {self.layer} has its own factors; "
+                f"select one with .{self._part}(index)"
             )
         inputs, vjps = self._real(batch)
         return inputs.flatten(1), vjps.flatten(1)

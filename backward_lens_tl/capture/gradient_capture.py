@@ -172,7 +172,7 @@ class GradientCapture:
                 "(attn_implementation='eager' shows it)"
             )
         raise InputError(
-            f"there is no Reversed Attention of layer {layer!r}; ask for its attention matrices, "
+            f"there is no Reversed Attention for layer {layer!r}; capture its attention matrices, "
             "for example with matrices='attn'"
         )
 
@@ -298,13 +298,14 @@ class GradientCapture:
         shared = [name for name in self.hook_gradients if name in other.hook_gradients]
         if not shared:
             raise InputError(
-                "both captures need the same hook points; ask for them, for example with "
+                "both captures need the same hook points; pass them, for example "
                 "hook_points=['blocks.0.hook_mlp_out']"
             )
         if not torch.equal(self.mask, other.mask):
             raise InputError(
                 f"prompts have lengths {self.mask.sum(1).tolist()} here and "
-                f"{other.mask.sum(1).tolist()} there; attribution compares position with position"
+                f"{other.mask.sum(1).tolist()} there; attribution compares them position "
+                "by position"
             )
         pairs = ((self.hook_gradients[name], other.hook_gradients[name]) for name in shared)
         return {here.name: attribution(here, there) for here, there in pairs}

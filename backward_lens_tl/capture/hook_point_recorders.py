@@ -85,7 +85,7 @@ class HookPointRecorder(VjpRecorder):
         if not site.is_replaceable:
             raise UnsupportedModelError(
                 f"hook point {site.name!r} of this architecture shows a copy of the pattern that "
-                "the model does not use; ask for matrices='attn', which gives reversed_attention"
+                "the model does not use; pass matrices='attn' and use reversed_attention"
             )
 
     def _keep(self, tensor: Tensor) -> Tensor | None:

@@ -117,9 +117,9 @@ class Prompt:
         """
         if self.text != self.written:
             raise InputError(
-                f"the tokenizer does not give the positions of its tokens in {self.written!r}, and "
-                f"they decode to {self.text!r}, so subject_start cannot be used; omit it, or use a "
-                "fast tokenizer"
+                f"the tokenizer does not report the positions of its tokens in {self.written!r}, "
+                f"and they decode to {self.text!r}, so subject_start cannot be used; omit it, or "
+                "use a fast tokenizer"
             )
         return self.text
 
@@ -243,7 +243,7 @@ def tokenize_prompts(
     check_choice("prepend_bos", prepend_bos, (True, False, None))
     texts = listed(prompts)
     if not texts:
-        raise InputError("there is no prompt in the list; pass at least one")
+        raise InputError("the list of prompts is empty; pass at least one")
     return tuple(_of_text(host, index, text, prepend_bos) for index, text in enumerate(texts))
 
 
@@ -251,7 +251,7 @@ def _of_text(host: Host, index: int, text: object, prepend_bos: bool | None) -> 
     if not isinstance(text, str):
         raise InputError(
             f"prompt {index} is {text!r}, a {type(text).__name__}; pass texts, one tensor of "
-            "token ids of shape [batch, pos], or what a tokenizer returned"
+            "token ids of shape [batch, pos], or the output of a tokenizer"
         )
     check_text(f"prompt {index},", text)
     prompt = Prompt.of_text(host, text, prepend_bos)
@@ -303,10 +303,10 @@ def _real(ids: list[int], mask: list[int]) -> list[int]:
     """The tokens of one prompt without its padding at one end."""
     real = [at for at, is_real in enumerate(mask) if is_real]
     if not real:
-        raise InputError("input_ids hold a prompt without a token; each needs at least one")
+        raise InputError("input_ids contain a prompt without tokens; each needs at least one")
     if len(real) != real[-1] - real[0] + 1:
         raise InputError(
-            f"attention_mask hides tokens inside of a prompt ({mask}); remove them from input_ids "
+            f"attention_mask hides tokens inside a prompt ({mask}); remove them from input_ids "
             "if they do not belong to it"
         )
     return ids[real[0] : real[-1] + 1]

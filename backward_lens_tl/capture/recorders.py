@@ -187,8 +187,8 @@ class ExpertsRecorder(Recorder):
                 if len(rows) != len(tokens):
                     raise UnsupportedModelError(
                         f"expert {index} of layer {self.site.layer} saw {len(rows)} tokens, and "
-                        f"{len(tokens)} were routed there, so its tokens cannot be identified; ask "
-                        "for matrices='attn'"
+                        f"{len(tokens)} were routed there, so its tokens cannot be identified; "
+                        "pass matrices='attn'"
                     )
                 laid_out = factors[side]
                 if laid_out is None:

@@ -270,5 +270,5 @@ def check_sharing(host: Host, sites: Sequence[Site]) -> None:
                 raise UnsupportedModelError(
                     f"{site.matrix} of layer {site.layer} is one weight with {len(holders)} "
                     f"uses ({', '.join(holders)}), and its gradient is the sum over them; untie "
-                    "it (give each module a copy) to see its parts"
+                    "it (give each module a copy) to get separate gradients"
                 )

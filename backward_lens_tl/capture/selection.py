@@ -67,7 +67,7 @@ def select_positions(
         return torch.where(mask, everywhere, torch.full_like(everywhere, -1))
     asked = listed(positions)
     if not asked:
-        raise InputError("no position was asked for; leave `positions` out for all of them")
+        raise InputError("positions is empty; omit it to select all of them")
     rows = [
         [position_index(position, int(length), prompt) for position in asked]
         for prompt, length in enumerate(mask.sum(dim=1))

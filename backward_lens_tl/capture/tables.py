@@ -36,8 +36,8 @@ def gradient_table(
 
     if matrix is not None and matrix not in capture.matrices:
         raise InputError(
-            f"{matrix!r} was not captured; name one of {', '.join(capture.matrices)}, or ask for "
-            "it with capture_gradients(..., matrices=...)"
+            f"{matrix!r} was not captured; pass one of {', '.join(capture.matrices)}, or "
+            "capture it with capture_gradients(..., matrices=...)"
         )
     lengths, losses = capture.mask.sum(1).tolist(), capture.loss.tolist()
     if batch is not None:

@@ -165,8 +165,9 @@ class _WeightGradients:
         model = self._model()
         if model is None:
             raise AnalysisError(
-                "the model that was analysed is gone, and with it autograd's weight gradient; ask "
-                "for weight_gradient or a reconstruction error while it is there"
+                "the model that was analysed no longer exists, so autograd's weight gradient "
+                "cannot be computed; read weight_gradient or a reconstruction error before it is "
+                "deleted"
             )
         host = host_of(model)
         sites = [find_sites(host, matrix, layer)[0] for matrix, layer in self._matrices]
@@ -225,7 +226,7 @@ class _Reader:
         if gradient.inputs.ndim != 3 or gradient.vjps.ndim != 3:
             raise UnsupportedModelError(
                 f"{gradient.matrix} of layer {gradient.layer} is not one matrix but several, as in "
-                "a mixture of experts; backward_lens and capture_gradients may know them"
+                "a mixture of experts; backward_lens and capture_gradients may support them"
             )
         return LinearGradientFactors(
             _float32(gradient.inputs[0], gradient).to("cpu", copy=True),
@@ -321,6 +322,6 @@ def _checked_layers(layers: Sequence[int], n_layers: int) -> tuple[int, ...]:
     wanted = tuple(layers)
     if not wanted or len(set(wanted)) < len(wanted) or not set(wanted) <= set(range(n_layers)):
         raise InputError(
-            f"layers is {wanted}; pass at least one of 0 to {n_layers - 1}, and none twice"
+            f"layers is {wanted}; pass at least one of 0 to {n_layers - 1}, without repeats"
         )
     return wanted

@@ -165,7 +165,7 @@ class WeightDelta(Saved):
 
         Raises:
             EditError: As for `applied`.
-            ModelStateError: If this edit is applied to the model already.
+            ModelStateError: If this edit is already applied to the model.
 
         Examples:
             >>> delta.apply_(model)
@@ -175,8 +175,8 @@ class WeightDelta(Saved):
         """
         if model in self._kept_by_model:
             raise ModelStateError(
-                "this edit is applied to the model already; revert_ it first, or apply_ "
-                "edit.scale(2) to have it twice"
+                "this edit is already applied to the model; revert_ it first, or apply_ "
+                "edit.scale(2) for twice the change"
             )
         kept: list[_Kept] = []
         try:

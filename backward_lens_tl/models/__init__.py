@@ -93,4 +93,4 @@ def _advice(model: object) -> str:
             f"{hf_model}, tokenizer=tokenizer), with the name of its architecture's hub model or "
             "its folder"
         )
-    return ", such as load_model(name) gives"
+    return ", such as load_model(name) returns"

@@ -109,7 +109,7 @@ def expert_stack(experts: Any, layer: int) -> StackedExperts:
     ):
         raise UnsupportedModelError(
             f"the experts of layer {layer} ({type(experts).__name__}) are not a stack of gated "
-            "MLPs in the layout of transformers 5, so their factors cannot be derived; ask for "
+            "MLPs in the layout of transformers 5, so their factors cannot be derived; pass "
             "matrices='attn'"
         )
     w_in, w_out = experts.gate_up_proj, experts.down_proj

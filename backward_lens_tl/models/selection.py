@@ -44,7 +44,7 @@ def select_matrices(matrices: str | Sequence[str], host: Host) -> tuple[MatrixNa
             wanted.update(host.matrices("mlp"))
         wanted.add(name)
     if not wanted:
-        raise InputError("no matrix was asked for; name one, for example matrices=('W_out',)")
+        raise InputError("matrices is empty; name one, for example matrices=('W_out',)")
     return tuple(name for name in MATRIX_NAMES if name in wanted)
 
 
@@ -69,7 +69,7 @@ def select_layers(layers: int | Sequence[int] | None, host: Host) -> tuple[int, 
         if not is_index(layer, n):
             raise InputError(f"layer {shown(layer)} does not exist; allowed are {-n} to {n - 1}")
     if not asked:
-        raise InputError("no layer was asked for; leave `layers` out for all of them")
+        raise InputError("layers is empty; omit it to select all of them")
     return tuple(sorted({int(layer) % n for layer in asked}))
 
 

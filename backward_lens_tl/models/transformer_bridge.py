@@ -204,7 +204,7 @@ class TransformerBridgeHost(Host):
         if lacking:
             raise UnsupportedModelError(
                 f"attention of layer {layer} ({type(attn).__name__}) has no separate "
-                f"{', '.join(lacking)}; ask for matrices='mlp'"
+                f"{', '.join(lacking)}; pass matrices='mlp'"
             )
         if getattr(cfg, "use_split_qkv_input", False) or getattr(cfg, "use_attn_in", False):
             raise UnsupportedModelError(
@@ -246,7 +246,7 @@ class TransformerBridgeHost(Host):
         if rest or heads > self.n_heads:
             raise UnsupportedModelError(
                 f"{matrix} of layer {layer} is {width} wide, which is not a number of heads of "
-                f"width {self.d_head}; ask for matrices='mlp'"
+                f"width {self.d_head}; pass matrices='mlp'"
             )
         stored = Stored(site.weight.parameter, site.weight.layout, heads, divided)
         named = self._existing_hooks(site)

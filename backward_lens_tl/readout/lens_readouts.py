@@ -95,8 +95,8 @@ class LensReadouts:
         """
         if projection not in self.projections:
             raise InputError(
-                f"{projection!r} was not asked for; there is {', '.join(self.projections)}, and "
-                "backward_lens(..., projection=...) takes several"
+                f"{projection!r} was not requested, only {', '.join(self.projections)}; pass "
+                "several to backward_lens(..., projection=...)"
             )
         first = self.readings[self.projections.index(projection)]
         others = (reading for reading in self.readings if reading is not first)
@@ -159,7 +159,7 @@ class LensReadouts:
             Token ids and scores, `[layer, batch, pos, k]`, and target ranks, `[layer, batch, pos]`.
 
         Raises:
-            InputError: If the matrix was not asked for.
+            InputError: If the matrix was not requested.
 
         Examples:
             >>> result.readout("W_out").top_ids.shape  # [layer, batch, pos, k]
@@ -169,8 +169,8 @@ class LensReadouts:
         if isinstance(matrix, str) and matrix in readouts:
             return readouts[matrix]
         raise InputError(
-            f"{matrix!r} is not in this result; it has {', '.join(self.matrices)}: name one of "
-            "these as the matrix, or ask for it with backward_lens(..., matrices=...)"
+            f"{matrix!r} is not in this result; it has {', '.join(self.matrices)}; pass one of "
+            "these, or request it with backward_lens(..., matrices=...)"
         )
 
     def target_rank(self, matrix: str) -> Int[Tensor, "layer batch pos"]:
@@ -208,7 +208,7 @@ class LensReadouts:
             The norms.
 
         Raises:
-            InputError: If the matrix was not asked for.
+            InputError: If the matrix was not requested.
 
         Examples:
             >>> norms = result.norms("W_out")
@@ -230,7 +230,7 @@ class LensReadouts:
             The mask.
 
         Raises:
-            InputError: If the matrix was not asked for.
+            InputError: If the matrix was not requested.
 
         Examples:
             >>> result.is_zero("W_out")[-1, 0].tolist()  # only the last token writes there

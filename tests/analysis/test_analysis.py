@@ -529,4 +529,4 @@ def test_errors(result: blt.BackwardLensResult, positions: pd.DataFrame) -> None
             positions,
             prompts=[prompt],
         )
-    refused("no prompt was asked for", token_ranks_by_segment, positions, prompts=[])
+    refused("prompts is empty", token_ranks_by_segment, positions, prompts=[])

@@ -369,5 +369,5 @@ def test_parts_with_factors_of_their_own_are_refused() -> None:
     for part, changed in (("head", split), ("expert", routed)):
         own = replace(gradients, gradients={(changed.matrix, 1): changed})
         for table in (neuron_tokens, neuron_overlap):
-            with pytest.raises(InputError, match=f"each {part} of .* has factors of its own"):
+            with pytest.raises(InputError, match=f"each {part} of .* has its own factors"):
                 table(case.model, own, changed.matrix, 1, k=5)

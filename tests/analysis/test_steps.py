@@ -443,7 +443,7 @@ def test_the_models_own_answer_stays_the_target() -> None:
 
 def test_texts_of_several_tokens() -> None:
     case = model_case("hooked-gpt2")
-    with pytest.raises(InputError, match="Ask for multi_token='first' or 'last'"):
+    with pytest.raises(InputError, match="Pass multi_token='first' or 'last'"):
         step_changes(case.model, "Rome is", "the river")
     first, last = (
         step_changes(case.model, "Rome is", "the river", multi_token=position, layers=1)

@@ -517,9 +517,9 @@ def test_a_result_has_it_by_layer(pair: Case) -> None:
 def test_layers_without_it_are_refused(gpt2: Case) -> None:
     tokens = gpt2.tokens(5)
     of_mlps = lens(gpt2.model, tokens, matrices="mlp")
-    with pytest.raises(InputError, match=r"no Reversed Attention of layer 1.*matrices='attn'"):
+    with pytest.raises(InputError, match=r"no Reversed Attention for layer 1.*matrices='attn'"):
         of_mlps.capture.reversed_attention(1)
-    with pytest.raises(InputError, match=r"no Reversed Attention of layer 1.*matrices='attn'"):
+    with pytest.raises(InputError, match=r"no Reversed Attention for layer 1.*matrices='attn'"):
         of_mlps.capture.attention_patch(1, 1.0)
     some = lens(gpt2.model, tokens, layers=[0, 2])
     for layer in (1, 3, -3, "1", None, True):

@@ -142,7 +142,7 @@ def experts() -> MatrixGradient:
 
 @pytest.mark.parametrize("method", ["neuron_norms", "neuron_similarity"])
 def test_parts_with_factors_of_their_own_are_refused(method: str) -> None:
-    with pytest.raises(InputError, match=r"each expert of W_out in layer 0 has factors of its own"):
+    with pytest.raises(InputError, match=r"each expert of W_out in layer 0 has its own factors"):
         getattr(experts(), method)()
     patched = made("W_Q", 4, heads=N_HEADS)
     patched = replace(patched, inputs=patched.inputs[:, :, None].repeat(1, 1, N_HEADS, 1))
@@ -255,7 +255,7 @@ def test_one_matrix_and_one_prompt(
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_gradients_that_were_not_captured(capture: GradientCapture) -> None:
-    with pytest.raises(InputError, match="'W_gate' was not captured; name one of W_Q, W_K"):
+    with pytest.raises(InputError, match="'W_gate' was not captured; pass one of W_Q, W_K"):
         gradient_table(capture, "W_gate")
     for batch in (3, -1, True):
         with pytest.raises(InputError, match=f"prompt {batch} does not exist; allowed are 0 to 2"):

@@ -513,7 +513,7 @@ def test_apply_and_revert(gpt2: Case) -> None:
         delta.apply_(gpt2.model)
         try:
             assert torch.equal(gpt2.model(tokens), expected)
-            with pytest.raises(ModelStateError, match="applied to the model already"):
+            with pytest.raises(ModelStateError, match="already applied to the model"):
                 delta.apply_(gpt2.model)
             with delta.applied(gpt2.model):  # an inner context restores the edited model
                 pass

@@ -428,8 +428,8 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     ("settings", "message"),
     [
         ({"matrices": "W_down"}, "matrices is 'W_down'; it should be"),
-        ({"matrices": ()}, "no matrix was asked for"),
-        ({"layers": ()}, "no layer was asked for"),
+        ({"matrices": ()}, "matrices is empty"),
+        ({"layers": ()}, "layers is empty"),
         ({"layers": 2}, "layer"),
         ({"layers": (0, -3)}, "layer"),
         ({"layers": 0.5}, "layer"),

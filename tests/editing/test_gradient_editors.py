@@ -489,7 +489,7 @@ def test_statistics_need_requests_and_matrices_of_the_mlp(one_gpt2: Case) -> Non
         pair_statistics(model, REQUESTS, matrices=("W_gate",))
     with pytest.raises(EditError, match="layer 3 does not exist"):
         pair_statistics(model, REQUESTS, layers=[3])
-    with pytest.raises(EditError, match="no layer was asked for"):
+    with pytest.raises(EditError, match="layers is empty"):
         pair_statistics(model, REQUESTS, layers=[])
     with pytest.raises(EditError, match="W_in of layer 2 has 1 pairs in 1 requests"):
         pair_statistics(model, REQUESTS[1:2], layers=[2], progress=False)

@@ -350,12 +350,12 @@ def test_an_interrupted_training_resumes_to_the_same_editor(
     monkeypatch.setattr(mend_training._Training, "step", breaking)
     with pytest.raises(Interrupted):
         train(one_gpt2, training=training, out=file)
-    with pytest.raises(EditError, match="an unfinished training after 2 steps"):
+    with pytest.raises(EditError, match="an unfinished training run after 2 steps"):
         MENDEditor.load(file)
     done = -10  # two of five steps are in the file: three are left
-    with pytest.raises(EditError, match=r"holds a training with lr 0\.001, not 0\.5"):
+    with pytest.raises(EditError, match=r"holds a training run with lr 0\.001, not 0\.5"):
         train(one_gpt2, training=replace(training, lr=0.5), out=file)
-    with pytest.raises(EditError, match="holds a training with records"):
+    with pytest.raises(EditError, match="holds a training run with records"):
         train(one_gpt2, training=training, out=file, records=RECORDS[:2])
     found = train(one_gpt2, training=training, out=file)
     assert done == -7

@@ -373,7 +373,7 @@ def test_matrices_that_are_not_there(gpt2: Case) -> None:
         ({"matrices": "W_gate"}, "has no W_gate"),
         ({"matrices": "W_up"}, "unknown matrix 'W_up'"),
         ({"layers": 3}, "layer 3 does not exist"),
-        ({"layers": []}, "no layer was asked for"),
+        ({"layers": []}, "layers is empty"),
     ):
         with pytest.raises(EditError, match=message):
             step("sgd", gpt2.model, **more)

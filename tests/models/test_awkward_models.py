@@ -619,7 +619,7 @@ def test_an_adapter_on_a_fused_projection_is_refused() -> None:
     [
         ("gpt2", r"model is the str 'gpt2'.*: load_model\('gpt2'\)"),
         (Path("some/folder"), r"model is the PosixPath 'some/folder'.*load_model"),
-        ({"a": 1}, r"model is a dict.*such as load_model\(name\) gives"),
+        ({"a": 1}, r"model is a dict.*such as load_model\(name\) returns"),
         (nn.Linear(2, 2), r"model is a Linear.*boot_transformers\(name, hf_model=model"),
     ],
 )

@@ -927,7 +927,7 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str):
     ("settings", "message"),
     [
         ({"matrices": "W_up"}, "unknown matrix 'W_up'; allowed are"),
-        ({"matrices": ()}, "no matrix was asked for"),
+        ({"matrices": ()}, "matrices is empty"),
         ({"layers": 3}, "layer 3 does not exist; allowed are -3 to 2"),
         ({"memory": blt.Memory(budget=1000)}, "the budget is 1,000 bytes"),
     ],

@@ -903,7 +903,7 @@ def test_errors(result: BackwardLensResult, facts_model: Any) -> None:
         "of is 'x'; allowed are 'target'", figures.token_ranks_by_segment, result, SUBJECTS, of="x"
     )
     refused(
-        "'tuned' was not asked",
+        "'tuned' was not requested",
         figures.token_ranks_by_segment,
         result,
         SUBJECTS,

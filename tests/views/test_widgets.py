@@ -418,7 +418,7 @@ def test_what_is_not_in_the_result_is_refused(result: BackwardLensResult):
     with pytest.raises(InputError, match="layer 9 was not analysed; there are 0, 1, 2, 3"):
         widgets.reversed_attention(result, 9)
     with pytest.raises(
-        InputError, match=r"no Reversed Attention of layer 0; ask for its attention"
+        InputError, match=r"no Reversed Attention for layer 0; capture its attention"
     ):
         widgets.reversed_attention(make_result(), 0)
 

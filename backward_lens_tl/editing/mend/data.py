@@ -151,7 +151,7 @@ class TrainingData:
         others = others or list(example.neighbors)
         if not others:
             raise EditError(
-                f"there is nothing that the edit of {example.request.request.prompt!r} should "
+                f"the edit of {example.request.request.prompt!r} has no prompts that it should "
                 "leave unchanged; pass records with neighborhood prompts, or locality texts"
             )
         missing = n_locality - half

@@ -259,7 +259,7 @@ class MENDEditor(storage.Saved):
         found: MENDEditor | MENDCheckpoint = storage.read(path, (cls, MENDCheckpoint), cls.PARTS)
         if isinstance(found, MENDCheckpoint):
             raise EditError(
-                f"{str(path)!r} holds an unfinished training after {len(found.editor.losses)} "
+                f"{str(path)!r} holds an unfinished training run after {len(found.editor.losses)} "
                 "steps; call train_mend with the same arguments to resume it"
             )
         return found

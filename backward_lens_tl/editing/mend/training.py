@@ -141,8 +141,8 @@ def _resumed(file: Path, about: dict[str, Any]) -> MENDCheckpoint | MENDEditor:
     for name, value in wanted.items():
         if held.get(name) != value:
             raise EditError(
-                f"{str(file)!r} holds a training with {name} {held.get(name)!r}, not {value!r}; "
-                "choose another file"
+                f"{str(file)!r} holds a training run with {name} {held.get(name)!r}, not "
+                f"{value!r}; choose another file"
             )
     return found
 

@@ -87,7 +87,7 @@ class FactMethod(EditMethod):
         moments, listed = self.moments, ", ".join(map(str, layers))
         if moments is None:
             raise EditError(
-                "there are no second moments to whiten keys with; collect them with "
+                "second moments are needed to whiten keys; collect them with "
                 f"second_moments(model, texts, layers=[{listed}]), pass facts_moments() for the "
                 "facts model, or moments='identity' to leave keys unwhitened, which damages other "
                 "facts"

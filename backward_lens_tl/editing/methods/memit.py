@@ -129,7 +129,7 @@ def _check_writes_to_stream(
     for (site, _), wrote, added in zip(joined, seen.outputs, seen.points, strict=True):
         if float((added - wrote).norm()) > _CLOSE * float(wrote.norm()):
             raise UnsupportedModelError(
-                f"between W_out of layer {site.layer} and the residual stream there is a norm or a "
-                "scale, and MEMIT's least squares needs a matrix that writes straight to it; use "
-                "ROME, which edits what the matrix itself writes"
+                f"there is a norm or a scale between W_out of layer {site.layer} and the residual "
+                "stream, but MEMIT's least squares needs a matrix that writes directly to it; use "
+                "ROME, which edits the matrix's own output"
             )

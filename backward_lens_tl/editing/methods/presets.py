@@ -198,7 +198,7 @@ def with_settings(
 
 def _check_name(name: object, known: tuple[str, ...]) -> None:
     if name not in known:
-        raise EditError(f"there is no method {name!r}; there are {', '.join(known)}")
+        raise EditError(f"there is no method {name!r}; allowed are {', '.join(known)}")
 
 
 def preset_settings(model: str, n_layers: int) -> Mapping[str, Settings]:
@@ -317,9 +317,9 @@ class _Needs:
         """The training records; an `EditError` if there are none."""
         if not self.training:
             raise EditError(
-                "MEND and the other editors of gradients need records to learn from, apart from "
-                "those that are evaluated, and there are none left; evaluate fewer records, or "
-                "pass methods that need none, such as 'shift'"
+                "MEND and the other gradient editors need records to learn from that are not "
+                "evaluated, and there are none left; evaluate fewer records, or pass methods that "
+                "need none, such as 'shift'"
             )
         return self.training[:_TRAINING_RECORDS]
 

@@ -96,8 +96,8 @@ def _warn_if_huge(own: MatrixDelta, norm: float) -> None:
     if own.norm > norm:
         warnings.warn(
             f"an edit of layer {own.layer} has norm {own.norm:.3g}, more than W_out itself "
-            f"({norm:.3g}), and may disable the model: the direction it responds to is hardly in "
-            "the key; use key_mode='mean', statistics of more text, a larger ridge or a smaller "
-            "clamp",
+            f"({norm:.3g}), and may disable the model: the direction it responds to is nearly "
+            "orthogonal to the key; use key_mode='mean', statistics of more text, a larger ridge "
+            "or a smaller clamp",
             stacklevel=4,
         )

@@ -47,8 +47,7 @@ def check_matrix(matrix: object, table: pd.DataFrame) -> None:
     there = table["matrix"].unique().tolist()
     if matrix not in there:
         raise InputError(
-            f"{shown(matrix)} is not in this table; it has {', '.join(there)}: name one of these "
-            "as the matrix"
+            f"{shown(matrix)} is not in this table; it has {', '.join(there)}; pass one of these"
         )
 
 

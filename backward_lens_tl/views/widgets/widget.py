@@ -168,7 +168,7 @@ def page(*widgets: Widget, title: str = "Backward Lens") -> str:
     if strangers or not widgets:
         given = f"{strangers[0]}, which is not a widget" if strangers else "no widget"
         raise InputError(
-            f"a page was asked for with {given}; pass what widgets.norms, top_tokens, quantities "
+            f"page got {given}; pass what widgets.norms, top_tokens, quantities "
             "and reversed_attention return"
         )
     heading = escape(running_text(title))
