@@ -67,8 +67,8 @@ def backward_lens(
         model: A `HookedTransformer` or `TransformerBridge`. It is not changed.
         prompts: A text, several of any lengths, token ids `[batch, pos]`, or the output of a
             tokenizer (`input_ids` and `attention_mask`).
-        target: What the model should say next: text or token id, or one per prompt. `None` is the
-            model's own most probable token. With an `objective`, the target is only ranked.
+        target: What the model should predict next: text or token id, or one per prompt. `None` is
+            the model's own most probable token. With an `objective`, the target is only ranked.
         objective: What to differentiate; `target_nll(target)` by default.
         matrices: Names among `W_Q`, `W_K`, `W_V`, `W_O`, `W_in`, `W_gate`, `W_out`, or the groups
             `"attn"`, `"mlp"`, `"all"`.

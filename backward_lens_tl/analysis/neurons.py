@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _BLOCK = 512
-"""Neurons computed at a time: 3 MB for GPT-2 XL, whose matrix has 41 MB."""
+"""Neurons computed at a time: 3 MB for GPT-2 XL, whose matrix takes 41 MB."""
 
 _ZERO_VECTOR = "zero vector"
 """The paper's name for the reading of the zero vector, which is the final norm's bias."""
@@ -73,8 +73,8 @@ def neuron_tokens(
         `norm_order`.
 
     Raises:
-        InputError: If an argument is not usable, the gradients are of a model of another width, or
-            heads or experts have separate factors.
+        InputError: If an argument is not usable, the gradients come from a model of another width,
+            or heads or experts have separate factors.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -135,8 +135,8 @@ def spanning_tokens(
         the paper.
 
     Raises:
-        InputError: If an argument is not usable, the gradients are of a model of another width, or
-            heads or experts differ at the residual stream.
+        InputError: If an argument is not usable, the gradients come from a model of another width,
+            or heads or experts differ at the residual stream.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -191,8 +191,8 @@ def neuron_overlap(
         vector, with a missing `position` and the `token` `"zero vector"`.
 
     Raises:
-        InputError: If an argument is not usable, the gradients are of a model of another width, or
-            heads or experts have separate factors.
+        InputError: If an argument is not usable, the gradients come from a model of another width,
+            or heads or experts have separate factors.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -262,7 +262,7 @@ def _by_length(norms: Float[Tensor, "d_hidden"], per_group: int) -> list[tuple[s
     largest, rest = ranks[:per_group], ranks[per_group:]
     first_smallest = max(0, len(rest) - per_group)
     between, smallest = rest[:first_smallest], rest[first_smallest:]
-    # Equally many are cut off at either end, so the median stays the same.
+    # The same number is cut off at either end, so the median stays the same.
     first_middle = max(0, len(between) - per_group) // 2
     middle = between[first_middle : first_middle + per_group]
     groups = {"largest": largest, "middle": middle, "smallest": smallest}

@@ -136,7 +136,7 @@ def _measured(gradients: pd.DataFrame) -> pd.DataFrame:
     table = gradients.loc[gradients["rank"].notna(), list(_COLUMNS)].reset_index(drop=True)
     numbers = ("n_tokens", "n_writing", "rank", "largest_rank", "input_rank", "vjp_rank")
     table = table.astype(dict.fromkeys(numbers, "int64"))
-    # A zero gradient has no position that writes, which says nothing about the loss.
+    # A zero gradient has no position that writes, so nothing follows about the loss.
     is_one = table["is_last_layer"].astype(bool) & (table["n_writing"] <= 1)
     table["law"] = table["n_tokens"].mask(is_one, 1)
     return table

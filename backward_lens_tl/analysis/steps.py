@@ -66,7 +66,7 @@ def step_changes(
     Args:
         model: A `HookedTransformer` or `TransformerBridge`. It is restored even after exceptions.
         prompts: A text, several of any lengths, or token ids `[batch, pos]`.
-        target: What the model should say next, as in `backward_lens`; the loss is its negative
+        target: What the model should predict next, as in `backward_lens`; the loss is its negative
             log-likelihood.
         learning_rate: `eta`. `None` uses, for each gradient, the rate at which the loss falls by
             1 % to first order, `0.01 L / ||dL/dW||_F^2`, and 0 if the gradient is zero.

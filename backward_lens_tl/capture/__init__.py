@@ -1,1 +1,1 @@
-"""Prompts in, factors out: one forward and one backward pass that keep `x_i` and `delta_i`."""
+"""Capture `x_i` and `delta_i` of prompts in one forward and one backward pass."""

@@ -1,4 +1,4 @@
-"""Divides the work of a capture into microbatches.
+"""Divide the work of a capture into microbatches.
 
 Prompts of similar length share a microbatch, so that there is little padding. Under a memory budget
 microbatches have fewer prompts, or fewer layers.
@@ -246,7 +246,7 @@ def _free_cuda_memory(device: torch.device) -> int:
 
 
 def _smaller(bucket: tuple[int, ...], most: int, lengths: Sequence[int]) -> list[tuple[int, ...]]:
-    """Batches of at most `most` prompts, with no more padding."""
+    """Batches of at most `most` prompts, without additional padding."""
     by_length = tuple(sorted(bucket, key=lengths.__getitem__, reverse=True))
     return [
         tuple(sorted(part[index] for index in batch))

@@ -1,4 +1,4 @@
-"""Prompts with answers, and the probability that a model gives to the answers."""
+"""Prompts with answers, and the probability that a model assigns to the answers."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ class Coverage:
         covered: Parameters whose gradient follows from the captured factors.
         not_covered: All other parameters of the model.
         parameters: `"processed"` if TransformerLens changed matrices of attention or MLPs when it
-            loaded them, with `fold_ln` or `center_writing_weights`: factors belong to those, not
-            to the raw model's. Otherwise `"raw"`. It is determined from the weights.
+            loaded them, with `fold_ln` or `center_writing_weights`: the factors belong to those,
+            not to the raw model's. Otherwise `"raw"`. It is determined from the weights.
         differing: The captured matrices that differ from the raw model's.
     """
 

@@ -1,6 +1,6 @@
 """Forward passes: logits where they are needed, activations, and additions to what is computed.
 
-A change `D` of a weight matrix is tried without touching a parameter: its output `x @ W + b`
+A change `D` of a weight matrix is tried without changing a parameter: its output `x @ W + b`
 becomes `x @ W + b + x @ D`. Autograd runs through that to whatever `D` is computed from.
 """
 
@@ -23,15 +23,15 @@ from backward_lens_tl.models.sites import HookPointSite, MatrixSite
 from backward_lens_tl.models.taps import Tap, hooked
 
 Addition = Callable[[Float[Tensor, "*rows d_in"]], Float[Tensor, "*rows d_out"]]
-"""From what a matrix reads to what is added to its output."""
+"""Maps the input of a matrix to what is added to its output."""
 
 
 @dataclass(frozen=True)
 class Activations:
     """What one forward pass computed.
 
-    Activations are `[batch, pos, d]`, or what `keep` made of that, in the order in which they were
-    asked for.
+    Activations are `[batch, pos, d]`, or what `keep` returned for that, in the order in which
+    they were requested.
 
     Attributes:
         inputs: `x` of each matrix.
@@ -139,7 +139,7 @@ def selected_logits(
     Args:
         host: The model.
         batch: The prompts.
-        select: Maps something per position, `[batch, pos, d]`, to the positions that are needed,
+        select: Maps a value per position, `[batch, pos, d]`, to the positions that are needed,
             `[rows, read, d]`.
         points: Hook points that have to fire in this pass.
 

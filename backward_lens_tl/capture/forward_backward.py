@@ -145,7 +145,7 @@ class _Run:
         return [*self.matrices, *self.points, *self.joins.values(), *self.patterns.values()]
 
     def drop_unseen(self, *, points: bool) -> None:
-        """Drop patterns and joins that the model does not expose, and perhaps hook points.
+        """Drop patterns and joins that the model does not expose and, if allowed, hook points.
 
         Raises:
             UnsupportedModelError: If a hook point that is left did not fire exactly once.

@@ -37,8 +37,8 @@ class VjpRecorder(Recorder):
         # Some hook points show indices of experts; some norms show a copy outside the graph.
         if not tensor.is_floating_point() or not torch.is_grad_enabled():
             return None
-        # The tensor may be used elsewhere too, as the residual stream is: a node of its own has the
-        # gradient through this hook point alone, which a patch here would have.
+        # The tensor may be used elsewhere too, as the residual stream is. A separate node has the
+        # gradient through this hook point alone, which is that of a patch here.
         own = tensor.clone()
         replaced = self._edge.keep(own)
         return own if replaced is None else replaced
@@ -50,14 +50,14 @@ class VjpRecorder(Recorder):
 
     @property
     def edges(self) -> list[GradientEdge]:
-        """At the hook point."""
+        """The edge at the hook point."""
         return [self._edge.edge]
 
     def vjp(self, found: Sequence[Tensor | None], batch: PromptBatch) -> Tensor:
-        """The gradient, laid out as a hook would see it.
+        """The gradient, in the layout that a hook sees.
 
         Args:
-            found: What autograd gave for `edges`.
+            found: The gradients that autograd returned for `edges`.
             batch: The prompts.
 
         Returns:
@@ -96,7 +96,7 @@ class HookPointRecorder(VjpRecorder):
         """The activation and its gradient.
 
         Args:
-            found: What autograd gave for `edges`.
+            found: The gradients that autograd returned for `edges`.
             batch: The prompts.
 
         Returns:
@@ -134,7 +134,7 @@ class PatternRecorder(VjpRecorder):
         """Differentiate the softmax.
 
         Args:
-            found: What autograd gave for `edges`.
+            found: The gradients that autograd returned for `edges`.
             batch: The prompts.
             d_head: Width of a head.
 

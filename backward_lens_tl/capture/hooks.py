@@ -1,4 +1,4 @@
-"""What hooks keep: values of inputs, and of outputs their place in the autograd graph."""
+"""What hooks keep: the values of inputs, and the places of outputs in the autograd graph."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ class Edges:
         """
         # On a frozen model nothing below the lowest hook needs a gradient.
         source = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-        # The model or a caller's hook may write into it later. The edge stays that of the tensor
-        # before, except for views, which change their node, and leaves may not be written into.
+        # The model or a caller's hook may write into it later. The edge stays that of the
+        # unchanged tensor, except for views, whose node changes. Leaves may not be written into.
         kept = source.clone() if source.is_leaf or source._is_view() else source
         # Expanded zeros, so that the tensor itself is not kept in memory.
         zeros = kept.detach().new_zeros(()).expand(kept.shape)
@@ -102,8 +102,8 @@ class Edges:
         """The VJP at the single place.
 
         Args:
-            found: What autograd gave for `edge`; `None` if the loss does not depend on it, as under
-                a patch of everything after it.
+            found: The gradient that autograd returned for `edge`; `None` if the loss does not
+                depend on it, as under a patch of everything after it.
 
         Returns:
             The VJP; zeros for `None`.

@@ -40,7 +40,7 @@ class MatrixGradient(Factors):
         experts: The expert of each slot, -1 at padding; `None` without experts.
         n_experts: Number of experts.
         joined_vjps: The gradient where the matrix's output is added to the residual stream, if it
-            differs from `vjps`; `resid_vjps` gives it in all cases.
+            differs from `vjps`; `resid_vjps` returns it in all cases.
         input_hook: TransformerLens's hook point that shows `x_i`, if there is one.
         output_hook: TransformerLens's hook point that shows the output, or the output after a norm
             or scale on its way to the residual stream.
@@ -154,7 +154,7 @@ class MatrixGradient(Factors):
     def neurons(
         self, start: int, stop: int, batch: int | None = None
     ) -> Float[Tensor, "n d_model"]:
-        """A block of neurons of the gradient; all at once they are the `d_in x d_out` matrix.
+        """A block of neurons of the gradient; all of them together are the `d_in x d_out` matrix.
 
         Args:
             start: The first hidden unit, from 0.

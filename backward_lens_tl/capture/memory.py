@@ -51,14 +51,14 @@ class Memory:
                 )
             # numpy's integers overflow, and this is multiplied.
             object.__setattr__(self, "budget", index(self.budget))
-        import torch  # here, so that the command's help does not wait for it
+        import torch  # here, so that the command's help does not import it
 
         dtypes = (None, torch.bfloat16, torch.float32, torch.float64)
         check_choice("factor_dtype", self.factor_dtype, dtypes)
         try:
             device = None if self.factor_device is None else torch.device(self.factor_device)
             torch.empty(0, device=device)
-        # What torch raises depends on the device and on how it was built.
+        # The error that torch raises depends on the device and on torch's build.
         except (RuntimeError, TypeError, AssertionError, ImportError) as error:
             raise InputError(
                 f"factor_device is {shown(self.factor_device)}, which is not a device of this "

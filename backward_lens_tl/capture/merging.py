@@ -16,7 +16,7 @@ from backward_lens_tl.capture.prompts import PromptBatch
 
 
 class Merger:
-    """Merges passes, and keeps factors in the requested dtype and on the requested device.
+    """Merges passes and keeps factors in the requested dtype and on the requested device.
 
     Args:
         batch: All prompts, on the device where factors are kept.

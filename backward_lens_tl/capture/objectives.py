@@ -111,7 +111,7 @@ def logit_difference(
         >>> result = blt.backward_lens(model, "The capital of Italy is", objective=objective)
         >>> result.top_tokens("W_out", layer=6, pos=-1, k=1)
         [' Paris']
-        >>> bool(result.capture.loss > 0)  # the model says " Rome"
+        >>> bool(result.capture.loss > 0)  # the model predicts " Rome"
         True
     """
     check_multi_token(multi_token)

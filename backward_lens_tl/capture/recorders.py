@@ -1,7 +1,7 @@
 """Hooks that record the factors of a matrix's gradient during a forward pass.
 
-A recorder keeps the inputs `x`, and of the outputs `y` only their place in the autograd graph.
-After the backward pass it builds the gradient from both.
+A recorder keeps the inputs `x`, and only the place of the outputs `y` in the autograd graph. After
+the backward pass it builds the gradient from both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from backward_lens_tl.models.sites import (
 from backward_lens_tl.models.taps import Tap, hooked
 
 Hook = tuple[Tap, Callable[[Any], Tensor | None], bool]
-"""Where, what is called there, and whether it runs before hooks that are already there."""
+"""A tap, the function to call there, and whether it runs before existing hooks."""
 
 
 class Recorder(ABC):
@@ -39,7 +39,7 @@ class Recorder(ABC):
 
     @abstractmethod
     def hooks(self) -> Iterator[Hook]:
-        """The hooks that it needs."""
+        """The hooks that the recorder needs."""
 
     @property
     @abstractmethod
@@ -110,7 +110,7 @@ class MatrixRecorder(Recorder):
         """Build the gradient.
 
         Args:
-            found: What autograd gave for `edges`.
+            found: The gradients that autograd returned for `edges`.
             batch: The prompts.
 
         Returns:
@@ -155,7 +155,7 @@ class ExpertsRecorder(Recorder):
 
     @property
     def edges(self) -> list[GradientEdge]:
-        """At `y` of the experts that were used."""
+        """The edges at `y` of the experts that were used."""
         return [expert.y.edge for expert in self._experts if expert.y.seen]
 
     def other_uses(self, uses: Mapping[Tensor, int]) -> int:
@@ -166,14 +166,14 @@ class ExpertsRecorder(Recorder):
         """Build the gradient, slot by slot.
 
         Args:
-            found: What autograd gave for `edges`.
+            found: The gradients that autograd returned for `edges`.
             batch: The prompts.
 
         Returns:
             The gradient.
 
         Raises:
-            UnsupportedModelError: If an expert saw other tokens than were routed to it.
+            UnsupportedModelError: If an expert saw tokens other than those routed to it.
         """
         chosen = self._chosen.only
         factors: list[Tensor | None] = [None, None]
@@ -227,14 +227,14 @@ class StackedExpertsRecorder(Recorder):
 
     @property
     def edges(self) -> list[GradientEdge]:
-        """At the stack's output."""
+        """The edge at the stack's output."""
         return [self._y.edge]
 
     def gradient(self, found: Sequence[Tensor | None], batch: PromptBatch) -> MatrixGradient:
         """Derive the experts' factors.
 
         Args:
-            found: What autograd gave for `edges`.
+            found: The gradients that autograd returned for `edges`.
             batch: The prompts.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Samples continuations from a model, with a random generator per prompt."""
+"""Sample continuations from a model, with a random generator per prompt."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def _spectrum(gradient: MatrixGradient, prompt: int, n_writing: int) -> dict[str
 
 
 def norm_order(norms: Float[Tensor, "d_hidden"]) -> Int[Tensor, "d_hidden"]:
-    """Place of each neuron by its norm: 0 for the longest; ties in the order of their index."""
+    """Rank of each neuron by its norm: 0 for the longest; ties in the order of their index."""
     # Sorting the permutation inverts it.
     return norms.argsort(descending=True, stable=True).argsort()
 

@@ -25,8 +25,8 @@ class EvaluateCommand(DataCommand):
 
     Attributes:
         methods: Presets, such as shift rome; all by default.
-        records: How many records are taken, from the first; 100 by default.
-        rows: Rows to take instead, as FIRST:END, such as 100:200.
+        records: Number of records to use, counted from the first; 100 by default.
+        rows: Rows to use instead, as FIRST:END, such as 100:200.
     """
 
     SETTINGS = EvaluationConfig
@@ -39,7 +39,7 @@ class EvaluateCommand(DataCommand):
         """Run the evaluation, and print its table.
 
         Args:
-            settings: The settings that were given, by name.
+            settings: The settings passed on the command line, by name.
         """
         from backward_lens_tl.data.readers import read_records
         from backward_lens_tl.evaluation.run import evaluate

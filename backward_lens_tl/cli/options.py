@@ -19,7 +19,7 @@ _NAMES = {"prepend_bos": "bos"}
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What every command has.
+    """Options of every command.
 
     Attributes:
         model: The facts model that ships with this package (facts), a local folder in Hugging Face
@@ -39,14 +39,14 @@ class Command:
         """Run the command.
 
         Args:
-            settings: The settings that were given, by name.
+            settings: The settings passed on the command line, by name.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataCommand(Command):
-    """What commands over data sets have.
+    """Options of commands that read a data set.
 
     Attributes:
         data: A .json (CounterFact), .jsonl, .csv, .tsv or .parquet file, a data set's folder or
@@ -68,7 +68,7 @@ def add_options(parser: argparse.ArgumentParser, command: type[Command]) -> None
     """Add the options of a command and its settings.
 
     Args:
-        parser: What they are added to.
+        parser: The parser to add them to.
         command: The command.
     """
     own = [field.name for field in fields(command)]
@@ -95,7 +95,7 @@ def run_command(command: type[Command], given: dict[str, Any]) -> None:
 def _add_option(
     parser: Any, owner: type, name: str, default: Any, *, is_setting: bool = False
 ) -> None:
-    """Add one option. A required sequence is positional; settings that are not given stay out."""
+    """Add one option. A required sequence is positional; settings that are not passed stay out."""
     kinds = members(get_type_hints(owner, include_extras=True)[name])
     sequence = next((each for each in kinds if get_origin(each) is Sequence), None)
     item = kinds[0] if sequence is None else members(get_args(sequence)[0])[0]

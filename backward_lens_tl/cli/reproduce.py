@@ -18,13 +18,13 @@ class ReproduceCommand(DataCommand):
 
     Attributes:
         names: Experiments: fig1, fig3 ... fig24, table1 ... table7, gradients, editing, or all.
-        data: As in `backward-lens sweep`; by default the facts model's own records for it, and the
-            hub's CounterFact for other models.
+        data: As in `backward-lens sweep`; by default the facts model's own records for that model,
+            and CounterFact on the hub for others.
         out: The folder to write.
         device: Such as cuda; by default as load_model chooses.
-        prompts: How many prompts are taken from the data.
-        seed: Seed of that choice.
-        prepend_bos: Whether prompts get a BOS token; by default not, as in the paper.
+        prompts: Number of prompts to draw from the data.
+        seed: Seed for drawing them.
+        prepend_bos: Whether prompts get a BOS token; by default they do not, as in the paper.
     """
 
     names: Sequence[str]

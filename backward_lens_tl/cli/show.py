@@ -27,7 +27,7 @@ class ShowCommand(Command):
 
     Attributes:
         prompt: The text, such as "Lionel Messi plays for".
-        target: What the model should say next, such as " Paris"; by default its own answer.
+        target: What the model should predict next, such as " Paris"; by default its own answer.
         html: A file to write the table to as a page; it shows both projections.
         positions: Tokens of the prompt, negative ones from the end; all by default.
     """
@@ -44,7 +44,7 @@ class ShowCommand(Command):
         """Print the table.
 
         Args:
-            settings: The settings that were given, by name.
+            settings: The settings passed on the command line, by name.
         """
         with _quiet():
             config = SweepConfig(**settings)

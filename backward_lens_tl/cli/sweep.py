@@ -35,10 +35,10 @@ class SweepCommand(DataCommand):
     budget: int | None = None
 
     def run(self, settings: dict[str, Any]) -> None:
-        """Run the sweep, and print how many prompts were analysed.
+        """Run the sweep and print how many prompts were analysed.
 
         Args:
-            settings: The settings that were given, by name.
+            settings: The settings passed on the command line, by name.
         """
         from backward_lens_tl.capture.memory import Memory
         from backward_lens_tl.data.readers import read_records

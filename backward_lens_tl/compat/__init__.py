@@ -1,4 +1,4 @@
-"""The calls of `transformer_lens.tools.analysis.BackwardLens`, on this package's capture.
+"""The calls of `transformer_lens.tools.analysis.BackwardLens`, computed by this package.
 
 TransformerLens 3.9 to 4.2 had its own Backward Lens. Code written for it runs with
 

@@ -1,4 +1,4 @@
-"""The analysis of TransformerLens's own tool, on this package's capture."""
+"""The analysis of TransformerLens's own tool, computed by this package."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class BackwardLensMatrixResult:
         >>> output = layer.output_projection
         >>> output.projected_factor, output.top_ranking.indices.shape  # [pos, k]
         ('output_gradients', torch.Size([6, 10]))
-        >>> int(output.target_smallest_ranks[-1])  # the target's, from the smallest logit on
+        >>> int(output.target_smallest_ranks[-1])  # the target's, counted from the smallest logit
         0
     """
 

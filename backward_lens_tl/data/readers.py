@@ -1,7 +1,7 @@
 """Reading data sets: files, tables, folders and data sets of `datasets`, the hub, and memory.
 
 CSV and JSON are read with the standard library: pandas and `datasets` refuse a whole file for one
-broken line, guess types, and do not say on which line a row is.
+broken line, guess types, and do not report the line that a row is on.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def _rows_from_hub(name: str, split: str) -> list[object]:
 
     try:
         data = datasets.load_dataset(name, split=split)
-    except Exception as error:  # errors of the hub, of file systems, and of readers of files
+    except Exception as error:  # errors of the hub, of file systems, and of file readers
         raise InputError(
             f"{truncated(shown(name))} is not an existing file or folder, and split {split!r} of a "
             f"data set of this name cannot be loaded from the hub: {_first_line(error)}; check the "

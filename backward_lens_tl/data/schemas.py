@@ -65,7 +65,7 @@ def read_row(index: int, row: object, fields: Mapping[str, str]) -> Record | Bad
 
 
 def truncated(text: str) -> str:
-    """Text of at most 200 characters, with an ellipsis where the rest was.
+    """Truncate a text to at most 200 characters, with an ellipsis at the end.
 
     Args:
         text: Any text.

@@ -1,10 +1,10 @@
 """An edit as a LoRA adapter of the Hugging Face model, in PEFT's format.
 
 PEFT adds `scale * x @ A^T @ B^T + b` to the output of a linear layer: with `A = left^T`,
-`B = right^T` and scale 1 it is the edit. The work is to find the layer, and the columns of it that
-are the matrix:
+`B = right^T` and scale 1 this is the edit. The task is to find the layer, and its columns that hold
+the matrix:
 
-    W_Q   W_K   W_V     in TransformerLens, heads side by side
+    W_Q   W_K   W_V     in TransformerLens, heads concatenated
      │     │     │
     [q │ k │ v]         one layer of GPT-2, or [q k v of head 0 │ q k v of head 1 │ ...] of NeoX
 
@@ -49,7 +49,7 @@ class Adapted:
 
     Attributes:
         name: The matrix and its layer, for messages.
-        weight: The matrix, heads side by side.
+        weight: The matrix, with heads concatenated.
         left: Left factor of the edit.
         right: Right factor of the edit.
         bias: What the edit adds to the bias, if anything.
@@ -193,7 +193,7 @@ def _place(
 
 
 def _places(adapted: Adapted, layers: Sequence[_Layer]) -> Iterator[_Place]:
-    """Where a matrix lies: as a whole, or else head by head, or column by column."""
+    """Where a matrix is: as a whole, or else head by head, or column by column."""
     width = adapted.weight.shape[1]
     divisions = dict.fromkeys((1, adapted.n_parts, width))
     for n_parts in divisions:
@@ -231,7 +231,7 @@ def _columns(
 def _starts(part: Float[Tensor, "d_in width"], layer: Float[Tensor, "d_in layer_out"]) -> list[int]:
     """The columns of a layer at which a part of a matrix begins."""
     rows = torch.linspace(0, len(part) - 1, min(_FEW, len(part)), device=part.device).long()
-    # The column with the largest norm: one of zeros is found in many places.
+    # The column with the largest norm: a column of zeros would be found in many places.
     at = int(at_least_float32(part).norm(dim=0).argmax())
     last = layer.shape[1] - part.shape[1]
     few = layer[rows.to(layer.device)][:, at : at + last + 1]

@@ -1,7 +1,7 @@
 """What an edit adds to one weight matrix: low-rank factors, or a dense matrix.
 
 In TransformerLens's orientation, `y = x @ W + b`, the edit is `W <- W + left @ right`. Attention
-heads lie side by side along the side of a matrix that they divide.
+heads are concatenated along the axis of the matrix that they divide.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class MatrixDelta:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(d_in, d_out)`, heads side by side."""
+        """`(d_in, d_out)`, with heads concatenated."""
         left, right = self._stored
         return len(left), right.shape[1]
 
@@ -108,7 +108,7 @@ class MatrixDelta:
             return self._stored
         wide = at_least_float32(self.values)
         u, s, vh = _svd(wide.double())
-        # The norm of what is left out when the factors end at each place.
+        # The norm of what is left out if the factors are truncated at each index.
         tail = s.flip(0).square().cumsum(0).sqrt().flip(0)
         n = int((tail > torch.finfo(wide.dtype).eps * s.norm()).sum())
         return u[:, :n].to(wide.dtype), (s[:, None] * vh)[:n].to(wide.dtype)
@@ -199,7 +199,7 @@ class MatrixDelta:
         outer products, or times the larger side of a dense change.
         """
         n = max(self.shape) if self.left is None else self.left.shape[1]
-        # The eps of half precision times a width is more than 1: nothing would count.
+        # In half precision, eps times a width exceeds 1, so no singular value would count.
         dtype = at_least_float32(self._stored[0][:0]).dtype
         return n * float(torch.finfo(dtype).eps)
 

@@ -1,4 +1,4 @@
-"""What a model is to be taught: a prompt, its new answer, and the subject that it is about."""
+"""Requests for edits: a prompt, its new answer, and the subject that it is about."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from backward_lens_tl.models.vocabulary import Span
 
 @dataclass(frozen=True)
 class EditRequest:
-    """One fact that a model is to be taught.
+    """One fact to teach a model.
 
     Attributes:
         prompt: The prompt, such as `"Lionel Messi plays for"`.
@@ -69,11 +69,11 @@ class EditRequest:
 
 @dataclass(frozen=True)
 class TokenizedRequest:
-    """A request in tokens.
+    """A tokenized request.
 
     Attributes:
         request: The request.
-        prompt: Token ids of the prompt, BOS included if there is one.
+        prompt: Token ids of the prompt, including BOS if there is one.
         target: Token ids of the target.
         subject_last: Index of the subject's last token in the prompt; `None` without a subject.
         text: The prompt's text, to which the spans refer.
@@ -139,7 +139,7 @@ def tokenize_request(
         prepend_bos: Whether the prompt gets a BOS token; `None` is the model's own default.
 
     Returns:
-        The request in tokens.
+        The tokenized request.
 
     Raises:
         EditError: If the prompt or the target is not usable, both together are longer than the

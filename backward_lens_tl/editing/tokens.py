@@ -35,7 +35,7 @@ _Name = TypeVar("_Name", bound=str)
 Components = Literal["made", "singular"]
 
 _Reader = Callable[..., VectorReadout]
-"""`read_vectors` with everything but the vectors and their layer."""
+"""`read_vectors` with all arguments except the vectors and their layer."""
 
 
 def delta_tokens(
@@ -51,10 +51,10 @@ def delta_tokens(
 ) -> pd.DataFrame:
     """Read an edit as tokens, one row per outer product.
 
-    The outer products that a method made are not the only ones that add up to its edit.
+    The outer products that a method computed are not the only ones that add up to its edit.
     `components="singular"` uses those of the singular value decomposition, which are orthogonal and
-    give the best approximation of any given rank. A change that is stored as a matrix (Adam's) has
-    no others.
+    give the best approximation of any given rank. A change that is stored as a dense
+    matrix, such as Adam's, has no others.
 
     The Logit Lens reads a short vector as the final norm's bias. For an edit with a small learning
     rate, `projection="normalized"` reads the directions.
@@ -121,7 +121,7 @@ def compare_tokens(
 ) -> pd.DataFrame:
     """Compare the rank and the tokens of several edits of the same matrices.
 
-    For the steps of several optimizers, it shows what each of them does to a low-rank gradient.
+    For steps of several optimizers, it shows what each of them does to a low-rank gradient.
 
     Args:
         model: The model that the edits are for.

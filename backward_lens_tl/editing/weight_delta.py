@@ -58,7 +58,7 @@ class WeightDelta(Saved):
     def __post_init__(self) -> None:
         if len(self._by_place) < len(self.matrices):
             raise EditError("a matrix occurs twice in one edit; add its changes up with +")
-        # Not a field: what is kept of models that are changed now does not belong to the edit.
+        # Not a field: the saved state of edited models does not belong to the edit.
         kept: weakref.WeakKeyDictionary[nn.Module, list[_Kept]] = weakref.WeakKeyDictionary()
         object.__setattr__(self, "_kept", kept)
 
@@ -133,7 +133,7 @@ class WeightDelta(Saved):
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
         """Change a model inside a context, and restore every bit afterwards, whatever happens.
 
-        Contexts may be nested, also of the same edit.
+        Contexts may be nested, even for the same edit.
 
         Args:
             model: A `HookedTransformer` or `TransformerBridge`.
@@ -225,7 +225,7 @@ class WeightDelta(Saved):
         return kept
 
     def _changes(self, model: nn.Module) -> Iterator[Change]:
-        """What is added to each parameter, computed one at a time; all is checked first."""
+        """What is added to each parameter, computed one at a time, after all checks."""
         host = _editable(model)
         sites = [edited_site(host, each) for each in self.matrices]
         for site, each in zip(sites, self.matrices, strict=True):
@@ -236,11 +236,11 @@ class WeightDelta(Saved):
     # --- files ---------------------------------------------------------------------------------
 
     def to_lora(self, folder: str | Path, model: nn.Module, base: Any) -> None:
-        """Write the edit as a LoRA adapter, which `transformers` and `peft` load without us.
+        """Write the edit as a LoRA adapter, which `transformers` and `peft` can load.
 
         The Hugging Face layer that holds a matrix is found by comparing weights, whatever the
-        architecture calls it, as a whole or as some of its columns. This also proves, for the
-        matrices that the edit changes, that `base` is the model. Several matrices in one layer,
+        architecture calls it, as a whole or as some of its columns. For the matrices that the
+        edit changes, this also proves that `base` is the model. Several matrices in one layer,
         such as those of GPT-2's `c_attn`, become one adapter, whose rank is the sum of theirs.
         An adapter's scale is 1. A dense change is written as its exact factors, usually as many as
         it has rows or columns.
@@ -296,7 +296,7 @@ class _Kept:
 
 
 def _editable(model: nn.Module) -> Host:
-    """The host of a model that is edited, also in a caller's inference mode: no gradient needed."""
+    """The host of an edited model, even in inference mode, since no gradient is needed."""
     with torch.inference_mode(mode=False):
         return host_of(model)
 

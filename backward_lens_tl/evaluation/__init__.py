@@ -1,4 +1,4 @@
-"""The benchmark of editing: CounterFact's metrics of any method, each edit on the unedited weights.
+"""Evaluate edits: CounterFact's metrics for any method, each edit on the unedited weights.
 
     records x methods ── plan ──▶ shards ── measuring ──▶ rows ──▶ Parquet ── summary ──▶ one table
 

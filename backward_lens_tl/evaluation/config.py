@@ -18,28 +18,29 @@ class EvaluationConfig(Config):
     """The settings of an evaluation.
 
     Attributes:
-        records: How many records are taken, from the first; all by default.
-        rows: Rows of the data to take instead, from 0, such as `range(100, 200)`.
-        edits_at_once: How many records one edit teaches. Each of them is then scored under the
-            edit of all.
+        records: Number of records to use, counted from the first; all by default.
+        rows: Rows of the data to use instead, from 0, such as `range(100, 200)`.
+        edits_at_once: Number of records that one edit teaches. Each of them is then scored under
+            the joint edit.
         prepend_bos: Whether prompts and texts get a BOS token; the paper's had none, `None` is the
             model's own default.
-        neighbors: How many neighborhood prompts of each record, from the first; all by default.
+        neighbors: Number of neighborhood prompts of each record to use, counted from the first; all
+            by default.
         attributes: Whether to score attribute prompts as well; no metric uses them.
         generation_length: Tokens of each generation, prompt included; 0 for no generations.
-        top_k: Among how many tokens each token of a generation is drawn.
+        top_k: Number of most probable tokens that each token of a generation is sampled from.
         seed: Seed of generations and bootstrap.
         texts: What perplexity is measured on: `"facts"` for the facts model's ordinary sentences,
             `"Salesforce/wikitext"` for WikiText-2 on the hub (raw, test), or a file with one entry
             per line, such as `wiki.test.raw`. By default the first for the facts model and the
             second for others.
-        n_texts: How many entries are taken, the first that are long enough; 0 for no perplexity.
-        min_characters: The length of the shortest entry that is taken.
-        max_tokens: Entries are cut after this many tokens.
+        n_texts: Number of entries to use, the first that are long enough; 0 for no perplexity.
+        min_characters: Minimum length of an entry to use.
+        max_tokens: Entries are truncated to this many tokens.
         denominator: What an entry's summed nll is divided by: `"n"`, its tokens, as in the authors'
             code, or `"n-1"`, those that are predicted.
-        batch_size: Most prompts of one forward pass.
-        resamples: Resamples of the bootstrap.
+        batch_size: Maximum number of prompts in one forward pass.
+        resamples: Number of bootstrap resamples.
 
     Raises:
         EvaluationError: If a value is not usable.

@@ -68,7 +68,7 @@ class Item:
 
     @property
     def request(self) -> EditRequest:
-        """What the model is to be taught."""
+        """The request for the edit."""
         return EditRequest.of(self.record)
 
 
@@ -109,7 +109,7 @@ def plan_shards(
         The shards, at least one.
 
     Raises:
-        EvaluationError: If the data lack a row that is asked for, or have none.
+        EvaluationError: If the data lack a requested row, or have no rows.
     """
     make = partial(_item, host, config)
     planned = [item_or_reject(row, make) for row in _chosen(records, config)]

@@ -165,7 +165,7 @@ def evaluate(
     """Edit record after record, measure what each edit does, and write the results as Parquet.
 
     Every edit starts from the unedited weights, which a checksum verifies, and the unedited model
-    has rows of its own, `"none"`. An evaluation that was stopped, even by `kill -9`, resumes when
+    has its own rows, `"none"`. An evaluation that was stopped, even by `kill -9`, resumes when
     it is called again with the same arguments. Under `accelerate launch` the processes share the
     edits.
 
@@ -173,10 +173,10 @@ def evaluate(
         model: A `HookedTransformer` or `TransformerBridge`, or a name as in `load_model`.
         data: What `read_records` reads: a file of CounterFact, `"facts"`, rows; or its result.
         out: The folder; it is created if needed.
-        methods: Methods by the names that tables give them; one method; or names of presets, such
+        methods: Methods by the names to use in tables; one method; or names of presets, such
             as `"all"` or `["shift", "rome"]`. Presets that need training use rows that are not
             evaluated, and keep what they learn in `out`.
-        config: The settings; `EvaluationConfig()` by default, which takes all records.
+        config: The settings; `EvaluationConfig()` by default, which uses all records.
         progress: Whether to show a progress bar.
 
     Returns:

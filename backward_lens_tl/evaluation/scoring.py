@@ -4,8 +4,8 @@ For a prompt `p` and an answer with tokens `o_1 ... o_k`, read in one pass (teac
 
     nll(o | p) = -(1 / k) * sum_j log P(o_j | p, o_1 ... o_{j-1})
 
-and an answer is said if each `o_j` is the most probable token at its position. Padding is on the
-right, where no token attends to it, so a score does not depend on the rest of the batch.
+and the model says an answer if each `o_j` is the most probable token at its position. Padding is on
+the right, where no token attends to it, so a score does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """How probable an answer is.
+    """The score of an answer.
 
     Attributes:
         nll: Its negative log-likelihood in nats per token; infinite if the model returns NaN.

@@ -186,7 +186,7 @@ def _number(value: float, decimals: int) -> str:
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """Format a table of text as Markdown; pandas needs another package for that, tabulate.
+    """Format a table of text as Markdown; pandas needs the package tabulate for that.
 
     Args:
         table: The table.

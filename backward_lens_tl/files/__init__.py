@@ -1,1 +1,1 @@
-"""What is written and read back: results, tables, shards of long runs."""
+"""Files that are written and read back: results, tables, shards of long runs."""

@@ -240,7 +240,7 @@ class Host(ABC):
         return getattr(self.model.blocks[0], "mlp", None) is not None
 
     def sites(self, layer: int, matrices: Sequence[MatrixName]) -> list[Site]:
-        """Where matrices of one layer meet their inputs and outputs.
+        """The sites of matrices of one layer.
 
         Args:
             layer: The layer, from 0.

@@ -1,4 +1,4 @@
-"""Models by name: the facts model that ships here, local folders, the hub."""
+"""Load models by name: the facts model of this package, local folders, the hub."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from backward_lens_tl.models import check_plain, has_bridge, host_of, probe_toke
 from backward_lens_tl.models.vocabulary import Vocabulary
 
 FACTS_MODEL = "facts"
-"""Name of the model that ships inside the package."""
+"""Name of the model that ships with the package."""
 
 
 def load_facts_model(kind: Kind | None = None, device: str | None = None) -> nn.Module:
-    """Load the small trained model that ships inside the package; it needs no network.
+    """Load the small trained model that ships with the package; this needs no network.
 
     A GPT-2 of 8 layers that knows about 1,800 facts on people, places, companies and works; see
     `backward_lens_tl/facts_model/MODEL_CARD.md`.

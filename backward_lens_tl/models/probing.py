@@ -199,7 +199,7 @@ def probe(host: Host) -> Probe | None:
 
 
 def _forwards(host: Host) -> Iterator[object]:
-    """What a call would run, as far as it is cheap to tell; a user may replace a `forward`."""
+    """What a call would run, as far as that is cheap to check; users may replace `forward`."""
     modules = (host.model, host.model.unembed, host.unembedding.input.module)
     for module in (*modules, *(getattr(each, "original_component", None) for each in modules)):
         yield type(module).forward if isinstance(module, nn.Module) else None

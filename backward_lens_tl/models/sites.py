@@ -1,6 +1,6 @@
 """Weight matrices, and where the forward pass reads their inputs and writes their outputs.
 
-These are the matrix's *own* input and output. Three hook points look right but are not:
+These are the matrix's *own* input and output. Three hook points seem to be these but are not:
 `ln2.hook_normalized` (before the norm's gain and bias, except for `LayerNorm` in TransformerLens
 2), `hook_mlp_in` (before the norm, and only with `use_hook_mlp_in`), and `hook_mlp_out` in models
 that normalise the MLP's output.
@@ -141,7 +141,7 @@ class MatrixSite:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(d_in, d_out)` of the matrix with its heads side by side."""
+        """`(d_in, d_out)` of the matrix with its heads concatenated."""
         *heads, d_in, d_out = self.weight.in_out(self.weight.parameter).shape
         n_heads = math.prod(heads)
         is_reading = self.matrix in READING_MATRICES
@@ -155,13 +155,13 @@ class MatrixSite:
     def joined(
         self, weight: Float[Tensor, "*head d_in d_out"]
     ) -> Float[Tensor, "in_side out_side"]:
-        """Lay heads side by side along the side of the matrix that they divide."""
+        """Concatenate heads along the axis of the matrix that they divide."""
         if weight.ndim == 2:
             return weight
         return rearrange(weight, f"head d_in d_out -> {self._side_by_side}")
 
     def as_stored(self, matrix: Float[Tensor, "in_side out_side"]) -> Float[Tensor, "*stored"]:
-        """Lay a matrix with heads side by side out like the parameter."""
+        """Convert a matrix with concatenated heads to the layout of the parameter."""
         *heads, _, _ = self.weight.in_out(self.weight.parameter).shape
         if heads:
             pattern = f"{self._side_by_side} -> head d_in d_out"

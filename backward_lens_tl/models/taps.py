@@ -1,4 +1,4 @@
-"""Places in the forward pass, and hooks there."""
+"""Taps: places in the forward pass where hooks can be attached."""
 
 from __future__ import annotations
 

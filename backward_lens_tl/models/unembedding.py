@@ -1,4 +1,4 @@
-"""From the last residual stream to logits: the final norm, `W_U`, and what the model does after."""
+"""From the last residual stream to logits: the final norm, `W_U`, and what follows them."""
 
 from __future__ import annotations
 
@@ -211,8 +211,8 @@ def _fraction_of_the_way(
     """How far each vector is from `start` (0) to `end` (1), if all are on these lines.
 
     Returns:
-        The fractions; `None` if a vector is off its line, or in half precision, where that cannot
-        be told.
+        The fractions; `None` if a vector is off its line, or in half precision, where rounding
+        hides that.
     """
     if torch.finfo(between.dtype).eps > _HALF_PRECISION_EPS:
         return None

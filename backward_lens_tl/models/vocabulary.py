@@ -22,7 +22,7 @@ _SOME = 16
 """Last tokens of a prompt that are tried as text, if the whole prompt is not text."""
 
 _RECENT = 64
-"""Texts whose tokens are kept: a prompt's are needed for its BOS, its spans and its target."""
+"""Number of texts whose tokens are cached: a prompt needs them for BOS, spans and target."""
 
 Span = tuple[int, int]
 """A half-open span of a text's characters."""

@@ -23,10 +23,10 @@ def stepped(
     """Add to weight matrices inside the context, and restore them afterwards.
 
     Weights change in place, even if they are frozen or under `torch.no_grad()`, and autograd does
-    not notice: a graph that a caller built before is valid again afterwards. Inside the context it
-    must not be differentiated.
+    not notice. A graph that a caller built before must not be differentiated inside the context; it
+    is valid again afterwards.
 
-    Copies each weight, and a change is as large as the weight.
+    This copies each weight, and a change is as large as its weight.
 
     Args:
         sites: One matrix, or several.
@@ -86,7 +86,7 @@ def add_in_place(change: Change) -> tuple[Tensor, Tensor]:
         The parameter, and a copy of its old values.
     """
     parameter, added = change
-    weight = parameter.data  # which has a version counter of its own
+    weight = parameter.data  # which has its own version counter
     before = weight.clone()
     weight.add_(added.detach().to(weight.device))
     return parameter, before

@@ -559,7 +559,7 @@ def test_wrong_arguments() -> None:
         ("unknown matrix 'W_up'", {"matrices": "W_up"}),
         ("multi_token is 'middle'", {"multi_token": "middle"}),
         ("there are 2 targets for 1 prompts", {"target": [1, 2]}),
-        ("there is no prompt", {"prompts": []}),
+        ("the list of prompts is empty", {"prompts": []}),
     ]
     for message, options in wrong:
         with pytest.raises(InputError, match=message):

@@ -448,7 +448,7 @@ def test_what_a_tokenizer_returned_is_a_prompt(kind: str) -> None:
     [
         ({"text": "Rome"}, "a mapping with 'text' is not a prompt"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "different shapes"),
-        ({"input_ids": [[1, 2]], "attention_mask": [[0, 0]]}, "without a token"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[0, 0]]}, "without tokens"),
         ({"input_ids": [[1, 10_000]]}, "token ids run from 1 to 10000"),
         ({"input_ids": 3}, "pass lists or tensors"),
         ({"input_ids": [[0.5]]}, r"holds 0\.5; pass lists"),

@@ -1,4 +1,4 @@
-"""What MEND is trained on: records in tokens, and what each step draws from them."""
+"""MEND's training data: tokenized records, and the edits that each step draws from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from backward_lens_tl.models import Host
 
 @dataclass(frozen=True)
 class Example:
-    """One record in tokens.
+    """One tokenized record.
 
     Attributes:
         request: The request.
@@ -39,7 +39,7 @@ class DrawnEdit:
 
     Attributes:
         request: The request from which the edit is computed.
-        outer: What the edited model is to say.
+        outer: What the edited model should predict.
         locality: Prompts on which the edited model should not change.
     """
 
@@ -54,7 +54,7 @@ class TrainingData:
 
     Attributes:
         examples: The records.
-        locality: Texts that edits should leave unchanged, in tokens.
+        locality: Tokenized texts that edits should leave unchanged.
         digest: SHA-256 of all of it.
     """
 
@@ -118,7 +118,7 @@ class TrainingData:
         return cls(tuple(examples), held, digest)
 
     def draw(self, training: MENDTraining, seed: int, step: int) -> list[DrawnEdit]:
-        """Draw the edits of one step, whatever was drawn before.
+        """Draw the edits of one step, independently of earlier draws.
 
         Args:
             training: The settings.

@@ -80,10 +80,10 @@ class PairNetwork:
 
 @dataclass(frozen=True, repr=False)
 class MENDEditor(storage.Saved):
-    """What MEND learns: a network for each shape of a matrix, and a learning rate for each matrix.
+    """What MEND learns: a network for each matrix shape, and a learning rate for each matrix.
 
     Attributes:
-        statistics: Statistics by which pairs are standardised first.
+        statistics: The statistics that standardise the pairs first.
         networks: One network per shape.
         rates: The learning rate of each of the statistics' matrices.
         training: Data and settings of the training; empty before.
@@ -247,7 +247,7 @@ class MENDEditor(storage.Saved):
             The editor, on the CPU.
 
         Raises:
-            EditError: If the file holds an unfinished training.
+            EditError: If the file holds an unfinished training run.
             ResultFileError: If the file does not hold an editor, or is damaged.
 
         Examples:
@@ -270,7 +270,7 @@ class MENDEditor(storage.Saved):
 
 @dataclass(frozen=True, repr=False)
 class MENDCheckpoint(storage.Saved):
-    """An unfinished training: the editor, and Adam's running means of gradients and squares."""
+    """An unfinished training run: the editor, and Adam's running means of gradients and squares."""
 
     WHAT = "MEND training"
     PARTS = (MENDEditor, *MENDEditor.PARTS)

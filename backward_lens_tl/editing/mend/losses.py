@@ -4,8 +4,8 @@
 
 The outer prompt is the request's own or a paraphrase; the divergence is the mean over all positions
 of prompts that the edit should leave unchanged. Both are differentiated through
-`x @ W + x @ dW`, with the pairs that `dW` is computed from held fixed; the model's parameters are
-only read.
+`x @ W + x @ dW`, while the pairs that `dW` is computed from are held fixed. The model's parameters
+do not change.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def edit_losses(
     outer = Continuations.of(
         host, [each.outer.prompt for each in drawn], [each.outer.target for each in drawn]
     )
-    # In a pass of their own: locality prompts are many, and often shorter.
+    # In a separate pass: there are many locality prompts, and they are often shorter.
     others = pad_prompts(host, [row for each in drawn for row in each.locality])
     with torch.no_grad():
         before = _real_logits(host, others).log_softmax(-1)
@@ -63,7 +63,7 @@ def edit_losses(
 def edited(
     editor: MENDEditor, pairs: Sequence[SpanningPairs], sites: Sequence[MatrixSite]
 ) -> Iterator[None]:
-    """Edit a model for passes whose prompts belong to several edits, the same number to each.
+    """Edit a model for passes whose prompts belong to several edits, with equally many for each.
 
     Args:
         editor: The editor.

@@ -10,11 +10,11 @@ from backward_lens_tl.runs.config import Checked, Count, NonNegative, Positive
 
 @dataclass(frozen=True)
 class MENDTraining(Checked):
-    """Settings of a training.
+    """Settings of a training run.
 
     Attributes:
         steps: Updates of the networks.
-        edits_per_step: Edits whose mean loss an update lowers.
+        edits_per_step: Number of edits whose mean loss an update lowers.
         lr: Adam's learning rate for the networks. The published 1e-6 is for models of a few billion
             parameters and a million edits.
         rate_lr: Adam's learning rate for the learning rates of the edits.
@@ -22,9 +22,9 @@ class MENDTraining(Checked):
         edit_weight: `c_edit`.
         locality_weight: `c_locality`.
         n_locality: Locality prompts per edit; half of them neighbors, if the record has enough.
-        n_statistics: Most requests for the statistics by which pairs are standardised.
+        n_statistics: Maximum number of requests for the statistics that standardise pairs.
         clip_norm: Largest norm of the gradient; a longer one is scaled down.
-        save_every: Save after this many steps, if the training has an `out`.
+        save_every: Save after this many steps, if `out` is passed.
 
     Examples:
         >>> import backward_lens_tl as blt

@@ -54,8 +54,8 @@ def train_mend(
     Args:
         model: A `HookedTransformer` or `TransformerBridge`; its parameters, their gradients and
             torch's random numbers do not change.
-        records: What to train on, other than what the editor is tested on: requests with their
-            paraphrases and neighborhood prompts (`read_records`).
+        records: Training records, other than those that the editor is tested on: requests with
+            their paraphrases and neighborhood prompts (`read_records`).
         training: The settings.
         matrices: Names of matrices of the MLP that are edited, or `"mlp"` for all of them.
         layers: Their layers, negative ones from the end.
@@ -72,7 +72,7 @@ def train_mend(
 
     Raises:
         EditError: If there is no record or nothing to leave unchanged, something is not a record,
-            `out` holds another training, or a setting is not usable.
+            `out` holds another training run, or a setting is not usable.
         ResultFileError: If `out` holds something else.
 
     Examples:
@@ -148,7 +148,7 @@ def _resumed(file: Path, about: dict[str, Any]) -> MENDCheckpoint | MENDEditor:
 
 
 class _Training:
-    """A training in progress."""
+    """A training run in progress."""
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class _Training:
 
     @property
     def n_done(self) -> int:
-        """Steps so far."""
+        """Number of steps so far."""
         return len(self.losses)
 
     @property

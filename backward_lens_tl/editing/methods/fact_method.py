@@ -29,7 +29,7 @@ from backward_lens_tl.models.taps import Tap
 from backward_lens_tl.runs.config import Count, NonNegative, Positive
 
 _GOOD_ENOUGH = 0.05
-"""The search ends at a loss below this."""
+"""The search stops at a loss below this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class FactMethod(EditMethod):
         moments: Second moments of the inputs of `W_out`; `"identity"` leaves keys unwhitened, which
             damages other facts.
         fact_token: The edited token: the last token of the subject, or of the prompt.
-        steps: How often the loss of a search is computed; no step follows the last time.
+        steps: Number of times that a search computes its loss; no step follows the last one.
         lr: Adam's learning rate in the search.
         weight_decay: Weight of the penalty on `delta`.
         kl_factor: Weight of the divergence, which needs a subject.
@@ -108,9 +108,9 @@ class FactMethod(EditMethod):
     def _find_value(
         self, host: Host, tap: Tap, fact: FactContexts, start: Float[Tensor, "d"]
     ) -> Float[Tensor, "d"]:
-        """Search for the vector that makes a model say the target.
+        """Search for the vector that makes a model predict the target.
 
-        The model computes in its own precision, everything else is in float32 at least.
+        The model computes in its own precision; everything else is in at least float32.
 
         Args:
             host: The model; it does not change.

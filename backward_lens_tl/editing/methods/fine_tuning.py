@@ -1,7 +1,7 @@
 """Fine-tuning on the fact alone: the paper's baseline, and its norm-constrained variant.
 
 The weights never change: the trained tensor is the change `D`, which starts at zero and is added
-to the matrix's output as `x @ D`. The gradient at `D` is that at the weight.
+to the matrix's output as `x @ D`. The gradient of `D` equals that of the weight.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuning(EditMethod):
-    """Train single matrices until the model gives the new answers.
+    """Train single matrices until the model predicts the new answers.
 
     The loss is the mean over requests of the mean over the target's tokens of `-log p`. The result
     is one dense change per matrix.
@@ -42,10 +42,10 @@ class FineTuning(EditMethod):
     Attributes:
         layers: The layers, negative ones from the end; the paper has layer 0 and a late one.
         matrices: Which matrices of the MLP in each layer.
-        optimizer: torch's, with its default settings except for the learning rate.
+        optimizer: An optimizer of torch, with its default settings except for the learning rate.
         lr: The learning rate.
-        steps: Most steps.
-        norm_constraint: Most that an entry may change (FT-L); `None` for no limit.
+        steps: Maximum number of steps.
+        norm_constraint: Maximum change of an entry (FT-L); `None` for no limit.
         train_bias: Whether to train the bias as well, as the published tools do; a bias of zeros,
             which `HookedTransformer` has for models without one, is not trained.
         objective: `"teacher_forced"` reads each of the target's tokens after those before it;

@@ -38,7 +38,7 @@ _CLOSE = 1e-3
 class MEMIT(FactMethod):
     """MEMIT: teach many facts with one edit of several layers.
 
-    Of a single fact, each layer writes the fraction `s / (lambda + s)` of its share, with
+    For a single fact, each layer writes the fraction `s / (lambda + s)` of its share, with
     `s = k^T C^-1 k`, which is `d_mlp` for an average key. The published `lambda` of 20000 was
     chosen for thousands of facts at once in models with `d_mlp` 6400 and 16384; the default scales
     with the width and suits a few facts.

@@ -1,4 +1,4 @@
-"""What all editing methods share: settings and requests in, a weight delta out."""
+"""The base class of editing methods, which turn requests into a weight delta."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from backward_lens_tl.runs.config import Checked
 
 @dataclass(frozen=True, kw_only=True)
 class EditMethod(Checked, ABC):
-    """An editing method with its settings: call it with a model and the facts to be taught.
+    """An editing method with its settings: call it with a model and the facts to teach.
 
     Subclasses are frozen dataclasses. Their fields are checked against
     their annotations.

@@ -15,7 +15,7 @@ from backward_lens_tl.models import Host
 class NormalizedGradient(PairMethod):
     """An edit `dW = -lr sum_i outer(x_i', delta_i')` of standardised pairs, without training.
 
-    This is MEND before training, when its network is the identity. `statistics` are of all
+    This is MEND before training, when its network is the identity. `statistics` are those of all
     positions. `matrices` and `layers` are explained in
     [`PairMethod`][backward_lens_tl.editing.PairMethod].
 

@@ -20,7 +20,7 @@ class PairMethod(EditMethod):
         statistics: Mean and standard deviation of the pairs at the matrices to edit, from
             `pair_statistics`.
         lr: The size of the step.
-        matrices: Only matrices of these names; `None` for all that there are statistics of.
+        matrices: Only matrices of these names; `None` for all that have statistics.
         layers: Only matrices of these layers, negative ones from the end; `None` for all.
 
     Examples:

@@ -126,7 +126,7 @@ def preset_methods(
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
-        names: Of `METHODS`, or `"all"`.
+        names: Names in `METHODS`, or `"all"`.
         folder: For `second_moments.safetensors`, `pairs.safetensors`, `pairs-answer.safetensors`
             and `mend.safetensors`; it must exist.
         training: Records for MEND's training and for the statistics of gradients, other than those
@@ -247,7 +247,7 @@ def _by_depth(settings: Settings, n_layers: int) -> Settings:
 
 @dataclass
 class _Needs:
-    """What methods are created from, computed on demand; arguments as in `preset_methods`."""
+    """The statistics and networks of methods, computed on demand; see `preset_methods`."""
 
     model: nn.Module
     folder: Path
@@ -346,7 +346,7 @@ def _wikitext() -> Iterator[str]:
         data = datasets.load_dataset(
             _WIKITEXT, "wikitext-103-raw-v1", split="train", streaming=True
         )
-    # The hub, its file systems and the readers of files can raise anything.
+    # The hub, its file systems and file readers can raise anything.
     except Exception as error:
         raise EditError(
             f"second moments are collected from {_WIKITEXT!r}, which cannot be loaded from the "

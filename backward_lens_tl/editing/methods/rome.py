@@ -1,8 +1,8 @@
-"""ROME (Meng et al. 2022): one outer product in one `W_out`, so that a key gives a value.
+"""ROME (Meng et al. 2022): one outer product in one `W_out`, so that a key maps to a value.
 
-Of all changes `dW` with `k (W + dW) = v* - b` it takes the one that changes least what the matrix
-writes for other text: `tr(dW^T C dW)` is smallest, with `C` the second moments of what it reads.
-That is `dW = u (v* - v)^T / (k . u)` with `u` along `C^-1 k`.
+Among all changes `dW` with `k (W + dW) = v* - b`, it chooses the one that least changes what the
+matrix writes for other text: `tr(dW^T C dW)` is smallest, with `C` the second moments of what it
+reads. That is `dW = u (v* - v)^T / (k . u)` with `u` along `C^-1 k`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KeyMode = Literal["mean", "bare", "rome"]
 
 @dataclass(frozen=True)
 class ROME(FactMethod):
-    """ROME: find the value that makes the model say the target, and write it into one layer.
+    """ROME: find the value that makes the model predict the target, and write it into one layer.
 
     The value `v* = v0 + delta` is searched for at the edited token, in the bare prompt and after
     prefixes that are sampled from the model. Several requests are edited one after the other, each
@@ -43,9 +43,9 @@ class ROME(FactMethod):
 
     Attributes:
         layer: The layer, from 0; negative ones count from the end.
-        key_mode: `"mean"` uses the mean key over all contexts, which then gives `v*`; `"bare"` the
-            bare prompt's; `"rome"` the mean key in `u` and the bare prompt's in the denominator,
-            which then gives `v*`.
+        key_mode: `"mean"` uses the mean key over all contexts, which then maps to `v*`; `"bare"`
+            the bare prompt's; `"rome"` the mean key in `u` and the bare prompt's in the
+            denominator, which then maps to `v*`.
         prefixes: Pairs of a length, in tokens with the BOS or EOS that a prefix is sampled from,
             and how many prefixes have it.
 

@@ -1,8 +1,8 @@
 """The forward pass shift: a fact written with one outer product, found in one forward pass.
 
 The gradient of `W_out` *shifts* its output towards the target (paper, section 5.2). The forward
-pass shift writes that without a backward pass: with `x` what `W_out` reads at the prompt's last
-token, and `e_t` the target's row of the decoding matrix,
+pass shift writes that without a backward pass: with the input `x` of `W_out` at the prompt's last
+token, and the target's row `e_t` of the decoding matrix,
 
     W_out <- W_out + eta x^T e_t                                      (paper, section 7)
 
@@ -13,7 +13,7 @@ with `x l^T = 1`, so that the output changes by exactly `c e_t`:
     scale free   l = x / ||x||^2
     whitened     l = C^-1 x / (x^T C^-1 x),   C = E[x x^T]            (this package's own)
 
-Of all `l` with `x l^T = 1` the whitened one writes least, on average, at the tokens that `C` is of.
+Of all `l` with `x l^T = 1`, the whitened one writes the least, on average, at the tokens of `C`.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ linearly dependent."""
 class ForwardPassShift(EditMethod):
     """Write the target's embedding where the prompt's last token reads it.
 
-    One forward pass per edit, one outer product per request, `W_out` only, no bias. Of a target of
-    several tokens the first is written.
+    An edit takes one forward pass, and adds one outer product per request to `W_out`; biases do not
+    change. For a target of several tokens, the first one is written.
 
     Several requests share the edit. In the paper's form their outer products are added up, so each
     of them also writes where others read something similar. The two other forms solve for `l_i`
@@ -64,9 +64,9 @@ class ForwardPassShift(EditMethod):
         size: `eta` in the paper's form, where it depends on the layer and the model (GPT-2 xl: 0.24
             at layer 35); `c` in the others, where it hardly does.
         form: Which of the three forms.
-        iterations: Most forward passes: each adds `size` to the requests whose target is not yet
-            the most probable token. The edited layer reads the same before and after, so this
-            finds the smallest sufficient multiple of `size`.
+        iterations: Maximum number of forward passes: each adds `size` to the requests whose target
+            is not yet the most probable token. The edited layer reads the same before and after, so
+            this finds the smallest sufficient multiple of `size`.
         skip_if_answered: Whether to leave out requests whose target is already the most probable
             token, as in the authors' code.
         target_embedding: Whether `e_t` comes from the unembedding or the embedding. `"auto"` uses

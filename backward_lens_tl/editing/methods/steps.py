@@ -43,8 +43,8 @@ class GradientStep(EditMethod):
     """One step of an optimizer from the model's weights, on some matrices only.
 
     The loss is the mean over requests of the mean negative log-likelihood of the target's tokens,
-    each read after the true ones before it (teacher forcing). Biases do not change. No weight
-    decay.
+    each read after the true ones before it (teacher forcing). Biases do not change. There is no
+    weight decay.
 
     - `"sgd"` is `torch.optim.SGD`, stored as outer products: `left` has what the matrix read at
       each position of each request, `right` the VJPs times `-lr`. Positions that add nothing are
@@ -52,13 +52,13 @@ class GradientStep(EditMethod):
     - `"adam"` is the first step of `torch.optim.Adam` with its default betas and `eps` 1e-8. Both
       bias corrections undo what the betas do to the first gradient. Dense: it computes the
       `d_in x d_out` matrix.
-    - `"muon"` orthogonalises the gradient, heads side by side: every singular value above rounding
-      becomes `lr`. There is no other factor, so the step's spectral norm is `lr` for any size of
-      matrix. `torch.optim.Muon` approximates this by five Newton-Schulz iterations, which leave
-      singular values of about 0.7 to 1.2 and do not lift those that are far smaller than the
+    - `"muon"` orthogonalises the gradient, with heads concatenated: every singular value above
+      rounding becomes `lr`. There is no other factor, so the step's spectral norm is `lr` for any
+      size of matrix. `torch.optim.Muon` approximates this by five Newton-Schulz iterations, which
+      leave singular values of about 0.7 to 1.2 and do not lift those that are far smaller than the
       largest; it computes in bfloat16, whose rounding they lift in all other directions. It also
-      multiplies by `sqrt(max(1, rows / columns))` of the stored matrix, or by
-      `0.2 sqrt(max(rows, columns))` with `adjust_lr_fn="match_rms_adamw"`.
+      multiplies by `sqrt(max(1, rows / columns))` of the stored matrix, or by `0.2 sqrt(max(rows,
+      columns))` with `adjust_lr_fn="match_rms_adamw"`.
 
     Attributes:
         optimizer: The optimizer.
@@ -122,7 +122,7 @@ class GradientStep(EditMethod):
 def _mean_over_prompts(
     gradient: MatrixGradient,
 ) -> tuple[Float[Tensor, "d_in n"], Float[Tensor, "n d_out"]]:
-    """Factors of the mean over prompts, heads side by side, without positions that add nothing."""
+    """Concatenated factors of the mean over prompts, without positions that add nothing."""
     left, right = [], []
     for prompt in range(len(gradient.mask)):
         factors = gradient.factored(prompt)

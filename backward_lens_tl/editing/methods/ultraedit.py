@@ -22,14 +22,14 @@ from backward_lens_tl.runs.config import Positive
 
 @dataclass(frozen=True)
 class UltraEdit(PairMethod):
-    """An edit that solves for the outputs that standardised gradients ask for, without training.
+    """An edit that solves for the outputs that standardised gradients call for, without training.
 
     At each position where a token of the target is predicted, the matrix's output should change by
     `v = -lr ||x'||^2 delta'`, with the standardised pair `(x', delta')`. The edit minimises
-    `||X dW - V||^2 + ridge ||dW||^2` with the `x` themselves: `(X^T X + ridge I)^-1 X^T V`, all
-    requests at once.
+    `||X dW - V||^2 + ridge ||dW||^2` with the `x` themselves: `(X^T X + ridge I)^-1 X^T V`, for
+    all requests together.
 
-    `statistics` are of positions `"answer"`. `matrices` and `layers` are explained in
+    `statistics` are those of positions `"answer"`. `matrices` and `layers` are explained in
     [`PairMethod`][backward_lens_tl.editing.PairMethod].
 
     Attributes:

@@ -1,1 +1,1 @@
-"""What methods of editing need to know of a model: moments, keys, values, pairs."""
+"""What editing methods measure on a model: moments, keys, values, pairs."""

@@ -1,7 +1,7 @@
 """Facts as a model reads them: the edited token, in the bare prompt and after sampled prefixes.
 
 What a matrix reads at that token is the fact's key. Prefixes are prepended as text, and the token
-is found by its place in the text, because the tokens of two joined texts need not be those of each.
+is found by its position in the text, because joined texts may be tokenized differently.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def read_facts(
         points: Hook points.
 
     Returns:
-        The activations of each request, in float32 at least.
+        The activations of each request, in at least float32.
     """
     found: list[FactActivations] = []
     for begin in range(0, len(facts), _REQUESTS):
@@ -178,7 +178,7 @@ def sampled_prefixes(
         Texts that end in `". "`.
 
     Raises:
-        EditError: If the model has no tokenizer, or the tokenizer no token to start with.
+        EditError: If the model has no tokenizer, or the tokenizer has no token to start with.
     """
     tokenizer = host.tokenizer
     if tokenizer is None:

@@ -126,12 +126,12 @@ def second_moments(
 
 @dataclass
 class _Collected:
-    """Means over the tokens so far, kept as they are saved: resuming gives the same bits."""
+    """Means over the tokens so far, kept as they are saved, so resuming changes no bit."""
 
     found: SecondMoments
 
     def resume(self, saved: SecondMoments, texts: Iterable[str]) -> None:
-        """Continue from a file, and take the texts that it was collected from off the stream."""
+        """Resume from a file, and skip the texts that it was collected from."""
         for name in ("matrix", "layers", "prepend_bos", "model"):
             held, asked = getattr(saved, name), getattr(self.found, name)
             if held != asked:
@@ -186,7 +186,7 @@ def _gram(
 ) -> Float[Tensor, "triangle"]:
     """`X^T X` over real tokens: the upper triangle, row by row."""
     inputs = at_least_float32(values[mask.to(values.device)])
-    # Products of a few thousand tokens keep float32's digits; sums of many do not.
+    # Products over a few thousand tokens are accurate in float32; sums of many are not.
     product = (inputs.T @ inputs).cpu().double()
     return product[tuple(torch.triu_indices(*product.shape))]
 

@@ -1,4 +1,4 @@
-"""Second moments of what matrices read: which directions a model uses, and how much.
+"""Second moments of the inputs of matrices: which directions a model uses, and how much.
 
 `C = E[x x^T]` over the tokens of a text, uncentred. An edit along `C^-1 k` changes what is read
 along `k`, and as little as possible of everything else that the text makes the matrix read (ROME,
@@ -103,7 +103,7 @@ class SecondMoments(ModelStatistics):
             layer: The layer, from 0.
             keys: The keys, as columns.
             ridge: Fraction of the mean variance `tr(C) / d_in` that is added to the diagonal. With
-                no more tokens than dimensions it determines the result, and has to be given.
+                no more tokens than dimensions it determines the result, and must be passed.
 
         Returns:
             The solution in float64.
@@ -139,7 +139,7 @@ class SecondMoments(ModelStatistics):
         return solution
 
     def check(self, host: Host, layers: Sequence[int], matrix: MatrixName | None = None) -> None:
-        """Refuse a model, layers or a matrix that the statistics are not of.
+        """Refuse a model, layers or a matrix that the statistics do not belong to.
 
         Args:
             host: The model.

@@ -44,7 +44,7 @@ def pair_statistics(
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
-        requests: A few hundred requests like those that will be made, but not those themselves.
+        requests: A few hundred requests similar to the later edits, but not those themselves.
         matrices: Names of matrices of the MLP, or `"mlp"` for all of them.
         layers: Their layers, negative ones from the end.
         positions: `"all"` positions that the model reads (MEND), or `"answer"`, only those at which

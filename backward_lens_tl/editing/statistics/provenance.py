@@ -1,4 +1,4 @@
-"""Where statistics come from, and whether they are of a given model."""
+"""Where statistics come from, and whether they belong to a given model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import MatrixName, MatrixSite
 
 PROBE_TOKENS = 16
-"""Most tokens of a probe prompt."""
+"""Maximum number of tokens of a probe prompt."""
 
 _TOLERANCE = 0.1
-"""Relative difference that is accepted in what is read there: edits change it by a few percent,
-another model by all of it."""
+"""Accepted relative difference of the activations there: edits change them by a few percent,
+another model changes them completely."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,7 +45,7 @@ class ModelStatistics(Saved):
     def _check_model(
         self, host: Host, matrix: MatrixName, layers: Sequence[int], collect: str
     ) -> None:
-        """Refuse a model that the statistics are not of.
+        """Refuse a model that the statistics do not belong to.
 
         What matrices read in a short prompt identifies the model. It depends neither on
         TransformerLens's class nor, where the statistics do not, on its weight processing, and a

@@ -1,4 +1,4 @@
-"""The pairs `(x_i, delta_i)` that span the gradients of requests, from which editors make an edit.
+"""The pairs `(x_i, delta_i)` that span the gradients of requests; editors compute edits from them.
 
 The gradient of a request's loss is `dL/dW = sum_i outer(x_i, delta_i)` over the positions that the
 model reads (paper, equation 8). Editors that transform gradients transform these vectors.
@@ -38,7 +38,8 @@ class SpanningPairs:
         inputs: `x_i`, what the matrix reads.
         vjps: `delta_i`, the gradient of the request's loss at what it writes. The loss is the mean
             over the target's tokens, in nats.
-        mask: False at padding, where `x_i` or `delta_i` is zero, and at positions not asked for.
+        mask: False at padding, where `x_i` or `delta_i` is zero, and at positions that were not
+            requested.
     """
 
     matrix: MatrixName
@@ -64,7 +65,7 @@ def spanning_pairs(
         host: The model.
         requests: The requests; the model reads their targets as well (teacher forcing).
         sites: The matrices.
-        positions: Which positions' pairs are wanted.
+        positions: Which positions' pairs to return.
 
     Returns:
         The pairs of each matrix, in float32, or in float64 if the model computes in it.
@@ -99,12 +100,12 @@ def joined_pairs(
         host: The model.
         requests: The requests.
         sites: The matrices.
-        positions: Which positions' pairs are wanted.
+        positions: Which positions' pairs to return.
 
     Returns:
         All `x_i` and all `delta_i` of each matrix, without those that a mask hides.
     """
-    # A caller's hooks, such as an activation patch, may be made for all prompts at once.
+    # A caller's hooks, such as an activation patch, may expect all prompts in one pass.
     size = len(requests) if host.hooked_modules else _BATCH
     parts = [
         spanning_pairs(host, requests[start : start + size], sites, positions)

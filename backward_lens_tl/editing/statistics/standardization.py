@@ -61,7 +61,7 @@ class PairStatistics(ModelStatistics):
         n_inputs: Width of `x` at each matrix.
         n_pairs: Number of pairs of each matrix.
         n_requests: Number of requests.
-        positions: Which positions the pairs are of.
+        positions: Which positions the pairs come from.
         requests: SHA-256 of the requests' tokens in their order.
 
     Examples:
@@ -113,7 +113,7 @@ class PairStatistics(ModelStatistics):
 
         Returns:
             `((x, delta) - mean) / (std + 1e-7)`; 0 at coordinates that were the same in all
-            requests, about whose scale nothing is known.
+            requests, because their scale is unknown.
 
         Examples:
             >>> own = capture["W_out", 7]
@@ -173,7 +173,7 @@ class PairStatistics(ModelStatistics):
         matrices: Sequence[str] | None = None,
         layers: int | Sequence[int] | None = None,
     ) -> list[MatrixSite]:
-        """Find the matrices in the model that the statistics are of.
+        """Find the matrices of the statistics in a model.
 
         Args:
             host: The model.
@@ -184,7 +184,7 @@ class PairStatistics(ModelStatistics):
             The matrices, in the order of a forward pass.
 
         Raises:
-            EditError: If the statistics are of another model, or there are none of a matrix.
+            EditError: If the statistics are of another model, or there are none for a matrix.
 
         Examples:
             >>> from backward_lens_tl.models import host_of
@@ -209,7 +209,7 @@ class PairStatistics(ModelStatistics):
         return sites
 
     def check_positions(self, positions: Positions) -> None:
-        """Refuse statistics of other positions than an editor uses.
+        """Refuse statistics of positions other than those that an editor uses.
 
         Args:
             positions: The positions that it uses.
