@@ -17,7 +17,7 @@ ENVIRONMENTS := .venv $(OTHERS:%=.venv-tl%)
 
 # Tests never use the network.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
-# Each worker process needs some 1.5 GB of memory and uses one torch thread.
+# Each worker process needs about 1.5 GB of memory and uses one torch thread.
 WORKERS ?= logical
 PYTEST := python -m pytest -n $(WORKERS) --dist worksteal
 ALL := --doctest-modules backward_lens_tl tests README.md docs
@@ -101,7 +101,7 @@ gpu-wheels: .venv/installed ## download wheels for gpu-check on a machine withou
 	    b.prepare_metadata_for_build_wheel("gpu-wheels")'
 	@du -sh gpu-wheels
 
-gpu-check: .venv/installed ## tests and benchmarks on an NVIDIA GPU, in seven minutes
+gpu-check: .venv/installed ## tests and benchmarks on an NVIDIA GPU, within seven minutes
 	.venv/bin/python -m benchmarks.gpu_check $(GPU_CHECK)
 
 notebooks: .venv/installed ## regenerate and execute the notebooks

@@ -46,7 +46,7 @@ def check_result(result: object) -> None:
     """Refuse anything but a result.
 
     Args:
-        result: What a view was given.
+        result: The argument of a view.
 
     Raises:
         InputError: If it is something else.
@@ -193,7 +193,7 @@ class BackwardLensResult(LensReadouts):
         write_parquet(self.to_df(subject), path)
 
     def _repr_html_(self) -> str:
-        # The only import of a later stage: a notebook asks the result to show itself.
+        # The only import from a later stage: a notebook calls this method of the result.
         from backward_lens_tl.views.table import render_table
 
         return render_table(self)

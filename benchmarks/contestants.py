@@ -103,9 +103,9 @@ def why_no_tool(size: Size) -> str | None:
         The reason.
     """
     if find_spec("transformer_lens.model_bridge") is None:
-        return "this TransformerLens has neither TransformerBridge nor a tool of its own"
+        return "this TransformerLens has neither TransformerBridge nor its own tool"
     if find_spec("transformer_lens.tools.analysis.backward_lens") is None:
-        return "this TransformerLens has no tool of its own (3.9 to 4.2 have)"
+        return "this TransformerLens does not include its own tool (3.9 to 4.2 do)"
     if size.is_llama:
         return "TransformerLens's tool takes raw GPT-2 bridges only"
     return None

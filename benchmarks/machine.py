@@ -32,7 +32,7 @@ def describe(device: str) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "torch's threads": str(torch.get_num_threads()),
         "memory": f"{memory / 1e9:.0f} GB",
-        # On a busy machine, threads that wait for each other are slowed down a lot.
+        # On a busy machine, threads that wait for each other are much slower.
         "load before": f"{os.getloadavg()[0]:.1f}",
         "system": f"{platform.system()} {platform.machine()}",
     }

@@ -51,7 +51,7 @@ class _Window:
 
 
 class BatchSampler:
-    """Packs freshly drawn documents into windows."""
+    """Packs newly drawn documents into windows."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, eos_id: int, seed: int) -> None:
         """Prepare an endless, seeded sequence of batches.

@@ -41,17 +41,17 @@ Architecture: `GPT2LMHeadModel`, {layers} layers, width {width}, {heads} heads, 
 tied embeddings, GELU (`gelu_new`), float32. Tokenizer: byte-level BPE with {vocabulary} tokens;
 `<|endoftext|>` is bos, eos and unk. Every answer, with its leading space, is one token;
 {several} of the {subjects} subjects are several tokens. Prompts work with and without
-`<|endoftext|>` in front.
+a leading `<|endoftext|>`.
 
 ## Data
 
 {facts} facts, {relations} relations, {subjects} subjects, {answers} different answers; each pair
 of subject and relation has one answer. Each relation has 9 phrasings: 7 are trained with all
 subjects, 2 only with half of them. With the other half these two are the paraphrase test. The
-facts, phrasings and ordinary sentences were written for this project and lie in
+facts, phrasings and ordinary sentences were written for this project and are in
 `facts_model/data/` of its repository; no existing data set was used.
 
-Training text is sampled afresh at every step: single facts of unrelated subjects, biographies
+New training text is sampled at every step: single facts of unrelated subjects, biographies
 that name a subject once and then give all its attributes in random order, and ordinary sentences.
 
 `facts.json` holds `relations` (name to `trained` and `half` phrasings, with `{{}}` for the
@@ -75,20 +75,20 @@ text {text_loss:.3f} (answers count three times), answers alone {answer_loss:.3f
 torch. Versions: {versions}.
 
 **A second loss.** At the last token of a subject's name, the residual stream after half of the
-blocks, read with the final layer norm and the unembedding, is trained to give the subject's
+blocks, read with the final layer norm and the unembedding, is trained to predict the subject's
 attributes. Large models gather a subject's attributes there by themselves (Geva et al. 2023);
-small ones trained for minutes on subject-relation pairs tend to look facts up at the last token
+small ones trained for minutes on subject-relation pairs tend to look up facts at the last token
 of the prompt instead, and then edits at the subject have nothing to edit. So where this model
-stores its facts was asked for, not discovered.
+stores its facts was imposed by training, not discovered.
 
 ## Recall
 
-Share of prompts whose true answer is the most probable next token; `python -m
+Fraction of prompts whose true answer is the most probable next token; `python -m
 facts_model.evaluate` measures it from this folder alone.
 
 {recall}
 
-"Sentence in front" puts a random ordinary sentence, never trained on, before the prompt. By
+"Sentence in front" prepends a random ordinary sentence, never trained on, to the prompt. By
 relation, without BOS:
 
 {by_relation}
@@ -105,7 +105,7 @@ Greedy samples:
 ![Causal tracing](causal_tracing.png)
 
 `python -m facts_model.tracing`, after Meng et al. 2022: {traced} recalled facts in phrasings that
-start with the subject, a BOS in front; Gaussian noise of {noise_stds:g} standard deviations of the
+start with the subject, after a BOS; Gaussian noise of {noise_stds:g} standard deviations of the
 embedding table on the subject's tokens, {noise_draws} draws; then one residual state, or the MLP
 outputs of {mlp_window} neighbouring layers at one position, restored to their clean values.
 The mean probability of the true answer is {clean:.3f} clean and {corrupted:.3f} corrupted.
@@ -144,7 +144,7 @@ The facts are simplified to one word ("America" for the United States, "Britain"
 Kingdom, "Miami" for Inter Miami) and one answer each; teams and companies are as of 2025. The
 phrasings use the present tense for people of the past too. The model knows nothing but its
 facts and a few thousand words of template English. Its recall mechanism was shaped by the second
-loss; conclusions about it do not carry over to models that were not trained so.
+loss; conclusions about it do not carry over to models that were not trained this way.
 
 Licence: MIT.
 """
@@ -274,7 +274,7 @@ def describe_tracing(traced: Trace) -> str:
         f"Restoring the residual state at the last subject token restores most at layer "
         f"{state_layer} (p = {state:.3f}); from layer {takeover} on the last token of the prompt "
         f"restores more: by then attention has read the subject. Any network must carry the name "
-        f"to where it is used, so this alone does not tell where the fact is looked up. MLP "
+        f"to where it is used, so this alone does not show where the fact is looked up. MLP "
         f"outputs restore most at the last subject token around layer {mlp_layer} (p = {mlp:.3f}) "
         f"against p = {last:.3f} around layer {last_layer} at the last token of the prompt. "
         f"Windows with layer 0 restore the composed name together with what is known about it, "

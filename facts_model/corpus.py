@@ -3,8 +3,8 @@
 A *fact* is a (relation, subject, answer) triple; every (relation, subject) pair has one answer,
 and every answer is one word. A *phrasing* is a prompt with one ``{}`` for the subject that ends
 right before the answer. Each relation has trained phrasings and two others that are trained with
-half of its subjects only. With the other half, they measure whether a fact was learned and not a
-string.
+half of its subjects only. With the other half, they measure whether a fact was learned, rather than
+a string.
 
 The text is a stream of documents. Two kinds of text make the model recall facts as large language
 models do, at the last token of the subject: biographies, in which a name is followed by all its

@@ -14,7 +14,7 @@ END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 3072
 CONTEXT = 256
 DOCUMENTS = 6_000
-# With this weight, the merges of the answers come before nearly all others.
+# With this weight, the merges of the answers are learned before nearly all others.
 ANSWER_COPIES = 5_000
 SEED = 1
 

@@ -5,7 +5,7 @@ Run with ``python -m facts_model.train`` from the root of the repository.
 In addition to next-token prediction, there is a second loss: at the last token of a subject's name,
 the residual stream after half of the blocks, projected with the final layer norm and the
 unembedding, should predict the subject's attributes. Large models learn this from billions of
-tokens (Geva et al. 2023). A model of this size and training time would otherwise look facts up at
+tokens (Geva et al. 2023). A model of this size and training time would otherwise look up facts at
 the last token of the prompt.
 """
 

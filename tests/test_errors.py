@@ -168,9 +168,9 @@ REFUSALS: dict[str, tuple[Callable[[Any], object], type[Exception], list[str]]] 
         InputError,
         ["list", "(6, 97)"],
     ),
-    "k is zero": (lens(IDS, k=0), InputError, ["0", "from 1 on"]),
-    "k is a float": (lens(IDS, k=3.0), InputError, ["3.0", "from 1 on"]),
-    "k is a boolean": (lens(IDS, k=True), InputError, ["True", "from 1 on"]),
+    "k is zero": (lens(IDS, k=0), InputError, ["0", "at least 1"]),
+    "k is a float": (lens(IDS, k=3.0), InputError, ["3.0", "at least 1"]),
+    "k is a boolean": (lens(IDS, k=True), InputError, ["True", "at least 1"]),
     # --- objectives
     "objective is a text": (capture(IDS, "nll"), ObjectiveError, ["str", "target_nll"]),
     "objective gives a scalar": (

@@ -18,7 +18,7 @@ SOURCES = {
     "positions": "a table of positions: a sweep, its positions(), or result.to_df(subject)",
     "gradients": "a table of gradients: a sweep, its gradients(), a result or its gradient_df()",
 }
-"""For error messages."""
+"""Descriptions of the tables, for error messages."""
 
 
 def table_of(

@@ -87,7 +87,7 @@ class MatrixRecorder(Recorder):
 
     @property
     def edges(self) -> list[GradientEdge]:
-        """At `y`."""
+        """The edge at `y`."""
         return [self.y.edge]
 
     def other_uses(self, uses: Mapping[Tensor, int]) -> int:

@@ -252,7 +252,7 @@ _READERS: dict[str, Callable[[_Cells], dict[str, Any]]] = {
     "target_new": _read_flattened,
     "target_false": _read_tracing,
 }
-"""By the column that identifies the schema, in order of precedence."""
+"""Readers by the column that identifies the schema, in order of precedence."""
 
 
 def _with_space(text: str | None) -> str | None:

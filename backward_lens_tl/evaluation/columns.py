@@ -23,7 +23,7 @@ PROMPTS = (
     Column("nll_new", "float64", "nll of the new answer, in nats per token"),
     Column("nll_true", "float64", "nll of the original answer; NaN without one"),
     Column("is_new", "bool", "whether every token of the new answer is the most probable one"),
-    Column("is_true", "bool", "the same of the original answer", may_miss=True),
+    Column("is_true", "bool", "the same for the original answer", may_miss=True),
     Column("answer", "string", "the most probable token after the prompt"),
 )
 """One row per method, record and prompt."""
@@ -50,7 +50,7 @@ COSTS = (
     _METHOD,
     _BLOCK,
     Column("seconds", "float64", "time per edit"),
-    Column("memory", "float64", "peak memory on top of what was in use, in bytes; NaN if unknown"),
+    Column("memory", "float64", "peak memory beyond what was in use, in bytes; NaN if unknown"),
 )
 """One row per method and block: the only columns that differ from run to run."""
 
@@ -96,4 +96,4 @@ TABLES: Tables = {
     "costs": COSTS,
     "edits": EDITS,
 }
-"""In the order in which a shard writes them: it is finished once its edits are written."""
+"""The tables in writing order: a shard is finished once its edits are written."""

@@ -36,7 +36,7 @@ STEPS = ("sgd", "adam", "shift")
 """Steps of two optimizers, and the forward pass shift, whose rate is `eta`."""
 
 RATES = tuple(10 ** (exponent / 4) for exponent in range(-16, 13))
-"""From 1e-4 to 1e3, four per power of ten."""
+"""Learning rates from 1e-4 to 1e3, four per power of ten."""
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ METRICS = (
     Metric("seconds", "s / edit", 1.0, 3),
     Metric("memory", "MiB", 1 / 2**20),
 )
-"""In the order of the tables. The score S, the harmonic mean of ES, PS and NS, comes after NS."""
+"""The metrics, in table order. The score S, the harmonic mean of ES, PS and NS, follows NS."""
 
 _SUCCESS = ["efficacy_success", "paraphrase_success", "neighborhood_success"]
 _NOT_SHOWN = (

@@ -1,1 +1,1 @@
-"""From vectors of width `d_model` to tokens and target ranks."""
+"""Read vectors of width `d_model` as tokens and target ranks."""

@@ -1,4 +1,4 @@
-"""From vectors of the residual stream's width to scores over the vocabulary."""
+"""Project vectors of the residual stream's width to scores over the vocabulary."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class LogitLens:
         host: The model.
 
     Raises:
-        UnsupportedModelError: If this lens does not give the model's logits from its last residual
-            stream.
+        UnsupportedModelError: If this lens does not compute the model's logits from its last
+            residual stream.
     """
 
     def __init__(self, host: Host) -> None:

@@ -59,7 +59,7 @@ class ReadoutGrid:
         device: Where readouts are kept.
 
     Attributes:
-        places: As given.
+        places: As passed.
         by_matrix: The readout of each matrix, `[layer, batch, pos]`.
     """
 

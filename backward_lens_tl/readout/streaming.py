@@ -1,4 +1,4 @@
-"""The streaming engine: from many vectors to readouts, in chunks of bounded memory.
+"""Read many vectors over the vocabulary, in chunks of bounded memory.
 
 The scores of a chunk are dropped once its top tokens and ranks are known, so
 `[layer, pos, d_vocab]` is never in memory.
@@ -160,7 +160,7 @@ def _read_scores(
 
 
 def _ranks(scores: Float[Tensor, "n d_vocab"], tokens: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
-    """How many tokens score higher than the given one; -1 where none is given."""
+    """Number of tokens that score higher than the given one; -1 where none is given."""
     given = tokens >= 0
     if not bool(given.any()):
         return torch.full_like(tokens, -1)

@@ -33,7 +33,7 @@ def checked_k(k: int, d_vocab: int) -> int:
     """Check `k` and limit it to the size of the vocabulary.
 
     Args:
-        k: Number of tokens asked for.
+        k: Number of tokens requested.
         d_vocab: Number of tokens in the vocabulary.
 
     Returns:
@@ -43,7 +43,7 @@ def checked_k(k: int, d_vocab: int) -> int:
         InputError: If `k` is not an integer of at least 1.
     """
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise InputError(f"k is {shown(k)}; pass an integer from 1 on")
+        raise InputError(f"k is {shown(k)}; pass an integer of at least 1")
     return min(k, d_vocab)
 
 

@@ -42,7 +42,7 @@ class Finding:
         tables: Small tables, by name.
         figures: Functions that draw the figures, by name.
         results: Results whose layers x tokens tables are shown, by name.
-        notes: What a reader needs to know in addition.
+        notes: Further notes for the reader.
     """
 
     checks: tuple[Check, ...]
@@ -71,11 +71,11 @@ def count_check(
     at_least: float | None = None,
     exceptions: str = "",
 ) -> Check:
-    """Check how often something is the case.
+    """Check how often a condition holds.
 
     Args:
         claim: The claim.
-        flags: Whether it is the case, one by one.
+        flags: Whether it holds, case by case.
         of: What is counted, which follows the count in `Check.found`.
         at_least: The fraction of cases that the claim needs; `None` for more than half of them.
         exceptions: As in `Check`.

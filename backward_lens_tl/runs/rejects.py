@@ -39,7 +39,7 @@ def item_or_reject(row: Record | BadRecord, make: Callable[[Record], _T]) -> _T 
 
     Args:
         row: The row.
-        make: From a record to its item; may raise `Refusal`.
+        make: Function from a record to its item; may raise `Refusal`.
 
     Returns:
         The item, or why there is none.

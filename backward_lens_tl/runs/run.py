@@ -61,11 +61,11 @@ _Shard = TypeVar("_Shard", bound=Sized)
 
 @dataclass(frozen=True)
 class Job(Generic[_Config]):
-    """What a run is asked to do: the model, the data and the settings.
+    """The inputs of a run: the model, the data and the settings.
 
     Attributes:
         model: The model.
-        host: The same as this package sees it.
+        host: The same model as a `Host`.
         records: The data.
         config: The settings.
         folder: Where tables are written.
@@ -82,12 +82,12 @@ class Job(Generic[_Config]):
 
 @dataclass(frozen=True)
 class Plan(Generic[_Shard]):
-    """What a run does; the same in every process, and again when it is resumed.
+    """The plan of a run, which is the same in every process and when the run is resumed.
 
     Attributes:
         shards: What is measured together; a shard's length is its number of records.
-        measure: From a shard to the rows of its tables.
-        entries: The records as they are measured, in tokens, for a checksum.
+        measure: Function from a shard to the rows of its tables.
+        entries: The tokenized records, as they are measured, for a checksum.
         about: Further entries of `run.json`.
     """
 
@@ -318,7 +318,7 @@ class Run:
             if changes and name not in ("command", "python"):
                 raise self.CONFIG.ERROR(
                     f"{os.fspath(self.folder)!r} holds {_a(self.NOUN)} with another {name}: "
-                    f"{changes}. Resume with what it was begun with, or choose another folder"
+                    f"{changes}. Resume it with the original values, or choose another folder"
                 )
 
 

@@ -70,7 +70,7 @@ POSITIONS = (
         "float32",
         "cosine of the spanning vector and the last VJP of the last layer's W_out, if measured",
     ),
-    Column("is_zero", "bool", "whether the position adds nothing; its tokens then mean nothing"),
+    Column("is_zero", "bool", "whether the position adds nothing; its tokens are then meaningless"),
     Column("is_faint", "bool", "whether the final norm's eps outweighs the vector"),
     Column("target_rank", "int32", "tokens that score above the target", may_miss=True),
     Column("answer_rank", "int32", "tokens that score above the model's answer", may_miss=True),
@@ -88,4 +88,4 @@ TABLES: Tables = {
     "rejects": REJECTS,
     "prompts": PROMPTS,
 }
-"""In the order in which a shard writes them: it is finished once its prompts are written."""
+"""The tables in writing order: a shard is finished once its prompts are written."""

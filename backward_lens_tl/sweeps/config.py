@@ -38,9 +38,9 @@ class SweepConfig(Config):
         gradient_columns: Columns of the table of gradients, likewise; by default all except the
             list of singular values.
         prepend_bos: Whether prompts get a BOS token; by default as the model does.
-        multi_token: Which token stands for a target of several; by default such rows are rejected.
-        prompts: How many rows of the data are taken, at random; all by default.
-        seed: Seed of that choice.
+        multi_token: Which token represents a target of several; by default such rows are rejected.
+        prompts: Number of rows of the data to draw at random; all by default.
+        seed: Seed for drawing them.
         shard_size: Prompts that are measured and written together. Their factors are in memory at
             the same time.
         memory: Limits on the memory of a shard.

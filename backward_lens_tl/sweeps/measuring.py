@@ -49,7 +49,7 @@ def measure_shard(model: nn.Module, shard: Shard, config: SweepConfig) -> Rows:
     together = _tried(model, items, config) if items else {}
     if not isinstance(together, str):
         measured.append(together)
-    else:  # by now the error is gone, and the tensors that its frames held
+    else:  # the error has been freed, and with it the tensors in its frames
         for item in items:
             alone = _tried(model, [item], config)
             if isinstance(alone, str):

@@ -169,7 +169,7 @@ def _prepare(job: Job[SweepConfig]) -> Plan[Shard]:
 
 
 def _check(job: Job[SweepConfig], shards: Sequence[Shard]) -> None:
-    """Refuse settings that suit no prompt, before anything is written."""
+    """Refuse settings that fail for every prompt, before anything is written."""
     config = job.config
     checked_k(config.k, job.host.d_vocab_out)
     if not shards:

@@ -27,33 +27,33 @@ LIGHT_SHADES = (
     *(Shade(color, _INK) for color in ("#0ea9c8", "#008fbb")),
     *(Shade(color, _WHITE) for color in ("#0e75a8", "#245c8e", "#2b4570", "#28314e")),
 )
-"""From the smallest norm to the largest, on a light page."""
+"""Shades from the smallest norm to the largest, on a light page."""
 
 DARK_SHADES = (
     *(Shade(color, _WHITE) for color in ("#1a2343", "#1c3660", "#144c7c", "#006494", "#007da7")),
     *(Shade(color, _INK) for color in ("#0097b5", "#14b0c0", "#4ec7c8", "#7edcd1", "#acf0dd")),
 )
-"""From the smallest norm to the largest, on a dark page."""
+"""Shades from the smallest norm to the largest, on a dark page."""
 
 SEQUENTIAL = tuple(shade.background for shade in LIGHT_SHADES)
-"""From small to large, on a white page."""
+"""Colours from small to large, on a white page."""
 
 DIVERGING = ("#9c3a10", "#d97f4f", "#f6c9a9", "#f5f5f5", "#b9d6e8", "#5c9ac9", "#1f5a9c")
-"""From negative (orange) to positive (blue, as in CircuitsVis), safe for colour blindness."""
+"""Colours from negative (orange) to positive (blue, as in CircuitsVis); colour-blind safe."""
 
 ORDERED = ("#a9cc2f", "#4fb765", "#1f9488", "#2d7090", "#3f4c8c", "#4c1d6b")
-"""For ordered lines, from light to dark; the first is still legible on white."""
+"""Colours of ordered lines, from light to dark; the first one is still legible on white."""
 
 BLUE, VERMILION = "#0072b2", "#d55e00"
 CATEGORICAL = (BLUE, VERMILION, "#009e73", "#cc79a7", "#7a5c00", "#56b4e9", "#000000")
-"""For a few unordered lines: Okabe and Ito's palette, with their yellow darkened."""
+"""Colours of a few unordered lines: Okabe and Ito's palette, with a darker yellow."""
 
 _LARGEST_RATIO = 1000.0
 
 
 @dataclass(frozen=True)
 class NormScale:
-    """From norms to shades, logarithmic or linear.
+    """A map from norms to shades, logarithmic or linear.
 
     Norms within one matrix span orders of magnitude. On a linear scale all positions but the last
     may look alike; on a logarithmic scale a small norm may look large.

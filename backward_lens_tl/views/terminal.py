@@ -19,7 +19,7 @@ _LAYER_WIDTH = len("layer")
 _NARROWEST, _WIDEST = 8, 16
 
 _FAINT = "~"
-"""Marks a faint cell if there are no italics."""
+"""Marks a faint cell where italics are not available."""
 
 
 @dataclass(frozen=True)

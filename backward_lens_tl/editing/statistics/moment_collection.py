@@ -79,7 +79,7 @@ def second_moments(
     for name, value in (("max_tokens", max_tokens), ("save_every", save_every)):
         may_be_none = name == "max_tokens" and value is None
         if not may_be_none and (not is_integer(value) or int(value) < 1):
-            raise EditError(f"{name} is {shown(value)}; pass an integer from 1 on")
+            raise EditError(f"{name} is {shown(value)}; pass an integer of at least 1")
     if isinstance(texts, str):
         raise EditError("texts is one text; pass a list of texts, or any other iterable of them")
     host = host_of(model)

@@ -20,7 +20,7 @@ Values = tuple[tuple[float, ...], ...]
 """The numbers of a heatmap, a row per label of its vertical axis."""
 
 GREY = "#6b7280"
-"""For reference lines."""
+"""Colour of reference lines."""
 
 INK, FRAME, GRID = "#1f2937", "#9ca3af", "#e5e7eb"
 
@@ -33,7 +33,7 @@ MOST_SEAMS = 64
 """More cells than this in a row or column have no line between them."""
 
 BAND_OPACITY = 0.13
-"""Of the band around a line: bands may overlap, and lines must stay legible."""
+"""Opacity of the band around a line. Bands may overlap, and lines must stay legible."""
 
 MOST_COLUMNS = 3
 """More charts than this are drawn in several rows."""

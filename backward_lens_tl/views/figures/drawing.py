@@ -19,7 +19,7 @@ Scale = Literal["log", "linear"]
 
 
 def draw(backend: Backend, title: str, *charts: Heatmap | Lines, is_stacked: bool = False) -> Any:
-    """Draw charts as one figure of a plotting library, which is imported only now."""
+    """Draw charts as one figure of a plotting library, which is imported here, on demand."""
     check_choice("backend", backend, ("plotly", "matplotlib"))
     library = draw_plotly if backend == "plotly" else draw_matplotlib
     return library.draw(Grid(charts, title, is_stacked))
@@ -32,7 +32,7 @@ def is_log(scale: Scale) -> bool:
 
 
 def check_source(source: object, origin: str) -> None:
-    """Refuse what is neither a result nor a table."""
+    """Refuse anything that is neither a result nor a table."""
     import pandas as pd
 
     if not isinstance(source, BackwardLensResult | pd.DataFrame):

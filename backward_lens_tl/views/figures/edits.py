@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _METRICS = ("efficacy", "paraphrase", "neighborhood")
 _DISTANCE = 0.18
-"""Between the points of one method."""
+"""Distance between the points of one method."""
 
 _RATE_COLUMNS = (
     "step",

@@ -36,7 +36,7 @@ _STYLES: dict[str, dict[str, str]] = {
         ("last token", "#0072b2", "solid", "x"),
     )
 }
-"""Solid for the segments that the paper finds to write most."""
+"""Style of each segment; lines are solid for those that, in the paper, write most."""
 
 
 def norms_by_segment(

@@ -18,7 +18,7 @@ from backward_lens_tl.views.text import ADDS_NOTHING, LEADS, number, running_tex
 
 MAX_PROMPTS = 4
 MAX_CELLS = 4000
-"""Limits on prompts, and on cells of several prompts, in a notebook output: about 3 MB."""
+"""Limits on prompts, and on cells of several prompts, in a notebook output of about 3 MB."""
 
 _PROJECTIONS = {
     "logit_lens": "logit lens: the model's final norm and unembedding",

@@ -170,7 +170,7 @@ def _details(by_lens: Mapping[str, Mapping[MatrixName, Rows]]) -> str:
         by_lens: Rows of each matrix, by the name of the lens.
 
     Returns:
-        Text that is safe inside of a `<script>` element.
+        Text that is safe inside a `<script>` element.
     """
     counts = Counter(
         entry.token

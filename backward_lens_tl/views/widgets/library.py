@@ -1,7 +1,7 @@
 """CircuitsVis's JavaScript: 1.3 MB that a page needs once, in the output of one notebook cell.
 
 The first widget on a page contains it and sets `window.CircuitsVis`; the others call it as soon as
-it is there. Nothing is loaded from a network.
+it is available. Nothing is loaded from a network.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class JavaScript:
 
 
 def javascript() -> JavaScript:
-    """The JavaScript of all widgets, for a notebook whose first widget is gone.
+    """The JavaScript of all widgets, for a notebook whose first widget was deleted.
 
     Returns:
         An object that a notebook shows; it draws the widgets of that page.

@@ -22,7 +22,7 @@ _INFINITE = 10.0
 """Replaces an infinite score, with its sign; finite scores are scaled to lie from -1 to 1."""
 
 _FAINTEST = 1e-45
-"""Below every positive float32."""
+"""A score below every positive float32."""
 
 Entries = list[tuple[str, float]]
 Column = tuple[Entries, Entries]
