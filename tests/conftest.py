@@ -1,4 +1,4 @@
-"""Models that the tests share; no test may change them (test_state.py holds the package to it)."""
+"""Models shared by the tests; no test may change them (test_state.py checks the package)."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ KINDS = ("bridge", "hooked")
 
 @pytest.fixture
 def as_for_a_user() -> Iterator[None]:
-    """Without the tests' run-time type checks, which stay on in the other files.
+    """Switch off the tests' run-time type checks, which stay on in the other files.
 
-    They come before the package's own messages, beartype draws from Python's random numbers, and
+    They run before the package's own checks, beartype uses Python's random numbers, and
     they make small models several times slower.
     """
     with type_checks_off():
@@ -47,7 +47,7 @@ def as_for_a_user() -> Iterator[None]:
 
 @pytest.fixture
 def not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the passes by which a model is looked at when it is new; here the others count."""
+    """Skip the probing passes of a new model, so that only the other passes are counted."""
     monkeypatch.setattr("backward_lens_tl.models.probing._probed", lambda host: None)
 
 
@@ -69,25 +69,25 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="session", params=("bridge-gpt2", "hooked-gpt2"))
 def gpt2(request: pytest.FixtureRequest) -> Case:
-    """A dense random model of either kind, in float64."""
+    """A dense random model of each class, in float64."""
     return build(request.param)
 
 
 @pytest.fixture(scope="session")
 def one_gpt2() -> Case:
-    """A dense random model of the kind that there is, for what does not depend on the class."""
+    """A dense random model of an available class, for tests that do not depend on the class."""
     return build("hooked-gpt2" if HAS_HOOKED else "bridge-gpt2")
 
 
 @pytest.fixture(scope="session", params=("bridge-llama", "hooked-llama"))
 def llama(request: pytest.FixtureRequest) -> Case:
-    """A gated random model of either kind, in float64."""
+    """A gated random model of each class, in float64."""
     return build(request.param)
 
 
 @pytest.fixture(scope="session")
 def stories_folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a trained Llama, as the installed transformers can read it."""
+    """The folder of a trained Llama, in a format that the installed transformers reads."""
     folder = shared / "models" / "stories260K"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there; set BACKWARD_LENS_SHARED to the folder of test data")
@@ -102,21 +102,21 @@ def stories(request: pytest.FixtureRequest, stories_folder: Path) -> Case:
 
 @pytest.fixture(scope="session", params=KINDS)
 def facts(request: pytest.FixtureRequest) -> Case:
-    """The trained GPT-2 architecture that ships inside the package, in float32."""
+    """The trained GPT-2 architecture shipped in the package, in float32."""
     return trained_case(FACTS_FOLDER, request.param)
 
 
 @pytest.fixture(scope="session")
 def facts_model() -> Any:
-    """The model that ships inside the package, as users load it; tests leave it as it was."""
+    """The model shipped in the package, as users load it; no test changes it."""
     return load_facts_model()
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of test data outside the repository."""
-    beside = Path(__file__).parents[2] / "shared"
-    folder = Path(os.environ.get("BACKWARD_LENS_SHARED", beside))
+    default = Path(__file__).parents[2] / "shared"
+    folder = Path(os.environ.get("BACKWARD_LENS_SHARED", default))
     if not folder.is_dir():
         pytest.skip(f"no test data: {folder} is not there; set BACKWARD_LENS_SHARED")
     return folder
@@ -131,7 +131,7 @@ def trained_case(folder: Path, kind: str) -> Case:
     raw = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    own: dict[tuple[str, int], Parameter] = {}  # not to be had from outside a loaded bridge
+    own: dict[tuple[str, int], Parameter] = {}  # not accessible from a loaded bridge
     norm, unembed = hf_reading(raw)
     return Case(
         folder.name,

@@ -227,7 +227,7 @@ def test_negative_positions_count_from_each_prompts_own_end(gpt2: Case) -> None:
                 assert words == full.top_tokens(matrix, 0, -1, batch=b)
 
 
-def test_norms_are_those_of_the_vjps(llama: Case) -> None:
+def test_norms_equal_those_of_the_vjps(llama: Case) -> None:
     result = backward_lens(llama.model, llama.tokens(3, 3), TARGET, matrices="mlp", layers=[1, 2])
     for matrix in llama.matrices:
         assert result.norms(matrix).shape == (2, 2, 3)

@@ -1,4 +1,4 @@
-"""Analyses of tables of many prompts, against slow loops over their rows and known answers."""
+"""Analyses of tables of many prompts, against row-by-row loops and known answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RECORDS = Path(blt.__file__).parent / "facts_model" / "records.json"
 
 @pytest.fixture(scope="module")
 def result(facts_model: Any) -> blt.BackwardLensResult:
-    """Facts of several lengths, as the paper has them: raw gradients."""
+    """Raw gradients of facts of several lengths, as in the paper."""
     rewrites = [record["requested_rewrite"] for record in facts()]
     prompts = [rewrite["prompt"].format(rewrite["subject"]) for rewrite in rewrites]
     targets = [f" {rewrite['target_new']['str']}" for rewrite in rewrites]
@@ -43,7 +43,7 @@ def result(facts_model: Any) -> blt.BackwardLensResult:
 
 @pytest.fixture(scope="module")
 def positions(result: blt.BackwardLensResult) -> pd.DataFrame:
-    """All cells, under both projections in one table, as a sweep has them; two have no subject."""
+    """All cells, under both projections in one table, as in a sweep; two have no subject."""
     subjects = [record["requested_rewrite"]["subject"] for record in facts()]
     table = pd.concat(
         [result.under(name).to_df(subjects) for name in result.projections], ignore_index=True
@@ -61,7 +61,7 @@ def facts() -> list[dict[str, Any]]:
 
 
 def gradients(*changes: dict[str, Any]) -> pd.DataFrame:
-    """Gradients of six tokens and full rank, but for what is changed."""
+    """Gradients of six tokens and full rank, except for the given changes."""
     row = {
         "prompt": 0, "matrix": "W_out", "layer": 0, "is_last_layer": False, "n_tokens": 6,
         "n_writing": 6, "rank": 6, "largest_rank": 6, "input_rank": 6, "vjp_rank": 6,
@@ -91,14 +91,14 @@ UNKNOWN = "positions that add something are linearly dependent, or lost in round
         ({"vjp_rank": 4, "rank": 4}, VJPS),
         ({"rank": 5}, ROUNDING),
         ({"input_rank": 5, "rank": 4}, f"{INPUTS}; {ROUNDING}"),
-        # Two planes of five dimensions may meet in four of six.
+        # Two planes of five dimensions may intersect in four of six.
         ({"input_rank": 5, "vjp_rank": 5, "rank": 4}, f"{INPUTS}; {VJPS}"),
         ({"input_rank": 5, "vjp_rank": 5, "rank": 3}, f"{INPUTS}; {VJPS}; {ROUNDING}"),
         (
             {"n_writing": 4, "largest_rank": 4, "vjp_rank": 4, "rank": 3},
             f"2 positions add nothing; {ROUNDING}",
         ),
-        # One of the inputs depends on others: perhaps of those that add nothing.
+        # One input depends on others, perhaps on those that add nothing.
         (
             {"n_writing": 4, "largest_rank": 4, "vjp_rank": 4, "input_rank": 5, "rank": 3},
             f"2 positions add nothing; {UNKNOWN}",
@@ -119,7 +119,7 @@ def test_every_cause(change: dict[str, Any], causes: str) -> None:
 
 
 def test_the_law() -> None:
-    """Rank n; 1 in the last layer, if only one token writes there."""
+    """Rank n; 1 in the last layer, if only one token contributes there."""
     on_all = LAST | {"matrix": "W_in", "n_writing": 6, "largest_rank": 6, "vjp_rank": 6, "rank": 6}
     table = gradients(
         LAST | {"rank": 1},
@@ -157,14 +157,14 @@ def test_the_law() -> None:
     assert rank_exceptions(unranked).empty
 
 
-def test_prompts_that_differ_in_their_law_have_rows_of_their_own() -> None:
+def test_prompts_with_different_laws_have_separate_rows() -> None:
     on_two = LAST | {"n_writing": 2, "rank": 2, "largest_rank": 2, "vjp_rank": 2, "prompt": 1}
     found = gradient_ranks(gradients(LAST | {"rank": 1}, on_two))
     assert found[["law", "prompts", "exceptions"]].to_numpy().tolist() == [[1, 1, 0], [6, 1, 1]]
 
 
-def test_causes_are_true_of_exact_ranks() -> None:
-    """Small whole numbers, whose ranks are certain, and a measured rank that may have lost some."""
+def test_causes_hold_for_exact_ranks() -> None:
+    """Small integers, whose ranks are exact, and measured ranks that may be too low."""
     rng = np.random.default_rng(0)
     rank = np.linalg.matrix_rank
     factors, rows = [], []
@@ -201,8 +201,8 @@ def test_causes_are_true_of_exact_ranks() -> None:
     assert min(seen[part] for part in (ROUNDING, INPUTS, VJPS, UNKNOWN)) > 5
 
 
-def test_the_facts_model_keeps_the_law(result: blt.BackwardLensResult) -> None:
-    """Against dense gradients: the paper's figure 4."""
+def test_the_facts_model_follows_the_law(result: blt.BackwardLensResult) -> None:
+    """Compare with dense gradients (figure 4 of the paper)."""
     table = result.capture.gradient_df()
     found = gradient_ranks(table)
     assert not found["exceptions"].any()
@@ -221,7 +221,7 @@ def test_the_facts_model_keeps_the_law(result: blt.BackwardLensResult) -> None:
 
 
 def test_a_loss_on_all_tokens_has_no_last_layer_of_rank_1(facts_model: Any) -> None:
-    """The last token predicts nothing that is known, and adds nothing in any layer."""
+    """The last token has no next token, so it adds nothing in any layer."""
     every = blt.backward_lens(facts_model, "Rome is in Italy", objective=blt.next_token_loss())
     found = gradient_ranks(every.capture.gradient_df())
     assert found["law"].eq(found["n_tokens"]).all()
@@ -229,7 +229,7 @@ def test_a_loss_on_all_tokens_has_no_last_layer_of_rank_1(facts_model: Any) -> N
     assert set(rank_exceptions(every.capture.gradient_df())["cause"]) == {"1 position adds nothing"}
 
 
-def test_attention_departs_from_the_law_by_its_nature(facts_model: Any) -> None:
+def test_attention_departs_from_the_law(facts_model: Any) -> None:
     """The first query sees one key; without rotation the VJPs of keys add up to zero."""
     result = blt.backward_lens(
         facts_model, "Lionel Messi plays for", " Paris", matrices=["W_Q", "W_K"]
@@ -239,7 +239,7 @@ def test_attention_departs_from_the_law_by_its_nature(facts_model: Any) -> None:
     queries, keys = (early[early["matrix"] == name] for name in ("W_Q", "W_K"))
     assert len(queries) == 7
     assert set(queries["cause"]) == {"1 position adds nothing"}
-    assert len(keys) >= 5  # in some layer, rounding may fill what is missing
+    assert len(keys) >= 5  # in some layer, rounding may fill the missing rank
     assert set(keys["cause"]) == {VJPS}
     assert keys["rank"].eq(keys["n_tokens"] - 1).all()
     last = off[(off["layer"] == 7) & (off["matrix"] == "W_K")]
@@ -250,7 +250,7 @@ def test_attention_departs_from_the_law_by_its_nature(facts_model: Any) -> None:
 
 
 def cells(table: pd.DataFrame, *keys: str) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Row by row, each cell once."""
+    """Read each cell once, row by row."""
     seen = set()
     for row in table.to_dict("records"):
         cell = tuple(row[key] for key in ("prompt", "matrix", *keys, "layer", "position"))
@@ -260,7 +260,7 @@ def cells(table: pd.DataFrame, *keys: str) -> Iterator[tuple[tuple[Any, ...], di
 
 
 def in_order(groups: dict[tuple[Any, ...], Any]) -> list[tuple[Any, ...]]:
-    """Matrices as they come, then projections as they come, layers and segments."""
+    """Matrices and projections in order of appearance, then layers and segments."""
     matrices = list(dict.fromkeys(key[0] for key in groups))
     projections = list(dict.fromkeys(key[1:-2] for key in groups))
     return sorted(
@@ -299,7 +299,7 @@ def test_norms_by_segment(positions: pd.DataFrame, of: Any, column: str) -> None
     assert zeros["count"].all()
 
 
-def test_matrices_come_in_the_table_s_order(positions: pd.DataFrame) -> None:
+def test_matrices_keep_the_order_of_the_table(positions: pd.DataFrame) -> None:
     turned = positions.iloc[::-1]
     for found in (
         norms_by_segment(turned),
@@ -344,8 +344,8 @@ def test_means_are_over_tokens() -> None:
     assert math.isnan(one["std"])
 
 
-def test_a_sweep_s_narrow_types(positions: pd.DataFrame, result: blt.BackwardLensResult) -> None:
-    """Parquet has 32 bits and NaN where tables have 64 and NA; means are of 64 all the same."""
+def test_narrow_types_of_a_sweep(positions: pd.DataFrame, result: blt.BackwardLensResult) -> None:
+    """Parquet has 32 bits and NaN where tables have 64 and NA; means still have 64."""
     ranks = dict.fromkeys(("target_rank", "answer_rank"), "float64")
     counts = dict.fromkeys(("layer", "position"), "int32")
     norms = dict.fromkeys(("norm", "input_norm"), "float32")
@@ -402,7 +402,7 @@ def test_cells_that_add_nothing_have_no_rank() -> None:
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_prompts_of_any_kind_of_list(positions: pd.DataFrame) -> None:
+def test_prompts_in_any_kind_of_list(positions: pd.DataFrame) -> None:
     some = positions[positions["layer"] == 3]
     expected = token_ranks_by_segment(some, prompts=[2, 3])
     for prompts in ((3, 2), np.array([2, 3]), pd.Series([2, 3, 3])):
@@ -416,7 +416,7 @@ def test_prompts_of_any_kind_of_list(positions: pd.DataFrame) -> None:
 
 
 def places(values: Sequence[float]) -> list[float]:
-    """Rank of each value, ties at the mean of theirs."""
+    """Rank of each value; ties get the mean of their ranks."""
     return [
         sum(other < value for other in values) + (sum(other == value for other in values) + 1) / 2
         for value in values
@@ -467,7 +467,7 @@ def test_known_correlations() -> None:
 def test_a_sweep_a_result_and_their_tables_give_the_same(
     result: blt.BackwardLensResult, facts_model: Any, tmp_path: Path
 ) -> None:
-    """A sweep's columns are read as they are needed."""
+    """A sweep's columns are read only when needed."""
     config = blt.SweepConfig(direction="gradient", projection=("logit_lens",))
     rows = [
         {"prompt": "Lionel Messi plays for", "target": " Paris", "subject": "Lionel Messi"},

@@ -48,17 +48,17 @@ def captured(name: str) -> tuple[Case, GradientCapture]:
 
 
 def slow_neurons(gradient: MatrixGradient, batch: int) -> tuple[Tensor, Tensor]:
-    """Neurons as rows of the dense gradient, and the vectors that span them, without padding."""
+    """Return neurons as rows of the dense gradient, and the vectors that span them, unpadded."""
     dense = gradient.dense(batch)
     is_writing = gradient.matrix in WRITING_MATRICES
-    if dense.ndim == 3:  # heads side by side
+    if dense.ndim == 3:  # heads concatenated
         dense = torch.cat(list(dense), dim=0 if is_writing else 1)
     vectors = (gradient.vjps if is_writing else gradient.inputs)[batch, gradient.mask[batch]]
     return (dense if is_writing else dense.T), vectors
 
 
 def by_score(case: Case, vector: Tensor) -> list[int]:
-    """All tokens, best first, by the model's own final norm and unembedding."""
+    """All tokens, best first, by the model's final norm and unembedding."""
     scores = case.lens(vector[None].to(case.dtype))[0].tolist()
     return sorted(range(len(scores)), key=lambda token: -scores[token])
 
@@ -68,11 +68,11 @@ def texts(case: Case, tokens: list[int]) -> list[str]:
     return [tokenizer.decode([t], clean_up_tokenization_spaces=False) for t in tokens]
 
 
-# ------------------------------------------------------------------------------------------ words
+# ------------------------------------------------------------------------------------------- tokens
 
 
 @pytest.mark.parametrize(("name", "matrix"), READ)
-def test_words_against_the_dense_gradient(name: str, matrix: str) -> None:
+def test_tokens_against_the_dense_gradient(name: str, matrix: str) -> None:
     case, gradients = captured(name)
     for batch in (0, 1):
         table = neuron_tokens(case.model, gradients, matrix, 1, batch, per_group=4, k=5)
@@ -97,7 +97,7 @@ def test_words_against_the_dense_gradient(name: str, matrix: str) -> None:
             assert row.bottom_tokens == texts(case, order[:-6:-1])
 
 
-def test_the_last_row_is_the_zero_vectors() -> None:
+def test_the_last_row_holds_the_zero_vectors() -> None:
     case, gradients = captured("hooked-gpt2")
     row = neuron_tokens(case.model, gradients, "W_out", 1, k=4).iloc[-1]
     order = by_score(case, torch.zeros(case.d_model))
@@ -110,7 +110,7 @@ def test_the_last_row_is_the_zero_vectors() -> None:
 
 
 @pytest.mark.parametrize(("name", "matrix"), READ)
-def test_spanning_words_against_the_factors(name: str, matrix: str) -> None:
+def test_spanning_tokens_against_the_factors(name: str, matrix: str) -> None:
     case, gradients = captured(name)
     for batch in (0, 1):
         table = spanning_tokens(case.model, gradients, matrix, 1, batch, k=4)
@@ -125,7 +125,7 @@ def test_spanning_words_against_the_factors(name: str, matrix: str) -> None:
 
 
 def with_silent(gradients: GradientCapture, n_loud: int) -> GradientCapture:
-    """The same, with a `W_out` of layer 1 whose neurons are zero but for the last few."""
+    """The same, with a `W_out` of layer 1 whose neurons are zero except the last few."""
     gradient = gradients["W_out", 1]
     inputs = gradient.inputs.clone()
     inputs[..., : inputs.shape[-1] - n_loud] = 0
@@ -144,7 +144,7 @@ def with_silent(gradients: GradientCapture, n_loud: int) -> GradientCapture:
         (13, (3,) * 3),
     ],
 )
-def test_groups_are_of_neurons_that_are_not_zero(n_loud: int, sizes: tuple[int, ...]) -> None:
+def test_groups_hold_nonzero_neurons_only(n_loud: int, sizes: tuple[int, ...]) -> None:
     case, gradients = captured("hooked-gpt2")
     table = neuron_tokens(case.model, with_silent(gradients, n_loud), "W_out", 1)
     assert tuple(
@@ -195,14 +195,14 @@ def test_overlap_against_sets(name: str, matrix: str) -> None:
     assert 0 < table["overlap"].mean() < 1
 
 
-def test_neurons_that_are_zero_say_what_the_zero_vector_says() -> None:
+def test_zero_neurons_decode_like_the_zero_vector() -> None:
     case, gradients = captured("hooked-gpt2")
     table = neuron_overlap(case.model, with_silent(gradients, 13), "W_out", 1, k=7)
     nothing = table[(table["neuron"] < 52 - 13) & (table["token"] == "zero vector")]
     assert len(nothing) == 39
     assert (nothing["overlap"] == 1).all()
     assert list(nothing["norm_order"]) == list(range(13, 52))  # ties by index
-    # And so do vectors that are zero, those of the last layer.
+    # So do the zero vectors of the last layer.
     last = neuron_overlap(case.model, gradients, "W_out", 2, k=7)
     zeros = last[last["token"] == "zero vector"]["overlap"].tolist()
     assert last[last["position"] == 0]["overlap"].tolist() == zeros
@@ -215,7 +215,7 @@ def test_the_whole_vocabulary_is_shared() -> None:
 
 
 class Counted:
-    """A projection that takes note of how many vectors it scores at a time, and of their layer."""
+    """A projection that records how many vectors it scores at a time, and their layer."""
 
     def __init__(self, n_tokens: int) -> None:
         self.sizes: list[int] = []
@@ -229,7 +229,7 @@ class Counted:
 
 
 @pytest.mark.parametrize("matrix", ["W_in", "W_out"])
-def test_neurons_are_made_in_blocks(monkeypatch: pytest.MonkeyPatch, matrix: str) -> None:
+def test_neurons_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch, matrix: str) -> None:
     from backward_lens_tl.capture import matrix_gradient as gradients_module
 
     case, gradients = captured("hooked-gpt2")
@@ -239,7 +239,7 @@ def test_neurons_are_made_in_blocks(monkeypatch: pytest.MonkeyPatch, matrix: str
 
     def noting(*args: Any) -> Tensor:
         result = einsum(*args)
-        # Similarities are made at once: d_hidden times positions, which is small.
+        # Similarities are computed all at once: d_hidden times positions, which is small.
         if result.shape[-1] == case.d_model:
             made.append(result.shape[0])
         return result
@@ -255,7 +255,7 @@ def test_neurons_are_made_in_blocks(monkeypatch: pytest.MonkeyPatch, matrix: str
     pd.testing.assert_frame_equal(neuron_overlap(case.model, gradients, matrix, 1, k=9), whole)
 
 
-def test_blocks_of_neurons_are_parts_of_the_dense_gradient() -> None:
+def test_blocks_of_neurons_are_slices_of_the_dense_gradient() -> None:
     _, gradients = captured("bridge-llama")
     for matrix in ("W_in", "W_out", "W_Q", "W_O"):
         gradient = gradients[matrix, 1]
@@ -268,10 +268,10 @@ def test_blocks_of_neurons_are_parts_of_the_dense_gradient() -> None:
                 gradient.neurons(start, stop, batch=1)
 
 
-# ------------------------------------------------------------------------------- what may be given
+# ---------------------------------------------------------------------------------- accepted inputs
 
 
-def test_a_result_does_as_well_as_its_gradients(facts_model: Any) -> None:
+def test_a_result_works_like_its_gradients(facts_model: Any) -> None:
     result = blt.backward_lens(facts_model, "Lionel Messi plays for", " Paris", layers=5)
     for table in (neuron_tokens, spanning_tokens, neuron_overlap):
         pd.testing.assert_frame_equal(
@@ -280,20 +280,20 @@ def test_a_result_does_as_well_as_its_gradients(facts_model: Any) -> None:
         )
 
 
-def test_the_sign_is_the_raw_gradients(facts_model: Any) -> None:
-    """As in the paper's tables 2 and 3: the target is at the bottom of the last position's VJP."""
+def test_the_sign_is_that_of_the_raw_gradient(facts_model: Any) -> None:
+    """As in tables 2 and 3 of the paper: the target is at the bottom of the last position's VJP."""
     result = blt.backward_lens(facts_model, "Lionel Messi plays for", " Paris", direction="update")
     spanning = spanning_tokens(facts_model, result, "W_out", 5, k=3)
     assert spanning["bottom_tokens"].iloc[-1][0] == " Paris"
-    words = neuron_tokens(facts_model, result, "W_out", 5, k=3)
-    ends = words["top_tokens"] + words["bottom_tokens"]
-    assert all(" Paris" in tokens for tokens in ends[words["group"] == "largest"])
-    assert not any(" Paris" in tokens for tokens in ends[words["group"] == "smallest"])
-    assert words["top_tokens"].iloc[-1] == words["top_tokens"].iloc[-2]
+    table = neuron_tokens(facts_model, result, "W_out", 5, k=3)
+    ends = table["top_tokens"] + table["bottom_tokens"]
+    assert all(" Paris" in tokens for tokens in ends[table["group"] == "largest"])
+    assert not any(" Paris" in tokens for tokens in ends[table["group"] == "smallest"])
+    assert table["top_tokens"].iloc[-1] == table["top_tokens"].iloc[-2]
 
 
-def test_long_neurons_follow_the_last_vjp_and_short_ones_say_nothing(facts_model: Any) -> None:
-    """The finding of figure 9, on the model that ships here."""
+def test_long_neurons_follow_the_last_vjp_and_short_ones_the_zero_vector(facts_model: Any) -> None:
+    """The finding of figure 9, on the packaged facts model."""
     gradients = blt.capture_gradients(
         facts_model, "Lionel Messi plays for", blt.target_nll(" Paris"), layers=5
     )
@@ -318,11 +318,11 @@ def test_other_projections() -> None:
     for row in normalized.dropna().itertuples():
         vector = neurons[row.neuron]
         assert row.top_tokens == texts(case, by_score(case, vector / vector.norm())[:3])
-    words = spanning_tokens(case.model, gradients, "W_in", 1, k=3, projection=Counted(97))
+    table = spanning_tokens(case.model, gradients, "W_in", 1, k=3, projection=Counted(97))
     x = gradients["W_in", 1].inputs[0]
     repeated = x[0].repeat(5)[:97].tolist()
     best = sorted(range(97), key=lambda token: -repeated[token])[:1]
-    assert words["top_tokens"][0][:1] == texts(case, best)
+    assert table["top_tokens"][0][:1] == texts(case, best)
 
 
 @pytest.mark.parametrize("table", [neuron_tokens, spanning_tokens, neuron_overlap])
@@ -354,7 +354,7 @@ def test_groups_have_a_number_of_neurons(per_group: Any, as_for_a_user: None) ->
         neuron_tokens(case.model, gradients, "W_out", 1, per_group=per_group)
 
 
-def test_parts_with_factors_of_their_own_are_refused() -> None:
+def test_experts_with_separate_factors_are_refused() -> None:
     case, gradients = captured("hooked-gpt2")
     gradient = gradients["W_O", 1]
     split = replace(gradient, vjps=gradient.vjps[:, :, None].repeat(1, 1, 3, 1))

@@ -1,4 +1,4 @@
-"""Steps of gradient descent against torch's own, on the raw model; weights put back bit by bit."""
+"""Steps of gradient descent against torch's, on the raw model; weights are restored bit by bit."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ pytestmark = pytest.mark.usefixtures("as_for_a_user")
 
 TARGET = 5
 NAMES = ("bridge-gpt2", "bridge-gemma2", "bridge-neox", "hooked-llama")
-# A change of 1e-2 of numbers of size 1 to 10 in float64, 1000 times the error seen.
+# A change of 1e-2 of numbers of size 1 to 10 in float64, 1000 times the observed error.
 EXACT = 1e-10
 
 
 @functools.cache
 def model_case(name: str) -> Case:
-    """A random model in float64; what a test changes it puts back."""
+    """A random model in float64; every test restores what it changes."""
     case = build(name)
     tokens = case.tokens(5)
-    # A bridge sets hooks of its own at the first forward pass of a kind.
+    # A bridge registers its own hooks at the first forward pass of each kind.
     case.model(tokens, return_type="logits", attention_mask=torch.ones_like(tokens))
     return case
 
@@ -81,7 +81,7 @@ def test_layouts_there_and_back(stored: Stored, shape: tuple[int, ...]) -> None:
     laid_out = stored.as_stored(matrix)
     assert laid_out.shape == stored.parameter.shape
     assert torch.equal(stored.in_out(laid_out), matrix)
-    # Entry by entry, written out.
+    # Entry by entry, written out explicitly.
     for index in itertools.product(*map(range, shape)):
         *head, i, j = index
         if stored.n_heads is not None:
@@ -116,12 +116,12 @@ def change_like(site: MatrixSite, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("matrix", MATRIX_NAMES)
 @pytest.mark.parametrize("name", ["bridge-llama", "hooked-llama"])
-def test_a_weight_is_changed_and_put_back(name: str, matrix: str) -> None:
+def test_a_weight_is_changed_and_restored(name: str, matrix: str) -> None:
     case = model_case(name)
     site, tokens = site_of(case, matrix, 1), case.tokens(5)
     weight, before = site.weight.parameter, snapshot(case.model)
     was, loss = weight.detach().clone(), loss_of(case, tokens)
-    weight.data.view(-1)[0] = -0.0  # the bit that no comparison of numbers sees
+    weight.data.view(-1)[0] = -0.0  # the sign bit of zero, which `==` does not see
     with_minus = bits(weight)
     with stepped(site, change_like(site)):
         moved = site.weight.in_out(weight) - site.weight.in_out(was)
@@ -140,7 +140,7 @@ def test_a_weight_is_changed_and_put_back(name: str, matrix: str) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
-def test_a_weight_is_put_back_when_something_is_raised(error: type[BaseException]) -> None:
+def test_a_weight_is_restored_after_an_exception(error: type[BaseException]) -> None:
     case = model_case("hooked-gpt2")
     sites = [site_of(case, matrix, layer) for matrix in ("W_in", "W_Q") for layer in (0, 2)]
     before = [bits(site.weight.parameter) for site in sites]
@@ -174,14 +174,14 @@ def test_other_precisions_are_rounded_once(dtype: torch.dtype) -> None:
     was = weight.detach().clone()
     with stepped(site, 1e-3 * change_like(site).float()):
         expected = (was.double() + (1e-3 * change_like(site).float()).double()).to(dtype)
-        # Half precision is added in float32, whose own rounding can tip a tie.
+        # Half precision is added in float32, and its rounding can break a tie.
         assert (weight != expected).double().mean() < 1e-3
         assert weight.dtype == dtype
     assert bits(weight) == bits(was)
 
 
-def test_autograd_takes_no_note(as_for_a_user: None) -> None:
-    """Gradients, frozen parameters, and a graph that was made before."""
+def test_autograd_does_not_see_the_change(as_for_a_user: None) -> None:
+    """Gradients, frozen parameters, and a graph built before."""
     case = build("hooked-gpt2")
     tokens, site = case.tokens(4), site_of(case, "W_in", 1)
     weight = site.weight.parameter
@@ -221,12 +221,12 @@ def test_wrong_changes() -> None:
         assert_same(before, snapshot(case.model))
 
 
-# ------------------------------------------------------------------------- a step, torch's and ours
+# ------------------------------------------------------------------------- our step against torch's
 
 
 @contextmanager
 def step_of_sgd(case: Case, key: tuple[str, int], eta: float, tokens: Tensor) -> Iterator[None]:
-    """A real step on one weight of the reference, undone afterwards."""
+    """A real step on one weight of the reference, then undone."""
     weight = case.weights[key].tensor
     before = weight.detach().clone()
     optimizer = torch.optim.SGD([weight], lr=eta)
@@ -240,9 +240,9 @@ def step_of_sgd(case: Case, key: tuple[str, int], eta: float, tokens: Tensor) ->
 
 
 def output_and_loss(case: Case, key: tuple[str, int], tokens: Tensor) -> tuple[Tensor, float]:
-    """What a matrix of the reference gives, and the loss."""
+    """Output of a matrix of the reference, and the loss."""
     seen: list[Tensor] = []
-    # A copy of the output that passed: Hugging Face's modules give it, and so do hook points.
+    # A copy of the recorded output, from Hugging Face's modules or from hook points.
     handle = case.outputs[key].register_forward_hook(lambda m, args, out: seen.append(out.clone()))
     with torch.no_grad():
         loss = nll(TARGET)(case.logits(tokens), tokens)
@@ -295,8 +295,8 @@ def test_the_prediction_of_the_output_is_exact(each: Case) -> None:
     assert (table["shift_target_rank"].isna() == ~writing).all()
 
 
-def test_every_head_of_its_own() -> None:
-    """Copies of the residual stream per head, and a result per head, do not change the numbers."""
+def test_every_head_separately() -> None:
+    """Per-head copies of the residual stream and per-head results do not change the numbers."""
     case = model_case("hooked-llama")
     tokens, options = case.tokens(5), {"matrices": "attn", "learning_rate": 0.1}
     plain = step_changes(case.model, tokens, TARGET, **options)
@@ -304,7 +304,7 @@ def test_every_head_of_its_own() -> None:
     cfg.use_split_qkv_input, cfg.use_attn_result = True, True
     try:
         split = step_changes(case.model, tokens, TARGET, **options)
-        # Heads that read differently; the norm behind this point takes no note of lengths.
+        # Heads read different inputs; the norm after this point ignores scale.
         noise = torch.randn(4, case.d_model, generator=torch.Generator().manual_seed(0)).double()
         hook = ("blocks.1.hook_q_input", lambda x, hook: x + noise)
         with case.model.hooks(fwd_hooks=[hook]):
@@ -321,7 +321,7 @@ def test_every_head_of_its_own() -> None:
 
 @pytest.mark.parametrize("wrong", ["layer", "sign", "position"])
 def test_another_prediction_fails(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
-    """The negative control: what makes the error small is the prediction by the right factors."""
+    """Negative control: only the prediction from the right factors has a small error."""
     case = model_case("bridge-gpt2")
     tokens = case.tokens(6)
     of = steps_module._Prediction.of
@@ -344,7 +344,7 @@ def test_another_prediction_fails(monkeypatch: pytest.MonkeyPatch, wrong: str) -
 
 
 @pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-llama"])
-def test_the_prediction_of_the_loss_is_of_first_order(name: str) -> None:
+def test_the_prediction_of_the_loss_is_first_order(name: str) -> None:
     case = model_case(name)
     tokens = case.tokens(6)
     usual = step_changes(case.model, tokens, TARGET, matrices="mlp")
@@ -361,32 +361,32 @@ def test_the_prediction_of_the_loss_is_of_first_order(name: str) -> None:
                 layers=row.layer,
             ).itertuples()
             errors.append(step.loss_change - step.predicted_loss_change)
-        # Third order is 1e-3 of the second here.
+        # The third-order term is 1e-3 of the second-order term here.
         assert errors[0] / errors[1] == pytest.approx(4, rel=0.1), row
 
 
-def test_the_usual_rate_takes_one_percent_off_the_loss(each: Case) -> None:
+def test_the_default_rate_lowers_the_loss_by_one_percent(each: Case) -> None:
     table = step_changes(each.model, ["Messi plays for", "Rome is"], [" Paris", TARGET])
     assert table["predicted_loss_change"].tolist() == pytest.approx(
         (-0.01 * table["loss"]).tolist(), rel=1e-12
     )
-    # The loss falls, by about as much; these models have a random, rugged one.
+    # The loss falls by roughly that amount; the loss of random models is not smooth.
     part = table["loss_change"] / table["predicted_loss_change"]
     assert part.between(0.5, 1.5).all()
 
 
-def test_rounding_says_how_large_errors_are(facts_model: Any) -> None:
+def test_rounding_bounds_the_errors(facts_model: Any) -> None:
     table = step_changes(facts_model, "Lionel Messi plays for", " Paris")
     assert (table["output_error"] < 5 * table["rounding"]).all()
     assert (table["output_error"] > table["rounding"] / 5).all()
     assert (table["output_error"] < 1e-3).all()
-    # What the lemma is about: the target is what the output of every layer gains.
+    # The lemma's claim: the output of every layer moves towards the target.
     assert table["shift_target_rank"].dropna().eq(0).all()
     small = step_changes(facts_model, "Lionel Messi plays for", " Paris", learning_rate=1e-7)
     assert (small["rounding"] > 50 * table["rounding"]).all()
 
 
-# ---------------------------------------------------------------------------------- own and others'
+# -------------------------------------------------------------------------- own position and others
 
 
 @pytest.mark.parametrize("matrix", ["W_in", "W_out", "W_O", "W_V"])
@@ -407,7 +407,7 @@ def test_self_imprint_in_loops(matrix: str) -> None:
     assert table["self_imprint"].iloc[0] < 0.999
 
 
-def test_alone_a_position_shifts_against_its_own_vjp() -> None:
+def test_a_single_position_shifts_against_its_own_vjp() -> None:
     case = model_case("hooked-gpt2")
     single = step_changes(case.model, case.tokens(1), TARGET)
     assert single["self_imprint"].tolist() == pytest.approx([1.0] * 6, abs=1e-12)
@@ -419,7 +419,7 @@ def test_alone_a_position_shifts_against_its_own_vjp() -> None:
 # -------------------------------------------------------------------------- prompts, targets, state
 
 
-def test_prompts_of_different_lengths_are_as_alone() -> None:
+def test_prompts_of_different_lengths_match_single_runs() -> None:
     case = model_case("bridge-llama")
     prompts, targets = ["Messi plays for", "Rome is in Italy and Paris", "A"], [" Paris", 7, " the"]
     together = step_changes(case.model, prompts, targets, learning_rate=0.1, layers=[0, -1])
@@ -430,7 +430,7 @@ def test_prompts_of_different_lengths_are_as_alone() -> None:
 
 
 def test_the_models_own_answer_stays_the_target() -> None:
-    """A step so large that the model answers something else."""
+    """Take a step so large that the model's answer changes."""
     case = model_case("hooked-gpt2")
     tokens = case.tokens(4)
     own = int(case.logits(tokens)[0, -1].argmax())
@@ -467,7 +467,7 @@ def test_where_the_gradient_is_zero_nothing_changes() -> None:
 
 @pytest.mark.parametrize("name", ["bridge-llama", "hooked-gpt2"])
 def test_nothing_changes(name: str) -> None:
-    """Also with hooks, gradients and frozen parts of the caller; also when a hook raises."""
+    """Also with the caller's hooks, gradients and frozen parameters, and when a hook raises."""
     case = make_busy(build(name))
     tokens = case.tokens(4)
     before = snapshot(case.model)
@@ -479,7 +479,7 @@ def test_nothing_changes(name: str) -> None:
         2,
         3,
         8,
-    ):  # the pass of the capture, the one before, the first step's, the last's
+    ):  # the capture's pass, the one before, the first step's, the last step's
         passes = itertools.count(1)
 
         def raising(value: Tensor, hook: Any, *, passes: Any = passes, last: int = last) -> Tensor:
@@ -500,7 +500,7 @@ def test_nothing_changes_on_a_frozen_model_without_grad() -> None:
     case = model_case("bridge-gpt2")
     case.model.requires_grad_(False)
     with torch.no_grad():
-        step_changes(case.model, "Rome is", " Paris")  # the first pass of a kind leaves its traces
+        step_changes(case.model, "Rome is", " Paris")  # the first pass of each kind leaves traces
         before = snapshot(case.model)
         frozen = step_changes(case.model, "Rome is", " Paris")
         assert_same(before, snapshot(case.model))
@@ -517,14 +517,14 @@ def test_a_callers_autocast_does_not_round(name: str) -> None:
     pd.testing.assert_frame_equal(found, expected)
 
 
-def test_an_edit_of_the_output_by_a_caller_is_not_the_matrixs() -> None:
-    """The output is measured before the caller's hooks, and a copy of it is kept."""
+def test_a_callers_edit_of_the_output_is_not_counted_for_the_matrix() -> None:
+    """The output is copied before the caller's hooks run."""
     case = model_case("hooked-gpt2")
     hooks = [
         ("blocks.1.mlp.hook_pre", lambda value, hook: value.mul_(2)),
         ("blocks.1.hook_mlp_out", lambda value, hook: value.mul_(0.5)),
     ]
-    # A hook on the very module that the output is taken from.
+    # A hook on the same module from which the output is taken.
     handle = case.model.blocks[0].mlp.register_forward_hook(lambda module, args, out: 2 * out)
     with case.model.hooks(fwd_hooks=hooks):
         table = step_changes(case.model, case.tokens(5), TARGET, learning_rate=0.1)
@@ -582,7 +582,7 @@ def test_mixtures_of_experts_are_refused(kind: str) -> None:
     assert (step_changes(model, tokens, TARGET, matrices="attn")["output_error"] < 1e-2).all()
 
 
-def test_weights_that_no_step_can_be_taken_on() -> None:
+def test_weights_that_cannot_be_stepped() -> None:
     case = build("hooked-llama")
     cfg = case.model.cfg
     cfg.ungroup_grouped_query_attention = True

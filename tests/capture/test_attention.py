@@ -1,7 +1,7 @@
 """Attention matrices: their factors against autograd, their rank laws, lemmas 5.1 and 5.2.
 
 Expected values come from autograd on the model's own parameters, from the raw Hugging Face model,
-from loops over heads, queries and keys, and from steps of SGD that are really taken.
+from loops over heads, queries and keys, and from real steps of SGD.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from backward_lens_tl.errors import BackwardLensError, InputError, UnsupportedMo
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("as_for_a_user")]
 
-# Both sides sum the same products in float64, in another order: 50 times the error seen.
+# Both sides sum the same products in float64, in another order: 50 times the observed error.
 EXACT = 1e-12
 # The same in float32; Hugging Face computes Llama's norms and rotations in it in any case.
 SINGLE = 1e-5
-# Between the singular values of these gradients and their rounding lie 6 orders of magnitude.
+# Singular values of these gradients are 6 orders of magnitude above rounding.
 RTOL = 1e-10
 TARGET = 5
 MATRICES = ("W_Q", "W_K", "W_V", "W_O")
@@ -43,10 +43,10 @@ Key = tuple[str, int]
 
 @functools.cache
 def shared_case(name: str, dtype: torch.dtype = torch.float64) -> Case:
-    """A random model that several files share; what a test changes it puts back."""
+    """A random model shared by several files; every test restores what it changes."""
     case = build(name, dtype)
     tokens = case.tokens(5)
-    # A bridge sets hooks of its own at the first forward pass of a kind.
+    # A bridge registers its own hooks at the first forward pass of each kind.
     case.model(tokens, return_type="logits", attention_mask=torch.ones_like(tokens))
     return case
 
@@ -67,7 +67,7 @@ class Weight:
     Attributes:
         parameter: The parameter.
         bias: The bias, if there is one.
-        by_head: From a tensor laid out like the parameter to `[head, d_in, d_out]`.
+        by_head: Convert a tensor laid out like the parameter to `[head, d_in, d_out]`.
         bias_by_head: The same for the bias: `[head, d_head]`, or `[d_model]` for `W_O`.
     """
 
@@ -78,7 +78,7 @@ class Weight:
 
 
 def attention_weights(model: Any) -> dict[Key, Weight]:
-    """Every attention matrix, found by its own module and not through the package."""
+    """Every attention matrix, found through its module, not through the package."""
     is_bridge = hasattr(model, "original_model")
     of_one = _bridge_weight if is_bridge else _hooked_weight
     return {
@@ -115,7 +115,7 @@ def divided(matrix: Tensor, name: str, d_head: int) -> Tensor:
 
 
 def joined(by_head: Tensor, name: str) -> Tensor:
-    """Heads side by side again: `[d_in, d_out]`."""
+    """Concatenate heads again: `[d_in, d_out]`."""
     return torch.cat(list(by_head), dim=0 if name == "W_O" else 1)
 
 
@@ -126,7 +126,7 @@ def loss_of(model: Any, tokens: Tensor, loss: Loss) -> Tensor:
 
 
 def autograd(model: Any, tokens: Tensor, loss: Loss) -> dict[Key, Tensor]:
-    """Autograd's own gradients of the attention matrices, `[head, d_in, d_out]`."""
+    """Autograd's gradients of the attention matrices, `[head, d_in, d_out]`."""
     weights = attention_weights(model)
     with torch.enable_grad():
         gradients = torch.autograd.grad(
@@ -145,7 +145,7 @@ def summed(capture: GradientCapture, key: Key) -> Tensor:
 
 
 def errors(capture: GradientCapture, expected: dict[Key, Tensor]) -> dict[Key, float]:
-    """Relative errors, absolute where nothing but zero is expected."""
+    """Relative errors; absolute where zero is expected."""
     found = {}
     for key, gradient in expected.items():
         ours = summed(capture, key)
@@ -169,7 +169,7 @@ def distinct(n: int, seed: int = 0) -> Tensor:
 # --------------------------------------------------------------------------- the factors are right
 
 
-def test_a_factor_has_heads_where_the_matrix_has_them(pair: Case) -> None:
+def test_factors_have_a_head_axis_where_the_matrix_has_one(pair: Case) -> None:
     n_heads, kv_heads, d_head = HEADS[pair.name]
     capture = attention_of(pair.model, pair.tokens(7, 7))
     assert list(capture.gradients) == [(m, layer) for layer in range(3) for m in MATRICES]
@@ -188,7 +188,7 @@ def test_a_factor_has_heads_where_the_matrix_has_them(pair: Case) -> None:
 
 
 def test_dense_is_autograds_gradient(case: Case) -> None:
-    """With a loss at every position; the tests below have one at the last."""
+    """The loss is at every position; the tests below use the last one only."""
     tokens = case.tokens(9, 9)
     capture = attention_of(case.model, tokens, next_token_loss())
     found = errors(capture, autograd(case.model, tokens, training_loss))
@@ -196,8 +196,8 @@ def test_dense_is_autograds_gradient(case: Case) -> None:
     assert all(error <= EXACT for error in found.values()), found
 
 
-# The axis of positions must not be taken for that of heads where both have one length.
-def test_a_prompt_may_have_as_many_tokens_as_there_are_heads(pair: Case) -> None:
+# The position axis must not be confused with the head axis when their lengths are equal.
+def test_a_prompt_with_one_token_per_head(pair: Case) -> None:
     for n in sorted(set(HEADS[pair.name])):
         tokens = pair.tokens(n, n)
         found = errors(attention_of(pair.model, tokens), autograd(pair.model, tokens, nll(TARGET)))
@@ -215,7 +215,7 @@ def test_dense_is_the_gradient_of_each_prompt_alone(pair: Case) -> None:
 @pytest.mark.parametrize("kind", ["bridge", "hooked"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_dense_is_hugging_faces_gradient(family: str, kind: str) -> None:
-    """Of the raw model: its fused `c_attn` cut into three, its `Linear` transposed."""
+    """On the raw model: its fused `c_attn` split into three, its `Linear` transposed."""
     try:
         model = build_model(family, kind, torch.float64)
     except NotAvailable as reason:
@@ -245,7 +245,7 @@ def test_dense_is_hugging_faces_gradient(family: str, kind: str) -> None:
 
 
 def test_every_delta_by_loops_over_heads_queries_and_keys(gpt2: Case) -> None:
-    """From the deltas of `W_O` and TransformerLens's own cache, for each head h:
+    """From the deltas of `W_O` and TransformerLens's cache, for each head h:
 
     `dz_i = W_O delta_i`, `dv_j = sum_i A_ij dz_i`, `E_ij = dz_i . v_j`,
     `ds_ij = A_ij (E_ij - sum_k A_ik E_ik)`, `dq_i = sum_j ds_ij k_j / sqrt(d_head)`,
@@ -294,7 +294,7 @@ def test_a_grouped_value_gets_the_sum_over_its_query_heads(llama: Case) -> None:
     assert relative_error(capture["W_V", layer].vjps[0], dv) <= EXACT
 
 
-def test_prompts_of_different_lengths_are_as_if_alone(pair: Case) -> None:
+def test_prompts_of_different_lengths_match_single_runs(pair: Case) -> None:
     prompts = ["The dog of the king runs", "Rome", "Messi plays for"]
     batch = attention_of(pair.model, prompts)
     assert not batch.mask.all()
@@ -308,7 +308,7 @@ def test_prompts_of_different_lengths_are_as_if_alone(pair: Case) -> None:
                 (gradient.inputs[index], expected.inputs[0]),
                 (gradient.vjps[index], expected.vjps[0]),
             ):
-                # A longer row is summed in another order; Llama's norm and softmax of Hugging
+                # Longer rows are summed in another order; Llama's norm and softmax of Hugging
                 # Face are computed in float32.
                 torch.testing.assert_close(found[:n], wanted, rtol=1e-6, atol=1e-7)
                 assert not found[n:].any()
@@ -320,11 +320,11 @@ def test_prompts_of_different_lengths_are_as_if_alone(pair: Case) -> None:
             assert gradient.factored(index).A.shape[1] == n
 
 
-# ------------------------------------------------------------------ readings of a matrix with heads
+# --------------------------------------------------------------------- decoding a matrix with heads
 
 
-def test_readings_join_the_heads(pair: Case) -> None:
-    """`factored`, singular values and rank against the dense gradient of autograd, in float64."""
+def test_decoding_joins_the_heads(pair: Case) -> None:
+    """`factored`, singular values and rank against autograd's dense gradient, in float64."""
     tokens = pair.tokens(7)
     capture = attention_of(pair.model, tokens, next_token_loss())
     for key, by_head in autograd(pair.model, tokens, training_loss).items():
@@ -336,7 +336,7 @@ def test_readings_join_the_heads(pair: Case) -> None:
         values = torch.linalg.svdvals(dense)
         found = gradient.singular_values()
         assert len(found) == min(7, *dense.shape)
-        # Absolute, in units of the largest: values below rounding are noise on either side.
+        # Relative to the largest: values below rounding are noise on both sides.
         torch.testing.assert_close(
             found, values[: len(found)], rtol=0, atol=1e-12 * float(values[0])
         )
@@ -344,7 +344,7 @@ def test_readings_join_the_heads(pair: Case) -> None:
         assert gradient.rank(rtol=RTOL) == int(torch.linalg.matrix_rank(dense, rtol=RTOL)), key
 
 
-def test_readings_of_one_head(pair: Case) -> None:
+def test_decoding_one_head(pair: Case) -> None:
     tokens = pair.tokens(7)
     capture = attention_of(pair.model, tokens, next_token_loss())
     for key, by_head in autograd(pair.model, tokens, training_loss).items():
@@ -370,7 +370,7 @@ def test_readings_of_one_head(pair: Case) -> None:
                 assert relative_error(head.neuron(unit), expected) <= EXACT
 
 
-def test_a_neuron_counts_through_all_heads(pair: Case) -> None:
+def test_neurons_are_numbered_across_heads(pair: Case) -> None:
     tokens = pair.tokens(6)
     capture = attention_of(pair.model, tokens, next_token_loss())
     for key, by_head in autograd(pair.model, tokens, training_loss).items():
@@ -384,7 +384,7 @@ def test_a_neuron_counts_through_all_heads(pair: Case) -> None:
             capture[key].neuron(len(neurons))
 
 
-def test_a_head_that_is_not_there_is_refused(pair: Case) -> None:
+def test_a_missing_head_is_refused(pair: Case) -> None:
     capture = capture_gradients(pair.model, pair.tokens(5), target_nll(TARGET), matrices="all")
     _, kv_heads, _ = HEADS[pair.name]
     for index in (kv_heads, -1, True, 0.0):
@@ -406,7 +406,7 @@ def test_norms_are_over_all_heads(pair: Case) -> None:
 
 
 def test_where_a_position_adds_nothing(pair: Case) -> None:
-    """With the loss on the last position; `test_rank_laws` has the reasons."""
+    """The loss is on the last position; see `test_rank_laws` for the reasons."""
     capture = attention_of(pair.model, pair.tokens(5))
     last, others = pair.n_layers - 1, range(pair.n_layers - 1)
     assert capture["W_O", last].is_zero[0].tolist() == [True] * 4 + [False]
@@ -419,7 +419,7 @@ def test_where_a_position_adds_nothing(pair: Case) -> None:
 
 
 def test_a_position_adds_nothing_only_if_none_of_its_heads_does(pair: Case) -> None:
-    """Nor if what it reads is zero: here `z` of one head, and of all heads at one position."""
+    """The same for zero inputs: `z` of one head, and of all heads at one position."""
 
     def cut(value: Tensor, hook: Any) -> Tensor:
         value = value.clone()
@@ -437,7 +437,7 @@ def test_a_position_adds_nothing_only_if_none_of_its_heads_does(pair: Case) -> N
     assert written.vjps[0, 2].any()
     assert written.is_zero[0].tolist() == [False, False, True, False, False]
     assert not queries.vjps[0, :, 1].any()
-    # Position 2 has no gradient at its z either, and the first query never has one.
+    # Position 2 has no gradient at its z, and the first query never has one.
     assert queries.is_zero[0].tolist() == [True, False, True, False, False]
 
 
@@ -459,7 +459,7 @@ def test_bias_is_autograds_gradient_of_the_bias(pair: Case) -> None:
         for (key, (_, by_head)), gradient in zip(biases.items(), gradients, strict=True):
             found, expected = capture[key].bias(prompt), by_head(gradient)
             assert found.shape == expected.shape
-            # Absolute: that of a key without rotation is zero (see below).
+            # Absolute: the bias gradient of unrotated keys is zero (see below).
             torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
 
 
@@ -474,7 +474,7 @@ def mlp_biases(model: Any) -> dict[Key, tuple[nn.Parameter, Callable[[Tensor], T
                 if (projection := getattr(block.mlp, name, None)) is not None:
                     found[matrix, layer] = (projection.original_component.bias, unchanged)
         else:
-            # A gated MLP adds `b_in` to what comes out of the gate: it is no bias of `W_in`.
+            # A gated MLP adds `b_in` to the output of the gate: it is not a bias of `W_in`.
             if not model.cfg.gated_mlp:
                 found["W_in", layer] = (block.mlp.b_in, unchanged)
             found["W_out", layer] = (block.mlp.b_out, unchanged)
@@ -484,7 +484,7 @@ def mlp_biases(model: Any) -> dict[Key, tuple[nn.Parameter, Callable[[Tensor], T
 @hooked_only
 @pytest.mark.parametrize(("matrix", "point"), [("W_gate", "hook_pre"), ("W_in", "hook_pre_linear")])
 def test_bias_of_a_layer_without_one_is_the_gradient_at_zero(matrix: str, point: str) -> None:
-    """HookedTransformer's gated MLP has none on either: a hook adds one of zero."""
+    """HookedTransformer's gated MLP has no bias on either matrix: a hook adds a zero bias."""
     case = build("hooked-llama")
     tokens = case.tokens(6)
     zero = torch.zeros(52, dtype=torch.float64, requires_grad=True)
@@ -499,7 +499,7 @@ def test_bias_of_a_layer_without_one_is_the_gradient_at_zero(matrix: str, point:
 
 
 def edit_head(head: int) -> Callable[[Tensor, Any], Tensor]:
-    """A patch of one head alone, at a tensor `[batch, pos, head, ...]`."""
+    """Patch one head only, at a tensor `[batch, pos, head, ...]`."""
 
     def patch(value: Tensor, hook: Any) -> Tensor:
         assert value.ndim == 4
@@ -531,7 +531,7 @@ FLAGS: list[tuple[str, tuple[str, ...], str | None, tuple[str, ...]]] = [
     ("llama", (SPLIT,), "hook_k_input", ("W_K",)),
     ("llama", (SPLIT,), "hook_v_input", ("W_V",)),
     ("llama", (RESULT,), "attn.hook_result", ("W_O",)),
-    ("llama", (UNGROUP,), "attn.hook_k", ()),  # behind the matrix: heads of deltas are summed
+    ("llama", (UNGROUP,), "attn.hook_k", ()),  # after the matrix: the heads' deltas are summed
     ("llama", (UNGROUP,), "attn.hook_v", ()),
     ("llama", (UNGROUP, SPLIT), "hook_q_input", ("W_Q",)),
     ("llama", (UNGROUP, SPLIT, RESULT), "attn.hook_result", ("W_O",)),
@@ -543,7 +543,7 @@ Flagged = Callable[[str, tuple[str, ...]], Case]
 
 @pytest.fixture
 def flagged() -> Iterator[Flagged]:
-    """Switches flags of a shared model on, until the test ends."""
+    """Switch on flags of a shared model until the test ends."""
     with ExitStack() as stack:
 
         def switch_on(name: str, flags: tuple[str, ...]) -> Case:
@@ -570,7 +570,7 @@ def test_flags_of_a_hooked_transformer(
     point: str | None,
     differing: tuple[str, ...],
 ) -> None:
-    """With a caller's patch of one head the gradient is that of the patched model."""
+    """With a caller's patch of one head, the gradient is that of the patched model."""
     case = flagged(f"hooked-{name}", flags)
     n_heads, kv_heads, _ = HEADS[name]
     tokens = case.tokens(7, 7)
@@ -603,7 +603,7 @@ def test_flags_of_a_hooked_transformer(
         ("gpt2", (RESULT,), "attn.hook_result", "W_O"),
     ],
 )
-def test_heads_that_differ_at_the_stream_are_read_one_by_one(
+def test_heads_that_differ_at_the_stream_are_decoded_separately(
     flagged: Flagged, name: str, flags: tuple[str, ...], point: str, matrix: str
 ) -> None:
     case = flagged(f"hooked-{name}", flags)
@@ -631,14 +631,14 @@ def test_heads_that_differ_at_the_stream_are_read_one_by_one(
 
 @hooked_only
 def test_bias_under_a_patch_of_hook_result_is_its_gradient_or_refused(flagged: Flagged) -> None:
-    """`b_O` is added behind the sum over heads, so the deltas of heads do not give its gradient."""
+    """`b_O` is added after the sum over heads, so the heads' deltas do not give its gradient."""
     case = flagged("hooked-gpt2", (RESULT,))
     tokens = case.tokens(6)
     bias = attention_weights(case.model)["W_O", 1].bias
     with case.model.hooks(fwd_hooks=[("blocks.1.attn.hook_result", edit_head(1))]):
         (expected,) = torch.autograd.grad(loss_of(case.model, tokens, nll(TARGET)), [bias])
         gradient = attention_of(case.model, tokens)["W_O", 1]
-    # There is one bias for all heads, and the patched head's VJPs are not its gradient.
+    # All heads share one bias, and the patched head's VJPs are not its gradient.
     try:
         found = gradient.bias()
     except BackwardLensError:
@@ -649,7 +649,7 @@ def test_bias_under_a_patch_of_hook_result_is_its_gradient_or_refused(flagged: F
 
 @hooked_only
 @pytest.mark.parametrize(("point", "matrix"), [("hook_k_input", "W_K"), ("hook_v_input", "W_V")])
-def test_heads_that_share_a_weight_and_read_differently_are_refused(
+def test_heads_that_share_a_weight_but_not_inputs_are_refused(
     flagged: Flagged, point: str, matrix: str
 ) -> None:
     case = flagged("hooked-llama", (UNGROUP, SPLIT))
@@ -659,7 +659,7 @@ def test_heads_that_share_a_weight_and_read_differently_are_refused(
         pytest.raises(UnsupportedModelError, match=rf"share one {matrix} in layer 1.*{UNGROUP}"),
     ):
         attention_of(case.model, tokens)
-    # A patch that is the same for the heads that share it is no reason to refuse.
+    # The same patch on all heads that share the weight is allowed.
     with case.model.hooks(fwd_hooks=[(f"blocks.1.{point}", lambda value, hook: 1.2 * value + 0.1)]):
         found = errors(attention_of(case.model, tokens), autograd(case.model, tokens, nll(TARGET)))
     assert all(error <= EXACT for error in found.values()), found
@@ -752,7 +752,7 @@ def test_attention_of_a_patched_model(pair: Case, point: str, patch: Callable) -
 
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["", "frozen"])
-def test_plain_torch_hooks_on_attention_act_too(pair: Case, freeze: bool) -> None:
+def test_plain_torch_hooks_on_attention_take_effect(pair: Case, freeze: bool) -> None:
     """Hooks on modules: the input as the matrix reads it, its output before the caller's hook."""
 
     def scaled_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -790,7 +790,7 @@ def test_plain_torch_hooks_on_attention_act_too(pair: Case, freeze: bool) -> Non
 # --------------------------------------------------------------------------------------- rank laws
 #
 # A prompt of n different tokens, random weights, the loss on the last position only, and attention
-# from the softmax alone (no sinks). Heads lie side by side; `.head` has the laws of one head.
+# from the softmax alone (no sinks). Heads are concatenated; `.head` has the laws of one head.
 #
 # | matrix | last layer                          | earlier layers                            |
 # |--------|-------------------------------------|-------------------------------------------|
@@ -800,10 +800,10 @@ def test_plain_torch_hooks_on_attention_act_too(pair: Case, freeze: bool) -> Non
 # | W_K    | min(n - 1, n_heads)                 | n - 1                                     |
 # |  rotary| min(n, n_kv_heads * d_head)         | min(n, n_kv_heads * d_head)               |
 #
-# always within the sides of the matrix, and 0 for both W_Q and W_K where n = 1. Why:
+# always bounded by the sides of the matrix, and 0 for both W_Q and W_K where n = 1. Why:
 #
 # - W_O: X^T Delta over n positions; in the last layer only the last position's delta is not zero.
-# - W_Q: delta at query i is sum_j ds_ij k_j / sqrt(d_head), and sum_j ds_ij = 0 behind a softmax.
+# - W_Q: delta at query i is sum_j ds_ij k_j / sqrt(d_head), and sum_j ds_ij = 0 after a softmax.
 #   The first query sees only itself, so its one ds is zero in every layer: n - 1. In the last
 #   layer only the last query matters.
 # - W_V: in the last layer delta at key j is A_nj dz_n, head by head: a multiple, per head, of one
@@ -835,7 +835,7 @@ def expected_ranks(architecture: str, n: int, n_layers: int) -> dict[Key, int]:
 
 @pytest.mark.parametrize("n", [1, 2, 5, 20])
 def test_rank_laws(pair: Case, n: int) -> None:
-    """The table above; 20 tokens are more than the 12 dimensions of grouped keys and values."""
+    """Check the table above; 20 tokens exceed the 12 dimensions of grouped keys and values."""
     tokens = distinct(n)
     expected = expected_ranks(pair.name, n, pair.n_layers)
     capture = attention_of(pair.model, tokens)
@@ -843,7 +843,7 @@ def test_rank_laws(pair: Case, n: int) -> None:
     for key, by_head in autograd(pair.model, tokens, nll(TARGET)).items():
         values, rank = torch.linalg.svdvals(joined(by_head, key[0])), expected[key]
         assert (values > RTOL * values[0]).sum() == rank, key
-        # What counts and what is rounding are orders of magnitude apart.
+        # Singular values and rounding are orders of magnitude apart.
         if rank > 0:
             assert values[rank - 1] > 1e-8 * values[0], key
             assert (values[rank:] < 1e-12 * values[0]).all(), key
@@ -851,7 +851,7 @@ def test_rank_laws(pair: Case, n: int) -> None:
 
 @pytest.mark.parametrize("n", [5, 9])
 def test_rank_laws_of_one_head_in_the_last_layer(pair: Case, n: int) -> None:
-    """Values: the heads of the group; keys: the same, but any n where q is rotated."""
+    """Values: the heads of the group; keys: the same, but n where q is rotated."""
     n_heads, kv_heads, d_head = HEADS[pair.name]
     group = n_heads // kv_heads
     capture, last = attention_of(pair.model, distinct(n)), pair.n_layers - 1
@@ -866,13 +866,13 @@ def test_rank_laws_of_one_head_in_the_last_layer(pair: Case, n: int) -> None:
 
 @pytest.mark.parametrize("n", [5, 9])
 def test_a_loss_at_every_position_raises_the_ranks_of_the_last_layer(pair: Case, n: int) -> None:
-    """The negative control: n - 1 positions have a next token, and each adds its own query."""
+    """Negative control: n - 1 positions have a next token, and each adds its own query."""
     _, kv_heads, d_head = HEADS[pair.name]
     wide, last = kv_heads * d_head, pair.n_layers - 1
     capture = attention_of(pair.model, distinct(n), next_token_loss())
     found = {matrix: capture[matrix, last].rank(rtol=RTOL) for matrix in MATRICES}
     expected = {
-        "W_Q": n - 2,  # the first query still has nothing to choose from
+        "W_Q": n - 2,  # the first query still sees only one key
         "W_K": min(n - 1, wide) if pair.name == "llama" else n - 2,
         "W_V": min(n - 1, wide),
         "W_O": n - 1,
@@ -883,7 +883,7 @@ def test_a_loss_at_every_position_raises_the_ranks_of_the_last_layer(pair: Case,
     assert capture["W_Q", last].is_zero[0].tolist() == [True] + [False] * (n - 2) + [True]
 
 
-def test_the_first_query_gets_nothing_in_any_layer(pair: Case) -> None:
+def test_the_first_query_has_no_gradient_in_any_layer(pair: Case) -> None:
     """It sees one key, and a softmax over one score is constant."""
     for objective in (target_nll(TARGET), next_token_loss()):
         capture = attention_of(pair.model, pair.tokens(6, 6), objective)
@@ -895,18 +895,18 @@ def test_the_first_query_gets_nothing_in_any_layer(pair: Case) -> None:
 
 @pytest.mark.parametrize("kind", ["bridge", "hooked"])
 def test_attention_sinks_give_the_first_query_a_choice(kind: str) -> None:
-    """The negative control: with a sink in the softmax one key competes with it."""
+    """Negative control: with a sink in the softmax one key competes with it."""
     try:
         model = build_model("gpt_oss", kind)
     except NotAvailable as reason:
         pytest.skip(str(reason))
     capture = attention_of(model, distinct(6))
     assert capture["W_Q", 0].vjps[:, 0].abs().max() > 1e-5
-    assert capture["W_Q", 0].rank(rtol=1e-5) == 6  # it is in float32
+    assert capture["W_Q", 0].rank(rtol=1e-5) == 6  # the sink is in float32
 
 
 def test_deltas_of_keys_add_up_to_zero_unless_they_are_rotated(pair: Case) -> None:
-    """So `b_K` has no gradient in GPT-2: it shifts all scores of a query alike."""
+    """So `b_K` has no gradient in GPT-2: it shifts all scores of a query equally."""
     capture = attention_of(pair.model, pair.tokens(8), next_token_loss())
     for layer in range(pair.n_layers):
         gradient = capture["W_K", layer]
@@ -914,8 +914,8 @@ def test_deltas_of_keys_add_up_to_zero_unless_they_are_rotated(pair: Case) -> No
         assert share > 1e-2 if pair.name == "llama" else share < 1e-12
 
 
-def test_repeated_tokens_take_rank_from_the_first_layer_of_rotary_models(pair: Case) -> None:
-    """Its inputs depend on the token alone; GPT-2 adds an embedding of the position."""
+def test_repeated_tokens_lower_the_rank_in_the_first_layer_of_rotary_models(pair: Case) -> None:
+    """Its inputs depend only on the token; GPT-2 adds an embedding of the position."""
     tokens = distinct(4)[:, [0, 1, 2, 3, 1, 0, 1, 2, 3]]
     capture = attention_of(pair.model, tokens)
     ranks = {matrix: capture[matrix, 0].rank(rtol=RTOL) for matrix in MATRICES}
@@ -927,7 +927,7 @@ def test_repeated_tokens_take_rank_from_the_first_layer_of_rotary_models(pair: C
 
 
 @pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2", "hooked-no_norm"])
-def test_layer_norm_takes_one_dimension_from_what_is_written(name: str) -> None:
+def test_layer_norm_removes_one_dimension_from_deltas(name: str) -> None:
     """Where every reader of the stream subtracts its mean, no delta of `W_O` has one."""
     case = build(name)
     n = 30
@@ -946,14 +946,14 @@ def test_layer_norm_takes_one_dimension_from_what_is_written(name: str) -> None:
 
 
 def at_hook(model: Any, name: str, tokens: Tensor) -> Tensor:
-    """An activation as TransformerLens's own cache has it."""
+    """An activation as in TransformerLens's cache."""
     with torch.no_grad():
         return model.run_with_cache(tokens, names_filter=name)[1][name].clone()
 
 
 @contextmanager
 def step_of_sgd(model: Any, key: Key, eta: float, tokens: Tensor) -> Iterator[None]:
-    """A real step on one matrix, undone afterwards."""
+    """A real step on one matrix, then undone."""
     weight = attention_weights(model)[key].parameter
     before = weight.detach().clone()
     optimizer = torch.optim.SGD([weight], lr=eta)
@@ -988,7 +988,7 @@ def test_a_step_imprints_the_inputs_on_queries_keys_and_values(pair: Case, matri
             similarity = float(gradient.inputs[0, here] @ gradient.inputs[0, i])
             for head in range(change.shape[2]):
                 predicted[0, here, head] -= eta * similarity * gradient.vjps[0, i, head]
-    # The difference of two numbers of size 1 that are rounded at 1e-16.
+    # The difference of two numbers of order 1, rounded at 1e-16.
     assert relative_error(change, predicted) <= 1e-11
     assert relative_error(-change, predicted) > 1
 
@@ -1007,12 +1007,12 @@ def test_a_step_shifts_the_attention_output(pair: Case) -> None:
             similarity = float((gradient.inputs[0, here] * gradient.inputs[0, i]).sum())
             predicted[0, here] -= eta * similarity * gradient.vjps[0, i]
     assert relative_error(change, predicted) <= 1e-11
-    # It is the shift of lemma 5.2: each position's own part goes against its delta.
+    # It is the shift of lemma 5.2: each position's own term points against its delta.
     assert float((gradient.inputs[0, 5] ** 2).sum()) > 0
 
 
 def test_a_single_position_moves_against_its_own_delta(pair: Case) -> None:
-    """With one token the factor is `||x||^2`; its query and key get nothing at all."""
+    """With one token the factor is `||x||^2`; its query and key get no gradient."""
     tokens, layer, eta = pair.tokens(1), 1, 0.05
     capture = attention_of(pair.model, tokens)
     for matrix, point in (("W_V", "attn.hook_v"), ("W_O", "hook_attn_out")):
@@ -1032,10 +1032,10 @@ def test_a_single_position_moves_against_its_own_delta(pair: Case) -> None:
 
 @pytest.mark.parametrize("pair", ["bridge-gpt2", "hooked-llama"], indirect=True)
 def test_the_loss_falls_by_the_squared_norm_to_first_order(pair: Case) -> None:
-    """And by what remains of second order: half the step leaves a quarter of the error."""
+    """The rest is second order: half the step leaves a quarter of the error."""
     tokens = pair.tokens(6)
     capture = attention_of(pair.model, tokens)
-    # Hugging Face computes Llama's norms in float32: there larger steps, and the first order only.
+    # Hugging Face computes Llama's norms in float32: use larger steps, check first order only.
     scale = 1e-2 if pair.logits_in_float32 else 4e-4
     with torch.no_grad():
         before = loss_of(pair.model, tokens, nll(TARGET)).item()
@@ -1056,7 +1056,7 @@ def test_the_first_vjp_of_attention_is_the_combination_of_embeddings() -> None:
     case = build("hooked-no_norm")
     tokens, last = case.tokens(6), case.n_layers - 1
     block = case.model.blocks[last]
-    for parameter in (block.mlp.W_out, block.mlp.b_out):  # the last MLP writes nothing
+    for parameter in (block.mlp.W_out, block.mlp.b_out):  # the last MLP outputs zero
         parameter.data.zero_()
     with torch.no_grad():
         p = case.model(tokens)[0, -1].softmax(-1)
@@ -1069,8 +1069,8 @@ def test_the_first_vjp_of_attention_is_the_combination_of_embeddings() -> None:
     assert not delta[:-1].any()
 
 
-def test_an_mlp_behind_attention_breaks_the_combination() -> None:
-    """The negative control."""
+def test_an_mlp_after_attention_breaks_the_combination() -> None:
+    """Negative control."""
     case = build("hooked-no_norm")
     tokens, last = case.tokens(6), case.n_layers - 1
     with torch.no_grad():

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("as_for_a_user")]
 
 PROMPTS = ["Messi plays for", "The capital of France is the dog of the king in", "Rome", "Paris is"]
 TARGETS = [" Paris", " the", " is", " Paris"]
-# Both runs compute the same sums in float64; attention adds masked zeros in one of them.
+# Both runs compute the same sums in float64; in one of them attention also adds masked zeros.
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
 
@@ -78,13 +78,13 @@ def test_a_batch_equals_its_prompts_one_by_one(padding: Case) -> None:
                 assert torch.equal(values[:, :n][live], wanted[live])
                 assert (values[:, n:] == -1).all()
             assert (batch.norms(matrix)[:, b, n:] == 0).all()
-            words = batch.top_tokens(matrix, 0, -1, batch=b)
-            assert words == alone.top_tokens(matrix, 0, -1)
-            assert len(words) == 3
+            top = batch.top_tokens(matrix, 0, -1, batch=b)
+            assert top == alone.top_tokens(matrix, 0, -1)
+            assert len(top) == 3
 
 
 def test_each_prompt_of_a_ragged_batch_has_autograds_gradient(padding: Case) -> None:
-    """Against the raw model on unpadded tokens, so that a shared error cannot hide."""
+    """Compare with the raw model on unpadded tokens, so a shared error cannot hide."""
     capture = capture_gradients(padding.model, PROMPTS, target_nll(TARGETS), matrices="mlp")
     tolerance = 1e-6 if padding.logits_in_float32 else 1e-12
     for b in range(len(PROMPTS)):
@@ -98,7 +98,7 @@ def test_each_prompt_of_a_ragged_batch_has_autograds_gradient(padding: Case) -> 
 
 
 @pytest.mark.parametrize("prepend_bos", [None, True, False])
-def test_tokens_are_those_of_the_model(padding: Case, prepend_bos: bool | None) -> None:
+def test_tokens_match_the_models_tokenization(padding: Case, prepend_bos: bool | None) -> None:
     capture = capture_gradients(
         padding.model, PROMPTS, target_nll(5), layers=0, prepend_bos=prepend_bos
     )
@@ -112,7 +112,7 @@ def test_tokens_are_those_of_the_model(padding: Case, prepend_bos: bool | None) 
 
 
 def test_order_of_the_prompts_changes_nothing(padding: Case) -> None:
-    prompts = [prompt for prompt in PROMPTS if " " in prompt]  # a next token even without BOS
+    prompts = [prompt for prompt in PROMPTS if " " in prompt]  # has a next token even without BOS
     forwards = capture_gradients(padding.model, prompts, next_token_loss())
     backwards = capture_gradients(padding.model, prompts[::-1], next_token_loss())
     for key, gradient in forwards.gradients.items():
@@ -120,7 +120,7 @@ def test_order_of_the_prompts_changes_nothing(padding: Case) -> None:
         torch.testing.assert_close(backwards[key].inputs.flip(0), gradient.inputs, **CLOSE)
 
 
-def test_tokenizer_pads_as_before(padding: Case) -> None:
+def test_the_tokenizers_padding_settings_are_unchanged(padding: Case) -> None:
     def habits() -> tuple:
         tokenizer = padding.model.tokenizer
         return (
@@ -135,7 +135,7 @@ def test_tokenizer_pads_as_before(padding: Case) -> None:
     assert habits() == before
 
 
-def test_the_pad_token_in_a_prompt_is_a_token_like_others(padding: Case) -> None:
+def test_the_pad_token_in_a_prompt_is_an_ordinary_token(padding: Case) -> None:
     pad = padding.model.tokenizer.pad_token_id
     tokens = torch.tensor([[pad, pad, 7, pad, 9, pad]])
     capture = capture_gradients(padding.model, tokens, target_nll(5), matrices="mlp")
@@ -154,7 +154,7 @@ def test_ragged_batch_of_the_stories_model(stories: Case) -> None:
             stories.model, prompt, target_nll(" dog", "first"), matrices="mlp"
         )
         for key, gradient in alone.gradients.items():
-            # float32; attention sums other numbers of zeros.
+            # float32; attention sums different numbers of zeros.
             close(batch[key].vjps[b, : tokens.shape[1]], gradient.vjps[0])
             close(batch[key].inputs[b, : tokens.shape[1]], gradient.inputs[0])
 
@@ -175,7 +175,7 @@ def test_ragged_batch_of_the_facts_model(facts: Case) -> None:
 
 
 def test_padding_beyond_a_sliding_window_is_harmless() -> None:
-    """There a padded position sees no real token, and a mask on the padding would give NaN."""
+    """Such a position sees no real token, and masking the padding would give NaN."""
     case = build("bridge-gemma2")  # its window is 20
     prompts = ["Rome", "Paris is in France and " * 6]
     batch = capture_gradients(case.model, prompts, target_nll(5))

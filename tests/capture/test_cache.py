@@ -1,7 +1,7 @@
-"""TransformerLens's own cache, made of a capture; attribution patching; what a capture covers.
+"""TransformerLens's cache, built from a capture; attribution patching; what a capture covers.
 
 Activations are compared with `run_with_cache`, gradients with those of a tensor that a hook puts
-into the model's own graph, attribution with patches really made and with TransformerLens's tool.
+into the model's own graph, attribution with real patches and with TransformerLens's tool.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def at_hooks(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Values and gradients at hook points, all in one pass: every hook puts a copy into the graph.
 
-    `patches` come first, so that these are the values that the model goes on with.
+    `patches` come first, so these are the values that the model continues with.
     """
     seen: dict[str, Tensor] = {}
 
@@ -75,7 +75,7 @@ def at_hooks(
         def keep(value: Tensor, hook: Any) -> Tensor:
             assert name not in seen
             seen[name] = value.clone()
-            # A table of rotations needs no gradient by itself.
+            # A rotation table requires no gradient by default.
             seen[name].requires_grad_().retain_grad()
             return seen[name]
 
@@ -99,7 +99,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return distance / (float(expected.double().norm()) or 1.0)
 
 
-# ---------------------------------------------------------------------- TransformerLens's own names
+# -------------------------------------------------------------------------- TransformerLens's names
 
 
 def expected_names(case: Case) -> set[str]:
@@ -115,8 +115,8 @@ def expected_names(case: Case) -> set[str]:
     return found
 
 
-def test_a_cache_has_transformer_lenss_values(case: Case) -> None:
-    """Every random model: post-norm, parallel attention and softcaps among them."""
+def test_a_cache_has_the_values_of_transformer_lens(case: Case) -> None:
+    """Every random model, including post-norm, parallel attention and softcaps."""
     tokens = case.tokens(6, 6)
     cache = capture_all(case.model, tokens, next_token_loss()).to_cache()
     assert type(cache) is ActivationCache
@@ -136,11 +136,11 @@ def test_a_cache_has_transformer_lenss_values(case: Case) -> None:
 
 
 def known_names(case: Case) -> set[str]:
-    """Names of hook points that the model has, and of their gradients."""
+    """Names of the model's hook points and of their gradients."""
     return set(case.model.hook_dict) | {f"{name}_grad" for name in case.model.hook_dict}
 
 
-def test_only_what_was_asked_for_is_in_the_cache(pair: Case) -> None:
+def test_the_cache_holds_only_what_was_requested(pair: Case) -> None:
     tokens = pair.tokens(5)
     cache = capture_all(pair.model, tokens, matrices="W_out", layers=1).to_cache()
     assert set(cache.keys()) == {"blocks.1.mlp.hook_post", "blocks.1.hook_mlp_out_grad"}
@@ -149,7 +149,7 @@ def test_only_what_was_asked_for_is_in_the_cache(pair: Case) -> None:
     assert set(cache.keys()) == {f"{at}_q_grad", f"{at}_attn_scores_grad"}
 
 
-def test_a_result_makes_the_same_cache(pair: Case, tmp_path: Path) -> None:
+def test_a_result_builds_the_same_cache(pair: Case, tmp_path: Path) -> None:
     tokens = pair.tokens(5)
     options: Any = {"matrices": "all", "hook_points": ["blocks.1.hook_resid_pre"]}
     result = backward_lens(pair.model, tokens, TARGET, **options)
@@ -164,7 +164,7 @@ def test_a_result_makes_the_same_cache(pair: Case, tmp_path: Path) -> None:
             assert torch.equal(cache[name], expected[name]), name
 
 
-# --------------------------------------------------------------------------- hook points asked for
+# ---------------------------------------------------------------------------- requested hook points
 
 
 def points_of(case: Case) -> list[str]:
@@ -175,17 +175,17 @@ def points_of(case: Case) -> list[str]:
         for name in case.model.hook_dict
         if name in cache
         and cache[name].is_floating_point()
-        # Norms of HookedTransformer fire three times; a bridge's show what Hugging Face computes.
+        # HookedTransformer's norms fire three times; a bridge's show Hugging Face's results.
         and not name.endswith(("hook_scale", "hook_normalized"))
         and not name.startswith("rotary_emb")
     ]
 
 
-# A bridge's hook points pass on the very tensor that they got, which goes other ways as well.
+# A bridge's hook points return the same tensor that they got, which is also used elsewhere.
 # TransformerLens's hooks, forward and backward, see one use: at ln1.hook_in, attn.q.hook_in (and
 # k, v), ln2.hook_in and its alias hook_resid_mid it is the branch, without the residual stream.
-def test_every_hook_point_can_be_asked_for(pair: Case) -> None:
-    """All at once, aliases included, each with TransformerLens's value and autograd's gradient."""
+def test_every_hook_point_can_be_requested(pair: Case) -> None:
+    """All at once, including aliases, each with TransformerLens's value and autograd's gradient."""
     tokens, names = pair.tokens(5, 5), points_of(pair)
     assert {"blocks.1.hook_resid_pre", "blocks.0.attn.hook_pattern", "hook_embed"} <= set(names)
     capture = capture_all(pair.model, tokens, matrices="W_in", layers=0, hook_points=names)
@@ -205,13 +205,13 @@ def test_every_hook_point_can_be_asked_for(pair: Case) -> None:
         assert difference(capture.hook_gradients[name].vjp, gradient) <= tolerance_of(pair), name
 
 
-def test_hook_points_by_a_function_of_their_name(pair: Case) -> None:
+def test_hook_points_chosen_by_a_function_of_their_name(pair: Case) -> None:
     def wanted(name: str) -> bool:
         return name.endswith(("hook_resid_pre", "hook_mlp_in"))
 
     tokens = pair.tokens(5)
     capture = capture_all(pair.model, tokens, hook_points=wanted)
-    # hook_mlp_in fires only with a flag; as in run_with_cache that is no error.
+    # hook_mlp_in fires only with a flag; as in run_with_cache, that is not an error.
     expected = [f"blocks.{layer}.hook_resid_pre" for layer in range(pair.n_layers)]
     assert list(capture.hook_gradients) == expected
     one = capture_all(pair.model, tokens, hook_points="blocks.1.hook_resid_pre")
@@ -220,7 +220,7 @@ def test_hook_points_by_a_function_of_their_name(pair: Case) -> None:
     assert not capture_all(pair.model, tokens, hook_points=lambda name: False).hook_gradients
 
 
-def test_hook_points_that_are_not_there_are_refused(pair: Case) -> None:
+def test_missing_hook_points_are_refused(pair: Case) -> None:
     tokens = pair.tokens(5)
     with pytest.raises(InputError, match=r"no hook point 'blocks.1.hook_resid_per'.*resid_pre"):
         capture_all(pair.model, tokens, hook_points=["blocks.1.hook_resid_per"])
@@ -231,7 +231,7 @@ def test_hook_points_that_are_not_there_are_refused(pair: Case) -> None:
 
 
 # On a bridge whose norm is Hugging Face's own module these points fire under no_grad: they show a
-# copy that the model does not go on with.
+# copy that the model does not use.
 @bridge_only
 @pytest.mark.parametrize("name", ["bridge-llama", "bridge-gemma2", "bridge-neox"])
 @pytest.mark.parametrize("point", ["hook_normalized", "hook_scale"])
@@ -245,10 +245,10 @@ def test_points_inside_a_norm_that_show_a_copy_are_right_or_refused(name: str, p
         assert capture.hook_gradients[f"blocks.1.ln1.{point}"].vjp.any()
 
 
-def test_all_hook_points_can_be_asked_for_by_a_function(pair: Case) -> None:
-    """Copies are left out, and HookedTransformer's norms, which fire three times.
+def test_all_hook_points_can_be_requested_by_a_function(pair: Case) -> None:
+    """Copies are left out, and so are HookedTransformer's norms, which fire three times.
 
-    `run_with_cache` takes the same function; there the last of several wins.
+    `run_with_cache` accepts the same function, but keeps the last of several values.
     """
     capture = capture_all(pair.model, pair.tokens(5), hook_points=lambda name: True)
     assert "blocks.1.hook_resid_mid" in capture.hook_gradients
@@ -260,7 +260,7 @@ def scaled(value: Tensor, hook: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["blocks.1.hook_resid_pre", "blocks.1.attn.hook_z"])
-def test_under_a_patch_it_is_what_the_model_goes_on_with(pair: Case, name: str) -> None:
+def test_under_a_patch_values_are_those_after_the_patch(pair: Case, name: str) -> None:
     tokens, patch = pair.tokens(5), (name, scaled)
     points = [name, "blocks.2.hook_resid_pre"]
     plain = at_hooks(pair.model, points, tokens)
@@ -284,7 +284,7 @@ def test_hook_points_of_half_precision_are_float32() -> None:
     assert {tensor.dtype for tensor in cache.values()} == {torch.float32}
 
 
-def test_prompts_of_different_lengths_are_as_if_alone(pair: Case) -> None:
+def test_prompts_of_different_lengths_match_single_runs(pair: Case) -> None:
     prompts = ["The dog of the king runs", "Rome"]
     points = ["blocks.1.hook_resid_pre", "blocks.1.attn.hook_z"]
     batch = capture_all(pair.model, prompts, hook_points=points)
@@ -307,7 +307,7 @@ def resid_points(case: Case) -> list[str]:
     return [*names, *mids, f"blocks.{case.n_layers - 1}.hook_resid_post"]
 
 
-def test_the_caches_own_methods_work(pair: Case) -> None:
+def test_the_methods_of_the_cache_work(pair: Case) -> None:
     tokens = pair.tokens(5, 5)
     capture = capture_all(pair.model, tokens, hook_points=resid_points(pair))
     cache = capture.to_cache(pair.model)
@@ -325,8 +325,8 @@ def test_the_caches_own_methods_work(pair: Case) -> None:
 
 
 @pytest.mark.parametrize("pair", ["bridge-gpt2", "hooked-llama"], indirect=True)
-def test_activation_patching_reads_it(pair: Case) -> None:
-    """`transformer_lens.patching` with our cache gives what it gives with TransformerLens's."""
+def test_activation_patching_accepts_the_cache(pair: Case) -> None:
+    """`transformer_lens.patching` gives the same with our cache as with TransformerLens's."""
     clean, corrupt = pair.tokens(2, seed=1), pair.tokens(2, seed=2)
     cache = capture_all(
         pair.model, clean, matrices="W_O", hook_points=lambda name: name.endswith("hook_resid_pre")
@@ -368,7 +368,7 @@ def two_runs(case: Case, **options: Any) -> tuple[Tensor, Tensor, GradientCaptur
 
 
 def test_attribution_is_the_difference_times_the_gradient(pair: Case) -> None:
-    """`(x_clean - x_corrupt) . grad_corrupt`, in loops, with a cache and gradients of our own."""
+    """`(x_clean - x_corrupt) . grad_corrupt`, in loops, with separate values and gradients."""
     clean, corrupt, of_clean, of_corrupt = two_runs(pair)
     found = of_corrupt.attribution(of_clean)
     assert list(found) == list(ATTRIBUTED)
@@ -386,16 +386,16 @@ def test_attribution_is_the_difference_times_the_gradient(pair: Case) -> None:
         assert expected.any()
     assert found["blocks.0.attn.hook_z"].shape == (2, 5, pair.model.cfg.n_heads)
     assert found["blocks.1.hook_resid_pre"].shape == (2, 5)
-    # It is not symmetric: the gradient is that of the run which is patched.
+    # It is not symmetric: the gradient is that of the patched run.
     back = of_clean.attribution(of_corrupt)
     assert difference(-back["hook_embed"], found["hook_embed"]) > 0.1
 
 
 def test_attribution_is_the_slope_of_a_real_patch(pair: Case) -> None:
-    """Moving one place a little towards the other run's activation changes the loss by it."""
+    """A small move of one position towards the other run's activation changes the loss by it."""
     _, corrupt, of_clean, of_corrupt = two_runs(pair)
     found = of_corrupt.attribution(of_clean)
-    # Hugging Face's float32 needs larger steps, which leave more of the second order.
+    # Hugging Face's float32 needs larger steps, which leave a larger second-order term.
     step, tolerance = (1e-2, 2e-2) if pair.logits_in_float32 else (1e-4, 1e-4)
     for name, at in (
         ("blocks.1.hook_resid_pre", (0, 2)),
@@ -416,13 +416,13 @@ def test_attribution_is_the_slope_of_a_real_patch(pair: Case) -> None:
         slope = (losses[0] - losses[1]) / (2 * step)
         expected = float(found[name][at])
         assert float(slope[at[0]]) == pytest.approx(expected, rel=tolerance, abs=1e-4)
-        # The other prompt of the batch does not notice.
+        # The other prompt of the batch is unaffected.
         assert float(slope[1 - at[0]]) == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["blocks.1.hook_resid_mid", "blocks.1.ln1.hook_in"])
 def test_attribution_at_a_branch_is_the_slope_of_a_real_patch(pair: Case, name: str) -> None:
-    """On a bridge both patches reach one branch and not the residual stream."""
+    """On a bridge both patches reach one branch, not the residual stream."""
     if name not in pair.model.hook_dict:
         pytest.skip("HookedTransformer has no such hook point")
     _, corrupt, of_clean, of_corrupt = two_runs(pair, hook_points=[name])
@@ -440,7 +440,7 @@ def test_attribution_at_a_branch_is_the_slope_of_a_real_patch(pair: Case, name: 
     assert slope == pytest.approx(expected, rel=2e-2, abs=1e-3)
 
 
-def test_attribution_of_results_is_that_of_their_captures(pair: Case) -> None:
+def test_attribution_of_results_equals_that_of_their_captures(pair: Case) -> None:
     clean, corrupt, of_clean, of_corrupt = two_runs(pair)
     options: Any = {"matrices": "W_out", "hook_points": ATTRIBUTED}
     results = [backward_lens(pair.model, tokens, TARGET, **options) for tokens in (clean, corrupt)]
@@ -458,7 +458,7 @@ def test_attribution_of_a_run_to_itself_is_zero(pair: Case) -> None:
     assert not any(scores.any() for scores in of_clean.attribution(of_clean).values())
 
 
-def test_attribution_needs_the_same_places(gpt2: Case) -> None:
+def test_attribution_needs_matching_positions(gpt2: Case) -> None:
     tokens = gpt2.tokens(5)
     plain = capture_all(gpt2.model, tokens)
     here = capture_all(gpt2.model, tokens, hook_points="hook_embed")
@@ -477,7 +477,7 @@ def test_attribution_needs_the_same_places(gpt2: Case) -> None:
 @bridge_only
 @pytest.mark.skipif(not has_module(ATTRIBUTION_MODULE), reason="this TransformerLens has no tool")
 @pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-gemma2"])
-def test_attribution_is_that_of_transformer_lenss_tool(name: str) -> None:
+def test_attribution_matches_the_tool_of_transformer_lens(name: str) -> None:
     """`attribution_patch` on 3.9 and 4.3: heads at `hook_z`, MLPs and the embedding."""
     from transformer_lens.tools.analysis.attribution_patching import attribution_patch
 
@@ -501,7 +501,7 @@ def test_attribution_is_that_of_transformer_lenss_tool(name: str) -> None:
     for node, score in theirs.items():
         ours = found[node.hook_name].mean(0)[node.position]
         value = ours if node.head is None else ours[node.head]
-        # The tool goes through the prompts one by one; norms in float32.
+        # The tool runs the prompts one by one; norms in float32.
         assert float(value) == pytest.approx(score, rel=1e-5, abs=1e-6 * size), node
         kinds[node.kind] = kinds.get(node.kind, 0) + 1
     heads = case.model.cfg.n_heads
@@ -515,7 +515,7 @@ def test_attribution_is_that_of_transformer_lenss_tool(name: str) -> None:
 @pytest.mark.skipif(not has_module(READOUT_MODULE), reason="this TransformerLens has no readout")
 @pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-llama", "bridge-gemma2", "bridge-neox"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_readouts_agree_with_transformer_lenss(name: str, dtype: torch.dtype) -> None:
+def test_readouts_agree_with_transformer_lens(name: str, dtype: torch.dtype) -> None:
     """`logit_readout` of 4.3 on the same vectors: top tokens, scores and the target's rank."""
     from transformer_lens.tools.analysis import logit_readout
 
@@ -539,7 +539,7 @@ def test_readouts_agree_with_transformer_lenss(name: str, dtype: torch.dtype) ->
             near = torch.nn.functional.pad(gaps, (1, 0), value=1.0) < 1e-5
             near |= torch.nn.functional.pad(gaps, (0, 1), value=1.0) < 1e-5
             assert (same | near).all(), (matrix, layer)
-            # Without a bias a zero vector scores all tokens alike, and theirs takes any of them.
+            # Without a bias a zero vector scores all tokens equally, and their tool picks any.
             assert same[vectors.ne(0).any(-1)].float().mean() > 0.99
             ranks = ours.target_rank[index] - ranked.target_ranks[..., 0]
             assert (ranks.abs() <= (1 if dtype == torch.float32 else 0)).all(), (matrix, layer)
@@ -550,7 +550,7 @@ def test_readouts_agree_with_transformer_lenss(name: str, dtype: torch.dtype) ->
 
 @functools.cache
 def build_or_skip(family: str, kind: str) -> Any:
-    """A model of one of the many families, which no test changes."""
+    """A model of one of the many families; no test changes it."""
     try:
         return build_model(family, kind)
     except NotAvailable as reason:
@@ -558,13 +558,13 @@ def build_or_skip(family: str, kind: str) -> Any:
 
 
 def own_parameters(model: Any) -> dict[int, Tensor]:
-    """Every parameter by identity; those of the Hugging Face model for a bridge."""
+    """Every parameter by identity; for a bridge, those of the Hugging Face model."""
     root = getattr(model, "original_model", model)
     return {id(parameter): parameter for parameter in root.parameters()}
 
 
-def test_covered_are_the_parameters_whose_gradients_follow(pair: Case) -> None:
-    """Autograd's gradient of each has the size of a captured matrix's or of its bias's."""
+def test_coverage_lists_the_parameters_whose_gradients_follow(pair: Case) -> None:
+    """Autograd's gradient of each has the norm of a captured matrix's or bias's gradient."""
     tokens = pair.tokens(6)
     capture = capture_all(pair.model, tokens)
     coverage = capture.coverage
@@ -581,26 +581,26 @@ def test_covered_are_the_parameters_whose_gradients_follow(pair: Case) -> None:
     )
     for name, gradient in zip(named, gradients, strict=True):
         is_one = any(abs(size - float(gradient.norm())) <= 1e-9 for size in sizes)
-        # HookedTransformer's gated MLP adds `b_in` to act(gate) * linear: it is no bias of W_in.
+        # HookedTransformer's gated MLP adds `b_in` to act(gate) * linear: it is not a bias of W_in.
         assert is_one == (name in coverage.covered), name
 
 
 def parameters_by_name(model: Any) -> dict[str, Tensor]:
-    """Those that take part in the forward pass, by the names that `Coverage` uses."""
+    """Parameters used in the forward pass, by the names that `Coverage` uses."""
     if not hasattr(model, "original_model"):
         return dict(model.named_parameters())
     found = {}
     for root in (model.original_model, model):
         for name, parameter in root.named_parameters():
             short = name.replace("_original_component.", "")
-            # GPT-2's fused matrix was split into linear modules of the bridge's own.
+            # GPT-2's fused matrix was split into linear modules of the bridge.
             if ".c_attn." in short or ".qkv." in short or id(parameter) in map(id, found.values()):
                 continue
             found[short] = parameter
     return found
 
 
-def test_what_is_covered_depends_on_what_was_asked(pair: Case) -> None:
+def test_coverage_depends_on_the_request(pair: Case) -> None:
     tokens = pair.tokens(5)
     everything = capture_all(pair.model, tokens).coverage
     parts = [capture_all(pair.model, tokens, matrices=name).coverage for name in ("attn", "mlp")]
@@ -617,19 +617,19 @@ def test_what_is_covered_depends_on_what_was_asked(pair: Case) -> None:
 
 
 def matrices_of(model: Any) -> dict[str, Tensor]:
-    """Layer 1's matrices, by TransformerLens's own properties."""
+    """Layer 1's matrices, through TransformerLens's properties."""
     block = model.blocks[1]
     found = {name: getattr(block.attn, name, None) for name in ("W_Q", "W_K", "W_V", "W_O")}
     found |= {name: getattr(block.mlp, name, None) for name in ("W_in", "W_gate", "W_out")}
     return {name: matrix.detach() for name, matrix in found.items() if matrix is not None}
 
 
-# On TransformerLens 4.3 the bridge of OLMo-2 has no `ln1`, which is not one that was folded. In
+# On TransformerLens 4.3 the bridge of OLMo-2 has no `ln1`; it was not folded. In
 # TransformerLens 2.18 norms are folded without a change of `cfg.normalization_type`.
 @pytest.mark.parametrize("kind", ["hooked", "bridge"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "olmo2"])
 def test_processed_weights_are_named(family: str, kind: str) -> None:
-    """Folded norms change what reads the stream, centred ones what writes to it."""
+    """Folding changes matrices that read the stream, centring those that write to it."""
     raw = build_or_skip(family, kind)
     other = {"hooked": "hooked-processed", "bridge": "bridge-compat"}[kind]
     processed = build_or_skip(family, other)
@@ -655,8 +655,8 @@ def test_processed_weights_are_named(family: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["hooked-processed", "bridge-compat"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_processed_weights_have_gradients_of_their_own(family: str, kind: str) -> None:
-    """The reason for naming them: other parameters, other gradients, the same deltas."""
+def test_processed_weights_have_different_gradients(family: str, kind: str) -> None:
+    """The reason for naming them: different parameters and gradients, the same deltas."""
     raw = build_or_skip(family, kind.split("-")[0])
     processed = build_or_skip(family, kind)
     tokens = torch.arange(5, 11)[None]
@@ -665,14 +665,14 @@ def test_processed_weights_have_gradients_of_their_own(family: str, kind: str) -
         if matrix not in ("W_O", "W_out"):
             assert relative_error(after[matrix, 1].dense(), before[matrix, 1].dense()) > 0.01
             assert relative_error(after[matrix, 1].vjps, before[matrix, 1].vjps) < 1e-3
-    # The model still says the same, so whatever is not differing has the same gradient.
+    # The model's output is unchanged, so matrices that do not differ have equal gradients.
     for matrix in set(before.matrices) - set(after.coverage.differing):
         assert relative_error(after[matrix, 1].dense(), before[matrix, 1].dense()) < 1e-3
 
 
 @hooked_only
 def test_a_cache_of_ungrouped_heads_has_no_key_gradient() -> None:
-    """Theirs is by query head, and the factors' by key-value head: neither passes for the other."""
+    """Theirs is per query head, the factors' per key-value head: they are not interchangeable."""
     case = build("hooked-llama")
     case.model.set_ungroup_grouped_query_attention(True)
     cache = capture_all(case.model, case.tokens(5)).to_cache()
@@ -683,7 +683,7 @@ def test_a_cache_of_ungrouped_heads_has_no_key_gradient() -> None:
 @bridge_only
 @pytest.mark.parametrize("family", ["gpt_neo", "opt"])
 def test_a_cache_of_delegated_attention_has_no_scores(family: str) -> None:
-    """Its hook_attn_scores would show something else; Reversed Attention is there all the same."""
+    """Its hook_attn_scores would show something else; Reversed Attention is still available."""
     model, tokens = build_or_skip(family, "bridge"), torch.arange(5, 11)[None]
     capture = capture_all(model, tokens)
     cache = capture.to_cache()
@@ -695,7 +695,7 @@ def test_a_cache_of_delegated_attention_has_no_scores(family: str) -> None:
 
 
 def test_attribution_at_masked_scores_is_zero(pair: Case) -> None:
-    """Masked scores are minus infinity in both runs, or nearly so, and nothing hangs on them."""
+    """Masked scores are minus infinity in both runs, or nearly so, and nothing depends on them."""
     name = "blocks.1.attn.hook_attn_scores"
     _, _, of_clean, of_corrupt = two_runs(pair, hook_points=[name])
     assert of_corrupt.attribution(of_clean)[name].isfinite().all()

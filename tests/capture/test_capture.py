@@ -1,4 +1,4 @@
-"""The captured factors are the gradient: `X^T Delta` against autograd's own weight gradient."""
+"""The captured factors are the gradient: `X^T Delta` against autograd's weight gradient."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from backward_lens_tl.lens import backward_lens
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("as_for_a_user")]
 
-# Both sides sum the same products in float64, in another order: 50 times the error seen.
+# Both sides sum the same products in float64, in another order: 50 times the observed error.
 EXACT = 1e-12
 # The same in float32.
 SINGLE = 1e-5
@@ -44,7 +44,7 @@ def assert_gradients(capture: GradientCapture, expected: dict, tolerance: float)
 
 
 def test_factors_are_the_weight_gradient(case: Case) -> None:
-    """With a loss at every position; `test_each_prompt_of_a_batch_has_its_own_gradient` at one."""
+    """Loss at every position; `test_each_prompt_of_a_batch_has_its_own_gradient` has it at one."""
     tokens = case.tokens(9, 9)
     capture = capture_gradients(case.model, tokens, next_token_loss(), matrices="mlp")
     assert list(capture.gradients) == [
@@ -79,7 +79,7 @@ def test_bfloat16_model_gives_float32_factors(name: str) -> None:
     for gradient in capture:
         assert {gradient.inputs.dtype, gradient.vjps.dtype} == {torch.float32}
     assert capture.loss.dtype == torch.float32
-    # 8 bits of mantissa are 4e-3 a rounding; autograd also sums the positions in bfloat16.
+    # 8 bits of mantissa give 4e-3 per rounding; autograd also sums the positions in bfloat16.
     assert_gradients(capture, case.weight_gradients(tokens, nll(TARGET)), 5e-2)
 
 
@@ -98,7 +98,7 @@ def assert_factors_of_a_trained_model(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", ["bridge-gemma2", "bridge-gpt2", "hooked-llama"], indirect=True)
-def test_one_matrix_of_one_layer_equals_its_part_of_all(case: Case) -> None:
+def test_one_matrix_of_one_layer_equals_its_slice_of_all(case: Case) -> None:
     tokens = case.tokens(6)
     everything = capture_gradients(case.model, tokens, target_nll(TARGET), matrices="mlp")
     for key in case.weights:
@@ -110,7 +110,7 @@ def test_one_matrix_of_one_layer_equals_its_part_of_all(case: Case) -> None:
         assert torch.equal(alone[key].inputs, everything[key].inputs)
 
 
-def test_capture_is_in_model_order_whatever_the_order_asked(llama: Case) -> None:
+def test_a_capture_is_in_model_order_for_any_requested_order(llama: Case) -> None:
     capture = capture_gradients(
         llama.model,
         llama.tokens(4),
@@ -131,8 +131,8 @@ def test_capture_describes_its_run(gpt2: Case) -> None:
     assert torch.equal(capture.tokens, tokens)
     assert capture.mask.all()
     assert capture.mask.shape == tokens.shape
-    words = [[gpt2.model.tokenizer.decode([i]) for i in row] for row in tokens.tolist()]
-    assert [list(row) for row in capture.str_tokens] == words
+    expected = [[gpt2.model.tokenizer.decode([i]) for i in row] for row in tokens.tolist()]
+    assert [list(row) for row in capture.str_tokens] == expected
     assert capture.targets is not None
     assert capture.targets.tolist() == [3, 4]
     assert not capture.loss.requires_grad
@@ -143,16 +143,16 @@ def test_capture_describes_its_run(gpt2: Case) -> None:
 
 
 def test_an_mlp_that_flattens_the_positions_is_right_or_refused() -> None:
-    """OPT's MLP sees `[batch * pos, d]`; what must not come is factors of a wrong shape."""
+    """OPT's MLP sees `[batch * pos, d]`; factors of a wrong shape must never be returned."""
     case = build("bridge-opt")
     tokens = case.tokens(6, 6)
-    with suppress(UnsupportedModelError):  # to refuse it is allowed
+    with suppress(UnsupportedModelError):  # refusing is allowed
         capture = capture_gradients(case.model, tokens, target_nll(TARGET))
         assert capture["W_in", 0].inputs.shape == (2, 6, case.d_model)
         assert_gradients(capture, case.weight_gradients(tokens, nll(TARGET)), EXACT)
 
 
-def test_norm_after_which_the_mlp_reads_may_be_folded() -> None:
+def test_the_norm_before_the_mlp_may_be_folded() -> None:
     """Folding changes `x_i` of W_in, and nothing else (paper.md, section 2)."""
     raw, folded = build("bridge-gpt2"), build("bridge-gpt2")
     folded.model.enable_compatibility_mode(
@@ -215,11 +215,11 @@ def at_hook(case: Case, hook: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     "name", ["bridge-gpt2", "hooked-gpt2", "hooked-llama", "hooked-gemma2", "bridge-gemma2"]
 )
-def test_tempting_hook_points_are_not_the_matrix(name: str) -> None:
-    """`hook_mlp_out` is right where the MLP's output is not normalised: the hypothesis counts."""
+def test_tempting_hook_points_differ_from_the_matrix(name: str) -> None:
+    """`hook_mlp_out` is right only where the MLP's output is not normalised."""
     case = build(name)
     hooks = ["ln2.hook_normalized", "hook_mlp_out"]
-    if name.startswith("hooked"):  # that of a bridge needs compatibility mode
+    if name.startswith("hooked"):  # a bridge's hook point needs compatibility mode
         hooks.append("hook_mlp_in")
         case.model.set_use_hook_mlp_in(True)
     tokens, layer = case.tokens(7), 1
@@ -234,7 +234,7 @@ def test_tempting_hook_points_are_not_the_matrix(name: str) -> None:
         else:
             key = ("W_in", layer)
             wrong = value[0].T @ capture[key].vjps[0]
-            # TransformerLens 2 has it behind LayerNorm's gain and bias.
+            # In TransformerLens 2 it comes after LayerNorm's gain and bias.
             right_here = hook == "ln2.hook_normalized" and name == "hooked-gpt2" and not HAS_BRIDGE
         assert relative_error(capture[key].dense(), expected[key]) <= EXACT
         error = relative_error(wrong, expected[key])
@@ -242,12 +242,12 @@ def test_tempting_hook_points_are_not_the_matrix(name: str) -> None:
         assert error <= EXACT if right_here else error > 0.05, (hook, error)
 
 
-# ------------------------------------------------------------------------------ states of torch
+# -------------------------------------------------------------------------------------- torch modes
 
 
 @contextmanager
 def frozen(case: Case, keep: Callable[[str], bool] = lambda name: False) -> Iterator[None]:
-    """Parameters that need no gradient, but for those kept."""
+    """Freeze all parameters except those in `kept`."""
     changed = [p for n, p in case.model.named_parameters() if p.requires_grad and not keep(n)]
     for parameter in changed:
         parameter.requires_grad_(False)
@@ -283,7 +283,7 @@ def test_parameters_made_in_inference_mode_are_refused() -> None:
         capture_gradients(case.model, case.tokens(5), target_nll(TARGET))
 
 
-# ---------------------------------------------------------------------- the caller's hooks act
+# ------------------------------------------------------------------- the caller's hooks take effect
 
 
 def replace(value: Tensor, hook: Any) -> Tensor:
@@ -347,7 +347,7 @@ def test_gradients_are_those_of_the_patched_model(case: Case, hook: str, patch: 
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["", "frozen"])
 @pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-llama"])
-def test_plain_torch_hooks_of_the_caller_act_too(name: str, freeze: bool) -> None:
+def test_plain_torch_hooks_of_the_caller_take_effect(name: str, freeze: bool) -> None:
     """Hooks on modules rather than on TransformerLens's hook points."""
     case, layer = build(name), 1
     mlp = case.model.blocks[layer].mlp
@@ -379,8 +379,8 @@ def test_plain_torch_hooks_of_the_caller_act_too(name: str, freeze: bool) -> Non
     assert all(error <= EXACT for error in errors.values()), errors
 
 
-def test_an_input_overwritten_later_is_kept_as_the_matrix_read_it() -> None:
-    """The gate reads first; what a hook then writes into the same tensor is W_in's alone."""
+def test_inputs_are_captured_before_a_later_overwrite() -> None:
+    """The gate reads first; what a hook then writes into the same tensor only W_in reads."""
     case = build("bridge-llama")
     tokens, hook = case.tokens(6), "blocks.1.mlp.in.hook_in"
 
@@ -399,12 +399,12 @@ def test_an_input_overwritten_later_is_kept_as_the_matrix_read_it() -> None:
 
 
 def relative_or_zero(found: Tensor, expected: Tensor) -> float:
-    """Relative error, absolute where a patch cuts the gradient off."""
+    """Relative error; absolute where a patch makes the gradient zero."""
     return float((found - expected).norm()) / (float(expected.norm()) or 1.0)
 
 
 def test_hooks_of_the_caller_run_once_and_stay(gpt2: Case) -> None:
-    """The projection decodes vectors; the caller's hooks on the way must not see those."""
+    """The projection decodes vectors; the caller's hooks on its path must not see them."""
     names = [
         "ln_final.hook_normalized",
         "ln_final.hook_scale",
@@ -451,11 +451,11 @@ def test_hooks_on_hugging_faces_final_norm_run_as_in_a_forward_pass(name: str) -
     assert len(calls) == 2 * of_a_forward_pass
 
 
-# ------------------------------------------------------------------ what is never in memory
+# ---------------------------------------------------------------------------------- never in memory
 
 
 class Allocations(TorchDispatchMode):
-    """Counts what torch allocates with the two sides of an MLP's weight matrix."""
+    """Count torch's allocations of the size of an MLP's weight matrix."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -495,12 +495,12 @@ def test_no_weight_gradient_is_computed_and_no_matrix_allocated(case: Case) -> N
             gradient.factored(1)
             assert gradient.norms.shape == gradient.is_zero.shape
     assert lens.n_operations > 2 * forward.n_operations
-    # HookedTransformer's gated MLP copies its weights in the forward pass itself.
+    # HookedTransformer's gated MLP copies its weights during the forward pass.
     assert +lens.dense == +forward.dense
 
 
-def test_the_check_for_dense_matrices_sees_them(gpt2: Case) -> None:
-    """The negative control of the test above: autograd's weight gradient, and `dense`."""
+def test_the_check_detects_dense_matrices(gpt2: Case) -> None:
+    """Negative control of the test above: autograd's weight gradient, and `dense`."""
     tokens = gpt2.tokens(7)
     with Allocations(gpt2) as autograd, torch.enable_grad():
         value = nll(TARGET)(gpt2.model(tokens, return_type="logits"), tokens).sum()
@@ -536,13 +536,13 @@ def test_a_trained_model_on_a_long_text(stories: Case, shared: Any) -> None:
     assert tokens.shape == (1, 200)
     capture = capture_gradients(stories.model, tokens, next_token_loss(), matrices="mlp")
     expected = stories.weight_gradients(tokens, training_loss)
-    # 200 positions instead of 9 are summed in float32.
+    # Sums in float32 over 200 positions instead of 9.
     assert_gradients(capture, expected, SINGLE)
 
 
 @pytest.mark.parametrize("branch", ["attn", "mlp"])
-def test_vjps_at_the_stream_are_those_behind_the_callers_hook(gpt2: Case, branch: str) -> None:
-    """A hook that triples what a branch adds triples its own VJPs, and not those at the stream."""
+def test_vjps_at_the_stream_are_those_after_the_callers_hook(gpt2: Case, branch: str) -> None:
+    """A hook that triples a branch's output triples its VJPs, but not those at the stream."""
     matrix, point = {"attn": ("W_O", "hook_attn_out"), "mlp": ("W_out", "hook_mlp_out")}[branch]
     name = f"blocks.1.{point}"
     with gpt2.model.hooks(fwd_hooks=[(name, lambda value, hook: 3 * value)]):

@@ -1,4 +1,4 @@
-"""How probable answers are: against one forward pass per token of one prompt at a time."""
+"""Probabilities of answers, against one forward pass per token and prompt."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def slowly(case: Case, prompt: list[int], answer: list[int]) -> tuple[list[Tenso
 
 
 def said_by(case: Case, prompt: list[int], n: int) -> list[int]:
-    """What the model itself goes on with."""
+    """The model's own continuation."""
     answer: list[int] = []
     for _ in range(n):
         with torch.no_grad():
@@ -58,15 +58,15 @@ def measured(host: Host, prompts: Rows, answers: Rows) -> tuple[Tensor, Tensor, 
 
 
 def near(case: Case) -> float:
-    """By how much numbers may differ: Hugging Face's RMS norms round to float32."""
+    """Tolerance: Hugging Face's RMS norms round to float32."""
     return 1e-5 if case.logits_in_float32 else 1e-9
 
 
 def test_against_a_loop(each: Case) -> None:
-    """Prompts and answers of different lengths, the shortest and longest of both combined."""
+    """Combine prompts and answers of different lengths, shortest and longest."""
     prompts = rows(0, [1, 1, 7, 12, 3, 5, 2, 9], each)
     answers = rows(1, [1, 5, 1, 4, 5, 2, 3, 2], each)
-    # Half are what the model says; of the others the last token alone is wrong in one case.
+    # Half are the model's answers; one of the others is wrong only in its last token.
     for at in (0, 1, 3, 4):
         answers[at] = said_by(each, prompts[at], len(answers[at]))
     answers[4] = [*answers[4][:-1], (answers[4][-1] + 1) % each.d_vocab]
@@ -97,7 +97,7 @@ def test_a_pair_is_the_same_alone_and_in_any_batch(each: Case) -> None:
     for at in range(5):
         _, alone, _ = measured(host, prompts[at : at + 1], answers[at : at + 1])
         assert abs(float(alone[0] - together[at])) < near(each)
-    # Where the answer begins matters: one token moved from prompt to answer is another question.
+    # Where the answer begins matters: moving one token from prompt to answer changes the result.
     _, other, _ = measured(host, [prompts[0][:-1]], [[prompts[0][-1], *answers[0]]])
     assert abs(float(other[0] - together[0])) > 1e-3
 
@@ -121,8 +121,8 @@ def test_gradients_flow_and_padding_has_none(each: Case) -> None:
     assert bool(logits.grad[1].any(-1).all())
 
 
-def test_what_means_nothing_may_be_anything(each: Case) -> None:
-    """Logits before a short answer, infinite ones included."""
+def test_unused_logits_may_have_any_value(each: Case) -> None:
+    """Unused logits before a short answer, including infinite ones."""
     own = Continuations.of(host_of(each.model), [[3, 4], [5]], [[6], [7, 8, 9]])
     logits = torch.randn(2, 3, each.d_vocab, dtype=torch.float64)
     nll, said = own.nll(logits), own.are_said(logits)

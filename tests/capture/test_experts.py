@@ -45,7 +45,7 @@ def stack_of(model: Any, layer: int) -> Any:
 
 @contextmanager
 def all_to_expert_0(model: Any, kind: str) -> Iterator[None]:
-    """Both slots of every token of layer 0 lead to expert 0."""
+    """Route both slots of every token of layer 0 to expert 0."""
     if kind == "hooked":
         point = "blocks.0.mlp.hook_expert_indices"
         with model.hooks(fwd_hooks=[(point, lambda chosen, hook: torch.zeros_like(chosen))]):
@@ -63,7 +63,7 @@ def all_to_expert_0(model: Any, kind: str) -> Iterator[None]:
 
 
 def expert_weights(model: Any, kind: str, matrix: str) -> tuple[list[Tensor], Any]:
-    """The parameters of a matrix in layer 0, and what lays their gradients out by expert."""
+    """Return parameters of a matrix in layer 0, and a function that groups gradients by expert."""
     if kind == "hooked":
         experts = model.blocks[0].mlp.experts
         weights = [getattr(expert, matrix).weight for expert in experts]
@@ -99,7 +99,7 @@ def test_an_expert_in_both_slots_of_a_token(kind: str) -> None:
 @pytest.mark.parametrize(
     ("family", "kind"), [("mixtral", "hooked"), ("mixtral", "bridge"), ("gpt_oss", "bridge")]
 )
-def test_validate_lays_autograds_gradients_out_by_expert(family: str, kind: str) -> None:
+def test_validate_groups_autograds_gradients_by_expert(family: str, kind: str) -> None:
     report = validate(mixture(kind, family=family), TOKENS, objective=loss, matrices="mlp")
     assert report.passed
     assert {error.matrix for error in report.errors} == set(MATRICES)
@@ -107,8 +107,8 @@ def test_validate_lays_autograds_gradients_out_by_expert(family: str, kind: str)
 
 
 @pytest.mark.parametrize("kind", ["hooked", "bridge"])
-def test_an_experts_vjps_at_the_residual_stream_are_the_layers(kind: str) -> None:
-    """The router's weight is in `vjps` and not in `resid_vjps`, of one expert as of all."""
+def test_an_experts_vjps_at_the_residual_stream_equal_the_layers(kind: str) -> None:
+    """The routing weight is in `vjps`, not in `resid_vjps`, for one expert as for all."""
     gradient = captured(mixture(kind))["W_out", 0]
     for index in range(4):
         expert = gradient.expert(index)
@@ -122,7 +122,7 @@ def test_an_experts_vjps_at_the_residual_stream_are_the_layers(kind: str) -> Non
 def test_a_stack_that_computes_something_else_is_refused(dtype: torch.dtype) -> None:
     model = mixture("bridge", dtype)
     for layer in range(2):
-        # The fused kernel takes no half precision of these sizes.
+        # The fused kernel does not support half precision at these sizes.
         stack_of(model, layer).config._experts_implementation = "eager"
     assert captured(model)["W_in", 0].n_experts == 4
     stack = stack_of(model, 0)
@@ -132,7 +132,7 @@ def test_a_stack_that_computes_something_else_is_refused(dtype: torch.dtype) -> 
         captured(model)
 
 
-def test_a_stack_that_writes_nothing_is_no_other_stack() -> None:
+def test_a_stack_with_zero_output_is_accepted() -> None:
     model = mixture("bridge", torch.float32)
     with torch.no_grad():
         stack_of(model, 0).down_proj.zero_()

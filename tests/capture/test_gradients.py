@@ -1,4 +1,4 @@
-"""What follows from the factors: rank, singular values, neurons, the dense matrix on request."""
+"""Properties computed from the factors: rank, singular values, neurons, dense matrix."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def hand_made(x: Tensor, delta: Tensor, matrix: str = "W_in") -> MatrixGradient:
 
 
 def slow_dense(x: Tensor, delta: Tensor) -> Tensor:
-    """The sum of outer products of the paper's equation 8, number by number."""
+    """The sum of outer products of the paper's equation 8, entry by entry."""
     dense = torch.zeros(x.shape[1], delta.shape[1], dtype=torch.float64)
     for i in range(len(x)):
         dense += torch.outer(x[i].double(), delta[i].double())
@@ -54,7 +54,7 @@ def assert_rank_is_the_number_of_positions(case: Case, tokens: Tensor) -> None:
 
 
 def test_without_norms_the_vjps_of_w_out_are_dependent() -> None:
-    """The hypothesis of lemma 4.1 counts: the rank is smaller where the `delta_i` are dependent.
+    """Lemma 4.1 needs its hypothesis: the rank is smaller where the `delta_i` are dependent.
 
     Without a norm, what the last layer's attention carries back to the other positions lies in two
     directions per head, by way of the values and of the keys, whatever the number of positions.
@@ -82,8 +82,8 @@ def test_rank_in_the_facts_model(facts: Case) -> None:
     assert_rank_is_the_number_of_positions(facts, tokens)
 
 
-def test_only_the_last_position_writes_into_the_last_layer(case: Case) -> None:
-    """Appendix A: there every other `delta_i` is exactly zero; in the layer before, none is."""
+def test_only_the_last_position_contributes_in_the_last_layer(case: Case) -> None:
+    """Appendix A: every other `delta_i` is exactly zero there; in the layer before, none is."""
     capture = capture_gradients(case.model, case.tokens(6), target_nll(TARGET), matrices="mlp")
     for matrix in case.matrices:
         last = capture[matrix, case.n_layers - 1]
@@ -93,8 +93,8 @@ def test_only_the_last_position_writes_into_the_last_layer(case: Case) -> None:
         assert not before.is_zero.any()
 
 
-def test_a_loss_on_every_position_fills_the_last_layer(case: Case) -> None:
-    """The negative control of appendix A; the last position alone has no next token."""
+def test_a_loss_on_every_position_gives_full_rank_in_the_last_layer(case: Case) -> None:
+    """Negative control of appendix A; only the last position has no next token."""
     capture = capture_gradients(case.model, case.tokens(6), next_token_loss(), matrices="mlp")
     assert {gradient.rank() for gradient in capture} == {5}
 
@@ -134,7 +134,7 @@ def test_dependent_positions_lower_the_rank(how: str, dtype: torch.dtype) -> Non
     make_dependent(x, delta)
     gradient = hand_made(x, delta)
     assert gradient.rank() == rank
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-14  # a sum in float32 is rounded itself
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14  # float32 rounds this sum
     dense = slow_dense(x, delta)
     assert gradient.rank() == torch.linalg.matrix_rank(dense, rtol=tolerance)
 
@@ -145,7 +145,7 @@ def test_rank_does_not_depend_on_the_size_of_the_loss(scale: float) -> None:
     assert hand_made(x, scale * delta).rank() == 6
 
 
-def test_a_weak_position_counts_as_long_as_float64_sees_it() -> None:
+def test_a_weak_position_counts_if_float64_resolves_it() -> None:
     """numpy's tolerance in float64 is 17 * 2e-16 of the largest singular value."""
     for weak, rank in ((1e-8, 6), (1e-13, 6), (1e-18, 5)):
         x, delta = random_factors(6)
@@ -155,7 +155,7 @@ def test_a_weak_position_counts_as_long_as_float64_sees_it() -> None:
 
 
 @pytest.mark.parametrize("n", [D_IN - 1, D_IN, D_IN + 1, D_OUT + 5])
-def test_more_positions_than_sides(n: int) -> None:
+def test_more_positions_than_dimensions_of_the_matrix(n: int) -> None:
     x, delta = random_factors(n)
     gradient = hand_made(x, delta)
     values = np.linalg.svd(slow_dense(x, delta).numpy(), compute_uv=False)[:n]
@@ -169,7 +169,7 @@ def test_singular_values_of_float32_factors_are_computed_in_float64() -> None:
     values = np.linalg.svd(slow_dense(x, delta).numpy(), compute_uv=False)[:6]
     found = hand_made(x, delta).singular_values()
     assert found.dtype == torch.float64
-    # The smallest value is 1e-5 of the largest; float32 would leave it two digits.
+    # The smallest value is 1e-5 of the largest; float32 would keep two digits of it.
     np.testing.assert_allclose(found.numpy(), values, rtol=1e-9)
 
 
@@ -207,7 +207,7 @@ def test_spanning_set_is_the_side_of_the_residual_stream(matrix: str) -> None:
 
 
 def padded_batch() -> MatrixGradient:
-    """Two prompts of 4 and 2 positions; what stands at padding must not count."""
+    """Two prompts of 4 and 2 positions; values at padding must not count."""
     x, delta = random_factors(8)
     mask = torch.tensor([[True] * 4, [True, True, False, False]])
     return MatrixGradient("W_in", 2, x.reshape(2, 4, D_IN), delta.reshape(2, 4, D_OUT), mask)
@@ -234,12 +234,12 @@ def test_each_prompt_has_its_own_length(batch: int, n: int) -> None:
 
 @pytest.mark.parametrize("call", ["factored", "dense", "rank", "singular_values"])
 @pytest.mark.parametrize("batch", [2, -1])
-def test_a_prompt_that_does_not_exist(call: str, batch: int) -> None:
+def test_a_missing_prompt_is_refused(call: str, batch: int) -> None:
     with pytest.raises(InputError, match=f"{batch}.*0 to 1"):
         getattr(padded_batch(), call)(batch)
 
 
-def test_norms_are_those_of_the_vjps() -> None:
+def test_norms_equal_those_of_the_vjps() -> None:
     x, delta = random_factors(5)
     norms = hand_made(x, delta).norms[0]
     for i in range(5):

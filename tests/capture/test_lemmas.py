@@ -1,4 +1,4 @@
-"""Lemmas 5.1 and 5.2: predicted change against the change that a real step of SGD makes."""
+"""Lemmas 5.1 and 5.2: predicted change against the change made by a real step of SGD."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_first_vjp_is_the_combination_of_embeddings(target: int) -> None:
 
 @pytest.mark.parametrize("name", ["hooked-gpt2", "bridge-gpt2", "bridge-llama"])
 def test_a_final_norm_breaks_the_combination_by_its_jacobian(name: str) -> None:
-    """The negative control of lemma 5.1, and what holds instead."""
+    """Negative control of lemma 5.1, and what holds instead."""
     case = build(name)
     tokens = case.tokens(6)
     delta = capture_gradients(case.model, tokens, target_nll(TARGET))[
@@ -66,7 +66,7 @@ def test_a_final_norm_breaks_the_combination_by_its_jacobian(name: str) -> None:
 
 
 def test_only_the_target_has_a_negative_coefficient() -> None:
-    """With fewer tokens than dimensions the combination can be taken apart again."""
+    """With fewer tokens than dimensions the coefficients can be recovered."""
     case = build("hooked-no_norm", d_vocab=19)
     tokens, target = case.tokens(6), 7
     assert case.d_vocab == 19 < case.d_model
@@ -87,7 +87,7 @@ def test_only_the_target_has_a_negative_coefficient() -> None:
 
 @contextmanager
 def step_of_sgd(case: Case, key: tuple[str, int], eta: float, tokens: Tensor) -> Iterator[None]:
-    """A real step on one weight of the reference, undone afterwards."""
+    """A real step on one weight of the reference, then undone."""
     weight = case.weights[key].tensor
     before = weight.detach().clone()
     optimizer = torch.optim.SGD([weight], lr=eta)
@@ -102,7 +102,7 @@ def step_of_sgd(case: Case, key: tuple[str, int], eta: float, tokens: Tensor) ->
 
 
 def output_and_loss(case: Case, key: tuple[str, int], tokens: Tensor) -> tuple[Tensor, float]:
-    """What a matrix gives, and the loss."""
+    """Output of a matrix, and the loss."""
     seen: list[Tensor] = []
     handle = case.outputs[key].register_forward_hook(lambda m, args, out: seen.append(out))
     with torch.no_grad():
@@ -124,7 +124,7 @@ def predicted_change(capture: GradientCapture, key: tuple[str, int], eta: float)
 
 @pytest.fixture(scope="module", params=["bridge-gpt2", "bridge-llama", "hooked-llama"])
 def own_case(request: pytest.FixtureRequest) -> Case:
-    """A model whose reference this module changes for a moment."""
+    """A model whose reference this module changes temporarily."""
     return build(request.param)
 
 
@@ -137,14 +137,14 @@ def test_imprint_and_shift_are_what_a_step_of_sgd_does(own_case: Case, n: int) -
         with step_of_sgd(own_case, key, eta, tokens):
             after, _ = output_and_loss(own_case, key, tokens)
         measured, predicted = after - before, predicted_change(capture, key, eta)
-        # The difference of two numbers of size 1 in float64, relative to changes of 1e-2.
+        # The difference of two numbers of order 1 in float64, relative to changes of 1e-2.
         assert relative_error(predicted, measured) < 1e-11, key
         if n == 1:
             # With one position the factor is ||x||^2 >= 0: every neuron moves against delta.
             assert (torch.sign(measured) == -torch.sign(capture[key].vjps[0])).all()
 
 
-def test_change_of_the_loss_is_the_squared_norm_to_first_order(own_case: Case) -> None:
+def test_the_change_of_the_loss_is_the_squared_norm_to_first_order(own_case: Case) -> None:
     if own_case.logits_in_float32:
         pytest.skip("Hugging Face computes this norm in float32: errors of second order drown")
     tokens = own_case.tokens(6)

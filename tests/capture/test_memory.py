@@ -1,4 +1,4 @@
-"""Limits on memory change how much is done at a time and what is kept, and no answer."""
+"""Memory limits change how much is done at a time and what is kept, but no result."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ ALL: dict[str, Any] = {"matrices": "all", "prepend_bos": True}
 
 @pytest.fixture(scope="module", params=("bridge-gemma2", "hooked-gpt2"))
 def limited(request: pytest.FixtureRequest) -> Case:
-    """Models that only this file uses, with and without norms behind their blocks."""
+    """Models that only this file uses, with and without norms after their blocks."""
     return build(request.param)
 
 
 @pytest.fixture(scope="module", params=("bridge", "hooked"))
 def mixture(request: pytest.FixtureRequest) -> Any:
-    """A mixture of experts of either kind, in float32."""
+    """A mixture of experts of both classes, in float32."""
     try:
         return build_model("mixtral", request.param)
     except NotAvailable as reason:
@@ -71,7 +71,7 @@ def mixture(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="module")
 def facts_result(facts_model: Any) -> tuple[BackwardLensResult, BackwardLensResult]:
-    """The trained model's words without limits, and with factors in bfloat16."""
+    """The trained model's tokens without limits, and with factors in bfloat16."""
     prompts = ["Lionel Messi plays for", "Paris is the capital of the country of France and"]
     plain, small = (
         backward_lens(facts_model, prompts, " Paris", matrices="all", k=5, memory=memory)
@@ -82,7 +82,7 @@ def facts_result(facts_model: Any) -> tuple[BackwardLensResult, BackwardLensResu
 
 @pytest.fixture
 def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Prompts and length of every forward pass."""
+    """Number of prompts and length of every forward pass."""
     seen: list[tuple[int, ...]] = []
     watch_forward(monkeypatch, lambda tokens: seen.append(tuple(tokens.shape)))
     return seen
@@ -93,7 +93,7 @@ def close_for(case: Case) -> dict[str, Any]:
 
 
 def factors_of(capture: GradientCapture) -> list[Tensor]:
-    """The tensors that a capture keeps of its factors, each once."""
+    """Tensors in which a capture keeps its factors, each once."""
     kept = [t for g in capture for t in (g.inputs, g.vjps, g.joined_vjps) if t is not None]
     return list({id(tensor): tensor for tensor in kept}.values())
 
@@ -135,12 +135,12 @@ def test_a_wrong_value_is_refused_by_name(field: str, value: Any, message: str) 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda", 3)], ids=str)
-def test_a_gpu_that_is_not_there_is_refused(device: Any) -> None:
+def test_a_missing_gpu_is_refused(device: Any) -> None:
     with pytest.raises(InputError, match=r"factor_device is .*cuda.*not a device of this machine"):
         Memory(factor_device=device)
 
 
-def test_right_values_are_taken() -> None:
+def test_valid_values_are_accepted() -> None:
     assert Memory() == Memory(None, None, None)
     number: Any = np.int64(2**30)
     assert Memory(budget=number).budget == 2**30
@@ -154,7 +154,7 @@ NO_MEMORY = [5, "1GB", Memory, 2.0, {"budget": 2**30}, torch.bfloat16, 0, False]
 
 
 @pytest.mark.parametrize("memory", NO_MEMORY, ids=str)
-def test_what_is_no_memory_is_refused_and_changes_nothing(gpt2: Case, memory: Any) -> None:
+def test_invalid_memory_is_refused_and_changes_nothing(gpt2: Case, memory: Any) -> None:
     before = snapshot(gpt2.model)
     for call in (
         lambda: backward_lens(gpt2.model, "Rome", 5, memory=memory),
@@ -170,7 +170,7 @@ def test_what_is_no_memory_is_refused_and_changes_nothing(gpt2: Case, memory: An
 
 
 def assert_rounded(found: GradientCapture, plain: GradientCapture, dtype: torch.dtype) -> None:
-    """Factors are rounded and nothing else is; what is computed of them is in float32 at least."""
+    """Only factors are rounded; results computed from them are at least float32."""
     assert found.gradients.keys() == plain.gradients.keys()
     for key, gradient in plain.gradients.items():
         here = found[key]
@@ -186,7 +186,7 @@ def assert_rounded(found: GradientCapture, plain: GradientCapture, dtype: torch.
         assert here.n_experts == gradient.n_experts
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         assert here.norms.dtype == wide
-        # Rounding to nearest moves every number, so every norm, by at most half an eps.
+        # Rounding to nearest changes every number, and so every norm, by at most half an eps.
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(here.norms, gradient.norms.to(wide), rtol=max(eps, 1e-6), atol=0)
     names = [name for name in values(plain) if name.split()[0] in ("query", "loss", "targets")]
@@ -195,8 +195,8 @@ def assert_rounded(found: GradientCapture, plain: GradientCapture, dtype: torch.
         assert torch.equal(values(found)[name], values(plain)[name]), name
 
 
-def assert_same_words(found: BackwardLensResult, plain: BackwardLensResult) -> None:
-    """All of it but the norms."""
+def assert_same_tokens(found: BackwardLensResult, plain: BackwardLensResult) -> None:
+    """Everything except the norms."""
     here, there = read_values(found), read_values(plain)
     for name in [name for name in there if name.endswith(" norms")]:
         here.pop(name), there.pop(name)
@@ -209,20 +209,22 @@ def assert_same_words(found: BackwardLensResult, plain: BackwardLensResult) -> N
     [(PROMPTS, torch.bfloat16), (ALIKE, torch.float32)],
     ids=["several passes", "one pass"],
 )
-def test_words_come_before_rounding(limited: Case, dtype: torch.dtype, prompts: Any) -> None:
+def test_tokens_are_computed_before_rounding(
+    limited: Case, dtype: torch.dtype, prompts: Any
+) -> None:
     plain, found = (
         backward_lens(limited.model, prompts, 5, k=4, memory=memory, **ALL_MATRICES)
         for memory in (None, Memory(factor_dtype=dtype))
     )
     assert plain.capture["W_in", 0].inputs.dtype == torch.float64
     assert_rounded(found.capture, plain.capture, dtype)
-    assert_same_words(found, plain)
+    assert_same_tokens(found, plain)
     full, half = (size_in_bytes(factors_of(result.capture)) for result in (plain, found))
     assert half * 8 == full * dtype.itemsize
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_experts_are_rounded_like_others(mixture: Any, dtype: torch.dtype) -> None:
+def test_experts_are_rounded_like_other_matrices(mixture: Any, dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"matrices": "all", "k": 4, "vjps_at": "residual"}
     plain, found = (
         backward_lens(mixture, PROMPTS, 5, memory=memory, **options)
@@ -230,7 +232,7 @@ def test_experts_are_rounded_like_others(mixture: Any, dtype: torch.dtype) -> No
     )
     assert plain.capture["W_in", 0].experts is not None
     assert_rounded(found.capture, plain.capture, dtype)
-    assert_same_words(found, plain)
+    assert_same_tokens(found, plain)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,7 @@ def test_experts_are_rounded_like_others(mixture: Any, dtype: torch.dtype) -> No
 @pytest.mark.parametrize(
     "limited", [f"{'bridge' if HAS_BRIDGE else 'hooked'}-gemma2"], indirect=True
 )
-def test_words_come_before_rounding_whatever_is_asked(
+def test_tokens_are_computed_before_rounding_for_every_request(
     limited: Case, options: dict[str, Any]
 ) -> None:
     plain, found = (
@@ -254,11 +256,11 @@ def test_words_come_before_rounding_whatever_is_asked(
         for memory in (None, BF16)
     )
     assert_rounded(found.capture, plain.capture, torch.bfloat16)
-    assert_same_words(found, plain)
+    assert_same_tokens(found, plain)
 
 
 def dense_in_float64(gradient: MatrixGradient, batch: int) -> Tensor:
-    """The gradient of the factors as they are kept, heads side by side."""
+    """Dense gradient from the stored factors, heads concatenated."""
     real = gradient.mask[batch]
     inputs, vjps = (
         factor[batch, real].double().flatten(1) for factor in (gradient.inputs, gradient.vjps)
@@ -267,13 +269,13 @@ def dense_in_float64(gradient: MatrixGradient, batch: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_what_is_computed_of_rounded_factors_is_computed_in_float32(
+def test_results_from_rounded_factors_are_computed_in_float32(
     limited: Case, dtype: torch.dtype
 ) -> None:
     memory = Memory(factor_dtype=dtype)
     capture = capture_gradients(limited.model, PROMPTS, next_token_loss(), memory=memory, **ALL)
     exact = capture_gradients(limited.model, PROMPTS, next_token_loss(), **ALL)
-    # Sums of up to 17 products in float32. Computed in bfloat16 they are wrong by 1e-3.
+    # Sums of up to 17 products in float32. In bfloat16 the error would be 1e-3.
     close = 1e-6
     for key, gradient in capture.gradients.items():
         for prompt in (0, 1):
@@ -299,12 +301,12 @@ def test_what_is_computed_of_rounded_factors_is_computed_in_float32(
             torch.testing.assert_close(singular, reference, rtol=1e-9, atol=1e-12)
             assert gradient.rank(prompt, rtol=1e-9) == int((reference > 1e-9 * reference[0]).sum())
             assert gradient.rank(prompt) <= exact[key].rank(prompt)
-            # The rounding itself is seen, so the test can tell.
+            # The rounding is visible, so the test is sensitive.
             error = relative_error(expected, dense_in_float64(exact[key], prompt))
             assert torch.finfo(dtype).eps / 100 < error < torch.finfo(dtype).eps
 
 
-def test_parts_of_rounded_factors(limited: Case, mixture: Any) -> None:
+def test_slices_of_rounded_factors(limited: Case, mixture: Any) -> None:
     capture = capture_gradients(limited.model, PROMPTS, next_token_loss(), memory=BF16, **ALL)
     gradient = capture["W_Q", 1]
     assert gradient.n_heads is not None
@@ -327,12 +329,12 @@ def test_a_wider_dtype_than_the_models_own(mixture: Any) -> None:
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, ALIKE], ids=["several passes", "one pass"])
-def test_factors_on_the_models_own_device_are_as_without(limited: Case, prompts: Any) -> None:
+def test_naming_the_models_own_device_changes_nothing(limited: Case, prompts: Any) -> None:
     plain, found = (
         backward_lens(limited.model, prompts, 5, k=3, memory=memory, **ALL_MATRICES)
         for memory in (None, Memory(factor_device=torch.device("cpu")))
     )
-    # Norms add in the order in which their numbers lie in memory.
+    # Norms are summed in memory order.
     assert_equal(values(found.capture), values(plain.capture), CLOSE)
     assert_equal(read_values(found), read_values(plain), CLOSE)
     for gradient in plain.capture:
@@ -343,7 +345,7 @@ def test_factors_on_the_models_own_device_are_as_without(limited: Case, prompts:
     assert found.token_texts == plain.token_texts
 
 
-def test_hook_points_beside_rounded_factors(gpt2: Case) -> None:
+def test_hook_points_together_with_rounded_factors(gpt2: Case) -> None:
     point = "blocks.1.hook_resid_pre"
     plain, found = (
         capture_gradients(gpt2.model, PROMPTS, nll(5), hook_points=point, memory=memory)
@@ -377,14 +379,14 @@ def test_a_result_in_bfloat16_is_saved_and_loaded(facts_result: Any, tmp_path: P
 
 
 def visible(page: str) -> list[str]:
-    """The words of a page, without markup and without numbers."""
+    """Text of a page, without markup and numbers."""
     text = re.sub(r"<(style|script).*?</\1>|<[^>]*>", " ", page, flags=re.DOTALL)
     return [word for word in text.split() if not re.fullmatch(r"[-+(]?[\d.,e+%−-]+[);,]?", word)]
 
 
 def test_views_show_a_result_in_bfloat16(facts_result: Any) -> None:
     plain, small = facts_result
-    assert_same_words(small, plain)
+    assert_same_tokens(small, plain)
     assert repr(small) == repr(plain)
     assert repr(small.capture) == repr(plain.capture)
     assert [repr(g) for g in small.capture] == [repr(g) for g in plain.capture]
@@ -393,8 +395,8 @@ def test_views_show_a_result_in_bfloat16(facts_result: Any) -> None:
     assert visible(render_page(small, 1)) == visible(render_page(plain, 1))
     found, expected = small.to_df(), plain.to_df()
     rounded = ("norm", "input_norm", "top_vjp_cosine", "is_faint")
-    words = [column for column in expected if column not in rounded]
-    pd.testing.assert_frame_equal(found[words], expected[words])
+    exact = [column for column in expected if column not in rounded]
+    pd.testing.assert_frame_equal(found[exact], expected[exact])
     cosines = expected["top_vjp_cosine"].tolist()
     assert found["top_vjp_cosine"].tolist() == pytest.approx(cosines, abs=2**-7, nan_ok=True)
     for norm in ("norm", "input_norm"):
@@ -433,7 +435,7 @@ def plans(draw: st.DrawFn) -> Plan:
         device=torch.device("cpu"),
     )
     form = draw(st.sampled_from([Memory(), BF16, Memory(factor_device="cpu")]))
-    # For all at once, or for one prompt and some of its layers.
+    # Enough for all at once, or for one prompt and some of its layers.
     count = draw(st.sampled_from([1, len(lengths)]))
     pass_bytes = size.of(count, max(lengths), layers)
     budget = draw(st.floats(0.2, 1.2)) * pass_bytes + size.kept(len(lengths), max(lengths), form)
@@ -448,7 +450,7 @@ def divided(plan: Plan, *, in_one: bool = False) -> list[tuple[tuple[int, ...], 
 
 
 def too_large(plan: Plan) -> list[tuple[int, int]]:
-    """Prompts and layers that alone do not fit beside what is kept."""
+    """Prompts and layers that do not fit next to the stored tensors."""
     lengths, layers, size, memory = plan
     assert memory.budget is not None
     room = memory.budget - size.kept(len(lengths), max(lengths), memory)
@@ -475,7 +477,7 @@ def test_passes_cover_everything_once_within_the_budget(plan: Plan) -> None:
     pairs = [(prompt, layer) for prompts, own in passes for prompt in prompts for layer in own]
     assert sorted(pairs) == [(prompt, at) for prompt in range(len(lengths)) for at in layers]
     for prompts, own in passes:
-        # A single pass keeps what it computes: that is in its estimate already.
+        # A single pass keeps what it computes; its estimate already includes that.
         others = 0 if len(passes) == 1 and memory.keeps_as_computed else kept
         within = [lengths[prompt] for prompt in prompts]
         assert size.of(len(prompts), max(within), own) + others <= memory.budget
@@ -500,8 +502,8 @@ USUAL = 256 * 2**20
 
 @given(plans(), st.integers(1, 2000))
 @examples(100)
-def test_usual_passes_take_so_much_at_most(plan: Plan, scale: int) -> None:
-    """Or have one prompt. A plain callable gets all prompts of one length all the same."""
+def test_default_passes_stay_within_the_default_limit(plan: Plan, scale: int) -> None:
+    """Or have one prompt. A plain callable still gets all prompts of one length."""
     lengths, layers, small, memory = plan
     size = PassSize(
         small.per_token * scale,
@@ -528,7 +530,7 @@ def test_usual_passes_take_so_much_at_most(plan: Plan, scale: int) -> None:
 
 @given(plans())
 @examples(100)
-def test_under_a_hook_there_is_one_pass_or_an_error_that_says_why(plan: Plan) -> None:
+def test_under_a_hook_there_is_one_pass_or_an_error_with_the_reason(plan: Plan) -> None:
     lengths, layers, size, memory = plan
     whole = size.of(len(lengths), max(lengths), layers)
     kept = size.kept(len(lengths), max(lengths), memory)
@@ -537,14 +539,14 @@ def test_under_a_hook_there_is_one_pass_or_an_error_that_says_why(plan: Plan) ->
     if memory.budget >= whole + kept:
         assert divided(plan, in_one=True) == everything
     elif memory.budget >= whole and memory.keeps_as_computed:
-        # What is computed is what is kept.
+        # Everything computed is kept.
         assert divided(plan, in_one=True) == everything
     else:
         with pytest.raises(InputError, match=r"budget.*hooks.*one pass"):
             divided(plan, in_one=True)
 
 
-def test_factors_elsewhere_take_nothing_here() -> None:
+def test_factors_on_another_device_take_no_memory_here() -> None:
     size = PassSize(1, 0, 0, {0: 10, 1: 20}, 2, torch.device("cuda", 0))
     assert size.kept(3, 7, Memory()) == 3 * 7 * 30 * 4
     assert size.kept(3, 7, BF16) == 3 * 7 * 30 * 2
@@ -553,7 +555,7 @@ def test_factors_elsewhere_take_nothing_here() -> None:
 
 KEPT = {
     "plain": ("hooked-gpt2", torch.float32, "mlp"),
-    "VJPs behind a norm": ("bridge-gemma2", torch.float32, "W_out"),
+    "VJPs after a norm": ("bridge-gemma2", torch.float32, "W_out"),
     "attention patterns": ("hooked-gpt2", torch.float32, "attn"),
     "float64": ("bridge-gpt2", torch.float64, "mlp"),
     "all": ("bridge-llama", torch.float32, "all"),
@@ -561,8 +563,8 @@ KEPT = {
 
 
 @pytest.mark.parametrize("what", KEPT)
-def test_what_is_kept_is_not_underestimated(what: str) -> None:
-    """Against the tensors of a capture."""
+def test_kept_memory_is_not_underestimated(what: str) -> None:
+    """Compare with the tensors of a capture."""
     name, dtype, matrices = KEPT[what]
     model = build(name, dtype).model
     host = host_of(model)
@@ -585,8 +587,8 @@ def test_one_pattern_is_kept_per_head_of_a_layer_with_attention(
     assert pass_size(host, sites, 1, 5).patterns == n_layers * 3 * 8  # heads, bytes
 
 
-def test_no_more_memory_is_held_than_the_factors_take(mixture: Any) -> None:
-    """A view would hold the whole tensor that it is a part of."""
+def test_no_more_memory_is_held_than_the_factors_need(mixture: Any) -> None:
+    """A view would keep its whole base tensor alive."""
     for matrix in ("W_Q", "W_in", "W_gate", "W_out"):
         kept = factors_of(capture_gradients(mixture, ALIKE, nll(5), matrices=matrix))
         held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
@@ -597,11 +599,11 @@ def test_no_more_memory_is_held_than_the_factors_take(mixture: Any) -> None:
 
 
 class Stop(Exception):
-    """Raised where a run would begin, which the budget allows then."""
+    """Raised where a run would begin, once the budget allows it."""
 
 
 def smallest_budget(run: Callable[[Memory], object], form: Memory | None = None) -> int:
-    """The smallest budget that is not refused, to a hundredth, found without a run."""
+    """The smallest accepted budget, to one percent, found without a run."""
     form = form or Memory()
 
     def stop(tokens: Tensor) -> None:
@@ -635,7 +637,7 @@ def test_a_budget_changes_the_number_of_passes_and_nothing_else(
     without = list(shapes)
     counts = []
     close = close_for(limited)
-    # Where sums round differently, the last bit of a number in bfloat16 may.
+    # Where sums round differently, the last bit in bfloat16 may differ.
     close_factors = close if factor_dtype is None else close | {"rtol": 2**-7, "atol": 1e-6}
     for budget in (smallest, 2 * smallest, 2**40):
         shapes.clear()
@@ -665,7 +667,7 @@ def test_experts_under_a_budget(mixture: Any, shapes: list[tuple[int, ...]]) -> 
     found = run(Memory(budget=smallest))
     assert shapes.count((1, 17)) > 1
     assert list(found.capture.gradients) == list(plain.capture.gradients)
-    # In float32; sums over other numbers of masked positions.
+    # In float32; sums over different numbers of masked positions.
     close: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-5}
     assert_equal(values(found.capture), values(plain.capture), close)
 
@@ -673,7 +675,7 @@ def test_experts_under_a_budget(mixture: Any, shapes: list[tuple[int, ...]]) -> 
 def test_equally_long_prompts_are_separated_under_a_budget(
     limited: Case, shapes: list[tuple[int, ...]]
 ) -> None:
-    """A callable then sees some of them at a time, and never padding."""
+    """A callable then sees some of them at a time, never padding."""
     seen: list[tuple[int, ...]] = []
 
     def loss(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -693,7 +695,7 @@ def test_equally_long_prompts_are_separated_under_a_budget(
 
 
 class Counting:
-    """A projection of a made-up vocabulary that notes how many vectors come at a time."""
+    """A projection onto a made-up vocabulary that records the number of vectors per call."""
 
     def __init__(self, d_model: int, d_vocab: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -709,7 +711,7 @@ class Counting:
 def test_scores_are_made_in_smaller_chunks_under_a_budget(
     shapes: list[tuple[int, ...]],
 ) -> None:
-    """A pass of 60 tokens fits, and the scores of its 240 vectors do not fit beside it."""
+    """A pass of 60 tokens fits, and the scores of its 240 vectors do not fit next to it."""
     d_vocab = 4000
     case = build("hooked-gpt2", d_vocab=d_vocab)
     tokens = case.tokens(60)
@@ -729,7 +731,7 @@ def test_scores_are_made_in_smaller_chunks_under_a_budget(
     assert most[Memory(budget=budget)] < most[None]
     assert sum(asked[None]) == sum(asked[Memory(budget=budget)])
     plain, limited = found.values()
-    # BLAS adds in another order for other numbers of rows.
+    # BLAS sums in another order for other numbers of rows.
     assert_equal(read_values(limited), read_values(plain), CLOSE)
 
 
@@ -746,7 +748,7 @@ def amounts(message: str) -> list[float]:
 
 
 @pytest.mark.parametrize("call", ["capture", "lens"])
-def test_a_budget_too_small_names_itself_the_estimate_and_the_way_out(
+def test_too_small_a_budget_is_refused_with_the_estimate_and_the_remedy(
     limited: Case, call: str
 ) -> None:
     model = limited.model
@@ -802,8 +804,8 @@ def test_a_budget_large_enough_for_one_pass_under_a_hook(
 
 @given(plans())
 @examples(100)
-def test_the_estimate_of_a_refusal_would_have_been_enough(plan: Plan) -> None:
-    """The number in the message, to its rounding, is the way out."""
+def test_the_estimate_in_a_refusal_is_sufficient(plan: Plan) -> None:
+    """The number in the message, up to rounding, is sufficient."""
     lengths, layers, size, memory = plan
     # In megabytes, so that the message's rounding does not count.
     mega = 10**6
@@ -826,8 +828,8 @@ def test_the_estimate_of_a_refusal_would_have_been_enough(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("kind", [np.int8, np.int32, np.uint32, np.uint64])
-def test_a_budget_of_any_integer_type_is_kept_to(gpt2: Case, kind: Any) -> None:
-    """numpy's integers overflow, and unsigned ones wrap around, where Python's do not."""
+def test_a_budget_of_any_integer_type_is_respected(gpt2: Case, kind: Any) -> None:
+    """numpy's integers overflow or wrap around; Python's do not."""
     for budget in (100, 2**30):
         if budget > np.iinfo(kind).max:
             continue

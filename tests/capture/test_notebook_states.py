@@ -1,7 +1,7 @@
-"""States that a notebook leaves a model in, with attention analysed: right numbers, or a reason.
+"""Model states left by a notebook, with attention: correct numbers or a reasoned refusal.
 
-`test_state.py` compares every value of a model; here every matrix is asked for, and hooks are
-counted on the Hugging Face model inside a bridge, too.
+`test_state.py` compares every value of a model; here every matrix is captured, and hooks are
+also counted on the Hugging Face model inside a bridge.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from backward_lens_tl.validation import validate
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("as_for_a_user")]
 
-EXACT = 1e-12  # in float64: 50 times the error seen
+EXACT = 1e-12  # in float64: 50 times the observed error
 TARGET = 5
 
 
@@ -38,7 +38,7 @@ def pair(request: pytest.FixtureRequest) -> Case:
 
 
 def warm(case: Case) -> Case:
-    """A bridge sets hooks of its own at the first forward pass of a kind."""
+    """A bridge registers its own hooks at the first forward pass of each kind."""
     tokens = case.tokens(5)
     case.model(tokens, return_type="logits", attention_mask=torch.ones_like(tokens))
     return case
@@ -49,7 +49,7 @@ def capture_all(model: Any, tokens: Any, **options: Any) -> GradientCapture:
 
 
 def roots(model: Any) -> list[nn.Module]:
-    """A bridge does not have the Hugging Face model that it runs among its modules."""
+    """A bridge's modules do not include the Hugging Face model that it runs."""
     return [model, *([model.original_model] if hasattr(model, "original_model") else [])]
 
 
@@ -73,12 +73,12 @@ HOOK_DICTS = (
 
 
 def hooks(model: Any) -> list[tuple]:
-    """Every hook, in the order in which it would run."""
+    """Every hook, in execution order."""
     found: list[tuple] = []
     for name, module in modules(model):
         for attribute in HOOK_DICTS:
             listed = getattr(module, attribute)
-            # Hooks by key and object; the other dictionaries only say how a key is called.
+            # Hooks by key and object; the other dictionaries only hold options of a key.
             found.append((name, attribute, *((key, id(hook)) for key, hook in listed.items())))
         for attribute in ("fwd_hooks", "bwd_hooks"):
             if (listed := getattr(module, attribute, None)) is not None:
@@ -87,7 +87,7 @@ def hooks(model: Any) -> list[tuple]:
 
 
 def snapshot(model: Any) -> dict[str, Any]:
-    """What a caller could notice, comparable with `==`."""
+    """Everything that a caller could notice, comparable with `==`."""
     parameters = [
         (name, p) for index, root in enumerate(roots(model)) for name, p in root.named_parameters()
     ]
@@ -115,7 +115,7 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 def assert_equal_captures(found: GradientCapture, expected: GradientCapture) -> None:
-    """Up to the order in which autograd adds what several readers of the stream send back."""
+    """Equal up to the order in which autograd sums gradients of several readers of the stream."""
     assert list(found.gradients) == list(expected.gradients)
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-12, atol=0)
     for key, gradient in expected.gradients.items():
@@ -132,12 +132,12 @@ def assert_equal_captures(found: GradientCapture, expected: GradientCapture) -> 
         )
 
 
-# --------------------------------------------------------------------------- frozen, without grad
+# ---------------------------------------------------------------------------------- frozen, no_grad
 
 
 @contextmanager
 def frozen(model: Any, keep: Callable[[str], bool] = lambda name: False) -> Iterator[None]:
-    """All parameters but those kept need no gradient."""
+    """Freeze all parameters except those in `kept`."""
     with ExitStack() as stack:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and not keep(name):
@@ -211,8 +211,8 @@ def test_dropout_in_train_mode_is_refused_with_the_reason() -> None:
 
 
 @pytest.mark.parametrize("where", ["attn", "ln1", "mlp"])
-def test_one_part_in_train_mode_is_enough_to_refuse(where: str) -> None:
-    """GPT-2's attention and MLP drop; its norms do not."""
+def test_one_submodule_in_train_mode_is_refused(where: str) -> None:
+    """GPT-2's attention and MLP have dropout; its norms do not."""
     model = build("bridge-gpt2").model
     getattr(model.blocks[1], where).train()
     tokens = torch.tensor([[3, 4, 5]])[:, :2]
@@ -224,7 +224,7 @@ def test_one_part_in_train_mode_is_enough_to_refuse(where: str) -> None:
 
 
 def test_dropout_inside_an_attention_function_is_refused() -> None:
-    """Llama's has no module: its probability is an attribute, read in train mode."""
+    """Llama's attention dropout has no module: it is an attribute, read in train mode."""
     model = build("bridge-llama").model
     model.train()
     tokens = torch.tensor([[3, 4, 5]])
@@ -239,7 +239,7 @@ def test_dropout_inside_an_attention_function_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", PAIR_NAMES)
-def test_train_mode_without_dropout_changes_no_number(name: str) -> None:
+def test_train_mode_without_dropout_changes_nothing(name: str) -> None:
     case = warm(build(name))
     for _, module in modules(case.model):
         if isinstance(module, nn.Dropout):
@@ -252,7 +252,7 @@ def test_train_mode_without_dropout_changes_no_number(name: str) -> None:
     assert_same(before, snapshot(case.model))
 
 
-# ---------------------------------------------------------------------------- autocast, half floats
+# ------------------------------------------------------------------------- autocast, half precision
 
 
 @pytest.fixture(scope="module", params=["bridge-llama", "hooked-gpt2"])
@@ -276,7 +276,7 @@ def test_autocast_changes_no_factor(single: Case) -> None:
         assert torch.equal(gradient.vjps, plain.vjps)
     for layer in expected.attention:
         assert torch.equal(found.reversed_attention(layer), expected.reversed_attention(layer))
-    # The negative control: it does round what the model computes for others.
+    # Negative control: it does round the model's own outputs.
     with torch.no_grad():
         plain_logits = single.model(tokens, return_type="logits")
     assert relative_error(rounded, plain_logits) > 1e-3
@@ -287,7 +287,7 @@ def test_autocast_does_not_fail_the_validation(single: Case) -> None:
         assert validate(single.model, single.tokens(6)).max_error < 1e-5
 
 
-def test_autocast_does_not_round_what_is_read_from_factors(single: Case) -> None:
+def test_autocast_does_not_round_values_computed_from_factors(single: Case) -> None:
     gradient = capture_all(single.model, single.tokens(6))["W_O", 1]
 
     def read() -> list[Tensor]:
@@ -318,7 +318,7 @@ def mlp_weights(case: Case) -> dict:
 
 
 def all_gradients(case: Case, tokens: Tensor) -> dict[tuple[str, int], Tensor]:
-    """Autograd's own gradients of every matrix of the model, laid out as `dense` is."""
+    """Autograd's gradients of every matrix of the model, laid out as `dense` is."""
     weights = mlp_weights(case) | {
         key: (weight.parameter, weight.by_head)
         for key, weight in attention_weights(case.model).items()
@@ -332,7 +332,7 @@ def all_gradients(case: Case, tokens: Tensor) -> dict[tuple[str, int], Tensor]:
 
 
 def in_float32(name: str, half: Case) -> Case:
-    """A float32 model with the weights, and the tables, of one in half precision."""
+    """A float32 model with the weights and buffers of a half-precision model."""
     case = build(name, torch.float32)
     with torch.no_grad():
         for ours, theirs in zip(roots(case.model), roots(half.model), strict=True):
@@ -356,7 +356,7 @@ def in_float32(name: str, half: Case) -> Case:
 def test_half_precision_gives_float32_factors_and_reports_its_error(
     name: str, dtype: torch.dtype
 ) -> None:
-    """`float32_error` is the distance from autograd on a float32 copy, computed here anew."""
+    """`float32_error` is the distance from autograd on a float32 copy, recomputed here."""
     case = build(name, dtype)
     tokens = case.tokens(6, 6)
     capture = capture_all(case.model, tokens)
@@ -374,7 +374,7 @@ def test_half_precision_gives_float32_factors_and_reports_its_error(
         dense = capture[key].dense(0) + capture[key].dense(1)
         ours = relative_error(dense, expected[key])
         assert error.float32_error is not None
-        # What it is compared with has rounding of its own, in float32.
+        # The float32 reference is rounded, too.
         assert error.float32_error == pytest.approx(ours, rel=1e-2, abs=1e-6), key
         assert 1e-5 < error.float32_error < 0.1, key
         assert error.relative_error <= report.tolerance
@@ -405,7 +405,7 @@ def interrupted_objective(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def make_busy(case: Case) -> Case:
-    """Some gradients, some frozen parameters, hooks of a caller's, a part in train mode."""
+    """Add gradients, frozen parameters, caller's hooks, and a submodule in train mode."""
     model = case.model
     tokens = case.tokens(5)
     model(tokens, return_type="logits").sum().backward()
@@ -435,7 +435,7 @@ CALLS: dict[str, Callable[[Case], object]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_nothing_changes_when_all_goes_well(busy: Case, call: str) -> None:
+def test_nothing_changes_after_a_successful_run(busy: Case, call: str) -> None:
     before = snapshot(busy.model)
     assert any(grad is not None for _, grad in before["grads"])
     CALLS[call](busy)
@@ -488,10 +488,10 @@ def test_nothing_is_left_after_ctrl_c_in_the_backward_pass(busy: Case) -> None:
     assert_same(before, snapshot(busy.model))
 
 
-def test_nothing_is_left_when_a_hook_cannot_be_set(
+def test_nothing_is_left_when_a_hook_cannot_be_registered(
     busy: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Registration fails half way, as by Ctrl-C at that moment."""
+    """Registration fails half way, as on Ctrl-C at that moment."""
     calls = {"left": 7}
     register = nn.Module.register_forward_hook
 
@@ -511,7 +511,7 @@ def test_nothing_is_left_when_a_hook_cannot_be_set(
 
 
 def test_the_snapshot_sees_hooks_inside_hugging_faces_model(busy: Case) -> None:
-    """The negative control of this part."""
+    """Negative control of this section."""
     before = snapshot(busy.model)
     target = modules(busy.model)[-1][1]
     handle = target.register_forward_hook(lambda *_: None)
@@ -532,7 +532,7 @@ def test_the_snapshot_sees_hooks_inside_hugging_faces_model(busy: Case) -> None:
 @pytest.mark.parametrize("pair", ["bridge-llama", "hooked-gpt2"], indirect=True)
 @pytest.mark.parametrize("point", ["attn.hook_q", "attn.hook_pattern", "hook_attn_out"])
 def test_hooks_of_a_caller_run_once_and_in_their_order(pair: Case, point: str) -> None:
-    """Two that do not commute, at a place where the package listens as well."""
+    """Two that do not commute, at a hook point that the package uses as well."""
     tokens, name = pair.tokens(6), f"blocks.1.{point}"
     log: list[str] = []
 
@@ -542,7 +542,7 @@ def test_hooks_of_a_caller_run_once_and_in_their_order(pair: Case, point: str) -
 
     def shifted(value: Tensor, hook: Any) -> Tensor:
         log.append("shifted")
-        # Not by a constant, which the next LayerNorm would take away.
+        # Not by a constant, which the next LayerNorm would remove.
         return value + torch.linspace(0, 0.3, value.shape[-1], dtype=value.dtype)
 
     losses, captures = [], []
@@ -561,7 +561,7 @@ def test_hooks_of_a_caller_run_once_and_in_their_order(pair: Case, point: str) -
 
 
 @pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-llama"])
-def test_hooks_that_stay_on_a_model_stay_where_they_were(name: str) -> None:
+def test_permanent_hooks_stay_in_place(name: str) -> None:
     """`add_hook`, and torch's own hooks on modules whose hooks the package uses."""
     case = warm(build(name))
     model, tokens = case.model, case.tokens(5)
@@ -590,7 +590,7 @@ def test_hooks_that_stay_on_a_model_stay_where_they_were(name: str) -> None:
     assert order == expected
 
 
-# ----------------------------------------------------------------- weights that are used more often
+# ---------------------------------------------------------------------- weights used more than once
 
 
 MATRICES = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out")
@@ -614,7 +614,7 @@ def holder(model: Any, matrix: str, layer: int) -> tuple[nn.Module, str]:
 def test_a_weight_tied_between_layers_is_refused(name: str) -> None:
     case = build(name)
     model, tokens = case.model, case.tokens(5)
-    expected = capture_all(model, tokens)  # the model has been seen untied
+    expected = capture_all(model, tokens)  # the model has already been analysed untied
     for matrix in MATRICES:
         (first, attribute), (third, _) = holder(model, matrix, 0), holder(model, matrix, 2)
         own = getattr(third, attribute)
@@ -623,11 +623,11 @@ def test_a_weight_tied_between_layers_is_refused(name: str) -> None:
         for layers in (0, 2):
             with pytest.raises(UnsupportedModelError, match=reason):
                 capture_all(model, tokens, matrices=matrix, layers=layers)
-        # The layer between, and the other matrices, are none of its business.
+        # The layer between and the other matrices are unaffected.
         assert capture_all(model, tokens, matrices=matrix, layers=1)[matrix, 1].vjps.any()
         others = [other for other in MATRICES if other != matrix]
         assert len(capture_all(model, tokens, matrices=others)) == 15
-        # A copy of its own is the way out that the message names.
+        # The message recommends a separate copy.
         setattr(third, attribute, nn.Parameter(own.detach().clone()))
         found = capture_all(model, tokens, matrices=matrix, layers=2)[matrix, 2]
         torch.testing.assert_close(found.vjps, expected[matrix, 2].vjps, rtol=1e-10, atol=1e-14)
@@ -635,7 +635,7 @@ def test_a_weight_tied_between_layers_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2"])
 def test_a_weight_tied_within_a_layer_is_refused(name: str) -> None:
-    """HookedTransformer has both in one module, so that one holder has two uses."""
+    """HookedTransformer has both in one module, so one module uses the weight twice."""
     case = build(name)
     tie_within_a_layer(case.model)
     for matrix in ("W_Q", "W_K"):
@@ -650,7 +650,7 @@ def tie_within_a_layer(model: Any) -> None:
     setattr(keys, other, getattr(queries, attribute))
 
 
-# Of a frozen weight the autograd graph shows no uses by itself.
+# The autograd graph does not show uses of a frozen weight.
 @hooked_only
 def test_a_weight_tied_within_a_layer_of_a_frozen_model_is_refused() -> None:
     case = build("hooked-gpt2")
@@ -706,8 +706,8 @@ def test_a_second_use_of_a_weight_is_refused(pair: Case, matrix: str) -> None:
 
 
 @pytest.mark.parametrize("matrix", ["W_out", "W_O"])
-def test_a_second_use_that_autograd_does_not_see_is_none(pair: Case, matrix: str) -> None:
-    """The negative control: behind `detach` the weight is a constant, for autograd as for us."""
+def test_a_second_use_that_autograd_does_not_see_is_ignored(pair: Case, matrix: str) -> None:
+    """Negative control: after `detach` the weight is a constant."""
     tokens = pair.tokens(5)
     with pair.model.hooks(fwd_hooks=second_use(pair, matrix, torch.Tensor.detach)):
         capture = capture_all(pair.model, tokens)
@@ -716,8 +716,8 @@ def test_a_second_use_that_autograd_does_not_see_is_none(pair: Case, matrix: str
         assert relative_error(capture[key].dense(), gradient) <= EXACT, key
 
 
-def test_a_weight_that_a_hook_only_looks_at_is_no_use(pair: Case) -> None:
-    """What a caller's hook computes for itself does not reach the logits."""
+def test_a_weight_that_a_hook_only_reads_is_accepted(pair: Case) -> None:
+    """Values that a caller's hook computes do not reach the logits."""
     tokens, log = pair.tokens(5), []
     module, attribute = holder(pair.model, "W_O", 1)
 

@@ -1,4 +1,4 @@
-"""What is differentiated: values and gradients of every objective, written out by hand."""
+"""Objectives: values and gradients of each, written out by hand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from backward_lens_tl.models.weight_patching import stepped
 
 PROMPTS = ["Messi plays for", "The capital of France is", "Rome"]
 EXACT = 1e-12
-# What is done with logits is the same for every model; `test_capture.py` has them all.
+# Objectives treat the logits of every model alike; `test_capture.py` covers all models.
 SOFTCAP_OR_NOT = pytest.mark.parametrize("case", ["bridge-gemma2", "hooked-gpt2"], indirect=True)
 
 
@@ -37,7 +37,7 @@ def assert_objective(
     capture = capture_gradients(case.model, tokens, objective, matrices="mlp")
     with torch.no_grad():
         expected = loss(case.logits(tokens), tokens)
-    # HF's RMS norms round to float32 on the way, the same in both runs.
+    # HF's RMS norms round to float32 in between, equally in both runs.
     torch.testing.assert_close(capture.loss, expected, rtol=1e-10, atol=1e-12)
     for prompt in range(2):
         gradients = case.weight_gradients(tokens[prompt : prompt + 1], loss)
@@ -177,7 +177,7 @@ def test_target_of_several_tokens_by_position(gpt2: Case, position: Any, index: 
 
 
 def test_sentencepiece_targets(stories: Case) -> None:
-    """The tokenizer puts a space in front of every text; `" time"` must not get two."""
+    """The tokenizer prepends a space to every text; `" time"` must not get two."""
     tokenizer = stories.model.tokenizer
     wanted = tokenizer.convert_tokens_to_ids("▁the")
     result = backward_lens(stories.model, "Once upon a time", " the")
@@ -197,7 +197,7 @@ def test_greedy_answer_of_a_trained_model(stories: Case) -> None:
     assert result.capture.targets.tolist() == [answer]
 
 
-def test_of_many_targets_a_name_has_the_first() -> None:
+def test_names_abbreviate_long_lists_of_targets() -> None:
     assert target_nll([" a", " b", " c"]).name == "target_nll([' a', ' b', ' c'])"
     assert target_nll([" a"] * 40).name == "target_nll([' a', ' a', ' a', ... 37 more])"
     assert logit_difference(" a", [3, 4]).name == "logit_difference(' a', [3, 4])"

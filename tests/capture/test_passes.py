@@ -1,6 +1,6 @@
-"""Prompts in as many passes as their lengths ask for give what one pass, and each alone, gives.
+"""Prompts divided into passes by length give the same results as one pass and as single runs.
 
-Hooks of the caller bring everything into one pass, so a hook that does nothing is the reference.
+With a caller's hook everything runs in one pass, so a no-op hook is the reference.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ PROMPTS = ["Messi plays for", "The capital of France is the dog of the king in",
 LENGTHS = [5, 17, 2, 4]
 SHAPES = [(1, 17), (2, 5), (1, 2)]
 TARGETS = [" Paris", " the", " is", " Paris"]
-# 10, 9 and 10 tokens: one padded pass, in which every prompt's last position is another.
+# 10, 9 and 10 tokens: one padded pass, with a different last position for each prompt.
 ALIKE = torch.randint(3, 97, (3, 10), generator=torch.Generator().manual_seed(3))
 
 MOE_NAMES = ("bridge-mixtral", "hooked-mixtral")
-# Both runs compute the same sums in float64; attention adds other numbers of masked zeros.
+# Both runs compute the same sums in float64; attention adds different numbers of masked zeros.
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 # HF's RMS norms round to float32, so a difference of one rounding there is 1e-7.
 CLOSE_IN_FLOAT32: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6}
@@ -92,7 +92,7 @@ def values(capture: GradientCapture) -> dict[str, Tensor]:
 
 
 def read_values(result: BackwardLensResult) -> dict[str, Tensor]:
-    """Every tensor of a result beside its capture, `[batch, pos, ...]`."""
+    """Every tensor of a result other than its capture, `[batch, pos, ...]`."""
     found = {"pos positions": result.positions}
     for matrix in result.matrices:
         readout = result.readout(matrix)
@@ -125,7 +125,7 @@ def of_prompt(whole: Mapping[str, Tensor], prompt: int) -> dict[str, Tensor]:
 
 
 def padded(alone: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
-    """One prompt's values as they are in a batch of longer prompts: zeros behind them."""
+    """One prompt's values as in a batch of longer prompts: padded with zeros."""
     found = {}
     for name, value in alone.items():
         shape = list(value.shape)
@@ -156,7 +156,7 @@ def noop(*_: object) -> None:
 
 @contextmanager
 def in_one_pass(model: Any) -> Iterator[None]:
-    """With a hook that does nothing, in front of which nobody can know that."""
+    """Force a single pass with a no-op hook."""
     handle = model.blocks[0].register_forward_hook(noop)
     try:
         yield
@@ -168,11 +168,11 @@ def close_for(case: Case) -> dict[str, Any]:
     return CLOSE_IN_FLOAT32 if case.logits_in_float32 else CLOSE
 
 
-# ------------------------------------------------------------------------------- what is looked at
+# --------------------------------------------------------------------------------- observing passes
 
 
 def model_classes() -> list[Any]:
-    """Those that the installed TransformerLens has."""
+    """Model classes of the installed TransformerLens."""
     found: list[Any] = []
     if HAS_BRIDGE:
         from transformer_lens.model_bridge import TransformerBridge
@@ -186,7 +186,7 @@ def model_classes() -> list[Any]:
 
 
 def watch_forward(monkeypatch: pytest.MonkeyPatch, see: Callable[[Tensor], object]) -> None:
-    """Show the tokens of every forward pass of any model to a function, without a hook."""
+    """Pass the tokens of every forward pass of any model to a function, without a hook."""
 
     def watch(kind: Any) -> None:
         forward = kind.forward
@@ -210,7 +210,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 def shapes_of(passes: list[Tensor]) -> Shapes:
-    """Prompts and length of every pass so far, which are then forgotten."""
+    """Number of prompts and length of every pass so far; the record is then cleared."""
     found = [tuple(tokens.shape) for tokens in passes]
     passes.clear()
     return found
@@ -218,7 +218,7 @@ def shapes_of(passes: list[Tensor]) -> Shapes:
 
 @contextmanager
 def unembedded() -> Iterator[list[int]]:
-    """How many vectors are multiplied by the unembedding, product by product."""
+    """Number of vectors in each product with the unembedding."""
     rows: list[int] = []
 
     class Watch(TorchDispatchMode):
@@ -227,7 +227,7 @@ def unembedded() -> Iterator[list[int]]:
         ) -> Any:
             found = func(*args, **(kwargs or {}))
             is_product = func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm")
-            # No other size of the models here is that of the vocabulary.
+            # No other dimension of these models equals the vocabulary size.
             if is_product and D_VOCAB in found.shape:
                 rows.append(found.numel() // D_VOCAB)
             return found
@@ -257,9 +257,9 @@ def mixture(name: str) -> Any:
     ],
 )
 def any_model(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any]]:
-    """Models of many kinds, mixtures of experts too, and how exactly they compute."""
+    """Models of many kinds, mixtures of experts too, and their precision."""
     if request.param in MOE_NAMES:
-        # Both kinds of Mixtral have an RMS norm that rounds to float32.
+        # Mixtral has in both classes an RMS norm that rounds to float32.
         return mixture(request.param), CLOSE_IN_FLOAT32
     case = build(request.param)
     return case.model, close_for(case)
@@ -291,8 +291,8 @@ def has_much_padding(lengths: list[int]) -> bool:
 
 @given(lengths_of_prompts)
 @examples(150)
-def test_buckets_are_as_few_as_little_padding_allows(lengths: list[int]) -> None:
-    """Every prompt is in one, with all of its length; no two next to each other could be one."""
+def test_buckets_are_as_few_as_the_padding_limit_allows(lengths: list[int]) -> None:
+    """Every prompt is in exactly one bucket; no two adjacent buckets could be merged."""
     buckets = length_buckets(lengths)
     assert sorted(prompt for bucket in buckets for prompt in bucket) == list(range(len(lengths)))
     within = [[lengths[prompt] for prompt in bucket] for bucket in buckets]
@@ -314,7 +314,7 @@ def test_the_limit_of_padding_itself_is_allowed() -> None:
 
 
 def test_the_model_runs_once_per_bucket(own_gpt2: Case, passes: list[Tensor]) -> None:
-    """At the second call too: in their first forward pass bridges wire hooks of their own."""
+    """The second call too: bridges register their own hooks in their first forward pass."""
     model = own_gpt2.model
     for _ in range(2):
         capture = capture_gradients(model, PROMPTS, target_nll(TARGETS), prepend_bos=True)
@@ -362,7 +362,7 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
     "own_llama", [f"{'bridge' if HAS_BRIDGE else 'hooked'}-llama"], indirect=True
 )
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_whatever_is_differentiated(own_llama: Case, objective: str, passes: list[Tensor]) -> None:
+def test_any_objective(own_llama: Case, objective: str, passes: list[Tensor]) -> None:
     model, made = own_llama.model, OBJECTIVES[objective]()
     found = capture_gradients(model, PROMPTS, made, prepend_bos=True)
     assert len(shapes_of(passes)) == 3
@@ -391,11 +391,11 @@ def test_ranks_do_not_depend_on_the_division(own_gpt2: Case) -> None:
 RESULT_OPTIONS: dict[str, dict[str, Any]] = {
     "last position": {"positions": -1, "projection": "normalized", "direction": "gradient"},
     "own answer": {"target": None, "positions": [-1, 0], "vjps_at": "residual", "layers": [0, 2]},
-    "target beside an objective": {"objective": next_token_loss()},
+    "target with an objective": {"objective": next_token_loss()},
 }
 
 
-def test_what_is_read_does_not_depend_on_the_division(passes: list[Tensor]) -> None:
+def test_decoding_does_not_depend_on_the_division(passes: list[Tensor]) -> None:
     case = build("bridge-gemma2" if HAS_BRIDGE else "hooked-gemma2")
     model, close = case.model, close_for(case)
     for option, changed in RESULT_OPTIONS.items():
@@ -417,13 +417,13 @@ def test_what_is_read_does_not_depend_on_the_division(passes: list[Tensor]) -> N
         cosines = expected.pop("top_vjp_cosine").tolist()
         own = found.pop("top_vjp_cosine").tolist()
         assert own == pytest.approx(cosines, rel=1e-4, abs=1e-6, nan_ok=True)
-        # Norms are compared above; of those near the limit, rounding decides which are faint.
+        # Norms are compared above; near the limit, rounding decides which are faint.
         pd.testing.assert_frame_equal(
             found.drop(columns=["norm", "is_faint"]), expected.drop(columns=["norm", "is_faint"])
         )
 
 
-def test_what_is_read_is_what_each_prompt_alone_says(own_llama: Case) -> None:
+def test_decoding_equals_that_of_each_prompt_alone(own_llama: Case) -> None:
     model = own_llama.model
     options: dict[str, Any] = {"matrices": "all", "k": 3}
     whole = read_values(backward_lens(model, PROMPTS, TARGETS, **options))
@@ -441,12 +441,12 @@ def test_what_is_read_is_what_each_prompt_alone_says(own_llama: Case) -> None:
     ],
     ids=["the longest apart", "the shortest apart"],
 )
-def test_matrices_that_read_the_same_for_some_prompts_only(
+def test_matrices_that_share_inputs_for_some_prompts_only(
     prompts: list[str], passes: list[Tensor]
 ) -> None:
-    """As in models written by hand: attention that adds nothing to some prompts, and no norm.
+    """As in hand-written models: attention that adds nothing to some prompts, and no norm.
 
-    There W_in reads what W_Q reads, in the passes of those prompts and in no others.
+    There W_in reads what W_Q reads, only in the passes of those prompts.
     """
     case = build("hooked-no_norm")
     model = case.model
@@ -470,9 +470,7 @@ def test_matrices_that_read_the_same_for_some_prompts_only(
 
 
 @pytest.mark.parametrize("prompts", [["Rome", "dog of the king"], ["A river runs", "dog"]])
-def test_an_error_names_the_callers_own_number_of_a_prompt(
-    own_gpt2: Case, prompts: list[str]
-) -> None:
+def test_an_error_names_the_callers_prompt_index(own_gpt2: Case, prompts: list[str]) -> None:
     model = own_gpt2.model
     dog = int(model.to_tokens("dog", prepend_bos=False)[0, 0])
 
@@ -565,7 +563,7 @@ def noop_hook(value: Tensor, hook: object) -> None:
 
 
 @pytest.mark.versions
-def test_all_prompts_go_together_under_a_hook(own_gpt2: Case, passes: list[Tensor]) -> None:
+def test_all_prompts_share_one_pass_under_a_hook(own_gpt2: Case, passes: list[Tensor]) -> None:
     model = own_gpt2.model
     for name, hook in HOOKS.items():
         if name.startswith("Hugging Face") and not hasattr(model, "original_model"):
@@ -577,7 +575,7 @@ def test_all_prompts_go_together_under_a_hook(own_gpt2: Case, passes: list[Tenso
     assert shapes_of(passes) == SHAPES, "the hooks are off again"
 
 
-def test_all_prompts_go_together_where_hook_points_are_asked_for(
+def test_all_prompts_share_one_pass_when_hook_points_are_requested(
     own_gpt2: Case, passes: list[Tensor]
 ) -> None:
     model, name = own_gpt2.model, "blocks.1.hook_resid_pre"
@@ -624,7 +622,7 @@ WORK_BEFORE: dict[str, Callable[[Any, Tensor], object]] = {
 
 @pytest.mark.versions
 @pytest.mark.parametrize("name", ["bridge-llama", "hooked-gpt2"])
-def test_what_the_model_did_before_leaves_no_callers_hook(name: str, passes: list[Tensor]) -> None:
+def test_hooks_of_transformers_do_not_count_as_the_callers(name: str, passes: list[Tensor]) -> None:
     """Transformers hooks its own modules when it is first asked for attention patterns."""
     for work, done in WORK_BEFORE.items():
         model = build(name).model
@@ -634,14 +632,14 @@ def test_what_the_model_did_before_leaves_no_callers_hook(name: str, passes: lis
         assert shapes_of(passes) == SHAPES, work
 
 
-# ----------------------------------------------------------------------- logits where they are read
+# ------------------------------------------------------------------ logits only where they are read
 
 
 ANSWERS = [" river runs", " Paris", ". Rome is in", " is"]
 
 
 def read_positions(model: Any, objective: str) -> list[int]:
-    """How many positions each pass over the default prompts reads."""
+    """Number of positions that each pass over the default prompts reads."""
     if objective == "sequence_nll":
         n = [len(model.tokenizer(a, add_special_tokens=False)["input_ids"]) for a in ANSWERS]
         lengths = [length + extra - 1 for length, extra in zip(LENGTHS, n, strict=True)]
@@ -661,8 +659,8 @@ READING: dict[str, Any] = {
 
 
 @pytest.mark.versions
-def test_logits_are_made_only_where_they_are_read(any_model: Any) -> None:
-    """Of every model; the objectives that read elsewhere are below."""
+def test_logits_are_computed_only_where_they_are_read(any_model: Any) -> None:
+    """Check every model; objectives that read elsewhere follow below."""
     model = any_model[0]
     assert_reads_only(model, "target_nll")
     # A hook in the blocks does not see the logits.
@@ -737,7 +735,7 @@ def test_a_hook_point_of_the_logits_is_given_in_full(own_gpt2: Case) -> None:
 
 
 def sequence_loss(answer: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Over full logits of a prompt and its answer, all tokens but the last; written out."""
+    """Loss over full logits of a prompt and its answer without the last token, written out."""
 
     def loss(logits: Tensor, tokens: Tensor) -> Tensor:
         start = tokens.shape[1] - len(answer)
@@ -757,7 +755,7 @@ def difference(logits: Tensor, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["bridge-gemma2", "hooked-no_norm"])
 def test_losses_and_gradients_are_those_of_all_logits(name: str) -> None:
-    """A callable gets all logits; some of these prompts share a padded pass, and some do not."""
+    """A callable gets all logits; some of these prompts share a padded pass."""
     case = build(name)
     model = case.model
     prompts = ["A river runs through Rome", "The dog of the king", *PROMPTS[:2], "Rome is in Paris"]
@@ -778,8 +776,8 @@ def test_losses_and_gradients_are_those_of_all_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-llama"])
-def test_answers_of_several_tokens_are_read_where_all_logits_have_them(name: str) -> None:
-    """Prompt by prompt, because in a shared pass the longest answer counts for all."""
+def test_answers_of_several_tokens_are_read_at_the_same_positions(name: str) -> None:
+    """Prompt by prompt, since in a shared pass the longest answer determines the positions."""
     case = build(name)
     model = case.model
     answers = [model.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in ANSWERS]
@@ -823,7 +821,7 @@ def flags(model: Any) -> list[bool]:
 
 @pytest.fixture
 def thawed(own_llama: Case) -> Iterator[Case]:
-    """A model that a test may freeze."""
+    """A model that tests may freeze."""
     yield own_llama
     freeze(own_llama.model, "unfrozen")
 
@@ -863,7 +861,7 @@ def test_gradients_do_not_depend_on_what_is_frozen(thawed: Case) -> None:
 
 
 def packed(model: Any, layers: Any, matrices: str = "all") -> int:
-    """How many tensors autograd keeps for the backward pass."""
+    """Number of tensors that autograd saves for the backward pass."""
     kept = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -877,7 +875,7 @@ def packed(model: Any, layers: Any, matrices: str = "all") -> int:
 
 @pytest.mark.parametrize(("name", "how"), [("bridge-llama", "frozen"), ("hooked-gpt2", "unfrozen")])
 def test_nothing_is_kept_for_layers_below(name: str, how: str) -> None:
-    """The last layer of four takes what the last of two takes."""
+    """The last layer of four needs as many as the last of two."""
     shallow, deep = build(name, n_layers=2).model, build(name, n_layers=4).model
     for model in (shallow, deep):
         freeze(model, how)
@@ -891,7 +889,7 @@ PRODUCTS = ("linear", "addmm", "matmul", "einsum", "bmm", "baddbmm", "__matmul__
 
 
 class InterruptedAt(TorchFunctionMode):
-    """As by the user's Ctrl-C, right at one of the products of a forward pass."""
+    """Raise, like Ctrl-C, at one of the products of a forward pass."""
 
     def __init__(self, product: int) -> None:
         super().__init__()
@@ -981,15 +979,15 @@ def assert_inputs_are_shared(model: Any, passes: list[Tensor], memory: Memory | 
             assert reading["W_K"] is reading["W_Q"]
             assert reading["W_V"] is reading["W_Q"]
             assert reading.get("W_gate", reading["W_in"]) is reading["W_in"]
-            # In no model here attention and MLP read the same.
+            # In none of these models do attention and MLP read the same input.
             assert reading["W_in"] is not reading["W_Q"]
             assert not torch.equal(reading["W_in"], reading["W_Q"])
 
 
 @pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-llama"])
 @pytest.mark.parametrize("write", ["the tensor", "its data"])
-def test_inputs_are_not_shared_across_a_write_in_between(name: str, write: str) -> None:
-    """The caller's own look at what each Hugging Face module reads is the reference."""
+def test_inputs_are_not_shared_across_an_in_place_write(name: str, write: str) -> None:
+    """The reference is the input of each Hugging Face module, recorded by the caller's hook."""
     model = build(name).model
     attn = model.blocks[1].attn
     seen: dict[str, Tensor] = {}
@@ -1024,7 +1022,7 @@ def test_inputs_are_not_shared_across_a_write_in_between(name: str, write: str) 
 
 
 class Counting:
-    """A projection that keeps what it is asked."""
+    """A projection that records its arguments."""
 
     def __init__(self, case: Case) -> None:
         self._case = case
@@ -1040,7 +1038,7 @@ class Counting:
     [(PROMPTS, None), (ALIKE, None), (PROMPTS, Memory(factor_dtype=torch.bfloat16))],
     ids=["several passes", "one pass", "bfloat16"],
 )
-def test_what_matrices_share_is_projected_once(
+def test_shared_vectors_are_projected_once(
     own_llama: Case, prompts: Any, memory: Memory | None
 ) -> None:
     projection = Counting(own_llama)
@@ -1083,16 +1081,16 @@ def test_a_callers_projection_gets_vectors_of_one_layer(
 
 
 def test_blt_has_these_names() -> None:
-    """The front door, as `import backward_lens_tl as blt` has it."""
+    """The public names, as with `import backward_lens_tl as blt`."""
     assert blt.Memory is Memory
     assert blt.backward_lens is backward_lens
 
 
-# ------------------------------------------------------------------ models that somebody changed
+# ---------------------------------------------------------------------------------- modified models
 
 
 class Adapted(torch.nn.Module):
-    """An unembedding with a low-rank change beside it."""
+    """An unembedding plus a low-rank change."""
 
     def __init__(self, unembed: Any) -> None:
         super().__init__()
@@ -1142,7 +1140,7 @@ def hook_all_modules(model: Any) -> None:
 @pytest.mark.parametrize(
     "change", [adapt_unembedding, scale_unembedding, scale_logits, hook_all_modules]
 )
-def test_what_a_changed_unembedding_gives_is_what_is_differentiated(change: Any) -> None:
+def test_the_output_of_a_changed_unembedding_is_differentiated(change: Any) -> None:
     model = build("hooked-gpt2").model
     tokens = torch.tensor([[4, 5, 6, 7], [7, 9, 11, 13]])
     plain = capture_gradients(model, tokens, target_nll(5)).loss
@@ -1163,7 +1161,7 @@ def test_what_a_changed_unembedding_gives_is_what_is_differentiated(change: Any)
 
 @hooked_only
 @pytest.mark.parametrize("matrix", ["W_Q", "W_O"])
-def test_weights_that_are_made_of_others(matrix: str) -> None:
+def test_weights_computed_from_others(matrix: str) -> None:
     model = build("hooked-gpt2").model
 
     class Scale(torch.nn.Module):
@@ -1180,7 +1178,7 @@ def test_weights_that_are_made_of_others(matrix: str) -> None:
     torch.testing.assert_close(1.5 * capture[matrix, 1].dense(), expected)
 
 
-def test_an_objective_that_looks_at_all_prompts_gets_them(passes: list[Tensor]) -> None:
+def test_an_objective_that_reads_all_prompts_gets_them(passes: list[Tensor]) -> None:
     class Spread(BoundObjective):
         def losses(self, logits: Tensor, batch: Any) -> Tensor:
             last = batch.ends(logits, 1)[:, 0, 3]

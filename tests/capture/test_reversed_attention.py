@@ -1,7 +1,7 @@
-"""Reversed Attention against autograd's gradient at the scores, and patches made of it.
+"""Reversed Attention against autograd's gradient at the scores, and patches built from it.
 
 `RA = A * (E - rowsum(A * E)) / sqrt(d_head)` with the pattern `A` and `E = delta_z V^T` (Katz and
-Wolf, NAACL 2025): the gradient at what the softmax gets, divided by `sqrt(d_head)`. Here that
+Wolf, NAACL 2025): the gradient at the input of the softmax, divided by `sqrt(d_head)`. Here that
 gradient comes from a tensor that a hook puts into the model's own graph, or from the input of
 torch's softmax itself.
 """
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("as_for_a_user")
 # In float64 the error is 1e-15, but Hugging Face computes several norms,
 # rotations and softmaxes in float32, whatever the model's dtype.
 TOLERANCE = 1e-6
-EXACT = 1e-12  # in float64 throughout: 50 times the error seen
+EXACT = 1e-12  # in float64 throughout: 50 times the observed error
 TARGET = 5
 DELEGATING = ("gpt_neo", "gptj", "opt")
 """Families whose attention a TransformerBridge leaves to Hugging Face, pattern included."""
@@ -54,7 +54,7 @@ def tolerance_of(case: Case) -> float:
 
 @functools.cache
 def model_of(family: str, kind: str) -> Any:
-    """A model of one of the many families; what a test changes it puts back."""
+    """A model of one of the many families; every test restores what it changes."""
     try:
         return build_model(family, kind, torch.float64)
     except NotAvailable as reason:
@@ -75,7 +75,7 @@ def at_hook(
 ) -> tuple[Tensor, Tensor]:
     """Value and gradient at a hook point, through a tensor that the hook puts into the graph.
 
-    `patches` come first, so that value and gradient are those of what the model goes on with.
+    `patches` come first, so value and gradient are those of the patched activation.
     """
     seen: list[Tensor] = []
 
@@ -107,7 +107,7 @@ def reversed_attention(
 
 @contextmanager
 def frozen(model: Any) -> Iterator[None]:
-    """No parameter needs a gradient."""
+    """Freeze all parameters."""
     roots = [model, *([model.original_model] if hasattr(model, "original_model") else [])]
     trained = [p for root in roots for p in root.parameters() if p.requires_grad]
     try:
@@ -131,7 +131,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.versions
 def test_it_is_autograds_gradient_at_the_scores(case: Case) -> None:
-    """Every random model in float64; Gemma 2 with a softcap on its scores."""
+    """Every random model in float64; Gemma 2 has a softcap on its scores."""
     tokens = case.tokens(7, 7)
     capture = reversed_attention(case.model, tokens, next_token_loss())
     d_head = case.model.cfg.d_head
@@ -172,7 +172,7 @@ def test_it_is_autograds_gradient_at_the_scores_of_many_families(family: str, ki
         assert found.abs().max() > 1e-8
         assert not found.triu(1).any()
         rows = found.sum(-1).abs().max() / found.abs().max()
-        # The softmax divides by a sink, too, so only without one do its gradients add up to 0.
+        # A sink enters the softmax's sum, so gradients add up to 0 only without one.
         assert rows > 0.1 if family == "gpt_oss" else rows < 1e-5
 
 
@@ -195,7 +195,7 @@ def test_it_is_the_papers_formula(pair: Case) -> None:
                 without_sum[0, h, i, j] = pattern[0, h, i, j] * row[j] / d_head**0.5
     found = reversed_attention(pair.model, tokens).reversed_attention(layer)
     assert difference(found, expected) <= EXACT
-    # Negative controls: without the row sum, and without the scale, it is another matrix.
+    # Negative controls: without the row sum or the scale the matrix differs.
     assert difference(without_sum, expected) > 0.1
     assert difference(found * d_head**0.5, expected) > 0.1
 
@@ -205,14 +205,14 @@ def test_it_is_a_causal_map_whose_rows_add_up_to_zero(pair: Case) -> None:
     for layer in range(pair.n_layers):
         found = capture.reversed_attention(layer)
         assert not found.triu(1).any()
-        # The bridge of Llama has a softmax in float32.
+        # Llama's bridge computes the softmax in float32.
         assert found.sum(-1).abs().max() <= tolerance_of(pair) * found.abs().max()
-        assert not found[:, :, 0].any()  # the first query has one key and no choice
+        assert not found[:, :, 0].any()  # the first query sees only one key
         assert found[:, :, 1:-1].abs().amax(dim=(0, 1, 3)).min() > 0
 
 
 def test_with_a_loss_on_the_last_position_the_last_layer_has_one_row(pair: Case) -> None:
-    """The other queries of the last layer matter to nobody; in earlier layers they do."""
+    """The other queries of the last layer do not affect the loss; in earlier layers they do."""
     capture = reversed_attention(pair.model, pair.tokens(6))
     last = capture.reversed_attention(pair.n_layers - 1)
     assert not last[:, :, :-1].any()
@@ -221,7 +221,7 @@ def test_with_a_loss_on_the_last_position_the_last_layer_has_one_row(pair: Case)
 
 
 def test_finite_differences_at_the_scores(pair: Case) -> None:
-    """No autograd at all: one score is moved by a hook, and the loss measured."""
+    """No autograd: a hook shifts one score, and the loss is measured."""
     # Central differences: h^2 of truncation and rounding / h, so 1e-9 in float64. Hugging Face
     # computes Llama's norm in float32, where 1e-7 / h is the rounding.
     h, tolerance = (3e-2, 1e-4) if pair.logits_in_float32 else (1e-4, 1e-7)
@@ -243,7 +243,7 @@ def test_finite_differences_at_the_scores(pair: Case) -> None:
         assert float(found[(0, *at)]) * d_head**0.5 == pytest.approx(slope, abs=tolerance)
 
 
-def test_prompts_of_different_lengths_are_as_if_alone(pair: Case) -> None:
+def test_prompts_of_different_lengths_match_single_runs(pair: Case) -> None:
     prompts = ["The dog of the king runs", "Rome", "Messi plays for"]
     batch = reversed_attention(pair.model, prompts)
     for index, prompt in enumerate(prompts):
@@ -260,7 +260,7 @@ def test_prompts_of_different_lengths_are_as_if_alone(pair: Case) -> None:
 
 
 @pytest.mark.versions
-def test_any_attention_matrix_brings_it_along(pair: Case) -> None:
+def test_it_is_computed_with_any_attention_matrix(pair: Case) -> None:
     tokens = pair.tokens(6)
     expected = reversed_attention(pair.model, tokens).reversed_attention(1)
     for matrix in ("W_Q", "W_K", "W_V", "W_O"):
@@ -302,13 +302,13 @@ def test_flags_of_a_hooked_transformer_change_nothing(flags: tuple[str, ...]) ->
     ],
     ids=str,
 )
-def test_in_lower_precision_it_is_float32_and_near(name: str, dtype: torch.dtype) -> None:
+def test_in_lower_precision_it_is_float32_and_close(name: str, dtype: torch.dtype) -> None:
     case, exact = build(name, dtype), shared_case(name)
     tokens = case.tokens(6)
     found = reversed_attention(case.model, tokens).reversed_attention(1)
     expected = reversed_attention(exact.model, tokens).reversed_attention(1)
     assert found.dtype == torch.float32
-    # Three layers of roundings by 8 or 11 bits, and softmaxes that enlarge them.
+    # Three layers of rounding to 8 or 11 bits, amplified by softmaxes.
     tolerance = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}[dtype]
     assert difference(found, expected) <= tolerance
 
@@ -321,7 +321,7 @@ def scaled(value: Tensor, hook: Any) -> Tensor:
 
 
 def halved(value: Tensor, hook: Any) -> Tensor:
-    return 0.5 * value  # leaves -inf where scores are masked
+    return 0.5 * value  # keeps -inf where scores are masked
 
 
 def one_head_off(value: Tensor, hook: Any) -> Tensor:
@@ -351,7 +351,7 @@ PATCHES = [
 def test_under_a_patch_it_is_the_gradient_of_the_patched_model(
     pair: Case, point: str, patch: Callable
 ) -> None:
-    """Where a patch comes in behind the softmax, `E` is the gradient before it."""
+    """Where a patch acts after the softmax, `E` is the gradient before the patch."""
     layer, tokens, d_head = 1, pair.tokens(6), HEADS[pair.name][2]
     plain = reversed_attention(pair.model, tokens)
     hook = (f"blocks.{layer}.attn.{point}", patch)
@@ -373,7 +373,7 @@ def test_under_a_patch_it_is_the_gradient_of_the_patched_model(
 
 
 def test_under_a_torch_hook_on_the_pattern_it_is_the_gradient_before_it(pair: Case) -> None:
-    """The formula is that of the softmax, so it needs the pattern before every other hook."""
+    """The softmax formula needs the pattern before all other hooks."""
 
     def before(module: nn.Module, args: tuple) -> tuple:
         return (0.5 * args[0] + 0.1, *args[1:])
@@ -414,7 +414,7 @@ def test_a_patch_may_write_into_the_pattern(pair: Case) -> None:
 
 
 def softmax_gradients(raw: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Autograd's gradients at what Hugging Face's attention gives to torch's softmax."""
+    """Autograd's gradients at the input of torch's softmax in Hugging Face's attention."""
     softmax, seen = nn.functional.softmax, []
 
     def recorded(scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -432,7 +432,7 @@ def softmax_gradients(raw: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.versions
 @pytest.mark.parametrize("family", DELEGATING)
 def test_delegated_attention_has_it_too(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the pattern that Hugging Face shows; the reference is the raw model's softmax."""
+    """From the pattern that Hugging Face returns; the reference is the raw model's softmax."""
     model, raw, tokens = model_of(family, "bridge"), hf_model(family, torch.float64), some_tokens()
     expected = softmax_gradients(raw, tokens, monkeypatch)
     assert len(expected) == 2
@@ -479,7 +479,7 @@ def test_delegated_attention_is_the_papers_formula_on_hugging_faces_pattern(fami
 @pytest.mark.versions
 @pytest.mark.parametrize("family", DELEGATING)
 def test_delegated_attention_of_a_frozen_model(family: str) -> None:
-    """Nothing may take the place of the pattern, so its graph begins before it, also for `W_O`."""
+    """The pattern cannot be replaced, so its graph starts before it, also for `W_O`."""
     model, tokens = model_of(family, "bridge"), some_tokens()
     expected = reversed_attention(model, tokens)
     with frozen(model):
@@ -562,7 +562,7 @@ def test_a_patch_adds_it_to_the_pattern(pair: Case, scale: float) -> None:
 
 
 def test_a_patch_changes_the_loss_as_predicted_to_first_order(pair: Case) -> None:
-    """By the inner product of what is added and autograd's gradient at the pattern."""
+    """Predicted by the inner product of the patch and autograd's gradient at the pattern."""
     tokens = pair.tokens(6)
     result = lens(pair.model, tokens)
 
@@ -576,7 +576,7 @@ def test_a_patch_changes_the_loss_as_predicted_to_first_order(pair: Case) -> Non
         slope = float((at_pattern * result.capture.reversed_attention(layer)).sum())
         # It is sum A (E - mean E)^2 / sqrt(d_head): never negative.
         assert slope > 0
-        # Steps by which the loss changes by 1e-4, or by 1e-2 where it is rounded at 1e-7.
+        # Steps by which the loss changes by 1e-4, or by 1e-2 where rounding is 1e-7.
         step = (1e-2 if pair.logits_in_float32 else 1e-4) / slope
         measured = (loss(layer, step) - loss(layer, -step)) / (2 * step)
         assert measured == pytest.approx(slope, rel=1e-2 if pair.logits_in_float32 else 1e-5)
@@ -598,7 +598,7 @@ def test_patches_of_several_layers_act_together(pair: Case) -> None:
     assert after - float(result.capture.loss) == pytest.approx(-1e-2, rel=0.1)
 
 
-def test_a_patch_fits_copies_of_one_prompt_and_no_other_prompts(pair: Case) -> None:
+def test_a_patch_fits_only_copies_of_its_prompt(pair: Case) -> None:
     tokens = pair.tokens(6)
     hook = lens(pair.model, tokens).capture.attention_patch(1, -2.0)
     with torch.no_grad(), pair.model.hooks(fwd_hooks=[hook]):
@@ -619,7 +619,7 @@ def test_a_patch_fits_copies_of_one_prompt_and_no_other_prompts(pair: Case) -> N
 
 
 def hooks_of(model: Any) -> list[tuple]:
-    """Every hook on every module, those of a bridge's Hugging Face model included."""
+    """Every hook on every module, including those of a bridge's Hugging Face model."""
     roots = [model, *([model.original_model] if hasattr(model, "original_model") else [])]
     return [
         (name, attribute, tuple(getattr(module, attribute)))
@@ -653,7 +653,7 @@ def test_a_patch_leaves_nothing_on_the_model(pair: Case) -> None:
 
 
 def test_a_patched_run_can_be_analysed_again(pair: Case) -> None:
-    """The lens inside the patch: Reversed Attention of the patched model."""
+    """Run the lens under the patch: Reversed Attention of the patched model."""
     tokens, d_head = pair.tokens(6), HEADS[pair.name][2]
     result = lens(pair.model, tokens)
     hook = result.capture.attention_patch(1, -5.0)
@@ -683,7 +683,7 @@ def test_a_patch_of_a_model_in_half_precision_keeps_its_dtype() -> None:
 @pytest.mark.versions
 @pytest.mark.parametrize("family", DELEGATING)
 def test_a_patch_of_delegated_attention_is_refused(family: str) -> None:
-    """A hook there changes nothing, so a patch would be a silent lie."""
+    """A hook there has no effect, so a patch would be silently ignored."""
     model, tokens = model_of(family, "bridge"), some_tokens()
     name = "blocks.1.attn.hook_pattern"
     with torch.no_grad():
@@ -698,7 +698,7 @@ def test_a_patch_of_delegated_attention_is_refused(family: str) -> None:
 
 @hooked_only
 @pytest.mark.parametrize("family", DELEGATING)
-def test_a_hooked_transformer_takes_the_patch_that_its_bridge_refuses(family: str) -> None:
+def test_a_hooked_transformer_accepts_the_patch_that_its_bridge_refuses(family: str) -> None:
     model, tokens = model_of(family, "hooked"), some_tokens(n_prompts=1)
     result = lens(model, tokens)
     _, at_pattern = at_hook(model, "blocks.1.attn.hook_pattern", tokens)
@@ -719,12 +719,12 @@ def test_a_patch_on_sinks_and_softcaps(family: str, kind: str) -> None:
     assert slope > 0
     with torch.no_grad(), model.hooks(fwd_hooks=[result.capture.attention_patch(0, -1e-3 / slope)]):
         after = float(nll(TARGET)(run(model, tokens), tokens))
-    # The rest is of second order, and Hugging Face's float32.
+    # The rest is second order and Hugging Face's float32 rounding.
     assert after - float(result.capture.loss) == pytest.approx(-1e-3, rel=0.05)
 
 
 def test_the_reference_sees_a_wrong_gradient(gpt2: Case) -> None:
-    """The negative control of this file: another layer, another objective, another scale."""
+    """Negative control of this file: another layer, another objective, another scale."""
     tokens = gpt2.tokens(6)
     capture = reversed_attention(gpt2.model, tokens)
     expected = scores_gradient(gpt2.model, 1, tokens) / math.sqrt(8)

@@ -1,4 +1,4 @@
-"""Continuations that are drawn: greedy ones by a loop, others against exact probabilities."""
+"""Sampling: greedy continuations against a loop, others against exact probabilities."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def each(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def one() -> Case:
-    """Where the kind of the model does not matter."""
+    """For tests where the model class does not matter."""
     return build(f"{KIND}-gpt2")
 
 
@@ -57,16 +57,16 @@ def greedy(case: Case, prompt: list[int], n: int, n_ctx: int = 64) -> list[int]:
 
 
 @pytest.mark.versions
-def test_the_most_probable_token_each_time(each: Case) -> None:
+def test_greedy_sampling_takes_the_most_probable_token(each: Case) -> None:
     expected = [greedy(each, prompt, n) for prompt, n in zip(PROMPTS, N, strict=True)]
     assert draw(host_of(each.model), 1) == expected
     assert max(map(len, expected)) > 6
-    # Whatever the seeds are; and drawing among five is something else.
+    # For any seed; sampling from the top five differs.
     assert draw(host_of(each.model), 1, seeds=[0] * 6) == expected
     assert draw(host_of(each.model), 5) != expected
 
 
-def test_a_prompt_draws_the_same_in_any_batch_and_order(each: Case) -> None:
+def test_samples_of_a_prompt_do_not_depend_on_batch_and_order(each: Case) -> None:
     host = host_of(each.model)
     together = draw(host)
     alone = [
@@ -82,7 +82,7 @@ def test_a_prompt_draws_the_same_in_any_batch_and_order(each: Case) -> None:
         seeds=[SEEDS[i] for i in order],
     )
     assert turned == [together[i] for i in order]
-    # Fewer tokens are the beginning of more.
+    # A shorter continuation is a prefix of a longer one.
     fewer = draw(host, n_tokens=[min(n, 4) for n in N])
     assert fewer == [tokens[:4] for tokens in together]
 
@@ -104,7 +104,7 @@ def test_lengths(one: Case) -> None:
     assert sample(host_of(one.model), [], [], top_k=5, seeds=[]) == []
 
 
-def test_torchs_own_random_numbers_and_the_model_are_untouched() -> None:
+def test_torchs_random_state_and_the_model_are_unchanged() -> None:
     model = make_busy(build(f"{KIND}-gpt2")).model
     before = snapshot(model)
     first = draw(host_of(model))
@@ -117,7 +117,7 @@ def test_torchs_own_random_numbers_and_the_model_are_untouched() -> None:
 
 
 def test_it_ends_where_the_context_ends(short: Case) -> None:
-    """The last token is drawn when the context is full."""
+    """The last token is sampled when the context is full."""
     host = host_of(short.model)
     prompts = [[5] * n for n in (3, 11, 12)]
     found = sample(host, prompts, [30] * 3, top_k=1, seeds=[0] * 3)
@@ -131,7 +131,7 @@ def test_it_ends_where_the_context_ends(short: Case) -> None:
 
 
 def test_it_ends_at_the_end_of_text(one: Case) -> None:
-    """One prompt gets to the end of text at its third token; the others in the batch go on."""
+    """One prompt reaches the end of text at its third token; the others in the batch continue."""
     plain = draw(host_of(one.model), 1)
     passes: list[int] = []
 
@@ -147,7 +147,7 @@ def test_it_ends_at_the_end_of_text(one: Case) -> None:
         found = draw(host_of(one.model), 1)
     finally:
         handle.remove()
-    assert found[0] == plain[0][:2]  # without the end itself
+    assert found[0] == plain[0][:2]  # without the end-of-text token
     assert found[1:] == plain[1:]
 
 
@@ -165,8 +165,8 @@ def chi_square(found: list[int], expected: dict[int, float]) -> float:
 
 
 @pytest.mark.parametrize("k", [2, 8])
-def test_tokens_are_drawn_by_their_probability(one: Case, k: int) -> None:
-    """Chi-square of 2000 draws; a bound that chance crosses once in some ten thousand."""
+def test_tokens_are_sampled_by_probability(one: Case, k: int) -> None:
+    """Chi-square of 2000 draws; random draws exceed the bound about once in ten thousand runs."""
     prompt, n = [9, 14, 20, 33], 2000
     expected = exact(one, prompt, k)
     drawn = sample(host_of(one.model), [prompt] * n, [1] * n, top_k=k, seeds=list(range(n)))
@@ -174,15 +174,15 @@ def test_tokens_are_drawn_by_their_probability(one: Case, k: int) -> None:
     assert set(found) <= expected.keys()
     bound = {2: 16, 8: 31}[k]
     assert chi_square(found, expected) < bound
-    # Equal chances, or those of another temperature, would be told.
+    # Uniform probabilities or another temperature would be detected.
     flat = dict.fromkeys(expected, 1 / k)
     sharp = {t: p**2 / sum(q**2 for q in expected.values()) for t, p in expected.items()}
     assert chi_square(found, flat) > 3 * bound or max(expected.values()) < 1.3 / k
     assert chi_square(found, sharp) > 3 * bound or max(expected.values()) < 1.3 / k
 
 
-def test_the_second_token_follows_the_first(one: Case) -> None:
-    """A draw is fed back: the second token's chances are those after the first one drawn."""
+def test_the_second_token_depends_on_the_first(one: Case) -> None:
+    """Samples are fed back: the second token depends on the first one sampled."""
     prompt, n = [40, 41], 1500
     drawn = sample(host_of(one.model), [prompt] * n, [2] * n, top_k=3, seeds=list(range(n)))
     firsts = [tokens[0] for tokens in drawn if tokens]

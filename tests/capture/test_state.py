@@ -1,6 +1,6 @@
-"""Nothing that a caller has running changes: after a run, and after an error half way.
+"""A caller's state is unchanged after a run and after an error half way.
 
-`test_notebook_states.py` has Ctrl-C at every stage.
+`test_notebook_states.py` tests Ctrl-C at every stage.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backw
 
 
 def hooks(model: nn.Module) -> list[tuple]:
-    """Every hook on every module, in order; TransformerLens's own lists with them."""
+    """Every hook on every module, in order, including TransformerLens's lists."""
     found = []
     for name, module in model.named_modules():
         for attribute in HOOK_DICTS:
@@ -85,7 +85,7 @@ NAMES = ["bridge-gpt2", "bridge-llama", "hooked-gpt2", "hooked-llama"]
 
 @pytest.fixture(scope="module", params=NAMES)
 def busy(request: pytest.FixtureRequest) -> Case:
-    """A model in the middle of a caller's work: gradients, frozen parts, hooks, mixed modes."""
+    """A model in use by a caller: gradients, frozen parameters, hooks, mixed modes."""
     return make_busy(build(request.param))
 
 
@@ -97,7 +97,7 @@ def make_busy(case: Case) -> Case:
         if index % 3 == 0:
             parameter.requires_grad_(False)
     model.blocks[1].train()
-    for module in model.modules():  # a part in train mode is allowed while nothing drops
+    for module in model.modules():  # a submodule in train mode is allowed without dropout
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
@@ -107,7 +107,7 @@ def make_busy(case: Case) -> Case:
     model.blocks[1].register_forward_hook(lambda *_: None)
     model.blocks[1].mlp.register_forward_pre_hook(lambda *_: None)
     model.blocks[0].register_full_backward_hook(lambda *_: None)
-    # Some of TransformerLens's attributes appear in the first forward pass of a kind.
+    # Some attributes of TransformerLens appear in the first forward pass of each kind.
     model(tokens, return_type="logits", attention_mask=torch.ones_like(tokens))
     return case
 
@@ -207,7 +207,7 @@ def test_nothing_changes_when_it_fails(busy: Case, how: str) -> None:
 
 @pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-llama"])
 def test_the_snapshot_sees_every_kind_of_change(name: str) -> None:
-    """The negative control of this file."""
+    """Negative control of this file."""
     model = make_busy(build(name)).model
     parameter = next(p for p in model.parameters() if p.grad is not None and p.requires_grad)
 
@@ -235,7 +235,7 @@ def test_the_snapshot_sees_every_kind_of_change(name: str) -> None:
 
 
 def test_no_tensor_is_kept_alive_by_the_model(gpt2: Case) -> None:
-    """What a capture holds goes with it."""
+    """Tensors of a capture are freed with it."""
     capture = capture_gradients(gpt2.model, gpt2.tokens(4), target_nll(5))
     held = weakref.ref(capture["W_in", 0].inputs), weakref.ref(capture["W_out", 0].vjps)
     del capture

@@ -25,7 +25,7 @@ D_MODEL, D_HIDDEN, N_HEADS = 11, 12, 3
 
 @pytest.fixture(scope="module")
 def capture(facts_model: Any) -> GradientCapture:
-    """Prompts of different lengths through every matrix of some layers of the facts model."""
+    """Prompts of different lengths; every matrix of some layers of the facts model."""
     loss = blt.target_nll(TARGETS)
     return blt.capture_gradients(facts_model, PROMPTS, loss, matrices="all", layers=[0, 4, 7])
 
@@ -36,7 +36,7 @@ def table(capture: GradientCapture) -> pd.DataFrame:
 
 
 def made(matrix: str, n: int, *, heads: int | None = None, seed: int = 0) -> MatrixGradient:
-    """Random factors in float32 of two prompts, the second one shorter."""
+    """Random float32 factors of two prompts, the second one shorter."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.randn(2, n, D_MODEL, generator=generator)
     hidden = torch.randn(2, n, D_HIDDEN, generator=generator)
@@ -50,7 +50,7 @@ def made(matrix: str, n: int, *, heads: int | None = None, seed: int = 0) -> Mat
 
 
 def slow_neurons(gradient: MatrixGradient, batch: int) -> tuple[Tensor, Tensor]:
-    """The neurons as rows, by the dense gradient in float64, and the vectors that span them."""
+    """Return neurons as rows of the dense float64 gradient, and the vectors that span them."""
     real = gradient.mask[batch]
     inputs = gradient.inputs[batch, real].flatten(1).double()
     vjps = gradient.vjps[batch, real].flatten(1).double()
@@ -93,7 +93,7 @@ def test_with_one_position_every_neuron_is_the_vector_or_its_opposite() -> None:
 
 
 def test_similarities_have_an_angle() -> None:
-    """Neurons along one of several vectors: by rounding alone some cosines would be above 1."""
+    """Neurons along one of several vectors: rounding would put some cosines above 1."""
     for seed in range(5):
         gradient = made("W_out", 6, seed=seed)
         only = torch.zeros_like(gradient.inputs)
@@ -104,7 +104,7 @@ def test_similarities_have_an_angle() -> None:
 
 
 def test_neurons_whose_terms_cancel_keep_their_digits() -> None:
-    """The neuron `s + e - s` is `e`; from the Gram matrix its length would be all rounding."""
+    """The neuron `s + e - s` is `e`; from the Gram matrix its norm would be rounding only."""
     tiny = 2.0**-32
     vectors = torch.randn(2, D_MODEL, generator=torch.Generator().manual_seed(0)).double()
     vectors[0, 0] = 0
@@ -113,14 +113,14 @@ def test_neurons_whose_terms_cancel_keep_their_digits() -> None:
     coefficients = torch.tensor([[-1.0], [1.0]]).double()
     mask = torch.ones(1, 2, dtype=torch.bool)
     gradient = MatrixGradient("W_in", 0, vectors[None], coefficients[None], mask)
-    # The basis is good to eps = 2e-16, which is 1e-6 of the neuron.
+    # The basis is accurate to eps = 2e-16, which is 1e-6 of the neuron.
     assert gradient.neuron_norms(0).item() == pytest.approx(tiny, rel=1e-5)
     gram = vectors @ vectors.T
     naive = float((coefficients.T @ gram @ coefficients).clamp_min(0).sqrt())
     assert naive != pytest.approx(tiny, rel=0.5)
 
 
-def test_what_is_zero_has_no_direction() -> None:
+def test_zero_vectors_have_no_direction() -> None:
     gradient = made("W_out", 4)
     inputs, vjps = gradient.inputs.clone(), gradient.vjps.clone()
     inputs[0, :, 5], vjps[0, 2] = 0, 0
@@ -141,7 +141,7 @@ def experts() -> MatrixGradient:
 
 
 @pytest.mark.parametrize("method", ["neuron_norms", "neuron_similarity"])
-def test_parts_with_factors_of_their_own_are_refused(method: str) -> None:
+def test_experts_with_separate_factors_are_refused(method: str) -> None:
     with pytest.raises(InputError, match=r"each expert of W_out in layer 0 has its own factors"):
         getattr(experts(), method)()
     patched = made("W_Q", 4, heads=N_HEADS)
@@ -181,14 +181,14 @@ def test_norms_and_singular_values_are_those_of_the_dense_gradient(
     chosen = table["layer"].isin([0, 7]) & table["matrix"].isin(["W_out", "W_O"])
     for row in table[chosen & (table["prompt"] == 2)].itertuples():
         dense = capture[row.matrix, row.layer].dense(row.prompt).double()
-        dense = dense.flatten(0, -2)  # heads of W_O lie side by side in its rows
+        dense = dense.flatten(0, -2)  # heads of W_O are concatenated in its rows
         # Products in float32, sums over at most 12 tokens: rounding of 1e-6.
         assert row.norm == pytest.approx(dense.norm().item(), rel=1e-5)
         expected = torch.linalg.svdvals(dense).numpy()[: row.n_tokens]
         np.testing.assert_allclose(row.singular_values, expected, atol=1e-5 * expected[0])
 
 
-def test_what_bounds_the_rank(capture: GradientCapture, table: pd.DataFrame) -> None:
+def test_causes_that_bound_the_rank(capture: GradientCapture, table: pd.DataFrame) -> None:
     for row in table[table["matrix"].isin(["W_in", "W_out"])].itertuples():
         gradient = capture[row.matrix, row.layer]
         n, zero = row.n_tokens, gradient.is_zero[row.prompt]
@@ -238,7 +238,7 @@ def hand_made(gradient: MatrixGradient) -> GradientCapture:
 def test_one_matrix_and_one_prompt(
     capture: GradientCapture, table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of the whole table, each of one pair of factorisations."""
+    """Equal rows of the whole table, each from one factorisation."""
     calls: list[torch.Size] = []
     own = torch.linalg.qr
     monkeypatch.setattr(
@@ -262,7 +262,7 @@ def test_gradients_that_were_not_captured(capture: GradientCapture) -> None:
             gradient_table(capture, batch=batch)
 
 
-def test_experts_have_no_rank_together() -> None:
+def test_experts_have_no_joint_rank() -> None:
     table = gradient_table(hand_made(experts()))
     assert table["rank"].isna().all()
     assert table["norm"].isna().all()
@@ -274,7 +274,7 @@ def test_experts_have_no_rank_together() -> None:
 
 
 @pytest.mark.parametrize("batch", [0, 1])
-def test_neurons_beside_tokens(batch: int) -> None:
+def test_neurons_with_tokens(batch: int) -> None:
     gradient = made("W_in", 4)
     table = neuron_table(hand_made(gradient), "W_in", 0, batch)
     neurons, vectors = slow_neurons(gradient, batch)
@@ -308,7 +308,7 @@ def test_neurons_that_were_not_captured(capture: GradientCapture) -> None:
         neuron_table(hand_made(experts()), "W_out", 0)
 
 
-def test_the_facts_model_s_most_written_neuron(capture: GradientCapture) -> None:
+def test_the_facts_models_neuron_of_largest_norm(capture: GradientCapture) -> None:
     """As in the paper's figure 9, neurons with a large norm lie along the last VJP."""
     table = neuron_table(capture, "W_out", 7)
     by_position = table.groupby("position")["similarity"]

@@ -1,4 +1,4 @@
-"""The command as its user meets it: what it prints, writes and refuses."""
+"""The command line: what it prints, writes and refuses."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _stories(stories_path: str) -> Any:
 
 @pytest.fixture
 def _loaded(_stories: Any, facts_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command has its model at once, instead of loading it."""
+    """Give the command a loaded model, so that it does not load one."""
     models = {"facts": facts_model}
     monkeypatch.setattr(loading, "load_model", lambda name, kind: models.get(name, _stories))
 
@@ -54,7 +54,7 @@ def _wide_terminal(monkeypatch: pytest.MonkeyPatch):
 
 
 def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a failing command prints."""
+    """Return the one line that a failing command prints."""
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -87,7 +87,7 @@ def test_options_reach_the_lens(stories_path: str, tmp_path: Path, capsys):
     assert "raw gradient, which gradient descent subtracts" in out
     html = page.read_text(encoding="utf-8")
     assert html.count("<td") == 4
-    assert html.count('class="zero"') == 1  # the last layer's other position adds nothing
+    assert html.count('class="zero"') == 1  # the other position of the last layer adds nothing
     (held,) = re.findall(r'<script type="application/json">(.*?)</script>', html)
     data = json.loads(held)
     assert list(data["panels"]) == ["W_out"]
@@ -117,20 +117,20 @@ def test_a_group_of_matrices_and_bos(stories_path: str, capsys):
 
 
 @pytest.mark.usefixtures("_loaded")
-def test_without_w_out_it_is_not_mentioned(stories_path: str, capsys):
+def test_w_out_is_mentioned_only_if_analysed(stories_path: str, capsys):
     argv = ["show", "--model", stories_path, "--prompt", PROMPT, "--matrices", "W_in"]
     assert main(argv) == 0
     assert "W_out" not in capsys.readouterr().out
 
 
-def test_libraries_are_quiet_and_left_as_they_were(stories_path: str, capfd):
+def test_libraries_are_quiet_and_their_settings_unchanged(stories_path: str, capfd):
     transformers_logging.enable_progress_bar()
     assert main(["show", "--model", stories_path, "--prompt", PROMPT, "--layers", "0"]) == 0
     assert capfd.readouterr().err == ""
     assert transformers_logging.is_progress_bar_enabled()
 
 
-def test_what_a_library_says_while_loading_is_kept_off_the_output(
+def test_messages_of_libraries_while_loading_are_hidden(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
@@ -195,7 +195,7 @@ def test_the_parser_answers_without_a_model(argv: list[str], status: int, capsys
     assert bool(err) == (status != 0)
 
 
-def test_the_command_imports_nothing_heavy_before_it_has_to():
+def test_the_command_imports_heavy_modules_late():
     """Neither the package nor the command and its help."""
     code = (
         "import sys\n"
@@ -214,8 +214,8 @@ def test_the_command_imports_nothing_heavy_before_it_has_to():
     assert "usage: backward-lens" in done.stdout
 
 
-def test_the_package_and_its_help_are_there_at_once():
-    """In CPU time, the least of three, since the machine may be busy."""
+def test_the_package_and_its_help_start_quickly():
+    """Minimum CPU time of three runs, since the machine may be busy."""
     for arguments, most in (
         (["-c", "import backward_lens_tl"], 0.3),
         (["-m", "backward_lens_tl", "--help"], 1.0),
@@ -230,8 +230,8 @@ def test_the_package_and_its_help_are_there_at_once():
         assert min(seconds) < most
 
 
-def test_options_are_the_fields_of_the_settings():
-    """With their choices, help and defaults; options that are not given leave them unset."""
+def test_options_match_the_fields_of_the_settings():
+    """With their choices, help and defaults; omitted options leave fields unset."""
     required = {"sweep": ["--out", "x"], "evaluate": ["--out", "x"], "show": ["--prompt", "a"]}
     for command, config, left_out in (
         ("sweep", SweepConfig, {"memory"}),

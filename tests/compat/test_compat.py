@@ -1,6 +1,6 @@
-"""`compat.BackwardLens` is TransformerLens's own tool again, and works where that one refuses.
+"""`compat.BackwardLens` reproduces TransformerLens's tool, and works where that one refuses.
 
-The tool is in TransformerLens 3.9 to 4.2. Where it is not, the tests against autograd remain.
+The tool is in TransformerLens 3.9 to 4.2. In other versions only the tests against autograd run.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ FOLDED = 1e-5
 
 
 def assert_same(ours: Any, expected: Any, where: str = "result") -> None:
-    """Every field of theirs is in ours, with its type, shape, dtype, device and value."""
+    """Ours has every field of theirs, with its type, shape, dtype, device and value."""
     if isinstance(expected, Tensor):
         assert not ours.requires_grad, where
         torch.testing.assert_close(ours, expected, **SINGLE, msg=lambda text: f"{where}: {text}")
     elif type(expected).__name__ == "VocabularyRanking":
         assert_same(ours.values, expected.values, f"{where}.values")
         assert ours.indices.shape == expected.indices.shape
-        # Tokens may change places where float32 does not tell their logits apart, and the last of
-        # several with one that is not kept.
+        # Tokens may swap places where float32 cannot separate their logits, and the last of
+        # several may swap with one that is not kept.
         apart = expected.values.diff(dim=-1).abs() > TIE
         clear = torch.ones_like(expected.indices, dtype=torch.bool)
         clear[..., 1:] &= apart
@@ -89,7 +89,7 @@ def both(model: Any, *args: Any, **options: Any) -> tuple[Any, Any]:
 
 
 def matrices(result: Any) -> Iterator[Any]:
-    """Every matrix of a result, those of the gates left out."""
+    """Every matrix of a result, without those of the gates."""
     for layer in result.layers:
         yield from (layer.input_projection, layer.output_projection)
 
@@ -105,7 +105,7 @@ def random_gpt2() -> Any:
 
 @pytest.fixture(scope="module", params=["random", "facts"])
 def raw_gpt2(request: pytest.FixtureRequest, random_gpt2: Any) -> Any:
-    """Models that theirs accepts: a random one, and one that is trained."""
+    """Models that theirs accepts: a random and a trained one."""
     return load_facts_model("bridge") if request.param == "facts" else random_gpt2
 
 
@@ -122,7 +122,9 @@ EVERYTHING: dict[str, Any] = {"normalized": True, "top_k": 97, "return_full_logi
         ("Paris", ".", [1]),
     ],
 )
-def test_every_field_is_theirs(random_gpt2: Any, prompt: str, target: str, layers: Any) -> None:
+def test_every_field_matches_theirs(
+    random_gpt2: Any, prompt: str, target: str, layers: Any
+) -> None:
     ours, expected = both(random_gpt2, prompt, target, layers, **EVERYTHING)
     assert_same(ours, expected)
     assert [layer.gate_projection for layer in ours.layers] == [None] * len(layers)
@@ -132,7 +134,7 @@ def test_every_field_is_theirs(random_gpt2: Any, prompt: str, target: str, layer
 @pytest.mark.parametrize(
     "options", [{}, {"normalized": True}, {"top_k": 1}, {"return_full_logits": True}], ids=str
 )
-def test_every_option_is_theirs(random_gpt2: Any, options: dict[str, Any]) -> None:
+def test_every_option_matches_theirs(random_gpt2: Any, options: dict[str, Any]) -> None:
     assert_same(*both(random_gpt2, PROMPT, TARGET, [0, 2], **options))
 
 
@@ -167,7 +169,7 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @needs_theirs
-def test_every_call_is_theirs(raw_gpt2: Any) -> None:
+def test_every_call_matches_theirs(raw_gpt2: Any) -> None:
     ours, expected = both(raw_gpt2, PROMPT, TARGET, [2, 0, 1], **EVERYTHING)
     assert_same(ours, expected)
     for layer in (0, 1, 2):
@@ -186,12 +188,12 @@ def test_hooks_act_as_they_do_on_theirs(random_gpt2: Any) -> None:
     plain = compat.BackwardLens(random_gpt2).analyze(PROMPT, TARGET, [0])
     with random_gpt2.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", halved)]):
         ours, expected = both(random_gpt2, PROMPT, TARGET, [0, 1, 2])
-        assert_same(ours, expected)  # under the hooks, since ours computes gradients when asked
+        assert_same(ours, expected)  # under the hooks, since ours computes gradients on request
     assert ours.loss != pytest.approx(plain.loss)
 
 
 @needs_theirs
-def test_names_and_signatures_are_theirs() -> None:
+def test_names_and_signatures_match_theirs() -> None:
     public = [n for n in analysis.__all__ if hasattr(theirs, n)]
     assert "BackwardLens" in public
     assert set(public) <= set(compat.__all__)
@@ -345,7 +347,7 @@ def assert_refusal(call: Callable[[], object], kind: type[Exception], parts: lis
     with pytest.raises(kind) as raised:
         call()
     message = str(raised.value)
-    assert isinstance(raised.value, BackwardLensError) or "argument" in message  # Python's own
+    assert isinstance(raised.value, BackwardLensError) or "argument" in message  # raised by Python
     assert all(part in message for part in parts), message
 
 
@@ -364,7 +366,7 @@ def test_wrong_call_of_a_result(gpt2: Case) -> None:
 
 
 @needs_theirs
-def test_theirs_raises_the_same_kinds() -> None:
+def test_theirs_raises_the_same_exceptions() -> None:
     model = build("bridge-gpt2").model
     result = result_of(theirs, model)
     for arguments, kind, _ in WRONG_ARGUMENTS.values():
@@ -376,13 +378,13 @@ def test_theirs_raises_the_same_kinds() -> None:
 
 
 def tools(kind: str = "bridge") -> list[Any]:
-    """Ours, and theirs where it exists and takes the kind."""
+    """Ours, and theirs where it exists and accepts the class."""
     return [compat] if theirs is None or kind == "hooked" else [compat, theirs]
 
 
 @as_for_a_user
 @pytest.mark.parametrize("model", [None, "gpt2", nn.Linear(2, 2)], ids=["nothing", "name", "torch"])
-def test_no_model_of_transformer_lens(model: Any) -> None:
+def test_other_models_are_refused(model: Any) -> None:
     for tool in tools():
         with pytest.raises(TypeError, match="TransformerBridge"):
             tool.BackwardLens(model)
@@ -404,7 +406,7 @@ def test_encoder_and_decoder_are_not_analysed() -> None:
 
 @pytest.fixture(params=["bridge", "hooked"])
 def fresh(request: pytest.FixtureRequest) -> tuple[Any, list[Any]]:
-    """A GPT-2 that a test may change, and the tools that take it."""
+    """A GPT-2 that a test may change, and the tools that accept it."""
     return build(f"{request.param}-gpt2").model, tools(request.param)
 
 
@@ -416,7 +418,7 @@ def test_no_tokenizer(fresh: tuple[Any, list[Any]]) -> None:
             tool.BackwardLens(model)
 
 
-def test_inference_mode_hinders_the_analysis_alone(fresh: tuple[Any, list[Any]]) -> None:
+def test_inference_mode_is_refused_by_the_analysis_only(fresh: tuple[Any, list[Any]]) -> None:
     model, accepting = fresh
     for tool in accepting:
         with torch.inference_mode():
@@ -438,10 +440,10 @@ def test_loss_that_is_not_finite(fresh: tuple[Any, list[Any]]) -> None:
 
 
 def test_gradient_too_large_for_float32() -> None:
-    """In float64 the model computes well, but results are float32."""
+    """The float64 model stays finite, but results are float32."""
     case = build("bridge-gpt2")
     with torch.no_grad():
-        # What W_out reads is large, and what it writes is as ever.
+        # The input of W_out is large, its output unchanged.
         case.own["W_in", 1].tensor.mul_(1e60)
         case.own["W_out", 1].tensor.mul_(1e-60)
     for tool in tools():
@@ -452,7 +454,7 @@ def test_gradient_too_large_for_float32() -> None:
 
 @as_for_a_user
 def test_several_matrices_in_one_are_refused() -> None:
-    factors = torch.ones(1, 3, 2, 4), torch.ones(1, 3, 2, 5)  # as of two experts per token
+    factors = torch.ones(1, 3, 2, 4), torch.ones(1, 3, 2, 5)  # as with two experts per token
     gradient = MatrixGradient("W_in", 1, *factors, torch.ones(1, 3, dtype=torch.bool))
     reader = compat.lens._Reader(
         host=None, target=0, top_k=1, normalized=False, keeps_logits=False, by_autograd=None
@@ -462,7 +464,7 @@ def test_several_matrices_in_one_are_refused() -> None:
 
 
 def test_dropout_is_refused_until_the_model_is_in_eval_mode() -> None:
-    """Knowingly not theirs, which gives a random gradient."""
+    """Intentionally unlike theirs, which returns a random gradient."""
     model = build("bridge-gpt2").model.train()
     model.original_model.train()
     lens = compat.BackwardLens(model)
@@ -472,7 +474,7 @@ def test_dropout_is_refused_until_the_model_is_in_eval_mode() -> None:
     assert lens.analyze(PROMPT, TARGET, [0]).loss > 0
 
 
-# ------------------------------------------------------- against autograd, where theirs refuses too
+# ------------------------------------------------------ against autograd, also where theirs refuses
 
 
 @pytest.fixture(scope="module")
@@ -493,7 +495,7 @@ def by_matrix(result: Any) -> dict[tuple[str, int], Any]:
     return {key: matrix for key, matrix in found.items() if matrix is not None}
 
 
-def test_gradients_are_autograds(case: Case, analysed: Any) -> None:
+def test_gradients_match_autograd(case: Case, analysed: Any) -> None:
     tokens = analysed.prompt_token_ids[None]
     assert tokens.tolist() == case.model.to_tokens(PROMPT).tolist()
     assert (analysed.prompt, analysed.target_token) == (PROMPT, TARGET)
@@ -515,7 +517,7 @@ def test_gradients_are_autograds(case: Case, analysed: Any) -> None:
             assert relative_error(gradient, expected[key]) <= 1e-6
 
 
-def test_readings_are_those_of_the_reference(case: Case, analysed: Any) -> None:
+def test_decoding_matches_the_reference(case: Case, analysed: Any) -> None:
     target = analysed.target_token_id
     for (name, _), matrix in by_matrix(analysed).items():
         factors = matrix.factors
@@ -541,7 +543,7 @@ def test_readings_are_those_of_the_reference(case: Case, analysed: Any) -> None:
 
 
 def test_equal_logits_have_equal_ranks() -> None:
-    """Competition ranks: as many as are strictly beyond."""
+    """Competition ranks: the number of logits strictly beyond."""
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0, 1.0]])
     ranks = {
         largest: [
@@ -553,7 +555,7 @@ def test_equal_logits_have_equal_ranks() -> None:
 
 
 def test_processed_weights() -> None:
-    """A folded norm changes what W_in reads, by autograd `dL/dW' = (dL/dW - b dL/db) / g`."""
+    """A folded norm changes W_in's input, by autograd `dL/dW' = (dL/dW - b dL/db) / g`."""
     raw, folded = build("bridge-gpt2"), build("bridge-gpt2")
     folded.model.enable_compatibility_mode(
         fold_ln=True, center_writing_weights=False, center_unembed=False, fold_value_biases=False
@@ -573,7 +575,7 @@ def test_processed_weights() -> None:
     }
     for (name, _), matrix in by_matrix(result).items():
         assert relative_error(matrix.factors.weight_gradient, expected[name].detach()) <= FOLDED
-    # The final norm is folded too, and reads the same.
+    # The final norm is folded too, and decodes the same.
     vectors = result.layers[0].output_projection.factors.output_gradients
     scores = raw.lens(vectors.double()).float()
     torch.testing.assert_close(result.layers[0].output_projection.logits(), scores, **SINGLE)
@@ -594,7 +596,7 @@ def test_frozen_model(fresh: tuple[Any, list[Any]]) -> None:
 @pytest.mark.parametrize("name", ["bridge-llama", "bridge-gemma2", "hooked-gpt2"])
 @needs_theirs
 def test_theirs_refuses_what_ours_analyses(name: str) -> None:
-    """So the tests above are more than theirs; once this fails, they may be compared."""
+    """So the tests above go beyond theirs; if this fails, compare the two."""
     with pytest.raises((TypeError, NotImplementedError)):
         theirs.BackwardLens(build(name).model)
 
@@ -629,7 +631,7 @@ class Allocated(TorchDispatchMode):
         return result
 
 
-def test_no_matrix_is_made_before_it_is_asked_for(gpt2: Case) -> None:
+def test_no_matrix_is_built_before_it_is_requested(gpt2: Case) -> None:
     sides = set(gpt2.weights["W_in", 0].tensor.shape)
     with Allocated() as allocated:
         result = compat.BackwardLens(gpt2.model).analyze(PROMPT, TARGET, [0, 1, 2])
@@ -642,7 +644,7 @@ def test_no_matrix_is_made_before_it_is_asked_for(gpt2: Case) -> None:
 
 
 def test_reconstruction_errors_are_measured(gpt2: Case) -> None:
-    """They compare with autograd on the model as it is: exact now, and not after an edit."""
+    """They compare with autograd on the current model: exact now, but not after an edit."""
     result = compat.BackwardLens(gpt2.model).analyze(PROMPT, TARGET, [0, 2])
     assert 0 <= result.max_relative_reconstruction_error <= 1e-6
     stale = compat.BackwardLens(gpt2.model).analyze(PROMPT, TARGET, [0, 2])
@@ -673,7 +675,7 @@ def test_result_owns_its_tensors_and_holds_no_model() -> None:
 
 
 def any_gpt2() -> Case:
-    """A GPT-2 of the kind that the installed TransformerLens prefers."""
+    """A GPT-2 of the class that the installed TransformerLens prefers."""
     return build(f"{'bridge' if find_spec('transformer_lens.model_bridge') else 'hooked'}-gpt2")
 
 

@@ -1,4 +1,4 @@
-"""Reading data sets: every row becomes a record with its exact texts, or a reason why not."""
+"""Reading data sets: every row becomes a record with its exact texts, or a bad record."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def problem(row: Any, **arguments: Any) -> str:
 
 
 def rewritten(**changes: Any) -> dict[str, Any]:
-    """A row of CounterFact with other entries; `None` removes one."""
+    """A row of CounterFact with changed entries; `None` removes one."""
     rewrite = {**ORIGINAL["requested_rewrite"], **changes}
     kept = {key: value for key, value in rewrite.items() if value is not None}
     return {**ORIGINAL, "requested_rewrite": kept}
@@ -196,7 +196,7 @@ def test_csv_written_by_the_standard_library_and_by_pandas(tmp_path: Path) -> No
     "word", ["NA", "N/A", "null", "None", "nan", "NaN", "true", "1", "007", " "]
 )
 @pytest.mark.parametrize("ending", [".csv", ".tsv"])
-def test_words_that_look_like_missing_values_or_numbers_stay_text(
+def test_text_that_looks_like_missing_values_or_numbers_stays_text(
     tmp_path: Path, ending: str, word: str
 ) -> None:
     path = tmp_path / f"rows{ending}"
@@ -297,7 +297,7 @@ def test_prompts_for_evaluations(row: dict[str, Any]) -> None:
     bare, asked = only(row), only({**row, **ASKED})
     assert all(getattr(bare, name) == () for name in ASKED)
     assert asked == replace(bare, **{name: tuple(prompts) for name, prompts in ASKED.items()})
-    # A text is a list of one text, and an array is a list.
+    # A text counts as a list of one text, an array as a list.
     assert only({**row, "paraphrase_prompts": "Is"}).paraphrase_prompts == ("Is",)
     table = pd.DataFrame([{**row, **{name: np.array(ASKED[name]) for name in ASKED}}])
     assert read_records(table).rows[0] == asked
@@ -664,7 +664,7 @@ def test_an_invalid_split() -> None:
 
 
 def test_fingerprints_are_stable() -> None:
-    # A sweep may resume on another machine, which compares fingerprints.
+    # A sweep that resumes on another machine compares fingerprints.
     line = '["Record", 0, "a", "The capital of France is", " Rome", "France", null, null]\n'
     alone = read_records(ROWS[:1]).fingerprint
     assert alone == hashlib.sha256(line.encode()).hexdigest()

@@ -31,7 +31,7 @@ def laid(*pieces: str) -> tuple[str, Spans]:
     return "".join(pieces), tuple(pairwise(accumulate(map(len, pieces), initial=0)))
 
 
-# ----------------------------------------------------------------------------- from spans to words
+# --------------------------------------------------------------------------- from spans to segments
 
 
 def test_the_six_segments() -> None:
@@ -193,7 +193,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 
 class Slow:
-    """A tokenizer written in Python, which has no offsets."""
+    """A slow (Python) tokenizer, which has no offsets."""
 
     is_fast = False
 
@@ -219,7 +219,7 @@ def placed(tokenizer: Any, ids: list[int]) -> tuple[str, Spans]:
 
 
 def by_prefixes(tokenizer: Any, ids: list[int]) -> Spans:
-    """The span of each token, from the text that it adds to that of the tokens before it."""
+    """The span of each token, from the text that it adds to the text of the tokens before it."""
     decoded = [
         tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
         for count in range(1, len(ids) + 1)
@@ -375,7 +375,7 @@ def test_the_leading_space_of_sentencepiece(stories_folder: Path) -> None:
             assert [end - start for start, end in spans[1:]] == widths
 
 
-def test_ids_that_no_text_has(tokenizer: Any) -> None:
+def test_ids_that_no_text_encodes_to(tokenizer: Any) -> None:
     bos = tokenizer.bos_token_id
     letters = [token for letter in "Rome" for token in ids_of(tokenizer, f"0{letter}")[-1:]]
     ids = [*ids_of(tokenizer, "In"), *letters, *ids_of(tokenizer, "東")[-1:]]
@@ -390,7 +390,7 @@ def test_ids_that_no_text_has(tokenizer: Any) -> None:
     assert found == (*[BEFORE] * (len(ids) - 4), FIRST, MIDDLE, MIDDLE, LAST, AFTER, END)
 
 
-def test_characters_of_ids_that_no_text_has() -> None:
+def test_characters_of_ids_that_no_text_encodes_to() -> None:
     tokenizer = AutoTokenizer.from_pretrained(FACTS_FOLDER)
     ids = [*ids_of(tokenizer, "Rome in "), *ids_of(tokenizer, "Rome: é🙂 is")]
     text, spans = placed(tokenizer, ids)

@@ -1,4 +1,4 @@
-"""Edits as objects: their arithmetic, and that they restore every bit of a model."""
+"""Edits as objects: arithmetic, and exact restoration of a model."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def everything(model: object, n_layers: int = 3) -> WeightDelta:
 
 @contextmanager
 def unchanged(model: object) -> Iterator[None]:
-    """Hold a block to leaving every bit of a model, its gradients and flags as they were."""
+    """Check that a block leaves every bit of a model, its gradients and flags unchanged."""
     host = host_of(model)
     named = host.parameters()
     before = {name: parameter.detach().clone() for name, parameter in named.items()}
@@ -122,7 +122,7 @@ def unchanged(model: object) -> Iterator[None]:
 # ------------------------------------------------------------------------------------ arithmetic
 
 
-def test_factors_mean_their_product() -> None:
+def test_factors_represent_their_product() -> None:
     delta = low_rank()
     assert delta.left is not None
     assert delta.right is not None
@@ -133,7 +133,7 @@ def test_factors_mean_their_product() -> None:
     assert not dense_delta().is_low_rank
 
 
-def test_scale_times_every_part() -> None:
+def test_scale_multiplies_every_change() -> None:
     for delta in (low_rank(bias=True), dense_delta()):
         scaled = delta.scale(-2.5)
         assert torch.allclose(scaled.dense(), -2.5 * delta.dense(), rtol=ROUNDING)
@@ -149,14 +149,14 @@ def test_scale_times_every_part() -> None:
 
 @pytest.mark.usefixtures("as_for_a_user")
 @pytest.mark.parametrize("factor", ["2", None, True, float("nan"), float("inf")])
-def test_scale_takes_numbers(factor: object) -> None:
+def test_scale_accepts_numbers_only(factor: object) -> None:
     with pytest.raises(EditError, match="scaled by a finite number"):
         edit(low_rank()).scale(factor)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("second", ["factors", "dense"])
 @pytest.mark.parametrize("first", ["factors", "dense"])
-def test_sums_are_those_of_the_matrices(first: str, second: str) -> None:
+def test_a_sum_of_edits_sums_their_matrices(first: str, second: str) -> None:
     make: dict[str, Callable[[int], MatrixDelta]] = {
         "factors": lambda seed: low_rank(seed=seed, bias=True),
         "dense": lambda seed: dense_delta(seed=seed),
@@ -192,7 +192,7 @@ def test_a_sum_of_edits_has_each_matrix_once_in_the_order_of_a_forward_pass() ->
 
 
 @pytest.mark.parametrize("rank", [1, 3, 24, 40])
-def test_norm_and_rank_are_those_of_the_matrix(rank: int) -> None:
+def test_norm_and_rank_equal_those_of_the_matrix(rank: int) -> None:
     delta = low_rank(rank=rank)
     dense = delta.dense()
     expected = torch.linalg.svdvals(dense)
@@ -207,7 +207,7 @@ def test_rank_and_norm_of_several_matrices() -> None:
     assert whole.rank == 3 + 2 + 24
     stacked = torch.cat([each.dense().flatten() for each in whole])
     assert whole.norm == pytest.approx(float(stacked.norm()), rel=ROUNDING)
-    # A norm in float32 would lose the digits after the seventh.
+    # A norm in float32 would lose all digits after the seventh.
     assert edit(low_rank().scale(1 + 1e-9)).norm != edit(low_rank()).norm
 
 
@@ -215,11 +215,11 @@ def test_rank_does_not_count_the_same_outer_product_twice() -> None:
     delta = low_rank(dtype=torch.float32)
     assert (delta + delta.scale(2)).rank() == 3
     assert (delta + delta.scale(-1)).norm == pytest.approx(0, abs=1e-4)
-    assert low_rank(rank=3).rank() == 3  # and what differs, it does
+    assert low_rank(rank=3).rank() == 3  # but it does count what differs
 
 
 @pytest.mark.parametrize("delta", [low_rank(rank=5), dense_delta(), low_rank(rank=40)])
-def test_the_singular_value_decomposition_is_that_of_the_matrix(delta: MatrixDelta) -> None:
+def test_the_singular_value_decomposition_matches_the_matrix(delta: MatrixDelta) -> None:
     u, s, vh = delta.svd()
     assert torch.allclose(u @ torch.diag(s) @ vh, delta.dense().double(), atol=1e-11)
     assert torch.allclose(u.T @ u, torch.eye(len(s), dtype=u.dtype), atol=1e-12)
@@ -239,10 +239,10 @@ def test_factors_of_a_dense_change_are_exact() -> None:
     error = (left.double() @ right.double() - values.double()).norm() / values.double().norm()
     assert float(error) <= 3 * torch.finfo(torch.float32).eps
     assert left.shape[1] > delta.rank() == 2
-    assert left.shape[1] < 24  # but not those within rounding
+    assert left.shape[1] < 24  # but values within rounding do not
 
 
-def test_a_change_of_nothing() -> None:
+def test_a_zero_change() -> None:
     no_products = MatrixDelta("W_out", 1, left=random(52, 0), right=random(0, 24))
     zeros = MatrixDelta("W_out", 1, values=torch.zeros(52, 24))
     for delta in (no_products, zeros):
@@ -256,7 +256,7 @@ def test_a_change_of_nothing() -> None:
     assert (nothing.norm, nothing.rank, len(nothing)) == (0, 0, 0)
 
 
-def test_half_precision_is_widened_to_look_at() -> None:
+def test_half_precision_is_analysed_in_float32() -> None:
     delta = MatrixDelta("W_out", 1, values=random(52, 24, dtype=torch.bfloat16))
     left, right = delta.factors
     assert left.dtype == torch.float32
@@ -282,7 +282,7 @@ def test_half_precision_is_widened_to_look_at() -> None:
     ],
 )
 @pytest.mark.usefixtures("as_for_a_user")
-def test_parts_that_make_no_change(parts: dict[str, Tensor], message: str) -> None:
+def test_invalid_changes(parts: dict[str, Tensor], message: str) -> None:
     with pytest.raises(EditError, match=message):
         MatrixDelta(**({"matrix": "W_out", "layer": 1} | parts))
 
@@ -298,7 +298,7 @@ def test_a_matrix_is_found_by_name_and_layer() -> None:
         edit(low_rank(), dense_delta())
 
 
-def test_names_say_what_is_there() -> None:
+def test_reprs_name_the_matrices() -> None:
     whole = edit(low_rank(bias=True), dense_delta("W_out", 2))
     assert repr(whole) == "WeightDelta(test, W_out of layer 1, W_out of layer 2)"
     assert repr(whole["W_out", 1]) == (
@@ -312,7 +312,7 @@ def test_names_say_what_is_there() -> None:
 
 
 @pytest.mark.versions
-def test_applied_adds_to_the_weight_what_a_slow_sum_adds(case: Case) -> None:
+def test_applied_adds_the_same_as_a_slow_sum(case: Case) -> None:
     """Every MLP matrix, against the parameters found before TransformerLens wrapped the model."""
     for (matrix, layer), weight in case.own.items():
         delta = of_model(case.model, matrix, layer)
@@ -339,8 +339,8 @@ def test_biases_are_added_where_the_output_is(gpt2: Case) -> None:
 
 
 @pytest.mark.parametrize("matrix", ATTENTION)
-def test_heads_lie_side_by_side(case: Case, matrix: str) -> None:
-    """What each head's output changes by is its block of the dense change, head by head."""
+def test_heads_are_concatenated(case: Case, matrix: str) -> None:
+    """Each head's output changes by its block of the dense change, head by head."""
     tokens = case.tokens(5)
     delta = replace(of_model(case.model, matrix, 1), bias=None)
     capture = capture_gradients(case.model, tokens, target_nll(3), matrices=matrix, layers=1)
@@ -353,7 +353,7 @@ def test_heads_lie_side_by_side(case: Case, matrix: str) -> None:
         seen.append(output)
 
     if matrix == "W_O":
-        # The attention's own output, before a norm that some models put there.
+        # The attention's output, before the norm that some models add there.
         handle = site.output.module.register_forward_hook(keep)
     else:
         point = case.model.hook_dict[f"blocks.1.{names[matrix]}"]
@@ -385,7 +385,7 @@ def test_heads_lie_side_by_side(case: Case, matrix: str) -> None:
 
 
 @pytest.mark.versions
-def test_applied_puts_back_every_bit(case: Case) -> None:
+def test_applied_restores_every_bit(case: Case) -> None:
     delta = everything(case.model)
     tokens = case.tokens(6)
     with torch.no_grad():
@@ -394,7 +394,7 @@ def test_applied_puts_back_every_bit(case: Case) -> None:
             with delta.applied(case.model):
                 inside = case.model(tokens)
                 with delta.scale(0.5).applied(case.model), delta.applied(case.model):
-                    pass  # one and the same edit inside of itself
+                    pass  # the same edit inside itself
                 assert torch.equal(case.model(tokens), inside)
             with pytest.raises(ZeroDivisionError), delta.applied(case.model):
                 raise ZeroDivisionError
@@ -402,7 +402,7 @@ def test_applied_puts_back_every_bit(case: Case) -> None:
     assert not torch.allclose(inside, before)
 
 
-def test_one_edit_inside_of_itself_adds_twice(gpt2: Case) -> None:
+def test_one_edit_inside_itself_adds_twice(gpt2: Case) -> None:
     delta = edit(low_rank())
     weight = gpt2.own["W_out", 1].tensor
     orientation = gpt2.own["W_out", 1]
@@ -414,8 +414,8 @@ def test_one_edit_inside_of_itself_adds_twice(gpt2: Case) -> None:
 
 
 @pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-llama"])
-def test_every_bit_in_bfloat16(name: str) -> None:
-    """Adding and subtracting again would lose bits there, which the negative control shows."""
+def test_every_bit_is_restored_in_bfloat16(name: str) -> None:
+    """Adding and subtracting would lose bits in bfloat16, as the negative control shows."""
     case = build(name, torch.bfloat16)
     delta = everything(case.model)
     with unchanged(case.model):
@@ -463,7 +463,7 @@ def test_frozen_models_and_modes_without_gradients(
             parameter.requires_grad_(flag)
 
 
-def test_a_graph_from_before_can_still_be_used(gpt2: Case) -> None:
+def test_an_earlier_graph_can_still_be_used(gpt2: Case) -> None:
     tokens, weight = gpt2.tokens(5), gpt2.own["W_in", 0].tensor
     [expected] = torch.autograd.grad(nll(3)(gpt2.model(tokens), tokens).sum(), [weight])
     loss = nll(3)(gpt2.model(tokens), tokens).sum()
@@ -473,7 +473,7 @@ def test_a_graph_from_before_can_still_be_used(gpt2: Case) -> None:
     assert torch.equal(found, expected)
 
 
-def test_only_what_it_names_changes(gpt2: Case) -> None:
+def test_only_the_named_weights_change(gpt2: Case) -> None:
     host = host_of(gpt2.model)
     before = {name: each.detach().clone() for name, each in host.parameters().items()}
     with edit(of_model(gpt2.model, "W_out", 1)).applied(gpt2.model):
@@ -483,8 +483,8 @@ def test_only_what_it_names_changes(gpt2: Case) -> None:
     assert all("1" in name.split(".") for name in changed)
 
 
-def test_an_edit_that_fails_half_way_leaves_the_model(gpt2: Case) -> None:
-    """The second matrix is computed, and found too large for memory, when the first is changed."""
+def test_an_edit_that_fails_half_way_leaves_the_model_unchanged(gpt2: Case) -> None:
+    """Computing the second matrix fails for lack of memory after the first is changed."""
 
     class Failing(MatrixDelta):
         def dense(self) -> Tensor:
@@ -535,7 +535,7 @@ def test_edits_are_reverted_in_the_opposite_order(gpt2: Case) -> None:
         with pytest.raises(ModelStateError, match="in the opposite order"):
             one.revert_(gpt2.model)
         assert torch.equal(weight.detach(), edited)  # refused, nothing was restored
-        other.revert_(gpt2.model)  # the one elsewhere does not matter
+        other.revert_(gpt2.model)  # an edit on another model does not matter
         one.revert_(gpt2.model)
         elsewhere.revert_(gpt2.model)
 
@@ -574,7 +574,7 @@ def test_a_copy_is_another_edit(gpt2: Case) -> None:
         delta.revert_(gpt2.model)
 
 
-def test_an_edit_holds_no_model_alive() -> None:
+def test_an_edit_keeps_no_model_alive() -> None:
     case, delta = build("hooked-gpt2") if _has("hooked") else build("bridge-gpt2"), edit(low_rank())
     delta.apply_(case.model)
     assert len(delta._kept_by_model) == 1
@@ -592,7 +592,7 @@ def _has(kind: str) -> bool:
 # ------------------------------------------------------------------------------- wrong models
 
 
-def test_models_that_an_edit_does_not_fit(gpt2: Case) -> None:
+def test_an_edit_for_another_model_is_refused(gpt2: Case) -> None:
     wrong = {
         "layer 9 does not exist": low_rank(layer=9),
         "layer 1 of this model has no W_gate": low_rank("W_gate"),
@@ -615,7 +615,7 @@ def test_a_bias_where_there_is_none() -> None:
 # --------------------------------------------------------------------------------------- files
 
 
-def test_a_file_gives_the_edit_back(tmp_path: Path, gpt2: Case) -> None:
+def test_an_edit_survives_saving_and_loading(tmp_path: Path, gpt2: Case) -> None:
     about = {"method": "test", "lr": 0.5, "layers": None, "nested": {"seed": 3}}
     dense = dense_delta("W_out", 2, dtype=torch.float32)
     saved = WeightDelta((low_rank(bias=True), dense), about)
@@ -640,7 +640,7 @@ def test_a_file_gives_the_edit_back(tmp_path: Path, gpt2: Case) -> None:
         loaded.revert_(gpt2.model)
 
 
-def test_files_that_hold_no_edit(tmp_path: Path) -> None:
+def test_files_without_an_edit(tmp_path: Path) -> None:
     path = tmp_path / "edit.safetensors"
     edit(low_rank()).save(path)
     data = bytearray(path.read_bytes())
@@ -664,7 +664,9 @@ def test_files_that_hold_no_edit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("matrix", ["W_in", "W_out", "W_Q", "W_O"])
-def test_a_step_of_gradient_descent_reads_like_its_gradient(facts_model: Any, matrix: str) -> None:
+def test_a_step_of_gradient_descent_decodes_like_its_gradient(
+    facts_model: Any, matrix: str
+) -> None:
     prompt = "Lionel Messi plays for"
     capture = capture_gradients(
         facts_model, prompt, target_nll(" Paris"), matrices=matrix, layers=4

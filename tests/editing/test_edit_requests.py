@@ -1,4 +1,4 @@
-"""Requests in tokens: where the subject ends, what the target's tokens are, what is refused."""
+"""Tokenization of requests: the end of the subject, the target's tokens, refusals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tokenized(host: Host, *args: Any, bos: bool | None = False, **kwargs: Any) -
 
 
 def taught(asked: TokenizedRequest) -> tuple[int, ...]:
-    """What the model reads of a prompt and its target."""
+    """The token ids that the model reads for a prompt and its target."""
     return (*asked.prompt, *asked.target[:-1])
 
 
@@ -61,7 +61,7 @@ def ids(host: Host, text: str) -> list[int]:
         ("Messi plays for", "for", None, 3),  # two tokens, Ġfo | r
         ("Messi plays for", "fo", None, 2),
         ("Messi plays for", "plays f", None, 2),  # a part of a token
-        ("Messi plays for", "Messi plays ", None, 1),  # spaces around it do not count
+        ("Messi plays for", "Messi plays ", None, 1),  # surrounding spaces are ignored
         ("Messi plays for", None, None, None),
     ],
 )
@@ -84,7 +84,7 @@ def test_the_models_own_default_of_bos(host: Host) -> None:
     assert found.subject_last == int(bos)
 
 
-def test_a_word_of_its_own_comes_before_one_inside_another(host: Host) -> None:
+def test_whole_words_are_preferred_to_parts_of_words(host: Host) -> None:
     found = tokenized(host, "Romeo is in Rome", " Paris", subject="Rome")
     at = len(ids(host, "Romeo is in"))
     assert found.subject_last == at
@@ -115,13 +115,13 @@ def test_a_subject_that_is_not_in_the_prompt(host: Host, subject: Any, start: An
         tokenized(host, "Rome is in Rome", " Paris", subject=subject, subject_start=start)
 
 
-def test_a_method_that_needs_a_subject_says_so(host: Host) -> None:
+def test_a_method_that_needs_a_subject_refuses_requests_without_one(host: Host) -> None:
     with pytest.raises(EditError, match="has no subject"):
         _ = tokenized(host, "Rome is in", " Paris").needed_subject
 
 
 def test_subjects_of_the_facts_model(facts_model: Any) -> None:
-    """By the tokenizer's own offsets, which the package does not use here."""
+    """Compare with the tokenizer's offsets, which the package does not use here."""
     facts_host = host_of(facts_model)
     tokenizer = AutoTokenizer.from_pretrained(facts_host.model.tokenizer.name_or_path)
     records = [record for record in read_records("facts") if not isinstance(record, BadRecord)]
@@ -142,8 +142,8 @@ def test_subjects_of_the_facts_model(facts_model: Any) -> None:
 # ------------------------------------------------------------------------------------------ target
 
 
-def test_targets_are_taken_as_they_are(host: Host) -> None:
-    """With their space or without: nothing is put in front, and no special token is added."""
+def test_targets_are_used_unchanged(host: Host) -> None:
+    """With or without their space: nothing is prepended, and no special token is added."""
     [prompt] = tokenize_prompts(host, "Rome is in")
     assert target_ids(prompt, " the") == [61]
     assert target_ids(prompt, "the") == [29, 36]
@@ -152,7 +152,7 @@ def test_targets_are_taken_as_they_are(host: Host) -> None:
     assert tokenized(host, "Rome is in", "the", bos=True).target == (29, 36)
 
 
-def test_what_a_model_reads_of_prompt_and_target(host: Host) -> None:
+def test_the_models_input_for_prompt_and_target(host: Host) -> None:
     prompt = tuple(ids(host, "Rome is in"))
     assert taught(tokenized(host, "Rome is in", " Paris")) == prompt
     assert taught(tokenized(host, "Rome is in", " Paris Rome")) == (*prompt, 40)
@@ -166,7 +166,7 @@ def test_invalid_targets(host: Host, target: Any) -> None:
         tokenized(host, "Rome is in", target)
 
 
-def test_prompt_and_target_fit_into_the_context(host: Host) -> None:
+def test_prompt_and_target_must_fit_into_the_context(host: Host) -> None:
     prompt = "Rome" + " Rome" * (N_CTX - 2)
     assert len(taught(tokenized(host, prompt, " Paris Rome"))) == N_CTX
     with pytest.raises(EditError, match=f"{N_CTX + 1} tokens"):
@@ -196,13 +196,13 @@ def test_one_request_or_several(host: Host) -> None:
 @pytest.mark.parametrize(
     "requests", [[], (), "Rome is in", [("Rome", " Paris")], [None], [EditRequest], {"prompt": "a"}]
 )
-def test_what_is_not_a_request(host: Host, requests: Any) -> None:
+def test_objects_that_are_not_requests(host: Host, requests: Any) -> None:
     with pytest.raises(EditError):
         tokenize_requests(host, requests, False)
 
 
 @pytest.mark.parametrize("requests", [None, 5])
-def test_what_is_not_even_a_list(host: Host, requests: Any) -> None:
+def test_objects_that_are_not_lists(host: Host, requests: Any) -> None:
     with pytest.raises(EditError):
         ForwardPassShift(layer=0, size=1)(host.model, requests)
 
@@ -231,7 +231,7 @@ def test_requests_of_records() -> None:
     ]
 
 
-def test_a_bad_record_is_no_request() -> None:
+def test_a_bad_record_is_not_a_request() -> None:
     (bad,) = read_records([{"prompt": 5, "target": " Paris"}])
     assert isinstance(bad, BadRecord)
     with pytest.raises(EditError, match="BadRecord"):

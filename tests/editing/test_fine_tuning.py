@@ -1,4 +1,4 @@
-"""Fine-tuning against a loop with torch's optimizers on a Hugging Face model's own parameters."""
+"""Fine-tuning against a loop with torch's optimizers on a Hugging Face model's parameters."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tuning(**settings: Any) -> FineTuning:
 def loss_of(
     logits: Callable[[Tensor], Tensor], own: Pair, asked: Sequence[EditRequest], objective: str
 ) -> Tensor:
-    """The loss as the docs say it, one prompt and one token after the other."""
+    """The documented loss, one prompt and one token at a time."""
     losses = []
     for request in asked:
         prompt, target = own.ids(request.prompt), own.ids(request.target)
@@ -71,7 +71,7 @@ def by_hand(
     limit: float | None = None,
     stop_at: float = 0.0,
 ) -> tuple[dict[tuple[str, int], tuple[Tensor, Tensor | None]], int]:
-    """Train a copy of the Hugging Face model; what changed, in the orientation `x @ W`."""
+    """Train a copy of the Hugging Face model; return the changes, oriented as `x @ W`."""
     raw = copy.deepcopy(own.raw)
     modules = {key: hf_matrices(raw)[key] for key in [(m, n) for n in layers for m in matrices]}
     trained = [
@@ -125,7 +125,7 @@ def assert_equal(
 
 
 def near(own: Pair) -> float:
-    """By how much changes may differ, where what the models compute differs by `exact`.
+    """Tolerance for changes where the models' results differ by `exact`.
 
     Adam divides by the size of gradients, the smallest of which have the fewest digits.
     """
@@ -145,7 +145,7 @@ def test_it_is_torchs_optimizer_on_the_parameter(
     found = method(each.model, REQUEST)
     expected, _ = by_hand(each, [REQUEST], optimizer=optimizer, objective=objective)
     assert_equal(found, expected, near(each))
-    # Neither the other objective nor the other optimizer nor fewer steps give that.
+    # The other objective, the other optimizer or fewer steps give something else.
     for other in (
         {"optimizer": "sgd" if optimizer == "adam" else "adam"},
         {"objective": "prompt_last" if objective == "teacher_forced" else "teacher_forced"},
@@ -165,7 +165,7 @@ def test_the_defaults_are_the_papers_baseline(gpt2_pair: Pair) -> None:
 
 
 def test_several_requests(each: Pair) -> None:
-    """Prompts and targets of different lengths; each request counts alike, not each token."""
+    """Prompts and targets of different lengths; every request has equal weight, not every token."""
     asked = [REQUEST, EditRequest(PROMPTS[2], " Italy"), EditRequest("Rome", " the dog of")]
     for objective in ("teacher_forced", "prompt_last"):
         found = tuning(lr=1e-2, steps=3, objective=objective)(each.model, asked)
@@ -193,7 +193,7 @@ def test_a_layer_or_matrix_named_twice(gpt2_pair: Pair) -> None:
 
 
 def test_the_edited_model_is_the_trained_one(each: Pair) -> None:
-    """The change, applied, gives the logits of a trained copy; the loss has fallen."""
+    """The applied change gives the logits of a trained copy; the loss has fallen."""
     found = tuning(lr=1e-2, steps=5)(each.model, REQUEST)
     expected, _ = by_hand(each, [REQUEST], steps=5)
     raw = copy.deepcopy(each.raw)
@@ -217,7 +217,7 @@ def test_the_edited_model_is_the_trained_one(each: Pair) -> None:
 # ------------------------------------------------------------------------------------- objectives
 
 
-def test_objectives_agree_for_one_token_alone(each: Pair) -> None:
+def test_objectives_agree_only_for_one_token(each: Pair) -> None:
     for target, is_same in ((ONE, True), (TWO, False)):
         request = EditRequest(PROMPTS[0], target)
         forced, last = (
@@ -248,16 +248,16 @@ def test_the_norm_constraint_keeps_every_entry_in_a_box(each: Pair) -> None:
         if own is None:
             continue
         assert float(own.abs().max()) <= limit
-        assert float((own.abs() == limit).double().mean()) > 0.1  # it does hold something back
+        assert float((own.abs() == limit).double().mean()) > 0.1  # the constraint is active
         assert float(unlimited.abs().max()) > limit
     expected, _ = by_hand(each, [REQUEST], steps=5, limit=limit)
     assert relative_error(found.dense(), expected["W_out", 1][0]) < near(each)
-    # Cutting once at the end is something else.
+    # Clipping once at the end gives another result.
     cut = free.dense().clamp(-limit, limit)
     assert relative_error(found.dense(), cut) > 1e-4
 
 
-def test_the_bias_is_trained_or_not(gpt2_pair: Pair) -> None:
+def test_the_bias_is_trained_on_request(gpt2_pair: Pair) -> None:
     weight_alone, both = (
         tuning(train_bias=bias, lr=1e-2, steps=3)(gpt2_pair.model, REQUEST)["W_out", 1]
         for bias in (False, True)
@@ -299,7 +299,7 @@ def stop(*_: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["bridge-llama", "hooked-gpt2"])
-def test_the_callers_model_stays_as_it_is(name: str) -> None:
+def test_the_callers_model_is_unchanged(name: str) -> None:
     model = make_busy(build(name)).model
     asked = [REQUEST, EditRequest(PROMPTS[1], ONE)]
     method = FineTuning(layers=(0, 2), matrices=("W_in", "W_out"), steps=3, norm_constraint=1e-3)
@@ -319,7 +319,7 @@ def test_the_callers_model_stays_as_it_is(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "where"), [("bridge-gpt2", "backward"), ("hooked-gpt2", "forward")]
 )
-def test_and_after_an_exception_half_way(name: str, where: str) -> None:
+def test_the_callers_model_is_unchanged_after_an_exception(name: str, where: str) -> None:
     model = make_busy(build(name)).model
     method = FineTuning(layers=1, steps=3)
     passes: list[int] = []
@@ -350,7 +350,7 @@ def test_and_after_an_exception_half_way(name: str, where: str) -> None:
 
 
 def test_a_bias_that_the_model_lacks_stays_zero(each: Pair) -> None:
-    """HookedTransformer has one of zeros where Llama has none: both classes give one edit."""
+    """HookedTransformer has a zero bias where Llama has none: both give the same edit."""
     has_bias = hf_matrices(each.raw)["W_out", 1].bias is not None
     found = tuning(train_bias=True, steps=1)(each.model, REQUEST)["W_out", 1]
     assert (found.bias is not None) == has_bias
@@ -364,8 +364,8 @@ def test_a_frozen_model_can_be_tuned(gpt2_pair: Pair) -> None:
     assert torch.equal(found, expected)
 
 
-def test_callers_hooks_take_part(gpt2_pair: Pair) -> None:
-    """What a hook makes of the activations is what is trained on."""
+def test_callers_hooks_take_effect(gpt2_pair: Pair) -> None:
+    """Training uses the activations as changed by the hook."""
     model = gpt2_pair.model
     plain = tuning(steps=2)(model, REQUEST)["W_out", 1].dense()
     with model.hooks(fwd_hooks=[("blocks.1.mlp.hook_post", lambda value, hook: value * 2)]):
@@ -374,7 +374,7 @@ def test_callers_hooks_take_part(gpt2_pair: Pair) -> None:
 
 
 def test_a_callers_hook_sees_the_change(each: Pair) -> None:
-    """A hook on the matrix's own output comes after what is trained, as after a weight."""
+    """A hook on the matrix's output runs after the trained change, as after a weight."""
     (site,) = host_of(each.model).sites(1, ("W_out",))
     raw = copy.deepcopy(each.raw)
     hf_matrices(raw)["W_out", 1].register_forward_hook(lambda *call: call[-1] * 2)

@@ -1,4 +1,4 @@
-"""Editors that transform gradients: their pairs, statistics and formulas, against slow ones."""
+"""Editors that transform gradients: their pairs, statistics and formulas, against slow code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from backward_lens_tl.models import host_of
 from backward_lens_tl.models.selection import find_editable
 
 ROUNDING = 1e-10  # of some thousand float64 operations, after norms with a small eps
-FLOAT32 = 1e-5  # some TransformerLens models round to float32 on the way
+FLOAT32 = 1e-5  # some TransformerLens models round to float32 in between
 
 REQUESTS = (
     EditRequest("The capital of France is", " Rome runs to"),
@@ -42,7 +42,7 @@ def ids(case: Case, text: str) -> list[int]:
 
 
 def mean_nll(logits: Tensor, tokens: Tensor, target: Sequence[int]) -> Tensor:
-    """Of one row that ends in all of the target but its last token, written out."""
+    """Mean loss of a row that ends in the target without its last token, written out."""
     first = tokens.shape[1] - len(target) + 1
     terms = [
         torch.logsumexp(logits[0, first - 1 + at], -1) - logits[0, first - 1 + at, token]
@@ -61,7 +61,7 @@ def dense_gradients(case: Case, request: EditRequest) -> dict[tuple[str, int], T
 def slow_pairs(
     case: Case, request: EditRequest, places: Iterable[tuple[str, int]] | None = None
 ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
-    """Pairs of one request in the model itself: hooks of torch's own, one matrix at a time."""
+    """Pairs of one request, by torch hooks on the model, one matrix at a time."""
     target = ids(case, str(request.target))
     row = torch.tensor([[*ids(case, request.prompt), *target[:-1]]])
     host = host_of(case.model)
@@ -136,7 +136,7 @@ def test_pairs_span_the_gradient_of_the_mean_over_the_targets_tokens(case: Case)
             assert float((spanned - wanted).norm() / wanted.norm()) < tolerance
 
 
-def test_pairs_are_each_what_torchs_own_hooks_see(gpt2: Case) -> None:
+def test_pairs_match_torchs_hooks(gpt2: Case) -> None:
     host = host_of(gpt2.model)
     found = spanning_pairs(host, tokenized(gpt2), find_editable(host, "mlp", [0, 1, 2]))
     for at, request in enumerate(REQUESTS):
@@ -161,7 +161,7 @@ def test_positions_of_the_last_layer_that_the_loss_does_not_see_are_dropped(one_
     ]
 
 
-def test_answer_positions_are_those_where_the_targets_tokens_are_predicted(one_gpt2: Case) -> None:
+def test_answer_positions_are_those_that_predict_the_targets_tokens(one_gpt2: Case) -> None:
     host, requests = host_of(one_gpt2.model), tokenized(one_gpt2)
     [everywhere] = spanning_pairs(host, requests, find_editable(host, "W_in", [0]))
     [answers] = spanning_pairs(host, requests, find_editable(host, "W_in", [0]), "answer")
@@ -172,8 +172,8 @@ def test_answer_positions_are_those_where_the_targets_tokens_are_predicted(one_g
     assert len(answers.inputs[answers.mask]) == sum(len(each.target) for each in requests)
 
 
-def test_pairs_of_many_requests_are_those_of_each_in_its_turn(one_gpt2: Case) -> None:
-    """More than go through the model at once, of different lengths."""
+def test_pairs_of_many_requests_match_those_of_each_in_order(one_gpt2: Case) -> None:
+    """More requests than fit into one pass, of different lengths."""
     host = host_of(one_gpt2.model)
     requests = tokenized(one_gpt2, REQUESTS * 7)
     sites = find_editable(host, "mlp", [1])
@@ -188,7 +188,7 @@ def test_pairs_of_many_requests_are_those_of_each_in_its_turn(one_gpt2: Case) ->
 
 
 def test_statistics_are_numpys_mean_and_standard_deviation(one_gpt2: Case) -> None:
-    """Of more requests than are captured at once."""
+    """More requests than are captured at once."""
     requests = [
         replace(each, prompt=f"{word} {each.prompt}")
         for word in ("The", "A", "dog", "king", "Rome", "river")
@@ -244,7 +244,7 @@ def test_a_coordinate_that_never_changed_becomes_0(one_gpt2: Case) -> None:
     assert torch.equal(rows[:, rest], other[:, rest])
 
 
-def test_saved_statistics_come_back_bit_for_bit(one_gpt2: Case, tmp_path: Path) -> None:
+def test_saved_statistics_are_loaded_bit_for_bit(one_gpt2: Case, tmp_path: Path) -> None:
     statistics = statistics_of(one_gpt2, "answer")
     statistics.save(tmp_path / "pairs.safetensors")
     again = PairStatistics.load(tmp_path / "pairs.safetensors")
@@ -305,7 +305,7 @@ def test_the_normalized_gradient_is_a_sum_of_standardized_outer_products(case: C
 def test_a_small_step_makes_the_target_more_probable_and_the_opposite_one_less(
     one_gpt2: Case,
 ) -> None:
-    """With pairs that are only scaled, so that the step is one along the gradient's descent."""
+    """With pairs that are only scaled, so the step is along the negative gradient."""
     statistics = statistics_of(one_gpt2, layers=[1], matrices=("W_out",))
     scaled = replace(
         statistics,
@@ -327,7 +327,7 @@ def test_a_small_step_makes_the_target_more_probable_and_the_opposite_one_less(
         assert loss() > before
 
 
-def test_parts_of_the_statistics_edit_parts_of_the_matrices(one_gpt2: Case) -> None:
+def test_a_subset_of_the_statistics_edits_a_subset_of_the_matrices(one_gpt2: Case) -> None:
     statistics = statistics_of(one_gpt2)
     whole = NormalizedGradient(statistics, prepend_bos=False)(one_gpt2.model, REQUESTS[0])
     part = NormalizedGradient(statistics, matrices=("W_out",), layers=(-1, 0), prepend_bos=False)
@@ -366,7 +366,7 @@ def targets(
     [("hooked-gpt2", 1.0), ("bridge-gpt2", 0.01), ("hooked-llama", 0.01), ("bridge-gemma2", 1.0)],
     indirect=["case"],
 )
-def test_ultraedit_is_its_formula_and_the_least_of_its_objective(case: Case, ridge: float) -> None:
+def test_ultraedit_is_its_formula_and_minimizes_its_objective(case: Case, ridge: float) -> None:
     statistics = statistics_of(case, "answer")
     method = UltraEdit(statistics, lr=0.02, ridge=ridge, prepend_bos=False)
     delta = method(case.model, REQUESTS)
@@ -406,7 +406,7 @@ METHODS: dict[str, Callable[[Case], EditMethod]] = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_an_edit_leaves_the_model_and_random_numbers_as_they_were(gpt2: Case, name: str) -> None:
+def test_an_edit_leaves_the_model_and_random_state_unchanged(gpt2: Case, name: str) -> None:
     before = {key: each.clone() for key, each in gpt2.model.state_dict().items()}
     tracked = [each.requires_grad for each in gpt2.model.parameters()]
     method = METHODS[name](gpt2)

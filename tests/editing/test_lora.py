@@ -40,8 +40,8 @@ from backward_lens_tl.models import host_of
 from backward_lens_tl.models.selection import find_editable
 from conftest import FACTS_FOLDER
 
-ROUND_TRIP = 1e-5  # what the edit promises, in nats of logits; float32 rounds them to about 3e-6
-MOVES = 1e-2  # and how much an edit has to change logits for the round trip to say something
+ROUND_TRIP = 1e-5  # the promised accuracy of logits, in nats; float32 rounds them to about 3e-6
+MOVES = 1e-2  # and the least change of logits for a meaningful round trip
 ATTENTION = ("W_Q", "W_K", "W_V", "W_O")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -68,7 +68,7 @@ def change(
     dense: bool = False,
     bias: bool = False,
 ) -> MatrixDelta:
-    """A random edit that is about `size` times as long as the matrix."""
+    """A random edit with about `size` times the norm of the matrix."""
     [site] = find_editable(host_of(model), matrix, layer)
     weight = site.joined(site.weight.in_out(site.weight.parameter.detach()))
     generator = torch.Generator().manual_seed(1000 * layer + 10 * seed + len(matrix))
@@ -114,7 +114,7 @@ def _all_names(model: Any) -> tuple[str, ...]:
 def check_round_trip(
     delta: WeightDelta, model: Any, base: nn.Module, folder: Path, tokens: Tensor
 ) -> Tensor:
-    """The adapter on the base gives the edited model's logits; the base alone does not."""
+    """Base and adapter give the edited model's logits; the base alone does not."""
     delta.to_lora(folder, model, base)
     before = logits_of(model, tokens)
     with delta.applied(model):
@@ -126,7 +126,7 @@ def check_round_trip(
 
 
 def of_prompt(model: Any) -> Tensor:
-    """A prompt as the model knows them: of random tokens it is less sure, and rounds more."""
+    """A prompt like the training data: on random tokens rounding errors are larger."""
     tokens: Tensor = model.to_tokens("Lionel Messi plays for", prepend_bos=False)
     return tokens
 
@@ -138,7 +138,7 @@ def facts_base() -> nn.Module:
 
 @pytest.fixture(scope="session", params=["llama", "neox"])
 def random_pair(request: pytest.FixtureRequest) -> tuple[Case, nn.Module]:
-    """A random bridge in float64, and the Hugging Face model that it was made of."""
+    """A random bridge in float64, and the Hugging Face model that it wraps."""
     architecture = request.param
     wrapped = _hf_model(architecture, 64, 3).double()
     randomise(wrapped)
@@ -163,7 +163,7 @@ def test_random_round_trip(random_pair: tuple[Case, nn.Module], kind: str, tmp_p
     check_round_trip(EDITS[kind](case.model), case.model, raw, tmp_path / "a", case.tokens(7, 7))
 
 
-COMMON = ("gpt_neox", "bloom", "falcon_new", "phi3")  # all four have joint layers, each its own
+COMMON = ("gpt_neox", "bloom", "falcon_new", "phi3")  # each fuses its layers differently
 QUICK = {("gpt_neox", "hooked"), *((name, "bridge") for name in COMMON)}
 FAMILY_NAMES = [
     pytest.param(name, kind, marks=() if (name, kind) in QUICK else pytest.mark.slow)
@@ -174,7 +174,7 @@ FAMILY_NAMES = [
 
 @pytest.mark.parametrize(("family", "kind"), FAMILY_NAMES)
 def test_families(family: str, kind: str, tmp_path: Path) -> None:
-    """Every matrix of a layer that is one weight, with nothing known of the architecture."""
+    """Every matrix of a layer stored as one weight, without knowledge of the architecture."""
     try:
         model = build_model(family, kind, torch.float64)
     except NotAvailable as reason:
@@ -202,7 +202,7 @@ def test_trained_llama_round_trip(stories: Case, stories_folder: Path, tmp_path:
 
 
 def test_base_by_its_folder(facts_model: Any, tmp_path: Path) -> None:
-    """The adapter knows its base, and peft's own class loads both."""
+    """The adapter names its base, and peft's class loads both."""
     delta, tokens = EDITS["W_out"](facts_model), of_prompt(facts_model)
     delta.to_lora(tmp_path, facts_model, str(FACTS_FOLDER))
     loaded = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path)).eval()
@@ -222,7 +222,7 @@ def test_merged_into_the_weights(
     assert float((logits_of(merged, tokens) - found).abs().max()) <= ROUND_TRIP
 
 
-def test_what_is_written(facts_model: Any, facts_base: nn.Module, tmp_path: Path) -> None:
+def test_written_files(facts_model: Any, facts_base: nn.Module, tmp_path: Path) -> None:
     delta = edit(*(change(facts_model, name, 1, rank=2 + i) for i, name in enumerate(ATTENTION)))
     delta.to_lora(tmp_path, facts_model, facts_base)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -257,7 +257,7 @@ def test_a_rank_is_never_larger_than_the_matrix(
     assert config["r"] == 128
 
 
-def test_a_change_of_nothing(facts_model: Any, facts_base: nn.Module, tmp_path: Path) -> None:
+def test_a_zero_change(facts_model: Any, facts_base: nn.Module, tmp_path: Path) -> None:
     tokens = of_prompt(facts_model)
     for delta in (
         edit(change(facts_model, "W_out", 1).scale(0)),
@@ -275,10 +275,10 @@ def test_a_change_of_nothing(facts_model: Any, facts_base: nn.Module, tmp_path: 
 
 
 @pytest.mark.parametrize("fault", ["transposed", "twice", "another layer", "no joint columns"])
-def test_the_round_trip_notices(
+def test_the_round_trip_detects_errors(
     facts_model: Any, facts_base: nn.Module, fault: str, tmp_path: Path
 ) -> None:
-    """Negative controls: faults of an adapter that the round trip has to find."""
+    """Negative controls: errors in an adapter that the round trip must detect."""
     matrix = "W_V" if fault == "no joint columns" else "W_O"
     delta, tokens = edit(change(facts_model, matrix, 1)), of_prompt(facts_model)
     delta.to_lora(tmp_path, facts_model, facts_base)
@@ -308,7 +308,7 @@ def test_another_base_is_refused(facts_model: Any, facts_base: nn.Module, tmp_pa
     delta = EDITS["W_out"](facts_model)
     other = copy.deepcopy(facts_base)
     with torch.no_grad():
-        # One number of the matrix, by a thousandth of a usual weight.
+        # Change one entry of the matrix by a thousandth of a typical weight.
         weight = other.transformer.h[1].mlp.c_proj.weight
         weight[3, 4] += 1e-3 * weight.std()
     with pytest.raises(EditError, match=r"has the weights of W_out of layer 1\. Either"):
@@ -342,16 +342,14 @@ def test_the_same_weights_in_two_layers(
 
 @pytest.mark.versions
 @bridge_only
-def test_a_base_inside_of_a_bridge_is_refused(facts_base: nn.Module, tmp_path: Path) -> None:
+def test_a_base_inside_a_bridge_is_refused(facts_base: nn.Module, tmp_path: Path) -> None:
     model = load_facts_model("bridge")
     with pytest.raises(EditError, match="freshly loaded"):
         EDITS["W_out"](model).to_lora(tmp_path, model, model.original_model)
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_bases_and_folders_that_are_not_there(
-    facts_model: Any, facts_base: nn.Module, tmp_path: Path
-) -> None:
+def test_missing_bases_and_folders(facts_model: Any, facts_base: nn.Module, tmp_path: Path) -> None:
     delta = EDITS["W_out"](facts_model)
     with pytest.raises(EditError, match="transformers cannot load the base"):
         delta.to_lora(tmp_path / "a", facts_model, str(tmp_path / "nowhere"))
@@ -413,13 +411,13 @@ def processed(**options: bool) -> Any:
 def check_as_probabilities(
     delta: WeightDelta, model: Any, base: nn.Module, folder: Path, tokens: Tensor
 ) -> None:
-    """As the round trip, but for a constant on all logits of a position."""
+    """Like the round trip, up to a constant added to all logits of a position."""
     delta.to_lora(folder, model, base)
     with delta.applied(model):
         edited = logits_of(model, tokens).log_softmax(-1)
     found = through_peft(base, folder, tokens).log_softmax(-1)
     assert float((edited - logits_of(model, tokens).log_softmax(-1)).abs().max()) > MOVES
-    assert float((found - edited).abs().max()) <= 3 * ROUND_TRIP  # other weights, other rounding
+    assert float((found - edited).abs().max()) <= 3 * ROUND_TRIP  # different rounding
 
 
 @pytest.fixture(scope="module")
@@ -462,8 +460,8 @@ def test_a_bridge_in_compatibility_mode(facts_base: nn.Module, tmp_path: Path) -
 
 @pytest.mark.versions
 @hooked_only
-def test_without_layer_norm_the_mean_counts(stories_folder: Path, tmp_path: Path) -> None:
-    """Behind an RMS norm a centered matrix is another one, and is not found."""
+def test_without_layer_norm_the_mean_matters(stories_folder: Path, tmp_path: Path) -> None:
+    """After an RMS norm a centered matrix is not equivalent, and is not found."""
     base = AutoModelForCausalLM.from_pretrained(stories_folder, dtype=torch.float32)
     model: Any = load_model(str(stories_folder), "hooked")
     edit(change(model, "W_out", 1)).to_lora(tmp_path, model, base)
@@ -499,7 +497,7 @@ def test_columns_that_cannot_be_told_apart() -> None:
     twice = torch.cat([layer, layer], dim=1)
     assert found(layer, twice) == [list(range(12)), list(range(12, 24))]
     with_zeros = torch.cat([torch.zeros(20, 4), layer, torch.zeros(20, 4)], dim=1)
-    # Columns of zeros inside of a part that has others are allowed.
+    # Zero columns in a block with nonzero columns are allowed.
     assert found(with_zeros[:, :8], with_zeros) == [list(range(8))]
     shuffled = with_zeros[:, [0, 1, 8, 9]]
     assert found(shuffled, with_zeros, n_parts=4) == []

@@ -72,7 +72,7 @@ def wanted_of(case: Case, request: EditRequest, **settings: Any) -> Tensor:
     scope="module",
 )
 def each(request: pytest.FixtureRequest) -> Case:
-    """Random models that write straight to the residual stream."""
+    """Random models whose MLPs write directly to the residual stream."""
     return build(request.param)
 
 
@@ -81,7 +81,7 @@ def each(request: pytest.FixtureRequest) -> Case:
 
 @contextmanager
 def added_to(case: Case, changes: Sequence[tuple[int, Tensor]]) -> Iterator[None]:
-    """The reference and the model under test, with other weights."""
+    """The reference and the model under test, with some weights changed."""
     with torch.no_grad():
         kept = []
         for layer, dense in changes:
@@ -99,7 +99,7 @@ def added_to(case: Case, changes: Sequence[tuple[int, Tensor]]) -> Iterator[None
 def reference_key(
     case: Case, changes: Sequence[tuple[int, Tensor]], layer: int, row: Sequence[int], at: int
 ) -> Tensor:
-    """What W_out of a layer reads in a model whose earlier layers are edited."""
+    """Input of a layer's W_out in a model whose earlier layers are edited."""
     own = {at_layer: case.model.blocks[at_layer].mlp.W_out for at_layer, _ in changes}
     before = {at_layer: weight.detach().clone() for at_layer, weight in own.items()}
     with torch.no_grad():
@@ -161,8 +161,8 @@ def test_the_default_regularization_grows_with_the_width(one_gpt2: Case) -> None
 
 
 @pytest.mark.parametrize("fact_token", ["subject_last", "last"])
-def test_one_layer_and_one_request_become_rome(each: Case, fact_token: str) -> None:
-    """At one layer a vector added to the MLP's output is one added after the layer."""
+def test_one_layer_and_one_request_equal_rome(each: Case, fact_token: str) -> None:
+    """At one layer, adding to the MLP's output equals adding after the layer."""
     shared: dict[str, Any] = SETTINGS | {"weight_decay": 0.0, "clamp": 1e9}
     shared |= {"fact_token": fact_token, "prepend_bos": False, "ridge": 0.0}
     shared |= {"moments": with_moments(each, [1], [MOMENTS[0]])}
@@ -176,8 +176,8 @@ def test_one_layer_and_one_request_become_rome(each: Case, fact_token: str) -> N
 
 
 @pytest.mark.parametrize("regularization", [0.5, 20.0, 3000.0])
-def test_the_part_that_is_written(one_gpt2: Case, regularization: float) -> None:
-    """Of one key it is s / (lambda + s)."""
+def test_the_fraction_that_is_written(one_gpt2: Case, regularization: float) -> None:
+    """For one key the fraction is s / (lambda + s)."""
     (row, *_), (at, *_) = contexts(one_gpt2, REQUEST, (), "subject_last", False)
     key = key_at(one_gpt2, 1, row, at)
     moments = with_moments(one_gpt2, [1], [MOMENTS[0]])
@@ -190,7 +190,7 @@ def test_the_part_that_is_written(one_gpt2: Case, regularization: float) -> None
 
 
 def test_nothing_is_missing_without_regularization(each: Case) -> None:
-    """The last layer writes what those before it left."""
+    """The last layer writes the remainder that earlier layers left."""
     method = memit(each, starts=(), regularization=1e-9)
     requests = [REQUEST, OTHER]
     name = f"blocks.{LAYERS[-1]}.hook_resid_post"
@@ -205,8 +205,8 @@ def test_nothing_is_missing_without_regularization(each: Case) -> None:
         assert relative_error(cache[name][0, at], z) < close
 
 
-def test_a_lower_layer_writes_its_share_alone(one_gpt2: Case) -> None:
-    """Each layer's share is that of the layers that are still to come."""
+def test_a_lower_layer_writes_only_its_share(one_gpt2: Case) -> None:
+    """Each layer's share is one over the number of remaining layers."""
     (row, *_), (at, *_) = contexts(one_gpt2, REQUEST, (), "subject_last", False)
     key = key_at(one_gpt2, LAYERS[0], row, at)
     delta = memit(one_gpt2, starts=(), regularization=1e-9)(one_gpt2.model, REQUEST)
@@ -223,10 +223,10 @@ def test_identity_moments_are_ridge_regression(one_gpt2: Case) -> None:
         assert relative_error(found, expected) < 1e-10
 
 
-# ----------------------------------------------------------------------------------- what it leaves
+# ------------------------------------------------------------------------------------- side effects
 
 
-def test_model_and_random_numbers_stay_as_they_were(each: Case) -> None:
+def test_model_and_random_state_are_unchanged(each: Case) -> None:
     case = each
     host = host_of(case.model)
     before = tensors_digest(host.parameters()), torch.random.get_rng_state()
@@ -292,7 +292,7 @@ def test_a_norm_after_the_mlp_is_refused(kind: str) -> None:
     ],
 )
 @pytest.mark.usefixtures("as_for_a_user")
-def test_wrong_settings_are_told(one_gpt2: Case, settings: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_refused(one_gpt2: Case, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(EditError, match=message):
         replace(memit(one_gpt2), **settings)(one_gpt2.model, REQUEST)
 

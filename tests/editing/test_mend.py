@@ -1,4 +1,4 @@
-"""MEND: its networks, the edits that they make, and how they learn, against slow computations."""
+"""MEND: networks, edits and training, against slow computations."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def untrained(case: Case, **more: Any) -> MENDEditor:
 
 
 def learned(case: Case, size: float = 0.1) -> MENDEditor:
-    """An editor that has moved away from the identity in all that it learns."""
+    """An editor in which every learned parameter differs from the identity."""
     editor = untrained(case, lr=0.02)
     moved = [
         each
@@ -155,7 +155,7 @@ def slow_layer(layer: ResidualLayer, row: np.ndarray, matrix: int) -> np.ndarray
     return out
 
 
-def test_the_edit_is_what_a_loop_over_positions_makes_of_the_pairs(gpt2: Case) -> None:
+def test_the_edit_matches_a_loop_over_positions(gpt2: Case) -> None:
     editor = learned(gpt2)
     delta = MEND(editor, prepend_bos=False)(gpt2.model, REQUESTS[:2])
     host = host_of(gpt2.model)
@@ -192,7 +192,9 @@ def test_matrices_of_one_shape_share_a_network_but_not_scale_and_shift(one_gpt2:
     assert editor.rates.dtype == editor.networks[0].layers[0].down.dtype == torch.float64
 
 
-def test_the_first_factor_has_variance_one_over_width_and_comes_of_the_seed(one_gpt2: Case) -> None:
+def test_the_first_factor_has_variance_one_over_width_and_depends_on_the_seed(
+    one_gpt2: Case,
+) -> None:
     first, again, other = (untrained(one_gpt2, seed=seed) for seed in (0, 0, 1))
     layers = [layer for network in first.networks for layer in network.layers]
     for layer in layers:
@@ -212,7 +214,7 @@ def drawn_from(case: Case) -> tuple[Any, list[Any], Any]:
 
 
 def slow_losses(case: Case, editor: MENDEditor, drawn: Sequence[Any]) -> tuple[float, float]:
-    """With the weights really changed, one edit and one prompt at a time."""
+    """Losses with really changed weights, one edit and one prompt at a time."""
     nlls, divergences = [], []
     for each in drawn:
         delta = MEND(editor, prepend_bos=False)(case.model, each.request.request)
@@ -233,7 +235,7 @@ def slow_losses(case: Case, editor: MENDEditor, drawn: Sequence[Any]) -> tuple[f
     return sum(nlls) / len(nlls), sum(divergences) / len(divergences)
 
 
-def test_the_losses_are_those_of_models_whose_weights_are_really_edited(gpt2: Case) -> None:
+def test_the_losses_match_models_with_really_edited_weights(gpt2: Case) -> None:
     host, drawn, _ = drawn_from(gpt2)
     editor = learned(gpt2)
     sites = find_editable(host, ("W_in", "W_out"), [0, 1, 2])
@@ -246,7 +248,7 @@ def test_the_losses_are_those_of_models_whose_weights_are_really_edited(gpt2: Ca
     assert abs(at_rest[0] - found[0]) > 1e-3
 
 
-def test_the_gradient_through_the_edited_pass_is_that_of_finite_differences(one_gpt2: Case) -> None:
+def test_the_gradient_through_the_edited_pass_matches_finite_differences(one_gpt2: Case) -> None:
     host, _, data = drawn_from(one_gpt2)
     drawn = data.draw(replace(SHORT, edits_per_step=2, n_locality=2), 0, 0)
     sites = find_editable(host, ("W_in", "W_out"), [0, 1, 2])
@@ -272,7 +274,7 @@ def test_the_gradient_through_the_edited_pass_is_that_of_finite_differences(one_
         )
         expected = float(above - below) / (2 * h)
         found = float((gradient * way).sum())
-        # Central differences lose about h^2 and eps / h; kinks of relu lie h apart at most.
+        # Central differences lose about h^2 and eps / h; kinks of ReLU add errors of order h.
         assert abs(found - expected) < 1e-6 + 1e-4 * abs(expected), at
         assert found != 0
 
@@ -280,7 +282,7 @@ def test_the_gradient_through_the_edited_pass_is_that_of_finite_differences(one_
 # --- training -----------------------------------------------------------------------------------
 
 
-def test_training_lowers_the_loss_and_changes_all_that_is_learned(one_gpt2: Case) -> None:
+def test_training_lowers_the_loss_and_changes_every_parameter(one_gpt2: Case) -> None:
     training = replace(SHORT, steps=10, edits_per_step=3, lr=3e-3, rate_lr=3e-3)
     editor = train(one_gpt2, training=training)
     begun = MENDEditor.untrained(editor.statistics, lr=training.initial_rate, seed=3)
@@ -307,7 +309,7 @@ def test_the_same_arguments_give_the_same_editor_and_another_seed_another(one_gp
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
-def test_training_leaves_the_model_and_random_numbers_as_they_were(gpt2: Case, mode: Any) -> None:
+def test_training_leaves_the_model_and_random_state_unchanged(gpt2: Case, mode: Any) -> None:
     model = gpt2.model
     parameters = list(model.parameters())
     before = [each.detach().clone() for each in parameters]
@@ -332,7 +334,7 @@ class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_training_resumes_to_the_same_editor(
+def test_interrupted_training_resumes_to_the_same_editor(
     one_gpt2: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = replace(SHORT, save_every=2, steps=5)
@@ -352,7 +354,7 @@ def test_an_interrupted_training_resumes_to_the_same_editor(
         train(one_gpt2, training=training, out=file)
     with pytest.raises(EditError, match="an unfinished training run after 2 steps"):
         MENDEditor.load(file)
-    done = -10  # two of five steps are in the file: three are left
+    done = -10  # two of five steps are in the file: three remain
     with pytest.raises(EditError, match=r"holds a training run with lr 0\.001, not 0\.5"):
         train(one_gpt2, training=replace(training, lr=0.5), out=file)
     with pytest.raises(EditError, match="holds a training run with records"):
@@ -366,7 +368,7 @@ def test_an_interrupted_training_resumes_to_the_same_editor(
     assert same(MENDEditor.load(file), expected)
 
 
-def test_a_saved_editor_comes_back_bit_for_bit_and_makes_the_same_edits(
+def test_a_saved_editor_is_loaded_bit_for_bit_and_makes_the_same_edits(
     one_gpt2: Case, tmp_path: Path
 ) -> None:
     editor = train(one_gpt2)
@@ -394,7 +396,7 @@ def test_a_saved_editor_comes_back_bit_for_bit_and_makes_the_same_edits(
         train(one_gpt2, out=tmp_path / "statistics.safetensors")
 
 
-# --- what is drawn --------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 def test_each_record_comes_once_per_epoch_with_its_own_neighbors(one_gpt2: Case) -> None:
@@ -424,7 +426,7 @@ def test_each_record_comes_once_per_epoch_with_its_own_neighbors(one_gpt2: Case)
         assert len(set(own)) > 1
 
 
-def test_every_step_draws_its_own_edits(one_gpt2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_samples_new_edits(one_gpt2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     draw, asked = TrainingData.draw, []
 
     def watched(self: Any, training: MENDTraining, seed: int, step: int) -> list[Any]:
@@ -491,7 +493,7 @@ def test_settings_must_be_positive(name: str, value: Any) -> None:
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_matrices_and_models_that_do_not_fit_are_refused(one_gpt2: Case) -> None:
+def test_unsuitable_matrices_and_models_are_refused(one_gpt2: Case) -> None:
     with pytest.raises(EditError, match="has no W_gate"):
         train(one_gpt2, matrices=("W_gate",))
     with pytest.raises(EditError, match="is a matrix of attention"):

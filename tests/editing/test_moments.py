@@ -1,4 +1,4 @@
-"""Second moments against a loop over tokens of a Hugging Face model; resuming gives equal bits."""
+"""Second moments against a loop over tokens of a Hugging Face model; resuming is exact."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def slowly(
 
 
 def same(one: SecondMoments, other: SecondMoments) -> bool:
-    """Whether two are the same to the last bit, all fields."""
+    """Whether all fields of two statistics are equal bit for bit."""
     for each_field in fields(one):
         a, b = getattr(one, each_field.name), getattr(other, each_field.name)
         if isinstance(a, tuple) and a and isinstance(a[0], Tensor):
@@ -104,7 +104,7 @@ def test_the_mean_over_tokens(each: Pair) -> None:
         assert found.n_tokens == n
         assert found.of(layer).dtype == torch.float64
     assert found.n_texts == len(TEXTS)
-    # Uncentred: the covariance is something else; so are other layers.
+    # Uncentred: the covariance differs, and so do other layers.
     assert relative_error(found.of(0), expected) > 0.1
 
 
@@ -126,8 +126,8 @@ def test_bos(own: Pair) -> None:
     assert (default.n_tokens == n) is bool(own.model.cfg.default_prepend_bos)
 
 
-def test_batches_and_padding_do_not_count(own: Pair) -> None:
-    """Lengths side by side, alone or sorted: the mean is over tokens, padding is none."""
+def test_batches_and_padding_do_not_matter(own: Pair) -> None:
+    """Mixed, single or sorted lengths: the mean is over tokens without padding."""
     found = collect(own.model)
     for order in (sorted(TEXTS, key=len), sorted(TEXTS, key=len, reverse=True)):
         other = collect(own.model, order)
@@ -156,7 +156,7 @@ def test_any_iterator(own: Pair) -> None:
     assert same(collect(own.model, with_empty), expected)
 
 
-def test_it_takes_no_more_texts_than_it_needs(own: Pair) -> None:
+def test_it_reads_no_more_texts_than_it_needs(own: Pair) -> None:
     def endless() -> Iterator[str]:
         while True:
             yield from TEXTS
@@ -196,7 +196,7 @@ def until(n: int, some: Sequence[str]) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def hundred() -> tuple[Any, list[str], SecondMoments]:
-    """A model in float32, whose sums depend on which texts are in a batch; texts; their moments."""
+    """A float32 model, whose sums depend on batching; texts; their moments."""
     model, some = build_model("gpt2", EITHER, torch.float32), texts(100, seed=7)
     return model, some, collect(model, some)
 
@@ -220,7 +220,7 @@ def test_an_interrupted_collection_resumes(
         assert 0 < kept.n_texts <= broken_at[-1]
     assert same(collect(model, some, out=file, save_every=save_every), whole)
     assert same(SecondMoments.load(file), whole)
-    # Done already: nothing is read but the texts.
+    # Already finished: only the texts are read.
     assert same(collect(model, iter(some), out=file), whole)
 
 
@@ -236,10 +236,10 @@ def test_a_collection_in_several_calls(own: Pair, tmp_path: Path, stops: list[in
     assert before < whole.n_tokens
     assert same(collect(own.model, some, out=file), whole)
     enough = collect(own.model, some, max_tokens=stops[0], out=file)
-    assert same(enough, whole)  # what there is, is not thrown away
+    assert same(enough, whole)  # existing data are not discarded
 
 
-def test_what_a_file_does_not_fit(own: Pair, tmp_path: Path) -> None:
+def test_a_file_of_another_collection_is_refused(own: Pair, tmp_path: Path) -> None:
     file = tmp_path / "moments.safetensors"
     collect(own.model, TEXTS[:20], layers=1, out=file)
     kept = file.read_bytes()
@@ -262,7 +262,7 @@ def test_what_a_file_does_not_fit(own: Pair, tmp_path: Path) -> None:
     assert found.n_texts == len(TEXTS)
 
 
-def test_a_file_of_something_else(own: Pair, tmp_path: Path) -> None:
+def test_a_file_of_another_kind(own: Pair, tmp_path: Path) -> None:
     file = tmp_path / "moments.safetensors"
     file.write_bytes(b"no statistics")
     with pytest.raises(ResultFileError):
@@ -271,8 +271,8 @@ def test_a_file_of_something_else(own: Pair, tmp_path: Path) -> None:
         collect(own.model, TEXTS[:1], out=tmp_path / "nowhere" / "moments.safetensors")
 
 
-def test_texts_are_one_after_the_other(own: Pair) -> None:
-    """The checksum knows where a text ends."""
+def test_boundaries_of_texts_matter(own: Pair) -> None:
+    """The checksum depends on the boundaries of texts."""
     assert (
         collect(own.model, ["Rome is", "in"]).texts != collect(own.model, ["Rome", "is in"]).texts
     )
@@ -291,7 +291,7 @@ def test_files(own: Pair, tmp_path: Path) -> None:
         SecondMoments.load(tmp_path / "b.safetensors")
 
 
-def test_the_fingerprint_tells_statistics_apart(own: Pair) -> None:
+def test_the_fingerprint_distinguishes_statistics(own: Pair) -> None:
     found = collect(own.model)
     others = [
         replace(found, moments=found.moments[::-1]),
@@ -314,7 +314,7 @@ def test_solve(own: Pair, ridge: float) -> None:
     assert relative_error(solution, torch.linalg.solve(ridged, keys)) < 1e-6
     assert relative_error(ridged @ solution, keys) < 1e-9
     assert relative_error(ridged @ found.solve(0, keys, ridge), keys) > 1e-2
-    # Asked for twice, the ridge is not added twice; keys in float32 are taken as they are.
+    # A second call does not add the ridge again; float32 keys are accepted.
     assert torch.equal(found.solve(1, keys, ridge), solution)
     assert torch.equal(found.of(1), c)
     rounded = found.solve(1, keys.float(), ridge)
@@ -330,14 +330,14 @@ def test_too_few_tokens(own: Pair) -> None:
     for ridge in (0.0, 1e-6):
         with pytest.raises(EditError, match=f"{few.n_tokens} tokens"):
             few.solve(1, keys, ridge)
-    # A ridge that is asked for makes up for them.
+    # An explicit ridge compensates for that.
     c = few.of(1)
     ridged = c + 0.1 * c.diagonal().mean() * torch.eye(52, dtype=torch.float64)
     assert relative_error(ridged @ few.solve(1, keys, 0.1), keys) < 1e-9
 
 
-def test_dimensions_that_nothing_uses(own: Pair) -> None:
-    """Many tokens, and no inverse: no number comes out where there is none."""
+def test_unused_dimensions(own: Pair) -> None:
+    """Many tokens but a singular matrix: raise instead of returning numbers."""
     found = collect(own.model, ["Rome is in"] * 40)
     assert found.n_tokens > 52
     keys = torch.ones(52, 1, dtype=torch.float64)
@@ -355,7 +355,7 @@ def test_solve_refuses(own: Pair) -> None:
         found.of(2)
 
 
-# ----------------------------------------------------------------------------------- whose they are
+# --------------------------------------------------------------------------- whose moments they are
 
 
 @pytest.mark.parametrize(
@@ -365,10 +365,10 @@ def test_solve_refuses(own: Pair) -> None:
         ("llama", ["bridge", "bridge-compat"] if HAS_BRIDGE else ["hooked", "hooked-processed"]),
     ],
 )
-def test_a_model_is_known_in_every_class(
+def test_a_model_is_identified_in_every_class(
     facts_model: Any, family: str, kinds: Sequence[str]
 ) -> None:
-    """And with processed weights, and slightly edited; other models are refused."""
+    """Also with processed or slightly edited weights; other models are refused."""
     models = {}
     for kind in kinds:
         try:
@@ -412,14 +412,14 @@ def test_a_smaller_vocabulary_is_refused() -> None:
         found.check(host_of(build("hooked-gpt2", d_vocab=50).model), [0])
 
 
-def test_layers_that_are_missing(own: Pair) -> None:
+def test_missing_layers(own: Pair) -> None:
     found = collect(own.model, TEXTS[:5], layers=1)
     found.check(host_of(own.model), [1])
     with pytest.raises(EditError, match="not of layer 0"):
         found.check(host_of(own.model), [0, 1])
 
 
-def test_the_facts_models_own(facts_model: Any) -> None:
+def test_moments_of_the_facts_model(facts_model: Any) -> None:
     found = facts_moments()
     found.check(host_of(facts_model), range(8))
     assert found.layers == tuple(range(8))
@@ -435,8 +435,8 @@ def test_the_facts_models_own(facts_model: Any) -> None:
         assert values[-1] > 10 * values.mean()
 
 
-def test_the_facts_models_own_are_of_its_training_text(facts_model: Any) -> None:
-    """Some of them, recomputed: the texts that it names are those of the generator."""
+def test_moments_of_the_facts_model_are_from_its_training_text(facts_model: Any) -> None:
+    """Recompute some of them; the named texts are those of the generator."""
     shipped = facts_moments()
     part = collect(facts_model, training_texts(SEED), max_tokens=4000)
     assert part.matrix == shipped.matrix
@@ -454,10 +454,10 @@ def test_the_facts_models_own_are_of_its_training_text(facts_model: Any) -> None
 
 
 @pytest.mark.slow
-def test_the_facts_models_own_are_reproducible() -> None:
+def test_moments_of_the_facts_model_are_reproducible() -> None:
     found, shipped = build_moments(), facts_moments()
     assert found.texts == shipped.texts
-    if HAS_BRIDGE and HAS_HOOKED:  # 3.9 computed those that ship; other versions round otherwise
+    if HAS_BRIDGE and HAS_HOOKED:  # 3.9 made the shipped ones; others round differently
         assert found.fingerprint == shipped.fingerprint
     for mine, theirs in zip(found.moments, shipped.moments, strict=True):
         assert relative_error(mine, theirs) < 1e-5

@@ -28,7 +28,7 @@ REQUESTS = (
     EditRequest("Messi plays", 7),
 )
 LR = 0.3
-ROUNDING = 1e-10  # of float64, through three layers and back
+ROUNDING = 1e-10  # float64 rounding through three layers and back
 MESSI = EditRequest("Lionel Messi plays for", " Paris")
 
 
@@ -56,7 +56,7 @@ def independent_loss(model: Any, logits: Any, requests: tuple[EditRequest, ...])
 def torch_step(
     case: Case, make: Any, requests: tuple[EditRequest, ...] = REQUESTS
 ) -> dict[Any, Any]:
-    """What one of torch's optimizers changes of each MLP weight of the reference model."""
+    """Change of each MLP weight of the reference model by one of torch's optimizers."""
     tensors = {key: weight.tensor for key, weight in case.weights.items()}
     before = {key: tensor.detach().clone() for key, tensor in tensors.items()}
     optimizer = make(list(tensors.values()))
@@ -92,12 +92,12 @@ def test_sgd_is_torchs(gpt2: Case) -> None:
 
 
 def test_sgd_is_torchs_in_a_gated_model(llama: Case) -> None:
-    # RMS norms of Hugging Face round to float32 on the way.
+    # RMS norms of Hugging Face round to float32 in between.
     check_sgd(llama, 1e-6 if llama.logits_in_float32 else ROUNDING)
 
 
 def check_sgd(case: Case, tolerance: float) -> None:
-    """Every matrix of a step against what torch's own optimizer changes."""
+    """Compare every matrix of a step with the change by torch's optimizer."""
     expected = torch_step(case, lambda tensors: torch.optim.SGD(tensors, lr=LR))
     delta = step("sgd", case.model)
     assert {(each.matrix, each.layer) for each in delta} == set(expected)
@@ -113,15 +113,15 @@ def test_adam_is_torchs(gpt2: Case) -> None:
     delta = step("adam", gpt2.model)
     for each in delta:
         wanted = expected[each.matrix, each.layer]
-        # Relative to each entry, whose size is lr but for gradients near eps.
+        # Relative to each entry, whose size is lr except for gradients near eps.
         assert torch.allclose(each.dense(), wanted, rtol=1e-6, atol=1e-9 * LR)
         assert not each.is_low_rank
     largest = max(float(each.dense().abs().max()) for each in delta)
     assert largest == pytest.approx(LR, rel=1e-5)
 
 
-def test_adam_counts_eps_where_gradients_are_small(gpt2: Case) -> None:
-    """With torch's eps entries near it take smaller steps; the sign alone would not."""
+def test_adams_eps_matters_where_gradients_are_small(gpt2: Case) -> None:
+    """Entries near torch's eps take smaller steps than their sign alone would give."""
     delta, gradient = step("adam", gpt2.model), step("sgd", gpt2.model, lr=1.0)
     for each in delta:
         g = -gradient[each.matrix, each.layer].dense()
@@ -131,7 +131,7 @@ def test_adam_counts_eps_where_gradients_are_small(gpt2: Case) -> None:
 @bridge_only
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_attention_against_hugging_face(architecture: str) -> None:
-    """SGD and Adam on an independent Hugging Face model's own attention weights."""
+    """SGD and Adam on attention weights of an independent Hugging Face model."""
     hf_model: Any = _hf_model(architecture, 64, 2).double()
     randomise(hf_model)
     raw: Any = copy.deepcopy(hf_model).eval()
@@ -149,13 +149,13 @@ def test_attention_against_hugging_face(architecture: str) -> None:
             expected = own(weight.detach() - before)
             weight.data.copy_(before)
             found = delta[matrix, 1].dense()
-            # Llama's norms round to float32, and Adam's sign of what is next to nothing with them.
+            # Llama's norms round to float32, so Adam's sign of tiny entries may flip.
             tolerance = 1e-9 if architecture == "gpt2" else 1e-5
             assert float((found - expected).norm() / expected.norm()) <= tolerance
 
 
 def attention_weight(raw: Any, matrix: str) -> tuple[nn.Parameter, Callable[[Tensor], Tensor]]:
-    """The parameter of layer 1 that holds a matrix, and how to read the matrix off it."""
+    """The parameter of layer 1 that holds a matrix, and a function that extracts the matrix."""
     place = "QKVO".index(matrix[-1])
     if hasattr(raw, "model"):
         attn = raw.model.layers[1].self_attn
@@ -180,7 +180,7 @@ def spaces(delta: MatrixDelta) -> tuple[Tensor, Tensor]:
 
 
 def outside(found: Tensor, columns: Tensor, rows: Tensor) -> float:
-    """The part of a matrix that is outside of a column and a row space."""
+    """The component of a matrix outside a column and a row space."""
     return float((found - columns @ found @ rows).norm() / found.norm())
 
 
@@ -193,18 +193,18 @@ def test_muon_keeps_the_gradients_spaces(gpt2: Case, matrices: str) -> None:
     for each in muon:
         key = each.matrix, each.layer
         own = gradient[key]
-        assert own.rank() < min(own.shape)  # or else every matrix would be inside
+        assert own.rank() < min(own.shape)  # otherwise every matrix would be inside
         columns, rows = spaces(own)
         assert outside(each.dense(), columns, rows) <= 1e-7
         assert outside(adam[key].dense(), columns, rows) > 0.05  # negative control
         assert each.rank() == own.rank()
-        # All directions count alike, and as much as the learning rate.
+        # All singular values equal the learning rate.
         values = each.singular_values()[: each.rank()]
         assert torch.allclose(values, torch.full_like(values, LR), rtol=1e-8)
 
 
 def test_muon_is_the_orthogonal_factor(gpt2: Case) -> None:
-    """`-lr U V^T` is the polar factor: times the gradient it is symmetric and not positive."""
+    """`-lr U V^T` is the polar factor: its product with the gradient is symmetric, <= 0."""
     gradient, muon = (step(name, gpt2.model, requests=REQUESTS[:1]) for name in ("sgd", "muon"))
     for each in muon:
         u, s, vh = torch.linalg.svd(gradient[each.matrix, each.layer].dense(), full_matrices=False)
@@ -215,15 +215,15 @@ def test_muon_is_the_orthogonal_factor(gpt2: Case) -> None:
 
 
 def four_directions(shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """A gradient of four directions of like length: Newton-Schulz does not lift shorter ones."""
+    """A gradient with four similar singular values: Newton-Schulz does not raise small ones."""
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(n, 4, generator=generator)).Q for n in shape)
     return u * torch.tensor([1.0, 0.9, 0.8, 0.7]) @ v.T, u, v
 
 
 @pytest.mark.parametrize("shape", [(24, 52), (52, 24)])
-def test_newton_schulz_comes_near_the_exact_step(shape: tuple[int, int]) -> None:
-    """Muon's five iterations, in float64: the same spaces, and singular values of about 1."""
+def test_newton_schulz_approximates_the_exact_step(shape: tuple[int, int]) -> None:
+    """Muon's five iterations, in float64: the same spaces, singular values near 1."""
     gradient, _, _ = four_directions(shape)
     wide = shape[0] > shape[1]
     x = (gradient.T if wide else gradient).double()
@@ -233,7 +233,7 @@ def test_newton_schulz_comes_near_the_exact_step(shape: tuple[int, int]) -> None
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     found = -(x.T if wide else x)
     ours = GradientStep("muon", 1.0)._step(_as_gradient(gradient))
-    assert outside(found, *spaces(ours)) <= 1e-4  # float32's rounding, lifted
+    assert outside(found, *spaces(ours)) <= 1e-4  # amplified float32 rounding
     values = torch.linalg.svdvals(found)[:4]
     assert 0.6 <= float(values.min()) <= float(values.max()) <= 1.3
     assert float((found * ours.dense()).sum() / found.norm() / ours.norm) >= 0.97
@@ -241,20 +241,20 @@ def test_newton_schulz_comes_near_the_exact_step(shape: tuple[int, int]) -> None
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
 @pytest.mark.parametrize("shape", [(24, 52), (52, 24)])
-def test_torchs_muon_is_near_within_the_gradients_spaces(shape: tuple[int, int]) -> None:
-    """There its singular values are about 1; outside it lifts bfloat16's rounding as well."""
+def test_torchs_muon_is_close_within_the_gradients_spaces(shape: tuple[int, int]) -> None:
+    """There its singular values are near 1; outside, bfloat16 rounding is amplified as well."""
     gradient, _, _ = four_directions(shape)
     weight = nn.Parameter(torch.zeros(shape))
     weight.grad = gradient.clone()
     torch.optim.Muon([weight], lr=LR, weight_decay=0.0).step()
-    found = weight.detach().double() / math.sqrt(max(1, shape[0] / shape[1]))  # its own factor
+    found = weight.detach().double() / math.sqrt(max(1, shape[0] / shape[1]))  # its scale factor
     ours = GradientStep("muon", LR)._step(_as_gradient(gradient))
     columns, rows = spaces(ours)
     within = columns @ found @ rows
     values = torch.linalg.svdvals(within)[:4] / LR
     assert 0.6 <= float(values.min()) <= float(values.max()) <= 1.3
     assert float((within * ours.dense()).sum() / within.norm() / ours.norm) >= 0.8
-    # What it lifts of rounding is shorter than any direction of the gradient, and not nothing.
+    # Amplified rounding is smaller than any direction of the gradient, but not zero.
     noise = torch.linalg.svdvals(found - within)[0] / LR
     assert 0.1 < float(noise) < float(values.min())
 
@@ -286,7 +286,7 @@ def test_matrices_and_layers(llama: Case, matrices: Any) -> None:
 
 
 def test_outer_products_are_the_positions(gpt2: Case) -> None:
-    """What is read, and the VJPs, as the lens captures them; nothing of positions without any."""
+    """Inputs and VJPs as the lens captures them; positions with zero VJPs are left out."""
     request = REQUESTS[1]
     delta = step("sgd", gpt2.model, requests=request, lr=0.5)
     capture = capture_gradients(
@@ -302,7 +302,7 @@ def test_outer_products_are_the_positions(gpt2: Case) -> None:
         assert torch.allclose(each.left.T, gradient.inputs[0, counts], rtol=1e-9)
         wanted = -0.5 / n_target * gradient.vjps[0, counts]
         assert torch.allclose(each.right, wanted, rtol=1e-9, atol=1e-15)
-    # In the last layer only the positions have a loss that a target's token is read at.
+    # In the last layer only positions that predict a target token have a VJP.
     assert delta["W_out", 2].left.shape[1] == n_target
 
 
@@ -314,7 +314,7 @@ def test_several_requests_are_the_mean_of_each(gpt2: Case) -> None:
         assert torch.allclose(each.dense(), mean, rtol=1e-8, atol=1e-13)
 
 
-def test_the_model_is_as_before(gpt2: Case) -> None:
+def test_the_model_is_unchanged(gpt2: Case) -> None:
     before = host_of(gpt2.model).fingerprint()
     for name in ("sgd", "adam", "muon"):
         step(name, gpt2.model)
@@ -323,7 +323,7 @@ def test_the_model_is_as_before(gpt2: Case) -> None:
 
 
 def test_a_step_lowers_the_loss(facts_model: Any) -> None:
-    """Of each optimizer, at a small learning rate; and in the opposite direction it rises."""
+    """Each optimizer at a small learning rate; in the opposite direction the loss rises."""
 
     @torch.no_grad()
     def loss() -> float:
@@ -338,7 +338,7 @@ def test_a_step_lowers_the_loss(facts_model: Any) -> None:
             assert loss() > before
 
 
-def test_settings_are_told(gpt2: Case) -> None:
+def test_settings_are_recorded(gpt2: Case) -> None:
     made = step("adam", gpt2.model, matrices=("W_in", "W_out"), layers=1)
     assert made.about == {
         "method": "GradientStep",
@@ -368,7 +368,7 @@ def test_invalid_settings(settings: dict[str, Any], message: str) -> None:
         GradientStep(**({"optimizer": "sgd", "lr": 1.0} | settings))
 
 
-def test_matrices_that_are_not_there(gpt2: Case) -> None:
+def test_missing_matrices(gpt2: Case) -> None:
     for more, message in (
         ({"matrices": "W_gate"}, "has no W_gate"),
         ({"matrices": "W_up"}, "unknown matrix 'W_up'"),
@@ -392,8 +392,8 @@ def test_experts_are_refused() -> None:
 # -------------------------------------------------------------------------------------- tokens
 
 
-def test_tokens_of_a_step_are_those_of_the_gradient(facts_model: Any) -> None:
-    """What SGD writes at a position is its VJP, turned round and `||x_i||` times as long."""
+def test_tokens_of_a_step_match_those_of_the_gradient(facts_model: Any) -> None:
+    """At a position SGD writes its negative VJP, scaled by `||x_i||`."""
     delta = step("sgd", facts_model, requests=MESSI, lr=1.0, matrices=("W_in", "W_out"))
     table = delta_tokens(
         facts_model, delta, k=4, target=" Paris", projection="normalized", most=None
@@ -431,10 +431,10 @@ def expected_tokens(model: Any, vector: Tensor, k: int) -> list[str]:
 
 @pytest.mark.parametrize("components", ["made", "singular"])
 @pytest.mark.parametrize("matrix", ["W_out", "W_O", "W_in", "W_Q"])
-def test_tokens_are_read_from_the_vector_in_the_stream(
+def test_tokens_are_decoded_from_the_vector_in_the_stream(
     facts_model: Any, matrix: str, components: str
 ) -> None:
-    """By hand: the Logit Lens of each vector, and its bottom as the top of the opposite scores."""
+    """By hand: the Logit Lens of each vector; the bottom is the top of the negated scores."""
     delta = step("sgd", facts_model, requests=MESSI, lr=2.0, matrices=matrix, layers=3)
     table = delta_tokens(facts_model, delta, k=3, components=components)  # type: ignore[arg-type]
     each = delta[matrix, 3]
@@ -458,7 +458,7 @@ def test_tokens_are_read_from_the_vector_in_the_stream(
     assert "target_rank" not in table
 
 
-def test_dense_edits_have_singular_tokens_only(facts_model: Any) -> None:
+def test_dense_edits_have_only_singular_tokens(facts_model: Any) -> None:
     delta = step("adam", facts_model, requests=MESSI, matrices="W_out", layers=5, lr=0.01)
     made, singular = (
         delta_tokens(facts_model, delta, k=2, components=each, most=4, target=" Paris")  # type: ignore[arg-type]
@@ -471,7 +471,7 @@ def test_dense_edits_have_singular_tokens_only(facts_model: Any) -> None:
     assert made["target_rank"].between(0, host_of(facts_model).d_vocab_out - 1).all()
 
 
-def test_a_shift_says_its_target(facts_model: Any) -> None:
+def test_a_shift_decodes_to_its_target(facts_model: Any) -> None:
     host = host_of(facts_model)
     token = host.vocabulary.encode(" Paris")[0]
     embedding = facts_model.W_E[token].detach()
@@ -501,14 +501,14 @@ def test_tokens_that_do_not_exist(facts_model: Any, gpt2: Case) -> None:
 
 
 def response(delta: MatrixDelta) -> Tensor:
-    """What an edit responds to: its left vectors, each by the length of its right one."""
+    """Directions that an edit responds to: left vectors times the norms of right vectors."""
     left, right = delta.factors
     parts = [column * row.norm() for column, row in zip(left.T, right, strict=True)]
     return torch.stack(parts).sum(0).double()
 
 
-def test_optimizers_side_by_side(facts_model: Any) -> None:
-    """Each column against the dense matrices; what the paper asks of optimizers, for one prompt."""
+def test_comparison_of_optimizers(facts_model: Any) -> None:
+    """Each column against dense matrices: the paper's comparison of optimizers on one prompt."""
     deltas = {
         name: step(name, facts_model, requests=MESSI, layers=[4, 7], matrices="W_out")
         for name in ("sgd", "adam", "muon")
@@ -525,7 +525,7 @@ def test_optimizers_side_by_side(facts_model: Any) -> None:
         assert row["stable_rank"] == pytest.approx(float((s @ s) / s[0] ** 2), rel=1e-4)
         cosine = float((dense * first).sum() / dense.norm() / first.norm())
         assert row["alignment"] == pytest.approx(cosine, abs=1e-4)
-        if name != "muon":  # all of whose directions are as long
+        if name != "muon":  # all of its singular values are equal
             responds = response(deltas["sgd"]["W_out", layer])
             side = 1.0 if float(u[:, 0] @ responds) >= 0 else -1.0
             vector = vh[0] * side
@@ -545,7 +545,7 @@ def test_optimizers_side_by_side(facts_model: Any) -> None:
     assert "target_rank" not in compare_tokens(facts_model, deltas)
 
 
-def test_steps_on_a_matrix_that_reads_are_compared_by_what_they_read(facts_model: Any) -> None:
+def test_steps_on_a_reading_matrix_are_compared_by_their_inputs(facts_model: Any) -> None:
     one, other = (
         step(name, facts_model, requests=MESSI, layers=4, matrices="W_in", lr=0.1)
         for name in ("sgd", "adam")
@@ -573,7 +573,7 @@ def test_edits_that_cannot_be_compared(facts_model: Any) -> None:
     assert nothing["target_rank"].isna().tolist() == [False, True] * (len(nothing) // 2)
 
 
-def test_prompts_with_bos_are_others(facts_model: Any) -> None:
+def test_prompts_with_bos_differ(facts_model: Any) -> None:
     with_bos, without = (
         step("sgd", facts_model, requests=MESSI, layers=2, prepend_bos=each)["W_out", 2]
         for each in (True, False)

@@ -1,4 +1,4 @@
-"""Presets of the editing methods: their numbers, what they keep, and what they may learn from."""
+"""Presets of the editing methods: settings, stored statistics, and training data."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def tiny() -> nn.Module:
-    """A random model of three layers, of the kind that is installed."""
+    """A random model of three layers, of an available class."""
     return build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2").model
 
 
 @pytest.fixture(scope="module")
 def training() -> tuple[Record, ...]:
-    """What may be learnt from where `FACTS_TEST` is evaluated; a few are enough here."""
+    """Training records allowed when evaluating on `FACTS_TEST`; a few are enough here."""
     return unused_records(read_records("facts"), EvaluationConfig(rows=FACTS_TEST))[:12]
 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch, facts_model: nn.Module) -> list[Any]:
-    """What MEND's training is asked for; it trains nothing."""
+    """Record the arguments of MEND's training, without training."""
     asked: list[Any] = []
 
     def train_mend(*args: Any, **given: Any) -> Any:
@@ -83,7 +83,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, facts_model: nn.Module) -> list[Any
 
 @pytest.mark.parametrize("name", ["gpt2-xl", "openai-community/gpt2-xl"])
 def test_the_published_numbers(name: str) -> None:
-    """Those of the released files, as far as the classes' own defaults do not have them."""
+    """Settings of the released files that differ from the classes' defaults."""
     own = preset_settings(name, 48)
     assert list(own) == list(METHODS)
     shift = ForwardPassShift(**own["shift"])
@@ -116,14 +116,14 @@ def layers_of(settings: Any) -> tuple[int, ...]:
     return layers if isinstance(layers, tuple) else (layers,)
 
 
-def test_other_models_have_layers_as_far_up() -> None:
+def test_other_models_use_layers_at_the_same_relative_depth() -> None:
     moments = facts_moments()
     for n_layers in (*range(1, 14), 24, 36, 47, 48, 60):
         check_layers(n_layers, moments)
 
 
 def check_layers(n_layers: int, moments: Any) -> None:
-    """Those of a model of this many layers, against the published ones of 48."""
+    """Layers for a model with `n_layers`, against the published ones for 48."""
     published = preset_settings("gpt2-xl", 48)
     for name, own in preset_settings("other", n_layers).items():
         layers = layers_of(own)
@@ -136,17 +136,17 @@ def check_layers(n_layers: int, moments: Any) -> None:
             has_moments = METHODS[name] in (ROME, MEMIT, ForwardPassShift)
             METHODS[name](**own, **({"moments": moments} if has_moments else {}))
     own = preset_settings("other", n_layers)
-    # Sizes that belong to GPT-2 xl alone are not taken over.
+    # Sizes specific to GPT-2 xl are not copied.
     assert own["shift"]["form"] == "scale_free"
     assert own["shift"]["size"] > 1
     assert own["memit"]["regularization"] is None
 
 
-def test_gpt2_xl_s_depth_keeps_its_layers() -> None:
+def test_models_as_deep_as_gpt2_xl_use_its_layers() -> None:
     published = preset_settings("gpt2-xl", 48)
     for name, own in preset_settings("other", 48).items():
         assert layers_of(own) == layers_of(published[name])
-    assert published["shift"]["size"] == 0.24  # which the other model's did not change
+    assert published["shift"]["size"] == 0.24  # which the other model's preset did not change
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -183,20 +183,20 @@ def test_presets_of_the_facts_model(facts_model: Any, training: Any, trained: An
 
 
 class FakeMEND:
-    """Instead of the method, whose networks are checked."""
+    """Replace the method, whose networks are checked."""
 
     def __init__(self, editor: Any, *, prepend_bos: Any) -> None:
         self.editor, self.prepend_bos = editor, prepend_bos
 
 
-# --- what is kept ---------------------------------------------------------------------------------
+# --- stored statistics ----------------------------------------------------------------------------
 
 
 def only_these(*names: str) -> dict[str, Any]:
     return {"names": names, "progress": False}
 
 
-def test_statistics_are_kept_and_read_again(
+def test_statistics_are_saved_and_reused(
     facts_model: Any, training: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = tensors_checksum(host_of(facts_model).parameters())
@@ -228,7 +228,7 @@ def test_editors_of_gradients_edit_the_last_layers(
     given: Any = {"folder": tmp_path, "training": training, "progress": False}
     own: Any = with_settings(facts_model, "normalized_gradient", {"lr": 0.1}, **given)
     assert (own.lr, own.layers, own.prepend_bos) == (0.1, (5, 6, 7), False)
-    # Others can be asked for, of the same statistics.
+    # Others can be requested from the same statistics.
     first: Any = with_settings(facts_model, "normalized_gradient", {"layers": (0,)}, **given)
     delta = first(facts_model, EditRequest("Lionel Messi plays for", " Paris"))
     assert {(each.matrix, each.layer) for each in delta} == {("W_in", 0), ("W_out", 0)}
@@ -250,7 +250,7 @@ def test_moments_of_another_model(
     given: Any = {"folder": tmp_path, "progress": False}
     with pytest.raises(EditError, match=r"wikitext.*cannot be loaded from the hub.*pass"):
         preset_methods(tiny, "rome", **given)
-    # Methods that need none do not ask the hub.
+    # Methods that need none do not access the hub.
     assert list(preset_methods(tiny, ["shift", "ft_late"], **given)) == ["ft_late", "shift"]
 
     pulled: list[str] = []
@@ -271,14 +271,14 @@ def test_moments_of_another_model(
     assert 0 < n_pulled < len(TEXTS) * 20
     assert (tmp_path / "second_moments.safetensors").is_file()
     again: Any = preset_methods(tiny, "rome", **given)["rome"]
-    assert len(pulled) == n_pulled  # nothing was collected again
+    assert len(pulled) == n_pulled  # nothing was recollected
     assert again.moments.fingerprint == moments.fingerprint
 
 
-def test_moments_that_were_not_finished_are_gone_on_with(
+def test_unfinished_moments_are_resumed(
     tiny: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `kill -9` leaves them: a file of the first texts alone."""
+    """The state after `kill -9`: a file of the first texts only."""
     file = tmp_path / "second_moments.safetensors"
     begun = second_moments(tiny, TEXTS, prepend_bos=False, out=file, progress=False)
     monkeypatch.setattr(presets, "_wikitext", lambda: iter(TEXTS * 20))
@@ -287,12 +287,12 @@ def test_moments_that_were_not_finished_are_gone_on_with(
     assert found.moments.n_tokens >= 10 * begun.n_tokens
 
 
-# --- what must not be learnt from -----------------------------------------------------------------
+# --- leaks of evaluation data ---------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("as_for_a_user")
 @pytest.mark.parametrize("rows", [FACTS_TEST, range(100), FACTS_TUNING])
-def test_nothing_is_learnt_from_what_is_evaluated(
+def test_evaluated_records_are_not_trained_on(
     rows: range, facts_model: Any, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = read_records("facts")
@@ -316,7 +316,7 @@ def test_nothing_is_learnt_from_what_is_evaluated(
     assert not set(FACTS_TEST) & set(FACTS_TUNING)
 
 
-def test_no_prompt_of_the_evaluation_is_learnt_from():
+def test_prompts_of_the_evaluation_are_not_trained_on():
     records = read_records("facts")
     rows = [row for row in records.rows[:100] if isinstance(row, Record)]
     subjects = {str(row.subject) for row in rows}
@@ -330,7 +330,7 @@ def test_no_prompt_of_the_evaluation_is_learnt_from():
     assert len(left) > 100
     assert sum(len(row.neighborhood_prompts) for row in left) > 100
     assert leaks(left) == 0
-    # Rows with other subjects alone would have had many.
+    # Filtering by subject alone would have left many.
     others = [row for row in records.rows[100:] if getattr(row, "subject", "") not in subjects]
     assert leaks(others) > 100
 
@@ -355,7 +355,7 @@ def test_errors(facts_model: Any, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_preset_s_method_with_other_settings(facts_model: Any, tmp_path: Path) -> None:
+def test_a_presets_method_with_other_settings(facts_model: Any, tmp_path: Path) -> None:
     given: Any = {"folder": tmp_path, "prepend_bos": True}
     shift: Any = with_settings(
         facts_model, "shift", {"layer": 2, "size": 3.0, "form": "whitened"}, **given
@@ -367,7 +367,7 @@ def test_a_preset_s_method_with_other_settings(facts_model: Any, tmp_path: Path)
     assert rome.moments.fingerprint == facts_moments().fingerprint
 
 
-def test_the_facts_models_settings_are_those_that_were_chosen_on_the_tuning_split():
+def test_settings_of_the_facts_model_are_those_chosen_on_the_tuning_split():
     file = Path(__file__).parents[2] / "docs" / "editing" / "tuning.json"
     tried = json.loads(file.read_text())
     settings = preset_settings("facts", 8)

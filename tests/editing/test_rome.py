@@ -1,4 +1,4 @@
-"""ROME against its formulas: the search, what is written, and what does not change."""
+"""ROME against its formulas: the search, the written change, and what stays unchanged."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ _FOUND: dict[tuple[Any, ...], tuple[Case, Tensor]] = {}
     scope="module",
 )
 def each(request: pytest.FixtureRequest) -> Case:
-    """Random models whose reference shows what each matrix writes."""
+    """Random models whose reference exposes the output of each matrix."""
     return build(request.param)
 
 
-# ---------------------------------------------------------------------------------- what is written
+# ------------------------------------------------------------------------------- the written change
 
 
 def test_the_bare_key_gives_the_value_of_a_slow_search(each: Case) -> None:
@@ -112,7 +112,7 @@ def test_the_bare_key_gives_the_value_of_a_slow_search(each: Case) -> None:
     assert relative_error(key @ dense, expected) < (SOFT if each.logits_in_float32 else EXACT)
 
 
-def test_each_key_mode_guarantees_what_it_says(each: Case) -> None:
+def test_each_key_mode_keeps_its_guarantee(each: Case) -> None:
     bare, mean = keys_of(each, REQUEST)[0], keys_of(each, REQUEST).mean(0)
     values, delta = values_of(each, REQUEST), delta_of(each)
     close = SOFT if each.logits_in_float32 else EXACT
@@ -126,7 +126,7 @@ def test_each_key_mode_guarantees_what_it_says(each: Case) -> None:
     assert relative_error(values.mean(0) + mean @ published, wanted) > 100 * close
 
 
-def test_what_the_edited_model_writes_is_the_value(gpt2: Case) -> None:
+def test_the_edited_model_writes_the_value(gpt2: Case) -> None:
     method = rome(gpt2, key_mode="bare")
     rows, places = contexts(gpt2, REQUEST, (), "subject_last", False)
     wanted = values_of(gpt2, REQUEST)[0] + delta_of(gpt2)
@@ -137,7 +137,7 @@ def test_what_the_edited_model_writes_is_the_value(gpt2: Case) -> None:
 
 
 @pytest.mark.parametrize("key_mode", ["mean", "bare"])
-def test_other_text_is_changed_as_little_as_can_be(one_gpt2: Case, key_mode: str) -> None:
+def test_other_text_is_changed_as_little_as_possible(one_gpt2: Case, key_mode: str) -> None:
     moments, wrong = random_moments(52), random_moments(52, seed=1)
     keys = keys_of(one_gpt2, REQUEST)
     key = keys.mean(0) if key_mode == "mean" else keys[0]
@@ -148,7 +148,7 @@ def test_other_text_is_changed_as_little_as_can_be(one_gpt2: Case, key_mode: str
     dense, other = change(method, one_gpt2, REQUEST), change(foreign, one_gpt2, REQUEST)
     # Both meet the constraint ...
     assert relative_error(key @ other, key @ dense) < EXACT
-    # ... and the gradient 2 C dW of tr(dW^T C dW) is zero in all directions that keep to it.
+    # ... and the gradient 2 C dW of tr(dW^T C dW) is zero in all directions that satisfy it.
     along = torch.eye(52, dtype=torch.float64) - torch.outer(key, key) / (key @ key)
 
     def free_gradient(own: Tensor) -> float:
@@ -176,7 +176,7 @@ def test_it_solves_the_optimality_system(one_gpt2: Case, ridge: float) -> None:
     assert relative_error(change(method, one_gpt2, REQUEST), expected[:52]) < 1e-8
 
 
-def test_identity_moments_are_no_moments(one_gpt2: Case) -> None:
+def test_identity_moments_equal_no_moments(one_gpt2: Case) -> None:
     same = with_moments(one_gpt2, [LAYER], [torch.eye(52, dtype=torch.float64)])
     dense = change(rome(one_gpt2, same, ridge=0.3), one_gpt2, REQUEST)
     assert relative_error(change(rome(one_gpt2, "identity"), one_gpt2, REQUEST), dense) < 1e-12
@@ -185,7 +185,7 @@ def test_identity_moments_are_no_moments(one_gpt2: Case) -> None:
     assert relative_error(dense, torch.outer(key, residual) / (key @ key)) < EXACT
 
 
-def test_only_the_matrix_changes_and_by_rank_one(one_gpt2: Case) -> None:
+def test_only_the_matrix_changes_with_rank_one(one_gpt2: Case) -> None:
     delta = rome(one_gpt2)(one_gpt2.model, REQUEST)
     assert [(own.matrix, own.layer) for own in delta] == [("W_out", LAYER)]
     own = delta["W_out", LAYER]
@@ -196,14 +196,14 @@ def test_only_the_matrix_changes_and_by_rank_one(one_gpt2: Case) -> None:
     assert torch.equal(below["W_out", LAYER].dense(), own.dense())
 
 
-def test_several_requests_see_those_before_them(gpt2: Case) -> None:
+def test_later_requests_see_earlier_edits(gpt2: Case) -> None:
     method = rome(gpt2)
     both = method(gpt2.model, [REQUEST, OTHER])
     first = method(gpt2.model, REQUEST)
     prefixes = sampled(gpt2)
     assert both["W_out", LAYER].rank() == 2
     with first.applied(gpt2.model), pytest.MonkeyPatch.context() as patch:
-        # The prefixes are those of the model as it was.
+        # The prefixes are sampled from the unedited model.
         module = "backward_lens_tl.editing.methods.fact_method"
         patch.setattr(f"{module}.sampled_prefixes", lambda *_: prefixes)
         second = method(gpt2.model, OTHER)
@@ -228,7 +228,7 @@ def test_several_requests_see_those_before_them(gpt2: Case) -> None:
     ],
     ids=lambda own: next(iter(own)),
 )
-def test_every_setting_of_the_search_counts(one_gpt2: Case, settings: dict[str, Any]) -> None:
+def test_every_setting_of_the_search_matters(one_gpt2: Case, settings: dict[str, Any]) -> None:
     key = keys_of(one_gpt2, REQUEST)[0]
     found = key @ change(rome(one_gpt2, key_mode="bare", **settings), one_gpt2, REQUEST)
     assert relative_error(found, delta_of(one_gpt2, **settings)) < EXACT
@@ -241,7 +241,7 @@ def test_the_clamp_is_a_multiple_of_the_value(one_gpt2: Case) -> None:
     assert float(found.norm()) == pytest.approx(0.2 * float(value.norm()), rel=1e-9)
 
 
-def test_the_last_look_at_the_loss_takes_no_step(one_gpt2: Case) -> None:
+def test_no_step_follows_the_last_evaluation_of_the_loss(one_gpt2: Case) -> None:
     key = keys_of(one_gpt2, REQUEST)[0]
     assert (key @ change(rome(one_gpt2, key_mode="bare", steps=1), one_gpt2, REQUEST)).norm() == 0
 
@@ -261,22 +261,22 @@ def test_without_a_subject_there_is_no_divergence(one_gpt2: Case) -> None:
     assert relative_error(found, delta_of(one_gpt2, fact_token="last")) > 1e-3
 
 
-def test_bos_stands_in_front_of_all_texts(one_gpt2: Case) -> None:
+def test_bos_precedes_all_texts(one_gpt2: Case) -> None:
     rows, places = contexts(one_gpt2, REQUEST, (), "subject_last", True)
     key = key_at(one_gpt2, LAYER, rows[0], places[0])
     found = key @ change(rome(one_gpt2, key_mode="bare", prepend_bos=True), one_gpt2, REQUEST)
     assert relative_error(found, delta_of(one_gpt2, bos=True)) < EXACT
 
 
-def test_a_known_fact_needs_no_value(facts_model: Any) -> None:
-    """Its loss is below 0.05 at once."""
+def test_a_known_fact_needs_no_search(facts_model: Any) -> None:
+    """Its loss is below 0.05 from the start."""
     record = _tuning_record()
     known = EditRequest(record.prompt, record.answer, record.subject)
     method = ROME(0, moments=facts_moments(), key_mode="bare", prefixes=(), prepend_bos=False)
     assert method(facts_model, known).norm == 0
 
 
-def test_the_seed_decides(one_gpt2: Case) -> None:
+def test_the_seed_determines_the_edit(one_gpt2: Case) -> None:
     method = rome(one_gpt2)
     dense = change(method, one_gpt2, REQUEST)
     assert torch.equal(change(method, one_gpt2, REQUEST), dense)
@@ -300,7 +300,7 @@ def test_the_subject_is_found_after_a_prefix_that_names_it(one_gpt2: Case, bos: 
     assert len(set(places)) == 4
 
 
-def test_another_occurrence_of_the_subject_may_be_meant(gpt2: Case) -> None:
+def test_another_occurrence_of_the_subject_can_be_chosen(gpt2: Case) -> None:
     host = host_of(gpt2.model)
     request = EditRequest("Messi plays for Messi Paris", " Rome", "Messi", subject_start=16)
     asked = tokenize_request(host, request, False)
@@ -311,7 +311,7 @@ def test_another_occurrence_of_the_subject_may_be_meant(gpt2: Case) -> None:
 
 
 @pytest.mark.parametrize("fact_token", ["subject_last", "last"])
-def test_places_in_a_sentencepiece_tokenizer(stories: Case, fact_token: str) -> None:
+def test_positions_in_a_sentencepiece_tokenizer(stories: Case, fact_token: str) -> None:
     host = host_of(stories.model)
     request = EditRequest("One day Lily went to the park with", " Ben", "Lily")
     asked = tokenize_request(host, request, None)
@@ -326,7 +326,7 @@ def test_places_in_a_sentencepiece_tokenizer(stories: Case, fact_token: str) -> 
     assert host.vocabulary.decode(found.essence).strip() == expected
 
 
-# ----------------------------------------------------------------------------------- what it leaves
+# ------------------------------------------------------------------------------------- side effects
 
 
 @contextmanager
@@ -341,12 +341,12 @@ def untouched(case: Case) -> Iterator[None]:
     assert all(own.grad is None for own in host.parameters().values())
 
 
-def test_model_and_random_numbers_stay_as_they_were(gpt2: Case) -> None:
+def test_model_and_random_state_are_unchanged(gpt2: Case) -> None:
     with untouched(gpt2):
         change(rome(gpt2), gpt2, REQUEST, OTHER)
 
 
-def test_they_do_when_it_is_broken_off(gpt2: Case) -> None:
+def test_model_and_random_state_are_unchanged_after_an_interruption(gpt2: Case) -> None:
     host, calls = host_of(gpt2.model), []
     module = host.hook_points["blocks.2.hook_resid_post"].tap.module
 
@@ -375,7 +375,7 @@ def test_half_precision_searches_in_float32() -> None:
 
 
 def _tuning_record() -> Any:
-    """A record that no table is computed from."""
+    """A record that is not used for any published table."""
     return list(read_records("facts"))[200]
 
 
@@ -402,7 +402,7 @@ def _answer(model: Any, prompt: str) -> str:
 
 
 def test_a_key_that_hardly_responds_gives_a_warning(one_gpt2: Case) -> None:
-    """Statistics under which the bare key has next to nothing of C^-1 times the mean key."""
+    """Statistics under which the bare key is almost orthogonal to C^-1 times the mean key."""
     keys = keys_of(one_gpt2, REQUEST)
     bare, mean = keys[0], keys.mean(0)
     both = torch.stack((bare, mean))
@@ -437,7 +437,7 @@ def test_a_key_that_hardly_responds_gives_a_warning(one_gpt2: Case) -> None:
     ],
 )
 @pytest.mark.usefixtures("as_for_a_user")
-def test_wrong_settings_are_told(one_gpt2: Case, settings: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_refused(one_gpt2: Case, settings: dict[str, Any], message: str) -> None:
     settings = {"weight_decay": 0.0, "clamp": 1e308} | settings
     with pytest.raises(EditError, match=message):
         replace(rome(one_gpt2), **settings)(one_gpt2.model, REQUEST)
@@ -450,7 +450,7 @@ def test_a_subject_is_needed_where_it_is_edited(one_gpt2: Case) -> None:
         rome(one_gpt2)(one_gpt2.model, replace(REQUEST, subject="Ronaldo"))
 
 
-def test_prompts_with_prefixes_have_to_fit(one_gpt2: Case) -> None:
+def test_prompts_with_prefixes_must_fit_into_the_context(one_gpt2: Case) -> None:
     long = replace(REQUEST, prompt=REQUEST.prompt + " the" * 55)
     with pytest.raises(EditError, match="the model's context holds 64"):
         rome(one_gpt2)(one_gpt2.model, long)

@@ -1,4 +1,4 @@
-"""The forward pass shift against the formula, computed with Hugging Face's own models."""
+"""The forward pass shift against the formula, computed with Hugging Face's models."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ EITHER = "bridge" if architectures.HAS_BRIDGE else "hooked"
 PROMPTS = ("Messi plays for", "Rome is in", "The dog of the king runs to", "A river runs")
 TARGETS = (" Paris", " Italy", " Rome", " France")
 
-# What TransformerLens rounds on the way: HookedTransformer's RMS norms and rotary angles and
-# Hugging Face's own RMS norms compute in float32.
+# Rounding inside TransformerLens: HookedTransformer's RMS norms and rotary angles and
+# Hugging Face's RMS norms compute in float32.
 FAMILIES = {"gpt2": 1e-11, "llama": 3e-6, "gpt_neox": 3e-6, "gemma2": 3e-6}
 
 
@@ -48,8 +48,8 @@ class Pair:
 
     Attributes:
         model: The model that is edited.
-        raw: The independent one.
-        exact: By how much what they compute may differ.
+        raw: The independent model.
+        exact: Tolerance between their results.
     """
 
     model: Any
@@ -67,7 +67,7 @@ class Pair:
         return self.raw.get_output_embeddings().weight[self.first(target)].detach()
 
     def reads(self, ids: Sequence[int], layer: int = LAYER) -> Tensor:
-        """What FF2 reads at each position."""
+        """Input of FF2 at each position."""
         return through(self.raw, ids, layer)[0]
 
     def moments(self) -> SecondMoments:
@@ -79,7 +79,7 @@ TEXTS = [f"{one} {other}" for one in CORPUS for other in CORPUS]
 
 
 def tied_hf_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """As `hf_model`, with one matrix that embeds and unembeds."""
+    """As `hf_model`, with tied embedding and unembedding."""
     model = hf_model(family, dtype)
     model.get_output_embeddings().weight = model.get_input_embeddings().weight
     model.config.tie_word_embeddings = True
@@ -97,13 +97,13 @@ def pair(family: str, kind: str, *, tied: bool = False) -> Pair:
         pytest.skip(str(error))
     raw = make(family, torch.float64)
     tokens = torch.tensor([model.tokenizer(PROMPTS[0], add_special_tokens=False)["input_ids"]])
-    # A bridge sets hooks of its own at the first forward pass of a kind.
+    # A bridge registers its own hooks at the first forward pass of each kind.
     model(tokens, return_type="logits", attention_mask=torch.ones_like(tokens))
     return Pair(model, raw, FAMILIES.get(family, 3e-6) if "-" not in kind else 3e-5)
 
 
 def through(raw: Any, ids: Sequence[int], layer: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What FF2 reads and writes in a Hugging Face model, and the logits: one row per position."""
+    """Input and output of FF2 in a Hugging Face model, and logits: one row per position."""
     module, seen = hf_matrices(raw)["W_out", layer], []
     handle = module.register_forward_hook(
         lambda _, args, output: seen.append((args[0].detach().clone(), output.detach().clone()))
@@ -117,7 +117,7 @@ def through(raw: Any, ids: Sequence[int], layer: int) -> tuple[Tensor, Tensor, T
 
 @contextmanager
 def edited(raw: Any, change: Tensor, layer: int = LAYER) -> Iterator[Any]:
-    """A Hugging Face model whose FF2 has another weight for a while."""
+    """A Hugging Face model whose FF2 temporarily has another weight."""
     module = hf_matrices(raw)["W_out", layer]
     before = module.weight.detach().clone()
     is_linear = isinstance(module, torch.nn.Linear)
@@ -161,14 +161,14 @@ MODELS = [
 
 @pytest.fixture(scope="module", params=MODELS, ids="-".join)
 def each(request: pytest.FixtureRequest) -> Pair:
-    """Serial, gated, parallel and with norms after the MLP; either class."""
+    """Serial, gated, parallel and with norms after the MLP; both classes."""
     return pair(*request.param)
 
 
 # -------------------------------------------------------------------------------------- the formula
 
 
-def test_it_is_the_formula(each: Pair) -> None:
+def test_it_matches_the_formula(each: Pair) -> None:
     delta = shift(size=0.24)(each.model, EditRequest(PROMPTS[0], TARGETS[0]))
     x, e = each.reads(each.ids(PROMPTS[0]))[-1], each.embedding(TARGETS[0])
     expected = 0.24 * torch.outer(x, e)
@@ -177,7 +177,7 @@ def test_it_is_the_formula(each: Pair) -> None:
     assert relative_error(dense(delta), expected) < each.exact
     assert delta.rank == 1
     assert delta["W_out", LAYER].bias is None
-    # Another position, and another token, give something else.
+    # Another position or token gives something else.
     other = each.reads(each.ids(PROMPTS[0]))[-2]
     assert relative_error(dense(delta), 0.24 * torch.outer(other, e)) > 0.1
     assert relative_error(dense(delta), 0.24 * torch.outer(x, each.embedding(" Rome"))) > 0.1
@@ -192,8 +192,8 @@ def test_any_layer(layer: int) -> None:
     assert relative_error(dense(delta, layer % 2), expected) < own.exact
 
 
-def test_what_ff2_writes_moves_by_eta_times_the_inner_product(each: Pair) -> None:
-    """Its own output, in the Hugging Face model; bias and other layers are as before."""
+def test_the_output_of_ff2_moves_by_eta_times_the_inner_product(each: Pair) -> None:
+    """FF2's output in the Hugging Face model; bias and other layers are unchanged."""
     eta = 0.05
     delta = shift(size=eta)(each.model, EditRequest(PROMPTS[0], TARGETS[0]))
     x, e = each.reads(each.ids(PROMPTS[0]))[-1], each.embedding(TARGETS[0])
@@ -211,7 +211,7 @@ def test_what_ff2_writes_moves_by_eta_times_the_inner_product(each: Pair) -> Non
         with delta.applied(each.model):
             found = tl_logits(each.model, ids)
         assert float((log_probs(found) - log_probs(logits)).abs().max()) < 100 * each.exact
-    # At the prompt's own end the inner product is the squared length.
+    # At the last token of the prompt the inner product is the squared norm.
     reads, before, _ = through(each.raw, each.ids(PROMPTS[0]), LAYER)
     with edited(each.raw, dense(delta)):
         after = through(each.raw, each.ids(PROMPTS[0]), LAYER)[1]
@@ -235,7 +235,7 @@ def test_nothing_else_is_changed(each: Pair) -> None:
     assert all(torch.equal(own, before[name]) for name, own in host.parameters().items())
 
 
-def test_of_several_tokens_the_first_is_written() -> None:
+def test_only_the_first_of_several_tokens_is_written() -> None:
     own = pair("gpt2", EITHER)
     assert len(own.ids(" Paris Rome")) == 2
     longer = shift()(own.model, EditRequest(PROMPTS[0], " Paris Rome"))
@@ -247,7 +247,7 @@ def test_of_several_tokens_the_first_is_written() -> None:
     assert not torch.allclose(dense(last), dense(first))
 
 
-def test_bos_or_not() -> None:
+def test_with_and_without_bos() -> None:
     own = pair("gpt2", EITHER)
     bos = own.model.tokenizer.bos_token_id
     found = {
@@ -279,7 +279,7 @@ def test_scale_free(each: Pair) -> None:
     assert relative_error(dense(delta), 3 * torch.outer(x, e)) > 0.1
 
 
-def test_whitened_is_the_least_disturbing_of_all(each: Pair) -> None:
+def test_whitened_disturbs_least(each: Pair) -> None:
     """KKT: `x . l = 1`, and `C l` is along `x`; with another `C` only the first holds."""
     moments = each.moments()
     delta = shift(form="whitened", size=3, moments=moments)(
@@ -300,7 +300,7 @@ def test_whitened_is_the_least_disturbing_of_all(each: Pair) -> None:
         off = torch.randn(len(x), generator=generator, dtype=torch.float64) * heard.norm() * 0.1
         off -= x * (off @ x) / (x @ x)
         assert float((heard + off) @ c @ (heard + off)) > cost
-    # Where the hypothesis fails: the scale-free form hits the key as well and costs more, and
+    # Where the hypothesis fails: the scale-free form meets the constraint at a higher cost, and
     # under the moments of another layer the same l is not the best.
     plain = x / (x @ x)
     assert float(plain @ c @ plain) > 1.5 * cost
@@ -311,7 +311,7 @@ def test_whitened_is_the_least_disturbing_of_all(each: Pair) -> None:
 
 @pytest.mark.parametrize(("form", "n"), [("scale_free", 2), ("whitened", 4)])
 def test_several_requests_do_not_disturb_each_other(each: Pair, form: Any, n: int) -> None:
-    """`x_j . l_i` is 1 for its own and 0 for all others; the least `l^T C l` of those."""
+    """`x_j . l_i` is 1 for its own and 0 for all others, with the least `l^T C l`."""
     moments = each.moments()
     delta = shift(form=form, size=2, moments=moments)(each.model, requests(n))
     keys = torch.stack([each.reads(each.ids(prompt))[-1] for prompt in PROMPTS[:n]])
@@ -319,7 +319,7 @@ def test_several_requests_do_not_disturb_each_other(each: Pair, form: Any, n: in
     assert delta.rank == n
     missed = relative_error(keys @ dense(delta), written)
     assert missed < 1e-3
-    # In closed form: C^-1 X^T (X C^-1 X^T)^-1 E, which no sum of single edits is.
+    # In closed form: C^-1 X^T (X C^-1 X^T)^-1 E, which is not a sum of single edits.
     c = ridged(moments) if form == "whitened" else torch.eye(keys.shape[1], dtype=torch.float64)
     solved = torch.linalg.solve(c, keys.T)
     closed = solved @ torch.linalg.solve(keys @ solved, written)
@@ -328,7 +328,7 @@ def test_several_requests_do_not_disturb_each_other(each: Pair, form: Any, n: in
     assert relative_error(keys @ sum(alone), written) > max(1e-2, 30 * missed)
 
 
-def test_several_requests_of_the_papers_form_are_added_up(each: Pair) -> None:
+def test_several_requests_of_the_papers_form_are_summed(each: Pair) -> None:
     delta = shift()(each.model, requests(3))
     alone = [dense(shift()(each.model, own)) for own in requests(3)]
     assert delta.rank == 3
@@ -337,7 +337,7 @@ def test_several_requests_of_the_papers_form_are_added_up(each: Pair) -> None:
 
 @pytest.mark.parametrize("form", ["scale_free", "whitened"])
 def test_the_same_prompt_twice(form: Any) -> None:
-    """Dependent inputs have a solution: together they write what each is to write."""
+    """Dependent inputs have a solution: together they write what each should write."""
     own = pair("gpt2", EITHER)
     settings: dict[str, Any] = {"form": form, "size": 2, "moments": own.moments()}
     once = dense(shift(**settings)(own.model, requests(1)))
@@ -345,7 +345,7 @@ def test_the_same_prompt_twice(form: Any) -> None:
     assert relative_error(twice, once) < 1e-4
 
 
-def test_the_moments_ridge_counts() -> None:
+def test_the_ridge_of_the_moments_matters() -> None:
     own = pair("gpt2", EITHER)
     moments, x = own.moments(), own.reads(own.ids(PROMPTS[0]))[-1]
     for ridge in (1e-3, 1.0, 1e9):
@@ -364,7 +364,7 @@ def test_the_moments_ridge_counts() -> None:
 def by_hand(
     own: Pair, asked: Sequence[EditRequest], size: float, iterations: int, *, skip: bool
 ) -> list[int]:
-    """How often each request gets `size`, by the Hugging Face model alone (paper's form)."""
+    """Number of steps of `size` per request, by the Hugging Face model only (paper's form)."""
     ids = [own.ids(request.prompt) for request in asked]
     targets = [own.first(request.target) for request in asked]
     change = [
@@ -388,7 +388,7 @@ def by_hand(
 
 
 def times_of(delta: WeightDelta, own: Pair, asked: Sequence[EditRequest], size: float) -> list[int]:
-    """How often an edit has each request's outer product, by least squares."""
+    """Multiple of each request's outer product in an edit, by least squares."""
     products = torch.stack(
         [
             size
@@ -405,7 +405,7 @@ def times_of(delta: WeightDelta, own: Pair, asked: Sequence[EditRequest], size: 
     return [round(float(each)) for each in found]
 
 
-def test_iterations_find_the_least_multiple_that_is_enough(each: Pair) -> None:
+def test_iterations_find_the_smallest_sufficient_multiple(each: Pair) -> None:
     ids = each.ids(PROMPTS[0])
     target = int(through(each.raw, ids, LAYER)[2][-1].topk(3).indices[2])
     request, unit = EditRequest(PROMPTS[0], target), 1e-3
@@ -443,11 +443,11 @@ def test_iterations_of_the_other_forms(form: Any) -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_iterations_of_several_requests(skip: bool) -> None:
-    """Each gets more as long as it is not answered, also one that others have overwritten."""
+    """Each is increased until the model answers it, also after others overwrote it."""
     own = pair("gpt2", EITHER)
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(90, generator=generator)[:4] + 3
-    # The last one's answer is what the model says already.
+    # The model already gives the last one's answer.
     answer = int(through(own.raw, own.ids(PROMPTS[3]), LAYER)[2][-1].argmax())
     targets = [*map(int, chosen[:3]), answer]
     asked = [EditRequest(*each) for each in zip(PROMPTS, targets, strict=True)]
@@ -467,7 +467,7 @@ class IdPair(Pair):
         return int(target)
 
 
-def test_nothing_is_written_where_the_target_leads_already(each: Pair) -> None:
+def test_nothing_is_written_where_the_target_already_leads(each: Pair) -> None:
     ids = each.ids(PROMPTS[0])
     leading = int(through(each.raw, ids, LAYER)[2][-1].argmax())
     request = EditRequest(PROMPTS[0], leading)
@@ -479,13 +479,13 @@ def test_nothing_is_written_where_the_target_leads_already(each: Pair) -> None:
     with delta.applied(each.model):
         assert torch.equal(tl_logits(each.model, ids), before)
     assert shift()(each.model, request).rank == 1
-    # Of several, those that are not answered yet are written.
+    # Of several, only those not answered yet are written.
     both = shift(skip_if_answered=True)(each.model, [request, requests(2)[1]])
     alone = shift()(each.model, requests(2)[1])
     assert relative_error(dense(both), dense(alone)) < 1e-12
 
 
-# ------------------------------------------------------------ which matrix the target is read of
+# ----------------------------------------------------------- which matrix gives the target's vector
 
 
 PROCESSED = [
@@ -502,7 +502,7 @@ RARE_PROCESSED = [
 
 
 def agreement(found: Pair, delta: WeightDelta, expected: Tensor) -> float:
-    """How far an edited model is from the raw one with the edit that the formula gives."""
+    """Distance of an edited model from the raw one edited by the formula."""
     ids = found.ids(PROMPTS[0])
     with edited(found.raw, expected):
         reference = log_probs(through(found.raw, ids, LAYER)[2])
@@ -516,7 +516,7 @@ def agreement(found: Pair, delta: WeightDelta, expected: Tensor) -> float:
     [*PROCESSED, *(pytest.param(*own, marks=pytest.mark.slow) for own in RARE_PROCESSED)],
 )
 def test_processed_weights_get_the_same_edit(family: str, kind: str) -> None:
-    """A tied model, raw and with norms folded in; what it says afterwards is the same."""
+    """A tied model, raw and with folded norms, gives the same output after the edit."""
     own = pair(family, kind, tied=True)
     host = host_of(own.model)
     raw_row = own.raw.get_output_embeddings().weight[own.first(TARGETS[0])].detach()
@@ -528,18 +528,18 @@ def test_processed_weights_get_the_same_edit(family: str, kind: str) -> None:
     request = EditRequest(PROMPTS[0], TARGETS[0])
     nothing = shift(size=0)(own.model, request)
     assert agreement(own, nothing, torch.zeros_like(expected)) < own.exact
-    assert agreement(own, nothing, expected) > 0.05  # what the edit does
+    assert agreement(own, nothing, expected) > 0.05  # effect of the edit
     for choice in ("auto", "embed"):
         delta = shift(size=eta, target_embedding=choice)(own.model, request)
         assert agreement(own, delta, expected) < 3 * own.exact
-    # The unembedding has another gain, and is centered: another edit.
+    # The unembedding has another gain and is centered: a different edit.
     other = shift(size=eta, target_embedding="unembed")(own.model, request)
     assert agreement(own, other, expected) > 100 * own.exact
 
 
 @hooked_only
-def test_an_unembedding_that_is_centered_alone() -> None:
-    """Without `fold_ln` there still is `center_unembed`, which takes the mean row off."""
+def test_an_unembedding_that_is_only_centered() -> None:
+    """`center_unembed` without `fold_ln` still subtracts the mean row."""
     own = pair("gpt2", "hooked", tied=True)
     model = copy.deepcopy(own.model)
     model.process_weights_(fold_ln=False, center_writing_weights=False, center_unembed=True)
@@ -569,7 +569,7 @@ RARE_TIED_OR_NOT = [
         *(pytest.param(*own, marks=pytest.mark.slow) for own in RARE_TIED_OR_NOT),
     ],
 )
-def test_tied_or_not(family: str, kind: str, tied: bool) -> None:
+def test_tied_and_untied(family: str, kind: str, tied: bool) -> None:
     own = pair(family, kind, tied=tied)
     host = host_of(own.model)
     assert host.is_tied is tied
@@ -577,7 +577,7 @@ def test_tied_or_not(family: str, kind: str, tied: bool) -> None:
     assert host.unembedding.column(token).shape == host.embedding_vector(token).shape
     assert torch.equal(host.unembedding.column(token), own.model.W_U[:, token])
     row = own.raw.get_input_embeddings().weight[token].detach()
-    # Weight processing takes the mean off what is written to a stream with a LayerNorm.
+    # Weight processing subtracts the mean of writes to a stream with a LayerNorm.
     near = 1e-6 if "-" not in kind else 0.3
     assert relative_error(host.embedding_vector(token), row) < near
 
@@ -590,14 +590,14 @@ def test_tied_where_gains_are_negative(kind: str) -> None:
             model.transformer.ln_f.weight[::2] *= -1
         return model
 
-    pair("gpt2", kind, tied=True)  # or it is skipped
+    pair("gpt2", kind, tied=True)  # otherwise it is skipped
     with patch.object(architectures, "hf_model", turned):
         model = build_model("gpt2", kind, torch.float64)
     assert host_of(model).is_tied
 
 
 @pytest.mark.parametrize("kind", ["bridge", "hooked"])
-def test_untied_models_take_the_unembedding(kind: str) -> None:
+def test_untied_models_use_the_unembedding(kind: str) -> None:
     own = pair("llama", kind)
     token = own.first(TARGETS[0])
     rows = {
@@ -648,7 +648,7 @@ def test_settings_are_in_the_delta() -> None:
 
 
 @pytest.mark.parametrize("name", ["bridge-llama", "hooked-gpt2"])
-def test_the_callers_model_stays_as_it_is(name: str) -> None:
+def test_the_callers_model_is_unchanged(name: str) -> None:
     busy = make_busy(build(name))
     model = busy.model
     moments = second_moments(model, TEXTS, layers=LAYER, progress=False)
@@ -716,7 +716,7 @@ def test_wrong_use_is_an_error(settings: dict[str, Any], message: str) -> None:
         shift(**settings)(own.model, requests(1))
 
 
-def test_moments_of_something_else() -> None:
+def test_moments_of_another_model_or_matrix() -> None:
     own, other = pair("gpt2", EITHER), build(f"{EITHER}-gpt2", seed=1).model
     foreign = second_moments(other, TEXTS, prepend_bos=False, progress=False)
     with pytest.raises(EditError, match="not of layer 0"):
@@ -750,7 +750,7 @@ def test_models_without_a_w_out() -> None:
         shift()(torch.nn.Linear(2, 2), requests(1))
 
 
-def test_no_request() -> None:
+def test_at_least_one_request_is_needed() -> None:
     own = pair("gpt2", EITHER)
     with pytest.raises(EditError, match="no request"):
         shift()(own.model, [])
