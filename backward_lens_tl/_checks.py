@@ -149,7 +149,7 @@ def check_kind(
         name: The argument.
         value: Its value.
         kind: The required type.
-        made_by: What returns such a value.
+        made_by: The call that returns such a value.
         error: The error to raise.
 
     Raises:

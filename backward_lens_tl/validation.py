@@ -221,8 +221,8 @@ def validate(
         what = (
             "the factors of this model are not its gradients, so do not trust the lens on it"
             if not report.max_error <= report.tolerance
-            else "the factors are this model's gradients, but the Logit Lens does not give its "
-            "logits, so do not trust the tokens"
+            else "the factors are this model's gradients, but the Logit Lens does not "
+            "reproduce its logits, so do not trust the tokens"
         )
         raise ValidationError(f"{what}:\n{report!r}")
     return report

@@ -233,7 +233,7 @@ summary[summary.prompts >= 20].sort_values("mean_first_layer").round(2)
 
 # %% [markdown]
 # **No relation is earlier than another.** 394 of 424 targets that lead, 93 %, do so in layer 0, and no relation has a mean above 0.45. The
-# gradient reaches all layers below the readout of the subject at once. What differs is *whether* a target leads:
+# gradient reaches all layers below the readout of the subject simultaneously. What differs is *whether* a target leads:
 # 31 of 33 countries, and 10 of 28 languages spoken in a place.
 #
 # ## How certain is this?

@@ -159,7 +159,7 @@ largest[["matrix", "layer", "token", "norm", "top tokens"]].round(2)
 
 # %% [markdown]
 # It is neither at the last token nor near the answer. The output of attention in layer 0 at " Messi" has a norm of
-# some 16 times that of the cells of `W_out` that show " Paris" at the last token. There is a simple reason: the
+# about 16 times that of the cells of `W_out` that show " Paris" at the last token. There is a simple reason: the
 # residual stream there still has the small norm of the embedding, and the layer norm before the MLP divides by
 # its scale, so a small change has a large effect.
 #

@@ -1,4 +1,4 @@
-"""Which parameters of a model a capture holds the gradients of."""
+"""The parameters of a model whose gradients a capture holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from backward_lens_tl.models.sites import MatrixName, Site
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which parameters a capture holds the gradients of.
+    """The parameters whose gradients a capture holds.
 
     Attributes:
         covered: Parameters whose gradient follows from the captured factors.

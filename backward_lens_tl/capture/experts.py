@@ -34,7 +34,7 @@ def stacked_factors(
     """Derive the factors of one matrix for every token and slot.
 
     Args:
-        site: Which matrix.
+        site: The matrix.
         inputs: The stack's inputs.
         chosen: Each token's experts.
         routing: The router's weights.

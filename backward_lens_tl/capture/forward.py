@@ -116,7 +116,7 @@ def read_logits(
         host: The model.
         batch: The prompts.
         n_read: The number of positions at each prompt's end; `None` for all positions.
-        points: Hook points that have to fire in this pass.
+        points: Hook points that must fire in this pass.
 
     Returns:
         The logits, in float32 at least, on the device of the tokens.
@@ -141,7 +141,7 @@ def selected_logits(
         batch: The prompts.
         select: Maps a value per position, `[batch, pos, d]`, to the positions that are needed,
             `[rows, read, d]`.
-        points: Hook points that have to fire in this pass.
+        points: Hook points that must fire in this pass.
 
     Returns:
         The logits, in float32 at least, on the device of the tokens.
@@ -157,7 +157,7 @@ def selected_logits(
         )
     if host.are_in_blocks([*host.hooked_modules, *(point.tap.module for point in points)]):
         logits = host.logits_of(batch.tokens, select)
-    else:  # a hook at the unembedding, or near it, has to see all positions
+    else:  # a hook at the unembedding, or near it, must see all positions
         logits = select(host.logits(batch.tokens))
     # On a model that is spread over devices the logits are on the last one.
     return at_least_float32(logits).to(batch.tokens.device)

@@ -21,7 +21,7 @@ class VjpRecorder(Recorder):
     """The gradient at one hook point.
 
     Args:
-        site: Which hook point.
+        site: The hook point.
     """
 
     def __init__(self, site: HookPointSite) -> None:
@@ -73,7 +73,7 @@ class HookPointRecorder(VjpRecorder):
     """The activation at one hook point, and its gradient.
 
     Args:
-        site: Which hook point.
+        site: The hook point.
 
     Raises:
         UnsupportedModelError: If the model does not use what hooks return there.

@@ -305,8 +305,8 @@ class MatrixGradient(Factors):
         Args:
             batch: Which prompt; optional if there is only one.
             rtol: Singular values up to this fraction of the largest one count as zero. By default
-                `n` times the `eps` of the factors' dtype: smaller ones cannot be told from the
-                rounding of the backward pass. Pass a larger one for a model in half precision.
+                `n` times the `eps` of the factors' dtype: smaller ones cannot be distinguished from
+                the rounding of the backward pass. Pass a larger one for a model in half precision.
 
         Returns:
             The number of singular values above it.

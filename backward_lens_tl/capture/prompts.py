@@ -154,7 +154,7 @@ class Prompt:
 class PromptBatch:
     """Prompts of one forward pass.
 
-    Padding is always on the right, whatever the tokenizer does: in a causal model no real token
+    Padding is always on the right, regardless of the tokenizer: in a causal model no real token
     attends to it, so a prompt in a batch gives the same numbers as the prompt alone.
 
     Attributes:

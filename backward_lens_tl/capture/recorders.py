@@ -44,7 +44,7 @@ class Recorder(ABC):
     @property
     @abstractmethod
     def edges(self) -> list[GradientEdge]:
-        """Where the loss has to be differentiated; known after the forward pass."""
+        """Where to differentiate the loss; known after the forward pass."""
 
     def other_uses(self, uses: Mapping[Tensor, int]) -> int:
         """Number of uses of the weight that are not recorded, as far as they can be counted.

@@ -88,7 +88,7 @@ def capture_gradients(
 
 @dataclass(frozen=True)
 class CapturePlan:
-    """A checked capture and the passes that it takes.
+    """A checked capture and the passes that it needs.
 
     Attributes:
         host: The model.

@@ -25,7 +25,7 @@ def sample(
     """Sample continuations of prompts.
 
     Each prompt has its own generator on the CPU, so its continuation depends neither on the other
-    prompts nor on the device, and torch's global generator is unchanged. Every token takes a
+    prompts nor on the device, and torch's global generator is unchanged. Every token needs a
     forward pass over the whole text: key-value caches differ between TransformerLens's classes, and
     the caller's hooks see whole prompts.
 

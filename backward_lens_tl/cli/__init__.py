@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
     top = argparse.ArgumentParser(
-        prog=_PROG, description="Which tokens a language model's gradients write into its weights."
+        prog=_PROG,
+        description="Show which tokens a language model's gradients write into its weights.",
     )
     top.add_argument("--version", action="version", version=_versions())
     commands = top.add_subparsers(dest="command", required=True)

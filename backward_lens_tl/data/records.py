@@ -1,4 +1,4 @@
-"""Records: prompts with the targets that they are taught, and the rows that are not records."""
+"""Records: prompts with targets to teach, and the rows that are not records."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def covered_tokens(text: str, spans: Sequence[Span], subject: Subject) -> list[i
     covered = [at for at, (left, right) in enumerate(spans) if max(left, start) < min(right, end)]
     if not covered:
         raise InputError(
-            f"subject {shown(subject)} has no token in the prompt {text!r}; pass other text of it"
+            f"subject {shown(subject)} has no token in the prompt {text!r}; pass another part of it"
         )
     return covered
 

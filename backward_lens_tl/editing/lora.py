@@ -219,7 +219,7 @@ def _columns(
         starts.append(_starts(part, layer))
         if not starts[-1]:
             return
-    # Equal parts, such as heads of zeros, cannot be told apart.
+    # Equal parts, such as heads of zeros, cannot be distinguished.
     ways = zip(*starts, strict=True) if n_parts == 1 else [tuple(own[0] for own in starts)]
     is_clear = n_parts == 1 or all(len(own) == 1 for own in starts)
     for way in ways:

@@ -131,7 +131,7 @@ class WeightDelta(Saved):
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Change a model inside a context, and restore every bit afterwards, whatever happens.
+        """Change a model inside a context, and restore every bit afterwards, even after exceptions.
 
         Contexts may be nested, even for the same edit.
 

@@ -6,11 +6,11 @@ from backward_lens_tl.runs.columns import Column, Tables
 from backward_lens_tl.runs.columns import key_column as _key
 
 NONE = "none"
-"""The method of the rows in which nothing was edited."""
+"""Name of the method in rows without an edit."""
 
 _METHOD = _key("method", "string", f"name of the method; `{NONE}` is the unedited model")
 _RECORD = _key("record", "int64", "row of the data, from 0")
-_BLOCK = _key("block", "int32", "index of the records that are edited at once")
+_BLOCK = _key("block", "int32", "index of the records that are edited together")
 
 PROMPTS = (
     _METHOD,

@@ -1,4 +1,4 @@
-"""What computing an edit costs: time, and memory beyond what was in use before."""
+"""The cost of computing an edit: time, and memory beyond what was in use before."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _RESET_PEAK = "5"
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call cost.
+    """The cost of a call.
 
     Attributes:
-        seconds: How long it took.
+        seconds: Duration of the call.
         memory: Peak memory beyond what was in use before, in bytes; NaN where it is unknown. With
             CUDA it is that of the GPUs; on a CPU it is the process's, without memory that Python
             or torch had already reserved.
@@ -42,7 +42,7 @@ def with_cost(call: Callable[[], _T], devices: Iterable[torch.device]) -> tuple[
         devices: Where its tensors are.
 
     Returns:
-        What it returned, and its cost.
+        Its return value and its cost.
     """
     gpus = {device for device in devices if device.type == "cuda"}
     before = _reset_peak(gpus)
@@ -55,7 +55,7 @@ def with_cost(call: Callable[[], _T], devices: Iterable[torch.device]) -> tuple[
 
 
 def _reset_peak(gpus: set[torch.device]) -> float:
-    """Reset the peak; returns the bytes in use."""
+    """Reset the peak, and return the bytes in use."""
     for gpu in gpus:
         torch.cuda.synchronize(gpu)
         torch.cuda.reset_peak_memory_stats(gpu)

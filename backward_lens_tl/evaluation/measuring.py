@@ -32,10 +32,10 @@ from backward_lens_tl.models.checksums import tensors_checksum
 from backward_lens_tl.runs.shards import Rows
 
 _BEYOND = 3
-"""Tokens of a continuation after the new answer, to see whether its last word ends there."""
+"""Tokens generated after the new answer, to check whether its last word ends there."""
 
 _Rows = list[dict[str, Any]]
-_linalg: Any = torch.linalg  # whose error has no type
+_linalg: Any = torch.linalg  # its error has no type
 _NO_EDIT = WeightDelta((), {})
 
 

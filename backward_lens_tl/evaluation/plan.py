@@ -1,4 +1,4 @@
-"""Which records are evaluated, in tokens, and in which shards.
+"""Select the records to evaluate, tokenize them, and divide them into shards.
 
 The plan depends only on the data, the model, the methods and the settings, so every process has the
 same plan, and a resumed evaluation has the plan that it began with.
@@ -74,12 +74,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Shard:
-    """Records that one method edits at once.
+    """Records that one method edits together.
 
     Attributes:
         name: The name of the method.
         method: The method; `None` for the unedited model.
-        block: The index of these records among those that are edited at once.
+        block: The index of these records among those that are edited together.
         items: The records.
         rejects: Rows that are left out; the first shard has them all.
     """

@@ -70,8 +70,8 @@ def summarize(edits: pd.DataFrame, *, seed: int, resamples: int) -> pd.DataFrame
     Args:
         edits: The table.
         seed: Seed of the bootstrap.
-        resamples: Number of bootstrap samples of blocks. Methods with the same blocks are resampled
-            alike.
+        resamples: Number of bootstrap samples of blocks. Methods with the same blocks use the
+            same samples.
 
     Returns:
         One row per method: `method`, `records`, `failed`, and for each metric its mean under its

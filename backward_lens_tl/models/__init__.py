@@ -81,7 +81,7 @@ def _described(model: object) -> str:
 
 
 def _advice(model: object) -> str:
-    """How to get a TransformerLens model from what was passed."""
+    """How to get a TransformerLens model from the argument."""
     if isinstance(model, str | PathLike):
         return f": load_model({str(model)!r})"
     hf_model = "model"

@@ -1,4 +1,4 @@
-"""Hooks that the caller has on a model, told apart from those of the libraries."""
+"""The caller's hooks on a model, as opposed to those of the libraries."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from backward_lens_tl.models.unembedding import Unembedding
 from backward_lens_tl.models.vocabulary import Vocabulary
 
 _SAMPLE = 4096
-"""Tokens compared to tell whether embedding and unembedding are one matrix."""
+"""Number of tokens compared to decide whether embedding and unembedding are one matrix."""
 
 _TIED = 0.9
 """Mean correlation above which they are; that of independent matrices is near 0."""
@@ -312,7 +312,7 @@ class Host(ABC):
         """Matrices that TransformerLens's weight processing changed, judging by the weights."""
 
     def fingerprint(self) -> str:
-        """A checksum of the parameters; it takes some seconds for a large model."""
+        """A checksum of the parameters; it takes a few seconds for a large model."""
         return tensors_digest(self.parameters())
 
     def holders(self, weight: Tensor) -> tuple[str, ...]:

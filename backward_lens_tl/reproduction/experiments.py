@@ -34,7 +34,7 @@ class Experiment:
     Attributes:
         name: Name of the figure or table, and of the experiment's folder.
         title: What it is about.
-        statement: What the paper says, in our own words.
+        statement: The statement of the paper, in our own words.
         measure: The function that measures it.
         also: Other figures and tables that it covers.
         group: `"gradients"` if it reads the gradients of many prompts, for which all experiments

@@ -1,4 +1,4 @@
-"""The report: one page with what the paper says and what was found."""
+"""The report: one page with the statements of the paper and the findings."""
 
 from __future__ import annotations
 

@@ -308,7 +308,7 @@ class Run:
         state.wait_for_everyone()
 
     def _described(self, rows: Rows) -> str:
-        """What the log says about the rows of a shard."""
+        """The log entry for the rows of a shard."""
         return ", ".join(f"{len(own)} {name}" for name, own in rows.items())
 
     def _check_same(self, run: Mapping[str, Any]) -> None:

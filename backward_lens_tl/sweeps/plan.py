@@ -1,4 +1,4 @@
-"""Which rows of the data are analysed, and in which shards.
+"""Select the rows of the data to analyse, and divide them into shards.
 
 The plan depends only on the data, the model and the settings, so every process has the same plan,
 and a resumed sweep has the plan that it began with.

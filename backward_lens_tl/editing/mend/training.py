@@ -48,8 +48,8 @@ def train_mend(
 ) -> MENDEditor:
     """Train MEND's networks for one model.
 
-    The same arguments give the same editor. With `out`, the training is saved regularly; the same
-    call resumes it to the same editor, and returns a finished one from the file.
+    The same arguments produce the same editor. With `out`, the training is saved regularly; the
+    same call resumes it to the same editor, and returns a finished one from the file.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`; its parameters, their gradients and

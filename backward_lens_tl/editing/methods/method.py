@@ -56,7 +56,7 @@ class EditMethod(Checked, ABC):
 
         Args:
             model: A `HookedTransformer` or `TransformerBridge`.
-            requests: One fact, or several that are taught at once.
+            requests: One fact, or several that are taught together.
 
         Returns:
             The edit.

@@ -34,7 +34,7 @@ class ROME(FactMethod):
     in the model with the earlier edits.
 
     The published code corresponds to `key_mode="rome"`: the mean key in `u`, and the bare prompt's
-    in the denominator. Where the two hardly agree, the edit is huge and disables the model; a
+    in the denominator. Where the two barely agree, the edit is very large and disables the model; a
     warning reports edits that are larger than the matrix.
 
     Settings of the search (`steps`, `lr`, `weight_decay`, `kl_factor`, `clamp`), `moments`,

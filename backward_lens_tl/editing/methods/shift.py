@@ -62,8 +62,8 @@ class ForwardPassShift(EditMethod):
     Attributes:
         layer: The layer, negative ones from the end.
         size: `eta` in the paper's form, where it depends on the layer and the model (GPT-2 xl: 0.24
-            at layer 35); `c` in the others, where it hardly does.
-        form: Which of the three forms.
+            at layer 35); `c` in the others, where it barely does.
+        form: `"paper"`, `"scale_free"` or `"whitened"`.
         iterations: Maximum number of forward passes: each adds `size` to the requests whose target
             is not yet the most probable token. The edited layer reads the same before and after, so
             this finds the smallest sufficient multiple of `size`.

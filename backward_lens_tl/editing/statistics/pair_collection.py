@@ -24,7 +24,7 @@ from backward_lens_tl.models.sites import MatrixName
 
 EDITED_MATRICES: tuple[MatrixName, ...] = ("W_in", "W_out")
 EDITED_LAYERS = (-3, -2, -1)
-"""What MEND edits as published: both matrices of the MLPs of the last three layers."""
+"""Matrices that MEND edits as published: both of the MLPs of the last three layers."""
 
 _BATCH = 16
 

@@ -65,7 +65,7 @@ def spanning_pairs(
         host: The model.
         requests: The requests; the model reads their targets as well (teacher forcing).
         sites: The matrices.
-        positions: Which positions' pairs to return.
+        positions: Which positions to return pairs for.
 
     Returns:
         The pairs of each matrix, in float32, or in float64 if the model computes in it.
@@ -100,7 +100,7 @@ def joined_pairs(
         host: The model.
         requests: The requests.
         sites: The matrices.
-        positions: Which positions' pairs to return.
+        positions: Which positions to return pairs for.
 
     Returns:
         All `x_i` and all `delta_i` of each matrix, without those that a mask hides.

@@ -141,7 +141,7 @@ class PairStatistics(ModelStatistics):
         Args:
             host: The model.
             requests: The requests.
-            positions: Which positions' pairs; those that the statistics are of.
+            positions: Which positions to use; those of the statistics.
             matrices: As in `sites`.
             layers: As in `sites`.
 

@@ -96,7 +96,7 @@ def library_script() -> str:
 
 
 def call_script(place: str, element: str, props: dict[str, Any]) -> str:
-    """A script element that draws a component into the element with an id, once it can."""
+    """A script element that draws a component into the element with an id, as soon as possible."""
     return _CALL % {
         "element": element,
         "id": json.dumps(place),
