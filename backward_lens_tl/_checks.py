@@ -60,7 +60,7 @@ def check_choice(
     """
     # An array would compare entry by entry, and 1 is not True here.
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
-        raise error(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+        raise error(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
 
 
 def check_text(name: str, text: str, error: type[InputError] = InputError) -> None:
@@ -115,13 +115,13 @@ def check_index(kind: str, value: int, size: int) -> None:
         InputError: If it is out of range.
     """
     if not is_index(value, size) or value < 0:
-        raise InputError(f"{kind} {shown(value)} does not exist; allowed are 0 to {size - 1}")
+        raise InputError(f"{kind} {shown(value)} does not exist; allowed: 0 to {size - 1}")
 
 
 def check_number(
     name: str, value: object, *, zero: bool, error: type[InputError] = InputError
 ) -> None:
-    """Refuse a value that is not a finite number above 0, or from 0.
+    """Refuse a value that is not a finite number above 0, or at least 0.
 
     Args:
         name: The argument.
@@ -137,7 +137,8 @@ def check_number(
     else:
         is_allowed = False
     if not is_allowed:
-        raise error(f"{name} is {shown(value)}; pass a number {'from' if zero else 'above'} 0")
+        bound = "of at least 0" if zero else "above 0"
+        raise error(f"{name} is {shown(value)}; pass a number {bound}")
 
 
 def check_kind(

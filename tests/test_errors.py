@@ -76,7 +76,7 @@ REFUSALS: dict[str, tuple[Callable[[Any], object], type[Exception], list[str]]] 
     # --- prompts
     "empty prompt": (lens(""), InputError, ["empty"]),
     "one empty prompt": (lens(["Rome", ""]), InputError, ["prompt 1", "empty"]),
-    "no prompt": (lens([]), InputError, ["no prompt"]),
+    "no prompt": (lens([]), InputError, ["list of prompts is empty"]),
     "prompt is a number": (lens(["Rome", 7]), InputError, ["prompt 1", "int"]),
     "text too long": (lens("Paris is " * 60), InputError, ["64"]),
     "ids too long": (lens(torch.ones(1, 65, dtype=torch.long)), InputError, ["65", "64"]),

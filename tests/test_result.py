@@ -329,7 +329,7 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(
 ) -> None:
     page = tmp_path / "page.html"
     page.write_text("precious")
-    with pytest.raises(InputError, match="allowed are 0 to 1"):
+    with pytest.raises(InputError, match="allowed: 0 to 1"):
         result.save_html(page, batch=batch)
     assert page.read_text() == "precious"
 

@@ -186,7 +186,7 @@ def _segmented(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str])
         )
     unknown = [name for name in cells["segment"].unique() if name not in SEGMENTS]
     if unknown:
-        raise InputError(f"segment {unknown[0]!r} is unknown; allowed are {', '.join(SEGMENTS)}")
+        raise InputError(f"segment {unknown[0]!r} is unknown; allowed: {', '.join(SEGMENTS)}")
     return cells.assign(segment=pd.Categorical(cells["segment"], SEGMENTS, ordered=True))
 
 
@@ -207,7 +207,7 @@ def _numbers(prompts: object, present: pd.Series[int]) -> list[int]:
     for number in numbers:
         if not is_integer(number) or number not in there:
             raise InputError(
-                f"prompt {shown(number)} is not among those that have segments; allowed are "
+                f"prompt {shown(number)} is not among those that have segments; allowed: "
                 f"{len(there)} numbers from {there[0]} to {there[-1]}"
             )
     return numbers

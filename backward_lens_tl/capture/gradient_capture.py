@@ -91,7 +91,7 @@ class GradientCapture:
             if found is not None:
                 return found
         raise InputError(
-            f"{key!r} was not captured; there are {', '.join(self.matrices)} in layers "
+            f"{key!r} was not captured; available: {', '.join(self.matrices)} in layers "
             f"{', '.join(map(str, self.layers))}"
         )
 

@@ -327,7 +327,7 @@ def _checked_ids(host: Host, ids: Tensor, prepend_bos: bool | None) -> list[list
     lowest, highest = min(map(min, rows)), max(map(max, rows))
     if lowest < 0 or highest >= host.d_vocab:
         raise InputError(
-            f"token ids run from {lowest} to {highest}; allowed are 0 to {host.d_vocab - 1}"
+            f"token ids run from {lowest} to {highest}; allowed: 0 to {host.d_vocab - 1}"
         )
     return rows
 

@@ -92,6 +92,6 @@ def position_index(position: int, length: int, prompt: int) -> int:
     if not is_index(position, length):
         raise InputError(
             f"position {shown(position)} does not exist in prompt {prompt}, which has {length} "
-            f"tokens; allowed are {-length} to {length - 1}"
+            f"tokens; allowed: {-length} to {length - 1}"
         )
     return int(position) % length

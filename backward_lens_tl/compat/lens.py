@@ -103,7 +103,7 @@ class BackwardLens:
             vocabulary = host.vocabulary
             if not 1 <= top_k <= vocabulary.size:
                 raise InputError(
-                    f"top_k is {top_k}; allowed are 1 to {vocabulary.size}, the vocabulary's size"
+                    f"top_k is {top_k}; allowed: 1 to {vocabulary.size}, the vocabulary's size"
                 )
             wanted = _checked_layers(layers, host.n_layers)
             target = vocabulary.token_id(target_token)

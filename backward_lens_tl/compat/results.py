@@ -43,7 +43,7 @@ class VocabularyRanking:
         kept = self.indices.shape[-1]
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= kept:
             raise InputError(
-                f"k is {k!r}; allowed are 1 to {kept}, as many tokens as were kept; "
+                f"k is {k!r}; allowed: 1 to {kept}, as many tokens as were kept; "
                 "analyze(..., top_k=) keeps more"
             )
         return VocabularyRanking(self.values[..., :k].clone(), self.indices[..., :k].clone())
@@ -224,7 +224,7 @@ class BackwardLensMatrixResult:
         check_type("target_token_id", target_token_id, int)
         if not 0 <= target_token_id < self.vocabulary_size:
             raise InputError(
-                f"target_token_id is {target_token_id}; allowed are 0 to {self.vocabulary_size - 1}"
+                f"target_token_id is {target_token_id}; allowed: 0 to {self.vocabulary_size - 1}"
             )
         check_type("largest", largest, bool)
         end = "largest" if largest else "smallest"
@@ -357,7 +357,7 @@ class BackwardLensResult:
             if result.layer == layer:
                 return result
         there = ", ".join(str(result.layer) for result in self.layers)
-        raise LayerNotAnalyzedError(f"layer {layer!r} was not analysed; there are {there}")
+        raise LayerNotAnalyzedError(f"layer {layer!r} was not analysed; available: {there}")
 
 
 def ranks_beyond(

@@ -113,8 +113,8 @@ def _check_columns(name: str, rows: Iterable[object], fields: Mapping[str, str])
     for field, column in fields.items():
         if column not in columns:
             raise InputError(
-                f"fields[{field!r}] is {column!r}, a column that no row of {name!r} has; there are "
-                f"{', '.join(map(repr, columns)) or 'no columns'}"
+                f"fields[{field!r}] is {column!r}, a column that no row of {name!r} has; "
+                f"available: {', '.join(map(repr, columns)) or 'no columns'}"
             )
 
 
@@ -160,7 +160,7 @@ def _rows_of_file(name: str) -> list[object]:
     suffix = _suffix(name)
     if suffix not in _FORMATS:
         raise InputError(
-            f"{name!r} ends in {suffix!r}, which is not a known format; allowed are "
+            f"{name!r} ends in {suffix!r}, which is not a known format; allowed: "
             f"{', '.join(_FORMATS)}, each also with .gz"
         )
     try:

@@ -86,7 +86,7 @@ class Records(Sequence[Record | BadRecord]):
         >>> [type(record).__name__ for record in records]
         ['Record', 'BadRecord']
         >>> records[1].problem
-        "'prompt' is missing or empty; there is 'target'"
+        "'prompt' is missing or empty; the row has 'target'"
     """
 
     name: str

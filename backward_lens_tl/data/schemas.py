@@ -137,7 +137,7 @@ class _Cells:
 
     def _missing(self, column: str) -> InputError:
         filled = ", ".join(repr(key) for key in self.row if self[key] is not None) or "nothing"
-        return InputError(f"{self._label(column)} is missing or empty; there is {filled}")
+        return InputError(f"{self._label(column)} is missing or empty; the row has {filled}")
 
     def _label(self, column: str) -> str:
         return repr(self.path + column)
@@ -176,7 +176,7 @@ def _target(cells: _Cells, column: str) -> str | int:
     if value is None or isinstance(value, str):
         return cells.required_text(column)
     if not is_token_id(value):
-        raise cells.wrong(column, "a text, or a token id from 0 up, is needed")
+        raise cells.wrong(column, "a text or a non-negative token id is needed")
     return as_index(value)
 
 

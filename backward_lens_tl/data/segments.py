@@ -205,7 +205,7 @@ def _checked_span(text: str, subject: object) -> Span:
     start, end = span
     if not 0 <= start < end <= len(text):
         raise InputError(
-            f"subject is {shown(subject)}, which is not in the prompt {text!r}; allowed are "
+            f"subject is {shown(subject)}, which is not in the prompt {text!r}; allowed: "
             f"spans (start, end) with 0 <= start < end <= {len(text)}"
         )
     piece = text[start:end]

@@ -44,7 +44,7 @@ class _HookedUnembedding(Unembedding):
         if kind in ("RMS", "RMSPre"):
             return nn.functional.rms_norm(vectors, shape, weight, eps)
         raise UnsupportedModelError(
-            f"the final norm is {kind!r}; supported are LN, LNPre, RMS, RMSPre and None"
+            f"the final norm is {kind!r}; supported: LN, LNPre, RMS, RMSPre and None"
         )
 
     def transformed(self, logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:

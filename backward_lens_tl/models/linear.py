@@ -85,7 +85,7 @@ def stored_layout(linear: nn.Module, matrix: str, layer: int) -> Literal["in_out
         )
     raise UnsupportedModelError(
         f"{matrix} of layer {layer} is a {type(linear).__module__}.{type(linear).__qualname__}; "
-        "supported are torch.nn.Linear and transformers' Conv1D, without parametrizations, and "
+        "supported: torch.nn.Linear and transformers' Conv1D, without parametrizations, and "
         "LoRA adapters around them"
     )
 

@@ -35,7 +35,7 @@ def select_matrices(matrices: str | Sequence[str], host: Host) -> tuple[MatrixNa
     for name in asked:
         if not isinstance(name, str) or name not in (*MATRIX_NAMES, "attn", "mlp", "all"):
             raise InputError(
-                f"unknown matrix {name!r}; allowed are {', '.join(MATRIX_NAMES)} and the groups "
+                f"unknown matrix {name!r}; allowed: {', '.join(MATRIX_NAMES)} and the groups "
                 "'attn', 'mlp' and 'all'"
             )
         if name in ("attn", "all"):
@@ -67,7 +67,7 @@ def select_layers(layers: int | Sequence[int] | None, host: Host) -> tuple[int, 
     asked = listed(layers)
     for layer in asked:
         if not is_index(layer, n):
-            raise InputError(f"layer {shown(layer)} does not exist; allowed are {-n} to {n - 1}")
+            raise InputError(f"layer {shown(layer)} does not exist; allowed: {-n} to {n - 1}")
     if not asked:
         raise InputError("layers is empty; omit it to select all of them")
     return tuple(sorted({int(layer) % n for layer in asked}))
@@ -117,7 +117,7 @@ def find_editable(
     for site in sites:
         if mlp_only and site.matrix in ATTENTION_MATRICES:
             raise InputError(
-                f"{site.matrix} is a matrix of attention; allowed are those of the MLP, "
+                f"{site.matrix} is a matrix of attention; allowed: those of the MLP, "
                 f"{', '.join(host.matrices('mlp'))}"
             )
     return [_editable(host, site) for site in sites]

@@ -299,7 +299,7 @@ class Vocabulary:
             )
         if not 0 <= token_id < self.size:
             raise TargetError(
-                f"token id {shown(token_id)} is not in the vocabulary; allowed are 0 to "
+                f"token id {shown(token_id)} is not in the vocabulary; allowed: 0 to "
                 f"{self.size - 1}"
             )
         return token_id

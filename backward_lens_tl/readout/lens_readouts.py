@@ -122,7 +122,7 @@ class LensReadouts:
             return int(layer)
         if not (is_index(layer, len(self.layers)) and layer < 0):
             raise InputError(
-                f"layer {shown(layer)} was not analysed; there are "
+                f"layer {shown(layer)} was not analysed; available: "
                 f"{', '.join(map(str, self.layers))}"
             )
         return self.layers[layer]
@@ -315,7 +315,7 @@ class LensReadouts:
             if cell.position == wanted:
                 return cell
         raise InputError(
-            f"position {shown(pos)} was not analysed in prompt {batch}; there are "
+            f"position {shown(pos)} was not analysed in prompt {batch}; available: "
             f"{self.positions[batch].tolist()}"
         )
 

@@ -193,7 +193,7 @@ def as_projection(projection: str | Projection, host: Host) -> Projection:
     ):
         return projection
     raise InputError(
-        f"unknown projection {projection!r}; allowed are {', '.join(map(repr, _BY_NAME))}, or an "
+        f"unknown projection {projection!r}; allowed: {', '.join(map(repr, _BY_NAME))}, or an "
         "object with project(vectors, layer) -> logits"
     )
 

@@ -178,8 +178,7 @@ def read_vectors(
         )
     if layer is not None and not is_index(layer, host.n_layers):
         raise InputError(
-            f"layer {shown(layer)} does not exist; allowed are {-host.n_layers} to "
-            f"{host.n_layers - 1}"
+            f"layer {shown(layer)} does not exist; allowed: {-host.n_layers} to {host.n_layers - 1}"
         )
     rows = _checked_rows(vectors, host.d_model)
     lead = vectors.shape[:-1]

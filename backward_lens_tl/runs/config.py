@@ -17,10 +17,10 @@ from backward_lens_tl._checks import listed, plain, shown
 from backward_lens_tl.errors import InputError
 
 Count = Annotated[int, Field(ge=1)]
-"""An integer from 1."""
+"""An integer of at least 1."""
 
 CountOrZero = Annotated[int, Field(ge=0)]
-"""An integer from 0."""
+"""An integer of at least 0."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 """A finite number."""
@@ -29,7 +29,7 @@ Positive = Annotated[Finite, Field(gt=0)]
 """A finite number above 0."""
 
 NonNegative = Annotated[Finite, Field(ge=0)]
-"""A finite number from 0."""
+"""A finite number of at least 0."""
 
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)  # strict: no conversions
 _Own = TypeVar("_Own", bound="Config")  # Python 3.10 has no Self
@@ -100,7 +100,7 @@ class Config(Checked):
         known = [field.name for field in fields(cls)]
         for name in settings:
             if name not in known:
-                raise cls.ERROR(f"there is no setting {name!r}; allowed are {', '.join(known)}")
+                raise cls.ERROR(f"there is no setting {name!r}; allowed: {', '.join(known)}")
         return cls(**settings)
 
     @classmethod

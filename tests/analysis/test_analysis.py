@@ -506,12 +506,12 @@ def test_errors(result: blt.BackwardLensResult, positions: pd.DataFrame) -> None
         refused("no column 'segment'", function, result)
         refused("no token has a segment; .* subject", function, positions.assign(segment=None))
         refused(
-            "segment 'end' is unknown; allowed are before",
+            "segment 'end' is unknown; allowed: before",
             function,
             positions.assign(segment="end"),
         )
-    refused("of is 'x'; allowed are 'vjp', 'input'", norms_by_segment, positions, "x")
-    refused("of is 'vjp'; allowed are 'target', 'answer'", token_ranks_by_segment, positions, "vjp")
+    refused("of is 'x'; allowed: 'vjp', 'input'", norms_by_segment, positions, "x")
+    refused("of is 'vjp'; allowed: 'target', 'answer'", token_ranks_by_segment, positions, "vjp")
     bare = positions.assign(answer_rank=pd.array([None] * len(positions), "Int64"))
     refused(
         r'no answer_rank was measured: .* measures=\("answer_rank",\)',
@@ -523,7 +523,7 @@ def test_errors(result: blt.BackwardLensResult, positions: pd.DataFrame) -> None
     refused(r"no target_rank was measured: .* pass target=", token_ranks_by_segment, aimless)
     for prompt in (11, -1, True, "2", 2.0):
         refused(
-            f"prompt {prompt!r} is not among those that have segments; allowed are 4 numbers from "
+            f"prompt {prompt!r} is not among those that have segments; allowed: 4 numbers from "
             "0 to 3",
             token_ranks_by_segment,
             positions,

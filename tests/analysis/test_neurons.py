@@ -264,7 +264,7 @@ def test_blocks_of_neurons_are_slices_of_the_dense_gradient() -> None:
         torch.testing.assert_close(found, neurons[3:11], rtol=EXACT, atol=EXACT)
         torch.testing.assert_close(gradient.neuron(4, 1), neurons[4], rtol=EXACT, atol=EXACT)
         for start, stop in [(-1, 3), (0, len(neurons) + 1)]:
-            with pytest.raises(InputError, match=f"allowed are 0 to {len(neurons) - 1}"):
+            with pytest.raises(InputError, match=f"allowed: 0 to {len(neurons) - 1}"):
                 gradient.neurons(start, stop, batch=1)
 
 
@@ -337,7 +337,7 @@ def test_wrong_use(table: Callable[..., pd.DataFrame], as_for_a_user: None) -> N
         ("of a model of width 8, and this one", (case.model, of_another, "W_out", 1), {}),
         ("'W_gate', 1\\) was not captured", (case.model, gradients, "W_gate", 1), {}),
         ("'W_out', 3\\) was not captured", (case.model, gradients, "W_out", 3), {}),
-        ("prompt 2 does not exist; allowed are 0 to 1", (case.model, gradients, "W_out", 1, 2), {}),
+        ("prompt 2 does not exist; allowed: 0 to 1", (case.model, gradients, "W_out", 1, 2), {}),
         ("prompt -1 does not exist", (case.model, gradients, "W_out", 1, -1), {}),
         ("k is 0; pass an integer", (case.model, gradients, "W_out", 1), {"k": 0}),
         ("unknown projection 'lens'", (case.model, gradients, "W_out", 1), {"projection": "lens"}),

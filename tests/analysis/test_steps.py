@@ -554,7 +554,7 @@ def test_learning_rates_of_other_libraries() -> None:
 def test_wrong_arguments() -> None:
     model = model_case("hooked-gpt2").model
     wrong: list[tuple[str, dict[str, Any]]] = [
-        ("layer 3 does not exist; allowed are -3 to 2", {"layers": 3}),
+        ("layer 3 does not exist; allowed: -3 to 2", {"layers": 3}),
         ("has no W_gate", {"matrices": "W_gate"}),
         ("unknown matrix 'W_up'", {"matrices": "W_up"}),
         ("multi_token is 'middle'", {"multi_token": "middle"}),

@@ -258,7 +258,7 @@ def test_gradients_that_were_not_captured(capture: GradientCapture) -> None:
     with pytest.raises(InputError, match="'W_gate' was not captured; pass one of W_Q, W_K"):
         gradient_table(capture, "W_gate")
     for batch in (3, -1, True):
-        with pytest.raises(InputError, match=f"prompt {batch} does not exist; allowed are 0 to 2"):
+        with pytest.raises(InputError, match=f"prompt {batch} does not exist; allowed: 0 to 2"):
             gradient_table(capture, batch=batch)
 
 

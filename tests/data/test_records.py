@@ -212,9 +212,9 @@ def test_csv_with_blank_lines_and_short_and_long_rows(tmp_path: Path) -> None:
     first, short, empty, long = read_records(path)
     assert first == Record(0, "0", "a", "b", None, None, None)
     assert isinstance(short, BadRecord)
-    assert short.problem == "'target' is missing or empty; there is 'prompt'"
+    assert short.problem == "'target' is missing or empty; the row has 'prompt'"
     assert isinstance(empty, BadRecord)
-    assert empty.problem == "'prompt' is missing or empty; there is nothing"
+    assert empty.problem == "'prompt' is missing or empty; the row has nothing"
     assert long == BadRecord(
         3,
         "3",
@@ -358,7 +358,7 @@ def test_missing_cells_are_none(nothing: Any) -> None:
         0, "0", "One, two,", " three", None, None, None
     )
     assert problem({**PLAIN, "target": nothing}) == (
-        "'target' is missing or empty; there is 'prompt'"
+        "'target' is missing or empty; the row has 'prompt'"
     )
 
 
@@ -376,14 +376,14 @@ def test_rows_of_all_schemas_in_one_table() -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"target": " x"}, "'prompt' is missing or empty; there is 'target'"),
-        ({"prompt": "x"}, "'target' is missing or empty; there is 'prompt'"),
-        ({}, "'prompt' is missing or empty; there is nothing"),
-        ({**FLAT, "target_new": ""}, "'target_new' is missing or empty; there is 'case_id', "),
+        ({"target": " x"}, "'prompt' is missing or empty; the row has 'target'"),
+        ({"prompt": "x"}, "'target' is missing or empty; the row has 'prompt'"),
+        ({}, "'prompt' is missing or empty; the row has nothing"),
+        ({**FLAT, "target_new": ""}, "'target_new' is missing or empty; the row has 'case_id', "),
         ({**FLAT, "ground_truth": ["BBC"]}, r"'ground_truth' is \['BBC'\], a list; a text is"),
         ({**TRACING, "target_false": None}, "'target_false' is missing or empty"),
         ({"prompt": 3, "target": " x"}, "'prompt' is 3, a int; a text is needed"),
-        ({**PLAIN, "target": 1.5}, "'target' is 1.5, a float; a text, or a token id from 0 up"),
+        ({**PLAIN, "target": 1.5}, "'target' is 1.5, a float; a text or a non-negative token id"),
         ({**PLAIN, "target": -1}, "'target' is -1, a int"),
         ({**PLAIN, "target": 10**5000}, "'target' is a int too large to print"),
         ({**PLAIN, "target": 2**63}, "'target' is 9223372036854775808"),
@@ -402,7 +402,7 @@ def test_rows_of_all_schemas_in_one_table() -> None:
         ({**ORIGINAL, "requested_rewrite": "{}"}, "'requested_rewrite' is '{}', a str; an object"),
         (rewritten(prompt="Paris is"), "the template 'Paris is' has 0 places for the subject"),
         (rewritten(prompt="{} or {}"), "the template '{} or {}' has 2 places for the subject"),
-        (rewritten(prompt=None), "'requested_rewrite.prompt' is missing or empty; there is 'rel"),
+        (rewritten(prompt=None), "'requested_rewrite.prompt' is missing or empty; the row"),
         (rewritten(subject=None), "'requested_rewrite.subject' is missing or empty"),
         (rewritten(subject=""), "'requested_rewrite.subject' is missing or empty"),
         (rewritten(target_new=None), "'requested_rewrite.target_new' is missing or empty"),
@@ -463,7 +463,7 @@ def test_fields_that_only_the_header_has(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,t\nx\n")
     [bad] = read_records(tmp_path / "a.csv", fields={"target": "t"})
     assert isinstance(bad, BadRecord)
-    assert bad.problem == "'t' is missing or empty; there is 'prompt'"
+    assert bad.problem == "'t' is missing or empty; the row has 'prompt'"
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -471,7 +471,7 @@ def test_fields_that_only_the_header_has(tmp_path: Path) -> None:
     ("fields", "said"),
     [
         ({"prompt": "q", "target": "t"}, "'target'] is 't', a column that no row of 'rows' has; "
-                                         "there are 'q', 'other'\n"),
+                                         "available: 'q', 'other'\n"),
         ({"promt": "q"}, "names 'promt'; it can rename 'prompt', 'target', 'subject', "),
         ({"prompt": 1}, r"'prompt'] is 1; pass the name of a column"),
         (["prompt"], r"fields is \['prompt'\]; pass a mapping such as"),
@@ -616,7 +616,7 @@ def test_errors_of_the_hub_are_one_line(
         ("a.csv.gz", b"prompt,target\nx,y", "cannot be read: Not a gzipped file"),
         ("a.csv.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "Compressed file ended"),
         ("a.parquet", b"PAR1", "cannot be read as Parquet: "),
-        ("a.xlsx", b"", r"ends in '.xlsx', which is not a known format; allowed are .json, .jsonl, "
+        ("a.xlsx", b"", r"ends in '.xlsx', which is not a known format; allowed: .json, .jsonl, "
                         r".ndjson, .csv, .tsv, .parquet, each also with .gz"),
         ("a", b"", "ends in ''"),
     ],

@@ -142,7 +142,7 @@ def test_errors_name_subject_and_prompt() -> None:
             prompt_segments(text, spans, subject)
     for subject in ((2, 2), (3, 2), (-1, 3), (-4, -2), (0, 9), (8, 9), [5, 10**9], (0, 10**5000)):
         wanted = (
-            "which is not in the prompt 'Rome  is'; allowed are spans (start, end) with "
+            "which is not in the prompt 'Rome  is'; allowed: spans (start, end) with "
             "0 <= start < end <= 8"
         )
         with pytest.raises(InputError, match=re.escape(wanted)):
@@ -464,5 +464,5 @@ def test_tables_and_files_have_the_spans(facts_model: Any, tmp_path: Path) -> No
     assert loaded.capture.prompts == result.capture.prompts
     assert loaded.capture.spans == result.capture.spans
     assert loaded.to_df(subject=(0, 5)).equals(result.to_df(subject=(0, 5)))
-    with pytest.raises(InputError, match=r"allowed are spans .* <= 19"):
+    with pytest.raises(InputError, match=r"allowed: spans .* <= 19"):
         result.to_df(subject=(place, place + 4))

@@ -191,7 +191,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "empty": ({"vectors": PLAIN[:0]}, r"shape \(0, 128\); pass at least one vector"),
     "NaN": ({"vectors": PLAIN * torch.tensor([[1.0], [float("nan")]])}, r"vectors\[1\] contains"),
     "infinity": ({"vectors": PLAIN[0] / 0}, "vectors contains NaN or infinity"),
-    "layer": ({"layer": 8}, "layer 8 does not exist; allowed are -8 to 7"),
+    "layer": ({"layer": 8}, "layer 8 does not exist; allowed: -8 to 7"),
     "k": ({"k": 0}, "k is 0; pass an integer of at least 1"),
     "projections": ({"projection": ("logit_lens", "normalized")}, "unknown projection"),
     "targets": (

@@ -926,9 +926,9 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"matrices": "W_up"}, "unknown matrix 'W_up'; allowed are"),
+        ({"matrices": "W_up"}, "unknown matrix 'W_up'; allowed:"),
         ({"matrices": ()}, "matrices is empty"),
-        ({"layers": 3}, "layer 3 does not exist; allowed are -3 to 2"),
+        ({"layers": 3}, "layer 3 does not exist; allowed: -3 to 2"),
         ({"memory": blt.Memory(budget=1000)}, "the budget is 1,000 bytes"),
     ],
 )
@@ -955,7 +955,7 @@ def test_settings_that_compare_equal(swept):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"colour": 3}', r"there is no setting 'colour'; allowed are matrices, layers, .*memory"),
+        ('{"colour": 3}', r"there is no setting 'colour'; allowed: matrices, layers, .*memory"),
         ('{"config": {"colour": 3}}', "there is no setting 'colour'"),
         ('{"config": 3}', "has 3 for settings"),
         ("[1]", r"has \[1\] for settings; write a JSON object"),
@@ -1167,7 +1167,7 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path, capfd):
     odd = tmp_path / "odd.json"
     odd.write_text('{"colour": 1}')
     for argv, message in [
-        (["--config", str(odd)], "no setting 'colour'; allowed are matrices"),
+        (["--config", str(odd)], "no setting 'colour'; allowed: matrices"),
         (["--config", str(tmp_path / "none")], "cannot be read"),
         (["--data", str(tmp_path / "none.csv")], "there is no file"),
         (["--field", "prompt"], "--field prompt names no column; write prompt=question"),

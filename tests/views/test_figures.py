@@ -876,18 +876,16 @@ def test_errors(result: BackwardLensResult, facts_model: Any) -> None:
             function(*args, **kwargs)
 
     refused(
-        "backend is 'bokeh'; allowed are 'plotly', 'matplotlib'",
+        "backend is 'bokeh'; allowed: 'plotly', 'matplotlib'",
         figures.norms,
         result,
         backend="bokeh",
     )
-    refused("scale is 'log2'; allowed are 'log', 'linear'", figures.norms, result, scale="log2")
-    refused(
-        "of is 'x'; allowed are 'vjp', 'input'", figures.norms_by_segment, result, "Rome", of="x"
-    )
+    refused("scale is 'log2'; allowed: 'log', 'linear'", figures.norms, result, scale="log2")
+    refused("of is 'x'; allowed: 'vjp', 'input'", figures.norms_by_segment, result, "Rome", of="x")
     for function in (figures.norms, figures.target_ranks, figures.singular_values):
         refused("'W_Q'", function, result, "W_Q")
-        refused("prompt 3 does not exist; allowed are 0 to 2", function, result, batch=3)
+        refused("prompt 3 does not exist; allowed: 0 to 2", function, result, batch=3)
     refused("'W_Q'.* was not captured", figures.gradient_ranks, result, ["W_in", "W_Q"])
     refused(r"matrices is \[\]; pass some of W_in, W_out", figures.gradient_ranks, result, [])
     refused("'W_Q'.* was not captured", figures.neuron_similarity, result, "W_Q", 0)
@@ -900,7 +898,7 @@ def test_errors(result: BackwardLensResult, facts_model: Any) -> None:
     refused("subject is None", figures.norms_by_segment, result, None)
     refused("subject is None", figures.token_ranks_by_segment, result)
     refused(
-        "of is 'x'; allowed are 'target'", figures.token_ranks_by_segment, result, SUBJECTS, of="x"
+        "of is 'x'; allowed: 'target'", figures.token_ranks_by_segment, result, SUBJECTS, of="x"
     )
     refused(
         "'tuned' was not requested",
@@ -937,12 +935,12 @@ def test_errors_of_tables(result: BackwardLensResult) -> None:
         refused("subject is 'Rome', but the table has its segments", function, table, "Rome")
         refused("scale is 'log2'", function, table, scale="log2")
         refused("backend is 'bokeh'", function, table, backend="bokeh")
-    refused("of is 'input'; allowed are 'vjp'\n", figures.norms_by_segment, norms, of="input")
+    refused("of is 'input'; allowed: 'vjp'\n", figures.norms_by_segment, norms, of="input")
     refused(
-        "of is 'answer'; allowed are 'target'\n", figures.token_ranks_by_segment, ranks, of="answer"
+        "of is 'answer'; allowed: 'target'\n", figures.token_ranks_by_segment, ranks, of="answer"
     )
     refused(
-        "projection is 'tuned'; allowed are 'logit_lens'\n", figures.token_ranks_by_segment, ranks,
+        "projection is 'tuned'; allowed: 'logit_lens'\n", figures.token_ranks_by_segment, ranks,
         projection="tuned",
     )  # fmt: skip
     gradients = result.capture.gradient_df()

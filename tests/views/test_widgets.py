@@ -407,7 +407,7 @@ def test_what_is_not_in_the_result_is_refused(result: BackwardLensResult):
     for ask in (widgets.norms, widgets.quantities):
         with pytest.raises(InputError, match="'W_K' is not in this result; it has W_in, W_out"):
             ask(result, "W_K")
-        with pytest.raises(InputError, match="prompt 1 does not exist; allowed are 0 to 0"):
+        with pytest.raises(InputError, match="prompt 1 does not exist; allowed: 0 to 0"):
             ask(result, batch=1)
     with pytest.raises(InputError, match="'W_K' is not in this result"):
         widgets.top_tokens(result, matrices=["W_in", "W_K"])
@@ -415,7 +415,7 @@ def test_what_is_not_in_the_result_is_refused(result: BackwardLensResult):
         widgets.top_tokens(result, matrices=[])
     with pytest.raises(InputError, match="prompt 7 does not exist"):
         widgets.reversed_attention(result, 0, batch=7)
-    with pytest.raises(InputError, match="layer 9 was not analysed; there are 0, 1, 2, 3"):
+    with pytest.raises(InputError, match="layer 9 was not analysed; available: 0, 1, 2, 3"):
         widgets.reversed_attention(result, 9)
     with pytest.raises(
         InputError, match=r"no Reversed Attention for layer 0; capture its attention"
