@@ -1,12 +1,12 @@
 """Mutation tests of the package's core, on a random sample: `make mutants`.
 
-mutmut writes the mutants, finds out which tests reach which function, and runs those tests on each
+mutmut writes the mutants, records which tests reach which function, and runs those tests on each
 mutant in a forked process. This script draws the sample, picks the tests of each mutant, the
 fastest first, and reports. Its settings are in pyproject.toml, under [tool.mutmut].
 
-Left out of the sample: mutants that change nothing but the text of a string, and those that change
-nothing but an argument `device=`, which a CPU cannot tell. mutmut itself leaves out decorated
-functions (properties, context managers; not static and class methods), code outside of functions,
+The sample excludes mutants that change only the text of a string, and those that change
+only an argument `device=`, which has no effect on a CPU. mutmut itself excludes decorated
+functions (properties, context managers; not static and class methods), code outside functions,
 and type annotations. A mutant of code that runs only while modules are imported always survives.
 """
 
@@ -67,12 +67,12 @@ class Mutant(NamedTuple):
 
     @property
     def counts(self) -> bool:
-        """Whether more differs than the text of a string or a device."""
+        """Whether a mutant changes more than the text of a string or a device."""
         return bare(self.before) != bare(self.after)
 
 
 def bare(function: str) -> str:
-    """A function's syntax tree with every string empty and without arguments `device=`."""
+    """A function's syntax tree with empty strings and without `device=` arguments."""
     tree = ast.parse(dedent(function))
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -83,18 +83,18 @@ def bare(function: str) -> str:
 
 
 def changes(diff: Sequence[str]) -> list[str]:
-    """The lines of a diff that go and come, without indentation."""
+    """The removed and added lines of a diff, without indentation."""
     return [line[0] + line[1:].strip() for line in diff if line[:1] in ("-", "+")]
 
 
 @cache
 def equivalents() -> list[dict[str, str]]:
-    """The mutants that no test can kill; each with the reason."""
+    """Equivalent mutants, which no test can kill, with the reason for each."""
     return tomllib.loads(EQUIVALENT.read_text(encoding="utf-8")).get("mutant", [])
 
 
 def is_equivalent(mutant: Mutant) -> bool:
-    """Whether a mutant is listed, by its function and the lines that change."""
+    """Whether a mutant is listed, by its function and changed lines."""
     return any(
         each["function"] == mutant.function
         and changes(each["diff"].splitlines()) == changes(mutant.diff)
@@ -103,9 +103,9 @@ def is_equivalent(mutant: Mutant) -> bool:
 
 
 class Watch:
-    """Notes which tests fail, and what the setup of a fixture reaches.
+    """Record which tests fail, and which functions the setup of a fixture reaches.
 
-    mutmut counts the latter only for the test that comes first; here it counts for every test that
+    mutmut counts the latter only for the first test; here it counts for every test that
     uses the fixture.
     """
 
@@ -135,7 +135,7 @@ class Watch:
 
 
 class Runner(PytestRunner):
-    """pytest as mutmut runs it; a test that fails without a mutant is left out from then on."""
+    """pytest as mutmut runs it; a test that fails without a mutant is excluded afterwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Runner(PytestRunner):
 
 
 def read(modules: Sequence[str]) -> list[tuple[str, str]]:
-    """Names of all mutants of some modules, and the paths of these, in a fixed order."""
+    """Names of all mutants of some modules, and the modules' paths, in a fixed order."""
     mutants, _ = mutmut.collect_source_file_mutation_data(mutant_names=())
     of = [(str(data.path), name) for data, name, _ in mutants]
     for module in modules:
@@ -175,9 +175,9 @@ def draw(found: Sequence[tuple[str, str]], size: int, seed: int) -> list[Mutant]
 
 
 def tests_of(mutant: Mutant, seconds: float) -> tuple[list[str], int]:
-    """The tests that reach a mutant's function, the fastest first, until they take `seconds`.
+    """The tests that reach a mutant's function, fastest first, up to `seconds` in total.
 
-    Also returns how many there are without that limit.
+    Also return their number without that limit.
     """
     reach = state().tests_by_mangled_function_name[mutant.name.partition("__mutmut_")[0]]
     duration = state().duration_by_test
@@ -192,7 +192,7 @@ def tests_of(mutant: Mutant, seconds: float) -> tuple[list[str], int]:
 
 
 def run(runner: ForkServerRunner, tests: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
-    """Runs the tests of each mutant; yields its name and its outcome."""
+    """Run the tests of each mutant; yield its name and outcome."""
     waiting = [name for name in tests if tests[name]]
     yield from ((name, "no tests") for name in tests if not tests[name])
     runner.startup()
@@ -214,9 +214,9 @@ def run(runner: ForkServerRunner, tests: dict[str, list[str]]) -> Iterator[tuple
 
 
 def prepare(runner: ForkServerRunner) -> None:
-    """Writes the mutants, and finds out which tests reach which function unless that is known."""
+    """Write the mutants, and record which tests reach which function unless that is known."""
     Path("mutants").mkdir(exist_ok=True)
-    shutil.rmtree("mutants/tests", ignore_errors=True)  # else tests that are gone stay there
+    shutil.rmtree("mutants/tests", ignore_errors=True)  # otherwise deleted tests stay there
     set_mutant_under_test("mutant_generation")
     with mutmut.CatchOutput():
         mutmut.copy_src_dir()
@@ -226,8 +226,8 @@ def prepare(runner: ForkServerRunner) -> None:
     if STATISTICS.exists():
         known = json.loads(STATISTICS.read_text(encoding="utf-8"))["function_hashes"]
         if state().current_function_hashes.keys() - known.keys():
-            STATISTICS.unlink()  # of new functions mutmut would say that no test reaches them
-    # Imported once, here: mutmut would do it once more in each process that it forks from this one.
+            STATISTICS.unlink()  # mutmut would report that no test reaches new functions
+    # Import it once here; otherwise mutmut would import it in every forked process.
     set_mutant_under_test("list_all_tests")
     with mutmut.CatchOutput():
         Runner().warm_up()
@@ -242,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=float, default=60, help="seconds of tests for a mutant")
     parser.add_argument("--tests", nargs="+", help="instead of the whole quick tier")
     options = parser.parse_args(arguments)
-    # A fork must not find threads.
+    # There must be no threads at a fork.
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ.setdefault("BACKWARD_LENS_SHARED", str(Path("../shared").resolve()))
     if options.tests:

@@ -1,4 +1,4 @@
-"""The benchmark: its tables against slow computations, and its folder, stopped or not."""
+"""The benchmark: tables against slow computations, and the output folder with interruptions."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ ROWS = [
 
 @dataclass(frozen=True)
 class Nudge(EditMethod):
-    """Writes what the target's row of the unembedding is, where the prompt's last token listens.
+    """Write the target's unembedding row at the prompt's last token.
 
-    One outer product per request, by a seeded random key: an edit like any other, and no good one.
+    One outer product per request, by a seeded random key: a valid but poor edit.
     """
 
     size: float = 3.0
@@ -87,7 +87,7 @@ class Nudge(EditMethod):
 
 @dataclass(frozen=True)
 class Failing(Nudge):
-    """Refuses some prompts."""
+    """Refuse some prompts."""
 
     error: Exception = field(default_factory=lambda: EditError("not this one"), compare=False)
     when: str = ""
@@ -100,7 +100,7 @@ class Failing(Nudge):
 
 @dataclass(frozen=True)
 class Leaving(Nudge):
-    """Changes the model by itself, in one value."""
+    """Change one value of the model itself."""
 
     def compute(self, host: Any, requests: Sequence[Any]) -> list[MatrixDelta]:
         host.parameters()[sorted(host.parameters())[0]].data.view(-1)[3] += 0.25
@@ -109,7 +109,7 @@ class Leaving(Nudge):
 
 @dataclass(frozen=True)
 class Nothing(Nudge):
-    """Makes an edit of nothing."""
+    """Return an empty edit."""
 
     def compute(self, host: Any, requests: Sequence[Any]) -> list[MatrixDelta]:
         return []
@@ -117,13 +117,13 @@ class Nothing(Nudge):
 
 @pytest.fixture(scope="module")
 def tiny() -> nn.Module:
-    """A random model in float64, of the kind that is installed."""
+    """A random model in float64, of an available class."""
     return build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2").model
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file of what perplexity is measured on."""
+    """A file of texts for perplexity."""
     file = tmp_path_factory.mktemp("texts") / "texts.raw"
     file.write_text("The capital of France is Paris.\nRome is in Italy.\nMessi plays the ball.\n")
     return str(file)
@@ -131,7 +131,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def run(tiny: nn.Module, texts: str, tmp_path: Path, as_for_a_user: None) -> Callable[..., Any]:
-    """Evaluations of small data into folders of their own."""
+    """Run evaluations of small data into separate folders."""
 
     def evaluated(
         methods: Any, data: Any = ROWS, folder: str | None = None, model: Any = None, **given: Any
@@ -151,11 +151,11 @@ def small_config(texts: str, **given: Any) -> EvaluationConfig:
 
 @dataclass(frozen=True)
 class Small:
-    """One evaluation that many tests look at.
+    """One evaluation that many tests inspect.
 
     Attributes:
-        found: What came of it.
-        nudge: Its first method, which holds what it was asked.
+        found: Its result.
+        nudge: Its first method, which records its requests.
         before: The model's state before it.
         after: The model's state after it.
     """
@@ -181,7 +181,7 @@ def small(tiny: nn.Module, texts: str, tmp_path_factory: pytest.TempPathFactory)
 
 
 def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """What an evaluation must leave as it was."""
+    """State that an evaluation must not change."""
     host = host_of(model)
     return (
         host.fingerprint(),
@@ -193,14 +193,14 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
 
 @pytest.fixture(scope="module")
 def whole(tiny: nn.Module, texts: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the files of an evaluation hold that was not stopped: two records by one method."""
+    """Contents of the files of an uninterrupted evaluation: two records, one method."""
     out = tmp_path_factory.mktemp("whole") / "out"
     evaluate(tiny, ROWS[:2], out, {"nudge": Nudge()}, small_config(texts), progress=False)
     return digests(out)
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """What every table's files hold, but for what differs from run to run."""
+    """Contents of every table's files, except what differs between runs."""
     return stopping.digests(folder, [table for table in TABLES if table != "costs"])
 
 
@@ -270,7 +270,7 @@ def test_metrics_are_those_of_the_prompts(small: Small) -> None:
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_scores_under_an_edit_against_a_changed_model(gpt2: Case, tmp_path: Path) -> None:
-    """The reference's own weight is really changed, and each prompt goes through alone."""
+    """The reference's weight is really changed, and prompts run one by one."""
     before = host_of(gpt2.model).fingerprint()
     config = EvaluationConfig(generation_length=0, n_texts=0)
     methods = {"n": Nudge(size=6.0)}
@@ -333,7 +333,7 @@ def test_the_edit_of_several_records_at_once(run, small: Small) -> None:
     one = by_record(small.found.edits(), "nudge")
     assert edits.loc[2, "efficacy_success":"norm"].equals(one.loc[2, "efficacy_success":"norm"])
     assert edits.loc[0, "perplexity"] != one.loc[0, "perplexity"]
-    # Scored under the edit of both: as under the two edits of one, one in the other.
+    # Scores under the joint edit equal those under two nested single edits.
     keys = ["record", "kind", "index"]
     nll = found.prompts().set_index(["method", *keys])["nll_new"]
     alone = small.found.prompts().query("method == 'none'").set_index(keys)["nll_new"]
@@ -362,7 +362,7 @@ def test_failed_edits_count_as_not_edited(small: Small) -> None:
 
 
 def test_every_kind_of_failure_fails_alone(run) -> None:
-    """What a method may raise, NaN, and, last, edits that do not fail."""
+    """Exceptions of a method, NaN, and, last, edits that do not fail."""
     raised = [
         EditError("no statistics"),
         torch.linalg.LinAlgError("singular"),
@@ -384,7 +384,7 @@ def test_every_kind_of_failure_fails_alone(run) -> None:
         assert edits.loc[name, same].equals(edits.loc["none", same]), name
     for name in ("huge", "good"):
         assert not edits.loc[name, same].equals(edits.loc["none", same]), name
-    # What disables the model is measured.
+    # Edits that disable the model are measured.
     assert not math.isnan(edits.loc["huge", "perplexity"])
 
 
@@ -408,8 +408,8 @@ def test_a_method_that_changes_the_model_is_caught(run, tiny: nn.Module, tmp_pat
     assert found.edits()["method"].unique().tolist() == ["none"]
 
 
-def test_what_changes_between_shards_is_caught(run, tiny: nn.Module, monkeypatch) -> None:
-    """By the fingerprints before and after the whole."""
+def test_changes_between_shards_are_caught(run, tiny: nn.Module, monkeypatch) -> None:
+    """Detected by fingerprints before and after the evaluation."""
     host = host_of(tiny)
     parameter = host.parameters()[sorted(host.parameters())[0]]
     real = measuring.Bench.measure
@@ -428,13 +428,13 @@ def test_what_changes_between_shards_is_caught(run, tiny: nn.Module, monkeypatch
         parameter.data.copy_(kept)
 
 
-def test_nothing_of_the_model_is_changed(small: Small) -> None:
+def test_the_model_is_unchanged_by_an_evaluation(small: Small) -> None:
     assert small.after == small.before
     *_, grads = small.after
     assert set(grads) == {None}
 
 
-def test_one_bit_shows_in_the_checksum(tiny: nn.Module) -> None:
+def test_one_bit_changes_the_checksum(tiny: nn.Module) -> None:
     tensors = {name: value.detach().clone() for name, value in host_of(tiny).parameters().items()}
     whole = tensors_checksum(tensors)
     assert tensors_checksum(dict(reversed(tensors.items()))) == whole
@@ -451,7 +451,7 @@ def test_one_bit_shows_in_the_checksum(tiny: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_signs_and_exchanges_show_in_the_checksum(dtype: torch.dtype) -> None:
+def test_signs_and_swaps_change_the_checksum(dtype: torch.dtype) -> None:
     values = torch.randn(10, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
     turned = values.clone().reshape(-1)
     turned[:2] *= -1
@@ -461,11 +461,11 @@ def test_signs_and_exchanges_show_in_the_checksum(dtype: torch.dtype) -> None:
     assert len(sums) == 5
 
 
-def test_no_score_depends_on_batch_or_padding_side(
+def test_scores_do_not_depend_on_batch_or_padding_side(
     run, small: Small, tiny: nn.Module, monkeypatch
 ) -> None:
     def check(batch_size: int, n: int) -> None:
-        """The first records alone, against those of the evaluation of all."""
+        """Evaluate the first records only; compare with the evaluation of all."""
 
         def those_of(found: Evaluation, table: str) -> pd.DataFrame:
             rows = getattr(found, table)()
@@ -495,14 +495,14 @@ def test_generations(run, small: Small, tiny: nn.Module) -> None:
         assert row["text"].startswith(row["prompt"])
         assert row["ngram_entropy"] == ngram_entropy(row["text"])
     lengths = [len(host.tokenize(text, False)) for text in texts["text"]]
-    assert max(lengths) <= 8 + 4  # a text that is drawn may have fewer tokens, or more
+    assert max(lengths) <= 8 + 4  # a sampled text may have fewer or more tokens
     assert min(lengths) > 4
     edits = small.found.edits().set_index(["method", "record"])
     assert edits.loc[("none", 0), "ngram_entropy"] == pytest.approx(
         none["ngram_entropy"][:2].mean()
     )
     assert math.isnan(edits.loc[("none", 2), "ngram_entropy"])
-    # The most probable token, always, in the continuation.
+    # The continuation always takes the most probable token.
     ids = host.tokenize(ROWS[0]["prompt"], False)
     [drawn] = sample(host, [ids], [4], top_k=1, seeds=[5])
     expected = host.vocabulary.decode([*ids, *drawn])[len(ROWS[0]["prompt"]) :]
@@ -516,7 +516,7 @@ def test_generations(run, small: Small, tiny: nn.Module) -> None:
     assert bare.edits()["ngram_entropy"].isna().all()
 
 
-def test_free_efficacy_is_that_of_the_continuation(run, tiny: nn.Module) -> None:
+def test_free_efficacy_is_measured_on_the_continuation(run, tiny: nn.Module) -> None:
     host = host_of(tiny)
     own = []
     for row in ROWS[:2]:
@@ -536,7 +536,7 @@ def test_costs(run) -> None:
     class Costly(Nudge):
         def compute(self, host: Any, requests: Sequence[Any]) -> list[MatrixDelta]:
             large = torch.ones(12 * 2**20)  # 48 MiB
-            time.sleep(0.6)  # much more than a busy machine adds
+            time.sleep(0.6)  # much more than the noise of a busy machine
             return super().compute(host, requests) if large.sum() else []
 
     rows = [{"prompt": row["prompt"], "target": row["target"]} for row in ROWS]
@@ -552,10 +552,10 @@ def test_costs(run) -> None:
         assert 40 < found.summary().set_index("method").loc["costly", "memory"] < 120
 
 
-# ----------------------------------------------------------------------- records that are taken
+# --------------------------------------------------------------------------------- selected records
 
 
-def test_which_records_are_taken(run) -> None:
+def test_selection_of_records(run) -> None:
     rows = [{"prompt": "Rome is in", "target": " the", "id": f"{n}"} for n in range(4)]
 
     def ids(**settings: Any) -> list[str]:
@@ -578,7 +578,7 @@ def test_rows_that_cannot_be_evaluated(run) -> None:
                     "answer": "e"}),
         ("length", {"prompt": "the " * 70 + "the", "target": " the"}),
         ("length", {**ROWS[0], "generation_prompts": ["the " * 70]}),
-        ("length", {"prompt": "the" + " the" * 62, "target": " Rome. the"}),  # 64 tokens alone
+        ("length", {"prompt": "the" + " the" * 62, "target": " Rome. the"}),  # 64 tokens by itself
         ("row", {**ROWS[0], "paraphrase_prompts": [""]}),
     ]  # fmt: skip
     found = run({"nudge": Nudge()}, [*(row for _, row in bad), ROWS[0]], generation_length=4)
@@ -594,8 +594,8 @@ def test_rows_that_cannot_be_evaluated(run) -> None:
     assert nothing._repr_html_()
 
 
-def test_answers_after_a_space_of_their_own(run) -> None:
-    """An id as target is taken as it is."""
+def test_answers_with_their_own_leading_space(run) -> None:
+    """A token id as target is used unchanged."""
     [row] = by_record(run({}, [ROWS[2]]).edits(), "none").to_dict("records")
     assert isinstance(row["target"], str)
     assert math.isnan(row["efficacy_success"])
@@ -609,7 +609,7 @@ def test_neighbors_that_are_left_out(run) -> None:
     assert "neighborhood" not in run({}, neighbors=0, n_texts=0).prompts()["kind"].tolist()
 
 
-def test_flattened_counterfact_has_a_neighbor_with_an_answer_of_its_own(run) -> None:
+def test_flattened_counterfact_has_a_neighbor_with_its_own_answer(run) -> None:
     row = {
         "case_id": 3, "prompt": "The capital of France is", "target_new": "the",
         "subject": "France", "ground_truth": "Paris", "rephrase_prompt": "France is",
@@ -669,8 +669,8 @@ def test_means_deviations_and_the_score_by_hand() -> None:
     assert zero["score"].tolist() == [0]
 
 
-def test_intervals_are_those_of_the_binomial() -> None:
-    """A resampled rate is binomial, so that its quantiles are known exactly."""
+def test_intervals_match_the_binomial() -> None:
+    """A resampled rate is binomial, so its quantiles are known exactly."""
     n, hits = 40, 29
     table = edits_of({"efficacy": [1] * hits + [0] * (n - hits)})
     found = summarize(table, seed=3, resamples=5000).iloc[0]
@@ -685,8 +685,8 @@ def test_intervals_are_those_of_the_binomial() -> None:
     assert not first.equals(other)
 
 
-def test_records_of_one_edit_are_drawn_together() -> None:
-    """Copies within a block are no further evidence: the interval is that of the blocks."""
+def test_records_of_one_edit_are_resampled_together() -> None:
+    """Copies within a block add no evidence: the interval is that of the blocks."""
     values = [0.1, 0.9, 0.4, 0.7, 0.2, 0.8]
     blocks = [block for block in range(6) for _ in range(10)]
     alone = summarize(edits_of({"paraphrase": values}), seed=0, resamples=500)
@@ -766,14 +766,14 @@ def test_the_figure(small: Small, tmp_path: Path, backend: Any) -> None:
     ("moment", "when"),
     [(0, "written"), (3, "placed"), (5, "written"), (5, "placed")],
 )
-def test_killed_at_a_file_it_resumes_and_ends_the_same(
+def test_killed_at_any_file_it_resumes_with_the_same_result(
     run, whole: dict[str, str], tmp_path: Path, moment: int, when: str
 ) -> None:
-    """At `run.json`, and at some of the five tables of each of four shards."""
+    """Kill at `run.json`, and at some of the five tables of each of four shards."""
     nudge, again, last = Nudge(), Nudge(), Nudge()
     out = tmp_path / "out"
     killed(lambda: run({"nudge": nudge}, ROWS[:2], "out"), moment, when)
-    # A shard whose last table is in place is finished, and not lost.
+    # A shard whose last table is in place is finished and kept.
     n_shards = max(0, (moment - (when == "written")) // 5)
     assert len(list((out / "edits").glob("shard-*"))) == n_shards
     if (out / "run.json").exists():
@@ -794,7 +794,7 @@ def test_killed_at_a_file_it_resumes_and_ends_the_same(
 
 
 def test_a_process_measures_its_share(run, whole: dict[str, str], monkeypatch) -> None:
-    """The second of two; what the first did not do one alone does later."""
+    """Run the second of two processes; later, one process does the first one's share."""
     with monkeypatch.context() as patched:
         second = second_of_two()
         patched.setattr(run_module, "this_process", lambda: second)
@@ -823,7 +823,7 @@ def test_only_the_same_evaluation_is_resumed(run, tmp_path: Path) -> None:
         given = {"methods": {"nudge": Nudge()}, "data": ROWS[:1], **change}
         with pytest.raises(EvaluationError, match=f"holds an evaluation with {message}"):
             run(folder="out", **given)
-    # The texts by what they hold, not by their name alone.
+    # Texts are compared by content, not only by file name.
     file = Path(Evaluation.load(tmp_path / "out").config.texts or "")
     kept = file.read_text()
     try:
@@ -834,7 +834,7 @@ def test_only_the_same_evaluation_is_resumed(run, tmp_path: Path) -> None:
         file.write_text(kept)
 
 
-def test_folders_that_are_not_of_an_evaluation(run, tmp_path: Path) -> None:
+def test_folders_of_something_other_than_an_evaluation(run, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="is not the folder of an evaluation"):
         Evaluation.load(tmp_path)
     found = run({}, ROWS[:1], "out", n_texts=0)
@@ -1024,7 +1024,7 @@ def test_methods_that_are_refused(run) -> None:
         evaluate("facts", ROWS, "out", {}, {"records": 3})  # type: ignore[arg-type]
 
 
-def test_one_method_goes_by_its_own_name(run) -> None:
+def test_a_single_method_uses_its_own_name(run) -> None:
     found = run(Nudge(), ROWS[2:], n_texts=0)
     assert found.edits()["method"].unique().tolist() == ["none", "Nudge"]
 

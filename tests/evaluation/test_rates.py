@@ -28,7 +28,7 @@ from backward_lens_tl.models.checksums import tensors_checksum
 
 REQUESTS = [
     EditRequest("Lionel Messi plays for", " Paris"),
-    # A target of two tokens, of which the first counts.
+    # A target of two tokens, of which only the first counts.
     EditRequest("The Eiffel Tower is in the city of", " Rome painting"),
 ]
 GRID = (0.02, 0.05, 0.1, 0.2, 0.8)
@@ -40,7 +40,7 @@ def checksum(model: nn.Module) -> str:
 
 
 def said(model: Any, prompt: str) -> int:
-    """The most probable token, by the model itself."""
+    """The model's most probable token."""
     with torch.no_grad():
         tokens = model.to_tokens(prompt, prepend_bos=False)
         logits: Tensor = model(tokens)
@@ -61,7 +61,7 @@ def step_of(
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_least_rates_are_those_of_changed_weights(facts_model: Any) -> None:
+def test_least_rates_match_really_changed_weights(facts_model: Any) -> None:
     model, before = facts_model, checksum(facts_model)
     request = REQUESTS[1]
     table = least_rates(model, request, layers=[0, -1], rates=GRID, config=FEW, progress=False)
@@ -88,7 +88,7 @@ def test_least_rates_are_those_of_changed_weights(facts_model: Any) -> None:
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_models_of_either_kind_in_float64(gpt2: Case) -> None:
+def test_models_of_both_classes_in_float64(gpt2: Case) -> None:
     model, prompts = gpt2.model, ("Rome is in", "The dog of")
     requests = [EditRequest(prompt, second_best(model, prompt)) for prompt in prompts]
     grid = tuple(10.0**exponent for exponent in range(-4, 3))
@@ -176,7 +176,7 @@ def test_errors_of_rates(facts_model: Any, monkeypatch: pytest.MonkeyPatch) -> N
     refused(InputError, "8", layers=[8])
     refused(EditError, "target", EditRequest("Lionel Messi plays for", ""))
     refused(InputError, "request", [])
-    # Stopped in the middle of an edit.
+    # Interrupted in the middle of an edit.
     monkeypatch.setattr(rates, "perplexity", lambda *_: 1 / 0)
     refused(ZeroDivisionError, "division", rates=(3.0,), steps=["shift"])
     assert checksum(facts_model) == before
@@ -216,7 +216,7 @@ CANDIDATES = {name: ForwardPassShift(layer=0, size=1.0) for name in "abcd"}
 def searched(
     monkeypatch: pytest.MonkeyPatch, rates_of: dict[str, tuple[float, ...]], **given: Any
 ) -> Any:
-    """A search of made results: efficacy, paraphrase and neighborhood of each candidate."""
+    """A search over given results: efficacy, paraphrase and neighborhood of each candidate."""
     asked: list[Any] = []
 
     class Made:
@@ -249,14 +249,14 @@ def searched(
         # The largest harmonic mean of all three.
         ({"a": (100, 50, 50), "b": (96, 60, 60)}, "b"),
         ({"a": (96, 90, 30), "b": (96, 50, 50)}, "b"),
-        # Unless it is not reliable.
+        # Unless it is unreliable.
         ({"a": (100, 50, 50), "b": (94, 99, 99)}, "a"),
         ({"a": (100, 50, 50), "b": (95, 99, 99)}, "b"),
-        # If none is, the most reliable one, and the best of several.
+        # If none is reliable, the most reliable one, and the best of several.
         ({"a": (60, 90, 90), "b": (80, 20, 20), "c": (80, 30, 30)}, "c"),
         # No neighbors are preserved: the harmonic mean is 0.
         ({"a": (100, 50, 0), "b": (100, 1, 1)}, "b"),
-        ({"a": (100, 50, 0), "b": (100, 0, 60)}, "a"),  # the first of equals
+        ({"a": (100, 50, 0), "b": (100, 0, 60)}, "a"),  # ties: the first
         ({"a": (0, 0, 100), "b": (0, 0, 50)}, "a"),
         # Without paraphrases, the mean of the others.
         ({"a": (100, math.nan, 50), "b": (100, math.nan, 60)}, "b"),
@@ -269,7 +269,7 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch, rates_of: Any, best: str) -
     assert found.table["name"].tolist() == list(rates_of)
 
 
-def test_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     found = searched(monkeypatch, {"a": (100, 50, 25), "b": (90, 60, 60)}, progress=False)
     assert list(found.table) == [
         "name", "efficacy", "paraphrase", "neighborhood", "score", "seconds", "failed",

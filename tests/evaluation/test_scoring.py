@@ -1,4 +1,4 @@
-"""Scores, metrics, entropies and perplexities, compared with values by hand or slow code."""
+"""Scores, metrics, entropies and perplexities, against values by hand or slow code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CHAIN = ((0.5, 0.25, 0.25), (0.2, 0.5, 0.3), (0.1, 0.1, 0.8))
 
 @pytest.fixture
 def chain(monkeypatch: pytest.MonkeyPatch, as_for_a_user: None) -> Any:
-    """The model of `CHAIN` with what scoring needs. It records the size of each pass."""
+    """A model of `CHAIN` for scoring, which records the size of each pass."""
     passes: list[tuple[int, int]] = []
 
     def read(host: Any, batch: Any, n_read: int) -> torch.Tensor:
@@ -80,7 +80,7 @@ def test_scores_by_hand(chain: Any) -> None:
     for each, (nll, is_said, first) in zip(found, by_hand, strict=True):
         assert each.nll == pytest.approx(nll, abs=1e-6)
         assert (each.is_said, each.first) == (is_said, first)
-    # The first and the fifth read the same.
+    # The first and the fifth have the same input.
     assert sum(n for n, _ in chain.passes) == 5
 
 
@@ -110,7 +110,7 @@ def probe(kind: str, index: int = 0, true: tuple[int, ...] | None = (1,)) -> Pro
 
 
 def answered(kind: str, p_new: float, p_true: float, says: str = "", index: int = 0) -> Answered:
-    """A prompt whose answers have these probabilities; `says` is what leads: new, true or none."""
+    """A prompt with these answer probabilities; `says` names the leading one: new, true or none."""
     new, true = (
         Score(-math.log(p), says == name, 7) for name, p in (("new", p_new), ("true", p_true))
     )
@@ -175,7 +175,7 @@ def test_entropies_by_hand(text: str, entropy: float) -> None:
     assert ngram_entropy(text) == pytest.approx(entropy, abs=1e-12)
 
 
-def test_texts_are_tidied() -> None:
+def test_texts_are_cleaned() -> None:
     assert tidied("a\n\nb \ufb01t\u00e9") == "a b fite\u0301"
 
 
@@ -205,7 +205,7 @@ def test_perplexity_by_hand(chain: Any) -> None:
         by_hand = [math.exp(total / n) for total, n in zip(sums, lengths, strict=True)]
         assert found.mean_of_texts == pytest.approx(sum(by_hand) / 3, rel=1e-6)
         assert found.corpus == pytest.approx(math.exp(sum(sums) / sum(lengths)), rel=1e-6)
-    # -(1/N) sum of one half, one quarter, ... : the plain reading of the definition
+    # -(1/N) sum of one half, one quarter, ... : the literal definition
     assert perplexity(chain, [(0, 0)], "n").corpus == pytest.approx(math.sqrt(2))
     assert perplexity(chain, [(0, 0)], "n-1").corpus == pytest.approx(2)
     assert math.isnan(perplexity(chain, [], "n").corpus)
@@ -234,7 +234,7 @@ def test_selection_of_texts(facts_model: Any, tmp_path: Path) -> None:
     lines = [" \n", " = A short one = \n", " " + "long " * 6 + "\n", " the \u2028second\u2029 " * 3]
     file.write_bytes("".join(lines).encode())
     own = read_texts(host, EvaluationConfig(texts=str(file)))
-    # With line ends, as in the hub's rows. Only a line feed ends a line.
+    # With line ends, as in rows from the hub. Only a line feed ends a line.
     assert own.texts == tuple(lines[2:])
     assert len(lines[2]) == 32
     exact = EvaluationConfig(texts=str(file), min_characters=32, n_texts=1)
@@ -327,7 +327,7 @@ def test_scores_do_not_depend_on_batch_padding_side_or_order(
 
     def check(found: list[Score]) -> None:
         for each, own in zip(found, alone, strict=True):
-            # Five roundings of float32 at 16 are 1e-5 already.
+            # Five float32 roundings at 16 already add up to 1e-5.
             assert each.nll == pytest.approx(own.nll, rel=2e-6, abs=1e-5)
             assert (each.is_said, each.first) == (own.is_said, own.first)
 

@@ -26,7 +26,7 @@ PROMPTS = ["Messi plays for", "The capital of France is"]
 
 @pytest.fixture(scope="module")
 def result() -> BackwardLensResult:
-    """From one model class only, because results do not depend on it."""
+    """From one model class only, since results do not depend on it."""
     model = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2").model
     return backward_lens(model, PROMPTS, [" Paris", " the"], k=3)
 
@@ -168,7 +168,7 @@ def test_neurons_as_a_table(result: BackwardLensResult) -> None:
 # ---------------------------------------------------------------------------------- the saved file
 
 
-def test_a_saved_result_shows_the_same_table_under_every_lens(
+def test_a_saved_result_has_the_same_table_under_every_lens(
     result: BackwardLensResult, tmp_path: Path
 ) -> None:
     result.save(tmp_path / "result")

@@ -1,7 +1,7 @@
-"""Every matrix of every architecture, in both classes, against autograd's own weight gradient.
+"""Every matrix of every architecture, in both classes, against autograd's weight gradient.
 
-`architecture_table.py` finds the weights and computes what is expected, without the package. What
-it measures here is what docs/architectures.md shows.
+`architecture_table.py` finds the weights and computes the expected values without the package. The
+measurements are those of docs/architectures.md.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
 NORM_AFTER = ("gemma2", "gemma3", "olmo2")
 """Families with a norm between attention or MLP and the residual stream."""
 
-# ------------------------------------------------------------------------------- what is expected
+# ---------------------------------------------------------------------------------- expected values
 
-# Families without a HookedTransformer, and what TransformerLens says.
+# Families without a HookedTransformer, and TransformerLens's message.
 NOT_HOOKED = {
     **dict.fromkeys(("falcon", "falcon_new", "falcon_alibi"), "FalconForCausalLM is not currently"),
     "stablelm": "StableLmForCausalLM is not currently supported",
@@ -62,12 +62,12 @@ NOT_HOOKED_IN_2 = {
     "olmo2": "Olmo2ForCausalLM is not currently supported",
     "gpt_oss": "unexpected keyword argument 'use_attention_sinks'",
 }
-# Families that weight processing leaves in two dtypes, if the model is in float64.
+# Families that weight processing leaves with two dtypes if the model is float64.
 MIXED_DTYPES_IN_3 = ("gpt_neo", "gptj", "falcon_new", "qwen2", "stablelm", "qwen2_moe")
 
 
 def unavailable(family: str, kind: str, dtype: str) -> str | None:
-    """Why there is no such model. Of every other model, every matrix must have a number."""
+    """Reason why a model is unavailable. In all other models every matrix must have a number."""
     if kind.startswith("hooked"):
         lacking = NOT_HOOKED | (NOT_HOOKED_IN_2 if MAJOR == 2 else {})
         return lacking.get(family) if HAS_HOOKED else NO_HOOKED
@@ -78,17 +78,17 @@ def unavailable(family: str, kind: str, dtype: str) -> str | None:
 
 
 def models(families: Any = FAMILIES, kinds: Any = KINDS) -> Any:
-    """Parametrises a test with every model that there is."""
+    """Parametrise a test with every available model."""
     there = [pair for pair in product(families, kinds) if not unavailable(*pair, "float32")]
     return pytest.mark.parametrize(("family", "kind"), there)
 
 
 def precision(family: str, kind: str) -> str:
-    """The highest that a model has."""
+    """The highest precision of a model."""
     return "float32" if unavailable(family, kind, "float64") else "float64"
 
 
-# ------------------------------------------------------------------------------- what is measured
+# ------------------------------------------------------------------------------------- measurements
 
 model_of = functools.cache(build_model)
 
@@ -100,10 +100,10 @@ def captured(family: str, kind: str) -> GradientCapture:
 
 @dataclass(frozen=True)
 class PlainRun:
-    """One pass of the model alone, and what autograd says of it.
+    """One pass of the model without the package, with autograd's gradients.
 
     Attributes:
-        gradients: By id, of every parameter and every matrix that takes part.
+        gradients: By id, of every parameter and matrix used.
         at_joins: Where attention and MLP are added to the residual stream, `[batch, pos, d]`.
     """
 
@@ -118,7 +118,7 @@ JOINS = {"W_O": "hook_attn_out", "W_out": "hook_mlp_out"}
 def plain_run(family: str, kind: str) -> PlainRun:
     model, joins = model_in(family, kind), list(product(JOINS, range(N_LAYERS)))
     tensors = list(named_parameters(model).values())
-    # Among them are copies of processed weights, which are not parameters.
+    # They include copies of processed weights, which are not parameters.
     for key in keys_of(matrices_of(family)):
         tensors += [tensor.requires_grad_() for tensor in find_weight(model, family, *key).tensors]
     by_id = {id(tensor): tensor for tensor in tensors}
@@ -147,11 +147,11 @@ def plain_run(family: str, kind: str) -> PlainRun:
 
 @functools.cache
 def expected_gradients(family: str, kind: str) -> dict[tuple[str, int], Tensor]:
-    """Autograd's own, laid out as factors give them."""
+    """Autograd's gradients in the layout of the factors' product."""
     run, expected = plain_run(family, kind), {}
     for key in keys_of(matrices_of(family)):
         weight = find_weight(model_in(family, kind), family, *key)
-        # An expert that no token goes to has no part in the graph. Nor has a weight that was looked
+        # An expert without tokens is not in the graph. Neither is a weight that was looked
         # up in the wrong place, but then the error is infinite or NaN.
         own = [run.gradients.get(id(each), torch.zeros_like(each)) for each in weight.tensors]
         expected[key] = weight.turn(*own)
@@ -219,7 +219,7 @@ def refusal(family: str, kind: str, dtype: str) -> str:
 
 
 @UNAVAILABLE
-def test_a_model_that_is_not_there_has_its_reason(family: str, kind: str, dtype: str) -> None:
+def test_an_unavailable_model_has_a_reason(family: str, kind: str, dtype: str) -> None:
     assert str(unavailable(family, kind, dtype)) in refusal(family, kind, dtype)
 
 
@@ -228,7 +228,7 @@ def test_page_has_the_reason(family: str, kind: str, dtype: str) -> None:
     assert on_the_page(family, kind, dtype) == refusal(family, kind, dtype)
 
 
-@pytest.mark.slow  # what float64 says of every model, float32 says of these again
+@pytest.mark.slow  # float64 covers every model, float32 only these
 @models()
 def test_every_matrix_in_float32(family: str, kind: str) -> None:
     cells = measured_in_float32(family, kind)
@@ -244,7 +244,7 @@ def test_page_has_the_same_outcomes_in_float32(family: str, kind: str) -> None:
 
 
 def on_the_page(family: str, kind: str, dtype: str) -> Cells | str:
-    """What was measured with the TransformerLens that is installed, and committed."""
+    """Committed measurements for the installed TransformerLens."""
     for part in parts():
         if part["versions"]["transformer-lens"] == TRANSFORMER_LENS:
             return architecture_table.cells_of(part, family, kind, dtype)
@@ -261,7 +261,7 @@ def test_page_has_every_model_within_its_tolerance(part: str) -> None:
             assert all(error <= TOLERANCES[row["dtype"]] for error in row["cells"].values()), row
 
 
-def test_page_is_made_of_the_committed_parts() -> None:
+def test_page_is_rendered_from_the_committed_measurements() -> None:
     assert architecture_table.PAGE.read_text() == architecture_table.render(parts())
 
 
@@ -269,7 +269,7 @@ parts = functools.cache(read_parts)
 
 
 def outcomes(cells: Cells | str) -> dict[str, str] | str:
-    """Which cells are numbers, and why the others are not."""
+    """Cells that are numbers, and the reasons for the others."""
     if isinstance(cells, str):
         return cells
     return {name: cell if isinstance(cell, str) else "a number" for name, cell in cells.items()}
@@ -296,7 +296,7 @@ def test_factor_shifted_by_one_position_is_not_the_gradient(family: str, kind: s
 
 
 @models(("gpt2",))
-def test_refused_matrix_has_its_reason_and_the_others_numbers(family: str, kind: str) -> None:
+def test_a_refused_matrix_has_a_reason_and_the_others_numbers(family: str, kind: str) -> None:
     model = build_model(family, kind)
     first, second = (getattr(block.mlp, "in", block.mlp) for block in model.blocks)
     if kind.startswith("hooked"):
@@ -309,7 +309,7 @@ def test_refused_matrix_has_its_reason_and_the_others_numbers(family: str, kind:
     assert all(error <= TOLERANCES["float32"] for error in cells.values())
 
 
-# ------------------------------------------------------------------------------ mixed experts
+# ------------------------------------------------------------------------------ mixtures of experts
 
 
 def layers_of_experts(family: str) -> list[int]:
@@ -317,7 +317,7 @@ def layers_of_experts(family: str) -> list[int]:
 
 
 def routed(model: Any, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """What the MLP reads, and by the router's weight the two experts of each token."""
+    """Input of the MLP, and the two experts of each token, ordered by routing weight."""
     mlp, read = model.blocks[layer].mlp, []
     handle = mlp.register_forward_pre_hook(
         lambda module, args, kwargs: read.extend((*args, *kwargs.values())), with_kwargs=True
@@ -332,7 +332,7 @@ def routed(model: Any, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def clean(named: Any) -> dict[str, Tensor]:
-    """Parameters by Hugging Face's names, without those of the bridges around its modules."""
+    """Parameters by Hugging Face's names, without those of the bridge's wrapper modules."""
     return {name.replace("_original_component.", ""): parameter for name, parameter in named}
 
 
@@ -343,7 +343,7 @@ def expert_gradients(
     capture: GradientCapture,
     loss: Callable[[Tensor, Tensor], Tensor] = loss,
 ) -> Iterator[tuple[Any, Tensor, Tensor]]:
-    """Each expert's gradient, what it should be, and which tokens were routed there."""
+    """Each expert's gradient, its expected value, and the tokens routed there."""
     model = model_in(family, kind)
     keys = list(product(("W_in", "W_gate", "W_out"), layers_of_experts(family)))
     weights = [find_weight(model, family, *key) for key in keys]
@@ -366,8 +366,8 @@ def test_expert_has_the_tokens_routed_to_it(family: str, kind: str) -> None:
 
 
 @models(EXPERTS)
-def test_factors_of_experts_lie_at_their_tokens(family: str, kind: str) -> None:
-    """The sum over tokens does not tell: both factors could be at the same wrong ones."""
+def test_factors_of_experts_are_at_their_tokens(family: str, kind: str) -> None:
+    """The sum over tokens is not enough: both factors could be at the same wrong tokens."""
     at_joins, tolerance = plain_run(family, kind).at_joins, tolerance_of(family, kind)
     for layer in layers_of_experts(family):
         read, chosen = routed(model_in(family, kind), layer, prompts())
@@ -377,7 +377,7 @@ def test_factors_of_experts_lie_at_their_tokens(family: str, kind: str) -> None:
                 captured(family, kind)[matrix, layer].expert(number) for matrix in ("W_in", "W_out")
             )
             assert torch.equal(into.inputs[mask], read[mask])
-            # The router's weight is a positive number: the direction is the stream's. At the last
+            # The routing weight is positive, so the direction is that at the stream. At the last
             # position of the last layer both are zero.
             found = torch.nn.functional.normalize(out.vjps[mask], dim=-1)
             expected = torch.nn.functional.normalize(at_joins["W_out", layer][mask], dim=-1)
@@ -409,9 +409,9 @@ def test_expert_without_tokens_has_a_gradient_of_zero(family: str, kind: str) ->
 
 # -------------------------------------------------------------------------------------- coverage
 
-# Parameters that are there and take no part. They may be listed or not.
+# Parameters that exist but are not used. They may be listed or not.
 IDLE = (
-    "pos_embed.W_pos",  # HookedTransformer has one beside ALiBi
+    "pos_embed.W_pos",  # HookedTransformer has one in addition to ALiBi
     ".mlp.gate_up_proj.weight",  # fused; the bridge multiplies by its halves
 )
 # With processed weights, gated MLPs multiply by copies in TransformerLens 3.
@@ -442,23 +442,23 @@ def test_coverage_is_every_parameter_that_is_used(family: str, kind: str) -> Non
 
 
 def biases_of(name: str) -> set[str]:
-    """What the bias beside a weight would be called."""
+    """The name that a weight's bias would have."""
     return {name.replace("weight", "bias"), name.replace("W_", "b_"), f"{name}_bias"} - {name}
 
 
-def biases_beside(tensors: tuple[Tensor, ...], named: dict[str, Tensor]) -> list[Tensor]:
+def biases_of_weights(tensors: tuple[Tensor, ...], named: dict[str, Tensor]) -> list[Tensor]:
     names = [name for tensor in tensors for name, own in named.items() if own is tensor]
     found = [named[bias] for name in names for bias in biases_of(name) & named.keys()]
     return list({id(bias): bias for bias in found}.values())
 
 
 def follows(gradient: Any, at_biases: Sequence[Tensor], family: str, tolerance: float) -> bool:
-    """Whether autograd's gradients at a matrix's biases are the sum of its VJPs."""
+    """Whether autograd's gradients of a matrix's biases are the sum of its VJPs."""
     if at_biases[0].ndim == 2 and gradient.n_experts:  # gate and up in one parameter
         at_biases = [expert_slice(part, family, gradient.matrix) for part in at_biases]
     expected = torch.cat([part.flatten() for part in at_biases])
     found = sum(gradient.bias(prompt) for prompt in range(2)).flatten()
-    # Without rotary angles no loss depends on a key's bias, so the scale is that of the terms.
+    # Without rotary angles no loss depends on key biases, so the scale is that of the terms.
     return bool((found - expected).norm() <= tolerance * gradient.norms.sum())
 
 
@@ -472,7 +472,7 @@ def test_coverage_has_the_captured_weights_and_the_biases_that_follow(
     expected = set()
     for key, gradient in capture.gradients.items():
         tensors = find_weight(model, family, *key).tensors
-        biases = [bias for bias in biases_beside(tensors, named) if id(bias) in used]
+        biases = [bias for bias in biases_of_weights(tensors, named) if id(bias) in used]
         expected |= {id(tensor) for tensor in tensors} & used
         if not biases:
             continue
@@ -482,8 +482,8 @@ def test_coverage_has_the_captured_weights_and_the_biases_that_follow(
     assert {id(named[name]) for name in capture.coverage.covered} & used == expected
 
 
-def test_bias_behind_the_product_of_a_gated_mlp_is_not_covered() -> None:
-    """`HookedTransformer` adds `b_in` to the gated activations; VJPs of `W_in` do not sum to it."""
+def test_bias_after_the_product_of_a_gated_mlp_is_not_covered() -> None:
+    """`HookedTransformer` adds `b_in` after the gate; VJPs of `W_in` do not sum to its gradient."""
     if not HAS_HOOKED:
         pytest.skip(NO_HOOKED)
     names = {f"blocks.{layer}.mlp.b_in" for layer in range(N_LAYERS)}
@@ -492,7 +492,7 @@ def test_bias_behind_the_product_of_a_gated_mlp_is_not_covered() -> None:
 
 
 @models(("gpt2",))
-def test_coverage_is_of_what_was_asked_for(family: str, kind: str) -> None:
+def test_coverage_is_limited_to_the_request(family: str, kind: str) -> None:
     model = model_in(family, kind)
     for matrix, left_out in (("attn", {"mlp"}), ("W_out", {"attn", "c_fc", "W_in", "b_in"})):
         coverage = capture_gradients(model, prompts(), loss, matrices=matrix).coverage
@@ -513,7 +513,7 @@ def test_router_and_shared_expert_are_not_covered(family: str, kind: str) -> Non
         assert experts <= set(coverage.covered)
 
 
-# ------------------------------------------------------------- where the residual stream is joined
+# ---------------------------------------------------------- where branches join the residual stream
 
 
 @models()
@@ -522,7 +522,7 @@ def test_vjps_at_the_residual_stream(family: str, kind: str) -> None:
         gradient = captured(family, kind)[key]
         assert relative_error(gradient.resid_vjps, expected) <= tolerance_of(family, kind)
         if gradient.experts is not None:
-            continue  # the router's weights come in between
+            continue  # the routing weights come in between
         if family in NORM_AFTER:
             assert relative_error(gradient.vjps, expected) > 0.1
         else:
@@ -530,7 +530,7 @@ def test_vjps_at_the_residual_stream(family: str, kind: str) -> None:
 
 
 class Seen:
-    """A projection that notes what it is given."""
+    """A projection that records its arguments."""
 
     def __init__(self, d_vocab: int) -> None:
         self.d_vocab, self.vectors = d_vocab, {}
@@ -541,7 +541,7 @@ class Seen:
 
 
 @models(("gpt2", *NORM_AFTER), ("hooked", "bridge"))
-def test_lens_reads_vjps_where_it_is_told(family: str, kind: str) -> None:
+def test_lens_reads_vjps_where_requested(family: str, kind: str) -> None:
     model, at_joins = model_in(family, kind), plain_run(family, kind).at_joins
     for matrix, place in product(JOINS, ("matrix", "residual")):
         seen = Seen(model.cfg.d_vocab)

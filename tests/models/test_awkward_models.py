@@ -1,4 +1,4 @@
-"""Models that are easily analysed wrongly: what the package does about each, in numbers."""
+"""Models that are easy to analyse wrongly: how the package treats each, in numbers."""
 
 from __future__ import annotations
 
@@ -142,10 +142,10 @@ def test_a_model_from_a_folder_is_the_plain_model(architecture: str, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["bridge", "hooked"])
-def test_a_model_that_is_not_the_plain_one_is_not_loaded(
+def test_a_model_that_differs_from_the_plain_one_is_not_loaded(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when TransformerLens leaves out a scale that the configuration asks for."""
+    """As when TransformerLens omits a scale that the configuration requires."""
     require_kind(kind)
     folder = FACTS_FOLDER
     kinds = {"bridge": "_bridge_from_folder", "hooked": "_hooked_from_folder"}
@@ -195,7 +195,9 @@ def test_gpt1_is_causal_because_it_gets_no_mask() -> None:
 
 
 @pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2"])
-def test_any_model_that_sees_ahead_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_model_that_attends_to_later_tokens_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model: Any = build(name, torch.float32).model
     kind = type(model.blocks[0].attn)
     before = kind.forward
@@ -209,7 +211,7 @@ def test_any_model_that_sees_ahead_is_refused(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(kind, "forward", ahead)
     hook = ("blocks.0.hook_resid_pre", lambda value, hook: value)
     with model.hooks(fwd_hooks=[hook]):
-        # Hooks of the caller would see tokens that are not theirs.
+        # The caller's hooks would see probing tokens.
         assert probe(host_of(model)) is None
     with pytest.raises(UnsupportedModelError, match="not causal"):
         blt.capture_gradients(model, some_tokens(), blt.target_nll(5))
@@ -217,7 +219,7 @@ def test_any_model_that_sees_ahead_is_refused(name: str, monkeypatch: pytest.Mon
         blt.capture_gradients(model, some_tokens(), blt.target_nll(5))
 
 
-def test_a_model_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2", torch.float32).model
     host_of(model)
     passes: list[int] = []
@@ -243,7 +245,7 @@ def test_a_model_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @bridge_only
 @pytest.mark.parametrize("architecture", ["modernbert-decoder", "nanochat"])
-def test_a_readout_that_is_not_norm_and_unembedding_is_refused(architecture: str) -> None:
+def test_a_readout_other_than_norm_and_unembedding_is_refused(architecture: str) -> None:
     try:
         raw = plain_model(architecture)
         model = bridged(raw, architecture)
@@ -266,7 +268,7 @@ def test_a_readout_that_is_not_norm_and_unembedding_is_refused(architecture: str
         return
     with pytest.raises(UnsupportedModelError, match="does not read its last residual stream"):
         blt.backward_lens(model, tokens, 5)
-    # The factors are right all the same.
+    # The factors are still right.
     assert blt.capture_gradients(model, tokens, blt.target_nll(5))["W_out", 1].rank() == 1
 
 
@@ -292,7 +294,7 @@ def test_a_readout_with_a_head_in_between_is_refused(
     assert found.projection == "Own"
 
 
-# ------------------------------------------------------------ angles that depend on the whole pass
+# ------------------------------------------------------ rotary angles that depend on the whole pass
 
 
 def long_rope(**settings: Any) -> Any:
@@ -322,7 +324,7 @@ def dynamic_ntk() -> Any:
 
 @bridge_only
 def test_prompts_on_both_sides_of_a_rotary_threshold() -> None:
-    """Each prompt of a call has the numbers that it has alone in plain transformers."""
+    """Each prompt of a call has the same numbers as alone in plain transformers."""
     raw = long_rope()
     model = bridged(raw, "phi3")
     rows = [some_tokens(n, seed=n)[0].tolist() for n in (16, 30, 5, 17, 29, 6)]
@@ -337,7 +339,7 @@ def test_prompts_on_both_sides_of_a_rotary_threshold() -> None:
         [expected] = torch.autograd.grad(loss.sum(), [weight])
         assert float(found.loss[at]) == pytest.approx(float(loss), rel=1e-5)
         assert relative_error(found["W_out", 1].dense(at), expected.T) < 1e-5
-    # The control: in one pass the short prompts would get the long prompts' angles.
+    # Control: in one pass the short prompts would get the long prompts' angles.
     together = torch.tensor([rows[2] + [0] * 25])
     with torch.no_grad():
         wrong = float(nll(5)(raw(together).logits[:, :5], together[:, :5]))
@@ -346,7 +348,7 @@ def test_prompts_on_both_sides_of_a_rotary_threshold() -> None:
 
 @functools.cache
 def long_rope_of(kind: str) -> tuple[Any, Any]:
-    """A model whose angles depend on the length of the pass, with a tokenizer of a kind."""
+    """A model whose angles depend on the length of the pass, with a tokenizer of the given kind."""
     from transformer_lens.model_bridge import TransformerBridge
 
     tokenizer = tokenizer_of(kind)
@@ -364,7 +366,7 @@ def long_rope_of(kind: str) -> tuple[Any, Any]:
     words=st.lists(st.integers(1, 24), min_size=2, max_size=6),
     text=st.sampled_from(("Rome is ", "Zoë, ", "12 ", "Once upon a time ")),
 )
-def test_texts_of_any_lengths_have_their_own_angles(kind: str, words: list[int], text: str) -> None:
+def test_texts_of_any_length_have_their_own_angles(kind: str, words: list[int], text: str) -> None:
     model, raw = long_rope_of(kind)
     prompts = [(text * n).rstrip()[:60] for n in words]
     found = blt.capture_gradients(model, prompts, blt.target_nll(5), layers=-1, prepend_bos=False)
@@ -389,7 +391,7 @@ def test_one_pass_over_both_sides_of_a_threshold_is_refused() -> None:
 def test_angles_that_depend_on_earlier_prompts_are_refused() -> None:
     raw = dynamic_ntk()
     model = bridged(raw, "llama")
-    model.cfg.n_ctx = 64  # Hugging Face's own limit is where scaling begins
+    model.cfg.n_ctx = 64  # Hugging Face's limit is where scaling begins
     tokens = some_tokens(12)
     found = float(blt.capture_gradients(model, tokens, blt.target_nll(5)).loss)
     with torch.no_grad():
@@ -398,7 +400,9 @@ def test_angles_that_depend_on_earlier_prompts_are_refused() -> None:
         longer = some_tokens(20)
         after = raw(longer).logits
         raw(tokens)
-        assert float((raw(longer).logits - after).abs().max()) > 1e-3  # it depends on the past
+        assert (
+            float((raw(longer).logits - after).abs().max()) > 1e-3
+        )  # it depends on earlier passes
     with pytest.raises(InputError, match="has 20 tokens, and this model's rotary angles"):
         blt.capture_gradients(model, longer, blt.target_nll(5))
 
@@ -409,7 +413,7 @@ def test_angles_that_depend_on_earlier_prompts_are_refused() -> None:
 @pytest.mark.parametrize("name", ["hooked-gpt2", "bridge-phi"])
 @pytest.mark.parametrize("value", [float("-inf"), -1e30, -1e4])
 def test_an_unembedding_bias_that_hides_tokens(name: str, value: float) -> None:
-    """As of a vocabulary that is padded; both lenses against the slow way, vector by vector."""
+    """As with a padded vocabulary; both lenses against a slow loop, vector by vector."""
     if name.startswith("hooked"):
         case = build(name)
         bias, hidden, model = case.model.b_U, list(range(90, 97)), case.model
@@ -496,11 +500,11 @@ def test_a_bias_of_the_unembedding_makes_short_vectors_faint() -> None:
     assert host.unembedding.faint_norm > 0
 
 
-# ------------------------------------------------------------------------- several prompts at once
+# ---------------------------------------------------------------------------------- several prompts
 
 
 @pytest.mark.parametrize("method", ["dense", "factored", "bias", "rank", "singular_values"])
-def test_which_prompt_has_to_be_said_where_there_are_several(method: str) -> None:
+def test_a_prompt_must_be_chosen_if_there_are_several(method: str) -> None:
     model: Any = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2").model
     tokens = torch.cat([some_tokens(seed=0), some_tokens(seed=1)])
     gradient = blt.capture_gradients(model, tokens, blt.target_nll(5))["W_out", 0]
@@ -511,7 +515,7 @@ def test_which_prompt_has_to_be_said_where_there_are_several(method: str) -> Non
     torch.testing.assert_close(gradient.dense(1), alone.dense())
 
 
-def test_the_sum_that_the_message_names_is_the_gradient_of_the_summed_loss() -> None:
+def test_the_sum_in_the_message_is_the_gradient_of_the_summed_loss() -> None:
     case = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2")
     tokens = torch.cat([some_tokens(seed=0), some_tokens(seed=1)])
     gradient = blt.capture_gradients(case.model, tokens, blt.target_nll(5))["W_out", 0]
@@ -525,7 +529,7 @@ def test_the_sum_that_the_message_names_is_the_gradient_of_the_summed_loss() -> 
 
 
 def with_lora(raw: Any, targets: list[str], **settings: Any) -> Any:
-    """The model inside PEFT, with an adapter that does something."""
+    """The model inside PEFT, with a nonzero adapter."""
     import peft
 
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, **settings)
@@ -563,7 +567,7 @@ def test_an_unmerged_adapter_is_analysed_like_the_merged_model() -> None:
     for own, wanted, without in zip(found, expected, plain, strict=True):
         assert relative_error(own.inputs, wanted.inputs) < 1e-5
         assert relative_error(own.vjps, wanted.vjps) < 1e-5
-        assert relative_error(without.vjps, wanted.vjps) > 1e-2  # the adapter matters
+        assert relative_error(without.vjps, wanted.vjps) > 1e-2  # the adapter has an effect
     assert blt.validate(model, tokens).passed
     read, wanted_read = (blt.backward_lens(each, tokens, 5) for each in (model, merged))
     assert torch.equal(read.target_rank("W_out"), wanted_read.target_rank("W_out"))
@@ -590,7 +594,7 @@ def test_adapters_that_do_more_are_refused() -> None:
 
 @bridge_only
 def test_an_adapter_on_a_fused_projection_is_refused() -> None:
-    """A bridge splits the base weight of a fused projection, and drops the adapter."""
+    """A bridge splits the base weight of a fused projection and drops the adapter."""
     from transformer_lens.model_bridge import TransformerBridge
 
     adapted = with_lora(plain_model("gpt2"), ["c_attn"], fan_in_fan_out=True)
@@ -602,7 +606,7 @@ def test_an_adapter_on_a_fused_projection_is_refused() -> None:
             "gpt2", hf_model=adapted.get_base_model(), tokenizer=small_tokenizer(), device="cpu"
         ).eval()
     except Exception:
-        return  # refused by TransformerLens itself
+        return  # refused by TransformerLens
     with torch.no_grad():
         if logit_error(model(tokens), expected) < 1e-4:
             assert blt.validate(model, tokens, matrices="mlp").passed
@@ -611,7 +615,7 @@ def test_an_adapter_on_a_fused_projection_is_refused() -> None:
         blt.backward_lens(model, tokens, 5)
 
 
-# ----------------------------------------------------------------------- what is no model, and BOS
+# ------------------------------------------------------------- objects that are not models, and BOS
 
 
 @pytest.mark.parametrize(
@@ -623,12 +627,14 @@ def test_an_adapter_on_a_fused_projection_is_refused() -> None:
         (nn.Linear(2, 2), r"model is a Linear.*boot_transformers\(name, hf_model=model"),
     ],
 )
-def test_what_is_no_model_has_the_way_to_one(model: Any, message: str, as_for_a_user: None) -> None:
+def test_an_object_that_is_not_a_model_is_refused_with_the_remedy(
+    model: Any, message: str, as_for_a_user: None
+) -> None:
     with pytest.raises(InputError, match=message):
         blt.backward_lens(model, "Paris")
 
 
-def test_a_peft_model_has_the_way_to_a_bridge() -> None:
+def test_a_peft_model_is_refused_with_the_way_to_a_bridge() -> None:
     adapted = with_lora(plain_model("llama"), ["down_proj"])
     with pytest.raises(InputError, match=r"hf_model=model\.get_base_model\(\)"):
         blt.backward_lens(adapted, "Paris")
@@ -668,14 +674,14 @@ def test_gradient_checkpointing_is_refused_in_train_mode(reentrant: bool) -> Non
     assert torch.equal(found.target_rank("W_out"), expected.target_rank("W_out"))
 
 
-def test_saved_files_have_the_mode_that_the_umask_gives(facts_model: Any, tmp_path: Path) -> None:
+def test_saved_files_have_the_mode_of_the_umask(facts_model: Any, tmp_path: Path) -> None:
     result = blt.backward_lens(facts_model, "Rome is in", layers=-1)
     before = os.umask(0o027)
     try:
         result.save(tmp_path / "result.safetensors")
         result.save_html(tmp_path / "page.html")
         (tmp_path / "shared.safetensors").touch(0o600)
-        result.save(tmp_path / "shared.safetensors")  # one that is there keeps its own
+        result.save(tmp_path / "shared.safetensors")  # an existing file keeps its mode
     finally:
         os.umask(before)
     modes = {file.name: oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()}
@@ -696,7 +702,7 @@ def test_a_vocabulary_smaller_than_k_is_shown_whole() -> None:
 
 
 def test_ranks_do_not_underflow_like_probabilities() -> None:
-    """The authors rank probabilities in float32, many of which are zero and tie."""
+    """The authors rank float32 probabilities, many of which underflow to zero and tie."""
 
     class Wide:
         def project(self, vectors: Tensor, layer: int) -> Tensor:
@@ -706,7 +712,7 @@ def test_ranks_do_not_underflow_like_probabilities() -> None:
     result = blt.backward_lens(model, some_tokens(), 40, projection=Wide())
     assert (result.target_rank("W_out") == 56).all()  # 41 to 96 are larger
     probabilities = (torch.arange(97.0) * 10).softmax(0)
-    assert int((probabilities > probabilities[40]).sum()) == 11  # the control: the others are 0
+    assert int((probabilities > probabilities[40]).sum()) == 11  # control: the others are 0
 
 
 @pytest.mark.parametrize("prepend_bos", [True, False, None])
@@ -736,8 +742,8 @@ def test_a_method_edits_prompts_as_they_are_scored(
 
 
 @pytest.mark.parametrize("name", ["bridge-llama", "hooked-gpt2"])
-def test_a_lone_prompt_is_as_precise_as_a_batch(name: str) -> None:
-    """One row over a large vocabulary, against the same model in float64."""
+def test_a_single_prompt_is_as_precise_as_a_batch(name: str) -> None:
+    """One row over a large vocabulary, compared with the same model in float64."""
     architecture = name.split("-")[1]
     if name.startswith("bridge") and not HAS_BRIDGE:
         pytest.skip("needs TransformerBridge")
@@ -758,7 +764,7 @@ def test_a_lone_prompt_is_as_precise_as_a_batch(name: str) -> None:
 
 
 def test_prompts_of_few_tokens() -> None:
-    """The training loss reads all positions, of a short prompt two or three."""
+    """The training loss reads all positions, two or three in a short prompt."""
     case = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2")
     for n in (2, 3, 4):
         tokens = some_tokens(n)
@@ -773,7 +779,7 @@ def test_prompts_of_few_tokens() -> None:
 def test_the_vjp_of_the_unembedding_keeps_its_digits(
     rows: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """Against float64, with the small differences of large numbers that a sure answer leaves."""
+    """Compare with float64 where a confident answer leaves small differences of large numbers."""
     generator = torch.Generator().manual_seed(0)
     weight = 0.04 * torch.randn(64, 50_001, generator=generator, dtype=torch.float64) + 0.1
     vectors = torch.randn(*rows, 64, generator=generator, dtype=torch.float64)
@@ -798,12 +804,12 @@ def test_no_false_alarm_on_the_models_own_answers(index: int, facts_model: Any) 
     assert report.passed
 
 
-# ------------------------------------------------------------------- what else may pass at the end
+# ----------------------------------------------------------------- other modules at the unembedding
 
 
 @bridge_only
 def test_an_adapter_at_the_unembedding_is_not_lost() -> None:
-    """Factors by autograd through the adapter, for which the Logit Lens is refused."""
+    """Factors are autograd's through the adapter; the Logit Lens is refused."""
     from transformer_lens.model_bridge import TransformerBridge
 
     adapted = with_lora(plain_model("llama"), ["down_proj", "lm_head"])
@@ -822,7 +828,7 @@ def test_an_adapter_at_the_unembedding_is_not_lost() -> None:
 
 
 @pytest.mark.parametrize("name", ["bridge-llama", "hooked-gpt2"])
-def test_a_vjp_that_is_not_the_models_is_refused(
+def test_a_vjp_that_differs_from_the_models_is_refused(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Any = build(name, torch.float32).model
@@ -857,7 +863,7 @@ def test_a_large_finite_bias_is_no_false_alarm(value: float) -> None:
     assert blt.validate(model, some_tokens(), matrices="mlp").passed
 
 
-def test_a_vocabulary_of_which_most_logits_are_equal() -> None:
+def test_a_vocabulary_with_mostly_equal_logits() -> None:
     case = build("hooked-gpt2" if not HAS_BRIDGE else "bridge-gpt2", torch.float32)
     with torch.no_grad():
         case.model.W_U[:, 20:] = 0
@@ -893,7 +899,7 @@ def test_evaluation_sampling_and_moments_across_a_rotary_threshold() -> None:
 
 
 def test_answers_without_an_embedding_are_refused() -> None:
-    """As where the unembedding is padded and the embedding is not."""
+    """As when the unembedding is padded and the embedding is not."""
     case = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2")
     with pytest.raises(InputError, match=r"token id 97 \(answer included\)"):
         pad_prompts(host_of(case.model), [[1, 2], [3, 97]])
@@ -901,7 +907,7 @@ def test_answers_without_an_embedding_are_refused() -> None:
 
 @bridge_only
 @pytest.mark.slow
-def test_a_bos_outside_the_embedding_begins_no_prefix() -> None:
+def test_a_bos_outside_the_embedding_is_not_prepended_to_prefixes() -> None:
     model = bridged(plain_model("llama"), "llama")
     model.tokenizer.add_special_tokens({"bos_token": "<new>"})
     assert model.tokenizer.bos_token_id >= D_VOCAB
@@ -909,7 +915,7 @@ def test_a_bos_outside_the_embedding_begins_no_prefix() -> None:
     assert all(prefix.endswith(". ") for prefix in prefixes)
 
 
-def test_a_method_that_is_no_dataclass_is_evaluated(facts_model: Any, tmp_path: Path) -> None:
+def test_a_method_that_is_not_a_dataclass_is_evaluated(facts_model: Any, tmp_path: Path) -> None:
     class Nothing(blt.editing.EditMethod):
         prepend_bos = False
 

@@ -1,4 +1,4 @@
-"""The shipped model has the recall of its card, measured from the shipped files only."""
+"""The shipped model has the recall stated in its card, measured from the shipped files only."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def plain() -> Any:
-    """The model loaded with Hugging Face only."""
+    """The model, loaded with Hugging Face only."""
     return AutoModelForCausalLM.from_pretrained(FACTS_FOLDER)
 
 
 def prompts(*, held_out: bool) -> Iterator[tuple[str, str]]:
-    """Prompts with their answers: trained ones, or held-out ones."""
+    """Prompts with their answers, trained or held out."""
     for fact in FACTS["facts"]:
         phrasings = FACTS["relations"][fact["relation"]]
         if held_out:

@@ -1,6 +1,6 @@
-"""The numbers that the authors' own demo printed for GPT-2 small.
+"""The numbers that the authors' demo printed for GPT-2 small.
 
-GPT-2's weights are on the Hugging Face hub only. What compares the numbers is tried on the facts
+GPT-2's weights are only on the Hugging Face hub. The comparison itself is tested on the facts
 model as well, against a loop over Hugging Face's model.
 """
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.versions
 
 @dataclass(frozen=True)
 class Printed:
-    """What a demo printed: a row per token, a column per layer."""
+    """Printed output of a demo: a row per token, a column per layer."""
 
     loss: float
     answer: str
@@ -69,7 +69,7 @@ def analysed(model: nn.Module, prompt: str, target: str) -> BackwardLensResult:
 
 
 def compare(model: nn.Module, result: BackwardLensResult, printed: Printed) -> None:
-    """Ranks are equal but for ties and rounding, norms to 1e-3, the loss to 1e-4."""
+    """Ranks are equal up to ties and rounding, norms to 1e-3, the loss to 1e-4."""
     capture = result.capture
     assert capture.loss.item() == pytest.approx(printed.loss, abs=1e-4)
     assert result.token_texts[int(capture.answers[0])] == printed.answer
@@ -78,7 +78,7 @@ def compare(model: nn.Module, result: BackwardLensResult, printed: Printed) -> N
     token = int(capture.targets[0])
     for layer in result.layers:
         scores = host_of(model).unembedding.logits(capture["W_out", layer].vjps[0]).detach()
-        # What two implementations in float32 may differ by, beside the range of the scores.
+        # Tolerance between two float32 implementations, relative to the range of the scores.
         near = 1e-4 * (scores.amax(1) - scores.amin(1))
         lowest = (scores > (scores[:, token] + near)[:, None]).sum(1)
         highest = (scores > (scores[:, token] - near)[:, None]).sum(1)
@@ -98,14 +98,14 @@ def test_the_numbers_that_the_authors_printed(kind: str) -> None:
     compare(model, analysed(model, PROMPT, TARGET), GPT2)
 
 
-# ------------------------------------------------------------------------ the comparison, tried out
+# --------------------------------------------------------------------------- test of the comparison
 
 
 FACTS_PROMPT = "Lionel Messi plays for"
 
 
 def printed_by_a_loop(prompt: str, target: str) -> Printed:
-    """What a demo on Hugging Face's model prints, one vector after the other."""
+    """What a demo on Hugging Face's model prints, one vector at a time."""
     model: Any = AutoModelForCausalLM.from_pretrained(FACTS_FOLDER)
     tokenizer = AutoTokenizer.from_pretrained(FACTS_FOLDER)
     kept: list[torch.Tensor] = []

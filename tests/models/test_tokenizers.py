@@ -40,7 +40,7 @@ UNUSUAL = (" ", "é", "日本", "🙂", "▁", "'s", "ness of it", " Piazza Navo
 
 @functools.cache
 def wrapped(kind: str) -> Case:
-    """A small random GPT-2 with a tokenizer, beside the plain Hugging Face model."""
+    """A small random GPT-2 with a tokenizer, and the plain Hugging Face model."""
     tokenizer = tokenizer_of(kind)
     d_vocab = len(tokenizer)
     if HAS_BRIDGE:
@@ -69,7 +69,7 @@ def own_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def expected_continuation(tokenizer: Any, prompt: str, text: str) -> list[int] | None:
-    """What the joined text has more, or `None` where joining changes the prompt's own tokens."""
+    """Additional tokens of the joined text, or `None` where joining changes the prompt's tokens."""
     before, both = own_ids(tokenizer, prompt), own_ids(tokenizer, prompt + text)
     return both[len(before) :] if both[: len(before)] == before else None
 
@@ -83,7 +83,7 @@ def by_transformers(case: Case, prompt: list[int], answer: list[int]) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_continuations_are_those_of_the_joined_text(kind: str, prompt: str) -> None:
+def test_continuations_match_the_joined_text(kind: str, prompt: str) -> None:
     case, n_right = wrapped(kind), 0
     tokenizer = case.model.tokenizer
     ids = [int(token) for token in case.model.to_tokens(prompt, prepend_bos=False)[0]]
@@ -111,7 +111,7 @@ def test_continuations_are_those_of_the_joined_text(kind: str, prompt: str) -> N
     assert n_right > 5
 
 
-# Neither half of a surrogate pair, nor what tokenizers use as marks of their own.
+# No surrogates and no characters that tokenizers use as markers.
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 WORDS = st.sampled_from([*PROMPTS, *CONTINUATIONS, *UNUSUAL])
 
@@ -124,7 +124,7 @@ WORDS = st.sampled_from([*PROMPTS, *CONTINUATIONS, *UNUSUAL])
     with_bos=st.booleans(),
     as_ids=st.booleans(),
 )
-def test_any_continuation_is_that_of_the_joined_text_or_refused(
+def test_any_continuation_matches_the_joined_text_or_is_refused(
     kind: str, prompt: str, text: str, with_bos: bool, as_ids: bool
 ) -> None:
     host = host_of(wrapped(kind).model)
@@ -136,7 +136,7 @@ def test_any_continuation_is_that_of_the_joined_text_or_refused(
     if as_ids:
         [given_as] = tokenize_prompts(host, torch.tensor([written.ids]))
         known = host.vocabulary.text_of(written.ids)
-        # Ids that are the tokens of a text, or end in some, are continued as that text.
+        # Ids that are, or end in, the tokens of a text are continued like that text.
         assume(known is not None)
         assert own_ids(tokenizer, str(known)) == list(
             written.ids[-len(own_ids(tokenizer, str(known))) :]
@@ -150,7 +150,7 @@ def test_any_continuation_is_that_of_the_joined_text_or_refused(
 
 
 def test_losses_on_a_sentencepiece_model(stories: Case) -> None:
-    """Figures from plain transformers."""
+    """Expected values from plain transformers."""
 
     def loss(prompt: str, answer: str) -> float:
         return float(blt.capture_gradients(stories.model, prompt, blt.sequence_nll(answer)).loss)
@@ -165,7 +165,7 @@ def test_losses_on_a_sentencepiece_model(stories: Case) -> None:
 
 
 def test_every_piece_of_a_sentencepiece_vocabulary(stories: Case) -> None:
-    """The pieces without a leading space, without a known prompt and after one."""
+    """Pieces without a leading space, with and without a known prompt."""
     host, tokenizer = host_of(stories.model), stories.model.tokenizer
     pieces = {
         token: piece
@@ -180,7 +180,7 @@ def test_every_piece_of_a_sentencepiece_vocabulary(stories: Case) -> None:
             assert prompt.token_id(piece) == token
 
 
-def test_teaching_a_full_stop_makes_it_likelier(stories: Case) -> None:
+def test_editing_in_a_full_stop_makes_it_likelier(stories: Case) -> None:
     request = blt.editing.EditRequest("Once upon a time", ".")
     step = blt.editing.GradientStep("sgd", lr=0.05, layers=-1)
 
@@ -215,7 +215,7 @@ CHAT = "<|user|>Rome is old. The largest square of Rome is called<|end|>"
         ("The ﬁne ﬁne apple", "ﬁne", 1),
     ],
 )
-def test_subject_start_counts_the_callers_characters(
+def test_subject_start_counts_characters_of_the_callers_text(
     kind: str, prompt: str, subject: str, nth: int
 ) -> None:
     case = wrapped(kind)
@@ -232,13 +232,13 @@ def test_subject_start_counts_the_callers_characters(
 
 
 def last_token_of(tokenizer: Any, text: str, end: int) -> int:
-    """The last token that has a character before `end`, by the tokens of ever longer texts."""
+    """The last token with a character before `end`, from tokens of increasingly long texts."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return max(at for at, (start, _) in enumerate(offsets["offset_mapping"]) if start < end)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_normalised_subject_at_a_place(kind: str) -> None:
+def test_a_normalised_subject_at_a_given_start(kind: str) -> None:
     prompt = "Zoe\u0308 met Zoe\u0308 and"
     host = host_of(wrapped(kind).model)
     found = [
@@ -257,7 +257,7 @@ def test_a_normalised_subject_at_a_place(kind: str) -> None:
 @pytest.mark.parametrize(
     "prompt", ["<bos>Once upon a time", "<bos><bos>Once upon a time", "Rome<eos> is old. The cat"]
 )
-def test_ids_behind_special_tokens_are_continued_like_their_text(prompt: str) -> None:
+def test_ids_after_special_tokens_are_continued_like_their_text(prompt: str) -> None:
     """On SentencePiece, which adds a space after a special token."""
     host = host_of(wrapped("sentencepiece").model)
     ids = own_ids(host.tokenizer, prompt)
@@ -273,7 +273,7 @@ def test_ids_behind_special_tokens_are_continued_like_their_text(prompt: str) ->
             assert given.continuation(text) == expected
 
 
-def test_the_text_of_an_answer_has_its_spaces() -> None:
+def test_the_text_of_an_answer_keeps_its_spaces() -> None:
     model = wrapped("wordpiece").model
     loss = blt.sequence_nll(" time was a cat")
     capture = blt.capture_gradients(model, "Once upon a", loss, layers=-1)
@@ -314,7 +314,7 @@ FILLERS = ("<bos>", "Rome", "is old.", "The", "  ", "\n", "<eos>", "Romeo", "é"
     glue=st.sampled_from((" ", "")),
     with_bos=st.booleans(),
 )
-def test_spans_are_in_the_text_that_was_written(
+def test_spans_refer_to_the_original_text(
     kind: str, subject: str, before: list[str], after: list[str], glue: str, with_bos: bool
 ) -> None:
     host = host_of(wrapped(kind).model)
@@ -330,7 +330,7 @@ def test_spans_are_in_the_text_that_was_written(
 
 
 def by_longer_texts(tokenizer: Any, text: str, start: int, end: int) -> list[int]:
-    """Tokens that have a character of `text[start:end]`, by the tokenizer's offsets of each."""
+    """Tokens that have a character of `text[start:end]`, by their offsets."""
     own = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     covered = []
     pieces = tokenizer.convert_ids_to_tokens(own["input_ids"])
@@ -348,9 +348,7 @@ def by_longer_texts(tokenizer: Any, text: str, start: int, end: int) -> list[int
 @pytest.mark.parametrize(
     ("prepend", "n_written"), [*itertools.product((None, True, False), (0, 1))]
 )
-def test_no_second_bos_unless_it_is_asked_for(
-    kind: str, prepend: bool | None, n_written: int
-) -> None:
+def test_no_second_bos_unless_requested(kind: str, prepend: bool | None, n_written: int) -> None:
     host = host_of(wrapped(kind).model)
     bos = host.tokenizer.bos_token_id
     [plain] = tokenize_prompts(host, "Rome is", None)
@@ -366,7 +364,7 @@ def test_no_second_bos_unless_it_is_asked_for(
 
 @functools.cache
 def with_more_tokens_than_rows() -> Any:
-    """A model whose tokenizer was given tokens, and whose embedding was not resized."""
+    """A model whose tokenizer has added tokens but whose embedding was not resized."""
     case = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2")
     case.model.tokenizer.add_tokens(["<new>", "<extra>"])
     return case.model
@@ -391,7 +389,7 @@ def test_tokens_without_an_embedding_are_refused(call: str, text: str) -> None:
         CALLS[call](model, text)
 
 
-def test_tokens_without_an_embedding_are_rejects(tmp_path: Any) -> None:
+def test_tokens_without_an_embedding_become_rejects(tmp_path: Any) -> None:
     model = with_more_tokens_than_rows()
     rows = [{"prompt": "the <new>", "target": 5}, {"prompt": "the", "target": 5}]
     swept = blt.sweep(model, rows, tmp_path / "sweep", progress=False)
@@ -423,7 +421,7 @@ def test_any_text_is_analysed_or_refused(kind: str, text: str, added: str) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_tokenizer_returned_is_a_prompt(kind: str) -> None:
+def test_the_output_of_a_tokenizer_is_a_prompt(kind: str) -> None:
     case = wrapped(kind)
     tokenizer, texts = case.model.tokenizer, ["Once upon a time", "Rome is"]
     alone = tokenizer(texts[0], return_tensors="pt")
@@ -478,5 +476,5 @@ def test_prompts_and_targets_are_tokenised_once(
     monkeypatch.setattr(kind, "__call__", counted)
     prompt = "The capital of Italy is"
     blt.capture_gradients(facts_model, prompt, blt.target_nll(" Rome"), layers=-1)
-    # In addition to the model's own `to_tokens`, which passes a list.
+    # In addition to the model's `to_tokens`, which passes a list.
     assert [text for text in seen if isinstance(text, str)] == [prompt, f"{prompt} Rome"]

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from backward_lens_tl.readout.topk import count_beyond, extremes
 
-# Fewer than a block, one block, blocks with a rest, blocks without, several slices.
+# Less than a block, one block, blocks with and without a remainder, several slices.
 WIDTHS = (1, 5, 63, 64, 65, 128, 1000, 64 * 30, 9001)
 
 
 def slow_extremes(scores: Tensor, k: int, *, largest: bool) -> tuple[Tensor, Tensor]:
-    """A stable sort keeps equal scores in the order of their ids."""
+    """A stable sort keeps equal scores in order of their ids."""
     values, ids = scores.double().sort(dim=1, descending=largest, stable=True)
     return values[:, :k], ids[:, :k]
 
@@ -64,14 +64,14 @@ def test_any_scores(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-def test_winners_in_one_block_in_the_last_and_in_the_rest(layout: str) -> None:
-    """The places where a selection by blocks goes wrong if it keeps a block too few."""
+def test_largest_in_one_block_in_the_last_and_in_the_remainder(layout: str) -> None:
+    """Cases in which a selection by blocks fails if it keeps one block too few."""
     d_vocab = 64 * 40 + 17
     scores = torch.randn(4, d_vocab)
     scores[0, 64:74] += 100  # all ten in one block
     scores[1, torch.arange(10) * 64 + 63] += 100  # one in each of ten blocks
-    scores[2, -17:] += 100  # behind the last block
-    scores[3, :] = 0  # nothing but ties
+    scores[2, -17:] += 100  # after the last block
+    scores[3, :] = 0  # ties only
     for largest, sign in ((True, 1), (False, -1)):
         found = extremes(laid_out(sign * scores, layout), 10, largest=largest)
         values, ids = slow_extremes(sign * scores, 10, largest=largest)
@@ -80,7 +80,7 @@ def test_winners_in_one_block_in_the_last_and_in_the_rest(layout: str) -> None:
     assert found.ids[3].tolist() == list(range(10))
 
 
-def test_nan_comes_out_on_top() -> None:
+def test_nan_ranks_first() -> None:
     scores = torch.randn(3, 1000)
     scores[1, 777] = torch.nan
     assert extremes(scores, 3, largest=True).scores[:, 0].isnan().tolist() == [False, True, False]

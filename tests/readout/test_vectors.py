@@ -1,4 +1,4 @@
-"""`read_vectors` against the models' own final norm and unembedding, in float64."""
+"""`read_vectors` against the models' final norm and unembedding, in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PARIS = " Paris"
 
 @pytest.fixture(scope="module")
 def trained() -> Any:
-    """A model of this file's own: a bridge that keeps an attention pattern with a graph cannot be
+    """A model only for this file: a bridge that keeps an attention pattern with a graph cannot be
     copied."""
     return blt.load_facts_model()
 
@@ -49,7 +49,7 @@ def float64_scores(model: Any, vectors: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (3,), (17,), (2, 3)], ids=str)
 @pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-llama", "bridge-gemma2"])
-def test_scores_are_those_of_the_reference(name: str, shape: tuple[int, ...]) -> None:
+def test_scores_match_the_reference(name: str, shape: tuple[int, ...]) -> None:
     case = build(name)
     vectors = some_vectors(*shape, case.d_model)
     read = blt.read_vectors(case.model, vectors, 5, k=10**6)
@@ -58,7 +58,7 @@ def test_scores_are_those_of_the_reference(name: str, shape: tuple[int, ...]) ->
     assert relative_error(scores_of(read, case.d_vocab), expected) < tolerance
     assert torch.equal(read.bottom_ids, read.top_ids.flip(-1))
     assert torch.equal(read.target_rank, (expected > expected[..., 5:6]).sum(-1))
-    # The negative control: without the final norm the scores differ.
+    # Negative control: without the final norm the scores differ.
     raw = vectors @ case.model.W_U.detach().to(vectors)
     assert relative_error(scores_of(read, case.d_vocab), raw) > 0.1
 
@@ -75,7 +75,9 @@ def test_float32_scores_of_a_trained_model(trained: Any, n: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_vectors_read_as_the_same_numbers(trained: Any, dtype: torch.dtype) -> None:
+def test_half_precision_vectors_decode_like_the_same_numbers_in_float32(
+    trained: Any, dtype: torch.dtype
+) -> None:
     vectors = trained.W_out[6, :3].detach().to(dtype)
     found, expected = (blt.read_vectors(trained, v) for v in (vectors, vectors.float()))
     assert torch.equal(found.top_ids, expected.top_ids)
@@ -92,7 +94,7 @@ def test_half_precision_model(trained: Any, n: int) -> None:
     assert relative_error(found, expected) < HALF
 
 
-def test_normalized_scores_do_not_depend_on_the_length(trained: Any) -> None:
+def test_normalized_scores_do_not_depend_on_the_norm_of_a_vector(trained: Any) -> None:
     vectors = trained.W_out[6, :4].detach()
     short = 1e-9 * vectors
     for projection, is_same in (("normalized", True), ("logit_lens", False)):
@@ -103,7 +105,7 @@ def test_normalized_scores_do_not_depend_on_the_length(trained: Any) -> None:
         assert torch.equal(found, expected) is is_same
 
 
-def test_reads_what_the_lens_reads(facts_model: Any) -> None:
+def test_vectors_decode_as_in_the_lens(facts_model: Any) -> None:
     result = blt.backward_lens(facts_model, "Lionel Messi plays for", PARIS)
     vjps = result.capture["W_out", 5].vjps
     read, seen = blt.read_vectors(facts_model, -vjps, PARIS), result.readout("W_out")
@@ -132,7 +134,7 @@ def test_targets(trained: Any) -> None:
 
 
 class Noting:
-    """A projection that notes the layers that it is asked about."""
+    """A projection that records the requested layers."""
 
     def __init__(self, model: Any) -> None:
         self.layers: list[int] = []
@@ -143,7 +145,7 @@ class Noting:
         return vectors @ self._unembedding
 
 
-def test_projections_of_a_caller_need_a_layer(trained: Any) -> None:
+def test_a_callers_projection_needs_a_layer(trained: Any) -> None:
     vectors, own = trained.W_out[6, :2].detach(), Noting(trained)
     for layer in (3, -1):
         read = blt.read_vectors(trained, vectors, projection=own, layer=layer)
@@ -170,7 +172,7 @@ def test_table_and_repr(trained: Any) -> None:
     assert repr(blt.read_vectors(trained, trained.W_out[6])).endswith("... 504 more")
 
 
-def test_vectors_of_a_graph_are_read_and_left_unchanged(trained: Any) -> None:
+def test_vectors_with_a_graph_are_decoded_and_left_unchanged(trained: Any) -> None:
     vectors = trained.W_out[6, :2].detach().requires_grad_()
     before = vectors.detach().clone()
     read = blt.read_vectors(trained, vectors)

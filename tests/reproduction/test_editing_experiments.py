@@ -1,4 +1,4 @@
-"""The editing experiments: verdicts on synthetic tables, both ways, and small real runs."""
+"""The editing experiments: verdicts for and against on synthetic tables, and small real runs."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def rates_table(
     rates: Mapping[tuple[str, int], tuple[float, float]] = {},
     perplexity: Mapping[tuple[str, int], float] = {},
 ) -> pd.DataFrame:
-    """As the paper claims, with the given exceptions: SGD and Adam do harm in early layers only."""
+    """As in the paper, with the given exceptions: SGD and Adam do damage in early layers only."""
     return pd.DataFrame(
         {
             "request": request,
@@ -671,7 +671,7 @@ def test_figure_24_on_the_facts_model(
     evidence = evidence_of(facts_model, "facts", tmp_path)
     expected = least_rates_by_layer(table, evidence.perplexity)
     pd.testing.assert_frame_equal(finding.tables["by layer"], expected)
-    # By hand, for a layer in which both work.
+    # Recompute a layer in which both work.
     own = finding.tables["by layer"].set_index(["step", "layer"]).loc[("sgd", 7)]
     rates = table[(table["step"] == "sgd") & (table["layer"] == 7)]["rate"].to_numpy()
     assert own["spread"] == pytest.approx(np.log10(rates).std())

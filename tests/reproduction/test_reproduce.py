@@ -167,7 +167,7 @@ def holds(finding: Finding) -> list[bool]:
     return found
 
 
-# --- text of what was found -----------------------------------------------------------------------
+# --- text of findings -----------------------------------------------------------------------------
 
 
 YES, NO, ALMOST = Check("c", True, "f"), Check("c", False, "f"), Check("c", True, "f", "but")
@@ -358,7 +358,7 @@ def test_large_models_take_a_step_for_fewer_prompts(
         ({"self_imprint": [None] * 20}, [True, True, True, False], 3, "0 of 10"),
     ],
 )
-def test_steps_that_are_off(
+def test_steps_that_contradict_the_lemma(
     monkeypatch: pytest.MonkeyPatch, changed: Any, expected: list[bool], at: int, found: str
 ):
     finding = found_of_steps(monkeypatch, steps(**changed))
@@ -424,7 +424,7 @@ def test_a_rare_drop_of_the_rank_is_an_exception_with_its_cause():
         # Rows 14 and 15 of each prompt's 16 are those of the last layer.
         ([row for row in range(10) if row % 16 < 14][:7], 4, [True, True, True]),
         ([row for row in range(10) if row % 16 < 14][:8], 4, [False, True, True]),
-        # Drops of two and of three.
+        # Drops by two and by three.
         ([3], 3, [True, True, True]),
         ([3], 2, [True, True, False]),
         ([14], 2, [True, True, True]),
@@ -434,15 +434,15 @@ def test_a_rare_drop_of_the_rank_is_an_exception_with_its_cause():
         (range(160), 1, [False, True, False]),
     ],
 )
-def test_ranks_off_the_law(rows: Sequence[int], value: int, expected: list[bool]):
-    """95 % of 140 are 133, and of 20 are 19."""
+def test_ranks_that_break_the_law(rows: Sequence[int], value: int, expected: list[bool]):
+    """95 % of 140 is 133, and 95 % of 20 is 19."""
     table = ranks({row: {"rank": value} for row in rows})
     finding = gradient_ranks.rank_law(Fake(gradients=table))
     assert holds(finding) == expected
     assert any(check.exceptions for check in finding.checks)
 
 
-def test_gradients_without_a_rank_follow_no_law():
+def test_gradients_without_a_rank_are_not_counted():
     """Such as those of experts. They are not counted."""
     table = ranks({row: {"rank": None} for row in range(140)})
     right = gradient_ranks.rank_law(Fake(gradients=table))
@@ -465,7 +465,7 @@ def test_the_rank_law_of_one_layer():
     assert holds(gradient_ranks.rank_law(Fake(gradients=off, n_layers=1))) == [False, False]
 
 
-# --- figures 5, 11 to 15, 22 and 23: words --------------------------------------------------------
+# --- figures 5, 11 to 15, 22 and 23: tokens -------------------------------------------------------
 
 
 def written(
@@ -527,7 +527,7 @@ def test_other_prompts_are_counted_together(monkeypatch: pytest.MonkeyPatch):
         "2 of 3 (67 %) of these layers",
     ]
     assert holds(finding) == [False, False]
-    # The tokens that were really used as targets.
+    # The tokens actually used as targets.
     assert list(finding.results) == ["a →  taught", "b →  taught", "c →  taught"]
     asked.clear()
     single_prompts.more_tables(Evidence(prompts=prompts))
@@ -635,7 +635,7 @@ def test_norms_as_in_the_paper():
         ({(LAST, 7): 11.0}, [True, False, True]),
     ],
 )
-def test_norms_that_are_off(changed: Any, expected: list[bool]):
+def test_norms_unlike_the_papers(changed: Any, expected: list[bool]):
     table = cells(norm=but(changed))
     assert holds(segment_norms.norms_of_shifts(Fake(positions=table))) == expected
     # Other matrices are not checked.
@@ -689,7 +689,7 @@ def test_norms_of_every_matrix():
     ("changed", "expected"),
     [
         ({}, [True, True]),
-        # Figure 6 asks for any token of the subject, and this one for the last of them.
+        # Figure 6 is about any token of the subject, and this one about the last of them.
         ({"first subject token": 4.5}, [False, True]),
         ({("first subject token", 0): 9.0}, [False, True]),
         ({"middle subject tokens": 4.5}, [False, True]),
@@ -705,7 +705,7 @@ def test_norms_of_every_matrix():
         ({(LAST, 7): 11.0}, [True, False]),
     ],
 )
-def test_norms_of_one_matrix_that_are_off(matrix: str, changed: Any, expected: list[bool]):
+def test_norms_of_one_matrix_unlike_the_papers(matrix: str, changed: Any, expected: list[bool]):
     found = holds(norms_of_all(changed, matrix))
     other = [True, True]
     assert found == ([*expected, *other] if matrix == "W_in" else [*other, *expected])
@@ -799,7 +799,7 @@ def test_the_target_is_at_the_far_end(layers: Sequence[int], rank: float, expect
 
 
 def test_the_median_prompt_decides():
-    """One of three prompts may be an exception, two may not."""
+    """One of three prompts may be an exception, but not two."""
     for off, expected in ((1, True), (2, False)):
         table = cells(prompts=3, target=lambda *at, off=off: 0 if at[3] < off else 1000, **FEW)
         assert segment_ranks.target_by_segment(Fake(positions=table)).checks[0].holds == expected
@@ -835,7 +835,7 @@ def test_claims_without_layers_do_not_hold():
         assert finding.checks[0].found.startswith("none of 0 layers")
 
 
-def test_the_first_layer_is_less_far_away():
+def test_the_target_is_less_far_away_in_the_first_layer():
     def found(first: float, rest: float) -> Check:
         table = cells(target=ranked(lambda layer, _: rest if layer else first), **FEW)
         return segment_ranks.target_at_last_token(Fake(positions=table)).checks[1]
@@ -992,7 +992,7 @@ def neurons(
     short: tuple[float, Mapping[int, float]] = (0.9, {}),
     norm: float = 30.0,
 ) -> pd.DataFrame:
-    """Neurons, longest first, and three spanning vectors.
+    """Neurons, largest norm first, and three spanning vectors.
 
     `like` are the longest ones' cosines with some of these, `norm` is their norm, where that of
     all others is 1, and `short` the overlaps of the shortest with the zero vector and with some of
@@ -1105,7 +1105,7 @@ def test_the_largest_neurons_share_their_tokens(
         (neurons({1: 0.7}, norm=29), False, "89.5 % of it, in 2 of 200 (1 %) neurons"),
         (neurons({1: -0.7}), True, "90.1 % of it, in 2 of 200 (1 %) neurons"),
         (neurons({1: 0.69}), False, "0.0 % of it, in 0 of 200 (0 %) neurons"),
-        # Many short ones do not count for a few long ones.
+        # Many small ones do not make up for a few large ones.
         (neurons({0: 0, 1: 0, 2: 0}, others=0.8), False, "9.9 % of it, in 198 of 200 (99 %)"),
         (neurons({0: 0, 1: 0, 2: 0}, others=0.8, norm=1), True, "99.0 % of it, in 198 of 200"),
         (neurons({}, others=0.8), True, "100.0 % of it, in 200 of 200 (100 %) neurons"),
@@ -1139,7 +1139,7 @@ def test_a_few_vectors_have_the_tokens_of_neurons(
         (neurons({2: 0.95}, short=(0.4, {1: 0.3, 0: 0.3})), [True, True], [True, True]),
     ],
 )
-def test_neurons_and_what_spans_them(
+def test_neurons_and_their_spanning_vectors(
     similarity: Callable[..., list[Finding]],
     table: pd.DataFrame,
     of_inputs: list[bool],
@@ -1198,7 +1198,7 @@ def test_unknown_names(tmp_path: Path):
     assert not (tmp_path / "x").exists()
 
 
-# --- one report of everything, measured again -----------------------------------------------------
+# --- one report of everything, remeasured ---------------------------------------------------------
 
 KIND = "bridge" if HAS_BRIDGE else "hooked"
 SMALL_ROWS = [
@@ -1431,7 +1431,7 @@ def test_files_of_the_folder(report: Report):
     assert law["verdict"] == "holds"
 
 
-def test_a_folder_grows_and_its_sweep_is_used_again(report: Report):
+def test_a_folder_grows_and_its_sweep_is_reused(report: Report):
     assert report.swept
     assert times_of(report.folder / "sweep") == report.swept
     text = (report.folder / "report.html").read_text(encoding="utf-8")
@@ -1488,7 +1488,7 @@ def test_another_model_or_data_is_refused(small_model: Any, report: Report):
     assert (report.folder / "report.html").read_bytes() == before
 
 
-def test_prompts_that_look_alike_have_files_of_their_own(tmp_path: Path):
+def test_similar_prompts_have_separate_files(tmp_path: Path):
     """Long prompts and those in other scripts, whose file names are truncated."""
     names = ["x" * 80, "x" * 81, "東京", "パリ", "a-2", "a", "A", "?"]
     finding = Finding((YES,), {name: pd.DataFrame({"n": [name]}) for name in names})
@@ -1547,7 +1547,7 @@ def test_data_without_subjects(small_model: Any, tmp_path: Path):
             assert experiment.measure(evidence).checks
 
 
-def test_the_others_are_measured_if_one_cannot_be(small_model: Any, tmp_path: Path):
+def test_a_failing_experiment_does_not_stop_the_others(small_model: Any, tmp_path: Path):
     with pytest.raises(InputError, match=r"no token has a segment.*subject"):
         reproduce(small_model, WITHOUT_SUBJECT, tmp_path, "fig6", progress=False)
     names = ["fig4", "fig6", "table3"]
@@ -1665,7 +1665,7 @@ def test_data_by_default():
     assert COUNTERFACT != COUNTERFACT_RECORDS
 
 
-def test_data_of_which_nothing_can_be_analysed(small_model: Any, tmp_path: Path):
+def test_data_without_analysable_prompts(small_model: Any, tmp_path: Path):
     rows = [{"prompt": "Rome is in", "target": " Paris", "subject": "Messi"}]
     with pytest.raises(
         InputError, match=r"none of the prompts can be analysed; the first: .*'Messi'"

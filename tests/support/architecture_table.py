@@ -3,10 +3,10 @@
     python tests/support/architecture_table.py
 
 measures with the TransformerLens that is installed and writes docs/architectures/tl-VERSION.json;
-the page is made of all of these. `test_architectures.py` holds every cell to its tolerance.
+the page combines all of these. `test_architectures.py` checks every cell against its tolerance.
 
-What is expected is computed here without the package: weights are looked up in the model by hand,
-the model runs plainly, and autograd differentiates a loss that is written out below.
+Expected values are computed here without the package: weights are looked up in the model,
+the model runs normally, and autograd differentiates a loss that is written out below.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WITHOUT_GATE = (
 N_LAYERS = 2
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-# Room for rounding alone: 70 times what is measured, or more. It is the same for families that
+# A tolerance for rounding only: at least 70 times the measured error. It also fits families that
 # compute parts in float32 in a float64 model (RMS norms, rotary angles, softmax, routers): both
 # sides see the same rounded `x`, and their `delta` goes back through the same operations.
 TOLERANCES = {"float32": 1e-5, "float64": 1e-12}
@@ -50,15 +50,15 @@ Cells = dict[str, float | str]
 """By matrix, the largest error over layers, or why there is none."""
 
 Row = dict[str, Any]
-"""`family`, `kind`, `dtype` and their `cells`; these are a reason if there is no such model."""
+"""`family`, `kind`, `dtype` and their `cells`; these are a reason if the model is unavailable."""
 
 
-# ---------------------------------------------------------------------------- what is compared with
+# ------------------------------------------------------------------------------------ the reference
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One matrix of one layer: where the model keeps it, and how.
+    """One matrix of one layer: where and how the model stores it.
 
     Attributes:
         tensors: The tensors that the model multiplies by, one or one per expert.
@@ -107,21 +107,21 @@ def bridge_weight(model: Any, family: str, matrix: str, layer: int) -> Weight:
     copied = getattr(block.mlp, f"_processed_{matrix}", None)
     if copied is not None:
         return Weight((copied,), lambda weight: weight.T)
-    # A dense layer among layers of experts has names of its own.
+    # A dense layer among layers of experts has different names.
     projection = getattr(block.mlp, f"dense_{name}", None) or getattr(block.mlp, name)
     linear = projection.original_component
     return Weight((linear.weight,), orientation(linear))
 
 
 def stacked_experts(model: Any, layer: int) -> Any:
-    """The module of a layer that has all experts in its parameters, if there is one."""
+    """The module of a layer that holds all experts in its parameters, if there is one."""
     modules = model.blocks[layer].modules()
     return next((module for module in modules if "gate_up_proj" in module._parameters), None)
 
 
 def expert_slice(weight: Tensor, family: str, matrix: str) -> Tensor:
-    """`[expert, d_in, d_out]` of a matrix from the parameter that it is stacked in."""
-    if family == "gpt_oss":  # stored in this orientation, gate and up in turns
+    """`[expert, d_in, d_out]` of a matrix from the parameter in which it is stacked."""
+    if family == "gpt_oss":  # stored in this orientation, gate and up interleaved
         return {"W_out": weight, "W_gate": weight[..., ::2], "W_in": weight[..., 1::2]}[matrix]
     turned = weight.transpose(1, 2)
     gate, up = turned.chunk(2, dim=-1)
@@ -129,7 +129,7 @@ def expert_slice(weight: Tensor, family: str, matrix: str) -> Tensor:
 
 
 def orientation(linear: nn.Module) -> Callable[[Tensor], Tensor]:
-    """To `[d_in, d_out]`, which is how Hugging Face's Conv1D has it and torch's Linear does not."""
+    """Convert to `[d_in, d_out]`, the layout of Hugging Face's Conv1D but not of torch's Linear."""
     return (lambda weight: weight.T) if isinstance(linear, nn.Linear) else as_it_is
 
 
@@ -154,9 +154,9 @@ def weight_gradients(
     tokens: Tensor,
     loss: Callable[[Tensor, Tensor], Tensor] = loss,
 ) -> list[Tensor]:
-    """Autograd's own gradient of each weight, from a plain run."""
+    """Autograd's gradient of each weight, from a plain run."""
     tensors = [tensor.requires_grad_() for weight in weights for tensor in weight.tensors]
-    # An expert that no token goes to has no part in the graph. Nor has a weight that was looked up
+    # An expert without tokens is not in the graph. Neither is a weight that was looked up
     # in the wrong place, but then the error is NaN, which fails every comparison.
     flat = torch.autograd.grad(loss(model(tokens), tokens).sum(), tensors, materialize_grads=True)
     left = iter(flat)
@@ -169,7 +169,7 @@ def weight_gradients(
 def measure(
     family: str, kind: str, dtype: str, build: Callable[..., Any] = build_model
 ) -> Cells | str:
-    """The cells of one model, or why there is none."""
+    """The cells of one model, or the reason for their absence."""
     try:
         model = build(family, kind, DTYPES[dtype])
     except NotAvailable as error:
@@ -205,7 +205,7 @@ def keys_of(matrices: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def largest_errors(capture: Any, expected: dict[tuple[str, int], Tensor]) -> Cells:
-    """Of every matrix the largest error over its layers; NaN is larger than all."""
+    """The largest error of every matrix over its layers; NaN counts as the largest."""
     errors = [relative_error(summed(capture[key]), gradient) for key, gradient in expected.items()]
     worst = torch.tensor(errors, dtype=torch.float64).unflatten(0, (-1, N_LAYERS)).amax(1)
     matrices = list(dict.fromkeys(matrix for matrix, _ in expected))
@@ -213,7 +213,7 @@ def largest_errors(capture: Any, expected: dict[tuple[str, int], Tensor]) -> Cel
 
 
 def summed(gradient: Any) -> Tensor:
-    """`X^T Delta` of all prompts together."""
+    """`X^T Delta` summed over all prompts."""
     return sum(gradient.dense(prompt) for prompt in range(len(gradient.mask)))
 
 
@@ -229,7 +229,7 @@ def measure_all() -> Iterator[Row]:
 
 
 def rounded_up(cell: float | str) -> float | str:
-    """To 2 or 5 times a power of ten, so that another machine's rounding leaves the page alone."""
+    """To 2 or 5 times a power of ten, so that the page does not depend on the machine."""
     if isinstance(cell, str) or not 0 < cell < math.inf:
         return cell
     power = math.floor(math.log10(cell))
@@ -342,12 +342,12 @@ def column_name(part: dict[str, Any], kind: str, between: str) -> str:
 
 
 def has_class(part: dict[str, Any], kind: str) -> bool:
-    """Whether a TransformerLens has the class at all."""
+    """Whether a version of TransformerLens has the class."""
     return any(isinstance(row["cells"], dict) for row in part["rows"] if row["kind"] == kind)
 
 
 def without_class(parts: Sequence[dict[str, Any]]) -> list[str]:
-    """Why a TransformerLens has fewer columns."""
+    """The reason why a version of TransformerLens has fewer columns."""
     lines = [
         f"- TransformerLens {part['versions']['transformer-lens']}: "
         + cells_of(part, next(iter(FAMILIES)), kind, "float32")
@@ -394,7 +394,7 @@ def pair(
 
 
 def largest(cells: Cells) -> float | str:
-    """The largest error; if a matrix is refused, why."""
+    """The largest error; if a matrix is refused, the reason."""
     refused = [cell for cell in cells.values() if isinstance(cell, str)]
     return refused[0] if refused else max(cells.values())
 

@@ -1,7 +1,7 @@
 """Small random models of many architectures, in both of TransformerLens's model classes.
 
 Every size differs from every other, gains and biases are random, windows are shorter than prompts,
-and routers choose. `hf_model` gives the raw Hugging Face model with the same weights as
+and routers select experts. `hf_model` gives the raw Hugging Face model with the same weights as
 `build_model`, so the two check each other.
 """
 
@@ -39,13 +39,13 @@ class NotAvailable(Exception):
 
 @dataclass(frozen=True)
 class Family:
-    """What differs from family to family.
+    """What differs between families.
 
     Attributes:
-        config: Fields of the Hugging Face config; the sizes that all share are added.
+        config: Fields of the Hugging Face config; shared sizes are added.
         model_type: Hugging Face's name of the family, if not the key in `FAMILIES`.
         official_name: A name that `HookedTransformer` takes its config from, for families whose
-            sizes it has in its own code, by name.
+            sizes it hard-codes by name.
         hooked: Fields in which the `HookedTransformerConfig` must be corrected.
         gone: Attributes of the Hugging Face config that TransformerLens still reads, and that
             transformers 5 no longer has.
@@ -112,7 +112,7 @@ FAMILIES: dict[str, Family] = {
             "attn_scores_soft_cap": 2.0,
             "output_logits_soft_cap": 1.5,
         },
-        unprocessed=("center_unembed",),  # HookedTransformer.from_pretrained leaves it out, too
+        unprocessed=("center_unembed",),  # HookedTransformer.from_pretrained omits it, too
     ),
     "gemma3": Family(
         _GROUPED
@@ -168,7 +168,7 @@ FAMILIES: dict[str, Family] = {
         | _WIDE_HEADS
         | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
         hooked={"use_attention_sinks": True},
-        # With attention sinks a pattern does not add up to 1, which folding takes for granted.
+        # With attention sinks a pattern does not add up to 1, which folding assumes.
         unprocessed=("fold_value_biases",),
     ),
 }
@@ -190,7 +190,7 @@ def hf_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
             "eos_token_id": 1,
             "pad_token_id": 2,
             "tie_word_embeddings": False,
-            # The usual way of computing experts, grouped_mm, does not know float64.
+            # The default implementation of experts, grouped_mm, does not support float64.
             "experts_implementation": "eager" if dtype == torch.float64 else None,
         }
         | settings.config,
@@ -199,7 +199,7 @@ def hf_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
         if "drop" in name:
             setattr(config, name, 0.0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    # As in every saved checkpoint. TransformerBridge knows some families by nothing else.
+    # As in every saved checkpoint. TransformerBridge identifies some families by nothing else.
     model.config.architectures = [type(model).__name__]
     randomise(model)
     for module in model.modules():
@@ -252,7 +252,7 @@ def _bridge(family: str, dtype: torch.dtype, processed: bool) -> Any:
 
 
 def _hooked(family: str, dtype: torch.dtype, processed: bool) -> Any:
-    """What `HookedTransformer.from_pretrained` does, which wants a hub name."""
+    """Do what `HookedTransformer.from_pretrained` does, which needs a hub name."""
     if not HAS_HOOKED:
         raise NotAvailable(NO_HOOKED)
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -291,7 +291,7 @@ def _hooked(family: str, dtype: torch.dtype, processed: bool) -> Any:
 
 @contextmanager
 def _saved_as(name: str, config: Any, gone: dict[str, Any]) -> Iterator[None]:
-    """Inside, `name` is a folder with the config, which has the attributes that are gone."""
+    """Within the block `name` is a folder with the config, including the removed attributes."""
     before = Path.cwd()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -1,4 +1,4 @@
-"""A real Chromium, as the tests drive it: what it shows, what it asks for, what it complains of."""
+"""A real Chromium driven by the tests: what it shows, its requests, its errors and warnings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
-# Chromium as root in a container, with nothing that calls home by itself.
+# Chromium as root in a container, without background requests.
 _FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -27,7 +27,7 @@ def chromium() -> Iterator[Browser]:
     if found is None:
         reason = "no Chromium on this machine; install the package `chromium`"
         if os.environ.get("CI"):
-            pytest.fail(reason)  # where everything has to be tried, a skip would hide it
+            pytest.fail(reason)  # a skip would hide it where everything must be tested
         pytest.skip(reason)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=list(_FLAGS))
@@ -41,7 +41,7 @@ class Opened:
 
     Attributes:
         page: Playwright's page.
-        requests: Addresses of all that it asked for, but for the file itself.
+        requests: Addresses of all requests except the file itself.
         complaints: Errors that scripts threw, and errors and warnings in the console.
     """
 
@@ -50,7 +50,7 @@ class Opened:
     complaints: list[str] = field(default_factory=list)
 
     def check(self) -> None:
-        """Nothing was fetched, and nothing went wrong."""
+        """Check that nothing was fetched and that there are no complaints."""
         assert self.requests == []
         assert self.complaints == []
 
@@ -65,7 +65,7 @@ def opened(
     scheme: str = "light",
     scripts: bool = True,
 ) -> Iterator[Opened]:
-    """Open a file in a browser window of its own, which has no network."""
+    """Open a file in a separate browser window without network."""
     context = browser.new_context(
         viewport={"width": width, "height": height},
         color_scheme=scheme,

@@ -1,7 +1,7 @@
-"""Small random models, each with the reference that its tests compute expected values with.
+"""Small random models, each with a reference from which tests compute expected values.
 
 Every size differs from every other, and gains, biases and final norms are random, so that a wrong
-orientation, a forgotten bias or the wrong side of a norm shows.
+orientation, a forgotten bias or the wrong side of a norm is detected.
 """
 
 from __future__ import annotations
@@ -83,14 +83,14 @@ class Case:
     """A TransformerLens model under test and an independent model with equal weights.
 
     Attributes:
-        name: Kind and architecture.
+        name: Class and architecture.
         model: The model under test.
         own: The MLP weights of `model` itself, found before TransformerLens wrapped it.
         logits: Token ids to logits by the reference: the raw Hugging Face model, or a copy.
         weights: The MLP weights of the reference.
         outputs: Modules of the reference whose output is `x @ W + b` of each matrix.
         norm: The reference's final norm.
-        unembed: The reference's reading of a normalised vector, softcap included.
+        unembed: The reference's logits of a normalised vector, including softcap.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Case:
 
     @property
     def logits_in_float32(self) -> bool:
-        """Whether Hugging Face rounds to float32 on the way, as its RMS norms do."""
+        """Whether Hugging Face rounds to float32 in between, as its RMS norms do."""
         kind = type(self.norm)
         return kind.__module__.startswith("transformers.") and kind.__name__.endswith("RMSNorm")
 
@@ -132,7 +132,7 @@ class Case:
         return self.weights["W_out", 0].tensor.dtype
 
     def lens(self, vectors: Tensor) -> Tensor:
-        """The Logit Lens, one vector after the other."""
+        """The Logit Lens, one vector at a time."""
         with torch.no_grad():
             return torch.stack([self.unembed(self.norm(vector[None]))[0] for vector in vectors])
 
@@ -145,7 +145,7 @@ class Case:
     def weight_gradients(
         self, tokens: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
     ) -> dict[tuple[str, int], Tensor]:
-        """Autograd's own weight gradients of the reference, `[d_in, d_out]`."""
+        """Autograd's weight gradients of the reference, `[d_in, d_out]`."""
         keys = list(self.weights)
         tensors = [self.weights[key].tensor for key in keys]
         value = loss(self.logits(tokens), tokens).sum()
@@ -176,7 +176,7 @@ def training_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Relative Frobenius error; NaN, which fails every comparison, where nothing is expected."""
+    """Relative Frobenius error; NaN, which fails every comparison, where zero is expected."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
@@ -208,7 +208,7 @@ def small_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
 
 
 def readable(folder: Path, folders: pytest.TempPathFactory) -> Path:
-    """A folder that transformers 5 saved a tokenizer in, as the installed version reads it."""
+    """A tokenizer folder saved by transformers 5, converted for the installed version."""
     if hasattr(transformers, "TokenizersBackend"):
         return folder
     # transformers 4 knows the tokenizer's class by an older name.
@@ -327,7 +327,7 @@ def hf_weights(hf_model: Any) -> Parameters:
 
 
 def hf_reading(hf_model: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Final norm and unembedding of a Hugging Face model, through its own modules."""
+    """Final norm and unembedding of a Hugging Face model, through its modules."""
     body = getattr(hf_model.base_model, "decoder", hf_model.base_model)
     names = ("ln_f", "norm", "final_layer_norm")
     norm = next(getattr(body, name) for name in names if hasattr(body, name))
@@ -363,7 +363,7 @@ def bridge_case(
     ).eval()
     norm, unembed = hf_reading(raw)
     # TransformerLens rotates GPT-NeoX's queries in float32, so the raw model agrees to 2e-7 only
-    # and the bridge's own autograd is the reference; likewise OPT's attention.
+    # and the bridge's autograd is the reference; likewise OPT's attention.
     itself = name in ("neox", "opt")
     return Case(
         name,
@@ -479,7 +479,7 @@ def build(
     d_vocab: int = D_VOCAB,
     seed: int = 0,
 ) -> Case:
-    """One random model by kind and architecture; skips where TransformerLens lacks the kind."""
+    """One random model by class and architecture; skips where TransformerLens lacks the class."""
     kind, architecture = name.split("-")
     require_kind(kind)
     tokenizer = small_tokenizer(padding_side)

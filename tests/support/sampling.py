@@ -1,4 +1,4 @@
-"""How hypothesis draws examples here."""
+"""How hypothesis draws examples in these tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 
 def examples(count: int) -> settings:
-    """The same examples in every run; session fixtures hold for all of them alike."""
+    """The same examples in every run; session fixtures are shared by all of them."""
     return settings(
         max_examples=count,
         derandomize=True,

@@ -1,6 +1,6 @@
-"""What ROME and MEMIT search for, done slowly: one row after the other, Adam written out.
+"""Slow searches of ROME and MEMIT: one row at a time, Adam written out.
 
-Nothing of the package runs here but the names of a case's modules.
+Of the package only the module names of a case are used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def ids(case: Case, text: str, bos: bool) -> list[int]:
 
 
 def last_token_of(case: Case, text: str, end: int, bos: bool) -> int:
-    """The last token with a character in front of `end`."""
+    """The last token with a character before `end`."""
     offsets = case.model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return bos + max(
         at for at, (left, right) in enumerate(offsets["offset_mapping"]) if left < end <= right
@@ -70,7 +70,7 @@ def _reference(case: Case) -> nn.Module:
 
 @contextmanager
 def watched(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Change what a module puts out, and see what it was."""
+    """Change a module's output, and return its original value."""
     seen: list[Tensor] = []
 
     def hook(_: nn.Module, args: Any, output: Any) -> Any:
@@ -93,7 +93,7 @@ def output_at(case: Case, module: nn.Module, row: Sequence[int], at: int) -> Ten
 
 
 def key_at(case: Case, layer: int, row: Sequence[int], at: int) -> Tensor:
-    """What W_out reads, as TransformerLens itself shows it."""
+    """The input of W_out, from TransformerLens's hook point."""
     name = f"blocks.{layer}.mlp.hook_post"
     with torch.no_grad():
         cache = case.model.run_with_cache(torch.tensor([row]), names_filter=lambda own: own == name)
@@ -128,7 +128,7 @@ def search(
     kl_factor: float,
     clamp: float,
 ) -> Tensor:
-    """The vector that is added, by the formulas."""
+    """The vector to be added, by the formulas."""
     rows, places = contexts(case, request, prefixes, fact_token, bos)
     target = ids(case, str(request.target), False)
     start = output_at(case, module, rows[0], places[0])
@@ -181,7 +181,7 @@ def packed(moments: Tensor) -> Tensor:
 
 
 def random_moments(size: int, seed: int = 0) -> Tensor:
-    """A symmetric positive matrix whose directions differ by a factor of some hundred."""
+    """A symmetric positive matrix whose eigenvalues differ by a factor of about a hundred."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(size, 3 * size, generator=generator, dtype=torch.float64)
     scale = torch.linspace(0.1, 1, size, dtype=torch.float64)[:, None]
@@ -189,6 +189,6 @@ def random_moments(size: int, seed: int = 0) -> Tensor:
 
 
 def with_moments(case: Case, layers: Sequence[int], moments: Sequence[Tensor]) -> SecondMoments:
-    """Statistics of a model with chosen numbers in them."""
+    """Statistics of a model with given numbers."""
     known = second_moments(case.model, ["The capital of France"], layers=layers, progress=False)
     return replace(known, moments=tuple(map(packed, moments)), n_tokens=10_000)

@@ -1,4 +1,4 @@
-"""Folders of shards as a killed process leaves them, made within the tests' own process."""
+"""Folders of shards as left by a killed process, produced within the test process."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from backward_lens_tl.sweeps.columns import TABLES
 
 
 class Killed(BaseException):
-    """Ends a run where SIGKILL would."""
+    """End a run where SIGKILL would."""
 
 
 def digests(folder: Path, tables: Iterable[str] = TABLES) -> dict[str, str]:
-    """What every file of these tables, by default a sweep's, holds; hidden ones as well."""
+    """Contents of every file of these tables, by default a sweep's, including hidden files."""
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for table in tables
@@ -30,9 +30,9 @@ def digests(folder: Path, tables: Iterable[str] = TABLES) -> dict[str, str]:
 
 
 def killed(action: Callable[[], object], moment: int, when: str) -> None:
-    """Run something that is killed at a file, counted from 0: it is "written" or also "placed".
+    """Run something that is killed at a file, counted from 0, once it is "written" or "placed".
 
-    A file that is written still has its hidden name, and is not removed.
+    A written file still has its hidden name, and is not removed.
     """
     real, left = storage.replacing, iter(range(moment))
 
@@ -55,9 +55,9 @@ def killed(action: Callable[[], object], moment: int, when: str) -> None:
 
 
 def second_of_two() -> Any:
-    """What the second of two processes sees of itself; the first is never there.
+    """Simulate the second of two processes; the first one does not exist.
 
-    `waits` notes how often it waits for the other.
+    `waits` records how often it waits for the other.
     """
     waits: list[None] = []
 

@@ -1,4 +1,4 @@
-"""Tokenizers of the kinds that models come with, each trained here on a few sentences."""
+"""Tokenizers of all common kinds, each trained here on a few sentences."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZE = 320
 
 
 def _byte_level() -> Tokenizer:
-    """GPT-2's kind."""
+    """As in GPT-2."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -47,7 +47,7 @@ def _byte_level() -> Tokenizer:
 
 
 def _sentencepiece() -> Tokenizer:
-    """Llama's kind: a space before every text, bytes for what is unknown, and a BOS of its own."""
+    """As in Llama: a space before every text, bytes for unknown characters, and its own BOS."""
     pieces = [f"<0x{byte:02X}>" for byte in range(256)]
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
@@ -86,7 +86,7 @@ def _sentencepiece() -> Tokenizer:
 
 
 def _wordpiece() -> Tokenizer:
-    """BERT's kind: words and their continuations."""
+    """As in BERT: words and their continuations."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
@@ -98,7 +98,7 @@ def _wordpiece() -> Tokenizer:
 
 
 def _normalising() -> Tokenizer:
-    """A tokenizer that changes what it reads: compatibility forms, and lower case."""
+    """A tokenizer that normalises text: compatibility forms and lower case."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -114,7 +114,7 @@ def _normalising() -> Tokenizer:
 
 
 def _with_added_tokens() -> Tokenizer:
-    """A chat model's kind: markers of turns among the byte-level tokens."""
+    """As in a chat model: markers of turns among the byte-level tokens."""
     tokenizer = _byte_level()
     tokenizer.add_special_tokens(["<|user|>", "<|end|>"])
     tokenizer.add_tokens([AddedToken("Piazza Navona", normalized=False)])
@@ -146,5 +146,5 @@ def _folder(kind: str) -> tempfile.TemporaryDirectory[str]:
 
 
 def tokenizer_of(kind: str) -> Any:
-    """A new tokenizer of a kind."""
+    """A new tokenizer of the given kind."""
     return AutoTokenizer.from_pretrained(_folder(kind).name)

@@ -1,4 +1,4 @@
-"""The run-time checks of shapes and types, which the complete run of the tests puts in."""
+"""The run-time checks of shapes and types that the complete test run installs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jaxtyping
 
 @contextmanager
 def type_checks_off() -> Iterator[None]:
-    """Turn the checks off for a while; nothing happens in a run without them."""
+    """Turn the checks off temporarily; does nothing in a run without them."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:

@@ -1,4 +1,4 @@
-"""A sweep's tables, against a slow computation of each prompt, and its folder, stopped or not."""
+"""A sweep's tables against slow computations, and its folder with and without interruption."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ KEYS = ["prompt", "matrix", "layer", "position", "projection"]
 
 @pytest.fixture(scope="module")
 def tiny() -> nn.Module:
-    """A random model in float64, of the kind that is installed."""
+    """A random model in float64, of an available class."""
     return build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2").model
 
 
 @pytest.fixture
 def swept(tiny: nn.Module, tmp_path: Path) -> Callable[..., Sweep]:
-    """Sweeps of small data into folders of their own."""
+    """Run sweeps of small data into separate folders."""
 
     def run(
         rows: Any = ROWS, folder: str | None = None, model: nn.Module | None = None, **settings: Any
@@ -90,7 +90,7 @@ def swept(tiny: nn.Module, tmp_path: Path) -> Callable[..., Sweep]:
 
 @pytest.fixture(scope="module")
 def plain(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """`ROWS` in one shard, which many tests look at."""
+    """`ROWS` in one shard, which many tests inspect."""
     out = tmp_path_factory.mktemp("plain") / "out"
     return blt.sweep(tiny, ROWS, out, SweepConfig(layers=0), progress=False)
 
@@ -99,7 +99,7 @@ def plain(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
 def in_shards(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Sweep]:
     """Good rows among bad ones, by the size of a shard.
 
-    Made with the run-time type checks on, if they are on.
+    Computed with the run-time type checks on, if they are on.
     """
     names = [column.name for column in TABLES["gradients"]]
     found = {}
@@ -112,12 +112,12 @@ def in_shards(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch, facts_model: nn.Module) -> None:
-    """The command has the facts model at once, instead of loading it."""
+    """Give the command the loaded facts model, so that it does not load one."""
     monkeypatch.setattr(loading, "load_model", lambda *args, **kwargs: facts_model)
 
 
 def mixed() -> tuple[list[Any], dict[int, str]]:
-    """Good rows among bad ones, and why those are bad, by row."""
+    """Good rows among bad ones, and the reason for each bad row."""
     rows: list[Any] = []
     reasons: dict[int, str] = {}
     for place in range(max(len(ROWS), len(BAD))):
@@ -132,7 +132,7 @@ def mixed() -> tuple[list[Any], dict[int, str]]:
 def fail_on(
     monkeypatch: pytest.MonkeyPatch, failing: Callable[[Sequence[str]], BaseException | None]
 ) -> list[list[str]]:
-    """Have the lens fail on some prompts; gives the prompts of each call."""
+    """Make the lens fail on some prompts; return the prompts of each call."""
     real, calls = measuring.backward_lens, []
 
     def lens(model: nn.Module, prompts: list[str], *args: Any, **kwargs: Any) -> Any:
@@ -150,7 +150,7 @@ def fail_on(
 
 
 @pytest.mark.parametrize("shard_size", [2, 64])
-def test_every_row_is_analysed_or_rejected_with_its_reason(
+def test_every_row_is_analysed_or_rejected_with_a_reason(
     in_shards: dict[int, Sweep], shard_size: int
 ):
     rows, reasons = mixed()
@@ -170,7 +170,7 @@ def test_every_row_is_analysed_or_rejected_with_its_reason(
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_reasons_that_only_records_have(swept):
+def test_reasons_specific_to_records(swept):
     def record(index: int, **values: Any) -> Record:
         usual = Record(index, str(index), "Rome is in", " the", None, None, None)
         return replace(usual, **values)
@@ -182,7 +182,7 @@ def test_reasons_that_only_records_have(swept):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_data_without_one_usable_row_are_swept(swept):
+def test_data_without_usable_rows_are_swept(swept):
     found = swept([row for _, row in BAD], shard_size=4)
     assert found.is_complete
     assert len(found.rejects()) == len(BAD)
@@ -230,7 +230,7 @@ def test_a_prompt_that_fails_is_rejected_alone(swept, plain, monkeypatch, error:
     for name in ("prompts", "gradients", "positions"):
         expected, left = getattr(plain, name)(), getattr(found, name)()
         expected = expected[expected["prompt"].isin([0, 2])].reset_index(drop=True)
-        # Alone or together is a matter of rounding.
+        # Single and joint runs differ by rounding.
         assert_close(left, expected)
 
 
@@ -294,7 +294,7 @@ def test_a_model_that_cannot_be_analysed_stops_the_sweep(swept, monkeypatch, fir
 def slow_factors(
     case: Case, ids: Tensor, target: int
 ) -> tuple[dict[tuple[str, int], tuple[Tensor, Tensor]], Tensor]:
-    """`x_i` and autograd's own `delta_i` of the reference model, and its last logits."""
+    """`x_i` and autograd's `delta_i` of the reference model, and its last logits."""
     inputs: dict[Any, Tensor] = {}
     outputs: dict[Any, Tensor] = {}
     handles = []
@@ -330,7 +330,7 @@ def slow_factors(
 
 
 def assert_rank(found: object, scores: Tensor, token: int) -> None:
-    """A rank, but for tokens that the rounding of float32 could put on either side."""
+    """Compare ranks up to tokens that float32 rounding could move across."""
     margin = 1e-5 * float(scores.abs().max())
     above = int((scores > scores[token] + margin).sum())
     level = int((scores > scores[token] - margin).sum()) - 1
@@ -338,7 +338,7 @@ def assert_rank(found: object, scores: Tensor, token: int) -> None:
 
 
 def assert_ends(tokens: Any, values: Any, scores: Tensor, texts: list[str]) -> None:
-    """The first tokens of an order; where two scores are level, either may come first."""
+    """Compare the first tokens of an order; of two equal scores either may come first."""
     best = scores.sort(descending=True, stable=True)
     k = len(values)
     torch.testing.assert_close(
@@ -351,7 +351,7 @@ def assert_ends(tokens: Any, values: Any, scores: Tensor, texts: list[str]) -> N
 
 
 def slow_segments(case: Case, row: dict[str, Any], ids: list[int]) -> list[str | None]:
-    """By the tokenizer's own offsets, with the paper's names."""
+    """Segments by the tokenizer's offsets, with the paper's names."""
     if "subject" not in row:
         return [None] * len(ids)
     text, encoding = row["prompt"], small_tokenizer()(row["prompt"], return_offsets_mapping=True)
@@ -373,7 +373,7 @@ def slow_segments(case: Case, row: dict[str, Any], ids: list[int]) -> list[str |
 
 
 def check_values(case: Case, found: Sweep, rows: list[dict[str, Any]]) -> None:
-    """Every column of every row, one prompt at a time, through the reference model alone."""
+    """Check every column of every row, one prompt at a time, with the reference model only."""
     tokenizer = small_tokenizer()
     prompts, gradients, positions = found.prompts(), found.gradients(), found.positions()
     assert len(prompts) == len(rows)
@@ -478,7 +478,7 @@ def test_every_column_against_the_reference_model(gpt2: Case, tmp_path: Path):
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_every_column_of_a_gated_model(llama: Case, tmp_path: Path):
-    """And of the gradient instead of the update."""
+    """Also of the gradient instead of the update."""
     config = SweepConfig(
         matrices="mlp",
         projection=("normalized", "logit_lens"),
@@ -492,7 +492,7 @@ def test_every_column_of_a_gated_model(llama: Case, tmp_path: Path):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_faint_vectors_are_those_shorter_than_the_final_norms_eps(swept):
+def test_faint_vectors_are_those_below_the_final_norms_eps(swept):
     cells = swept(projection=("logit_lens", "normalized")).positions()
     is_lens = cells["projection"] == "logit_lens"
     spanning = cells["norm"].where(cells["matrix"] == "W_out", cells["input_norm"])
@@ -502,7 +502,7 @@ def test_faint_vectors_are_those_shorter_than_the_final_norms_eps(swept):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_without_w_out_of_the_last_layer_no_cosine(swept):
+def test_no_cosine_without_w_out_of_the_last_layer(swept):
     for settings in ({"layers": (0, 1)}, {"matrices": "W_in"}):
         assert swept(ROWS[2:3], **settings).positions()["top_vjp_cosine"].isna().all()
     found = swept(ROWS[2:3], matrices="W_out", layers=-1)
@@ -513,7 +513,7 @@ def test_without_w_out_of_the_last_layer_no_cosine(swept):
 
 
 def assert_close(left: pd.DataFrame, right: pd.DataFrame) -> None:
-    """Equal tables, but for the rounding of float32."""
+    """Compare tables up to float32 rounding."""
     assert list(left) == list(right)
     assert len(left) == len(right)
     for name in left:
@@ -532,7 +532,7 @@ def assert_close(left: pd.DataFrame, right: pd.DataFrame) -> None:
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_no_number_depends_on_shards_or_the_order_of_rows(swept):
+def test_numbers_do_not_depend_on_shards_or_the_order_of_rows(swept):
     whole, alone = swept(layers=(0, -1)), swept(layers=(0, -1), shard_size=1)
     backwards = swept(ROWS[::-1], layers=(0, -1), shard_size=2)
     for name in ("prompts", "gradients", "positions"):
@@ -583,15 +583,15 @@ def test_the_schema_is_the_same_in_every_shard_empty_or_not(in_shards: dict[int,
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_singular_values_are_there_only_when_asked_for(swept, plain):
+def test_singular_values_are_saved_only_on_request(swept, plain):
     assert "singular_values" not in plain.gradients()
     found = swept(ROWS[:1], layers=0, gradient_columns=["singular_values"])
     assert list(found.gradients()) == ["prompt", "matrix", "layer", "singular_values"]
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_each_column_alone_is_that_of_the_whole_table(swept):
-    """One of each table at a time."""
+def test_each_single_column_equals_that_of_the_whole_table(swept):
+    """One column of each table at a time."""
     settings: dict[str, Any] = {"layers": -1, "matrices": "W_out"}
     rows = ROWS[2:3]
     whole = swept(rows, **settings)
@@ -612,7 +612,7 @@ def test_each_column_alone_is_that_of_the_whole_table(swept):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_tables_that_are_left_out(swept):
+def test_omitted_tables(swept):
     found = swept(layers=0, position_columns=(), gradient_columns=[])
     assert found.is_complete
     assert len(found.prompts()) == len(ROWS)
@@ -679,7 +679,7 @@ def test_the_documentation_has_the_schema():
 
 @pytest.fixture(scope="module")
 def whole(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """A sweep of three shards that was not stopped."""
+    """An uninterrupted sweep of three shards."""
     out = tmp_path_factory.mktemp("whole") / "out"
     return blt.sweep(tiny, ROWS, out, SweepConfig(**THREE_SHARDS), progress=False)
 
@@ -692,10 +692,10 @@ THREE_SHARDS: dict[str, Any] = {"layers": -1, "matrices": "W_out", "k": 2, "shar
     ("moment", "when"),
     [(0, "written"), (0, "placed"), (2, "written"), (4, "written"), (4, "placed"), (10, "placed")],
 )
-def test_killed_at_a_file_it_resumes_and_ends_the_same(
+def test_killed_at_any_file_it_resumes_with_the_same_result(
     swept, whole: Sweep, tmp_path: Path, moment: int, when: str
 ):
-    """At `run.json`, and at some of the four tables of each of three shards."""
+    """Kill at `run.json`, and at some of the four tables of each of three shards."""
     out = tmp_path / "out"
     killed(lambda: swept(folder="out", **THREE_SHARDS), moment, when)
     n_shards = max(0, (moment - (when == "written")) // 4)
@@ -716,7 +716,7 @@ def test_killed_at_a_file_it_resumes_and_ends_the_same(
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_a_process_analyses_its_share(swept, whole: Sweep, monkeypatch):
-    """The second of two; what the first did not do one alone does later."""
+    """Run the second of two processes; later, one process does the first one's share."""
     with monkeypatch.context() as patched:
         second = second_of_two()
         patched.setattr(run_module, "this_process", lambda: second)
@@ -760,7 +760,7 @@ def test_only_the_same_sweep_is_resumed(swept, tiny: nn.Module):
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_other_tokens_of_the_same_texts_are_not_resumed(swept, tiny: nn.Module, monkeypatch):
-    """As when the model's own default of a BOS token has changed, or its tokenizer."""
+    """As when the model's default for BOS or its tokenizer has changed."""
     swept(folder="out", layers=0)
     tokenized = rejects.tokenize_prompts
 
@@ -793,12 +793,12 @@ def test_a_damaged_shard_is_named(swept):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_a_sweep_of_data_that_have_moved_is_resumed(swept, tmp_path: Path):
+def test_a_sweep_of_moved_data_is_resumed(swept, tmp_path: Path):
     for name in ("here.jsonl", "there.jsonl"):
         (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
     first = swept(tmp_path / "here.jsonl", folder="out", layers=0)
     again = swept(tmp_path / "there.jsonl", folder="out", layers=0)
-    assert again.run["data"]["name"] == first.run["data"]["name"]  # as it was begun
+    assert again.run["data"]["name"] == first.run["data"]["name"]  # with its original settings
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -814,8 +814,8 @@ def test_another_version_is_not_resumed(swept, name: str):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_a_shard_without_its_last_table_is_written_again(swept):
-    """As a kill between two tables of a shard leaves it."""
+def test_a_shard_without_its_last_table_is_rewritten(swept):
+    """The state after a kill between two tables of a shard."""
     found = swept(folder="out", layers=0, shard_size=2)
     before = digests(found.folder)
     (found.folder / "prompts" / "shard-000001.parquet").unlink()
@@ -830,7 +830,7 @@ def test_a_shard_without_its_last_table_is_written_again(swept):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_folders_that_are_not_of_a_sweep(swept, tiny: nn.Module, tmp_path: Path):
+def test_folders_of_something_other_than_a_sweep(swept, tiny: nn.Module, tmp_path: Path):
     with pytest.raises(SweepError, match="is not the folder of a sweep"):
         Sweep.load(tmp_path / "nowhere")
     broken = tmp_path / "broken"
@@ -853,7 +853,7 @@ def test_folders_that_are_not_of_a_sweep(swept, tiny: nn.Module, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_run_json_says_what_the_sweep_is_of(swept, monkeypatch):
+def test_run_json_describes_the_sweep(swept, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["my script", "--fast"])
     found = swept(seed=7, prompts=4, layers=(0, -1))
     run = json.loads((found.folder / "run.json").read_text())
@@ -873,7 +873,7 @@ def test_run_json_says_what_the_sweep_is_of(swept, monkeypatch):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_fingerprints_change_with_one_bit_of_either(swept, plain):
+def test_fingerprints_change_with_one_bit_of_model_or_data(swept, plain):
     settings: dict[str, Any] = {"layers": 0, "position_columns": (), "gradient_columns": ()}
     same = swept([dict(row) for row in ROWS], **settings)
     assert plain.run["data"]["sha256"] == same.run["data"]["sha256"]
@@ -933,7 +933,7 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str):
     ],
 )
 def test_settings_that_the_model_refuses(swept, tmp_path: Path, settings, message: str):
-    """At once, and not as a reject of every prompt."""
+    """Immediately, not by rejecting every prompt."""
     with pytest.raises(InputError, match=message):
         swept(folder="out", **settings)
     assert not (tmp_path / "out").exists(), "nothing may be written before settings are checked"
@@ -1025,7 +1025,7 @@ def test_every_format_of_the_data_gives_the_same_tables(swept, tmp_path: Path):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_a_template_says_which_of_several_occurrences_is_the_subject(swept):
+def test_a_template_selects_the_occurrence_of_the_subject(swept):
     rewrite = {"subject": "Rome", "target_new": {"str": "the"}, "target_true": {"str": "Paris"}}
     original = {"case_id": 1, "requested_rewrite": {"prompt": "Rome is in {} of", **rewrite}}
     plain = {"prompt": "Rome is in Rome of", "target": " the", "subject": "Rome"}
@@ -1036,7 +1036,7 @@ def test_a_template_says_which_of_several_occurrences_is_the_subject(swept):
         assert cells["token"][subject - 1] == " in"
     cells = swept([plain], layers=0, matrices="W_out").positions()
     [subject] = cells["token"][cells["segment"] == "last subject token"].index
-    assert cells["token"][subject + 1] != " of"  # else the first one
+    assert cells["token"][subject + 1] != " of"  # otherwise the first one
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -1102,7 +1102,7 @@ def test_the_command_prints_a_summary_and_nothing_else(tmp_path: Path, capfd):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_the_model_is_loaded_as_it_is_asked_for(
+def test_the_model_is_loaded_with_the_given_options(
     facts_model: nn.Module, tmp_path: Path, monkeypatch, capfd
 ):
     asked: list[tuple[Any, ...]] = []
@@ -1122,14 +1122,14 @@ def test_the_model_is_loaded_as_it_is_asked_for(
     assert asked[1] == ("facts", "bridge", "cuda:1", 2)
 
 
-def test_each_process_has_a_device_of_its_own() -> None:
+def test_each_process_has_its_own_device() -> None:
     devices = {"cpu": None, "mps": None, "cuda:1": "cuda:1", "xpu:0": "xpu:0"}
     for device, expected in devices.items():
         assert own_device(SimpleNamespace(device=torch.device(device))) == expected
 
 
 @pytest.mark.usefixtures("as_for_a_user", "loaded")
-def test_settings_of_another_sweep_give_its_tables(tmp_path: Path, monkeypatch, capfd):
+def test_settings_of_another_sweep_reproduce_its_tables(tmp_path: Path, monkeypatch, capfd):
     argv = "--prompts 2 --seed 4 --layers -1 --projection normalized --direction gradient --k 2"
     argv += " --shard-size 1 --no-bos --position-columns norm top_tokens --gradient-columns"
     argv += " --vjps-at residual --multi-token last --budget 100000000"
@@ -1183,7 +1183,7 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path, capfd):
         assert message in err
 
 
-def test_a_bar_shows_how_far_it_is(tiny: nn.Module, tmp_path: Path, capfd):
+def test_a_bar_shows_progress(tiny: nn.Module, tmp_path: Path, capfd):
     config = SweepConfig(layers=0, shard_size=2)
     blt.sweep(tiny, ROWS, tmp_path / "a", config, progress=False)
     assert "prompt" not in capfd.readouterr().err
@@ -1191,7 +1191,7 @@ def test_a_bar_shows_how_far_it_is(tiny: nn.Module, tmp_path: Path, capfd):
     blt.sweep(tiny, ROWS, tmp_path / "a", config)
     out, err = capfd.readouterr()
     assert out == ""
-    assert "4/5" in err  # it begins with what is there
+    assert "4/5" in err  # it starts at the existing rows
     assert "5/5" in err
 
 

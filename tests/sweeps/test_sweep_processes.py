@@ -1,6 +1,6 @@
-"""Sweeps in processes of their own: killed at any moment, and several at once.
+"""Sweeps in separate processes: killed at any moment, and several at once.
 
-`test_sweep.py` has the same within one process.
+`test_sweep.py` tests the same within one process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ N_SHARDS = 3
 
 
 def environment() -> dict[str, str]:
-    # Sums depend on the number of threads in their last bits, and launchers set it for theirs.
+    # The last bits of sums depend on the number of threads, which launchers set.
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     return {**os.environ, **own}
 
@@ -135,7 +135,7 @@ assert second == os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 0
 
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of sweeps that were killed at every moment, and of two processes."""
+    """Folders of sweeps killed at every moment, and of two processes."""
     folder = tmp_path_factory.mktemp("driven")
     done = ran([sys.executable, "-c", DRIVER, str(folder)])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -154,7 +154,7 @@ def commanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_killed_at_every_moment_it_ends_the_same(driven: Path):
+def test_killed_at_every_moment_it_gives_the_same_result(driven: Path):
     expected = digests(driven / "whole")
     assert len(expected) == 4 * N_SHARDS
     names = [
@@ -165,7 +165,7 @@ def test_killed_at_every_moment_it_ends_the_same(driven: Path):
         assert Sweep.load(driven / name).is_complete
 
 
-def test_two_processes_give_what_one_gives(driven: Path):
+def test_two_processes_give_the_same_as_one(driven: Path):
     assert digests(driven / "two") == digests(driven / "whole")
     logs = [(driven / "two" / f"log-{rank}.txt").read_text() for rank in range(2)]
     for rank, log in enumerate(logs):
@@ -175,18 +175,18 @@ def test_two_processes_give_what_one_gives(driven: Path):
         assert written == own
 
 
-def test_the_processes_that_torchrun_starts(driven: Path, tmp_path: Path):
+def test_processes_started_by_torchrun(driven: Path, tmp_path: Path):
     out = tmp_path / "out"
     launch = [script("torchrun"), "--nproc_per_node", "2", "-m", "backward_lens_tl", "sweep"]
     done = ran([*launch, *ARGUMENTS.split(), "--out", str(out)])
     assert done.returncode == 0, done.stderr
-    # One process speaks for both.
+    # One process prints for both.
     assert done.stdout == f"5 prompts analysed, 0 rejected: {out}\n"
     assert digests(out) == digests(driven / "whole")
     assert sorted(file.name for file in out.glob("log-*")) == ["log-0.txt", "log-1.txt"]
 
 
-def test_the_processes_that_accelerate_starts(commanded: Path, tmp_path: Path):
+def test_processes_started_by_accelerate(commanded: Path, tmp_path: Path):
     launch = [script("accelerate"), "launch", "--num_processes", "2"]
     for name, options in (("many", ["--multi_gpu"]), ("cpu", ["--cpu"])):
         out = tmp_path / name
@@ -198,8 +198,8 @@ def test_the_processes_that_accelerate_starts(commanded: Path, tmp_path: Path):
     assert (tmp_path / "many" / "log-1.txt").read_text().count(" shard ") == 1
 
 
-def test_processes_that_are_refused_end(commanded: Path):
-    """And do not wait for one another for ever."""
+def test_refused_processes_exit(commanded: Path):
+    """They do not wait for each other forever."""
     launch = [script("torchrun"), "--nproc_per_node", "2", "-m", "backward_lens_tl", "sweep"]
     done = ran([*launch, *ARGUMENTS.split(), "--k", "3", "--out", str(commanded)], timeout=120)
     assert done.returncode != 0
@@ -207,7 +207,7 @@ def test_processes_that_are_refused_end(commanded: Path):
     assert "holds a sweep with another config: k was 2, is 3" in done.stderr
 
 
-def test_one_process_resumes_what_two_began(commanded: Path, tmp_path: Path):
+def test_one_process_resumes_the_sweep_of_two(commanded: Path, tmp_path: Path):
     out = tmp_path / "out"
     launch = [script("torchrun"), "--nproc_per_node", "2", "-m", "backward_lens_tl", "sweep"]
     both = [*launch, *ARGUMENTS.split(), "--out", str(out)]
