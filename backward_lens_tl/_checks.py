@@ -144,7 +144,7 @@ def check_number(
 def check_kind(
     name: str, value: object, kind: type, made_by: str, error: type[InputError] = InputError
 ) -> None:
-    """Refuse a value of another type.
+    """Refuse a value of the wrong type.
 
     Args:
         name: The argument.
@@ -154,7 +154,7 @@ def check_kind(
         error: The error to raise.
 
     Raises:
-        InputError: If it is of another type.
+        InputError: If it has the wrong type.
     """
     if not isinstance(value, kind):
         raise error(f"{name} is {shown(value)}; pass {kind.__name__}, as returned by {made_by}")

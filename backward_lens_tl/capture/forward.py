@@ -119,7 +119,7 @@ def read_logits(
         points: Hook points that must fire in this pass.
 
     Returns:
-        The logits, in float32 at least, on the device of the tokens.
+        The logits, in at least float32, on the device of the tokens.
 
     Raises:
         InputError: If the prompts may not share a pass.
@@ -144,7 +144,7 @@ def selected_logits(
         points: Hook points that must fire in this pass.
 
     Returns:
-        The logits, in float32 at least, on the device of the tokens.
+        The logits, in at least float32, on the device of the tokens.
 
     Raises:
         InputError: If the prompts may not share a pass.

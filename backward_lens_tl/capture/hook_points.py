@@ -37,7 +37,7 @@ class AttentionGradient:
     """The backward pass through the attention pattern of one layer.
 
     With the softmax's output `A` and the gradient `E` there (`delta_z V^T` unless a caller's hook
-    comes in between), the gradient at the softmax's scores is `A * (E - rowsum(A * E))`, also with
+    comes in between), the gradient at the softmax's scores is `A * (E - rowsum(A * E))`, even with
     attention sinks, softcaps and masks. Reversed Attention is this divided by `sqrt(d_head)` (Katz
     and Wolf, NAACL 2025, arXiv 2412.17019).
 

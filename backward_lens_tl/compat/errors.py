@@ -20,7 +20,7 @@ class LayerNotAnalyzedError(BackwardLensError, KeyError):
 
 
 def check_type(name: str, value: object, kind: type) -> None:
-    """Refuse a value of another type; `True` does not count as an integer.
+    """Refuse a value of the wrong type; `True` does not count as an integer.
 
     Args:
         name: The argument.
@@ -28,7 +28,7 @@ def check_type(name: str, value: object, kind: type) -> None:
         kind: The type that it must have.
 
     Raises:
-        ArgumentTypeError: If it has another type.
+        ArgumentTypeError: If it has the wrong type.
     """
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ArgumentTypeError(

@@ -329,7 +329,7 @@ def edited_site(host: Host, delta: MatrixDelta) -> MatrixSite:
         The matrix.
 
     Raises:
-        EditError: If the model has none, of another size, or no bias where one is changed.
+        EditError: If the model lacks the matrix or a changed bias, or the matrix has another size.
         UnsupportedModelError: If it cannot be changed.
     """
     with raised_as(EditError):

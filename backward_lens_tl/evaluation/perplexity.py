@@ -1,4 +1,4 @@
-"""Perplexity on ordinary text, with which the paper measures the damage of an edit."""
+"""Perplexity on ordinary text, which the paper uses to measure the damage of an edit."""
 
 from __future__ import annotations
 

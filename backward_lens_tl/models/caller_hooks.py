@@ -23,7 +23,7 @@ _WIRING = "transformer_lens.model_bridge"
 
 
 def with_callers_hooks(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Modules, hook points among them, that carry hooks of the caller."""
+    """Modules, including hook points, that have hooks of the caller."""
     on_all = any(_GLOBAL_HOOKS)
     return [
         module

@@ -283,7 +283,7 @@ class Host(ABC):
 
     @cached_property
     def hooked_modules(self) -> list[nn.Module]:
-        """Modules, including hook points, that carry hooks of the caller."""
+        """Modules, including hook points, that have hooks of the caller."""
         return with_callers_hooks(module for _, module in self._modules)
 
     def are_in_blocks(self, modules: Sequence[nn.Module]) -> bool:

@@ -90,7 +90,7 @@ class Vocabulary:
         return None
 
     def spans(self, token_ids: Sequence[int]) -> tuple[str, tuple[Span, ...]]:
-        """Text of a prompt of which only the ids are known, and each token's position in it.
+        """Text of a prompt that was given as ids, and each token's position in it.
 
         The spans are the tokenizer's own offsets. If it has none, or would tokenise the text
         differently (ids need not come from a text), the tokens' own texts are concatenated.

@@ -134,7 +134,7 @@ def read_facts(
     site: MatrixSite,
     points: Sequence[HookPointSite] = (),
 ) -> list[FactActivations]:
-    """Run a model on requests, several per forward pass, and keep what it computes for each.
+    """Run a model on requests, several per forward pass, and keep the activations of each.
 
     Args:
         host: The model.

@@ -42,7 +42,7 @@ def second_moments(
     save_every: int = 1000,
     progress: bool = True,
 ) -> SecondMoments:
-    """Collect `E[x x^T]` of what a matrix reads, over all tokens of some texts.
+    """Collect `E[x x^T]` of the inputs of a matrix, over all tokens of some texts.
 
     Texts are read in order from any iterator, and cut at the model's context. With `out`, the
     statistics are saved regularly; the same call with the same texts resumes from the file.
@@ -50,7 +50,7 @@ def second_moments(
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
         texts: The texts; empty ones are skipped.
-        matrix: The matrix, one of the MLP's.
+        matrix: Name of a matrix of the MLP.
         layers: Layers, negative ones from the end; `None` for all.
         max_tokens: Stop after this many tokens; `None` for all texts. An inverse needs more tokens
             than the matrix has inputs (`d_mlp` for `W_out`).
@@ -151,7 +151,7 @@ class _Collected:
         self.found = replace(saved, moments=moments, name=self.found.name)
 
     def add(self, host: Host, texts: Sequence[str]) -> None:
-        """Add what the matrix reads in some texts."""
+        """Add the inputs of the matrix in some texts."""
         found = self.found
         prompts = tokenize_prompts(host, texts, found.prepend_bos)
         rows = [prompt.ids[: host.n_ctx] for prompt in prompts]

@@ -43,7 +43,7 @@ def check_source(source: object, origin: str) -> None:
 
 
 def check_matrix(matrix: object, table: pd.DataFrame) -> None:
-    """Refuse a matrix of which a table has no rows."""
+    """Refuse a matrix that has no rows in a table."""
     there = table["matrix"].unique().tolist()
     if matrix not in there:
         raise InputError(
