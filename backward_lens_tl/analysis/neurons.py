@@ -243,7 +243,7 @@ def _capture_of(capture: object, model: nn.Module) -> GradientCapture:
     host = host_of(model)
     if factor.shape[-1] != host.d_model:
         raise InputError(
-            f"the gradients are of a model of width {factor.shape[-1]}, and this one, "
+            f"the gradients are of a model of width {factor.shape[-1]}, but this one, "
             f"{host.name!r}, is {host.d_model} wide; pass the model that they were captured on"
         )
     return found

@@ -192,7 +192,7 @@ def plan_passes(
 def _check_one_pass(takes: int, budget: int | None) -> None:
     if budget is not None and takes > budget:
         raise InputError(
-            f"this takes about {_shown(takes)} in one pass, and the budget is {_shown(budget)}; "
+            f"this takes about {_shown(takes)} in one pass, but the budget is {_shown(budget)}; "
             "with hooks on the model, or hook_points, there is only one pass; use fewer prompts or "
             "layers, or a larger budget"
         )
@@ -233,7 +233,7 @@ def _passes(
         raise InputError(
             f"a pass over one layer and one prompt of {longest} tokens takes about "
             f"{_shown(kept + sizes[0])}, including {_shown(kept)} for the factors of all prompts, "
-            f"and the budget is {_shown(budget)}; increase it, pass fewer or shorter prompts, or "
+            f"but the budget is {_shown(budget)}; increase it, pass fewer or shorter prompts, or "
             "set factor_dtype or factor_device"
         )
     return [Pass((prompt,), part) for prompt in bucket for part in _parts(layers, n_layers)]

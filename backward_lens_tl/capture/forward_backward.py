@@ -158,7 +158,7 @@ class _Run:
             if point.n_seen != 1:
                 raise UnsupportedModelError(
                     f"hook point {point.site.name!r} fired {point.n_seen} times with a gradient in "
-                    "this run, and is kept only where it fires once (some show indices or a copy, "
+                    "this run, but is kept only if it fires once (some show indices or a copy, "
                     "which have none)"
                 )
 

@@ -94,7 +94,7 @@ def attention_patch(
         same_prompts = len(added) == 1 or shape[:1] == added.shape[:1]
         if not same_prompts or shape[1:] != added.shape[1:]:
             raise InputError(
-                f"the pattern of layer {layer} is a {type(pattern).__name__} of shape {shape}, and "
+                f"the pattern of layer {layer} is a {type(pattern).__name__} of shape {shape}, but "
                 f"Reversed Attention has {tuple(added.shape)}; run the model on the prompts that "
                 "were captured"
             )

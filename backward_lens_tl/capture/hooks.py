@@ -131,7 +131,7 @@ def clean_rows(factor: Float[Tensor, "*shape"], batch: PromptBatch) -> Float[Ten
 def _only(seen: Sequence[_T], name: str) -> _T:
     if len(seen) != 1:
         raise ModelStateError(
-            f"{name} was used {len(seen)} times in the forward pass, and a gradient is captured "
-            "only where it is used exactly once"
+            f"{name} was used {len(seen)} times in the forward pass, but a gradient is captured "
+            "only if it is used exactly once"
         )
     return seen[0]

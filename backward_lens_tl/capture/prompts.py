@@ -351,7 +351,7 @@ def pad_prompts(host: Host, rows: Sequence[Sequence[int]]) -> PromptBatch:
         if max(row) >= d_vocab:
             raise InputError(
                 f"prompt {index} has the token id {max(row)} (answer included); the model's "
-                f"embedding has the rows 0 to {d_vocab - 1}"
+                f"embedding has rows 0 to {d_vocab - 1}"
             )
         if len(row) > host.n_ctx:
             raise InputError(

@@ -186,7 +186,7 @@ class ExpertsRecorder(Recorder):
             for side, rows in enumerate((expert.x.only, expert.y.vjp(next(left)))):
                 if len(rows) != len(tokens):
                     raise UnsupportedModelError(
-                        f"expert {index} of layer {self.site.layer} saw {len(rows)} tokens, and "
+                        f"expert {index} of layer {self.site.layer} saw {len(rows)} tokens, but "
                         f"{len(tokens)} were routed there, so its tokens cannot be identified; "
                         "pass matrices='attn'"
                     )

@@ -298,7 +298,7 @@ def _host_with_tokenizer(model: nn.Module) -> Host:
         raise ArgumentTypeError(str(error)) from error
     if host.tokenizer is None:
         raise InputError(
-            "the model has no tokenizer, and BackwardLens takes texts; set one, or pass token ids "
+            "the model has no tokenizer, but BackwardLens takes texts; set one, or pass token ids "
             "to backward_lens_tl.backward_lens"
         )
     return host

@@ -92,7 +92,7 @@ class TokenizedRequest:
         """Index of the subject's last token; an `EditError` without a subject."""
         if self.subject_last is None:
             raise EditError(
-                f"the request for {self.request.prompt!r} has no subject, and the edit is made at "
+                f"the request for {self.request.prompt!r} has no subject, but the edit is made at "
                 "its last token; pass EditRequest(prompt, target, subject=...), or "
                 "fact_token='last' for the prompt's last token"
             )

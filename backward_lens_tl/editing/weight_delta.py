@@ -341,7 +341,7 @@ def edited_site(host: Host, delta: MatrixDelta) -> MatrixSite:
         )
     if delta.bias is not None and (site.bias is None or site.bias.numel() != delta.bias.numel()):
         raise EditError(
-            f"the edit changes the bias of {delta.matrix} in layer {delta.layer}, and "
-            f"{host.name!r} has none of that size there"
+            f"the edit changes the bias of {delta.matrix} in layer {delta.layer}, but "
+            f"{host.name!r} has no bias of that size there"
         )
     return site

@@ -255,7 +255,7 @@ def _with_bos(name: str, method: EditMethod, config: EvaluationConfig) -> EditMe
         return own
     if method.prepend_bos != config.prepend_bos:
         raise EvaluationError(
-            f"method {name!r} edits with prepend_bos={method.prepend_bos}, and prompts are scored "
+            f"method {name!r} edits with prepend_bos={method.prepend_bos}, but prompts are scored "
             f"with prepend_bos={config.prepend_bos}; leave it out of the method, or set it in "
             "EvaluationConfig(prepend_bos=...)"
         )

@@ -152,7 +152,7 @@ def read(path: str | Path, kinds: Sequence[type], parts: Sequence[type]) -> Any:
         ) from error
     if found != FORMAT_VERSION:
         raise ResultFileError(
-            f"{name} has format {found}, and this version reads {FORMAT_VERSION}; install "
+            f"{name} has format {found}, but this version reads {FORMAT_VERSION}; install "
             f"backward-lens-tl {header.get('backward_lens_tl', '')}, which wrote it"
         )
     if metadata.get(_DIGEST) != tensors_digest(tensors, metadata[_KEY]):

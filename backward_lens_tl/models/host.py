@@ -145,8 +145,8 @@ class Host(ABC):
         for token_id in ids:
             if not 0 <= token_id < self.d_vocab:
                 raise InputError(
-                    f"the tokenizer makes token {token_id} ({self.vocabulary.text(token_id)!r}) of "
-                    f"{prompt!r}, and the model's embedding has the rows 0 to {self.d_vocab - 1}; "
+                    f"the tokenizer returns token {token_id} ({self.vocabulary.text(token_id)!r}) "
+                    f"for {prompt!r}, but the model's embedding has rows 0 to {self.d_vocab - 1}; "
                     "resize it before the model is wrapped "
                     "(hf_model.resize_token_embeddings(len(tokenizer))), leave the token out, or "
                     "pass prepend_bos=False if it is the BOS"

@@ -278,7 +278,7 @@ class Vocabulary:
         if multi_token == "last":
             return ids[-1]
         raise TargetError(
-            f"target {target!r} is {len(ids)} tokens ({self._pieces(ids)}), and a gradient is read "
+            f"target {target!r} is {len(ids)} tokens ({self._pieces(ids)}), but a gradient is read "
             f"against one.{self._space_hint(target, after)} Pass multi_token='first' or "
             "'last', pass a token id, or differentiate all of them with objective=sequence_nll(...)"
         )

@@ -334,7 +334,7 @@ def test_wrong_use(table: Callable[..., pd.DataFrame], as_for_a_user: None) -> N
     wrong: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
         ("capture is a str; pass what", (case.model, "W_out", "W_out", 1), {}),
         ("model is a int", (3, gradients, "W_out", 1), {}),
-        ("of a model of width 8, and this one", (case.model, of_another, "W_out", 1), {}),
+        ("of a model of width 8, but this one", (case.model, of_another, "W_out", 1), {}),
         ("'W_gate', 1\\) was not captured", (case.model, gradients, "W_gate", 1), {}),
         ("'W_out', 3\\) was not captured", (case.model, gradients, "W_out", 3), {}),
         ("prompt 2 does not exist; allowed: 0 to 1", (case.model, gradients, "W_out", 1, 2), {}),

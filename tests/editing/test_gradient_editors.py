@@ -445,7 +445,7 @@ def test_an_edit_works_in_a_model_that_was_edited_before(one_gpt2: Case) -> None
 def test_statistics_of_another_model_are_refused(one_gpt2: Case) -> None:
     other = build("hooked-gpt2" if HAS_HOOKED else "bridge-gpt2", seed=1)
     method = NormalizedGradient(statistics_of(one_gpt2), prepend_bos=False)
-    with pytest.raises(EditError, match="reads something else in the same prompt"):
+    with pytest.raises(EditError, match="has other activations on the same prompt"):
         method(other.model, REQUESTS[0])
 
 
@@ -460,9 +460,9 @@ def test_statistics_of_other_matrices_are_refused(one_gpt2: Case) -> None:
 
 
 def test_statistics_of_other_positions_are_refused(one_gpt2: Case) -> None:
-    with pytest.raises(EditError, match="positions 'answer', and the editor uses 'all'"):
+    with pytest.raises(EditError, match="positions 'answer', but the editor uses 'all'"):
         NormalizedGradient(statistics_of(one_gpt2, "answer"))(one_gpt2.model, REQUESTS[0])
-    with pytest.raises(EditError, match="positions 'all', and the editor uses 'answer'"):
+    with pytest.raises(EditError, match="positions 'all', but the editor uses 'answer'"):
         UltraEdit(statistics_of(one_gpt2))(one_gpt2.model, REQUESTS[0])
 
 

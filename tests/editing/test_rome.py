@@ -463,7 +463,7 @@ def test_foreign_statistics_are_refused(one_gpt2: Case, as_for_a_user: None) -> 
     few = second_moments(one_gpt2.model, texts, progress=False)
     with pytest.raises(EditError, match=r"moments is 3; pass .*second_moments\(model"):
         rome(one_gpt2, 3)(one_gpt2.model, REQUEST)
-    with pytest.raises(EditError, match="what W_in reads, and W_out is edited"):
+    with pytest.raises(EditError, match="the inputs of W_in, but W_out is edited"):
         rome(one_gpt2, reading)(one_gpt2.model, REQUEST)
     with pytest.raises(EditError, match="not of layer 1"):
         rome(one_gpt2, elsewhere)(one_gpt2.model, REQUEST)

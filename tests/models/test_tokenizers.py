@@ -385,7 +385,7 @@ CALLS: dict[str, Callable[[Any, str], object]] = {
 @pytest.mark.parametrize("text", ["<new> cat", "the <extra>"])
 def test_tokens_without_an_embedding_are_refused(call: str, text: str) -> None:
     model = with_more_tokens_than_rows()
-    with pytest.raises(InputError, match=r"the model's embedding has the rows 0 to 96; resize"):
+    with pytest.raises(InputError, match=r"the model's embedding has rows 0 to 96; resize"):
         CALLS[call](model, text)
 
 

@@ -120,12 +120,12 @@ class SecondMoments(ModelStatistics):
         moments = self.of(layer)
         if len(moments) != len(keys):
             raise EditError(
-                f"the statistics have width {len(moments)} and the keys of layer {layer} "
-                f"{len(keys)}: they are of different models"
+                f"the statistics have width {len(moments)}, but the keys of layer {layer} "
+                f"have width {len(keys)}: they are from different models"
             )
         if self.n_tokens <= len(moments) and ridge <= RIDGE:
             raise EditError(
-                f"the second moments of layer {layer} are of {self.n_tokens} tokens, and "
+                f"the second moments of layer {layer} are of {self.n_tokens} tokens, but "
                 f"{len(moments)} dimensions need more; collect more text, or pass a larger ridge"
             )
         moments.diagonal().add_(ridge * moments.diagonal().mean())
@@ -155,7 +155,7 @@ class SecondMoments(ModelStatistics):
         """
         if matrix not in (None, self.matrix):
             raise EditError(
-                f"these statistics are of what {self.matrix} reads, and {matrix} is edited; "
+                f"these statistics are of the inputs of {self.matrix}, but {matrix} is edited; "
                 f"collect them with second_moments(model, texts, matrix={matrix!r}, "
                 f"layers=[{', '.join(map(str, layers))}])"
             )

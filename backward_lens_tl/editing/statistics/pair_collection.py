@@ -86,7 +86,7 @@ def pair_statistics(
         if own.n < 2:
             raise EditError(
                 f"{site.matrix} of layer {site.layer} has {own.n} pairs in {len(tokenized)} "
-                "requests, and a standard deviation needs two; pass more requests"
+                "requests, but a standard deviation needs two; pass more requests"
             )
     probe = tokenized[0].prompt[:PROBE_TOKENS]
     return PairStatistics(

@@ -58,7 +58,7 @@ class ModelStatistics(Saved):
             collect: The call that collects the statistics, for the message.
 
         Raises:
-            EditError: If the matrix reads something else, or the model lacks it.
+            EditError: If the inputs of the matrix differ, or the model lacks it.
         """
         try:
             found = last_inputs(host, find_editable(host, matrix, layers), self.probe)
@@ -67,8 +67,8 @@ class ModelStatistics(Saved):
         pairs = list(zip(self.probe_inputs, found, strict=False))
         if not pairs or not all(_is_alike(*pair) for pair in pairs):
             raise EditError(
-                f"these statistics were collected with {self.name!r}, and {host.name!r} reads "
-                "something else in the same prompt: it is another model, or its weights were "
+                f"these statistics were collected with {self.name!r}, but {host.name!r} has "
+                "other activations on the same prompt: it is another model, or its weights were "
                 f"processed differently. Collect them again with {collect}"
             )
 

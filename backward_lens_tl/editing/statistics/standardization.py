@@ -224,7 +224,7 @@ class PairStatistics(ModelStatistics):
         """
         if self.positions != positions:
             raise EditError(
-                f"these statistics are of positions {self.positions!r}, and the editor uses "
+                f"these statistics are of positions {self.positions!r}, but the editor uses "
                 f"{positions!r}; collect them with pair_statistics(..., positions={positions!r})"
             )
 
