@@ -1,4 +1,4 @@
-"""The benchmarks time the same work for all contestants, and report the right numbers."""
+"""The benchmarks time the same work for all contestants, and report correct numbers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def nonzero(result, matrix):
 
 
 @has_tool
-def test_the_tool_gives_our_answers():
+def test_the_tool_gives_our_results():
     model, asked = with_gains(bridge(GPT2, "cpu")), ask(GPT2)
     ours, theirs = contestants.lens_of_texts(model, asked), contestants.tool(model, asked)
     assert torch.equal(ours.capture.tokens, asked.ids)
@@ -105,7 +105,7 @@ def test_the_tool_gives_our_answers():
 
 @hooked_only
 @TINY
-def test_the_authors_way_gives_our_answers(size):
+def test_the_authors_code_gives_our_results(size):
     model, asked = with_gains(hooked(size, "cpu")), ask(size)
     ours, theirs = contestants.lens(model, asked), contestants.authors_way(model, asked)
     batch, positions = asked.ids.shape
@@ -649,7 +649,7 @@ def test_peak_memory_of_all_contestants(bench, monkeypatch):
 
 
 def results(**changed):
-    """A small results file: two cells of the grid, one of them not measured, and so on."""
+    """A small results file with, among others, two cells of the grid, one of them not measured."""
     cell = {"size": "gpt2-small", "dtype": "float32", "positions": 10}
     seconds = {"ours": 1.2, "floor": 1.0, "passes": 0.4, "product": 0.6}
     peer = {"size": "gpt2-small", "dtype": "float32", "positions": 10, "batch": 32}
@@ -739,7 +739,7 @@ def test_a_goal_without_a_row():
 
 
 def cells_with(page, text):
-    """Cells of the only line of the page with the text."""
+    """Cells of the only line of the page that contains the text."""
     [line] = [line for line in page.splitlines() if text in line]
     return [cell.strip() for cell in line.strip("|").split("|")]
 
@@ -869,7 +869,7 @@ def test_the_command_writes_results_and_page(tmp_path, benches):
 
 
 @hooked_only
-def test_measuring_some_figures_again_keeps_the_others(tmp_path, benches, monkeypatch):
+def test_remeasuring_some_figures_keeps_the_others(tmp_path, benches, monkeypatch):
     options = ["--devices", "cpu", "--out", str(tmp_path)]
     command.main(options)
     kept = json.loads((tmp_path / "benchmarks" / "cpu.json").read_text())
@@ -882,7 +882,7 @@ def test_measuring_some_figures_again_keeps_the_others(tmp_path, benches, monkey
 
 
 @hooked_only
-def test_the_others_are_measured_if_a_figure_fails(tmp_path, benches, monkeypatch):
+def test_a_failing_figure_does_not_stop_the_others(tmp_path, benches, monkeypatch):
     def measure(bench, name):
         first, *others = results()[name]
         yield first
@@ -967,7 +967,7 @@ def test_steps_of_the_check_end_in_time(tmp_path):
     assert step(python("")).problem is None
     assert step(python("raise SystemExit(3)")).problem == "FAILED with status 3"
     held = tmp_path / "held"
-    # The step starts a process that would outlive it, and that holds a lock while it runs.
+    # The step starts a process that would outlive it and that holds a lock while it runs.
     outliving = f"""if True:
         import fcntl, time
         with open({str(held)!r}, "w") as held:

@@ -1,7 +1,7 @@
-"""On a GPU everything is as on a CPU: what is captured, read, written and edited.
+"""Capture, readout, files and edits give the same results on a GPU as on a CPU.
 
-The device is a GPU where there is one and the CPU elsewhere, so that the tests themselves are
-always tried; `make gpu-check` runs them alone, and asks for the GPU.
+The device is a GPU if there is one and the CPU otherwise, so that the tests themselves always
+run; `make gpu-check` runs only them, and requires the GPU.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PROMPT, TARGET = "Lionel Messi plays for", " Paris"
 FACTS = [PROMPT, "Barack Obama grew up in", "The capital of the country of France is"]
 ALL: dict[str, Any] = {"matrices": "all"}
 
-# Products of a few hundred float32 numbers, added in another order: some 1e-7 each.
+# Sums of a few hundred float32 products in another order: about 1e-7 each.
 FLOAT32 = 1e-4
 
 on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="peaks of a GPU's memory; no GPU here")
@@ -46,7 +46,7 @@ on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="peaks of a GPU's memory; 
 
 @pytest.fixture(scope="module")
 def device() -> str:
-    """Where the models are."""
+    """The device of the models."""
     return DEVICE
 
 
@@ -65,7 +65,7 @@ def facts_pair(request: pytest.FixtureRequest, device: str) -> tuple[nn.Module, 
 
 
 def on_cpu(tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
-    """The tensors, which are all on the device."""
+    """Move tensors, which must all be on the device, to the CPU."""
     assert {tensor.device.type for tensor in tensors.values()} == {device}
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
@@ -102,7 +102,7 @@ def test_validation_passes(pair: tuple[Case, nn.Module]) -> None:
     assert report.passed, report
 
 
-def test_a_capture_is_the_cpus(pair: tuple[Case, nn.Module], device: str) -> None:
+def test_a_capture_matches_the_cpus(pair: tuple[Case, nn.Module], device: str) -> None:
     case, model = pair
     expected = blt.capture_gradients(case.model, PROMPTS, nll(5), **ALL)
     found = blt.capture_gradients(model, PROMPTS, nll(5), **ALL)
@@ -110,7 +110,7 @@ def test_a_capture_is_the_cpus(pair: tuple[Case, nn.Module], device: str) -> Non
     assert_equal(on_cpu(values(found), device), values(expected), close)
 
 
-def test_a_readout_is_the_cpus(pair: tuple[Case, nn.Module], device: str) -> None:
+def test_a_readout_matches_the_cpus(pair: tuple[Case, nn.Module], device: str) -> None:
     case, model = pair
     both = ("logit_lens", "normalized")
     for lens in both:
@@ -123,7 +123,7 @@ def test_a_readout_is_the_cpus(pair: tuple[Case, nn.Module], device: str) -> Non
         assert found.token_texts == expected.token_texts
 
 
-def test_nothing_of_the_model_changes(pair: tuple[Case, nn.Module], device: str) -> None:
+def test_the_model_is_unchanged_on_the_device(pair: tuple[Case, nn.Module], device: str) -> None:
     module = torch.cuda if device == "cuda" else torch
     before = module.get_rng_state()
     with unchanged(pair[1]):
@@ -147,18 +147,18 @@ def test_top_tokens_of_the_trained_model(facts_pair: tuple[nn.Module, nn.Module]
     }
     assert max(errors.values()) < FLOAT32
     same = found.to_df()["top_tokens"].map(list) == expected.to_df()["top_tokens"].map(list)
-    # Neighbors whose scores are equal up to rounding may change places.
+    # Neighbors whose scores are equal up to rounding may swap places.
     assert same.mean() > 0.99
     assert found.top_tokens("W_out", -1, -1) == expected.top_tokens("W_out", -1, -1)
 
 
-def test_what_a_result_gives(facts_pair: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:
+def test_values_of_a_result(facts_pair: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:
     _, model = facts_pair
     result = lens(model)
     path = tmp_path / "result.safetensors"
     result.save(path)
     loaded = BackwardLensResult.load(path)
-    # Norms are computed where the factors are.
+    # Norms are computed on the factors' device.
     pd.testing.assert_frame_equal(result.to_df(), loaded.to_df(), rtol=1e-4, atol=1e-6)
     assert TARGET in result._repr_html_()
     assert len(blt.analysis.gradient_ranks(result)) == len(blt.analysis.gradient_ranks(loaded))
@@ -167,8 +167,8 @@ def test_what_a_result_gives(facts_pair: tuple[nn.Module, nn.Module], tmp_path: 
     assert torch.equal(attention.cpu(), loaded.capture.reversed_attention(-1).cpu())
 
 
-# How far the factors of a matrix, and the scores of its top tokens, may be from those in float32.
-# bfloat16 keeps 8 bits and float16 11, and some dozens of roundings follow each other: on a CPU the
+# Tolerance of a matrix's factors and of the scores of its top tokens relative to float32.
+# bfloat16 keeps 8 bits and float16 11, and dozens of roundings accumulate: on a CPU the
 # largest errors of factors are 0.07 and 0.012, those of scores half of that.
 HALVES = {torch.bfloat16: 0.15, torch.float16: 0.03}
 
@@ -212,13 +212,13 @@ def test_factors_kept_on_the_cpu(pair: tuple[Case, nn.Module], device: str) -> N
         for result in (found, plain)
     )
     assert_equal(here, there, close)
-    # What is computed of them is computed where they are.
+    # Results are computed on the factors' device.
     assert found.capture["W_out", 2].dense(0).device.type == "cpu"
     assert found.to_df().shape == plain.to_df().shape
 
 
 class Counting:
-    """The unembedding of a model, which notes how many vectors come at a time."""
+    """The unembedding of a model, which records the number of vectors per call."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
@@ -279,8 +279,8 @@ def test_the_peak_stays_under_the_budget(kind: str, budget: int, factor_device: 
         return blt.backward_lens(model, ids, 5, memory=memory)
 
     memory = Memory(budget=budget, factor_device=factor_device)
-    run(memory)  # what CUDA's libraries keep for themselves is there afterwards
-    # HookedTransformer copies its unembedding in every forward pass, also in a plain one.
+    run(memory)  # CUDA's libraries have allocated their workspaces afterwards
+    # HookedTransformer copies its unembedding in every forward pass, even in a plain one.
     copied = model.W_U.nbytes if kind == "hooked" else 0
     assert peaks.extra_peak(lambda: run(memory), "cuda") <= budget + copied
     assert peaks.extra_peak(lambda: run(Memory(budget=2**40)), "cuda") > 2**30
@@ -289,7 +289,7 @@ def test_the_peak_stays_under_the_budget(kind: str, budget: int, factor_device: 
 # ------------------------------------------------------------------------------------ sweeps, edits
 
 
-def test_a_sweeps_rows_are_the_cpus(device: str, tmp_path: Path) -> None:
+def test_rows_of_a_sweep_match_the_cpus(device: str, tmp_path: Path) -> None:
     config = blt.SweepConfig(projection=("logit_lens", "normalized"), shard_size=3)
     expected, found = (
         blt.sweep(
@@ -303,7 +303,7 @@ def test_a_sweeps_rows_are_the_cpus(device: str, tmp_path: Path) -> None:
         assert_close(getattr(found, table)(), getattr(expected, table)())
 
 
-def test_an_edit_is_put_back_bit_by_bit(pair: tuple[Case, nn.Module], device: str) -> None:
+def test_an_edit_is_reverted_bit_by_bit(pair: tuple[Case, nn.Module], device: str) -> None:
     case, model = pair
     delta, tokens = everything(case.model), case.tokens(6)
     with torch.no_grad():

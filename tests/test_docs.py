@@ -390,7 +390,7 @@ def calls(code: str) -> Iterator[tuple[str, ast.Call]]:
 
 
 @pytest.mark.parametrize("kind", ["code", "markdown"])
-def test_calls_in_notebooks_fit_the_signatures(kind):
+def test_calls_in_notebooks_match_the_signatures(kind):
     """The tests that run the notebooks are slow."""
     found = [
         call

@@ -1,4 +1,4 @@
-"""Every refusal names the value and what is allowed, and changes nothing."""
+"""Every refusal names the value and the allowed ones, and changes nothing."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ pytestmark = pytest.mark.usefixtures("as_for_a_user")
 
 
 class Constant:
-    """A projection that returns one thing."""
+    """A projection that returns a fixed object."""
 
     def __init__(self, scores: Any) -> None:
         self.scores = scores
@@ -93,7 +93,7 @@ REFUSALS: dict[str, tuple[Callable[[Any], object], type[Exception], list[str]]] 
     "no row": (lens(IDS[:0]), InputError, ["(0, 3)"]),
     "id outside the vocabulary": (lens(torch.tensor([[3, 97]])), InputError, ["97", "0 to 96"]),
     "negative id": (lens(torch.tensor([[3, -1]])), InputError, ["-1", "0 to 96"]),
-    "BOS asked for beside ids": (lens(IDS, prepend_bos=True), InputError, ["prepend_bos"]),
+    "BOS requested with ids": (lens(IDS, prepend_bos=True), InputError, ["prepend_bos"]),
     # --- targets
     "target of several tokens": (
         lens("Rome", " river of"),
@@ -145,8 +145,8 @@ REFUSALS: dict[str, tuple[Callable[[Any], object], type[Exception], list[str]]] 
         InputError,
         ["position 3", "prompt 1"],
     ),
-    "no position asked for": (lens(IDS, positions=[]), InputError, ["position"]),
-    # --- reading
+    "no position requested": (lens(IDS, positions=[]), InputError, ["position"]),
+    # --- readout
     "unknown direction": (
         lens(IDS, direction="down"),
         InputError,
@@ -232,8 +232,8 @@ REFUSALS: dict[str, tuple[Callable[[Any], object], type[Exception], list[str]]] 
     "set of targets": (lens(IDS, {5}), TargetError, ["{5}", "set"]),
     "no such matrix": (lens(IDS, 5, matrices="W_E"), InputError, ["'W_E'", "W_Q", "'attn'"]),
     "matrices is a number": (lens(IDS, 5, matrices=5), InputError, ["5", "W_out"]),
-    "layer is no integer": (lens(IDS, 5, layers=1.5), InputError, ["1.5"]),
-    "position is no integer": (lens(IDS, 5, positions=2.0), InputError, ["2.0"]),
+    "layer is not an integer": (lens(IDS, 5, layers=1.5), InputError, ["1.5"]),
+    "position is not an integer": (lens(IDS, 5, positions=2.0), InputError, ["2.0"]),
     "prompt is nothing": (lens(None), InputError, ["NoneType"]),
     "BOS is a word": (lens("Rome", prepend_bos="no"), InputError, ["'no'"]),
     "next token of one token": (capture(IDS[:, :1], next_token_loss()), ObjectiveError, ["two"]),
@@ -241,7 +241,7 @@ REFUSALS: dict[str, tuple[Callable[[Any], object], type[Exception], list[str]]] 
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_refusal_names_the_value_and_what_is_allowed(gpt2: Case, refusal: str) -> None:
+def test_refusals_name_the_value_and_the_allowed_ones(gpt2: Case, refusal: str) -> None:
     call, error, words = REFUSALS[refusal]
     before = {name: p.clone() for name, p in gpt2.model.named_parameters()}
     with pytest.raises(error) as raised:
@@ -271,7 +271,7 @@ def test_all_tokens_of_a_refused_target_are_named(gpt2: Case) -> None:
     assert str(len(pieces)) in str(raised.value)
 
 
-def test_a_gated_model_knows_its_gate(llama: Case) -> None:
+def test_a_gated_model_accepts_its_gate(llama: Case) -> None:
     assert backward_lens(llama.model, IDS, 5, matrices="W_gate").matrices == ("W_gate",)
 
 
@@ -295,7 +295,7 @@ def test_not_a_model(model: Any) -> None:
     assert "TransformerBridge" in str(raised.value)
 
 
-def test_raw_hugging_face_model_is_refused_with_the_way_to_wrap_it() -> None:
+def test_a_raw_hugging_face_model_is_refused_with_the_way_to_wrap_it() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(vocab_size=97, n_embd=24, n_layer=1, n_head=3, n_positions=8)
@@ -324,7 +324,7 @@ def test_models_that_cannot_be_found(tmp_path: Any) -> None:
 @pytest.mark.skipif(
     not version("transformers").startswith("4."), reason="transformers 5 reads what it saves"
 )
-def test_rotary_angles_that_would_go_unread_are_refused(
+def test_rotary_angles_that_would_be_ignored_are_refused(
     stories_folder: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(stories_folder, tmp_path / "model")
@@ -345,7 +345,7 @@ def test_bridges_before_transformerlens_3_6_are_refused(monkeypatch: pytest.Monk
         lens(IDS)(model)
 
 
-def test_a_traceback_ends_with_the_page_that_has_the_fix() -> None:
+def test_a_traceback_ends_with_the_page_on_the_fix() -> None:
     error = pickle.loads(pickle.dumps(TargetError("no token")))
     page = "https://backward-lens-tl.readthedocs.io/en/latest/errors/#targeterror"
     assert str(error) == "no token"  # tables keep the message as the reason
@@ -355,7 +355,7 @@ def test_a_traceback_ends_with_the_page_that_has_the_fix() -> None:
     assert errors.one_line(OSError("no\nfile")) == "no file"
 
 
-def test_an_error_of_somebody_elses_leads_to_what_it_derives_from() -> None:
+def test_an_error_defined_elsewhere_links_to_its_base_class() -> None:
     class Own(TargetError):
         def __init__(self, number: int) -> None:
             self.number = number
@@ -364,7 +364,7 @@ def test_an_error_of_somebody_elses_leads_to_what_it_derives_from() -> None:
     assert Own(3).__notes__ == TargetError().__notes__
 
 
-def test_every_error_is_the_packages_own() -> None:
+def test_every_error_derives_from_the_packages_base_class() -> None:
     own = [value for value in vars(errors).values() if isinstance(value, type)]
     found = [kind for kind in own if kind.__module__ == errors.__name__]
     assert len(found) >= 8
@@ -387,7 +387,7 @@ def test_numpy_integers_are_indices(gpt2: Case) -> None:
 
 
 def test_a_text_without_tokens_is_refused_in_a_batch(gpt2: Case) -> None:
-    """Some tokenizers strip white space; such a row would be read at its padding."""
+    """Some tokenizers strip white space; such a row would be read at padding."""
     gpt2.model.tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
     try:
         with pytest.raises(InputError, match="prompt 1, '  ', is empty"):
@@ -396,7 +396,7 @@ def test_a_text_without_tokens_is_refused_in_a_batch(gpt2: Case) -> None:
         gpt2.model.tokenizer.backend_tokenizer.normalizer = None
 
 
-def test_a_model_that_looks_ahead_is_refused() -> None:
+def test_a_model_that_attends_to_later_tokens_is_refused() -> None:
     require_kind("hooked")
     case = build("hooked-gpt2")
     case.model.cfg.attention_dir = "bidirectional"

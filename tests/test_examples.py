@@ -32,7 +32,7 @@ def exported(module: ModuleType) -> Iterator[tuple[str, object]]:
 
 
 def methods(kind: type) -> Iterator[tuple[str, object]]:
-    """Public methods where they are defined first, also by a base class that is not exported."""
+    """Public methods at their first definition, also in a base class that is not exported."""
     bases = [each for each in kind.__mro__ if each is kind or each.__module__.startswith(PACKAGE)]
     for each in bases:
         for name, attribute in vars(each).items():
@@ -43,7 +43,7 @@ def methods(kind: type) -> Iterator[tuple[str, object]]:
 
 
 def fault(name: str, thing: object) -> str | None:
-    """What is wrong with an example, or that there is none."""
+    """The problem with an example, including its absence."""
     doc = inspect.cleandoc(getattr(thing, "__doc__", None) or "")
     _, heading, section = f"\n{doc}".partition("\nExamples:\n")
     if not heading:
@@ -60,12 +60,12 @@ def fault(name: str, thing: object) -> str | None:
 
 @pytest.fixture(scope="session")
 def given(pytestconfig: pytest.Config) -> Any:
-    """The repository's `conftest.py`, which gives examples their names."""
+    """The repository's `conftest.py`, which defines the names used in examples."""
     return pytestconfig.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
 
 
 def read_from_outside(given: Any, thing: object) -> set[str]:
-    """Names that an example reads and does not make itself."""
+    """Names that an example reads but does not define."""
     doc = inspect.cleandoc(getattr(thing, "__doc__", None) or "")
     examples = doctest.DocTestParser().get_examples(doc)
     return given.names_from_outside("".join(each.source for each in examples))
@@ -77,7 +77,7 @@ def all_public() -> dict[str, object]:
     return found | {name: each for kind in kinds for name, each in methods(kind)}
 
 
-def test_everything_public_has_an_example_that_runs():
+def test_all_public_objects_have_an_example_that_runs():
     faults = [fault(name, thing) for name, thing in all_public().items()]
     assert [each for each in faults if each] == []
 
@@ -94,7 +94,7 @@ def test_everything_public_has_an_example_that_runs():
         "backward_lens_tl.views.figures.norms",  # of a namespace whose module defines it
     ],
 )
-def test_the_walk_finds_names_of_every_kind(name: str):
+def test_names_of_every_kind_are_found(name: str):
     assert name in all_public()
 
 
@@ -104,7 +104,7 @@ def test_overrides_and_errors_need_no_example():
     assert "backward_lens_tl.BackwardLensError" not in names
 
 
-def test_examples_of_functions_and_classes_stand_alone(given):
+def test_examples_of_functions_and_classes_are_self_contained(given):
     things = {name: thing for module in NAMESPACES for name, thing in exported(module)}
     outside = {name: read_from_outside(given, thing) for name, thing in things.items()}
     assert {name: names for name, names in outside.items() if names} == {}
@@ -118,9 +118,9 @@ def test_examples_of_methods_read_only_the_names_that_the_reference_lists(given)
     assert set(re.findall(r"`(\w+)`", cells)) == given.NAMES
 
 
-def test_an_example_that_does_not_stand_alone_is_found(given):
+def test_an_example_that_is_not_self_contained_is_found(given):
     def alone():
-        """Makes what it reads.
+        """Define all names that it reads.
 
         Examples:
             >>> import json
@@ -128,7 +128,7 @@ def test_an_example_that_does_not_stand_alone_is_found(given):
         """
 
     def leaning():
-        """Reads names of its module, of the fixtures, and of nothing.
+        """Read a name of its module, one of the fixtures, and an undefined one.
 
         Examples:
             >>> json.loads(alone(model))
@@ -157,31 +157,31 @@ def test_an_example_that_does_not_stand_alone_is_found(given):
         ("a.b = 1\nc[0] = 1", {"a", "c"}),
     ],
 )
-def test_names_from_outside_are_found(given, code: str, names: set[str]):
+def test_undefined_names_are_found(given, code: str, names: set[str]):
     assert given.names_from_outside(code) == names
 
 
 def control() -> type[EditMethod]:
-    """A class with every fault; inside of a function, so that its examples are not run."""
+    """A class with every problem; inside a function, so its examples are not run."""
 
     class Control(EditMethod):
         """A class without an example."""
 
         def compute(self, host, requests):
-            """Overrides; it needs none."""
+            """Override a method; needs no example."""
 
         def no_example(self):
-            """Says nothing."""
+            """Have no example."""
 
         def skipped(self):
-            """Has one that does not run.
+            """Have an example that does not run.
 
             Examples:
                 >>> Control().skipped()  # doctest: +SKIP
             """
 
         def unnamed(self):
-            """Has one of something else.
+            """Have an example of something else.
 
             Examples:
                 >>> unnamed_too = 1
@@ -189,7 +189,7 @@ def control() -> type[EditMethod]:
 
         @classmethod
         def good(cls):
-            """Has one.
+            """Have an example.
 
             Examples:
                 >>> Control.good()
@@ -198,7 +198,7 @@ def control() -> type[EditMethod]:
     return Control
 
 
-def test_each_fault_is_told():
+def test_each_problem_is_reported():
     kind = control()
     own = dict(methods(kind))
     found = {name.rpartition(".")[2]: fault(name, each) for name, each in own.items()}

@@ -1,10 +1,10 @@
-"""Whatever comes in, a valid result or one of the package's own errors comes out.
+"""Any input gives a valid result or one of the package's errors.
 
-The error names the value, and the model is as it was. Only what a caller's own code raises, in an
-objective or a projection, and Python's complaint about an unknown keyword go past the package.
+The error names the value, and the model is unchanged. Only exceptions of the caller's code, in an
+objective or a projection, and Python's error for an unknown keyword are not the package's.
 
-Every argument is tried with all of `VALUES`, which were collected with malice, and in the complete
-run with all of `RARE`. What hypothesis makes is tried in many arguments at once and in files; the
+Every argument is tried with all of `VALUES`, chosen to be difficult, and in the complete
+run with all of `RARE`. Values from hypothesis are tried in many arguments at once and in files; the
 examples are the same in every run.
 """
 
@@ -56,7 +56,7 @@ from backward_lens_tl.validation import ValidationReport, validate
 
 pytestmark = [
     pytest.mark.usefixtures("as_for_a_user"),
-    # Of torch and numpy, about values that nobody should pass.
+    # Warnings of torch and numpy about values that nobody should pass.
     pytest.mark.filterwarnings("ignore"),
 ]
 
@@ -172,7 +172,7 @@ RARE: dict[str, Callable[[], Any]] = {
 """What is near to some of `VALUES`; tried in the complete run."""
 
 RAISING = {"type", "module"}
-"""Callables that raise errors of their own, which pass where a callable is asked for."""
+"""Callables that raise their own errors, which are allowed where a callable is expected."""
 
 HUGE = 10**5000
 """Python refuses to print it: `repr` raises a `ValueError`."""
@@ -218,7 +218,7 @@ def names(value: Any, depth: int = 0) -> Iterator[str]:
     if isinstance(value, str):
         yield from ("empty", "no token", "at least two tokens", f"{len(value) + 1} tokens")
         yield f"{len(value) + 2} tokens"
-    if callable(value):  # by what it returns, or by where it belongs
+    if callable(value):  # by what it returns, or by its class
         yield from ("NoneType", "objective=")
     if isinstance(value, os.PathLike):
         yield repr(os.fspath(value))
@@ -238,14 +238,14 @@ def list_of(value: Any) -> list[Any]:
 
 
 def is_word(name: str, message: str) -> bool:
-    """Whether a message holds a name as a whole: `int` is no part of `point`."""
+    """Whether a message has a name as a whole word: `int` does not match `point`."""
     before = r"(?<!\w)" if name[:1].isalnum() else ""
     after = r"(?!\w)" if name[-1:].isalnum() else ""
     return bool(name) and re.search(before + re.escape(name) + after, message) is not None
 
 
 def outcome(call: Callable[[Any], object], value: Any, also: str = "") -> str | None:
-    """What is wrong with a call's end, if anything is; `also` names the value too."""
+    """The problem with the outcome of a call, if any; `also` is another name of the value."""
     try:
         check(call(value))
     except BackwardLensError as error:
@@ -259,7 +259,7 @@ def outcome(call: Callable[[Any], object], value: Any, also: str = "") -> str | 
 
 
 def check(found: object) -> None:
-    """That an answer can be used, whatever it is."""
+    """Check that a result is usable."""
     if isinstance(found, BackwardLensResult):
         check(found.capture)
         assert len(found.to_df()) > 0
@@ -283,7 +283,7 @@ def check(found: object) -> None:
 
 
 class Projecting:
-    """A projection of one answer."""
+    """A projection with a fixed result."""
 
     def __init__(self, answer: object) -> None:
         self.answer = answer
@@ -293,14 +293,14 @@ class Projecting:
 
 
 class Unprojectable:
-    """A projection whose method is none."""
+    """A projection whose `project` is not callable."""
 
     def __init__(self, method: object) -> None:
         self.project = method
 
 
 class Faint(Projecting):
-    """A right projection with an attribute that the logit lens has too."""
+    """A valid projection with an attribute that the Logit Lens also has."""
 
     def __init__(self, faint_norm: object) -> None:
         self.faint_norm = faint_norm
@@ -392,7 +392,7 @@ ALSO = {"project": "Unprojectable", "target_nll position": "' river of'"}
 
 @functools.cache
 def busy_model(name: str) -> Any:
-    """A model in the middle of a caller's work."""
+    """A model in use by a caller."""
     require_kind(name.split("-")[0])
     return make_busy(build(name, n_layers=2)).model
 
@@ -410,21 +410,21 @@ def failures(
     also: str = "",
     values: dict[str, Callable[[], Any]] = VALUES,
 ) -> dict[str, str]:
-    """What is wrong with the call's end for each of the values."""
+    """Problems with the outcome of the call, for each of the values."""
     tried = {name: make() for name, make in values.items() if name not in skipped}
     found = {name: outcome(call, value, also) for name, value in tried.items()}
     return {name: problem for name, problem in found.items() if problem is not None}
 
 
-# These pass the argument, as it is, to what another call has tried: of each kind, one value.
-HANDING_ON = (
+# These pass the argument unchanged to a function that another call tests: one value per type.
+PASSED_ON = (
     "capture_gradients",
     "logit_difference",
     "target_nll position",
     "validate matrices",
     "validate objective",
 )
-# What a caller's own code gives has its nearly right values below, in LOSSES and SCORES.
+# Almost valid results of a caller's code are below, in LOSSES and SCORES.
 OWN_CODE = ("loss", "scores", "faint_norm", "Objective")
 ONE_OF_EACH_KIND = {"none", "true", "nan", "lone surrogate", "empty list", "text and number"}
 ONE_OF_EACH_KIND |= {"array of two axes", "tensor of three axes", "object"}
@@ -434,7 +434,7 @@ ONE_OF_EACH_KIND |= {"array of two axes", "tensor of three axes", "object"}
 def test_a_bad_argument_is_refused_by_name(name: str) -> None:
     model, call = busy_model(f"{DEFAULT}-gpt2"), MODEL_CALLS[name]
     skipped = RAISING if name.endswith(TAKES_CALLABLES) else set()
-    if name.startswith(HANDING_ON + OWN_CODE):
+    if name.startswith(PASSED_ON + OWN_CODE):
         skipped = VALUES.keys() - ONE_OF_EACH_KIND
     with unchanged(model):
         found = failures(functools.partial(call, model), skipped, ALSO.get(name, ""))
@@ -463,12 +463,12 @@ def test_many_bad_arguments_at_once_change_nothing(kind: str, arguments: dict[st
 
 
 @pytest.mark.parametrize("function", [backward_lens, capture_gradients, validate])
-def test_what_is_no_model_is_refused_by_name(function: Callable[..., object]) -> None:
+def test_objects_that_are_not_models_are_refused_by_name(function: Callable[..., object]) -> None:
     rest = {backward_lens: (IDS, 5), capture_gradients: (IDS, target_nll(5)), validate: ()}
     assert not failures(lambda value: function(value, *rest[function]))
 
 
-# ---------------------------------------------------------- what objectives and projections return
+# ------------------------------------------------------------ results of objectives and projections
 
 LOSSES: dict[str, Callable[[Tensor], Any]] = {
     "complex": lambda logits: logits[:, -1, 0] * 1j,
@@ -488,7 +488,7 @@ LOSSES: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_loss_that_is_nearly_right_is_refused(loss: str) -> None:
+def test_an_almost_valid_loss_is_refused(loss: str) -> None:
     model = busy_model(f"{DEFAULT}-gpt2")
     with unchanged(model), pytest.raises(BackwardLensError):
         capture_gradients(model, IDS, lambda logits, tokens: LOSSES[loss](logits))
@@ -511,7 +511,7 @@ SCORES: dict[str, Callable[[Tensor], Any]] = {
 
 
 class Nearly:
-    """A projection that is nearly right."""
+    """A projection that is almost valid."""
 
     def __init__(self, spoil: Callable[[Tensor], Any]) -> None:
         self.spoil = spoil
@@ -522,20 +522,20 @@ class Nearly:
 
 
 @pytest.mark.parametrize("scores", SCORES)
-def test_scores_that_are_nearly_right_are_refused(scores: str) -> None:
+def test_almost_valid_scores_are_refused(scores: str) -> None:
     model = busy_model(f"{DEFAULT}-gpt2")
     with unchanged(model), pytest.raises(BackwardLensError):
         backward_lens(model, IDS, 5, projection=Nearly(SCORES[scores]))
 
 
-def test_scores_that_are_right_are_taken() -> None:
-    """The negative control: nothing but what spoils them is wrong above."""
+def test_valid_scores_are_accepted() -> None:
+    """Negative control: without the error the scores above are valid."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         nearly = Nearly(lambda scores, dtype=dtype: scores.to(dtype))
         check(backward_lens(busy_model(f"{DEFAULT}-gpt2"), IDS, 5, projection=nearly))
 
 
-def test_projections_and_objectives_that_write_into_what_they_get_change_nothing() -> None:
+def test_projections_and_objectives_that_write_into_their_arguments_change_nothing() -> None:
     model = busy_model(f"{DEFAULT}-gpt2")
 
     class Writing(Nearly):
@@ -584,14 +584,14 @@ def method(name: str) -> ResultCall:
             "dense": capture["W_in", 0],
             "heads": capture["W_O", 1],
         }
-        # Of which prompt a neuron is has to be said, too.
+        # A neuron also needs a prompt.
         return getattr(parts[part], last)(value, *([0] if last == "neuron" else []))
 
     return call
 
 
 def at(name: str, argument: str) -> ResultCall:
-    """A method of one cell or row of cells, with one bad argument."""
+    """A method for one cell or row of cells, with one bad argument."""
     keys = ("matrix", "layer", "batch") if name == "cells" else ("matrix", "layer", "pos", "batch")
     right = {"matrix": "W_in", "layer": 0, "pos": 0, "batch": 0}
 
@@ -662,7 +662,7 @@ RESULT_CALLS: dict[str, ResultCall] = {
 def test_a_method_refuses_a_bad_argument_by_name(
     result: BackwardLensResult, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # some values are good names of files
+    monkeypatch.chdir(tmp_path)  # some values are valid file names
     before = about(saved(result, tmp_path / "before"))
     assert not failures(functools.partial(RESULT_CALLS[name], result))
     assert about(saved(result, tmp_path / "after")) == before
@@ -687,7 +687,7 @@ INDICES = [
 
 @pytest.mark.parametrize("value", [True, False, 1.0, np.float32(1), decimal.Decimal(1)], ids=repr)
 @pytest.mark.parametrize("name", [*INDICES, "capture.attention_of", "capture.reversed_attention"])
-def test_what_only_equals_an_index_is_none(
+def test_values_that_only_equal_an_index_are_refused(
     result: BackwardLensResult, name: str, value: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(BackwardLensError):
@@ -714,7 +714,7 @@ def test_a_number_too_large_to_print_is_refused(result: BackwardLensResult, name
 
 
 @pytest.mark.parametrize("name", ["dense.head", "dense.expert", "heads.expert"])
-def test_parts_that_a_matrix_does_not_have_are_refused(
+def test_heads_and_experts_that_a_matrix_lacks_are_refused(
     result: BackwardLensResult, name: str
 ) -> None:
     matrix = "W_in" if name.startswith("dense") else "W_O"
@@ -773,7 +773,7 @@ def good(result: BackwardLensResult, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def assert_refused_or_unharmed(contents: bytes, good: bytes, path: Path) -> None:
-    """A file that can be read still says what the good one says."""
+    """A file that can be read has the contents of the valid one."""
     path.write_bytes(contents)
     loaded, message = None, ""
     try:
@@ -787,8 +787,8 @@ def assert_refused_or_unharmed(contents: bytes, good: bytes, path: Path) -> None
         assert again == about(good), "a damaged file was read as if nothing had happened"
 
 
-def test_a_good_file_is_read(good: bytes, tmp_path: Path) -> None:
-    """The negative control of what follows."""
+def test_a_valid_file_is_read(good: bytes, tmp_path: Path) -> None:
+    """Negative control for the tests below."""
     (tmp_path / "good").write_bytes(good)
     loaded = BackwardLensResult.load(tmp_path / "good")
     assert about(saved(loaded, tmp_path / "again")) == about(good)
@@ -802,7 +802,7 @@ def test_random_bytes_are_refused(good: bytes, tmp_path: Path, contents: bytes) 
 
 @examples(40)
 @given(data=st.data())
-def test_a_part_of_a_file_is_refused(good: bytes, tmp_path: Path, data: st.DataObject) -> None:
+def test_a_truncated_file_is_refused(good: bytes, tmp_path: Path, data: st.DataObject) -> None:
     start = data.draw(st.sampled_from([0, 0, 8, 1]))
     stop = data.draw(st.integers(start, len(good) - 1))
     assert_refused_or_unharmed(good[start:stop], good, tmp_path / "file")
@@ -811,7 +811,7 @@ def test_a_part_of_a_file_is_refused(good: bytes, tmp_path: Path, data: st.DataO
 
 @examples(60)
 @given(data=st.data())
-def test_flipped_bits_are_noticed(good: bytes, tmp_path: Path, data: st.DataObject) -> None:
+def test_flipped_bits_are_detected(good: bytes, tmp_path: Path, data: st.DataObject) -> None:
     header = 8 + struct.unpack("<Q", good[:8])[0]
     place = st.one_of(st.integers(0, header - 1), st.integers(header, len(good) - 1))
     contents = bytearray(good)
@@ -821,7 +821,7 @@ def test_flipped_bits_are_noticed(good: bytes, tmp_path: Path, data: st.DataObje
 
 
 def with_text(good: bytes, text: str) -> bytes:
-    """The file with another text in place of the package's header."""
+    """The file with another text instead of the package's header."""
     header, tensors = about(good)
     header["__metadata__"]["backward_lens_tl"] = text
     packed = json.dumps(header).encode()
@@ -849,7 +849,7 @@ json_junk = st.recursive(
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every place in a JSON document, parents before children."""
+    """Every path in a JSON document, parents before children."""
     yield path
     keys = tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()
     for key in keys:
@@ -859,7 +859,7 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @examples(60)
 @given(data=st.data())
-def test_an_edited_header_is_noticed(good: bytes, tmp_path: Path, data: st.DataObject) -> None:
+def test_an_edited_header_is_detected(good: bytes, tmp_path: Path, data: st.DataObject) -> None:
     tree = json.loads(about(good)[0]["__metadata__"]["backward_lens_tl"])
     path = data.draw(st.sampled_from(list(places(tree))))
     new = data.draw(json_junk)
@@ -891,7 +891,7 @@ def test_a_header_that_is_something_else_is_refused(good: bytes, tmp_path: Path,
         BackwardLensResult.load(path)
 
 
-# ----------------------------------------------------------------------------------- models by name
+# ---------------------------------------------------------------------------------- names of models
 
 
 @pytest.mark.parametrize(
@@ -899,7 +899,7 @@ def test_a_header_that_is_something_else_is_refused(good: bytes, tmp_path: Path,
     [load_model, lambda value: load_model("facts", value), load_facts_model],
     ids=["name", "kind of a name", "kind"],
 )
-def test_what_names_no_model_is_refused(
+def test_a_name_without_a_model_is_refused(
     load: Callable[[Any], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -925,8 +925,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.versions
-def test_a_good_folder_is_loaded(folder: Path) -> None:
-    """The negative control of what follows."""
+def test_a_valid_folder_is_loaded(folder: Path) -> None:
+    """Negative control for the test below."""
     model = load_model(str(folder))
     check(backward_lens(model, IDS, 5))
 

@@ -1,4 +1,4 @@
-"""What the lens reads, against a slow loop per vector through the model's own norm and head."""
+"""The lens, against a slow loop over vectors through the model's norm and unembedding."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def slow_scores(case: Case, vector: Tensor, projection: str) -> list[float]:
 def assert_reads(
     result: BackwardLensResult, matrix: str, at: tuple[int, int, int], scores: list[float]
 ) -> None:
-    """One cell against a full sort of its scores."""
+    """Compare one cell with a full sort of its scores."""
     readout = result.readout(matrix)
     order = sorted(range(len(scores)), key=lambda token: -scores[token])
     top, bottom = order[: result.k], order[::-1][: result.k]
@@ -69,7 +69,7 @@ def assert_every_cell(case: Case, direction: Any) -> None:
     assert (result.projections, result.direction, result.k) == (LENSES, direction, K)
     sign = -1 if direction == "update" else 1
     zero = torch.zeros(case.n_layers, 2, 3, dtype=torch.bool)
-    zero[-1, :, :-1] = True  # of what the last layer writes, the loss reads the last position alone
+    zero[-1, :, :-1] = True  # in the last layer only the last position affects the loss
     for lens, matrix in product(LENSES, case.matrices):
         under = result.under(lens)
         assert under.target_rank(matrix).shape == (case.n_layers, 2, 3)
@@ -82,8 +82,8 @@ def assert_every_cell(case: Case, direction: Any) -> None:
             assert_reads(under, matrix, (layer, batch, pos), slow_scores(case, vector, lens))
 
 
-def test_normalized_lens_differs_where_the_eps_counts(gpt2: Case) -> None:
-    """A loss of 1e-4 its size has VJPs at which the final norm's eps matters."""
+def test_normalized_lens_differs_where_the_eps_matters(gpt2: Case) -> None:
+    """A loss scaled by 1e-4 has VJPs for which the final norm's eps matters."""
 
     def small(logits: Tensor, tokens: Tensor) -> Tensor:
         return -1e-4 * logits[:, -1].log_softmax(-1)[:, TARGET]
@@ -145,8 +145,8 @@ def test_the_update_of_the_facts_model_writes_the_target(facts: Case) -> None:
         ("hooked-no_norm", False),
     ],
 )
-def test_update_is_no_flipped_gradient_unless_nothing_is_added(name: str, flips: bool) -> None:
-    """An RMS norm and a head without biases are odd functions; a bias anywhere breaks it."""
+def test_the_update_is_the_negated_gradient_only_without_biases(name: str, flips: bool) -> None:
+    """An RMS norm and a head without biases are odd functions; any bias breaks that."""
     case = build(name)
     tokens = case.tokens(5)
     update = backward_lens(case.model, tokens, TARGET, direction="update").readout("W_out")
@@ -155,7 +155,7 @@ def test_update_is_no_flipped_gradient_unless_nothing_is_added(name: str, flips:
     assert torch.equal(update.top_ids[live], raw.bottom_ids[live]) == flips
 
 
-def test_direction_leaves_the_inputs_and_the_stored_factors_alone(llama: Case) -> None:
+def test_the_direction_changes_neither_inputs_nor_stored_factors(llama: Case) -> None:
     tokens = llama.tokens(4)
     update = backward_lens(llama.model, tokens, TARGET, matrices="mlp", direction="update")
     raw = backward_lens(llama.model, tokens, TARGET, matrices="mlp", direction="gradient")
@@ -170,7 +170,7 @@ def test_direction_leaves_the_inputs_and_the_stored_factors_alone(llama: Case) -
 # ---------------------------------------------------------------------------------- zero vectors
 
 
-def test_positions_that_add_nothing_say_nothing(llama: Case) -> None:
+def test_positions_that_add_nothing_have_no_tokens(llama: Case) -> None:
     result = backward_lens(llama.model, llama.tokens(4), TARGET, matrices="mlp", k=3)
     for matrix in llama.matrices:
         zero = torch.zeros(llama.n_layers, 1, 4, dtype=torch.bool)
@@ -240,7 +240,7 @@ def test_norms_equal_those_of_the_vjps(llama: Case) -> None:
                     assert found == pytest.approx(length, rel=1e-12)
 
 
-def test_position_that_was_not_projected_is_refused(gpt2: Case) -> None:
+def test_a_position_that_was_not_projected_is_refused(gpt2: Case) -> None:
     result = backward_lens(gpt2.model, gpt2.tokens(6), TARGET, layers=[1], positions=[2])
     with pytest.raises(InputError, match=r"position 3.*\[2\]"):
         result.top_tokens("W_in", 1, 3)
@@ -252,7 +252,7 @@ def test_position_that_was_not_projected_is_refused(gpt2: Case) -> None:
         result.top_tokens("W_in", 1, 2, batch=1)
 
 
-# ------------------------------------------------------------------------------ own projections
+# ------------------------------------------------------------------------------- custom projections
 
 
 class Ties:
@@ -267,18 +267,18 @@ class Ties:
         return steps.expand(len(vectors), -1).clone()
 
 
-def test_own_projection_sees_each_layer_and_ties_share_a_rank(gpt2: Case) -> None:
+def test_a_custom_projection_gets_each_layer_and_ties_share_a_rank(gpt2: Case) -> None:
     ties = Ties()
     result = backward_lens(gpt2.model, gpt2.tokens(4), 45, projection=ties, k=7, layers=[0, 2])
     assert set(ties.layers) == {0, 2}
     assert result.projection == "Ties"
-    # Token 45 has score 4; 50 to 96 have more, and the other nine of its own step do not count.
+    # Token 45 has score 4; 50 to 96 have more, and the nine ties do not count.
     assert (result.target_rank("W_out") == 47).all()
     assert (result.readout("W_out").top_ids >= 90).all()
     assert (result.readout("W_out").bottom_ids < 10).all()
 
 
-def test_own_projection_gets_the_oriented_vectors(gpt2: Case) -> None:
+def test_a_custom_projection_gets_the_oriented_vectors(gpt2: Case) -> None:
     class Keep:
         def __init__(self) -> None:
             self.seen: list[Tensor] = []
@@ -298,7 +298,7 @@ def test_own_projection_gets_the_oriented_vectors(gpt2: Case) -> None:
 
 @pytest.mark.versions
 @KINDS_OF_NORMS
-def test_both_lenses_together_read_what_each_reads_alone(case: Case) -> None:
+def test_both_lenses_together_decode_like_each_alone(case: Case) -> None:
     tokens = case.tokens(4, 4)
     measures = ("answer_rank", "entropy")
     together = backward_lens(case.model, tokens, TARGET, k=K, measures=measures)
@@ -314,15 +314,15 @@ def test_both_lenses_together_read_what_each_reads_alone(case: Case) -> None:
             if lens == "logit_lens":  # to the last bit
                 for name, values in vars(wanted).items():
                     assert torch.equal(getattr(found, name), values)
-            assert_same_reading(found, wanted, ~alone.is_zero(matrix))
+            assert_same_readout(found, wanted, ~alone.is_zero(matrix))
 
 
-def assert_same_reading(found: Readout, wanted: Readout, real: Tensor) -> None:
-    # Float64, and logits of at most some tens.
+def assert_same_readout(found: Readout, wanted: Readout, real: Tensor) -> None:
+    # Float64, and logits below about a hundred.
     torch.testing.assert_close(found.top_scores, wanted.top_scores, rtol=0, atol=1e-11)
     torch.testing.assert_close(found.bottom_scores, wanted.bottom_scores, rtol=0, atol=1e-11)
     torch.testing.assert_close(found.entropy, wanted.entropy, rtol=0, atol=1e-11, equal_nan=True)
-    # At zero vectors all is the norm's bias, where there is one, and else all scores tie.
+    # Zero vectors decode to the norm's bias if there is one; otherwise all scores tie.
     for name in ("top_ids", "bottom_ids", "target_rank", "answer_rank"):
         assert torch.equal(getattr(found, name)[real], getattr(wanted, name)[real])
 
@@ -345,7 +345,7 @@ def test_both_lenses_cost_one_product_where_the_norm_allows_it(
     of_nothing = 1  # the zero vector's
     assert rows_multiplied() == once + of_nothing
 
-    # A norm that leads a vector past the line to its direction: each is read by a product.
+    # Under another norm each vector is decoded by a separate product.
     bend = lambda host, vectors: (vectors * 3).tanh()  # noqa: E731
     monkeypatch.setattr(type(host_of(gpt2.model).unembedding), "normed", bend)
     assert rows_multiplied() == once + 4
@@ -354,11 +354,11 @@ def test_both_lenses_cost_one_product_where_the_norm_allows_it(
     for lens in LENSES:
         alone = backward_lens(gpt2.model, tokens, TARGET, projection=lens)
         found, wanted = together.under(lens).readout("W_in"), alone.readout("W_in")
-        assert_same_reading(found, wanted, ~alone.is_zero("W_in"))
+        assert_same_readout(found, wanted, ~alone.is_zero("W_in"))
 
 
 def normalized_error(model: Any, scale: float) -> float:
-    """How far normalized scores that were read beside raw ones are from those read alone."""
+    """Error of normalized scores computed together with raw ones, relative to those alone."""
 
     def short(logits: Tensor, tokens: Tensor) -> Tensor:
         return scale * -logits[:, -1].log_softmax(-1)[:, TARGET]
@@ -374,17 +374,17 @@ def normalized_error(model: Any, scale: float) -> float:
     return float(((beside - alone).abs() / alone.abs()).max())
 
 
-def test_short_vectors_are_not_read_from_the_bias_of_the_norm(
+def test_short_vectors_are_not_computed_from_the_bias_of_the_norm(
     facts_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     eps = torch.finfo(torch.float32).eps
     assert max(normalized_error(facts_model, scale) for scale in (1, 1e-4)) < 64 * eps
-    # Whereas all the way from next to the bias, its rounding is magnified.
+    # With a lower threshold the rounding of the bias is magnified.
     monkeypatch.setattr(unembedding, "_CLOSE", 1e-12)
     assert normalized_error(facts_model, 1e-4) > 1000 * eps
 
 
-def test_own_projections_stand_beside_the_lenses(gpt2: Case) -> None:
+def test_custom_projections_combine_with_the_lenses(gpt2: Case) -> None:
     tokens = gpt2.tokens(4)
     result = backward_lens(gpt2.model, tokens, 45, projection=("normalized", Ties(), "logit_lens"))
     assert result.projections == ("normalized", "Ties", "logit_lens")
@@ -392,13 +392,13 @@ def test_own_projections_stand_beside_the_lenses(gpt2: Case) -> None:
     for lens in LENSES:
         alone = backward_lens(gpt2.model, tokens, 45, projection=lens)
         real = ~alone.is_zero("W_out")
-        assert_same_reading(result.under(lens).readout("W_out"), alone.readout("W_out"), real)
+        assert_same_readout(result.under(lens).readout("W_out"), alone.readout("W_out"), real)
     with pytest.raises(InputError, match=r"'jacobian' was not requested.*normalized, Ties"):
         result.under("jacobian")
 
 
 class InPlace:
-    """A projection that destroys what it is given, and has a name of its own."""
+    """A projection that overwrites its argument, and has its own name."""
 
     name = "in place"
 
@@ -406,16 +406,16 @@ class InPlace:
         return torch.arange(97.0, dtype=vectors.dtype) * vectors.zero_()[:, :1]
 
 
-def test_a_projection_that_works_in_place_harms_no_other(gpt2: Case) -> None:
+def test_a_projection_that_works_in_place_does_not_affect_others(gpt2: Case) -> None:
     tokens = gpt2.tokens(4)
     result = backward_lens(gpt2.model, tokens, TARGET, projection=(InPlace(), "logit_lens"))
     assert result.projections == ("in place", "logit_lens")
     alone = backward_lens(gpt2.model, tokens, TARGET, projection="logit_lens")
     found, wanted = result.under("logit_lens").readout("W_out"), alone.readout("W_out")
-    assert_same_reading(found, wanted, ~alone.is_zero("W_out"))
+    assert_same_readout(found, wanted, ~alone.is_zero("W_out"))
 
 
-def test_the_direction_of_the_shortest_vectors_is_read(facts_model: Any) -> None:
+def test_the_direction_of_the_shortest_vectors_is_decoded(facts_model: Any) -> None:
     def short(logits: Tensor, tokens: Tensor) -> Tensor:
         return 1e-28 * -logits[:, -1].log_softmax(-1)[:, TARGET]
 
@@ -432,7 +432,7 @@ def test_the_direction_of_the_shortest_vectors_is_read(facts_model: Any) -> None
 
 
 @pytest.mark.parametrize("projections", [(), ("normalized", "normalized"), (Ties(), Ties())])
-def test_projections_need_names_of_their_own(gpt2: Case, projections: Any) -> None:
+def test_projections_need_distinct_names(gpt2: Case, projections: Any) -> None:
     with pytest.raises(InputError, match=r"pass one, or several that differ in name"):
         backward_lens(gpt2.model, gpt2.tokens(3), TARGET, projection=projections)
 
@@ -470,7 +470,7 @@ def test_chunks_of_one_vector_give_the_same(gpt2: Case, monkeypatch: pytest.Monk
 
 
 @KINDS_OF_NORMS
-def test_without_a_target_it_is_the_models_own_answer(case: Case) -> None:
+def test_without_a_target_the_models_own_answer_is_used(case: Case) -> None:
     tokens = case.tokens(5, 5, 5)
     result = backward_lens(case.model, tokens, layers=0)
     with torch.no_grad():
@@ -482,7 +482,7 @@ def test_without_a_target_it_is_the_models_own_answer(case: Case) -> None:
     assert torch.equal(result.target_rank("W_out"), explicit.target_rank("W_out"))
 
 
-def test_a_target_beside_an_objective_is_only_ranked(gpt2: Case) -> None:
+def test_a_target_with_an_objective_is_only_ranked(gpt2: Case) -> None:
     tokens = gpt2.tokens(5)
 
     def loss(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -518,10 +518,10 @@ def test_softcap_bounds_the_scores(name: str) -> None:
     assert 1 < result.readout("W_in").top_scores.abs().max() < 1.5
 
 
-def test_faint_cells_are_those_in_which_the_final_norms_eps_outweighs_the_vector(
+def test_faint_cells_are_those_where_the_final_norms_eps_exceeds_the_vector(
     facts_model: Any,
 ) -> None:
-    """The model is sure of its own answer, so the gradient towards it is tiny."""
+    """The model is confident of its own answer, so the gradient towards it is tiny."""
     prompt = "Lionel Messi plays for"
     sure = backward_lens(facts_model, prompt)
     for layer in sure.layers:

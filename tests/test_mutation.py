@@ -1,4 +1,4 @@
-"""`make mutants` draws the sample that it says, and recognizes equivalent mutants."""
+"""`make mutants` draws the documented sample, and recognizes equivalent mutants."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def mutant(old: str, new: str) -> Mutant:
         (", device=device", "", False),
     ],
 )
-def test_text_and_devices_do_not_count(old: str, new: str, counts: bool) -> None:
+def test_changes_of_text_and_devices_do_not_count(old: str, new: str, counts: bool) -> None:
     assert mutant(old, new).counts is counts
 
 
@@ -55,7 +55,7 @@ def test_functions_have_their_own_names(name: str, function: str) -> None:
     assert Mutant(name, "", "").function == function
 
 
-def test_a_sample_is_drawn_by_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_depends_on_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     def functions(name: str, path: str) -> tuple[mutation.libcst.FunctionDef, ...]:
         is_text = int(name.rpartition("_")[2]) % 2
         sources = (
@@ -81,11 +81,11 @@ def test_the_fastest_tests_come_first_up_to_the_limit(monkeypatch: pytest.Monkey
     one = mutant("/ 2", "* 2")
     assert mutation.tests_of(one, 60) == (["fast", "other", "slow"], 3)
     assert mutation.tests_of(one, 3) == (["fast", "other"], 3)
-    assert mutation.tests_of(one, 0) == (["fast"], 3)  # never none at all
+    assert mutation.tests_of(one, 0) == (["fast"], 3)  # always at least one
     assert mutation.tests_of(Mutant("package.module.x_other__mutmut_1", "", ""), 60) == ([], 0)
 
 
-def test_equivalent_mutants_are_known_by_function_and_changed_lines(
+def test_equivalent_mutants_are_identified_by_function_and_changed_lines(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one, other = mutant("/ 2", "* 2"), mutant("/ 2", "/ 3")

@@ -1,4 +1,4 @@
-"""What is shipped is what is declared, and the package keeps its house rules."""
+"""The distribution matches its declaration, and the package follows its house rules."""
 
 import ast
 import importlib.metadata
@@ -38,7 +38,7 @@ FACTS_MODEL_LIMIT = 14 * 2**20
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory):
-    """A wheel and an sdist of this checkout, built with the backend that is installed."""
+    """A wheel and an sdist of this checkout, built with the installed backend."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--sdist"]
     built = subprocess.run(
@@ -56,7 +56,7 @@ def wheel(dist):
 
 
 def sdist_names(dist):
-    """Names in the sdist, without the folder that holds them all."""
+    """Names in the sdist, without the top folder."""
     [path] = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         return {member.name.partition("/")[2] for member in archive.getmembers()}
@@ -71,14 +71,14 @@ def package_files():
 
 
 def check_facts_model(sizes):
-    """Of its files, by name."""
+    """Check the sizes of its files, given by name."""
     assert set(sizes) >= FACTS_MODEL_FILES
     assert min(sizes[name] for name in FACTS_MODEL_FILES) > 0
     assert sum(sizes.values()) <= FACTS_MODEL_LIMIT
 
 
-def test_the_package_holds_its_types_and_the_facts_model_within_its_limit():
-    """What a wheel takes from this checkout; the tests of the wheel itself are slow."""
+def test_the_package_contains_its_types_and_a_small_enough_facts_model():
+    """The files of a wheel, from this checkout; the tests of the wheel itself are slow."""
     assert "backward_lens_tl/py.typed" in package_files()
     folder = PACKAGE / "facts_model"
     check_facts_model({path.name: path.stat().st_size for path in folder.iterdir()})
@@ -92,14 +92,14 @@ def test_the_metadata_declare_the_licence():
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+def test_the_wheel_contains_only_the_package(wheel):
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert shipped == package_files()
     assert "backward_lens_tl/py.typed" in shipped
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_facts_model_within_its_limit(wheel):
+def test_the_wheel_contains_a_small_enough_facts_model(wheel):
     prefix = "backward_lens_tl/facts_model/"
     check_facts_model(
         {
@@ -119,7 +119,7 @@ def test_the_wheel_declares_the_command_and_the_licence(wheel):
 
 
 @pytest.mark.slow
-def test_the_sdist_holds_the_package_and_its_tests_but_not_ci(dist):
+def test_the_sdist_contains_the_package_and_its_tests_but_not_ci(dist):
     names = sdist_names(dist)
     assert names >= package_files()
     assert names >= {"tests/test_packaging.py", "pyproject.toml", "README.md", "LICENSE"}
@@ -128,7 +128,7 @@ def test_the_sdist_holds_the_package_and_its_tests_but_not_ci(dist):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A function that makes an environment of metadata alone: of it, a resolver reads no more."""
+    """A function that builds an environment of metadata, which is all that a resolver reads."""
 
     def make(metadata):
         folder = tmp_path_factory.mktemp("environment")
@@ -151,7 +151,7 @@ def metadata_of(**versions):
 
 
 def resolved(folder, dist, *requirements):
-    """What pip would install there, by name: the resolver's report on the wheel."""
+    """Packages that pip would install there, by name: the resolver's report on the wheel."""
     pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
     options = ["--quiet", "--dry-run", "--report", "-", "--find-links", str(dist)]
     asked = ["backward-lens-tl", *requirements]
@@ -164,8 +164,8 @@ def resolved(folder, dist, *requirements):
 
 
 @pytest.mark.slow
-def test_installing_moves_nothing_that_is_there(dist, environment):
-    """Beside this TransformerLens and all that it came with, older versions among them."""
+def test_installing_changes_no_installed_package(dist, environment):
+    """With the installed TransformerLens and its dependencies, including older versions."""
     there = {
         (one.name, one.version): one.read_text("METADATA")
         for one in importlib.metadata.distributions()
@@ -176,7 +176,7 @@ def test_installing_moves_nothing_that_is_there(dist, environment):
     assert set(found) == {"backward-lens-tl"}
 
 
-# What these make is the same whichever TransformerLens is installed, and takes minutes.
+# These do not depend on the installed TransformerLens, and take minutes.
 once = pytest.mark.skipif(
     not (HAS_BRIDGE and HAS_HOOKED), reason="does not depend on TransformerLens; run on 3.9.0"
 )
@@ -184,8 +184,8 @@ once = pytest.mark.skipif(
 
 @once
 @pytest.mark.slow
-def test_without_transformerlens_installing_still_moves_nothing(dist, environment):
-    """As on Colab: a torch, a numpy and a transformers that the newest TransformerLens takes."""
+def test_without_transformerlens_installing_changes_no_installed_package(dist, environment):
+    """As on Colab: a torch, a numpy and a transformers that the newest TransformerLens accepts."""
     there = metadata_of(torch="2.6.0", numpy="2.2.0", transformers="5.9.0")
     found = resolved(environment(there), dist)
     assert "transformer-lens" in found
@@ -194,8 +194,8 @@ def test_without_transformerlens_installing_still_moves_nothing(dist, environmen
 
 @once
 @pytest.mark.slow
-def test_the_report_shows_what_is_moved(dist, environment):
-    """The control: a transformers that no TransformerLens here takes is replaced, and only that."""
+def test_the_report_shows_changed_packages(dist, environment):
+    """Control: only a transformers that no supported TransformerLens accepts is replaced."""
     there = metadata_of(torch="2.6.0", numpy="2.2.0", transformers="4.30.0")
     found = resolved(environment(there), dist)
     assert found["transformers"] != "4.30.0"
@@ -204,8 +204,8 @@ def test_the_report_shows_what_is_moved(dist, environment):
 
 @once
 @pytest.mark.slow
-def test_the_wheel_works_in_an_environment_of_its_own(dist, tmp_path):
-    """The command, the facts model, the types, what the notebooks use; away from the checkout."""
+def test_the_wheel_works_in_a_separate_environment(dist, tmp_path):
+    """Outside the checkout: the command, the facts model, the types, and the notebooks' calls."""
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "own")], check=True)
     python = str(tmp_path / "own" / "bin" / "python")
     [path] = dist.glob("*.whl")
@@ -223,7 +223,7 @@ def test_the_wheel_works_in_an_environment_of_its_own(dist, tmp_path):
         subprocess.run([python, str(notebook)], **away)
 
 
-def test_one_version_everywhere():
+def test_the_version_is_the_same_everywhere():
     version = importlib.metadata.version("backward-lens-tl")
     assert backward_lens_tl.__version__ == version
     citation = (ROOT / "CITATION.cff").read_text()
@@ -231,11 +231,11 @@ def test_one_version_everywhere():
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_every_module_imports_and_leaves_pictures_and_hooked_transformer_alone():
-    """In a process of its own; then the command starts, through its script.
+def test_every_module_imports_without_plotting_libraries_and_hooked_transformer():
+    """In a separate process; then start the command through its script.
 
-    TransformerLens 4 has no HookedTransformer, so a name that is imported with a module would break
-    there. TransformerLens 3 imports its own; what counts is who asks for it.
+    TransformerLens 4 has no HookedTransformer, so importing the name with a module would fail
+    there. TransformerLens 3 imports it itself, so the test checks which module imports it.
     """
     [entry] = importlib.metadata.entry_points(group="console_scripts", name="backward-lens")
     assert entry.value == "backward_lens_tl.cli:main"
@@ -284,7 +284,7 @@ def runtime_requirements():
     return [requirement for requirement in requirements if "extra" not in str(requirement.marker)]
 
 
-def test_requirements_have_no_upper_caps():
+def test_requirements_have_no_upper_bounds():
     requirements = runtime_requirements()
     assert requirements
     for requirement in requirements:
@@ -293,7 +293,7 @@ def test_requirements_have_no_upper_caps():
     assert python == ">=3.10"
 
 
-def test_what_is_imported_is_required_and_what_is_required_is_imported():
+def test_imports_match_requirements():
     imported = set()
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -303,5 +303,5 @@ def test_what_is_imported_is_required_and_what_is_required_is_imported():
                 imported.add(str(node.module).partition(".")[0])
     third_party = imported - set(sys.stdlib_module_names) - {"backward_lens_tl"}
     required = {requirement.name.replace("-", "_") for requirement in runtime_requirements()}
-    # Extras, for figures of papers, adapters and Parquet, and what the first takes numbers as.
+    # Extras for figures, adapters and Parquet, and the number type of the first.
     assert third_party == required | {"matplotlib", "numpy", "peft", "pyarrow"}

@@ -1,7 +1,7 @@
-"""Properties that hold whatever the sizes, the dtype, the prompts and what is asked for.
+"""Properties that hold for all sizes, dtypes, prompts and requests.
 
-Sizes collide here on purpose, unlike those of `models.py`: as many tokens as heads, as many heads
-as prompts, an MLP as wide as the stream. Every property runs on models of the four kinds below,
+Sizes collide here on purpose, unlike those of `models.py`: the same number of tokens, heads
+and prompts, an MLP as wide as the stream. Every property runs on models of the four kinds below,
 sixteen in all, made once; the examples are the same in every run.
 """
 
@@ -60,7 +60,7 @@ SPECIAL = ("<bos>", "<eos>", "<pad>")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What one model is made of."""
+    """Sizes of one model."""
 
     kind: str
     n_layers: int
@@ -78,7 +78,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of the reference, and how to lay its gradient out as TransformerLens would."""
+    """A parameter of the reference, and a function for TransformerLens's layout of its gradient."""
 
     parameter: Tensor
     lay_out: Callable[[Tensor], Tensor]
@@ -113,12 +113,12 @@ class Tiny:
 
     @property
     def is_rounded(self) -> bool:
-        """Whether numbers are those of float32, as also in Hugging Face's RMS norms."""
+        """Whether results are rounded to float32, as in Hugging Face's RMS norms."""
         return self.sizes.dtype == torch.float32 or self.sizes.kind == "bridge-llama"
 
     @property
     def rtol(self) -> float:
-        """How far two ways to the same number may differ, relative to it.
+        """Relative tolerance between two computations of the same number.
 
         Both sum the same products in another order, and softmax and norms in between cancel: a
         thousand roundings of either dtype.
@@ -129,7 +129,7 @@ class Tiny:
         return " ".join(f"w{token}" for token in prompt)
 
     def scores(self, vectors: Tensor) -> Tensor:
-        """The Logit Lens by the reference's own norm and head."""
+        """The Logit Lens by the reference's norm and unembedding."""
         with torch.no_grad():
             return self.unembed(self.norm(vectors.to(self.sizes.dtype))).double()
 
@@ -150,7 +150,7 @@ def tokenizer_folder(d_vocab: int) -> tempfile.TemporaryDirectory[str]:
 
 
 def all_sizes(kind: str) -> list[Sizes]:
-    """Some models of one kind, small and large values of every size among them."""
+    """Some models of one kind, including small and large values of every size."""
     rng = random.Random(f"sizes of {kind}")
     found = []
     for seed in range(MODELS_PER_KIND):
@@ -158,7 +158,7 @@ def all_sizes(kind: str) -> list[Sizes]:
         n_heads = rng.choice([1, 2, 3, 4, 6])
         d_head = rng.choice([2, 4, 6] if is_llama else [1, 2, 3, 5])
         d_model = n_heads * d_head if is_bridge else rng.choice([3, 4, 7, 12])
-        if d_model < 3:  # a norm of two numbers leaves only their sign
+        if d_model < 3:  # normalising two numbers leaves only their sign
             d_head, d_model = 4, 4 * n_heads
         divisors = [heads for heads in range(1, n_heads + 1) if n_heads % heads == 0]
         n_kv_heads = rng.choice(divisors) if is_llama else n_heads
@@ -240,7 +240,7 @@ def tiny_hooked(sizes: Sizes, tokenizer: Any) -> Tiny:
                 stored[f"W_{letter}", layer] = Weight(parameter, as_stored)
         for name in ("in", "gate", "out") if gated else ("in", "out"):
             weights[f"W_{name}", layer] = Weight(getattr(block.mlp, f"W_{name}"), as_stored)
-            # TransformerLens adds a gated MLP's b_in behind the gate, not to the output of W_in.
+            # TransformerLens adds a gated MLP's b_in after the gate, not to the output of W_in.
             bias = None if gated and name == "in" else getattr(block.mlp, f"b_{name}", None)
             if bias is not None:
                 biases[f"W_{name}", layer] = Weight(bias, as_stored)
@@ -372,12 +372,12 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-# -------------------------------------------------------------------------------- what is asked for
+# ----------------------------------------------------------------------------------------- requests
 
 
 @dataclass(frozen=True)
 class Question:
-    """A model, prompts, and an objective written twice: as the package has it, and by hand."""
+    """A model, prompts, and an objective written twice: with the package, and by hand."""
 
     tiny: Tiny
     rows: tuple[tuple[int, ...], ...]
@@ -387,7 +387,7 @@ class Question:
 
     @property
     def prompts(self) -> Any:
-        """Texts where lengths differ, else texts or ids."""
+        """Texts where lengths differ, otherwise texts or ids."""
         return self.prompts_of(range(len(self.rows)))
 
     def prompts_of(self, chosen: Sequence[int]) -> Any:
@@ -397,7 +397,7 @@ class Question:
         return torch.tensor(rows)
 
     def objective_of(self, chosen: Sequence[int]) -> Any:
-        """The objective of some of the prompts, one after the other."""
+        """The objective of some of the prompts, one at a time."""
         return self.objective(chosen)
 
     def capture(self, chosen: Sequence[int] | None = None, **options: Any) -> GradientCapture:
@@ -445,7 +445,7 @@ def training(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def anything(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Every logit of every position counts, differently at each."""
+    """Every logit of every position has a different weight."""
     weights = torch.arange(1, logits.numel() + 1, dtype=logits.dtype).reshape(logits.shape)
     return (logits.tanh() * weights.cos()).sum()
 
@@ -463,7 +463,7 @@ def questions(draw: st.DrawFn, kind: str, most: int = 3) -> Question:
             tuple(draw(st.lists(word, min_size=n, max_size=n)))
             for n in draw(st.lists(lengths, min_size=count, max_size=count))
         ]
-    else:  # the pad token is a token like others
+    else:  # the pad token is an ordinary token
         n = draw(lengths)
         word = st.integers(0, d_vocab - 1)
         rows = [tuple(draw(st.lists(word, min_size=n, max_size=n))) for _ in range(count)]
@@ -495,7 +495,7 @@ def questions(draw: st.DrawFn, kind: str, most: int = 3) -> Question:
 
 
 def assert_close(found: Tensor, expected: Tensor, rtol: float, scale: float, where: Any) -> None:
-    """Close relative to the expected tensor, or lost in the rounding of a much larger one."""
+    """Close relative to the expected tensor, or within the rounding of a much larger one."""
     assert found.shape == expected.shape, (where, found.shape, expected.shape)
     error = float((found.double() - expected.double()).norm())
     allowed = rtol * float(expected.double().norm()) + 1e-3 * rtol * scale
@@ -516,7 +516,7 @@ def assert_same_gradient(
 
 
 def assert_same_zeros(found: Tensor, expected: Tensor, norms: Tensor, scale: float) -> None:
-    """Equal, but where terms cancel to nothing but rounding, as in `W_Q` under equal keys."""
+    """Equal, except where terms cancel up to rounding, as in `W_Q` under equal keys."""
     assert (found == expected)[norms > 1e-5 * scale].all()
 
 
@@ -531,7 +531,7 @@ def vjp_scale(capture: GradientCapture) -> float:
 @examples(8)
 @given(data=st.data())
 def test_factors_are_autograds_gradient(kind: str, data: st.DataObject) -> None:
-    """Per prompt, against an independent model that sees the prompt alone, without padding."""
+    """Per prompt, against an independent model that runs the prompt by itself, without padding."""
     question = data.draw(questions(kind))
     model = question.tiny
     capture = question.capture()
@@ -574,7 +574,7 @@ def test_coverage_names_the_parameters_whose_gradient_follows(
         found = [own[matrix, layer].parameter for own in both if (matrix, layer) in own]
         expected = {model.names[id(parameter)] for parameter in found}
         if kind == "bridge-gpt2" and matrix in ATTENTION_MATRICES:
-            # A bridge splits Hugging Face's c_attn, and has names of its own for the parts.
+            # A bridge splits Hugging Face's c_attn, and has its own names for the results.
             name = f"transformer.h.{layer}.attn.{matrix[-1].lower()}"
             expected = {f"{name}.weight", f"{name}.bias"}
         assert set(capture.coverage.covered) == expected
@@ -616,7 +616,7 @@ def test_a_batch_equals_its_prompts_one_by_one(kind: str, data: st.DataObject) -
                 found.is_zero[prompt, :n], expected.is_zero[0], expected.norms[0], scale
             )
         if question.tiny.is_rounded:
-            continue  # scores of a short vector hang on its last digits
+            continue  # scores of a short vector depend on its last digits
         for matrix in batch.matrices:
             together, single = batch.readout(matrix), alone.readout(matrix)
             live = ~alone.is_zero(matrix)[:, 0]
@@ -629,17 +629,17 @@ def test_a_batch_equals_its_prompts_one_by_one(kind: str, data: st.DataObject) -
             assert (together.top_ids[:, prompt, n:] == -1).all()
 
 
-# ---------------------------------------------------------------------------- (c) asking for a part
+# -------------------------------------------------------------------------- (c) requesting a subset
 
 
 def one_or_all(indices: list[int]) -> int | list[int]:
-    """One index without its list."""
+    """A single index without its list."""
     return indices[0] if len(indices) == 1 else indices
 
 
 @examples(5)
 @given(data=st.data())
-def test_a_part_equals_the_part_of_all(kind: str, data: st.DataObject) -> None:
+def test_a_subset_equals_the_subset_of_all(kind: str, data: st.DataObject) -> None:
     question = data.draw(questions(kind))
     model, sizes = question.tiny, question.tiny.sizes
     shortest = min(map(len, question.rows))
@@ -681,7 +681,7 @@ def test_a_part_equals_the_part_of_all(kind: str, data: st.DataObject) -> None:
 
 
 def joined(dense: Tensor, matrix: str) -> Tensor:
-    """Heads side by side in the side that they divide."""
+    """Concatenate heads along the axis that they divide."""
     if dense.ndim == 2:
         return dense
     return torch.cat(list(dense), dim=1 if matrix in READING_MATRICES else 0)
@@ -689,9 +689,7 @@ def joined(dense: Tensor, matrix: str) -> Tensor:
 
 @examples(3)
 @given(data=st.data())
-def test_rank_and_singular_values_are_those_of_the_dense_matrix(
-    kind: str, data: st.DataObject
-) -> None:
+def test_rank_and_singular_values_match_the_dense_matrix(kind: str, data: st.DataObject) -> None:
     question = data.draw(questions(kind))
     for gradient in question.capture():
         for prompt, row in enumerate(question.rows):
@@ -705,18 +703,18 @@ def assert_spectrum(gradient: MatrixGradient, prompt: int, n: int, dense: np.nda
     assert len(values) == min(n, *dense.shape)
     assert rank <= n
     expected = np.linalg.svd(dense, compute_uv=False)
-    # The factors may be float32, and then the dense product is rounded to it.
+    # If the factors are float32, the dense product is rounded to float32.
     eps = torch.finfo(gradient.inputs.dtype).eps
     slack = 1e2 * eps * max(expected.max(initial=0), spread(gradient, prompt))
     np.testing.assert_allclose(values.numpy(), expected[: len(values)], rtol=0, atol=slack)
     assert (expected[len(values) :] <= slack).all()
     assert rank >= (expected > 10 * slack).sum()
-    if rank:  # everything that counts is above rounding in float64
+    if rank:  # every relevant value is above rounding in float64
         assert values[rank - 1] > 0
 
 
 def spread(gradient: MatrixGradient, prompt: int) -> float:
-    """The size of the sum before it cancels."""
+    """The magnitude of the sum before cancellation."""
     x, delta = (
         factor[prompt].flatten(1).norm(dim=1) for factor in (gradient.inputs, gradient.vjps)
     )
@@ -756,11 +754,11 @@ def test_the_gradient_is_linear_in_the_loss(kind: str, data: st.DataObject, a: i
     )
 
 
-# --------------------------------------------------------------------------------- (f) what is read
+# -------------------------------------------------------------------------------------- (f) readout
 
 
 class Recording:
-    """A projection that keeps what it is shown, and scores by fixed random directions.
+    """A projection that records its arguments, and scores by fixed random directions.
 
     Scores are rounded, so that ties are common.
     """
@@ -782,7 +780,7 @@ class Recording:
 
 
 def read_vectors_of(result: BackwardLensResult, matrix: str) -> Tensor:
-    """The vectors of one matrix with the sign that `direction` says, `[layer, batch, pos, d]`."""
+    """The vectors of one matrix with the sign of `direction`, `[layer, batch, pos, d]`."""
     sign = -1 if matrix in WRITING_MATRICES and result.direction == "update" else 1
     vectors = []
     for layer in result.layers:
@@ -798,7 +796,7 @@ def read_vectors_of(result: BackwardLensResult, matrix: str) -> Tensor:
 def test_ranks_and_tokens_of_any_projection_by_brute_force(
     kind: str, data: st.DataObject, direction: str
 ) -> None:
-    """Ties and all: the rank counts strictly larger scores, and a token is listed once."""
+    """With ties: the rank counts strictly larger scores, and a token is listed once."""
     question = data.draw(questions(kind))
     sizes = question.tiny.sizes
     k = data.draw(st.integers(1, sizes.d_vocab))
@@ -836,7 +834,7 @@ def test_ranks_and_tokens_of_any_projection_by_brute_force(
     direction=st.sampled_from(["update", "gradient"]),
     projection=st.sampled_from(["logit_lens", "normalized"]),
 )
-def test_the_logit_lens_is_the_models_own_reading(
+def test_the_logit_lens_matches_the_models_own_readout(
     kind: str, data: st.DataObject, direction: str, projection: str
 ) -> None:
     question = data.draw(questions(kind))
@@ -844,7 +842,7 @@ def test_the_logit_lens_is_the_models_own_reading(
     k = data.draw(st.integers(1, sizes.d_vocab))
     target = data.draw(st.integers(0, sizes.d_vocab - 1))
     result = question.result(k=k, target=target, projection=projection, direction=direction)
-    # The same sums in another order, and norms of short vectors magnify: 1e3 roundings.
+    # The same sums in another order; norms of short vectors magnify errors: 1e3 roundings.
     close = 1e-3 if model.is_rounded else 1e-9
     for matrix in result.matrices:
         vectors = read_vectors_of(result, matrix)
@@ -875,7 +873,7 @@ def test_the_logit_lens_is_the_models_own_reading(
 
 
 def assert_same(found: Any, expected: Any, where: str = "result") -> None:
-    """Equal in every field, to the bit."""
+    """Equal in every field, bit for bit."""
     assert type(found) is type(expected), where
     if isinstance(expected, Tensor):
         assert found.dtype == expected.dtype, where
@@ -899,8 +897,8 @@ def assert_same(found: Any, expected: Any, where: str = "result") -> None:
 
 @examples(8)
 @given(data=st.data())
-def test_a_saved_result_comes_back_to_the_bit(data: st.DataObject) -> None:
-    """Whatever is asked of a result; a file knows no kinds of models."""
+def test_a_saved_result_is_loaded_bit_for_bit(data: st.DataObject) -> None:
+    """For any request; files do not depend on the model class."""
     question = data.draw(questions("bridge-llama" if HAS_BRIDGE else "hooked-llama"))
     sizes = question.tiny.sizes
     shortest = min(map(len, question.rows))
@@ -922,7 +920,7 @@ def test_a_saved_result_comes_back_to_the_bit(data: st.DataObject) -> None:
         loaded = BackwardLensResult.load(path)
         assert [file.name for file in path.parent.iterdir()] == ["result"]
     assert_same(loaded, result)
-    # The tensors are the same to the bit; a norm of other strides is summed in another order.
+    # The tensors are equal bit for bit; norms over other strides are summed in another order.
     pd.testing.assert_frame_equal(loaded.to_df(), result.to_df(), rtol=1e-6)
     assert repr(loaded) == repr(result)
 
@@ -932,7 +930,7 @@ def test_a_saved_result_comes_back_to_the_bit(data: st.DataObject) -> None:
 
 @dataclass(frozen=True)
 class Plain:
-    """Factors as lists of outer products: of each prompt, `(part, x, delta)` for every term.
+    """Factors as lists of outer products: for each prompt, `(part, x, delta)` per term.
 
     A part is a head or an expert, or `None` where there are none.
     """
@@ -1014,7 +1012,7 @@ def random_gradients(draw: st.DrawFn, layout: str) -> Plain:
 
 
 def close_to(found: Tensor, expected: Tensor, gradient: MatrixGradient) -> None:
-    """A handful of products of numbers around 1: a hundred roundings."""
+    """Sums of few products of numbers around 1: a hundred roundings."""
     slack = 1e2 * torch.finfo(gradient.inputs.dtype).eps
     assert found.shape == expected.shape
     torch.testing.assert_close(found.double(), expected.double(), rtol=slack, atol=slack)
@@ -1060,7 +1058,7 @@ def heads_write_differently(gradient: MatrixGradient) -> bool:
 
 
 def assert_bias(plain: Plain, prompt: int) -> None:
-    """The sum of the VJPs of each part that has VJPs of its own."""
+    """Check the sum of VJPs of each head or expert that has separate VJPs."""
     gradient = plain.gradient
     if heads_write_differently(gradient):  # and the residual stream has one bias
         with pytest.raises(InputError, match=r"its own factors"):
@@ -1079,7 +1077,7 @@ def assert_bias(plain: Plain, prompt: int) -> None:
 
 
 def assert_whole(gradient: MatrixGradient, prompt: int, dense: Tensor) -> None:
-    """Everything that reads a gradient as one matrix, against that matrix."""
+    """Compare all methods that treat a gradient as one matrix with that matrix."""
     factored = gradient.factored(prompt)
     n = int(gradient.mask[prompt].sum())
     assert factored.A.shape == (dense.shape[0], n)

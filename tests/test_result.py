@@ -1,4 +1,4 @@
-"""A result stands alone: its table, its file, its repr."""
+"""A result is self-contained: its table, its file, its repr."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ COLUMNS = [
 
 @pytest.fixture(scope="module")
 def gpt2() -> Case:
-    """One model: a result does not know of which class its model was."""
+    """One model class only: a result does not depend on it."""
     return build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2")
 
 
@@ -146,7 +146,7 @@ def assert_equal_results(found: BackwardLensResult, expected: BackwardLensResult
         assert found.cell(*at, batch=batch) == expected.cell(*at, batch=batch)
 
 
-def test_saved_result_comes_back(result: BackwardLensResult, tmp_path: Path) -> None:
+def test_a_saved_result_can_be_loaded(result: BackwardLensResult, tmp_path: Path) -> None:
     path = tmp_path / "result.safetensors"
     result.save(path)
     assert_equal_results(BackwardLensResult.load(path), result)
@@ -154,7 +154,7 @@ def test_saved_result_comes_back(result: BackwardLensResult, tmp_path: Path) -> 
     assert [file.name for file in tmp_path.iterdir()] == ["result.safetensors"]
 
 
-def test_saved_result_without_a_target_comes_back(gpt2: Case, tmp_path: Path) -> None:
+def test_a_saved_result_without_a_target_can_be_loaded(gpt2: Case, tmp_path: Path) -> None:
     chosen = backward_lens(
         gpt2.model,
         PROMPTS,
@@ -172,7 +172,7 @@ def test_saved_result_without_a_target_comes_back(gpt2: Case, tmp_path: Path) ->
         loaded.target_rank("W_out")
 
 
-def test_saved_result_of_odd_tokens_comes_back(stories: Case, tmp_path: Path) -> None:
+def test_a_saved_result_with_unusual_tokens_can_be_loaded(stories: Case, tmp_path: Path) -> None:
     odd = backward_lens(stories.model, "é “☃” </script>\n\t", matrices="mlp", k=50, layers=[0])
     odd.save(tmp_path / "odd")
     assert_equal_results(BackwardLensResult.load(tmp_path / "odd"), odd)
@@ -255,7 +255,7 @@ def folder(path: Path) -> None:
     ],
     ids=lambda damage: damage.__name__,
 )
-def test_what_is_not_a_result_is_refused_by_name(
+def test_files_that_are_not_results_are_refused_by_name(
     damage: Callable[[Path], None], result: BackwardLensResult, tmp_path: Path
 ) -> None:
     path = tmp_path / "saved_result"
@@ -269,7 +269,7 @@ def test_what_is_not_a_result_is_refused_by_name(
 
 
 @pytest.mark.parametrize("has_target", [True, False])
-def test_repr_says_what_it_is_and_what_to_do(
+def test_the_repr_describes_the_result_and_its_methods(
     has_target: bool,
     gpt2: Case,
     result: BackwardLensResult,
@@ -302,7 +302,7 @@ def test_repr_of_a_capture_holds_no_numbers(result: BackwardLensResult) -> None:
     assert "tensor(" not in shown
 
 
-def test_cells_are_in_words(result: BackwardLensResult) -> None:
+def test_the_repr_of_cells_is_readable(result: BackwardLensResult) -> None:
     cell = result.cell("W_out", 1, -1, batch=1)
     assert (cell.matrix, cell.layer) == ("W_out", 1)
     assert cell.position == len(result.capture.str_tokens[1]) - 1
@@ -320,11 +320,11 @@ def test_cells_are_in_words(result: BackwardLensResult) -> None:
         result.bottom_tokens("W_out", 1, -1, k=0)
 
 
-# ------------------------------------------------------------------- what must not be lost on disk
+# ----------------------------------------------------------------------------- no data lost on disk
 
 
 @pytest.mark.parametrize("batch", [-1, 2])
-def test_a_page_that_cannot_be_made_leaves_the_old_one(
+def test_a_failed_page_leaves_the_old_one(
     result: BackwardLensResult, tmp_path: Path, batch: int
 ) -> None:
     page = tmp_path / "page.html"
@@ -334,9 +334,7 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(
     assert page.read_text() == "precious"
 
 
-def test_a_result_that_cannot_be_saved_leaves_nothing(
-    result: BackwardLensResult, tmp_path: Path
-) -> None:
+def test_a_failed_save_leaves_no_file(result: BackwardLensResult, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     for path in (folder, tmp_path / "missing" / "file"):
@@ -345,7 +343,7 @@ def test_a_result_that_cannot_be_saved_leaves_nothing(
     assert list(tmp_path.rglob("*")) == [folder]
 
 
-def test_zero_cells_have_no_words_and_no_rank(result: BackwardLensResult) -> None:
+def test_zero_cells_have_no_tokens_and_no_rank(result: BackwardLensResult) -> None:
     cells = [cell for layer in result.layers for cell in result.cells("W_out", layer)]
     assert any(cell.is_zero for cell in cells)
     for cell in cells:
@@ -353,7 +351,7 @@ def test_zero_cells_have_no_words_and_no_rank(result: BackwardLensResult) -> Non
         assert (not cell.top) == (not cell.bottom) == cell.is_zero
 
 
-def test_a_file_of_the_callers_beside_the_result_stays(gpt2: Case, tmp_path: Path) -> None:
+def test_a_callers_file_next_to_the_result_stays(gpt2: Case, tmp_path: Path) -> None:
     result = backward_lens(gpt2.model, torch.tensor([[1, 2, 3]]), 5)
     theirs = tmp_path / "result.partial"
     theirs.write_text("mine")

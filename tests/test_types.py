@@ -40,7 +40,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "mask of numbers": lambda: MatrixGradient("W_in", 0, X, DELTA, MASK.long()),
     "mask of another shape": lambda: MatrixGradient("W_in", 0, X, DELTA, MASK[:, :2]),
     "inputs of integers": lambda: MatrixGradient("W_in", 0, X.long(), DELTA, MASK),
-    "inputs that are no tensor": lambda: MatrixGradient("W_in", 0, X.numpy(), DELTA, MASK),
+    "inputs that are not a tensor": lambda: MatrixGradient("W_in", 0, X.numpy(), DELTA, MASK),
     "unknown matrix": lambda: MatrixGradient("FF1", 0, X, DELTA, MASK),
     "layer of text": lambda: MatrixGradient("W_in", "0", X, DELTA, MASK),
     "ids and scores of other lengths": lambda: Readout(
@@ -64,7 +64,7 @@ def test_wrong_shapes_and_types_are_rejected(wrong: str) -> None:
 
 
 def test_right_shapes_are_accepted() -> None:
-    """The negative control: nothing but the shape is wrong above."""
+    """Negative control: only the shape is wrong above."""
     gradient = MatrixGradient("W_in", 0, X, DELTA, MASK)
     assert gradient.norms.shape == (2, 3)
 

@@ -1,4 +1,4 @@
-"""`validate` passes where the capture is right, and fails where it is not."""
+"""`validate` passes if the capture is correct, and fails otherwise."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_stories_model_passes(stories: Case) -> None:
 
 @pytest.mark.versions
 def test_facts_model_passes(facts: Case) -> None:
-    """Sure answers and passes of several shapes: with other shapes the errors were over 1e-5."""
+    """Confident answers and passes of several shapes: with other shapes errors exceeded 1e-5."""
     prompts = ["Lionel Messi plays for", "Barack Obama grew up in the city of", "Rome"]
     report = validate(facts.model, prompts)
     assert_passes(report, facts, 1e-5)
@@ -93,11 +93,11 @@ def test_report_prints_a_table(gpt2: Case) -> None:
         assert table.loc[error.layer, error.matrix] == error.relative_error
 
 
-# ------------------------------------------------------------------- it fails where it should fail
+# ------------------------------------------------------------------------- it fails where it should
 
 
 def move(monkeypatch: pytest.MonkeyPatch, matrix: str, side: str, where: Any) -> None:
-    """Put a tap of one matrix to another place of the model."""
+    """Move the hooks of one matrix to another place in the model."""
     for kind in (models.HookedTransformerHost, models.TransformerBridgeHost):
         original = kind.sites
 
@@ -145,7 +145,7 @@ def test_output_read_after_the_post_norm_fails(name: str, monkeypatch: pytest.Mo
 
 
 def test_wrong_lens_fails(gpt2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The readout is held to the model's own logits."""
+    """The readout is compared with the model's logits."""
     original = Unembedding.logits
 
     def without_the_bias(self: Any, vectors: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def test_patched_model_passes(gpt2: Case) -> None:
         assert validate(gpt2.model).passed
 
 
-def test_processed_copies_of_a_bridge_are_widened_too() -> None:
+def test_processed_copies_of_a_bridge_are_converted_to_float32_too() -> None:
     try:
         model = build_model("llama", "bridge-compat", torch.bfloat16)
     except NotAvailable as reason:

@@ -322,7 +322,7 @@ WRONG_CALLS: dict[str, tuple[Callable[[Any], object], type[Exception], list[str]
         TypeError,
         ["largest", "1", "bool"],
     ),
-    "end not said": (
+    "unspecified end": (
         lambda result: first(result).target_ranks(5),
         TypeError,
         ["largest"],

@@ -1,4 +1,4 @@
-"""Figures: their numbers against the tensors, their texts in a browser, and both libraries."""
+"""Figures: their numbers against the tensors, their texts in a browser, in both libraries."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ STEPS = pd.DataFrame(
 
 
 def overlaps(result: BackwardLensResult, layer: int = 4) -> pd.DataFrame:
-    """The longest neurons as `neuron_overlap` has them, with any overlaps."""
+    """The largest neurons as in `neuron_overlap`, with arbitrary overlaps."""
     table = result.capture.neuron_df("W_out", layer)
     table = table[table["norm_order"] < 20]
     zero = table[table["position"] == 0].assign(position=None, token="zero vector", similarity=None)
@@ -107,7 +107,7 @@ def overlaps(result: BackwardLensResult, layer: int = 4) -> pd.DataFrame:
 
 
 def heatmaps(figure: Any) -> list[np.ndarray]:
-    """The values of each heatmap, rows from below, of a figure of either library."""
+    """The values of each heatmap, rows from the bottom, of a figure of either library."""
     if hasattr(figure, "data"):
         return [np.array(trace.z, float) for trace in figure.data if trace.type == "heatmap"]
     meshes = [
@@ -134,7 +134,7 @@ def assert_equal(found: Any, expected: Any) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
-# --------------------------------------------------------------------------- numbers of the tensors
+# ----------------------------------------------------------------------------- numbers from tensors
 
 
 def vjp_norms(result: BackwardLensResult, matrix: str, batch: int) -> np.ndarray:
@@ -152,7 +152,9 @@ def vjp_norms(result: BackwardLensResult, matrix: str, batch: int) -> np.ndarray
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_norms(result: BackwardLensResult, backend: Any) -> None:
     batch, expected = 1, vjp_norms(result, "W_in", 1)
-    assert np.isnan(expected[-1]).sum() == len(expected[0]) - 1  # only the last position writes
+    assert (
+        np.isnan(expected[-1]).sum() == len(expected[0]) - 1
+    )  # only the last position contributes
     (linear,) = heatmaps(figures.norms(result, "W_in", batch, scale="linear", backend=backend))
     assert_equal(linear, expected)
     (log,) = heatmaps(figures.norms(result, "W_in", batch, backend=backend))
@@ -356,12 +358,12 @@ def test_target_ranks(result: BackwardLensResult, facts_model: Any, backend: Any
             if not update.any():
                 assert math.isnan(place)
                 continue
-            # One product of many vectors and many products of one round differently in float32.
+            # Batched and single products round differently in float32.
             close = 1e-5 * scores.abs().max()
             fewest = int((scores > scores[target] + close).sum())
             most = int((scores >= scores[target] - close).sum()) - 1
             assert 1 + fewest <= place <= 1 + most
-            assert most - fewest < 20  # of some 4000: a wrong rank would not be among them
+            assert most - fewest < 20  # out of about 4000: wrong ranks would exceed that
     assert next(reversed(found.values()))[1][-1] == 1  # the last token, in the last layer
 
 
@@ -399,7 +401,7 @@ def test_singular_values(result: BackwardLensResult, backend: Any) -> None:
         dense = result.capture["W_in", layer].dense(2).double()
         expected = torch.linalg.svdvals(dense).numpy()[: 1 if layer == 7 else n]
         assert index.tolist() == list(range(1, len(expected) + 1))
-        # The dense matrix was multiplied out in float32.
+        # The dense matrix is a float32 product.
         np.testing.assert_allclose(values, expected, atol=1e-6 * expected[0])
 
 
@@ -408,14 +410,14 @@ def test_singular_values(result: BackwardLensResult, backend: Any) -> None:
 
 @pytest.fixture(scope="module")
 def answered(facts_model: Any) -> BackwardLensResult:
-    """Raw gradients, as the paper has them, and the ranks of the model's own answers."""
+    """Raw gradients, as in the paper, and the ranks of the model's own answers."""
     return blt.backward_lens(
         facts_model, PROMPTS, TARGETS, measures=("answer_rank",), direction="gradient", k=1
     )
 
 
 def bands(figure: Any) -> list[np.ndarray]:
-    """The corners of each shaded area of a figure of either library, without an order."""
+    """The corners of each shaded area of a figure of either library, unordered."""
     if hasattr(figure, "data"):
         outlines = [
             [(x, y) for x, y in zip(trace.x, trace.y, strict=True) if x is not None]
@@ -512,7 +514,7 @@ def same(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_neuron_overlap(facts_model: Any, result: BackwardLensResult, backend: Any) -> None:
-    """The analysis's own table: neurons by norm, tokens, and below them the zero vector."""
+    """The table of the analysis: neurons by norm, tokens, and below them the zero vector."""
     table = neuron_overlap(facts_model, result.capture, "W_out", 4, k=20)
     table = table.sample(frac=1, random_state=0)
     figure = figures.neuron_overlap(table, "W_out", 4, backend=backend)
@@ -665,7 +667,7 @@ def test_neurons_of_a_layer_from_the_end(result: BackwardLensResult) -> None:
 
 
 def test_a_subset_of_layers_and_positions(facts_model: Any, result: BackwardLensResult) -> None:
-    """Layers and positions keep their own numbers, in whatever order they were asked for."""
+    """Layers and positions keep their own numbers, in any requested order."""
     part = blt.backward_lens(
         facts_model, PROMPTS[1], " Rome", layers=[2, 5], positions=[-1, 3, 3], matrices="W_out"
     )
@@ -776,7 +778,7 @@ def test_tex_is_not_used(hostile: BackwardLensResult) -> None:
 
 
 def test_a_character_without_a_glyph_is_shown_as_its_code_point() -> None:
-    label = "a\U0010fffdb\n"  # for private use: no font but the last resort
+    label = "a\U0010fffdb\n"  # private use: only the last-resort font has it
     chart = Lines((Line(label, (0.0, 1.0), (1.0, 2.0), "#000000"),), Axis(label), Axis("y"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -785,7 +787,7 @@ def test_a_character_without_a_glyph_is_shown_as_its_code_point() -> None:
     assert figure.axes[0].get_xlabel() == r"a\U0010fffdb" + "\n"
 
 
-# --------------------------------------------------------------------------------- what is returned
+# --------------------------------------------------------------------------------- returned objects
 
 
 def test_figures_can_be_written(result: BackwardLensResult, tmp_path: Path) -> None:
@@ -799,7 +801,7 @@ def test_only_public_names_are_listed() -> None:
 
 
 def test_plotting_libraries_are_imported_lazily() -> None:
-    """Not by the modules, which every user imports, with or without matplotlib."""
+    """Not by the package's modules, which users import with or without matplotlib."""
     for module in (figures, draw_plotly, draw_matplotlib):
         tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
         at_once = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]

@@ -79,7 +79,7 @@ PAGE_COLOURS = {"light": "rgb(255, 255, 255)", "dark": "rgb(17, 22, 29)"}
 
 @dataclass(frozen=True)
 class State:
-    """What the controls of a table are set to."""
+    """Settings of a table's controls."""
 
     matrix: str = ""
     lens: str = "logit_lens"
@@ -130,7 +130,7 @@ def expected_table(result: BackwardLensResult, matrix: str, state: State) -> dic
 
 
 def see(root: Locator) -> dict[str, Any]:
-    """What is on the screen; of a note, only the numbers."""
+    """Contents of the screen; for a note, only the numbers."""
     found = root.evaluate(SEEN)
     for table in found["tables"]:
         table["notes"] = [note.partition(", where")[0] for note in table["notes"]]
@@ -180,7 +180,7 @@ def figure_of(page: Page, matrix: str) -> Locator:
 
 
 def td_of(result: BackwardLensResult, figure: Locator, cell: Cell) -> Locator:
-    """The cell's place on the screen, counted, not asked for."""
+    """Position of the cell on the screen, found by counting."""
     row = list(reversed(result.layers)).index(cell.layer)
     columns = [each.position for each in result.cells(cell.matrix, cell.layer)]
     return figure.locator("tbody tr").nth(row).locator("td").nth(columns.index(cell.position))
@@ -199,7 +199,7 @@ def is_wide_as_window(page: Page) -> bool:
 
 @pytest.fixture(scope="module")
 def messi(facts_model: Any) -> BackwardLensResult:
-    """Of the model that ships here, under both lenses."""
+    """A result of the shipped facts model, under both lenses."""
     return backward_lens(facts_model, "Lionel Messi plays for", " Paris")
 
 
@@ -208,7 +208,7 @@ def result(request: pytest.FixtureRequest) -> BackwardLensResult:
     if request.param == "messi":
         return request.getfixturevalue("messi")
     whole = make_result(layers=3, pos=len(NASTY))
-    # Under the first lens only, short vectors are faint; under the second, the target leads in
+    # Only under the first lens, short vectors are faint; under the second, the target leads in
     # another layer, too.
     return replace(whole, readings=(replace(whole.readings[0], faint_norm=0.1), whole.readings[1]))
 
@@ -236,7 +236,7 @@ def page_of(
 
 @contextmanager
 def notebook_of(browser: Browser, folder: Path, body: str, **options: Any) -> Iterator[Opened]:
-    """Outputs in one document, as a notebook holds them."""
+    """Outputs in one document, as in a notebook."""
     (folder / "notebook.html").write_text(
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>A notebook</title>'
         f"</head><body><main><h1>A notebook</h1>{body}</main></body></html>",
@@ -247,7 +247,7 @@ def notebook_of(browser: Browser, folder: Path, body: str, **options: Any) -> It
         window.check()
 
 
-# --- what it shows ------------------------------------------------------------------------------
+# --- contents -------------------------------------------------------------------------------------
 
 
 def test_tokens_marks_and_colours_match_the_result(
@@ -324,7 +324,7 @@ def test_after_going_back_the_page_matches_its_controls(
 ):
     path = tmp_path / "page.html"
     messi.save_html(path)
-    if is_restored:  # by a browser that remembers choices all the same
+    if is_restored:  # by a browser that restores choices nevertheless
         path.write_text(path.read_text("utf-8").replace(' autocomplete="off"', ""), "utf-8")
     with opened(browser, path) as window:
         page, body = window.page, window.page.locator("body")
@@ -445,7 +445,7 @@ def test_details_follow_the_mouse_and_return_to_the_focused_cell(
             page.mouse.move(1, 1)
             assert details(figure) == HINT
             heights.add(figure.bounding_box()["height"])
-            assert len(heights) == 1  # nothing moves from the first cell on
+            assert len(heights) == 1  # nothing moves after the first cell
             clicked, other = cells[matrix][2], cells[matrix][1]
             td_of(result, figure, clicked).click()
             td_of(result, figure, other).hover()
@@ -477,7 +477,7 @@ def test_arrow_keys_move_between_cells(browser: Browser, tmp_path: Path, messi: 
         for matrix in messi.matrices:
             figure, cells = figure_of(page, matrix), all_cells(messi, matrix)
             assert figure.locator("[tabindex='0']").count() == 1
-            page.keyboard.press("Tab")  # one stop is all that it takes to the next table
+            page.keyboard.press("Tab")  # one Tab leads to the next table
             for key, row, column in [("Shift", 0, columns - 1), ("Home", 0, 0), *path]:
                 page.keyboard.press(key)
                 at = row * columns + column
@@ -486,7 +486,7 @@ def test_arrow_keys_move_between_cells(browser: Browser, tmp_path: Path, messi: 
                 assert td.evaluate("td => getComputedStyle(td).outlineStyle") == "solid"
                 assert details(figure) == expected_details(cells[at])
             assert figure.locator("[tabindex='0']").count() == 1
-        page.keyboard.press("Shift+Tab")  # back to the cell that was left
+        page.keyboard.press("Shift+Tab")  # back to the previous cell
         last = all_cells(messi, "W_in")[(rows - 1) * columns]
         assert details(figure_of(page, "W_in")) == expected_details(last)
         td = td_of(messi, figure_of(page, "W_in"), last)
@@ -510,7 +510,7 @@ def test_controls_work_by_keyboard_and_are_never_submitted(
             page.keyboard.press("Enter")
             state = replace(state, **{name: value})
             assert_shows(body, messi, state)
-        page.keyboard.press("ArrowRight")  # from the last choice to the first
+        page.keyboard.press("ArrowRight")  # wraps from the last choice to the first
         assert_shows(body, messi, replace(state, scale="log"))
         page.keyboard.press("ArrowLeft")
         assert_shows(body, messi, state)
@@ -772,7 +772,7 @@ def test_axe_finds_no_serious_violation(
         choose(body, "scale", "linear")
         page.set_viewport_size({"width": 400, "height": 800})
         assert serious(page) == []
-        # ... and it would find something.
+        # Control: it does find violations.
         body.evaluate(
             """body => {
                 body.insertAdjacentHTML("beforeend", "<img src='data:,'><input>");

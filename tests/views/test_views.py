@@ -43,7 +43,7 @@ def make_result(
     vocab: tuple[str, ...] = NASTY,
     direction: str = "update",
 ) -> BackwardLensResult:
-    """Random numbers; the last layer is zero but at the last position, as in appendix A."""
+    """Random numbers; the last layer is zero except at the last position, as in appendix A."""
     random = torch.Generator().manual_seed(0)
     matrices: tuple[MatrixName, ...] = ("W_in", "W_out")
     mask = torch.ones(batch, pos, dtype=torch.bool)
@@ -101,7 +101,7 @@ def without_target(result: BackwardLensResult) -> BackwardLensResult:
 
 
 def all_cells(result: BackwardLensResult, matrix: str) -> list[Cell]:
-    """In the order of the tables: the last layer first."""
+    """In the order of the tables: last layer first."""
     return [cell for layer in reversed(result.layers) for cell in result.cells(matrix, layer)]
 
 
@@ -242,7 +242,7 @@ def test_marks_are_exactly_where_the_target_leads(page: Node, result: BackwardLe
 
 
 def data(page: Node) -> dict[str, Any]:
-    """What the page's script reads."""
+    """Data read by the page's script."""
     (element,) = (
         node for node in page.all("script") if node.attributes.get("type") == "application/json"
     )
@@ -291,7 +291,7 @@ def test_controls_offer_the_results_matrices_and_lenses(page: Node):
     ends = {"end": ["top", "bottom"], "scale": ["log", "linear"]}
     lenses, matrices = ["logit_lens", "normalized"], ["", "W_in", "W_out"]
     assert offered(page) == {"matrix": matrices, "lens": lenses, **ends}
-    assert page.all("form")[0].attributes["method"] == "dialog"  # which is never sent
+    assert page.all("form")[0].attributes["method"] == "dialog"  # which is never submitted
     one = make_result()
     one = replace(one, readings=one.readings[:1])
     assert offered(parsed(render_table(one))) == {"matrix": matrices, **ends}
@@ -306,7 +306,7 @@ def test_tables_have_captions_and_scoped_headers(page: Node, result: BackwardLen
         assert {node.attributes["scope"] for node in table.all("tbody")[0].all("th")} == {"row"}
 
 
-def test_a_page_names_what_it_shows(page: Node):
+def test_a_page_names_its_contents(page: Node):
     assert page.all("title")[0].text.endswith("Backward Lens")
     facts = [node.text for node in page.all("dd")]
     assert facts[:3] == [" Paris", "1.25 target_nll(' Paris')", "a <model>"]
@@ -328,7 +328,7 @@ def test_a_long_prompt_in_a_deep_model_stays_below_2_mb():
     assert len(html.encode()) < 2e6
 
 
-def test_the_gradient_direction_says_so():
+def test_the_gradient_direction_is_stated():
     text = parsed(render_page(make_result(direction="gradient"))).text
     assert "W_out raw gradient, which gradient descent subtracts" in text
     assert "what the update adds" not in text

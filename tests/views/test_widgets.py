@@ -1,4 +1,4 @@
-"""Widgets: what they show in a real browser, and inputs that must not break them."""
+"""Widgets: contents in a real browser, and inputs that must not break them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LIBRARY = "TopkTokens:()=>"  # once in CircuitsVis's JavaScript
 OFFLINE = {
     f"{name}_url": ""
     for name in ("jquery", "mathjax", "mermaid_js", "mermaid_layout_elk_js", "require_js")
-}  # what nbconvert itself loads
+}  # loaded by nbconvert itself
 
 
 def with_attention(result: BackwardLensResult, heads: int = 2) -> BackwardLensResult:
@@ -150,7 +150,7 @@ def test_the_number_below(scores: list[float], number: float):
 
 
 def columns(widget: Widget, sample: int, layer: int, side: str) -> list[list[tuple[str, float]]]:
-    """Words and values of a table of top tokens, by column."""
+    """Tokens and values of a table of top tokens, by column."""
     words = widget.props["tokens"][sample]
     rows = zip(
         widget.props[f"{side}Idxs"][sample][layer],
@@ -216,7 +216,7 @@ def with_scores(
 
 
 def strict(widget: Widget) -> Any:
-    """What the widget's own script passes to CircuitsVis, read as JSON without extensions."""
+    """Data that the widget's script passes to CircuitsVis, read as JSON without extensions."""
     (text,) = re.findall(r'(?m)^\}\)\("[^"]+", (.*)\);$', widget.fragment)
     return json.loads(text, parse_constant=pytest.fail)
 
@@ -260,7 +260,7 @@ def test_infinite_and_tied_scores(top: list[float], bottom: list[float]):
 
 
 def columns_alone(result: BackwardLensResult, layer: int, factor: float) -> list[Any]:
-    """The top tokens of a layer whose scores are finite and differ."""
+    """The top tokens of a layer whose scores are finite and distinct."""
     return [
         [(seen(entry.token), float(f"{entry.score / factor:.6g}")) for entry in cell.top]
         for cell in result.cells("W_out", layer)
@@ -403,7 +403,7 @@ def test_other_types_than_a_result_are_refused(stranger: Any):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_what_is_not_in_the_result_is_refused(result: BackwardLensResult):
+def test_requests_outside_the_result_are_refused(result: BackwardLensResult):
     for ask in (widgets.norms, widgets.quantities):
         with pytest.raises(InputError, match="'W_K' is not in this result; it has W_in, W_out"):
             ask(result, "W_K")
@@ -478,7 +478,7 @@ def test_html_for_the_cdn_is_small_and_well_formed(four: list[Widget]):
         parsed(html.replace("<br>", ""))
 
 
-def test_a_widget_shown_twice_is_in_two_places(four: list[Widget]):
+def test_a_widget_can_be_shown_twice(four: list[Widget]):
     places = re.findall(r'<div id="([^"]+)"', widgets.page(four[0], four[0]))
     assert len(set(places)) == 2
 
@@ -511,17 +511,17 @@ def test_other_javascript_is_refused(
         library.library_script.__wrapped__()
 
 
-# --- who carries the JavaScript -----------------------------------------------------------------
+# --- which output has the JavaScript --------------------------------------------------------------
 
 
-def test_the_first_output_carries_and_the_same_cell_run_again_does_too():
+def test_the_first_output_has_the_javascript_and_so_does_a_rerun_of_its_cell():
     carrier = Carrier()
     runs = [("1", "a"), ("1", "a"), ("2", "b"), ("3", "a"), ("3", "a"), ("4", "b"), ("5", "a")]
     carried = [carrier.must_carry(Execution(*run)) for run in runs]
     assert carried == [True, False, False, True, False, False, True]
 
 
-def test_without_cell_ids_the_first_run_carries():
+def test_without_cell_ids_the_first_run_has_the_javascript():
     carrier = Carrier()
     carried = [carrier.must_carry(Execution(run, None)) for run in ("1", "1", "2", "1")]
     assert carried == [True, False, False, False]
@@ -529,7 +529,7 @@ def test_without_cell_ids_the_first_run_carries():
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """As in a notebook; `request` and `cell` are what the front end sends."""
+    """As in a notebook; `request` and `cell` are sent by the front end."""
     kernel = SimpleNamespace(parent={})
     kernel.get_parent = lambda: kernel.parent
     module = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=kernel))
@@ -553,7 +553,7 @@ def test_a_notebook_gets_the_javascript_once(kernel: SimpleNamespace, four: list
     assert run(kernel, "6", "c", four[0]) == [1]
 
 
-def test_in_colab_every_output_carries(
+def test_in_colab_every_output_has_the_javascript(
     kernel: SimpleNamespace, four: list[Widget], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
@@ -591,7 +591,7 @@ def test_all_widgets_on_one_page_with_the_javascript_once(
     four = [norms, widgets.top_tokens(result), widgets.quantities(result)]
     html = widgets.page(*four, widgets.reversed_attention(result, 3), title="<Lens>")
     assert html.count(LIBRARY) == 1
-    assert html.count("</script") == 5  # the library's and one call each
+    assert html.count("</script") == 5  # the library and one call each
     (tmp_path / "page.html").write_text(html, encoding="utf-8")
     with opened(browser, tmp_path / "page.html", scheme="dark") as page:
         assert page.page.title() == "<Lens>"
@@ -611,7 +611,7 @@ def check_norms(place: Locator, result: BackwardLensResult) -> None:
     for row, cell in zip(shown.locator("tr").all(), cells, strict=True):
         label, number = row.locator("td").all_text_contents()
         power = float(re.fullmatch(rf"layer {cell.layer} \(×(1e-\d)\)", label)[1])
-        # Six decimals of a number that has three before its first digit at the least.
+        # Six decimals of a number with at least three leading zeros.
         assert float(number) * power == pytest.approx(cell.norm, rel=1e-2)
         assert (number == "0.000000") == cell.is_zero
     bound = float(place.locator("input").first.input_value())
