@@ -54,7 +54,7 @@ def forward_pass(
     inputs: Sequence[MatrixSite] = (),
     outputs: Sequence[MatrixSite] = (),
     points: Sequence[HookPointSite] = (),
-    keep: Callable[[Tensor], Tensor] = torch.clone,
+    keep: Callable[[Tensor], Tensor] | None = None,
 ) -> Activations:
     """Run a model once and keep activations.
 
@@ -64,8 +64,8 @@ def forward_pass(
         inputs: Matrices whose inputs are kept, after every edit by the caller's hooks.
         outputs: Matrices whose outputs are kept, before any such edit.
         points: Hook points whose values are kept, after every edit.
-        keep: What is kept of each activation `[batch, pos, d]`; a copy by default, because the
-            model or a hook may write into the tensor later.
+        keep: What is kept of each activation `[batch, pos, d]`; by default a copy on the device
+            of the prompts, because the model or a hook may write into the tensor later.
 
     Returns:
         The activations, in the model's own precision.
@@ -73,7 +73,8 @@ def forward_pass(
     Raises:
         UnsupportedModelError: If a matrix or hook point is not used exactly once.
     """
-    shape, device = batch.mask.shape, batch.mask.device
+    shape = batch.mask.shape
+    keep = keep or partial(Tensor.to, device=batch.mask.device, copy=True)
     kept: list[list[Tensor]] = []
 
     def keeping() -> Callable[[Tensor], None]:
@@ -97,7 +98,7 @@ def forward_pass(
                 f"{name} was used {len(own)} times in the forward pass; activations are kept only "
                 "where it is used exactly once"
             )
-    found = [own[0].to(device) for own in kept]
+    found = [own[0] for own in kept]
     n_inputs, n_outputs = len(inputs), len(inputs) + len(outputs)
     return Activations(
         tuple(found[:n_inputs]),

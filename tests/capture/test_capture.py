@@ -14,11 +14,15 @@ from models import HAS_BRIDGE, NAMES, Case, build, nll, relative_error, training
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from backward_lens_tl.capture.forward import forward_pass
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.objectives import next_token_loss, target_nll
+from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.errors import ModelStateError, UnsupportedModelError
 from backward_lens_tl.lens import backward_lens
+from backward_lens_tl.models import host_of
+from backward_lens_tl.models.selection import find_editable
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("as_for_a_user")]
 
@@ -262,6 +266,18 @@ def count_forwards(model: nn.Module) -> tuple[list[int], Any]:
     calls: list[int] = []
     handle = model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     return calls, handle
+
+
+def test_what_a_caller_keeps_of_an_activation_stays_where_it_is(gpt2: Case) -> None:
+    """Such as products that were moved to the CPU because a GPU has no room for all of them."""
+    host = host_of(gpt2.model)
+    sites, batch = find_editable(host, "W_out", 0), pad_prompts(host, [[1, 2, 3]])
+
+    def moved(values: Tensor) -> Tensor:
+        return values.to("meta")
+
+    assert forward_pass(host, batch, inputs=sites, keep=moved).inputs[0].device.type == "meta"
+    assert forward_pass(host, batch, inputs=sites).inputs[0].device == batch.mask.device
 
 
 def test_inference_mode_is_refused_before_the_forward_pass(gpt2: Case) -> None:

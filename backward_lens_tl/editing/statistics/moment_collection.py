@@ -164,7 +164,7 @@ class _Collected:
             batch = pad_prompts(host, [rows[at] for at in group])
             # Only the products are kept: the inputs of all layers are many times larger.
             seen = forward_pass(host, batch, inputs=sites, keep=partial(_gram, batch.mask))
-            sums = [total + own.cpu() for total, own in zip(sums, seen.inputs, strict=True)]
+            sums = [total + own for total, own in zip(sums, seen.inputs, strict=True)]
         before, n_tokens = found.n_tokens, found.n_tokens + sum(map(len, rows))
         means = found.moments or [torch.zeros_like(total) for total in sums]
         digest = found.texts
@@ -184,7 +184,7 @@ class _Collected:
 def _gram(
     mask: Bool[Tensor, "batch pos"], values: Float[Tensor, "batch pos d_in"]
 ) -> Float[Tensor, "triangle"]:
-    """`X^T X` over real tokens: the upper triangle, row by row."""
+    """`X^T X` over real tokens: the upper triangle, row by row, in float64 on the CPU."""
     inputs = at_least_float32(values[mask.to(values.device)])
     # Products over a few thousand tokens are accurate in float32; sums of many are not.
     product = (inputs.T @ inputs).cpu().double()
