@@ -81,11 +81,11 @@ def check_text(name: str, text: str, error: type[InputError] = InputError) -> No
 
 
 def shown(value: object) -> str:
-    """Return a value as text for a message; Python does not print integers with many digits."""
+    """Return a value as text for a message."""
     try:
         return repr(value)
-    except ValueError:
-        return f"a {type(value).__name__} too large to print"
+    except Exception:  # an integer with too many digits, or a `__repr__` that fails
+        return f"a {type(value).__name__} that cannot be printed"
 
 
 def is_integer(value: object) -> TypeGuard[SupportsIndex]:

@@ -385,7 +385,7 @@ def test_rows_of_all_schemas_in_one_table() -> None:
         ({"prompt": 3, "target": " x"}, "'prompt' is 3, a int; a text is needed"),
         ({**PLAIN, "target": 1.5}, "'target' is 1.5, a float; a text or a non-negative token id"),
         ({**PLAIN, "target": -1}, "'target' is -1, a int"),
-        ({**PLAIN, "target": 10**5000}, "'target' is a int too large to print"),
+        ({**PLAIN, "target": 10**5000}, "'target' is a int that cannot be printed"),
         ({**PLAIN, "target": 2**63}, "'target' is 9223372036854775808"),
         ({**PLAIN, "target": True}, "'target' is True, a bool"),
         ({**PLAIN, "target": [" x"]}, "'target' is .* a list"),
@@ -432,6 +432,21 @@ def test_a_bad_row_has_its_id_and_truncated_text() -> None:
     assert isinstance(bad, BadRecord)
     assert (bad.index, bad.id) == (0, "12")
     assert bad.row == "{'case_id': 12, 'prompt': '" + "x" * 172 + "…"
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    "row", [Unprintable(), {"prompt": "a", "target": Unprintable()}, {Unprintable(): 1}]
+)
+def test_a_row_that_cannot_be_printed_is_a_bad_row(row: Any) -> None:
+    first, bad = read_records([PLAIN, row])
+    assert isinstance(first, Record)
+    assert isinstance(bad, BadRecord)
+    assert bad.row == f"a {type(row).__name__} that cannot be printed"
 
 
 # ------------------------------------------------------------------------------------- fields
