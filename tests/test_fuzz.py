@@ -49,6 +49,7 @@ from backward_lens_tl.capture.objectives import (
 )
 from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.errors import BackwardLensError, ResultFileError
+from backward_lens_tl.files.storage import FORMAT_VERSION
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.models.loading import load_facts_model, load_model
 from backward_lens_tl.result import BackwardLensResult
@@ -881,8 +882,11 @@ def test_an_edited_header_is_detected(good: bytes, tmp_path: Path, data: st.Data
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "null", "1", '"x"', "[]", "[" * 100_000, '{"format": 2}', '{"format": 2, "tree": 1}'],
-    ids=lambda text: text[:12],
+    [
+        *("", "{", "null", "1", '"x"', "[]", "[" * 100_000),
+        *(f'{{"format": {FORMAT_VERSION}{more}}}' for more in ("", ', "tree": 1', ', "tree": {}')),
+    ],
+    ids=lambda text: text[:24],
 )
 def test_a_header_that_is_something_else_is_refused(good: bytes, tmp_path: Path, text: str) -> None:
     path = tmp_path / "file"

@@ -265,6 +265,19 @@ def test_files_that_are_not_results_are_refused_by_name(
         BackwardLensResult.load(path)
 
 
+def test_a_file_of_another_format_is_not_called_damaged(
+    result: BackwardLensResult, tmp_path: Path
+) -> None:
+    """Even if its header has another structure; the version that wrote it can read it."""
+    path = tmp_path / "result"
+    header = '{"format": 3, "backward_lens_tl": "0.0.3"}'
+    save_file({"weight": torch.zeros(2)}, path, metadata={"backward_lens_tl": header})
+    with pytest.raises(
+        ResultFileError, match=r"format 3, .* reads 5; install .*-tl 0\.0\.3, which"
+    ):
+        BackwardLensResult.load(path)
+
+
 # -------------------------------------------------------------------------------------- the repr
 
 

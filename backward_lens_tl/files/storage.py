@@ -27,7 +27,7 @@ from backward_lens_tl.models.checksums import tensors_digest
 
 _SavedT = TypeVar("_SavedT", bound="Saved")
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Increased when older files can no longer be read."""
 
 _KEY, _DIGEST = "backward_lens_tl", "sha256"
@@ -145,7 +145,8 @@ def read(path: str | Path, kinds: Sequence[type], parts: Sequence[type]) -> Any:
         raise ResultFileError(f"{name} is a safetensors file, but not one that .save(path) wrote")
     try:
         header = json.loads(metadata[_KEY])
-        found, held = header["format"], header["tree"][_DATACLASS]
+        found = header["format"]
+        held = header["tree"][_DATACLASS] if found == FORMAT_VERSION else None
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ResultFileError(
             f"{name} is damaged: its header cannot be read ({error!r})"
