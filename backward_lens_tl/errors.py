@@ -28,6 +28,18 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).splitlines()) + page
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type if the message is empty.
+
+    Args:
+        error: Any error.
+
+    Returns:
+        The line.
+    """
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 class BackwardLensError(Exception):
     """Base class of the package's errors."""
 

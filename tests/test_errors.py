@@ -353,6 +353,8 @@ def test_a_traceback_ends_with_the_page_on_the_fix() -> None:
     assert shown.endswith(f"TargetError: no token\nSee {page}")
     assert errors.one_line(TargetError("no\ntoken")) == f"no token (see {page})"
     assert errors.one_line(OSError("no\nfile")) == "no file"
+    assert errors.first_line(OSError("no\nfile")) == "no"
+    assert errors.first_line(OSError()) == "OSError"
 
 
 def test_an_error_defined_elsewhere_links_to_its_base_class() -> None:

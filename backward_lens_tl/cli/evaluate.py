@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from backward_lens_tl.cli.options import DataCommand
 from backward_lens_tl.errors import EvaluationError
@@ -35,12 +35,8 @@ class EvaluateCommand(DataCommand):
     records: int | None = None
     rows: str | None = None
 
-    def run(self, settings: dict[str, Any]) -> None:
-        """Run the evaluation, and print its table.
-
-        Args:
-            settings: The settings passed on the command line, by name.
-        """
+    def run(self) -> None:
+        """Run the evaluation, and print its table."""
         from backward_lens_tl.data.readers import read_records
         from backward_lens_tl.evaluation.run import evaluate
         from backward_lens_tl.models.loading import load_model, without_progress_bars
@@ -50,7 +46,7 @@ class EvaluateCommand(DataCommand):
         records = self.records
         if rows is None and records is None:
             records = _RECORDS  # not all, so that methods have records left to learn from
-        config = EvaluationConfig(records=records, rows=rows, **settings)
+        config = EvaluationConfig(records=records, rows=rows, **self.settings)
         data = read_records(self.data, split=self.split)
         state = this_process()
         with without_progress_bars() if self.quiet else nullcontext():

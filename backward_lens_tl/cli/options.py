@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from types import NoneType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from backward_lens_tl.choices import Kind
+from backward_lens_tl.errors import InputError
 from backward_lens_tl.runs.config import Config, members
 
 _NAMES = {"prepend_bos": "bos"}
@@ -27,6 +28,7 @@ class Command:
         kind: TransformerLens's model class; by default the one that it prefers.
         SETTINGS: Settings whose fields are options too.
         NO_OPTIONS: Those of its fields that are not.
+        settings: Values of `SETTINGS` passed on the command line, by name.
     """
 
     SETTINGS: ClassVar[type[Config] | None] = None
@@ -34,13 +36,10 @@ class Command:
 
     model: str = "facts"
     kind: Kind | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def run(self, settings: dict[str, Any]) -> None:
-        """Run the command.
-
-        Args:
-            settings: The settings passed on the command line, by name.
-        """
+    def run(self) -> None:
+        """Run the command."""
         raise NotImplementedError
 
 
@@ -71,14 +70,14 @@ def add_options(parser: argparse.ArgumentParser, command: type[Command]) -> None
         parser: The parser to add them to.
         command: The command.
     """
-    own = [field.name for field in fields(command)]
-    for field in fields(command):
-        _add_option(parser, command, field.name, field.default)
+    own = _options(command)
+    for name, default in own.items():
+        _add_option(parser, command, name, default)
     if command.SETTINGS is not None:
         group = parser.add_argument_group("settings")
-        for field in fields(command.SETTINGS):
-            if field.name not in (*own, *command.NO_OPTIONS):
-                _add_option(group, command.SETTINGS, field.name, field.default, is_setting=True)
+        for each in fields(command.SETTINGS):
+            if each.name not in (*own, *command.NO_OPTIONS):
+                _add_option(group, command.SETTINGS, each.name, each.default, is_setting=True)
 
 
 def run_command(command: type[Command], given: dict[str, Any]) -> None:
@@ -88,8 +87,13 @@ def run_command(command: type[Command], given: dict[str, Any]) -> None:
         command: The command.
         given: Its options and settings, by name.
     """
-    own = {field.name: given.pop(field.name) for field in fields(command)}
-    command(**own).run(given)
+    own = {name: given.pop(name) for name in _options(command)}
+    command(**own, settings=given).run()
+
+
+def _options(command: type[Command]) -> dict[str, Any]:
+    """The defaults of a command's own options."""
+    return {each.name: each.default for each in fields(command) if each.name != "settings"}
 
 
 def _add_option(
@@ -105,12 +109,15 @@ def _add_option(
         option["action"] = "store_true" if is_flag else argparse.BooleanOptionalAction
     elif get_origin(item) is Literal:
         option["choices"] = get_args(item)
-    elif item in (str, int):
+    elif item in (str, int, float):
         option["type"] = item
     else:
-        return  # an object, which no option can hold
+        raise InputError(
+            f"{name} of {owner.__name__} is a {item}, which an option cannot hold; list it in "
+            "NO_OPTIONS"
+        )
     text = _described(owner)[name].replace("%", "%%").replace("`", "")
-    if isinstance(default, str | int) and not isinstance(default, bool):
+    if isinstance(default, str | int | float) and not isinstance(default, bool):
         text += f" (default: {default})"
     flag = f"--{_NAMES.get(name, name).replace('_', '-')}"
     if default is MISSING:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from backward_lens_tl.cli.options import DataCommand
 
@@ -34,12 +33,8 @@ class ReproduceCommand(DataCommand):
     seed: int = 0
     prepend_bos: bool | None = False
 
-    def run(self, settings: dict[str, Any]) -> None:
-        """Run the experiments, and print what they found.
-
-        Args:
-            settings: Not used.
-        """
+    def run(self) -> None:
+        """Run the experiments, and print what they found."""
         from backward_lens_tl.data.readers import read_records
         from backward_lens_tl.models.loading import load_model, without_progress_bars
         from backward_lens_tl.reproduction import default_data, reproduce

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from backward_lens_tl.choices import Lens
 from backward_lens_tl.cli.options import Command
@@ -33,21 +33,19 @@ class ShowCommand(Command):
     """
 
     SETTINGS = SweepConfig
-    NO_OPTIONS = ("position_columns", "gradient_columns", "prompts", "seed", "shard_size")
+    NO_OPTIONS = (
+        "position_columns", "gradient_columns", "prompts", "seed", "shard_size", "memory"
+    )  # fmt: skip
 
     prompt: str
     target: str | None = None
     html: str | None = None
     positions: Sequence[int] | None = None
 
-    def run(self, settings: dict[str, Any]) -> None:
-        """Print the table.
-
-        Args:
-            settings: The settings passed on the command line, by name.
-        """
+    def run(self) -> None:
+        """Print the table."""
         with _quiet():
-            config = SweepConfig(**settings)
+            config = SweepConfig(**self.settings)
             both = tuple(dict.fromkeys((*config.projection, *_LENSES)))
             result = self._result(replace(config, projection=both))
         if self.html is not None:

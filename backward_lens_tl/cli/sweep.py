@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from backward_lens_tl.cli.options import DataCommand
 from backward_lens_tl.errors import SweepError
@@ -28,18 +28,15 @@ class SweepCommand(DataCommand):
     """
 
     SETTINGS = SweepConfig
+    NO_OPTIONS = ("memory",)
 
     config: str | None = None
     field: Sequence[str] = ()
     n_devices: int = 1
     budget: int | None = None
 
-    def run(self, settings: dict[str, Any]) -> None:
-        """Run the sweep and print how many prompts were analysed.
-
-        Args:
-            settings: The settings passed on the command line, by name.
-        """
+    def run(self) -> None:
+        """Run the sweep and print how many prompts were analysed."""
         from backward_lens_tl.capture.memory import Memory
         from backward_lens_tl.data.readers import read_records
         from backward_lens_tl.models.loading import load_model, without_progress_bars
@@ -47,9 +44,10 @@ class SweepCommand(DataCommand):
         from backward_lens_tl.sweeps.run import sweep
 
         base = SweepConfig() if self.config is None else SweepConfig.load(self.config)
+        config = replace(base, **self.settings)
         if self.budget is not None:
-            settings["memory"] = replace(base.memory or Memory(), budget=self.budget)
-        config = replace(base, **settings)
+            memory = replace(base.memory or Memory(), budget=self.budget)
+            config = replace(config, memory=memory)
         records = read_records(self.data, fields=_fields(self.field), split=self.split)
         state = this_process()
         device = self.device or own_device(state)

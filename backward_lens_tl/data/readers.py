@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from backward_lens_tl._checks import shown
 from backward_lens_tl.data.records import Records, fingerprint
 from backward_lens_tl.data.schemas import FIELDS, BrokenRow, read_row, truncated
-from backward_lens_tl.errors import InputError
+from backward_lens_tl.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -250,7 +250,7 @@ def _rows_of_parquet(raw: bytes, name: str) -> list[object]:
             'Parquet needs pyarrow: pip install "backward-lens-tl[parquet]"'
         ) from error
     except (OSError, ValueError) as error:  # pyarrow's errors are one or the other
-        raise InputError(f"{name!r} cannot be read as Parquet: {_first_line(error)}") from error
+        raise InputError(f"{name!r} cannot be read as Parquet: {first_line(error)}") from error
     return _rows_of_table(table, name)
 
 
@@ -296,7 +296,7 @@ def _rows_of_folder(name: str, split: str) -> list[object]:
     except Exception as error:  # a damaged folder can raise anything
         raise InputError(
             f"folder {name!r} cannot be read as one written by datasets' save_to_disk: "
-            f"{_first_line(error)}; pass such a folder, or a file ({', '.join(_FORMATS)})"
+            f"{first_line(error)}; pass such a folder, or a file ({', '.join(_FORMATS)})"
         ) from error
     return _rows_of_dataset(data, split, name)
 
@@ -309,12 +309,8 @@ def _rows_from_hub(name: str, split: str) -> list[object]:
     except Exception as error:  # errors of the hub, of file systems, and of file readers
         raise InputError(
             f"{truncated(shown(name))} is not an existing file or folder, and split {split!r} of a "
-            f"data set of this name cannot be loaded from the hub: {_first_line(error)}; check the "
+            f"data set of this name cannot be loaded from the hub: {first_line(error)}; check the "
             "name, or pass the data set that datasets.load_dataset returns. "
             f"{FACTS_RECORDS!r} names the records that ship with this package"
         ) from error
     return _rows_of_dataset(data, split, name)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from backward_lens_tl._checks import check_path
-from backward_lens_tl.errors import EditError, ResultFileError
+from backward_lens_tl.errors import EditError, ResultFileError, first_line
 from backward_lens_tl.files.storage import replacing
 from backward_lens_tl.models.linear import stored_layout
 from backward_lens_tl.models.loading import without_progress_bars
@@ -142,7 +142,7 @@ def _layers(base: Any) -> tuple[list[_Layer], str]:
     # The libraries that read files can raise anything.
     except Exception as error:
         raise EditError(
-            f"transformers cannot load the base {os.fspath(base)!r}: {str(error).splitlines()[0]}"
+            f"transformers cannot load the base {os.fspath(base)!r}: {first_line(error)}"
         ) from error
     return list(_linear_layers(loaded)), os.fspath(base)
 

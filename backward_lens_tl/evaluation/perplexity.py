@@ -15,7 +15,7 @@ import torch
 
 from backward_lens_tl.capture.continuations import Continuations
 from backward_lens_tl.choices import Denominator
-from backward_lens_tl.errors import EvaluationError, one_line
+from backward_lens_tl.errors import EvaluationError, first_line
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.loading import FACTS_MODEL
@@ -129,8 +129,8 @@ def _wikitext() -> list[str]:
         data = datasets.load_dataset(WIKITEXT, "wikitext-2-raw-v1", split="test")
     except Exception as error:  # errors of the hub, of file systems, and of readers of files
         raise EvaluationError(
-            f"{WIKITEXT!r} cannot be loaded: {one_line(error)}; pass texts='wiki.test.raw', a file "
-            f"with one text per line, or {FACTS_TEXTS!r}, or n_texts=0 to skip perplexity"
+            f"{WIKITEXT!r} cannot be loaded: {first_line(error)}; pass texts='wiki.test.raw', a "
+            f"file with one text per line, or {FACTS_TEXTS!r}, or n_texts=0 to skip perplexity"
         ) from error
     return list(data["text"])
 

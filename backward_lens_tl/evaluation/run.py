@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from backward_lens_tl.evaluation.measuring import Bench
 from backward_lens_tl.evaluation.perplexity import read_texts
 from backward_lens_tl.evaluation.plan import Shard, plan_shards, unused_records
 from backward_lens_tl.evaluation.summary import shown_table, summarize, to_markdown
+from backward_lens_tl.runs.distributed import in_turn
 from backward_lens_tl.runs.run import Job, Plan, Run
 from backward_lens_tl.runs.shards import Rows
 
@@ -228,15 +230,7 @@ def _named_methods(job: Job[EvaluationConfig], methods: Methods) -> dict[str, Ed
                 f"methods is {shown(methods)}; pass a method, a mapping of names to methods, or "
                 "names of presets such as 'all' or ['shift', 'rome']"
             )
-        job.folder.mkdir(parents=True, exist_ok=True)
-        named = preset_methods(
-            job.model,
-            names,
-            folder=job.folder,
-            training=unused_records(job.records, job.config),
-            prepend_bos=job.config.prepend_bos,
-            progress=job.progress,
-        )
+        named = in_turn(partial(_presets, job, names), EvaluationError)
     for name, method in named.items():
         if not isinstance(name, str) or not isinstance(method, EditMethod):
             raise EvaluationError(
@@ -246,6 +240,19 @@ def _named_methods(job: Job[EvaluationConfig], methods: Methods) -> dict[str, Ed
         if name == NONE:
             raise EvaluationError(f"{NONE!r} is the unedited model's own name; choose another")
     return {name: _with_bos(name, method, job.config) for name, method in named.items()}
+
+
+def _presets(job: Job[EvaluationConfig], names: Sequence[str]) -> dict[str, EditMethod]:
+    """Preset methods; what they learn is written to the run's folder."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    return preset_methods(
+        job.model,
+        names,
+        folder=job.folder,
+        training=unused_records(job.records, job.config),
+        prepend_bos=job.config.prepend_bos,
+        progress=job.progress,
+    )
 
 
 def _with_bos(name: str, method: EditMethod, config: EvaluationConfig) -> EditMethod:

@@ -18,7 +18,12 @@ from transformers.utils import logging as transformers_logging
 
 from backward_lens_tl._checks import check_choice, check_text
 from backward_lens_tl.choices import Kind
-from backward_lens_tl.errors import InputError, ModelNotFoundError, UnsupportedModelError
+from backward_lens_tl.errors import (
+    InputError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+    first_line,
+)
 from backward_lens_tl.models import check_plain, has_bridge, host_of, probe_tokens
 from backward_lens_tl.models.vocabulary import Vocabulary
 
@@ -140,7 +145,7 @@ def _load_folder(folder: Path, kind: Kind, device: str | None, n_devices: int) -
     except Exception as error:
         raise ModelNotFoundError(
             f"folder {str(folder)!r} does not hold a model and a tokenizer in Hugging Face format "
-            f"that transformers {version('transformers')} reads: {str(error).splitlines()[0]}; "
+            f"that transformers {version('transformers')} reads: {first_line(error)}; "
             f"{FACTS_MODEL!r} is the model that ships with this package"
         ) from error
     _check_rope(folder, hf_model.config)
@@ -222,6 +227,6 @@ def _load_from_hub(name: str, kind: Kind, device: str | None, n_devices: int) ->
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
             f"{name!r} is not a local folder, and cannot be loaded from the hub: "
-            f"{str(error).splitlines()[0]} ({FACTS_MODEL!r} ships with this package and needs no "
+            f"{first_line(error)} ({FACTS_MODEL!r} ships with this package and needs no "
             "network)"
         ) from error

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+
+from backward_lens_tl.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
 _LONGEST_WAIT = timedelta(days=30)
+
+_Result = TypeVar("_Result")
 
 
 def this_process() -> PartialState:
@@ -35,3 +40,33 @@ def own_device(state: PartialState) -> str | None:
         is Apple's, which TransformerLens itself decides whether to use.
     """
     return None if state.device.type in ("cpu", "mps") else str(state.device)
+
+
+def in_turn(action: Callable[[], _Result], error: type[InputError]) -> _Result:
+    """Call a function in the first process of the launch, and then in the others.
+
+    Args:
+        action: A function that writes files which the others read.
+        error: The error to raise in the others.
+
+    Returns:
+        What it returns in this process.
+
+    Raises:
+        InputError: In the other processes, if it failed in the first one.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    # Not Accelerate's `main_process_first`: if the first process failed, the others would wait.
+    if this_process().is_main_process:
+        try:
+            result = action()
+        except Exception as failed:
+            broadcast_object_list([one_line(failed)])
+            raise
+        broadcast_object_list([None])
+        return result
+    (failure,) = broadcast_object_list([None])
+    if failure is not None:
+        raise error(f"the first process failed: {failure}")
+    return action()

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -34,7 +35,7 @@ from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.loading import load_model
 from backward_lens_tl.runs.columns import Column, Tables
 from backward_lens_tl.runs.config import Config
-from backward_lens_tl.runs.distributed import own_device, this_process
+from backward_lens_tl.runs.distributed import in_turn, own_device, this_process
 from backward_lens_tl.runs.rejects import Reject
 from backward_lens_tl.runs.shards import (
     ANY_SHARD,
@@ -143,11 +144,19 @@ class Run:
         path = Path(folder) / _RUN
         try:
             run = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            found = run["format"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise cls.CONFIG.ERROR(
                 f"{os.fspath(folder)!r} is not the folder of {_a(cls.NOUN)}: {path} cannot be "
-                f"read ({error})"
+                f"read ({error!r})"
             ) from error
+        if found != _FORMAT_VERSION:
+            raise cls.CONFIG.ERROR(
+                f"{os.fspath(folder)!r} has format {found}, and this version reads "
+                f"{_FORMAT_VERSION}; install backward-lens-tl "
+                f"{run.get('versions', {}).get('backward-lens-tl', '')}, which wrote it, or choose "
+                "another folder"
+            )
         return cls(Path(folder), run)
 
     @property
@@ -225,8 +234,6 @@ class Run:
     ) -> _Own:
         """Measure and write this process's share of the shards that are not written yet.
 
-        `prepare` runs in the first process before it runs in the others.
-
         Returns:
             The run; all processes of a launch return together.
         """
@@ -246,9 +253,8 @@ class Run:
             model = load_model(model, device=own_device(state))
         is_shown = progress and state.is_main_process
         job = Job(model, host_of(model), records, config or cls.CONFIG(), Path(out), is_shown)
-        with state.main_process_first():
-            plan = prepare(job)
-            found = cls._begin(job, plan)
+        plan = prepare(job)
+        found = in_turn(partial(cls._begin, job, plan), cls.CONFIG.ERROR)
         found._write_missing(plan, state, is_shown)
         return found
 

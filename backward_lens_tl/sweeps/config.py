@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from backward_lens_tl._checks import shown
 from backward_lens_tl.capture.memory import Memory
 from backward_lens_tl.choices import Direction, Lens, MultiToken, VjpsAt
-from backward_lens_tl.errors import SweepError
+from backward_lens_tl.errors import SweepError, raised_as
 from backward_lens_tl.runs.columns import Column
 from backward_lens_tl.runs.config import Config, Count
 from backward_lens_tl.sweeps.columns import TABLES
@@ -130,8 +130,13 @@ def _as_memory(value: Any) -> Memory | None:
         return value
     if not isinstance(value, Mapping):
         raise SweepError(f"memory is {shown(value)}; pass a Memory, such as Memory(budget=2**30)")
+    known = [field.name for field in fields(Memory)]
+    for name in value:
+        if name not in known:
+            raise SweepError(f"memory has no setting {shown(name)}; allowed are {', '.join(known)}")
     import torch
 
     dtype = value.get("factor_dtype")
     named = None if dtype is None else getattr(torch, str(dtype).removeprefix("torch."), dtype)
-    return Memory(**{**value, "factor_dtype": named})
+    with raised_as(SweepError):
+        return Memory(**{**value, "factor_dtype": named})

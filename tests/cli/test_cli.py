@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import re
@@ -9,7 +10,7 @@ import resource
 import subprocess
 import sys
 import warnings
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,13 +19,16 @@ import pytest
 from models import HAS_BRIDGE
 from transformers.utils import logging as transformers_logging
 
+import backward_lens_tl as blt
 from backward_lens_tl import cli
 from backward_lens_tl.choices import Denominator, MultiToken
 from backward_lens_tl.cli import main
+from backward_lens_tl.cli.options import Command, add_options
 from backward_lens_tl.cli.show import ShowCommand
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.models import loading
+from backward_lens_tl.runs.config import Config, Positive
 from backward_lens_tl.sweeps.config import SweepConfig
 
 PROMPT = "Once upon a time, there was a little"
@@ -236,7 +240,7 @@ def test_options_match_the_fields_of_the_settings():
     for command, config, left_out in (
         ("sweep", SweepConfig, {"memory"}),
         ("evaluate", EvaluationConfig, set()),
-        ("show", SweepConfig, {"memory", *ShowCommand.NO_OPTIONS}),
+        ("show", SweepConfig, {*ShowCommand.NO_OPTIONS}),
     ):
         [commands] = [each for each in cli.parser()._actions if each.dest == "command"]
         actions = {each.dest: each for each in commands.choices[command]._actions}
@@ -244,7 +248,7 @@ def test_options_match_the_fields_of_the_settings():
         assert names & {*actions} == names - left_out
         assert all(action.help for action in actions.values())
         given = vars(cli.parser().parse_args([command, *required[command]]))
-        own = {field.name for field in fields(cli.COMMANDS[command])}
+        own = {field.name for field in fields(cli.COMMANDS[command])} - {"settings"}
         assert {*given} == own | {"command"}
         name, choices = (
             ("multi_token", MultiToken) if "k" in names else ("denominator", Denominator)
@@ -252,6 +256,42 @@ def test_options_match_the_fields_of_the_settings():
         assert tuple(actions[name].choices) == get_args(choices)
     assert "(default: 10)" in actions["k"].help
     assert actions["layers"].type is int
+
+
+@dataclass(frozen=True)
+class Learning(Config):
+    """Settings.
+
+    Attributes:
+        rate: The rate.
+        memory: The limits.
+    """
+
+    rate: Positive = 0.5
+    memory: blt.Memory | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learn(Command):
+    """Learn."""
+
+    SETTINGS = Learning
+    NO_OPTIONS = ("memory",)
+
+
+def test_options_of_numbers():
+    parser = argparse.ArgumentParser()
+    add_options(parser, Learn)
+    assert parser.parse_args(["--rate", "0.25"]).rate == 0.25
+    assert "The rate (default: 0.5)" in parser.format_help()
+
+
+def test_a_setting_that_no_option_can_hold_is_not_left_out_in_silence():
+    class Careless(Learn):
+        NO_OPTIONS = ()
+
+    with pytest.raises(InputError, match=r"^memory of Learning is a .*Memory.*NO_OPTIONS"):
+        add_options(argparse.ArgumentParser(), Careless)
 
 
 @pytest.mark.slow

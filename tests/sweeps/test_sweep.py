@@ -838,7 +838,15 @@ def test_folders_of_something_other_than_a_sweep(swept, tiny: nn.Module, tmp_pat
     (broken / "run.json").write_text("{")
     with pytest.raises(SweepError, match="is not the folder of a sweep"):
         Sweep.load(broken)
-    with pytest.raises(SweepError, match="is not the folder of a sweep"):
+    for text in ("[1]", "{}", "3"):
+        (broken / "run.json").write_text(text)
+        with pytest.raises(SweepError, match="is not the folder of a sweep"):
+            Sweep.load(broken)
+    (broken / "run.json").write_text('{"format": 1, "versions": {"backward-lens-tl": "0.0.1"}}')
+    message = r"has format 1, and this version reads \d; install backward-lens-tl 0\.0\.1, which"
+    with pytest.raises(SweepError, match=message):
+        Sweep.load(broken)
+    with pytest.raises(SweepError, match=message):
         swept(folder="broken")
     file = tmp_path / "file"
     file.write_text("mine")
@@ -914,6 +922,9 @@ def test_fingerprints_change_with_one_bit_of_model_or_data(swept, plain):
         ({"shard_size": 0}, "shard_size is 0; it should be greater"),
         ({"shard_size": "8"}, "shard_size is '8'; it should be a valid integer"),
         ({"memory": 10**9}, "memory is 1000000000; pass a Memory"),
+        ({"memory": {"budgte": 1}}, "memory has no setting 'budgte'; allowed are budget, factor_"),
+        ({"memory": {"budget": "1"}}, "budget is '1'; pass a number of bytes"),
+        ({"memory": {"factor_dtype": "int8"}}, "factor_dtype is torch.int8; allowed are"),
         ({"seed": "now"}, "seed is 'now'; it should be a valid integer"),
     ],
 )

@@ -42,7 +42,7 @@ def script(name: str) -> str:
 
 # A process forks before each sweep, so that the libraries are imported once.
 DRIVER = '''
-import os, shlex, signal, sys
+import os, shlex, signal, socket, sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,7 +51,7 @@ import torch
 torch.set_num_threads(1)
 from backward_lens_tl import load_facts_model
 from backward_lens_tl.files import storage
-from backward_lens_tl.runs import shards
+from backward_lens_tl.runs import run, shards
 from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.sweeps.config import SweepConfig
 from backward_lens_tl.sweeps.run import sweep
@@ -101,12 +101,42 @@ def whole(name):
     sweep(model, records, out / name, settings, progress=False)
 
 
-def ranked(rank, port):
+def of_two(rank, port):
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )
-    whole("two")
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def both(action):
+    """The statuses of an action in two processes of one launch."""
+    port = free_port()
+
+    def ranked(rank):
+        of_two(rank, port)
+        action(rank)
+
+    first = os.fork()
+    if first == 0:
+        os._exit(forked(lambda: ranked(0)))
+    second = forked(lambda: ranked(1))
+    return os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]), second
+
+
+def failing(rank):
+    """A sweep whose first process cannot create the folder."""
+    def refused(path, text):
+        raise OSError("no room")
+
+    if rank == 0:
+        run.write_text = refused
+    whole("failed")
 
 
 # Every moment of a sweep of three shards: run.json, and four tables of each shard.
@@ -121,15 +151,8 @@ for moment in range(1 + 4 * 3):
         assert status == 0, name
 assert forked(lambda: whole("whole")) == 0
 
-import socket
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-first = os.fork()
-if first == 0:
-    os._exit(forked(lambda: ranked(0, port)))
-second = forked(lambda: ranked(1, port))
-assert second == os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 0
+assert both(lambda rank: whole("two")) == (0, 0)
+assert both(failing) == (1, 1)
 '''
 
 
@@ -139,6 +162,8 @@ def driven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("driven")
     done = ran([sys.executable, "-c", DRIVER, str(folder)])
     assert done.returncode == 0, done.stderr[-3000:]
+    # The other process did not wait for the one that failed.
+    assert "SweepError: the first process failed: no room" in done.stderr
     return folder
 
 
