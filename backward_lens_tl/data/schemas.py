@@ -136,13 +136,8 @@ class _Cells:
         return InputError(f"{self._label(column)} is {given}; {needed}")
 
     def _missing(self, column: str) -> InputError:
-<<<<<<< Updated upstream
-        filled = ", ".join(repr(key) for key in self.row if self[key] is not None) or "nothing"
-        return InputError(f"{self._label(column)} is missing or empty; the row has {filled}")
-=======
         filled = ", ".join(shown(key) for key in self.row if self[key] is not None) or "nothing"
-        return InputError(f"{self._label(column)} is missing or empty; there is {filled}")
->>>>>>> Stashed changes
+        return InputError(f"{self._label(column)} is missing or empty; the row has {filled}")
 
     def _label(self, column: str) -> str:
         return repr(self.path + column)

@@ -152,7 +152,7 @@ class Run:
             ) from error
         if found != _FORMAT_VERSION:
             raise cls.CONFIG.ERROR(
-                f"{os.fspath(folder)!r} has format {found}, and this version reads "
+                f"{os.fspath(folder)!r} has format {found}, but this version reads "
                 f"{_FORMAT_VERSION}; install backward-lens-tl "
                 f"{run.get('versions', {}).get('backward-lens-tl', '')}, which wrote it, or choose "
                 "another folder"

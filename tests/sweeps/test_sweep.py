@@ -843,7 +843,7 @@ def test_folders_of_something_other_than_a_sweep(swept, tiny: nn.Module, tmp_pat
         with pytest.raises(SweepError, match="is not the folder of a sweep"):
             Sweep.load(broken)
     (broken / "run.json").write_text('{"format": 1, "versions": {"backward-lens-tl": "0.0.1"}}')
-    message = r"has format 1, and this version reads \d; install backward-lens-tl 0\.0\.1, which"
+    message = r"has format 1, but this version reads \d; install backward-lens-tl 0\.0\.1, which"
     with pytest.raises(SweepError, match=message):
         Sweep.load(broken)
     with pytest.raises(SweepError, match=message):
