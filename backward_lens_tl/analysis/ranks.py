@@ -10,7 +10,7 @@ from backward_lens_tl.analysis.tables import grouped, table_of, with_types_of
 if TYPE_CHECKING:
     import pandas as pd
 
-    from backward_lens_tl.analysis.tables import Source
+    from backward_lens_tl.analysis.tables import GradientSource
 
 _COLUMNS = (
     "prompt",
@@ -36,7 +36,7 @@ _CAUSE_COLUMNS = (
 """The arguments of `_cause`, in order."""
 
 
-def gradient_ranks(gradients: Source) -> pd.DataFrame:
+def gradient_ranks(gradients: GradientSource) -> pd.DataFrame:
     """Ranks of gradients by the length of their prompt (paper, figure 4).
 
     The paper's law holds for MLPs and a loss on the last token. A gradient has rank `n`, the number
@@ -87,7 +87,7 @@ def gradient_ranks(gradients: Source) -> pd.DataFrame:
     return with_types_of(source, found)[["matrix", "layer", "n_tokens", *order]]
 
 
-def rank_exceptions(gradients: Source) -> pd.DataFrame:
+def rank_exceptions(gradients: GradientSource) -> pd.DataFrame:
     """The gradients whose rank deviates from the law, with the cause.
 
     The paper saw "a drop of one or two" in the rank, "once in a few dozen examples", and attributed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.sweeps.run import Sweep
@@ -13,21 +14,23 @@ if TYPE_CHECKING:
     import pandas as pd
 
     Source = pd.DataFrame | Sweep | BackwardLensResult
+    GradientSource = Source | GradientCapture
 
 SOURCES = {
     "positions": "a table of positions: a sweep, its positions(), or result.to_df(subject)",
-    "gradients": "a table of gradients: a sweep, its gradients(), a result or its gradient_df()",
+    "gradients": "a table of gradients: a sweep, its gradients(), a result, its capture, or "
+    "result.capture.gradient_df()",
 }
 """Descriptions of the tables, for error messages."""
 
 
 def table_of(
-    source: Source, name: Literal["positions", "gradients"], columns: Sequence[str]
+    source: GradientSource, name: Literal["positions", "gradients"], columns: Sequence[str]
 ) -> pd.DataFrame:
     """The table that an analysis reads.
 
     Args:
-        source: A sweep, a result, or one of their tables.
+        source: A sweep, a result, one of their tables, or, for gradients, a capture.
         name: Which table.
         columns: The columns that it must have.
 
@@ -42,6 +45,8 @@ def table_of(
         table = getattr(source, name)(columns)
     elif isinstance(source, BackwardLensResult):
         table = source.to_df() if name == "positions" else source.capture.gradient_df()
+    elif isinstance(source, GradientCapture) and name == "gradients":
+        table = source.gradient_df()
     return checked_table(table, columns, SOURCES[name])
 
 

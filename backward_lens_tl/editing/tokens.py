@@ -17,14 +17,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from backward_lens_tl._checks import check_choice, is_integer, shown
+from backward_lens_tl._checks import check_choice, is_integer, plain, shown
+from backward_lens_tl.capture.objectives import check_multi_token
 from backward_lens_tl.choices import MultiToken
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.weight_delta import WeightDelta, edited_site
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.sites import READING_MATRICES
-from backward_lens_tl.readout.projections import Projection
+from backward_lens_tl.readout.projections import Projection, as_projection
+from backward_lens_tl.readout.topk import checked_k
 from backward_lens_tl.readout.vectors import VectorReadout, read_vectors
 
 if TYPE_CHECKING:
@@ -102,9 +104,7 @@ def delta_tokens(
     if most is not None and (not is_integer(most) or int(most) < 1):
         raise EditError(f"most is {shown(most)}; pass a number of rows, or None for all")
     n_rows = None if most is None else int(most)
-    read = partial(
-        read_vectors, model, target=target, projection=projection, k=k, multi_token=multi_token
-    )
+    read = _reader(host, target, projection, k, multi_token)
     tables = [_rows(host, read, each, components, n_rows) for each in delta]
     columns = [*_COLUMNS, *([] if target is None else ["target_rank"])]
     return pd.DataFrame([row for rows in tables for row in rows], columns=columns)
@@ -170,9 +170,7 @@ def compare_tokens(
     import pandas as pd
 
     host = host_of(model)
-    read = partial(
-        read_vectors, model, target=target, projection=projection, k=k, multi_token=multi_token
-    )
+    read = _reader(host, target, projection, k, multi_token)
     if not deltas:
         raise EditError("there is no edit to compare; pass several by name")
     first, *others = deltas.values()
@@ -190,6 +188,21 @@ def compare_tokens(
     ranks = ["target_rank", "answer_target_rank"]
     table = pd.DataFrame(rows).astype(dict.fromkeys(ranks, "Int64"))
     return table.drop(columns=ranks) if target is None else table
+
+
+def _reader(
+    host: Host,
+    target: str | int | None,
+    projection: str | Projection,
+    k: int,
+    multi_token: MultiToken | None,
+) -> _Reader:
+    """Check the arguments of a readout here, because an edit may have no vector to read."""
+    check_multi_token(multi_token)
+    token = None if target is None else host.vocabulary.token_id(plain(target), multi_token)
+    k = checked_k(k, host.d_vocab_out)
+    lens = as_projection(projection, host)
+    return partial(read_vectors, host.model, target=token, projection=lens, k=k)
 
 
 _COLUMNS = (

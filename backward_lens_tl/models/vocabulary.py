@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 from backward_lens_tl._checks import check_text, shown
@@ -27,6 +27,8 @@ _RECENT = 64
 Span = tuple[int, int]
 """A half-open span of a text's characters."""
 
+_Encoded = tuple[tuple[int, ...], tuple[Span, ...] | None]
+
 
 class Vocabulary:
     """The model's tokenizer, as targets and readouts need it.
@@ -40,7 +42,7 @@ class Vocabulary:
     def __init__(self, tokenizer: Any, size: int) -> None:
         self._tokenizer = tokenizer
         self.size = size
-        self._encoded = lru_cache(_RECENT)(self._encode)
+        self._recent: dict[str, _Encoded] = {}
 
     def text(self, token_id: int) -> str:
         """Text of one token within running text, including its leading space if it has one."""
@@ -83,10 +85,10 @@ class Vocabulary:
         if spans is None:
             return None
         for start in range(len(token_ids) - len(ids) + 1):
-            if list(token_ids[start : start + len(ids)]) == ids:
+            if tuple(token_ids[start : start + len(ids)]) == ids:
                 added = len(token_ids) - len(ids) - start
                 end = (len(text), len(text))
-                return ((0, 0),) * start + tuple(spans) + (end,) * added
+                return ((0, 0),) * start + spans + (end,) * added
         return None
 
     def spans(self, token_ids: Sequence[int]) -> tuple[str, tuple[Span, ...]]:
@@ -108,7 +110,7 @@ class Vocabulary:
         own = [i for i in token_ids if i not in self.special_ids] or token_ids
         text = self.decode(own)
         ids, own_spans = self._encoded(text)
-        if own_spans is None or ids != list(own):
+        if own_spans is None or ids != tuple(own):
             text, own_spans = self.concatenated(own)
         hidden, rest = set(token_ids) - set(own), iter(own_spans)
         spans = [(0, 0)]
@@ -132,21 +134,28 @@ class Vocabulary:
         n = len(token_ids)
         last = max((at for at in range(n) if token_ids[at] in self.special_ids), default=-1)
         for start in dict.fromkeys((0, last + 1, last, *range(max(0, n - _SOME), n))):
-            own = list(token_ids[max(0, start) :])
-            text: str = self._tokenizer.decode(own, clean_up_tokenization_spaces=False)
+            own = tuple(token_ids[max(0, start) :])
+            text: str = self._tokenizer.decode(list(own), clean_up_tokenization_spaces=False)
             if own and self._ids(text) == own:
                 return text
         return None
 
-    def _encode(self, text: str) -> tuple[list[int], list[Span] | None]:
+    def _encoded(self, text: str) -> _Encoded:
         """A text's tokens without added ones, and their offsets if the tokenizer has any."""
+        if text not in self._recent:
+            if len(self._recent) >= _RECENT:
+                del self._recent[next(iter(self._recent))]
+            self._recent[text] = self._encode(text)
+        return self._recent[text]
+
+    def _encode(self, text: str) -> _Encoded:
         if self._tokenizer is None:
-            return [], None
+            return (), None
         is_fast = getattr(self._tokenizer, "is_fast", False)
         encoded = self._tokenizer(
             text, add_special_tokens=False, **({"return_offsets_mapping": True} if is_fast else {})
         )
-        ids: list[int] = encoded["input_ids"]
+        ids = tuple(encoded["input_ids"])
         if not is_fast:
             return ids, None
         spans: list[Span] = [(start, end) for start, end in encoded["offset_mapping"]]
@@ -156,11 +165,11 @@ class Vocabulary:
             start = spans[at][0]
             if start == spans[at + 1][0] and self.text(ids[at]).isspace():
                 spans[at] = (start, start)
-        return ids, spans
+        return ids, tuple(spans)
 
     def concatenated(
         self, token_ids: Sequence[int], *, in_front: bool = True
-    ) -> tuple[str, list[Span]]:
+    ) -> tuple[str, tuple[Span, ...]]:
         """The tokens' own texts, concatenated, and their spans.
 
         Args:
@@ -179,7 +188,7 @@ class Vocabulary:
             if index == len(token_ids) or not piece.endswith(_PARTIAL):
                 spans += [(len(text), len(text) + len(piece))] * len(group)
                 text, group = text + piece, []
-        return text, spans
+        return text, tuple(spans)
 
     def _running_text(self, token_ids: Sequence[int], *, in_front: bool = False) -> str:
         """Text of tokens within running text, or at its beginning."""
@@ -221,7 +230,7 @@ class Vocabulary:
             raise TargetError(f"target {text!r} has no token; pass a word such as ' Paris'")
         return [self._checked(token_id) for token_id in ids]
 
-    def _joined(self, prompt: str, text: str) -> list[int]:
+    def _joined(self, prompt: str, text: str) -> tuple[int, ...]:
         before, both = self._ids(prompt), self._ids(prompt + text)
         if both[: len(before)] == before:
             return both[len(before) :]
@@ -240,14 +249,14 @@ class Vocabulary:
             return "Move the border between prompt and target to one between words, "
         return f"Begin the target with a space, as in {' ' + text!r}, if a new word is meant, "
 
-    def _after_anchor(self, text: str) -> list[int]:
+    def _after_anchor(self, text: str) -> tuple[int, ...]:
         for anchor in _ANCHORS:
             before, both = self._ids(anchor), self._ids(anchor + text)
             if before and len(both) > len(before) and both[: len(before)] == before:
                 return both[len(before) :]
         return self._ids(text)
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, text: str) -> tuple[int, ...]:
         return self._encoded(text)[0]
 
     def token_id(
@@ -307,7 +316,7 @@ class Vocabulary:
     def begins_with_bos(self, text: str) -> bool:
         """Whether a text already begins with the BOS token, as after a chat template."""
         bos = getattr(self._tokenizer, "bos_token_id", None)
-        return bos is not None and self._ids(text)[:1] == [bos]
+        return bos is not None and self._ids(text)[:1] == (bos,)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class VectorReadout:
         targets: Id of each vector's target; `None` without a target.
         target_rank: Number of tokens with a strictly larger score than the target, 0 for the top;
             `None` without a target.
-        vocabulary: Turns ids into texts.
+        token_texts: Text of every token among these.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -61,7 +61,7 @@ class VectorReadout:
     bottom_scores: Float[Tensor, "*lead k"]
     targets: Int[Tensor, "*lead"] | None
     target_rank: Int[Tensor, "*lead"] | None
-    vocabulary: Vocabulary = field(compare=False)
+    token_texts: Mapping[int, str]
 
     @property
     def top_tokens(self) -> list[Any]:
@@ -103,10 +103,10 @@ class VectorReadout:
         return pd.DataFrame(columns, index=index)
 
     def _texts(self, ids: Int[Tensor, "*shape"]) -> list[Any]:
-        texts = {token: self.vocabulary.text(token) for token in ids.unique().tolist()}
-
         def as_texts(value: Any) -> Any:
-            return [as_texts(each) for each in value] if isinstance(value, list) else texts[value]
+            if isinstance(value, list):
+                return [as_texts(each) for each in value]
+            return self.token_texts[value]
 
         nested: list[Any] = as_texts(ids.tolist())
         return nested
@@ -189,6 +189,8 @@ def read_vectors(
     group = VectorGroup(0 if layer is None else int(layer) % host.n_layers, rows, ranked)
     [[flat]] = read_groups([group], [lens], k, host.d_vocab_out)
     read = join_readouts([flat], lambda fields: _unflattened(fields[0], lead))
+    shown = [read.top_ids, read.bottom_ids, *([] if targets is None else [targets])]
+    ids = torch.cat([each.flatten().cpu() for each in shown]).unique().tolist()
     return VectorReadout(
         top_ids=read.top_ids,
         top_scores=read.top_scores,
@@ -196,7 +198,7 @@ def read_vectors(
         bottom_scores=read.bottom_scores,
         targets=None if targets is None else targets.to(rows.device),
         target_rank=None if targets is None else read.target_rank,
-        vocabulary=host.vocabulary,
+        token_texts={token: host.vocabulary.text(token) for token in ids},
     )
 
 

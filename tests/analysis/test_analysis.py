@@ -479,6 +479,7 @@ def test_a_sweep_a_result_and_their_tables_give_the_same(
     for function in (gradient_ranks, rank_exceptions):
         pd.testing.assert_frame_equal(function(sweep), function(sweep.gradients()))
         pd.testing.assert_frame_equal(function(result), function(result.capture.gradient_df()))
+        pd.testing.assert_frame_equal(function(result), function(result.capture))
     pd.testing.assert_frame_equal(norm_correlation(result), norm_correlation(result.to_df()))
 
 
@@ -488,11 +489,15 @@ def test_errors(result: blt.BackwardLensResult, positions: pd.DataFrame) -> None
         with pytest.raises(InputError, match=message):
             function(*args, **kwargs)
 
+    refused(
+        r"a result, its capture, or result\.capture\.gradient_df\(\)", gradient_ranks, "gradients"
+    )
+    refused("is a GradientCapture; pass a table of positions", norm_correlation, result.capture)
     by_segment = (norms_by_segment, token_ranks_by_segment)
     for function in (gradient_ranks, rank_exceptions, *by_segment, norm_correlation):
         refused("the table is a NoneType; pass a table of", function, None)
     for function in (gradient_ranks, rank_exceptions):
-        refused("no column 'is_last_layer', .*its gradient_df", function, positions)
+        refused("no column 'is_last_layer', .*gradient_df", function, positions)
         refused("the table has no rows", function, result.capture.gradient_df().iloc[:0])
     for function in (*by_segment, norm_correlation):
         refused("no column 'position'", function, result.capture.gradient_df())

@@ -417,6 +417,8 @@ def test_the_facts_model_learns(facts_model: Any) -> None:
         ({"norm_constraint": float("nan")}, "norm_constraint"),
         ({"stop_at": None}, "stop_at"),
         ({"stop_at": -1}, "stop_at"),
+        ({"layers": []}, r"layers is \[\]; pass at least one layer, each of them once"),
+        ({"layers": [1, 1]}, r"layers is \[1, 1\]; pass at least one layer"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:

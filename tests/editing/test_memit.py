@@ -282,7 +282,8 @@ def test_a_norm_after_the_mlp_is_refused(kind: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": ()}, "layers is empty"),
+        ({"layers": ()}, r"layers is \(\); pass at least one layer, each of them once"),
+        ({"layers": (1, 0, 0)}, r"layers is \(1, 0, 0\); pass at least one layer"),
         ({"layers": (0, 3)}, "layer 3 does not exist"),
         ({"moments": None}, r"second_moments\(model, texts, layers=\[0, 1\]\)"),
         ({"regularization": 0.0}, "regularization is 0.0; it should be greater than 0"),

@@ -491,8 +491,12 @@ def test_tokens_that_do_not_exist(facts_model: Any, gpt2: Case) -> None:
         ({"projection": "tuned"}, "unknown projection"),
         ({"target": "no such token anywhere"}, "token"),
     ):
-        with pytest.raises(InputError, match=message):
-            delta_tokens(facts_model, delta, **more)
+        for edit in (delta, WeightDelta((), {})):
+            with pytest.raises(InputError, match=message):
+                delta_tokens(facts_model, edit, **more)
+        if not {"most", "components"} & set(more):
+            with pytest.raises(InputError, match=message):
+                compare_tokens(facts_model, {"none": WeightDelta((), {})}, **more)
     with pytest.raises(EditError, match=r"layer 5 does not exist"):
         delta_tokens(gpt2.model, delta)
     empty = delta_tokens(facts_model, WeightDelta((), {}), target=" Paris")

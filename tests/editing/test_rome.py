@@ -418,6 +418,14 @@ def test_a_key_that_hardly_responds_gives_a_warning(one_gpt2: Case) -> None:
     assert huge.norm > 50 * usual.norm
 
 
+def test_prefixes_are_pairs_in_any_sequence(one_gpt2: Case) -> None:
+    for prefixes in (((5, 10),), [(5, 10)], [[5, 10]], ([5, 10],)):
+        assert rome(one_gpt2, prefixes=prefixes).prefixes == ((5, 10),)
+    for prefixes in ((5, 10), [(5, 10, 1)], [(5, 1.5)], "ab"):
+        with pytest.raises(EditError, match="prefixes is"):
+            rome(one_gpt2, prefixes=prefixes)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

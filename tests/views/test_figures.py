@@ -482,6 +482,16 @@ def test_bands_have_gaps_and_no_entry_in_the_legend() -> None:
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a"]
 
 
+def test_a_sweep_and_its_tables_give_the_same_figures(facts_model: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "Lionel Messi plays for", "target": " Paris", "subject": "Lionel Messi"}]
+    sweep = blt.sweep(facts_model, rows, tmp_path, blt.SweepConfig(k=1), progress=False)
+    positions = sweep.positions()
+    norms, ranks = by_segment.norms_by_segment, by_segment.token_ranks_by_segment
+    same(figures.norms_by_segment(sweep), figures.norms_by_segment(norms(positions)))
+    same(figures.token_ranks_by_segment(sweep), figures.token_ranks_by_segment(ranks(positions)))
+    same(figures.gradient_ranks(sweep), figures.gradient_ranks(sweep.gradients()))
+
+
 def test_tables_of_analyses_give_the_same_figures(answered: BackwardLensResult) -> None:
     cells = pd.concat([answered.under(name).to_df(SUBJECTS) for name in answered.projections])
     norms = pd.concat([by_segment.norms_by_segment(cells, of) for of in ("vjp", "input")])
@@ -495,9 +505,10 @@ def test_tables_of_analyses_give_the_same_figures(answered: BackwardLensResult) 
         same(draw_ranks(ranks, **options), draw_ranks(answered, SUBJECTS, **options))
     gradients = answered.capture.gradient_df()
     for matrices in (None, ["W_out", "W_in"]):
-        same(
-            figures.gradient_ranks(gradients, matrices), figures.gradient_ranks(answered, matrices)
-        )
+        for source in (gradients, answered.capture):
+            same(
+                figures.gradient_ranks(source, matrices), figures.gradient_ranks(answered, matrices)
+            )
     # The first projection in the table is used; the title counts the prompts with rows.
     some = by_segment.token_ranks_by_segment(cells, prompts=[0, 2])
     assert draw_ranks(some).layout.title.text == (
@@ -859,16 +870,20 @@ def test_other_types_than_a_result_are_refused(result: BackwardLensResult, stran
         figures.norms,
         lambda given: figures.compare(given, result),
         lambda given: figures.compare(result, given),
-        lambda given: figures.norms_by_segment(given, "Rome"),
-        lambda given: figures.token_ranks_by_segment(given, "Rome"),
         figures.target_ranks,
-        figures.gradient_ranks,
         figures.singular_values,
         lambda given: figures.neuron_similarity(given, "W_out", 0),
     )
     for call in calls:
         with pytest.raises(InputError, match=f"a {type(stranger).__name__}; pass what backward"):
             call(stranger)
+    for function in (figures.norms_by_segment, figures.token_ranks_by_segment):
+        with pytest.raises(
+            InputError, match=f"a {type(stranger).__name__}; pass a result, a sweep"
+        ):
+            function(stranger, "Rome")
+    with pytest.raises(InputError, match=f"a {type(stranger).__name__}; pass a table of gradients"):
+        figures.gradient_ranks(stranger)
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -888,7 +903,7 @@ def test_errors(result: BackwardLensResult, facts_model: Any) -> None:
     for function in (figures.norms, figures.target_ranks, figures.singular_values):
         refused("'W_Q'", function, result, "W_Q")
         refused("prompt 3 does not exist; allowed: 0 to 2", function, result, batch=3)
-    refused("'W_Q'.* was not captured", figures.gradient_ranks, result, ["W_in", "W_Q"])
+    refused("'W_Q' is not in this table; it has", figures.gradient_ranks, result, ["W_in", "W_Q"])
     refused(r"matrices is \[\]; pass some of W_in, W_out", figures.gradient_ranks, result, [])
     refused("'W_Q'.* was not captured", figures.neuron_similarity, result, "W_Q", 0)
     refused("'W_in', 8. was not captured", figures.neuron_similarity, result, "W_in", 8)
@@ -930,7 +945,7 @@ def test_errors_of_tables(result: BackwardLensResult) -> None:
         (figures.norms_by_segment, norms),
         (figures.token_ranks_by_segment, ranks),
     ):
-        name = f"what analysis.{function.__name__} returned"
+        name = f"a result, a sweep, or what analysis.{function.__name__} returned"
         refused(rf"no column .*'of'.*; pass {name}", function, cells)
         refused(f"the table has no rows; pass {name}", function, table.iloc[:0])
         refused("'W_Q' is not in this table; it has W_in, W_out", function, table, None, "W_Q")

@@ -19,7 +19,7 @@ from backward_lens_tl.capture.continuations import Continuations
 from backward_lens_tl.capture.forward import adding, read_logits, requiring_grad
 from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
-from backward_lens_tl.editing.methods.method import EditMethod
+from backward_lens_tl.editing.methods.method import EditMethod, Layers
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.selection import find_editable
@@ -64,7 +64,7 @@ class FineTuning(EditMethod):
         ' Paris'
     """
 
-    layers: int | Sequence[int]
+    layers: int | Layers
     matrices: MatrixName | Sequence[MatrixName] = ("W_out",)
     optimizer: FineTuningOptimizer = "adam"
     lr: Positive = 5e-4

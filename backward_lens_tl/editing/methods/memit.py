@@ -20,6 +20,7 @@ from backward_lens_tl.capture.forward import forward_pass
 from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.fact_method import FactMethod
+from backward_lens_tl.editing.methods.method import Layers
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.editing.statistics.facts import read_facts
 from backward_lens_tl.editing.weight_delta import WeightDelta
@@ -48,7 +49,7 @@ class MEMIT(FactMethod):
     [`FactMethod`][backward_lens_tl.editing.FactMethod].
 
     Attributes:
-        layers: The layers; negative ones count from the end.
+        layers: The layers, in any order; negative ones count from the end.
         regularization: `lambda`, the weight of other text against the facts; three times `d_mlp`
             by default.
         clamp: `||delta||` is at most this multiple of the norm of the residual stream.
@@ -66,7 +67,7 @@ class MEMIT(FactMethod):
         ' Paris'
     """
 
-    layers: Sequence[int]
+    layers: Layers
     regularization: Positive | None = None
     clamp: Positive = field(default=0.75, kw_only=True)
     starts: Sequence[str] = _STARTS

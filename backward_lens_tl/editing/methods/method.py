@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 from torch import nn
 
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
@@ -16,6 +18,16 @@ from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import EditError, raised_as
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.runs.config import Checked
+
+
+def _check_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if not layers or len(set(layers)) < len(layers):
+        raise PydanticCustomError("layers", "pass at least one layer, each of them once")
+    return layers
+
+
+Layers = Annotated[Sequence[int], AfterValidator(_check_layers)]
+"""Layers of a model in any order, at least one and each once."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from backward_lens_tl._checks import check_kind
-from backward_lens_tl.editing.methods.method import EditMethod
+from backward_lens_tl.editing.methods.method import EditMethod, Layers
 from backward_lens_tl.editing.statistics.standardization import PairStatistics
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.runs.config import Positive
@@ -39,7 +39,7 @@ class PairMethod(EditMethod):
     statistics: PairStatistics
     lr: Positive = 1e-3
     matrices: Sequence[str] | None = None
-    layers: Sequence[int] | None = None
+    layers: Layers | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

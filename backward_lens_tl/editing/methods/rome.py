@@ -10,7 +10,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.fact_method import FactMethod
@@ -20,6 +22,8 @@ from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import MatrixSite
+
+Pair = Annotated[tuple[int, int], Field(strict=False)]  # a list of two, too
 
 KeyMode = Literal["mean", "bare", "rome"]
 """Which key an edit responds to, and which one it is scaled for."""
@@ -61,7 +65,7 @@ class ROME(FactMethod):
 
     layer: int
     key_mode: KeyMode = "mean"
-    prefixes: tuple[tuple[int, int], ...] = ((5, 10), (10, 10))
+    prefixes: Sequence[Pair] = ((5, 10), (10, 10))
 
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> Sequence[MatrixDelta]:
         """Compute the change of the matrix, one outer product per request."""

@@ -26,7 +26,7 @@ from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.objectives import Objective
 from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
-from backward_lens_tl.editing.methods.method import EditMethod
+from backward_lens_tl.editing.methods.method import EditMethod, Layers
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.selection import find_editable
@@ -82,7 +82,7 @@ class GradientStep(EditMethod):
     optimizer: Optimizer
     lr: Positive
     matrices: str | Sequence[str] = ("W_out",)
-    layers: int | Sequence[int] | None = None
+    layers: int | Layers | None = None
 
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> Sequence[MatrixDelta]:
         """Compute what the step adds to each matrix."""

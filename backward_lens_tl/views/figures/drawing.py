@@ -31,17 +31,6 @@ def is_log(scale: Scale) -> bool:
     return scale == "log"
 
 
-def check_source(source: object, origin: str) -> None:
-    """Refuse anything that is neither a result nor a table."""
-    import pandas as pd
-
-    if not isinstance(source, BackwardLensResult | pd.DataFrame):
-        raise InputError(
-            f"the source is a {type(source).__name__}; pass what backward_lens returned, or a "
-            f"table of {origin}"
-        )
-
-
 def check_matrix(matrix: object, table: pd.DataFrame) -> None:
     """Refuse a matrix that has no rows in a table."""
     there = table["matrix"].unique().tolist()

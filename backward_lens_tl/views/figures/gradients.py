@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from backward_lens_tl._checks import listed
-from backward_lens_tl.analysis.tables import checked_table
+from backward_lens_tl.analysis.tables import table_of
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.result import BackwardLensResult, check_result
 from backward_lens_tl.views.colors import Colors
@@ -23,7 +23,6 @@ from backward_lens_tl.views.figures.charts import (
 from backward_lens_tl.views.figures.drawing import (
     Backend,
     check_matrix,
-    check_source,
     draw,
     towards,
 )
@@ -32,11 +31,13 @@ from backward_lens_tl.views.text import counted, number
 if TYPE_CHECKING:
     import pandas as pd
 
+    from backward_lens_tl.analysis.tables import GradientSource
+
 _COLUMNS = ("prompt", "matrix", "layer", "n_tokens", "rank")
 
 
 def gradient_ranks(
-    source: BackwardLensResult | pd.DataFrame,
+    source: GradientSource,
     matrices: str | Sequence[str] | None = None,
     *,
     backend: Backend = "plotly",
@@ -47,8 +48,8 @@ def gradient_ranks(
     the last token. `analysis.rank_exceptions` explains points elsewhere.
 
     Args:
-        source: A result, all of whose prompts count, or a table of gradients of any number of
-            prompts, from `GradientCapture.gradient_df` or a sweep.
+        source: A result or a capture, all of whose prompts count, or a table of gradients of any
+            number of prompts: a sweep, its `gradients()`, or `GradientCapture.gradient_df()`.
         matrices: One or more names; by default all matrices.
         backend: `"plotly"` or `"matplotlib"`.
 
@@ -58,7 +59,7 @@ def gradient_ranks(
         separate factors has no points.
 
     Raises:
-        InputError: If `source` is neither, or a matrix or the backend does not exist.
+        InputError: If `source` is none of these, or a matrix or the backend does not exist.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -68,20 +69,11 @@ def gradient_ranks(
         >>> [line.name for line in figure.data]
         ['rank = n', 'layers 0–6', 'layer 7']
     """
-    import pandas as pd
-
-    check_source(source, "result.capture.gradient_df")
-    if isinstance(source, BackwardLensResult):
-        names = _names(matrices, source.matrices)
-        table = pd.concat(
-            [source.capture.gradient_df(matrix=name) for name in dict.fromkeys(names)]
-        )
-    else:
-        checked_table(source, _COLUMNS, "what result.capture.gradient_df() returns")
-        names = _names(matrices, source["matrix"].unique().tolist())
-        for name in names:
-            check_matrix(name, source)
-        table = source[source["matrix"].isin(names)]
+    table = table_of(source, "gradients", _COLUMNS)
+    names = _names(matrices, table["matrix"].unique().tolist())
+    for name in names:
+        check_matrix(name, table)
+    table = table[table["matrix"].isin(names)]
     prompts = counted(table["prompt"].nunique(), "prompt")
     title = f"Rank of each layer's gradient, {prompts}"
     return draw(backend, title, *_rank_charts(table, names))

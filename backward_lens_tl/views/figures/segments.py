@@ -11,12 +11,12 @@ from backward_lens_tl.analysis.tables import checked_table
 from backward_lens_tl.data.segments import Subject
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.sweeps.run import Sweep
 from backward_lens_tl.views.figures.charts import Axis, Line, Lines
 from backward_lens_tl.views.figures.drawing import (
     Backend,
     Scale,
     check_matrix,
-    check_source,
     draw,
     is_log,
 )
@@ -24,6 +24,8 @@ from backward_lens_tl.views.text import counted, number
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from backward_lens_tl.analysis.tables import Source
 
 _STYLES: dict[str, dict[str, str]] = {
     segment: {"color": color, "dash": dash, "marker": marker}
@@ -40,7 +42,7 @@ _STYLES: dict[str, dict[str, str]] = {
 
 
 def norms_by_segment(
-    source: BackwardLensResult | pd.DataFrame,
+    source: Source,
     subject: Subject | Sequence[Subject] | None = None,
     matrix: str = "W_out",
     of: Literal["vjp", "input"] = "vjp",
@@ -51,7 +53,7 @@ def norms_by_segment(
     """Mean norms by segment of the prompt and layer (paper, figures 6, 16 and 17).
 
     Args:
-        source: A result, all of whose prompts count, or the table that
+        source: A result, all of whose prompts count, a sweep, or the table that
             `analysis.norms_by_segment` returned for any number of prompts.
         subject: The subject of a result's prompts: one text or span for all, or one per prompt.
         matrix: Name of the matrix.
@@ -64,8 +66,8 @@ def norms_by_segment(
         prompts. Zeros count, such as all but one token in the last layer.
 
     Raises:
-        InputError: If `source` is neither, the matrix, scale or backend does not exist, or a prompt
-            lacks its subject.
+        InputError: If `source` is something else, the matrix, scale or backend does not exist, or a
+            prompt lacks its subject.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -94,7 +96,7 @@ def norms_by_segment(
 
 
 def token_ranks_by_segment(
-    source: BackwardLensResult | pd.DataFrame,
+    source: Source,
     subject: Subject | Sequence[Subject] | None = None,
     matrix: str = "W_out",
     of: Literal["target", "answer"] = "target",
@@ -106,7 +108,7 @@ def token_ranks_by_segment(
     """Rank of a token in the vocabulary by segment and layer (paper, figures 7 and 18 to 21).
 
     Args:
-        source: A result, all of whose prompts count, or the table that
+        source: A result, all of whose prompts count, a sweep, or the table that
             `analysis.token_ranks_by_segment` returned for any number of prompts. With
             `direction="gradient"`, as in the paper, VJPs rank the target near the end of the
             vocabulary, which is easier to see with `scale="linear"`.
@@ -123,8 +125,8 @@ def token_ranks_by_segment(
         every token adds nothing. The top of the vocabulary is at the top.
 
     Raises:
-        InputError: If `source` is neither, the matrix, projection, scale or backend does not exist,
-            a prompt lacks its subject, or the token has no ranks.
+        InputError: If `source` is something else, the matrix, projection, scale or backend does not
+            exist, a prompt lacks its subject, or the token has no ranks.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -162,7 +164,7 @@ def token_ranks_by_segment(
 
 
 def _table(
-    source: BackwardLensResult | pd.DataFrame,
+    source: Source,
     subject: Subject | Sequence[Subject] | None,
     matrix: str,
     of: str,
@@ -171,20 +173,20 @@ def _table(
 ) -> pd.DataFrame:
     """The rows of an analysis for one matrix and one kind of vector or token."""
     origin = f"analysis.{analysis.__name__}"
-    check_source(source, origin)
     if isinstance(source, BackwardLensResult):
         source.readout(matrix)
         if subject is None:
             raise InputError("subject is None; pass a text, or one per prompt")
         return analysis(source.to_df(subject, matrix=matrix), of)
+    found = analysis(source, of) if isinstance(source, Sweep) else source
+    needed = ("matrix", "of", "layer", "segment", "prompts", *columns)
+    table = checked_table(found, needed, f"a result, a sweep, or what {origin} returned")
     if subject is not None:
         raise InputError(
             f"subject is {shown(subject)}, but the table has its segments; leave subject out"
         )
-    needed = ("matrix", "of", "layer", "segment", "prompts", *columns)
-    checked_table(source, needed, f"what {origin} returned")
-    check_matrix(matrix, source)
-    own = source[source["matrix"] == matrix]
+    check_matrix(matrix, table)
+    own = table[table["matrix"] == matrix]
     check_choice("of", of, own["of"].unique().tolist())
     return own[own["of"] == of]
 
