@@ -189,8 +189,8 @@ def read_vectors(
     group = VectorGroup(0 if layer is None else int(layer) % host.n_layers, rows, ranked)
     [[flat]] = read_groups([group], [lens], k, host.d_vocab_out)
     read = join_readouts([flat], lambda fields: _unflattened(fields[0], lead))
-    shown = [read.top_ids, read.bottom_ids, *([] if targets is None else [targets])]
-    ids = torch.cat([each.flatten().cpu() for each in shown]).unique().tolist()
+    used = [read.top_ids, read.bottom_ids, *([] if targets is None else [targets])]
+    ids = torch.cat([each.flatten().cpu() for each in used]).unique().tolist()
     return VectorReadout(
         top_ids=read.top_ids,
         top_scores=read.top_scores,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +25,7 @@ from backward_lens_tl.data.segments import covered_tokens, subject_span
 from backward_lens_tl.editing.requests import tokenize_request
 from backward_lens_tl.errors import BackwardLensError, InputError, TargetError
 from backward_lens_tl.models import host_of
+from backward_lens_tl.models.vocabulary import Vocabulary
 from backward_lens_tl.sweeps.plan import Item, plan_shards
 
 PROMPTS = (
@@ -478,3 +481,16 @@ def test_prompts_and_targets_are_tokenised_once(
     blt.capture_gradients(facts_model, prompt, blt.target_nll(" Rome"), layers=-1)
     # In addition to the model's `to_tokens`, which passes a list.
     assert [text for text in seen if isinstance(text, str)] == [prompt, f"{prompt} Rome"]
+
+
+def test_a_vocabulary_is_pickled_and_freed() -> None:
+    """Its cache of tokenised texts keeps neither itself nor the tokenizer alive."""
+    tokenizer = tokenizer_of("byte-level")
+    vocabulary = Vocabulary(tokenizer, len(tokenizer))
+    ids = vocabulary.encode(" Paris")
+    assert pickle.loads(pickle.dumps(vocabulary)).encode(" Paris") == ids
+    ids.append(-1)  # a caller's list is not the cached one
+    assert vocabulary.encode(" Paris") == ids[:-1]
+    reference = weakref.ref(vocabulary)
+    del vocabulary
+    assert reference() is None

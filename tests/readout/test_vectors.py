@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -212,3 +213,13 @@ def test_wrong_use(trained: Any, wrong: str, as_for_a_user: None) -> None:
     kind = TargetError if "target" in arguments else InputError
     with pytest.raises(kind, match=message):
         blt.read_vectors(trained, **({"vectors": PLAIN} | arguments))
+
+
+def test_a_readout_can_be_pickled_and_holds_no_tokenizer(trained: Any) -> None:
+    read = blt.read_vectors(trained, trained.W_out[6, :2].detach(), PARIS, k=2)
+    data = pickle.dumps(read)
+    assert len(data) < 10_000  # four tokens at either end, not a vocabulary
+    again = pickle.loads(data)
+    assert again.top_tokens == read.top_tokens
+    assert again.to_df().equals(read.to_df())
+    assert repr(again) == repr(read)
