@@ -371,3 +371,26 @@ def test_a_callers_file_next_to_the_result_stays(gpt2: Case, tmp_path: Path) -> 
     result.save(tmp_path / "result")
     assert theirs.read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result", "result.partial"]
+
+
+def test_negative_layers_count_from_the_models_last_layer(facts_model: Any) -> None:
+    """In arguments, in captures and in results, also if only some layers were captured."""
+    result = backward_lens(facts_model, "Lionel Messi plays for", " Paris", layers=[2, -3])
+    capture = result.capture
+    assert capture.layers == (2, 5)
+    assert capture["W_out", -3] is capture["W_out", 5]
+    assert capture.neuron_df("W_out", -6).equals(capture.neuron_df("W_out", 2))
+    assert capture.layer_number(-6) == 2
+    assert result.cell("W_in", -3, 0) == result.cell("W_in", 5, 0)
+    for read in (
+        lambda: capture["W_out", -1],
+        lambda: capture.neuron_df("W_out", -1),
+        lambda: capture.layer_number(-1),
+        lambda: result.top_tokens("W_out", -1, -1),
+        lambda: result.cells("W_out", -2),
+    ):
+        with pytest.raises(InputError, match=r"was not captured; available: .*2, 5"):
+            read()
+    for read in (lambda: capture["W_out", 8], lambda: result.cells("W_out", -9)):
+        with pytest.raises(InputError, match="does not exist; allowed: -8 to 7"):
+            read()

@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from backward_lens_tl._checks import is_index, is_integer
 from backward_lens_tl.capture.coverage import Coverage
 from backward_lens_tl.capture.hook_points import (
     AttentionGradient,
@@ -23,6 +22,7 @@ from backward_lens_tl.capture.hook_points import (
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models.precision import at_least_float32
+from backward_lens_tl.models.selection import resolve_layer
 from backward_lens_tl.models.sites import ATTENTION_MATRICES, MatrixName
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 class GradientCapture:
     """The gradients of several weight matrices, as factors.
 
-    `capture["W_out", 5]` is one of them; iteration is in model order.
+    `capture["W_out", 5]` is one of them; iteration is in model order. Negative layers count from
+    the model's last layer.
 
     Attributes:
         gradients: By matrix and layer, in model order.
@@ -86,8 +87,8 @@ class GradientCapture:
     spans: tuple[tuple[tuple[int, int], ...], ...] = ()
 
     def __getitem__(self, key: tuple[str, int]) -> MatrixGradient:
-        if isinstance(key, tuple) and len(key) == 2 and is_integer(key[1]):
-            found = self.gradients.get((str(key[0]), int(key[1])))
+        if isinstance(key, tuple) and len(key) == 2:
+            found = self.gradients.get((str(key[0]), resolve_layer(key[1], self.n_layers)))
             if found is not None:
                 return found
         raise InputError(
@@ -144,7 +145,7 @@ class GradientCapture:
         """The backward pass through one layer's attention pattern.
 
         Args:
-            layer: A layer of the model, or a negative index into the captured layers.
+            layer: The layer, negative from the end of the model.
 
         Returns:
             The gradient at the scores, and Reversed Attention.
@@ -159,20 +160,16 @@ class GradientCapture:
             >>> capture.attention_of(5)  # [batch, head, query, key]
             AttentionGradient([1, 4, 6, 6])
         """
-        layer = self._layer(layer)
-        if is_integer(layer) and layer in self.attention:
+        layer = resolve_layer(layer, self.n_layers)
+        if layer in self.attention:
             return self.attention[layer]
-        if (
-            is_integer(layer)
-            and layer in self.layers
-            and set(self.matrices) & set(ATTENTION_MATRICES)
-        ):
+        if layer in self.layers and set(self.matrices) & set(ATTENTION_MATRICES):
             raise InputError(
                 f"the attention pattern of layer {layer} did not pass hook_pattern with a gradient "
                 "(attn_implementation='eager' shows it)"
             )
         raise InputError(
-            f"there is no Reversed Attention for layer {layer!r}; capture its attention matrices, "
+            f"there is no Reversed Attention for layer {layer}; capture its attention matrices, "
             "for example with matrices='attn'"
         )
 
@@ -184,7 +181,7 @@ class GradientCapture:
         divided by `sqrt(d_head)`.
 
         Args:
-            layer: A layer of the model, or a negative index into the captured layers.
+            layer: The layer, negative from the end of the model.
 
         Returns:
             The map; zero where attention is masked.
@@ -209,7 +206,7 @@ class GradientCapture:
         inner product of Reversed Attention and the gradient at the pattern.
 
         Args:
-            layer: A layer of the model, or a negative index into the captured layers.
+            layer: The layer, negative from the end of the model.
             scale: Factor of Reversed Attention.
 
         Returns:
@@ -230,7 +227,8 @@ class GradientCapture:
             >>> bool(patched.loss < capture.loss)
             True
         """
-        return attention_patch(self.attention_of(layer), self._layer(layer), scale)
+        index = resolve_layer(layer, self.n_layers)
+        return attention_patch(self.attention_of(layer), index, scale)
 
     def to_cache(self, model: object = None) -> ActivationCache:
         """The captured activations and gradients as TransformerLens's `ActivationCache`.
@@ -346,7 +344,7 @@ class GradientCapture:
 
         Args:
             matrix: Name of the matrix.
-            layer: A layer of the model, or a negative index into the captured layers.
+            layer: The layer, negative from the end of the model.
             batch: Which prompt.
 
         Returns:
@@ -366,12 +364,30 @@ class GradientCapture:
         """
         from backward_lens_tl.capture.tables import neuron_table
 
-        return neuron_table(self, matrix, self._layer(layer), batch)
+        return neuron_table(self, matrix, layer, batch)
 
-    def _layer(self, layer: int) -> int:
-        """A layer; a negative index into the captured layers becomes the number in the model."""
-        is_negative = is_index(layer, len(self.layers)) and layer < 0
-        return self.layers[layer] if is_negative else layer
+    def layer_number(self, layer: int) -> int:
+        """The number of a captured layer in the model.
+
+        Args:
+            layer: The layer, negative from the end of the model.
+
+        Returns:
+            Its number, from 0.
+
+        Raises:
+            InputError: If it was not captured.
+
+        Examples:
+            >>> capture.layer_number(-1)
+            7
+        """
+        number = resolve_layer(layer, self.n_layers)
+        if number not in self.layers:
+            raise InputError(
+                f"layer {layer} was not captured; available: {', '.join(map(str, self.layers))}"
+            )
+        return number
 
     def __repr__(self) -> str:
         return (

@@ -61,16 +61,32 @@ def select_layers(layers: int | Sequence[int] | None, host: Host) -> tuple[int, 
     Raises:
         InputError: If an index is out of range, or no layer is given.
     """
-    n = host.n_layers
     if layers is None:
-        return tuple(range(n))
-    asked = listed(layers)
-    for layer in asked:
-        if not is_index(layer, n):
-            raise InputError(f"layer {shown(layer)} does not exist; allowed: {-n} to {n - 1}")
-    if not asked:
+        return tuple(range(host.n_layers))
+    wanted = {resolve_layer(layer, host.n_layers) for layer in listed(layers)}
+    if not wanted:
         raise InputError("layers is empty; omit it to select all of them")
-    return tuple(sorted({int(layer) % n for layer in asked}))
+    return tuple(sorted(wanted))
+
+
+def resolve_layer(layer: int, n_layers: int) -> int:
+    """Resolve the index of a layer; negative ones count from the model's last layer everywhere.
+
+    Args:
+        layer: The index.
+        n_layers: Number of layers of the model.
+
+    Returns:
+        The index from 0.
+
+    Raises:
+        InputError: If the model has no such layer.
+    """
+    if not is_index(layer, n_layers):
+        raise InputError(
+            f"layer {shown(layer)} does not exist; allowed: {-n_layers} to {n_layers - 1}"
+        )
+    return int(layer) % n_layers
 
 
 def find_sites(

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from backward_lens_tl._checks import check_index, is_index, is_integer, shown
+from backward_lens_tl._checks import check_index, is_index, shown
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.selection import position_index
 from backward_lens_tl.errors import InputError
@@ -101,31 +101,6 @@ class LensReadouts:
         first = self.readings[self.projections.index(projection)]
         others = (reading for reading in self.readings if reading is not first)
         return replace(self, readings=(first, *others))
-
-    def layer_number(self, layer: int) -> int:
-        """The number of a layer in the model.
-
-        Args:
-            layer: A layer of the model, or a negative index into the analysed layers.
-
-        Returns:
-            Its number, from 0.
-
-        Raises:
-            InputError: If it was not analysed.
-
-        Examples:
-            >>> result.layer_number(-1)
-            7
-        """
-        if is_integer(layer) and layer in self.layers:
-            return int(layer)
-        if not (is_index(layer, len(self.layers)) and layer < 0):
-            raise InputError(
-                f"layer {shown(layer)} was not analysed; available: "
-                f"{', '.join(map(str, self.layers))}"
-            )
-        return self.layers[layer]
 
     def target(self, batch: int = 0) -> str | None:
         """Text of a prompt's target, if there is one.
@@ -253,7 +228,7 @@ class LensReadouts:
 
         Args:
             matrix: Name of the matrix.
-            layer: A layer of the model, or a negative index into the analysed layers.
+            layer: The layer, negative from the end of the model.
             pos: Position in the prompt, negative from its end.
             k: Number of tokens; by default all that were kept.
             batch: Which prompt.
@@ -274,7 +249,7 @@ class LensReadouts:
 
         Args:
             matrix: Name of the matrix.
-            layer: A layer of the model, or a negative index into the analysed layers.
+            layer: The layer, negative from the end of the model.
             pos: Position in the prompt, negative from its end.
             k: Number of tokens; by default all that were kept.
             batch: Which prompt.
@@ -294,7 +269,7 @@ class LensReadouts:
 
         Args:
             matrix: Name of the matrix.
-            layer: A layer of the model, or a negative index into the analysed layers.
+            layer: The layer, negative from the end of the model.
             pos: Position in the prompt, negative from its end.
             batch: Which prompt.
 
@@ -324,7 +299,7 @@ class LensReadouts:
 
         Args:
             matrix: Name of the matrix.
-            layer: A layer of the model, or a negative index into the analysed layers.
+            layer: The layer, negative from the end of the model.
             batch: Which prompt.
 
         Returns:
@@ -339,7 +314,7 @@ class LensReadouts:
             False), (' for', True)]
         """
         self.readout(matrix)
-        number = self.layer_number(layer)
+        number = self.capture.layer_number(layer)
         self._check_prompt(batch)
         return cells_of(self._reader.columns(matrix, number, [int(batch)]))
 

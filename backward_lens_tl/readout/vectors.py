@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from backward_lens_tl._checks import is_index, plain, shown
+from backward_lens_tl._checks import plain
 from backward_lens_tl.capture.objectives import check_multi_token
 from backward_lens_tl.choices import MultiToken
 from backward_lens_tl.errors import InputError, TargetError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.precision import at_least_float32
+from backward_lens_tl.models.selection import resolve_layer
 from backward_lens_tl.models.vocabulary import Vocabulary
 from backward_lens_tl.readout.projections import Projection, as_projection, reads_layers_alike
 from backward_lens_tl.readout.readout import join_readouts
@@ -176,17 +177,14 @@ def read_vectors(
             f"projection {type(lens).__name__} may depend on the layer; pass layer=..., the layer "
             "that the vectors come from"
         )
-    if layer is not None and not is_index(layer, host.n_layers):
-        raise InputError(
-            f"layer {shown(layer)} does not exist; allowed: {-host.n_layers} to {host.n_layers - 1}"
-        )
+    index = 0 if layer is None else resolve_layer(layer, host.n_layers)
     rows = _checked_rows(vectors, host.d_model)
     lead = vectors.shape[:-1]
     targets = _target_ids(target, multi_token, lead, host.vocabulary)
     ranked = torch.full((len(rows), 2), -1, device=rows.device)
     if targets is not None:
         ranked[:, 0] = targets.flatten()
-    group = VectorGroup(0 if layer is None else int(layer) % host.n_layers, rows, ranked)
+    group = VectorGroup(index, rows, ranked)
     [[flat]] = read_groups([group], [lens], k, host.d_vocab_out)
     read = join_readouts([flat], lambda fields: _unflattened(fields[0], lead))
     used = [read.top_ids, read.bottom_ids, *([] if targets is None else [targets])]

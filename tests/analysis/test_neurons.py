@@ -336,7 +336,7 @@ def test_wrong_use(table: Callable[..., pd.DataFrame], as_for_a_user: None) -> N
         ("model is a int", (3, gradients, "W_out", 1), {}),
         ("of a model of width 8, but this one", (case.model, of_another, "W_out", 1), {}),
         ("'W_gate', 1\\) was not captured", (case.model, gradients, "W_gate", 1), {}),
-        ("'W_out', 3\\) was not captured", (case.model, gradients, "W_out", 3), {}),
+        ("layer 3 does not exist; allowed: -3 to 2", (case.model, gradients, "W_out", 3), {}),
         ("prompt 2 does not exist; allowed: 0 to 1", (case.model, gradients, "W_out", 1, 2), {}),
         ("prompt -1 does not exist", (case.model, gradients, "W_out", 1, -1), {}),
         ("k is 0; pass an integer", (case.model, gradients, "W_out", 1), {"k": 0}),

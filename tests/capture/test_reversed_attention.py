@@ -522,7 +522,7 @@ def test_layers_without_it_are_refused(gpt2: Case) -> None:
     with pytest.raises(InputError, match=r"no Reversed Attention for layer 1.*matrices='attn'"):
         of_mlps.capture.attention_patch(1, 1.0)
     some = lens(gpt2.model, tokens, layers=[0, 2])
-    for layer in (1, 3, -3, "1", None, True):
+    for layer in (1, 3, -2, "1", None, True):
         with pytest.raises(InputError, match=r"layer"):
             some.capture.reversed_attention(layer)  # type: ignore[arg-type]
 

@@ -159,7 +159,7 @@ def test_neurons_as_a_table(result: BackwardLensResult) -> None:
     torch.testing.assert_close(torch.tensor(norms.to_numpy()), wanted, rtol=1e-9, atol=1e-12)
     with pytest.raises(InputError, match=r"\('W_Q', 0\) was not captured"):
         result.capture.neuron_df("W_Q", 0)
-    with pytest.raises(InputError, match=r"\('W_out', 7\) was not captured"):
+    with pytest.raises(InputError, match="layer 7 does not exist"):
         result.capture.neuron_df("W_out", 7)
     with pytest.raises(InputError, match="prompt 2 does not exist"):
         result.capture.neuron_df("W_out", 0, batch=2)

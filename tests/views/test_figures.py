@@ -906,7 +906,9 @@ def test_errors(result: BackwardLensResult, facts_model: Any) -> None:
     refused("'W_Q' is not in this table; it has", figures.gradient_ranks, result, ["W_in", "W_Q"])
     refused(r"matrices is \[\]; pass some of W_in, W_out", figures.gradient_ranks, result, [])
     refused("'W_Q'.* was not captured", figures.neuron_similarity, result, "W_Q", 0)
-    refused("'W_in', 8. was not captured", figures.neuron_similarity, result, "W_in", 8)
+    refused(
+        "layer 8 does not exist; allowed: -8 to 7", figures.neuron_similarity, result, "W_in", 8
+    )
     refused("prompt 7 does not exist", figures.compare, result, result, batch=(0, 7))
     refused("batch is 0; pass one for each", figures.compare, result, result, batch=0)
     refused(r"names is \['a'\]; pass one for each", figures.compare, result, result, names=["a"])

@@ -415,7 +415,7 @@ def test_requests_outside_the_result_are_refused(result: BackwardLensResult):
         widgets.top_tokens(result, matrices=[])
     with pytest.raises(InputError, match="prompt 7 does not exist"):
         widgets.reversed_attention(result, 0, batch=7)
-    with pytest.raises(InputError, match="layer 9 was not analysed; available: 0, 1, 2, 3"):
+    with pytest.raises(InputError, match="layer 9 does not exist"):
         widgets.reversed_attention(result, 9)
     with pytest.raises(
         InputError, match=r"no Reversed Attention for layer 0; capture its attention"

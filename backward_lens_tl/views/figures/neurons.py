@@ -40,7 +40,7 @@ def neuron_similarity(
     Args:
         result: The result to plot.
         matrix: Name of the matrix.
-        layer: A layer of the model, or a negative index into the analysed layers.
+        layer: The layer, negative from the end of the model.
         batch: Index of the prompt.
         backend: `"plotly"` or `"matplotlib"`.
 
@@ -62,7 +62,7 @@ def neuron_similarity(
     """
     check_result(result)
     chart = _neuron_map(result.capture.neuron_df(matrix, layer, batch), "similarity")
-    own = result.layer_number(layer)
+    own = result.capture.layer_number(layer)
     vectors = "x_i" if result.capture[matrix, own].reads_residual else "δ_i"
     title = f"{matrix} of layer {own}: neurons of the gradient and the {vectors} that span it"
     return draw(backend, title, chart)

@@ -17,7 +17,7 @@ def reversed_attention(result: BackwardLensResult, layer: int, batch: int = 0) -
 
     Args:
         result: The result to show.
-        layer: A layer of the model, or a negative index into the analysed layers.
+        layer: The layer, negative from the end of the model.
         batch: Index of the prompt.
 
     Returns:
@@ -37,7 +37,7 @@ def reversed_attention(result: BackwardLensResult, layer: int, batch: int = 0) -
     """
     check_result(result)
     described = of_prompt(result, batch)
-    index = result.layer_number(layer)
+    index = result.capture.layer_number(layer)
     maps = result.capture.reversed_attention(index)[batch]
     tokens = result.capture.str_tokens[batch]
     maps = maps[:, : len(tokens), : len(tokens)].detach().cpu().double()
