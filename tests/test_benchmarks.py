@@ -156,7 +156,7 @@ def test_the_floor_has_our_factors(size, monkeypatch):
     vjps = [captured[name, layer].vjps for layer in layers for name in ("W_in", "W_out")]
     pairs = [*zip(vectors, torch.stack(spanning).flatten(0, -2), strict=True)]
     for found, wanted in [*pairs, *zip(gradients, vjps, strict=True)]:
-        # The rounding error of float32 is 6e-8, and about a hundred numbers are added.
+        # The rounding error of float32 is 6e-8, and about a hundred numbers are summed.
         assert wanted.norm() == found.norm() == 0 or relative_error(found, wanted) < 1e-5
 
 

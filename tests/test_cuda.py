@@ -16,7 +16,7 @@ import pytest
 import torch
 from models import HAS_BRIDGE, Case, build, hooked_only, nll, relative_error, require_kind
 from test_delta import everything, unchanged
-from test_passes import CLOSE, PROMPTS, assert_equal, read_values, values, watch_forward
+from test_passes import CLOSE, PROMPTS, assert_equal, read_values, record_forward, values
 from test_sweep import ROWS, assert_close
 from torch import Tensor, nn
 
@@ -231,7 +231,7 @@ class Counting:
 
 
 @hooked_only
-def test_scores_are_made_in_chunks_under_a_budget(device: str) -> None:
+def test_scores_are_computed_in_chunks_under_a_budget(device: str) -> None:
     d_vocab, budget = 4000, 2**23
     case = build("hooked-gpt2", d_vocab=d_vocab)
     model = case.model.to(device)
@@ -253,7 +253,7 @@ def test_passes_under_a_budget(
 ) -> None:
     case, model = pair
     shapes: list[tuple[int, ...]] = []
-    watch_forward(monkeypatch, lambda tokens: shapes.append(tuple(tokens.shape)))
+    record_forward(monkeypatch, lambda tokens: shapes.append(tuple(tokens.shape)))
     options: Any = {"matrices": ("W_in", "W_out"), "k": 3}
     plain = blt.backward_lens(model, PROMPTS, 5, **options)
     without = len(shapes)

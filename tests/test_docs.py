@@ -309,7 +309,7 @@ def messages() -> list[str]:
 
 
 def test_quoted_messages_exist_in_the_code():
-    """In the first column of the tables; there, folders are those of a sweep."""
+    """In the first column of the tables, where folders are those of a sweep."""
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     first = [row.split("|")[1] for row in page.splitlines() if row.startswith("| `")]
     quoted = [text for cell in first for text in re.findall(r"`([^`]+)`", cell)]

@@ -322,7 +322,7 @@ def test_models_that_cannot_be_found(tmp_path: Any) -> None:
 
 @pytest.mark.versions
 @pytest.mark.skipif(
-    not version("transformers").startswith("4."), reason="transformers 5 reads what it saves"
+    not version("transformers").startswith("4."), reason="transformers 5 reads its own files"
 )
 def test_rotary_angles_that_would_be_ignored_are_refused(
     stories_folder: Path, tmp_path: Path

@@ -170,7 +170,7 @@ RARE: dict[str, Callable[[], Any]] = {
     "date": lambda: datetime.date(2024, 2, 29),
     "exception": lambda: ValueError("x"),
 }
-"""What is near to some of `VALUES`; tried in the complete run."""
+"""Values similar to some of `VALUES`; tried in the complete run."""
 
 RAISING = {"type", "module"}
 """Callables that raise their own errors, which are allowed where a callable is expected."""
@@ -312,7 +312,7 @@ class Faint(Projecting):
 
 ModelCall = Callable[[Any, Any], object]
 LITTLE: dict[str, Any] = {"matrices": "W_out", "layers": -1}
-"""What is asked for: one matrix, since values are refused before or after the passes."""
+"""The request: one matrix, since values are refused before or after the passes."""
 
 
 def lens(argument: str) -> ModelCall:
@@ -388,7 +388,7 @@ MODEL_CALLS: dict[str, ModelCall] = {
 
 TAKES_CALLABLES = ("objective", "hook_points", "bind", "project")
 ALSO = {"project": "Unprojectable", "target_nll position": "' river of'"}
-"""What messages name in place of the value, where that is part of something else."""
+"""Names that messages use instead of the value, where it is part of something else."""
 
 
 @functools.cache

@@ -33,7 +33,7 @@ FACTS_MODEL_FILES = {
     "tokenizer.json",
 }
 FACTS_MODEL_LIMIT = 14 * 2**20
-"""Bytes that the facts model may take, unpacked."""
+"""Maximum size of the facts model in bytes, unpacked."""
 
 
 @pytest.fixture(scope="module")

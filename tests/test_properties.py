@@ -955,7 +955,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "experts": ("W_in", "W_gate"),
     "both slots": ("W_in", "W_gate", "W_out"),
 }
-"""Which factors are divided, and the matrices that can be."""
+"""Which factors are divided, and the matrices for which that is possible."""
 
 
 @st.composite

@@ -76,7 +76,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("stored", "shape"), LAYOUTS)
-def test_layouts_there_and_back(stored: Stored, shape: tuple[int, ...]) -> None:
+def test_layouts_round_trip(stored: Stored, shape: tuple[int, ...]) -> None:
     matrix = torch.arange(math.prod(shape)).double().reshape(shape)
     laid_out = stored.as_stored(matrix)
     assert laid_out.shape == stored.parameter.shape

@@ -894,7 +894,7 @@ def test_the_first_query_has_no_gradient_in_any_layer(pair: Case) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bridge", "hooked"])
-def test_attention_sinks_give_the_first_query_a_choice(kind: str) -> None:
+def test_attention_sinks_give_the_first_query_a_gradient(kind: str) -> None:
     """Negative control: with a sink in the softmax one key competes with it."""
     try:
         model = build_model("gpt_oss", kind)

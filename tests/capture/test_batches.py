@@ -1,4 +1,4 @@
-"""A prompt gives the same numbers in a batch as alone, whatever the tokenizer's padding."""
+"""A prompt gives the same numbers in a batch as alone, for any padding of the tokenizer."""
 
 from __future__ import annotations
 

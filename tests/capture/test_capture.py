@@ -47,7 +47,7 @@ def assert_gradients(capture: GradientCapture, expected: dict, tolerance: float)
 # --------------------------------------------------------------------------- the factors are right
 
 
-def test_factors_are_the_weight_gradient(case: Case) -> None:
+def test_factors_give_the_weight_gradient(case: Case) -> None:
     """Loss at every position; `test_each_prompt_of_a_batch_has_its_own_gradient` has it at one."""
     tokens = case.tokens(9, 9)
     capture = capture_gradients(case.model, tokens, next_token_loss(), matrices="mlp")
@@ -67,7 +67,7 @@ def test_each_prompt_of_a_batch_has_its_own_gradient(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_factors_are_the_weight_gradient_in_float32(name: str) -> None:
+def test_factors_give_the_weight_gradient_in_float32(name: str) -> None:
     case = build(name, torch.float32)
     tokens = case.tokens(9)
     capture = capture_gradients(case.model, tokens, target_nll(TARGET), matrices="mlp")
@@ -292,7 +292,7 @@ def test_inference_mode_is_refused_before_the_forward_pass(gpt2: Case) -> None:
     assert not calls
 
 
-def test_parameters_made_in_inference_mode_are_refused() -> None:
+def test_parameters_created_in_inference_mode_are_refused() -> None:
     with torch.inference_mode():
         case = build("bridge-gpt2")
     with pytest.raises(ModelStateError, match="inference_mode"):
@@ -327,7 +327,7 @@ PATCHES = [
     ("blocks.1.hook_mlp_out", in_place),
 ]
 PATCHED = ("bridge-llama", "bridge-gemma2", "hooked-gpt2", "hooked-gemma2")
-"""The models of the quick run; the complete one has all."""
+"""The models of the quick run; the complete run uses all."""
 
 
 @pytest.mark.parametrize(

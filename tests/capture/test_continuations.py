@@ -40,7 +40,7 @@ def slowly(case: Case, prompt: list[int], answer: list[int]) -> tuple[list[Tenso
     return found, said
 
 
-def said_by(case: Case, prompt: list[int], n: int) -> list[int]:
+def continuation_of(case: Case, prompt: list[int], n: int) -> list[int]:
     """The model's own continuation."""
     answer: list[int] = []
     for _ in range(n):
@@ -68,10 +68,10 @@ def test_against_a_loop(each: Case) -> None:
     answers = rows(1, [1, 5, 1, 4, 5, 2, 3, 2], each)
     # Half are the model's answers; one of the others is wrong only in its last token.
     for at in (0, 1, 3, 4):
-        answers[at] = said_by(each, prompts[at], len(answers[at]))
+        answers[at] = continuation_of(each, prompts[at], len(answers[at]))
     answers[4] = [*answers[4][:-1], (answers[4][-1] + 1) % each.d_vocab]
-    wrong_first = said_by(each, prompts[5], 1)[0] + 1
-    answers[5] = [wrong_first % each.d_vocab, *said_by(each, [*prompts[5], wrong_first], 1)]
+    wrong_first = continuation_of(each, prompts[5], 1)[0] + 1
+    answers[5] = [wrong_first % each.d_vocab, *continuation_of(each, [*prompts[5], wrong_first], 1)]
     log_probs, nll, said = measured(host_of(each.model), prompts, answers)
     assert log_probs.shape == (8, 5)
     for at, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -84,7 +84,7 @@ def test_against_a_loop(each: Case) -> None:
     assert said.tolist()[:6] == [True, True, False, True, False, False]
 
 
-def test_a_pair_is_the_same_alone_and_in_any_batch(each: Case) -> None:
+def test_a_pair_has_the_same_scores_alone_and_in_any_batch(each: Case) -> None:
     host = host_of(each.model)
     prompts, answers = rows(2, [4, 11, 1, 6, 8], each), rows(3, [2, 1, 6, 3, 2], each)
     _, together, said = measured(host, prompts, answers)

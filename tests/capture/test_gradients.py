@@ -56,8 +56,8 @@ def assert_rank_is_the_number_of_positions(case: Case, tokens: Tensor) -> None:
 def test_without_norms_the_vjps_of_w_out_are_dependent() -> None:
     """Lemma 4.1 needs its hypothesis: the rank is smaller where the `delta_i` are dependent.
 
-    Without a norm, what the last layer's attention carries back to the other positions lies in two
-    directions per head, by way of the values and of the keys, whatever the number of positions.
+    Without a norm, gradients that the last layer's attention passes to other positions lie in two
+    directions per head, through values and keys, for any number of positions.
     """
     case = build("hooked-no_norm")
     n_heads = 3

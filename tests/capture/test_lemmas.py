@@ -60,7 +60,7 @@ def test_a_final_norm_breaks_the_combination_by_its_jacobian(name: str) -> None:
     ignoring_the_norm = embedding_combination(logits, unembedding, TARGET)
     assert relative_error(delta, ignoring_the_norm) > 0.05
     jacobian = torch.autograd.functional.jacobian(lambda v: case.norm(v[None])[0], resid[0])
-    # Hugging Face computes Llama's norm in float32 whatever the model's dtype.
+    # Hugging Face computes Llama's norm in float32 for any dtype of the model.
     tolerance = 1e-6 if name == "bridge-llama" else 1e-12
     assert relative_error(delta, ignoring_the_norm @ jacobian) < tolerance
 
@@ -146,7 +146,9 @@ def test_imprint_and_shift_are_what_a_step_of_sgd_does(own_case: Case, n: int) -
 
 def test_the_change_of_the_loss_is_the_squared_norm_to_first_order(own_case: Case) -> None:
     if own_case.logits_in_float32:
-        pytest.skip("Hugging Face computes this norm in float32: errors of second order drown")
+        pytest.skip(
+            "Hugging Face computes this norm in float32: second-order errors vanish in rounding"
+        )
     tokens = own_case.tokens(6)
     capture = capture_gradients(own_case.model, tokens, target_nll(TARGET), matrices="mlp")
     for key in own_case.weights:

@@ -28,8 +28,8 @@ from test_passes import (
     has_much_padding,
     in_one_pass,
     read_values,
+    record_forward,
     values,
-    watch_forward,
 )
 from test_state import assert_same, snapshot
 from torch import Tensor
@@ -84,7 +84,7 @@ def facts_result(facts_model: Any) -> tuple[BackwardLensResult, BackwardLensResu
 def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Number of prompts and length of every forward pass."""
     seen: list[tuple[int, ...]] = []
-    watch_forward(monkeypatch, lambda tokens: seen.append(tuple(tokens.shape)))
+    record_forward(monkeypatch, lambda tokens: seen.append(tuple(tokens.shape)))
     return seen
 
 
@@ -611,7 +611,7 @@ def smallest_budget(run: Callable[[Memory], object], form: Memory | None = None)
 
     low, high = 1, 2**30
     with pytest.MonkeyPatch.context() as patched:
-        watch_forward(patched, stop)
+        record_forward(patched, stop)
         while high > 1.01 * low:
             middle = int((low * high) ** 0.5) if high > 4 * low else (low + high) // 2
             try:
@@ -672,7 +672,7 @@ def test_experts_under_a_budget(mixture: Any, shapes: list[tuple[int, ...]]) -> 
     assert_equal(values(found.capture), values(plain.capture), close)
 
 
-def test_equally_long_prompts_are_separated_under_a_budget(
+def test_prompts_of_equal_length_are_separated_under_a_budget(
     limited: Case, shapes: list[tuple[int, ...]]
 ) -> None:
     """A callable then sees some of them at a time, never padding."""
@@ -708,7 +708,7 @@ class Counting:
 
 
 @hooked_only
-def test_scores_are_made_in_smaller_chunks_under_a_budget(
+def test_scores_are_computed_in_smaller_chunks_under_a_budget(
     shapes: list[tuple[int, ...]],
 ) -> None:
     """A pass of 60 tokens fits, and the scores of its 240 vectors do not fit next to it."""

@@ -25,7 +25,7 @@ from backward_lens_tl.models.weight_patching import stepped
 
 PROMPTS = ["Messi plays for", "The capital of France is", "Rome"]
 EXACT = 1e-12
-# Objectives treat the logits of every model alike; `test_capture.py` covers all models.
+# Objectives treat the logits of every model equally; `test_capture.py` covers all models.
 SOFTCAP_OR_NOT = pytest.mark.parametrize("case", ["bridge-gemma2", "hooked-gpt2"], indirect=True)
 
 

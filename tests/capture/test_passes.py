@@ -185,7 +185,7 @@ def model_classes() -> list[Any]:
     return found
 
 
-def watch_forward(monkeypatch: pytest.MonkeyPatch, see: Callable[[Tensor], object]) -> None:
+def record_forward(monkeypatch: pytest.MonkeyPatch, see: Callable[[Tensor], object]) -> None:
     """Pass the tokens of every forward pass of any model to a function, without a hook."""
 
     def watch(kind: Any) -> None:
@@ -205,7 +205,7 @@ def watch_forward(monkeypatch: pytest.MonkeyPatch, see: Callable[[Tensor], objec
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The tokens of every forward pass."""
     seen: list[Tensor] = []
-    watch_forward(monkeypatch, lambda tokens: seen.append(tokens.clone()))
+    record_forward(monkeypatch, lambda tokens: seen.append(tokens.clone()))
     return seen
 
 
@@ -327,7 +327,7 @@ def test_the_model_runs_once_per_bucket(own_gpt2: Case, passes: list[Tensor]) ->
             assert [row[:length] for _, row in rows].count(own) == 1
 
 
-def test_equally_long_prompts_share_one_pass(own_gpt2: Case, passes: list[Tensor]) -> None:
+def test_prompts_of_equal_length_share_one_pass(own_gpt2: Case, passes: list[Tensor]) -> None:
     capture_gradients(own_gpt2.model, ALIKE, target_nll(5))
     assert shapes_of(passes) == [(3, 10)]
 
@@ -874,7 +874,7 @@ def packed(model: Any, layers: Any, matrices: str = "all") -> int:
 
 
 @pytest.mark.parametrize(("name", "how"), [("bridge-llama", "frozen"), ("hooked-gpt2", "unfrozen")])
-def test_nothing_is_kept_for_layers_below(name: str, how: str) -> None:
+def test_nothing_is_saved_for_lower_layers(name: str, how: str) -> None:
     """The last layer of four needs as many as the last of two."""
     shallow, deep = build(name, n_layers=2).model, build(name, n_layers=4).model
     for model in (shallow, deep):
@@ -907,7 +907,7 @@ class InterruptedAt(TorchFunctionMode):
 
 @pytest.mark.parametrize("hooked", [False, True], ids=["no hook", "a caller's hook"])
 @pytest.mark.parametrize("name", ["bridge-llama", "hooked-llama"])
-def test_requires_grad_is_as_before_wherever_a_run_is_interrupted(name: str, hooked: bool) -> None:
+def test_requires_grad_is_restored_wherever_a_run_is_interrupted(name: str, hooked: bool) -> None:
     case = build(name, n_layers=2)
     model, tokens = case.model, ALIKE[:1, :3]
     before, product = freeze(model, "partly frozen"), 0
@@ -935,7 +935,7 @@ def test_requires_grad_is_as_before_wherever_a_run_is_interrupted(name: str, hoo
         ("partly frozen", "mlp.hook_post"),
     ],
 )
-def test_requires_grad_is_as_before_after_a_hook_raised(thawed: Case, how: str, point: str) -> None:
+def test_requires_grad_is_restored_after_a_hook_raised(thawed: Case, how: str, point: str) -> None:
     model = thawed.model
     before = freeze(model, how)
 
@@ -953,7 +953,7 @@ def test_requires_grad_is_as_before_after_a_hook_raised(thawed: Case, how: str, 
 # ------------------------------------------------------------------------------------ shared inputs
 
 
-def test_matrices_that_read_the_same_share_one_tensor(any_model: Any, passes: list[Tensor]) -> None:
+def test_matrices_with_equal_inputs_share_one_tensor(any_model: Any, passes: list[Tensor]) -> None:
     assert_inputs_are_shared(any_model[0], passes, None)
 
 
@@ -1080,7 +1080,7 @@ def test_a_callers_projection_gets_vectors_of_one_layer(
         assert {tuple(row) for row in vectors.tolist()} <= there[layer]
 
 
-def test_blt_has_these_names() -> None:
+def test_blt_has_the_public_names() -> None:
     """The public names, as with `import backward_lens_tl as blt`."""
     assert blt.Memory is Memory
     assert blt.backward_lens is backward_lens

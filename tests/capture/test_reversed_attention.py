@@ -37,7 +37,7 @@ TOLERANCE = 1e-6
 EXACT = 1e-12  # in float64 throughout: 50 times the observed error
 TARGET = 5
 DELEGATING = ("gpt_neo", "gptj", "opt")
-"""Families whose attention a TransformerBridge leaves to Hugging Face, pattern included."""
+"""Families whose attention a TransformerBridge delegates to Hugging Face, pattern included."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -150,7 +150,7 @@ def test_it_is_autograds_gradient_at_the_scores(case: Case) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        "gemma2",  # softcap on the scores, a scale of its own, a sliding window
+        "gemma2",  # softcap on the scores, its own scale, a sliding window
         "gpt_oss",  # attention sinks
         "bloom",  # ALiBi
         "falcon_alibi",  # ALiBi inside the scale
@@ -162,7 +162,7 @@ def test_it_is_autograds_gradient_at_the_scores(case: Case) -> None:
 )
 def test_it_is_autograds_gradient_at_the_scores_of_many_families(family: str, kind: str) -> None:
     if kind == "bridge" and family in DELEGATING:
-        pytest.skip("its bridge shows hooks no scores: see the tests of delegated attention")
+        pytest.skip("its bridge hides scores from hooks: see the tests of delegated attention")
     model, tokens = model_of(family, kind), some_tokens()
     capture = reversed_attention(model, tokens)
     for layer in range(2):
@@ -431,7 +431,9 @@ def softmax_gradients(raw: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.versions
 @pytest.mark.parametrize("family", DELEGATING)
-def test_delegated_attention_has_it_too(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_delegated_attention_has_reversed_attention_too(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the pattern that Hugging Face returns; the reference is the raw model's softmax."""
     model, raw, tokens = model_of(family, "bridge"), hf_model(family, torch.float64), some_tokens()
     expected = softmax_gradients(raw, tokens, monkeypatch)
@@ -498,7 +500,7 @@ def lens(model: Any, tokens: Any, **options: Any) -> BackwardLensResult:
     return backward_lens(model, tokens, TARGET, **({"matrices": "attn"} | options))
 
 
-def test_a_result_has_it_by_layer(pair: Case) -> None:
+def test_a_result_has_reversed_attention_by_layer(pair: Case) -> None:
     tokens = pair.tokens(6, 6)
     capture, result = reversed_attention(pair.model, tokens), lens(pair.model, tokens)
     for layer in range(pair.n_layers):
@@ -514,7 +516,7 @@ def test_a_result_has_it_by_layer(pair: Case) -> None:
     )
 
 
-def test_layers_without_it_are_refused(gpt2: Case) -> None:
+def test_layers_without_reversed_attention_are_refused(gpt2: Case) -> None:
     tokens = gpt2.tokens(5)
     of_mlps = lens(gpt2.model, tokens, matrices="mlp")
     with pytest.raises(InputError, match=r"no Reversed Attention for layer 1.*matrices='attn'"):
@@ -527,7 +529,7 @@ def test_layers_without_it_are_refused(gpt2: Case) -> None:
             some.capture.reversed_attention(layer)  # type: ignore[arg-type]
 
 
-def test_a_saved_result_keeps_it(pair: Case, tmp_path: Path) -> None:
+def test_a_saved_result_keeps_reversed_attention(pair: Case, tmp_path: Path) -> None:
     tokens = pair.tokens(6)
     result = lens(pair.model, tokens)
     result.save(tmp_path / "result")

@@ -116,7 +116,7 @@ def test_torchs_random_state_and_the_model_are_unchanged() -> None:
     assert draw(host_of(model)) == first
 
 
-def test_it_ends_where_the_context_ends(short: Case) -> None:
+def test_it_stops_at_the_end_of_the_context(short: Case) -> None:
     """The last token is sampled when the context is full."""
     host = host_of(short.model)
     prompts = [[5] * n for n in (3, 11, 12)]
@@ -130,7 +130,7 @@ def test_it_ends_where_the_context_ends(short: Case) -> None:
     assert any(free)
 
 
-def test_it_ends_at_the_end_of_text(one: Case) -> None:
+def test_it_stops_at_the_end_of_text_token(one: Case) -> None:
     """One prompt reaches the end of text at its third token; the others in the batch continue."""
     plain = draw(host_of(one.model), 1)
     passes: list[int] = []

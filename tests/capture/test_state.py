@@ -139,7 +139,7 @@ def test_nothing_changes_without_grad(busy: Case) -> None:
         assert_same(before, snapshot(busy.model))
 
 
-def test_two_runs_give_the_same_bits(busy: Case) -> None:
+def test_two_runs_are_equal_bit_for_bit(busy: Case) -> None:
     first = backward_lens(busy.model, "Messi plays for", " Paris")
     second = backward_lens(busy.model, "Messi plays for", " Paris")
     for gradient in first.capture:

@@ -92,7 +92,7 @@ def test_with_one_position_every_neuron_is_the_vector_or_its_opposite() -> None:
     torch.testing.assert_close(gradient.neuron_similarity(0)[:, 0], signs, rtol=0, atol=1e-14)
 
 
-def test_similarities_have_an_angle() -> None:
+def test_similarities_are_valid_cosines() -> None:
     """Neurons along one of several vectors: rounding would put some cosines above 1."""
     for seed in range(5):
         gradient = made("W_out", 6, seed=seed)

@@ -104,7 +104,7 @@ def test_options_reach_the_lens(stories_path: str, tmp_path: Path, capsys):
 
 
 @pytest.mark.usefixtures("_loaded")
-def test_the_explanation_is_of_the_last_token_whatever_the_order(capsys: pytest.CaptureFixture):
+def test_the_explanation_is_about_the_last_token_in_any_order(capsys: pytest.CaptureFixture):
     argv = ["show", "--prompt", "Lionel Messi plays for", "--target", " Paris"]
     assert main([*argv, "--positions", "-1", "0"]) == 0
     assert "W_out at ' for' (position 5)" in " ".join(capsys.readouterr().out.split())

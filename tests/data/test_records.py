@@ -55,7 +55,7 @@ ASKED = {
     "attribute_prompts": ["Vienna is the twin city of"],
     "generation_prompts": ["Paris is close to", "Paris is close to"],
 }
-"""Prompts that only evaluations use."""
+"""Prompts used only by evaluations."""
 FLAT = {
     "case_id": 10,
     "prompt": "BBC One, by",

@@ -327,7 +327,7 @@ def test_applied_adds_the_same_as_a_slow_sum(case: Case) -> None:
         assert torch.equal(weight.in_out(weight.tensor.detach()), before)
 
 
-def test_biases_are_added_where_the_output_is(gpt2: Case) -> None:
+def test_biases_are_added_to_the_output(gpt2: Case) -> None:
     tokens = gpt2.tokens(6)
     delta = MatrixDelta("W_out", 1, values=torch.zeros(52, 24).double(), bias=random(24))
     name = "blocks.1.hook_mlp_out"

@@ -492,7 +492,7 @@ def test_columns_in_any_arrangement() -> None:
     assert found(layer, layer[:, :59]) == []
 
 
-def test_columns_that_cannot_be_told_apart() -> None:
+def test_columns_that_cannot_be_distinguished() -> None:
     layer = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
     twice = torch.cat([layer, layer], dim=1)
     assert found(layer, twice) == [list(range(12)), list(range(12, 24))]

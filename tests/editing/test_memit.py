@@ -44,7 +44,7 @@ SETTINGS: dict[str, Any] = {
 }
 EXACT = 1e-9
 SOFT = 2e-5
-"""Adam divides gradients by their size, so it magnifies what an RMS norm in float32 rounds."""
+"""Adam divides gradients by their size, so it magnifies float32 rounding of an RMS norm."""
 
 MOMENTS = (random_moments(52), random_moments(52, seed=1))
 
@@ -189,7 +189,7 @@ def test_the_fraction_that_is_written(one_gpt2: Case, regularization: float) -> 
     assert relative_error(key @ own.dense(), s / (regularization + s) * wanted) < 1e-10
 
 
-def test_nothing_is_missing_without_regularization(each: Case) -> None:
+def test_without_regularization_the_edit_is_complete(each: Case) -> None:
     """The last layer writes the remainder that earlier layers left."""
     method = memit(each, starts=(), regularization=1e-9)
     requests = [REQUEST, OTHER]

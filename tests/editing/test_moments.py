@@ -167,7 +167,7 @@ def test_it_reads_no_more_texts_than_it_needs(own: Pair) -> None:
     assert same(found, collect(own.model, exactly))
 
 
-def test_long_texts_are_cut_at_the_context(own: Pair) -> None:
+def test_long_texts_are_truncated_to_the_context(own: Pair) -> None:
     long = "Rome" + " Rome" * 200
     found = collect(own.model, [long])
     assert found.n_tokens == N_CTX

@@ -43,11 +43,11 @@ SETTINGS: dict[str, Any] = {
     "kl_factor": 0.7,
     "clamp": 50.0,
 }
-"""All terms weigh enough to be seen."""
+"""All terms have visible weights."""
 
 EXACT = 1e-9
 SOFT = 2e-5
-"""Adam divides gradients by their size, so it magnifies what an RMS norm in float32 rounds."""
+"""Adam divides gradients by their size, so it magnifies float32 rounding of an RMS norm."""
 
 
 def sampled(case: Case, seed: int = 0) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ def delta_of(case: Case, **settings: Any) -> Tensor:
 
 
 _FOUND: dict[tuple[Any, ...], tuple[Case, Tensor]] = {}
-"""Slow searches that were made, with the case that they are of (it has to stay alive)."""
+"""Finished slow searches, with their cases (which must stay alive)."""
 
 
 @pytest.fixture(
@@ -246,7 +246,7 @@ def test_no_step_follows_the_last_evaluation_of_the_loss(one_gpt2: Case) -> None
     assert (key @ change(rome(one_gpt2, key_mode="bare", steps=1), one_gpt2, REQUEST)).norm() == 0
 
 
-def test_a_fact_may_be_edited_at_the_last_token(one_gpt2: Case) -> None:
+def test_a_fact_can_be_edited_at_the_last_token(one_gpt2: Case) -> None:
     key = keys_of(one_gpt2, REQUEST, "last")[0]
     found = key @ change(rome(one_gpt2, key_mode="bare", fact_token="last"), one_gpt2, REQUEST)
     assert relative_error(found, delta_of(one_gpt2, fact_token="last")) < EXACT

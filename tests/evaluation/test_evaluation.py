@@ -99,7 +99,7 @@ class Failing(Nudge):
 
 
 @dataclass(frozen=True)
-class Leaving(Nudge):
+class Changing(Nudge):
     """Change one value of the model itself."""
 
     def compute(self, host: Any, requests: Sequence[Any]) -> list[MatrixDelta]:
@@ -398,7 +398,7 @@ def test_a_method_that_changes_the_model_is_caught(run, tiny: nn.Module, tmp_pat
     before, kept = host.fingerprint(), {k: v.detach().clone() for k, v in host.parameters().items()}
     try:
         with pytest.raises(ModelStateError, match=r"the weights of .* changed by the edit 'l'"):
-            run({"l": Leaving()}, ROWS[:1], folder="out")
+            run({"l": Changing()}, ROWS[:1], folder="out")
         assert host.fingerprint() != before
     finally:
         for name, parameter in host.parameters().items():
@@ -711,7 +711,7 @@ def test_infinite_perplexities_are_not_hidden() -> None:
     assert math.isnan(found["perplexity_std"])
 
 
-def test_the_table_to_read(small: Small) -> None:
+def test_the_readable_table(small: Small) -> None:
     found = small.found
     lines = found.to_markdown().splitlines()
     assert len(lines) == 6
@@ -1029,7 +1029,7 @@ def test_a_single_method_uses_its_own_name(run) -> None:
     assert found.edits()["method"].unique().tolist() == ["none", "Nudge"]
 
 
-def test_presets_learn_from_other_rows_and_keep_it_in_the_folder(run, tiny, monkeypatch) -> None:
+def test_presets_are_trained_on_other_rows_and_saved_in_the_folder(run, tiny, monkeypatch) -> None:
     asked = []
 
     def preset_methods(model: Any, names: Any, **given: Any) -> dict[str, EditMethod]:

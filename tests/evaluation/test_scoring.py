@@ -32,7 +32,7 @@ from backward_lens_tl.models import host_of
 from conftest import FACTS_FOLDER
 
 CHAIN = ((0.5, 0.25, 0.25), (0.2, 0.5, 0.3), (0.1, 0.1, 0.8))
-"""A model of three tokens: the probabilities of the next one, by the last one."""
+"""A model of three tokens: probabilities of the next token, by the last one."""
 
 
 @pytest.fixture

@@ -248,7 +248,7 @@ def on_the_page(family: str, kind: str, dtype: str) -> Cells | str:
     for part in parts():
         if part["versions"]["transformer-lens"] == TRANSFORMER_LENS:
             return architecture_table.cells_of(part, family, kind, dtype)
-    return pytest.skip(f"docs/architectures has nothing of TransformerLens {TRANSFORMER_LENS}")
+    return pytest.skip(f"no measurements for TransformerLens {TRANSFORMER_LENS}")
 
 
 @pytest.mark.parametrize("part", [part["versions"]["transformer-lens"] for part in read_parts()])

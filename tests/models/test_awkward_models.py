@@ -465,7 +465,7 @@ def test_error_of_logits(found: list[float], expected: list[float], error: float
     assert seen == pytest.approx(error, rel=1e-5)
 
 
-def test_error_of_logits_passes_nan_on() -> None:
+def test_error_of_logits_propagates_nan() -> None:
     assert logit_error(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0])) != 0
 
 
@@ -580,7 +580,7 @@ def test_an_unmerged_adapter_is_analysed_like_the_merged_model() -> None:
 
 
 @bridge_only
-def test_adapters_that_do_more_are_refused() -> None:
+def test_dora_adapters_are_refused() -> None:
     from transformer_lens.model_bridge import TransformerBridge
 
     adapted = with_lora(plain_model("llama"), ["down_proj"], use_dora=True)
@@ -763,7 +763,7 @@ def test_a_single_prompt_is_as_precise_as_a_batch(name: str) -> None:
         assert max(errors) < 3e-6, rows
 
 
-def test_prompts_of_few_tokens() -> None:
+def test_prompts_with_few_tokens() -> None:
     """The training loss reads all positions, two or three in a short prompt."""
     case = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2")
     for n in (2, 3, 4):
@@ -842,7 +842,7 @@ def test_a_vjp_that_differs_from_the_models_is_refused(
         blt.capture_gradients(model, some_tokens(), blt.target_nll(5))
 
 
-def test_a_readout_that_is_replaced_later_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_readout_that_is_replaced_later_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = build("bridge-llama" if HAS_BRIDGE else "hooked-llama", torch.float32).model
     blt.backward_lens(model, some_tokens(), 5)
     kind = type(model.unembed)
@@ -854,7 +854,7 @@ def test_a_readout_that_is_replaced_later_is_noticed(monkeypatch: pytest.MonkeyP
 
 @bridge_only
 @pytest.mark.parametrize("value", [-1e4, -65504.0, -1e6])
-def test_a_large_finite_bias_is_no_false_alarm(value: float) -> None:
+def test_a_large_finite_bias_causes_no_false_alarm(value: float) -> None:
     raw = plain_model("phi", vocab_size=8000, hidden_size=128)
     with torch.no_grad():
         raw.lm_head.bias[-500:] = value
@@ -934,7 +934,7 @@ SMOLLM2 = os.environ.get("BACKWARD_LENS_SMOLLM2", "")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SMOLLM2, reason="BACKWARD_LENS_SMOLLM2 names no folder of SmolLM2-135M")
+@pytest.mark.skipif(not SMOLLM2, reason="BACKWARD_LENS_SMOLLM2 is not a folder of SmolLM2-135M")
 @pytest.mark.parametrize("objective", ["training", "own answer"])
 def test_no_false_alarm_on_a_real_model(
     objective: str, tmp_path_factory: pytest.TempPathFactory

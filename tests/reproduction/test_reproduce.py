@@ -816,7 +816,9 @@ def test_the_median_prompt_decides():
         ([7], 750, False, "0 of 35 (0 %)"),
     ],
 )
-def test_other_tokens_behave_alike(layers: Sequence[int], rank: float, expected: bool, found: str):
+def test_other_tokens_behave_the_same(
+    layers: Sequence[int], rank: float, expected: bool, found: str
+):
     def by(layer: int, segment: str) -> float:
         return 1000 if segment == LAST else rank if layer in layers else 0
 
@@ -1441,7 +1443,7 @@ def test_a_folder_grows_and_its_sweep_is_reused(report: Report):
         assert experiment.statement in html.unescape(text)
 
 
-def test_targets_that_are_cut(report: Report):
+def test_truncated_targets(report: Report):
     """Only the first token of a target is used, and its table is named after it."""
     finding = json.loads((report.folder / "fig11" / "finding.json").read_text(encoding="utf-8"))
     shown = [each["name"] for each in finding["results"]]
@@ -1643,7 +1645,7 @@ def test_a_bos_token(
     assert f" {text}" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_counting_targets_that_are_cut():
+def test_counting_truncated_targets():
     """Token ids and rejected prompts do not count."""
     rows = [SimpleNamespace(target=each) for each in (" Paris", " New York", 5, " Los Angeles")]
     shown = pd.DataFrame({"prompt": [0, 1, 2], "target": [" Paris", " New", " x"]})

@@ -1,8 +1,8 @@
-"""Measures `X^T Delta` against autograd on every architecture, and writes docs/architectures.md.
+"""Measure `X^T Delta` against autograd on every architecture, and write docs/architectures.md.
 
     python tests/support/architecture_table.py
 
-measures with the TransformerLens that is installed and writes docs/architectures/tl-VERSION.json;
+measures with the installed TransformerLens and writes docs/architectures/tl-VERSION.json;
 the page combines all of these. `test_architectures.py` checks every cell against its tolerance.
 
 Expected values are computed here without the package: weights are looked up in the model,
@@ -47,7 +47,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGE, PARTS = DOCS / "architectures.md", DOCS / "architectures"
 
 Cells = dict[str, float | str]
-"""By matrix, the largest error over layers, or why there is none."""
+"""By matrix, the largest error over layers, or the reason for its absence."""
 
 Row = dict[str, Any]
 """`family`, `kind`, `dtype` and their `cells`; these are a reason if the model is unavailable."""

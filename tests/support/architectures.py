@@ -22,7 +22,7 @@ from models import HAS_BRIDGE, HAS_HOOKED, NO_BRIDGE, NO_HOOKED, randomise, smal
 from transformers import AutoConfig, AutoModelForCausalLM
 
 KINDS = ("hooked", "hooked-processed", "bridge", "bridge-compat")
-"""`HookedTransformer` and `TransformerBridge`: as they are loaded, and with processed weights."""
+"""`HookedTransformer` and `TransformerBridge`: as loaded, and with processed weights."""
 
 D_VOCAB, D_MODEL, D_MLP, N_LAYERS, N_CTX, N_HEADS = 97, 24, 52, 2, 64, 4
 

@@ -64,7 +64,7 @@ BAD = [
     ("row", {"prompt": "Rome \ud800", "target": " the"}),
     ("row", {"prompt": "Rome is", "target": " the", "subject": "is", "subject_start": 0}),
 ]
-"""Rows that cannot be analysed, and why."""
+"""Rows that cannot be analysed, with reasons."""
 
 KEYS = ["prompt", "matrix", "layer", "position", "projection"]
 
@@ -728,7 +728,7 @@ def test_a_process_analyses_its_share(swept, whole: Sweep, monkeypatch):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_a_complete_sweep_is_not_computed_again(swept, monkeypatch):
+def test_a_complete_sweep_is_not_recomputed(swept, monkeypatch):
     first = swept(folder="out", layers=0)
     calls = fail_on(monkeypatch, lambda prompts: InputError("called"))
     before = digests(first.folder)

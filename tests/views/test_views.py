@@ -205,7 +205,7 @@ def test_a_token_is_never_markup(page: Node, result: BackwardLensResult):
     assert {"</script>", "<s>", "\"'&amp;", "</td><img src=x onerror=1>"} <= set(head)
 
 
-def test_a_page_can_be_written_whatever_the_tokens_are(
+def test_a_page_can_be_written_for_any_tokens(
     tmp_path: Path, page: Node, result: BackwardLensResult
 ):
     result.save_html(tmp_path / "page.html")

@@ -97,7 +97,7 @@ def four(result: BackwardLensResult) -> list[Widget]:
 
 
 @pytest.mark.parametrize("token", NASTY)
-def test_a_text_is_literal_whether_it_is_set_as_html_or_as_text(token: str):
+def test_a_text_is_literal_when_set_as_html_or_as_text(token: str):
     text = literal(token)
     as_html = parsed(f"<p>{text}</p>").children
     assert [node.text for node in as_html] == [text]
@@ -699,7 +699,7 @@ def test_plain_circuitsvis_has_these_problems(browser: Browser, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_widget_without_the_javascript_says_what_to_do_and_is_drawn_once_it_is_there(
+def test_a_widget_without_the_javascript_shows_a_hint_and_is_drawn_once_it_is_loaded(
     browser: Browser, tmp_path: Path, four: list[Widget]
 ):
     hasty = four[0].fragment.replace("< 50)", "< 2)")
