@@ -329,7 +329,7 @@ def weight_gradients(
     # Matrices that are stacked in one parameter share it.
     weights = list({id(weight): weight for site in sites for weight in site.weights}.values())
     totals, errors = [torch.zeros(()) for _ in weights], []
-    for each in plan.passes:
+    for each in plan.microbatches:
         gradients, error = _of_a_pass(host, plan.batch_of(each.prompts), plan.objective, weights)
         totals = [total.to(own.device) + own for total, own in zip(totals, gradients, strict=True)]
         errors.append(error)

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from backward_lens_tl._checks import plain, shown
-from backward_lens_tl.capture.batching import Pass
+from backward_lens_tl.capture.batching import Microbatch
 from backward_lens_tl.capture.forward import forward_pass
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.objectives import Targets, target_nll
@@ -148,7 +148,7 @@ def _rows(
     plan: CapturePlan, sites: Sequence[MatrixSite], prompt: int, rate: float | None
 ) -> list[dict[str, Any]]:
     """A step on each matrix for one prompt."""
-    recorded = plan.record(Pass((prompt,), plan.layers))
+    recorded = plan.record(Microbatch((prompt,), plan.layers))
     batch = plan.batch_of([prompt])
     # The same target before and after, even if it is the model's own answer.
     target = -1 if recorded.targets is None else int(recorded.targets[0])

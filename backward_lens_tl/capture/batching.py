@@ -28,12 +28,12 @@ _GRAPH_PATTERNS = 3
 """Values that autograd keeps per block, as measured: per token, in units of `d_model` and, for each
 reading matrix of the MLP, of `d_mlp`; and per head and pair of tokens."""
 
-_USUAL_PASS = 256 * 2**20
+_USUAL_SIZE = 256 * 2**20
 """Default size of a microbatch on a CPU, in bytes; larger ones are not faster."""
 
 
 @dataclass(frozen=True)
-class Pass:
+class Microbatch:
     """A microbatch: the prompts and layers of one forward and one backward pass.
 
     Attributes:
@@ -46,7 +46,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class PassSize:
+class MicrobatchSize:
     """An estimate of the memory that microbatches take, in bytes.
 
     Attributes:
@@ -102,7 +102,9 @@ class PassSize:
         return n_prompts * (factors + length * length * self.patterns)
 
 
-def pass_size(host: Host, sites: Sequence[Site], n_read: int | None, longest: int) -> PassSize:
+def microbatch_size(
+    host: Host, sites: Sequence[Site], n_read: int | None, longest: int
+) -> MicrobatchSize:
     """Estimate memory from the sizes of a model.
 
     Args:
@@ -122,7 +124,7 @@ def pass_size(host: Host, sites: Sequence[Site], n_read: int | None, longest: in
     wide = max(_FLOAT32, itemsize)
     attention = {site.layer for site in sites if site.matrix in ATTENTION_MATRICES}
     mlp = host.d_mlp * (2 if host.is_gated else 1)
-    return PassSize(
+    return MicrobatchSize(
         per_token=itemsize * (_GRAPH_WIDTHS * host.d_model + _GRAPH_MLP_WIDTHS * mlp),
         per_pair=itemsize * _GRAPH_PATTERNS * host.n_heads,
         # The logits, their log-softmax, and the gradient of both.
@@ -135,16 +137,16 @@ def pass_size(host: Host, sites: Sequence[Site], n_read: int | None, longest: in
     )
 
 
-def plan_passes(
+def plan_microbatches(
     lengths: Sequence[int],
     layers: Sequence[int],
-    size: PassSize,
+    size: MicrobatchSize,
     memory: Memory,
     *,
     in_one: bool,
     by_prompt: bool,
     groups: Sequence[Sequence[int]] | None = None,
-) -> list[Pass]:
+) -> list[Microbatch]:
     """Divide the work into microbatches.
 
     Args:
@@ -166,8 +168,8 @@ def plan_passes(
     everything = size.of(len(lengths), longest, all_layers)
     if in_one:
         kept = 0 if memory.keeps_as_computed else size.kept(len(lengths), longest, memory)
-        _check_one_pass(everything + kept, memory.budget)
-        return [Pass(tuple(range(len(lengths))), all_layers)]
+        _check_single(everything + kept, memory.budget)
+        return [Microbatch(tuple(range(len(lengths))), all_layers)]
     buckets = [
         tuple(prompts[at] for at in bucket)
         for prompts in groups or [range(len(lengths))]
@@ -176,25 +178,25 @@ def plan_passes(
     if memory.budget is None:
         if by_prompt:
             buckets = _of_usual_size(buckets, all_layers, lengths, size)
-        return [Pass(bucket, all_layers) for bucket in buckets]
+        return [Microbatch(bucket, all_layers) for bucket in buckets]
     # The factors of a single microbatch are kept as they are, and take no more memory.
     is_kept = len(buckets) == 1 and memory.keeps_as_computed
     if is_kept and everything <= memory.budget:
-        return [Pass(buckets[0], all_layers)]
+        return [Microbatch(buckets[0], all_layers)]
     kept = size.kept(len(lengths), longest, memory)
     return [
         part
         for bucket in buckets
-        for part in _passes(bucket, all_layers, lengths, size, memory.budget, kept)
+        for part in _within_budget(bucket, all_layers, lengths, size, memory.budget, kept)
     ]
 
 
-def _check_one_pass(takes: int, budget: int | None) -> None:
+def _check_single(takes: int, budget: int | None) -> None:
     if budget is not None and takes > budget:
         raise InputError(
-            f"this takes about {_shown(takes)} in one pass, but the budget is {_shown(budget)}; "
-            "with hooks on the model, or hook_points, there is only one pass; use fewer prompts or "
-            "layers, or a larger budget"
+            f"this takes about {_shown(takes)} in one microbatch, but the budget is "
+            f"{_shown(budget)}; with hooks on the model, or hook_points, there is only one "
+            "microbatch; use fewer prompts or layers, or a larger budget"
         )
 
 
@@ -202,10 +204,10 @@ def _of_usual_size(
     buckets: Sequence[tuple[int, ...]],
     layers: tuple[int, ...],
     lengths: Sequence[int],
-    size: PassSize,
+    size: MicrobatchSize,
 ) -> list[tuple[int, ...]]:
     """Batches of the default size, with at least one prompt each."""
-    most = _free_cuda_memory(size.device) // 4 if size.device.type == "cuda" else _USUAL_PASS
+    most = _free_cuda_memory(size.device) // 4 if size.device.type == "cuda" else _USUAL_SIZE
     return [
         part
         for bucket in buckets
@@ -214,29 +216,29 @@ def _of_usual_size(
     ]
 
 
-def _passes(
+def _within_budget(
     bucket: tuple[int, ...],
     layers: tuple[int, ...],
     lengths: Sequence[int],
-    size: PassSize,
+    size: MicrobatchSize,
     budget: int,
     kept: int,
-) -> list[Pass]:
+) -> list[Microbatch]:
     """Microbatches of prompts of similar length, within a budget."""
     longest, room = max(lengths[prompt] for prompt in bucket), budget - kept
     if n_prompts := max(0, room) // size.of(1, longest, layers):
-        return [Pass(part, layers) for part in _smaller(bucket, n_prompts, lengths)]
+        return [Microbatch(part, layers) for part in _smaller(bucket, n_prompts, lengths)]
     largest = max(layers, key=size.factors.__getitem__)
     sizes = [size.of(1, longest, [largest] * n) for n in range(1, len(layers) + 1)]
     n_layers = sum(of_some <= room for of_some in sizes)
     if not n_layers:
         raise InputError(
-            f"a pass over one layer and one prompt of {longest} tokens takes about "
+            f"a microbatch of one layer and one prompt of {longest} tokens takes about "
             f"{_shown(kept + sizes[0])}, including {_shown(kept)} for the factors of all prompts, "
             f"but the budget is {_shown(budget)}; increase it, pass fewer or shorter prompts, or "
             "set factor_dtype or factor_device"
         )
-    return [Pass((prompt,), part) for prompt in bucket for part in _parts(layers, n_layers)]
+    return [Microbatch((prompt,), part) for prompt in bucket for part in _parts(layers, n_layers)]
 
 
 def _free_cuda_memory(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Merge what several passes recorded into the gradients of the whole batch."""
+"""Merge what several microbatches recorded into the gradients of the whole batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from backward_lens_tl.capture.prompts import PromptBatch
 
 
 class Merger:
-    """Merges passes and keeps factors in the requested dtype and on the requested device.
+    """Merges microbatches and keeps factors in the requested dtype and on the requested device.
 
     Args:
         batch: All prompts, on the device where factors are kept.
@@ -29,13 +29,13 @@ class Merger:
 
     @property
     def merged(self) -> Recorded:
-        """Everything that was added; at least one pass."""
+        """Everything that was added; at least one microbatch."""
         if self._merged is None:
             raise LookupError("nothing was added")
         return self._merged
 
     def add(self, part: Recorded, prompts: Sequence[int]) -> None:
-        """Add one pass.
+        """Add one microbatch.
 
         Args:
             part: What it recorded.
@@ -53,12 +53,12 @@ class Merger:
 
 
 class _Placer:
-    """Writes what one pass recorded into tensors for all prompts.
+    """Writes what one microbatch recorded into tensors for all prompts.
 
     Args:
         batch: All prompts.
         memory: How factors are kept.
-        prompts: The indices of the pass's prompts.
+        prompts: The indices of the microbatch's prompts.
     """
 
     def __init__(self, batch: PromptBatch, memory: Memory, prompts: Sequence[int]) -> None:
@@ -69,14 +69,14 @@ class _Placer:
         self._written: dict[tuple[int | None, int], Tensor] = {}
 
     def place(self, whole: Recorded | None, part: Recorded) -> Recorded:
-        """Write a pass into the tensors of all prompts, in place where they exist.
+        """Write a microbatch into the tensors of all prompts, in place where they exist.
 
         Args:
-            whole: The passes merged so far.
-            part: What the pass recorded.
+            whole: The microbatches merged so far.
+            part: What the microbatch recorded.
 
         Returns:
-            The pass's matrices and layers, with tensors for all prompts.
+            The microbatch's matrices and layers, with tensors for all prompts.
         """
         gradients = {} if whole is None else whole.gradients
         attention = {} if whole is None else whole.attention
@@ -91,7 +91,7 @@ class _Placer:
             loss=self._put(None if whole is None else whole.loss, part.loss),
             targets=targets,
             answers=self._put(None if whole is None else whole.answers, part.answers),
-            # With hook points there is only one pass.
+            # With hook points there is only one microbatch.
             hook_gradients={
                 name: replace(
                     point, value=point.value.to(self._device), vjp=point.vjp.to(self._device)
@@ -125,7 +125,7 @@ class _Placer:
         key = (None if whole is None else id(whole), id(part))
         if key not in self._written:
             if whole is not None and any(before == id(whole) for before, _ in self._written):
-                whole = whole.clone()  # their inputs differ from this pass on
+                whole = whole.clone()  # their inputs differ from this microbatch on
             self._written[key] = self._factor(whole, part)
         return self._written[key]
 

@@ -1,4 +1,4 @@
-"""Capture the gradients of weight matrices as factors, in one or several passes."""
+"""Capture the gradients of weight matrices as factors, in one or several microbatches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from backward_lens_tl._checks import shown
-from backward_lens_tl.capture.batching import Pass, pass_size, plan_passes
+from backward_lens_tl.capture.batching import Microbatch, microbatch_size, plan_microbatches
 from backward_lens_tl.capture.bound_objectives import BoundObjective, LossFunction
 from backward_lens_tl.capture.coverage import coverage_of
 from backward_lens_tl.capture.forward_backward import Recorded, record
@@ -43,9 +43,9 @@ def capture_gradients(
 ) -> GradientCapture:
     """Capture the gradients of weight matrices as factors.
 
-    Works on frozen models and under `torch.no_grad()`. Prompts of similar length share a pass.
-    Hooks that the caller has on the model are active: under an activation patch, the gradients are
-    those of the patched model, and all prompts share one pass.
+    Works on frozen models and under `torch.no_grad()`. Prompts of similar length share a
+    microbatch. Hooks that the caller has on the model are active: under an activation patch, the
+    gradients are those of the patched model, and all prompts share one microbatch.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
@@ -88,7 +88,7 @@ def capture_gradients(
 
 @dataclass(frozen=True)
 class CapturePlan:
-    """A checked capture and the passes that it needs.
+    """A checked capture and the microbatches that it needs.
 
     Attributes:
         host: The model.
@@ -100,7 +100,7 @@ class CapturePlan:
         points: Hook points that are kept too.
         may_skip_points: Whether to leave out hook points that never fire.
         memory: The caller's limits.
-        passes: Which prompts and layers share a pass.
+        microbatches: Which prompts and layers share a microbatch.
         targets: Tokens to rank instead of the objective's own.
     """
 
@@ -113,14 +113,14 @@ class CapturePlan:
     points: tuple[HookPointSite, ...]
     may_skip_points: bool
     memory: Memory
-    passes: tuple[Pass, ...]
+    microbatches: tuple[Microbatch, ...]
     targets: Int[Tensor, "batch"] | None = None
 
     def run(self, read: Callable[[Recorded, Sequence[int]], None] | None = None) -> GradientCapture:
-        """Run all passes and merge what they record.
+        """Run all microbatches and merge what they record.
 
         Args:
-            read: Called after each pass with what it recorded and the indices of its prompts,
+            read: Called after each microbatch with what it recorded and the indices of its prompts,
                 before factors are rounded or moved.
 
         Returns:
@@ -128,12 +128,12 @@ class CapturePlan:
         """
         batch = self.batch.to(self.kept_on)
         merger = Merger(batch, self.memory)
-        for each in self.passes:
+        for each in self.microbatches:
             recorded = self.record(each)
             if read is not None:
                 read(recorded, each.prompts)
             merger.add(recorded, each.prompts)
-            del recorded  # before the next pass allocates
+            del recorded  # before the next microbatch allocates
         merged = merger.merged
         return GradientCapture(
             gradients=merged.gradients,
@@ -153,7 +153,7 @@ class CapturePlan:
             attention=merged.attention,
         )
 
-    def record(self, some: Pass) -> Recorded:
+    def record(self, some: Microbatch) -> Recorded:
         """Run one forward and backward pass.
 
         Args:
@@ -200,7 +200,7 @@ def plan_capture(
     hook_points: str | Sequence[str] | Callable[[str], bool] | None = None,
     memory: Memory | None = None,
 ) -> CapturePlan:
-    """Check the arguments of `capture_gradients` and plan the passes.
+    """Check the arguments of `capture_gradients` and plan the microbatches.
 
     Args:
         host: The model.
@@ -229,10 +229,10 @@ def plan_capture(
         objective, host, tokenize_prompts(host, prompts, prepend_bos)
     )
     lengths = batch.lengths.tolist()
-    passes = plan_passes(
+    microbatches = plan_microbatches(
         lengths,
         chosen,
-        pass_size(host, sites, bound.n_read(batch), max(lengths)),
+        microbatch_size(host, sites, bound.n_read(batch), max(lengths)),
         limits,
         in_one=bool(points or host.hooked_modules or bound.looks_at == "batch"),
         by_prompt=bound.looks_at == "prompt",
@@ -249,7 +249,7 @@ def plan_capture(
         # As in run_with_cache, a function of the name may name hook points that never fire.
         may_skip_points=callable(hook_points),
         memory=limits,
-        passes=tuple(passes),
+        microbatches=tuple(microbatches),
     )
 
 

@@ -133,7 +133,7 @@ def _as_memory(value: Any) -> Memory | None:
     known = [field.name for field in fields(Memory)]
     for name in value:
         if name not in known:
-            raise SweepError(f"memory has no setting {shown(name)}; allowed are {', '.join(known)}")
+            raise SweepError(f"memory has no setting {shown(name)}; allowed: {', '.join(known)}")
     import torch
 
     dtype = value.get("factor_dtype")

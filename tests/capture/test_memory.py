@@ -34,7 +34,12 @@ from test_passes import (
 from test_state import assert_same, snapshot
 from torch import Tensor
 
-from backward_lens_tl.capture.batching import PassSize, length_buckets, pass_size, plan_passes
+from backward_lens_tl.capture.batching import (
+    MicrobatchSize,
+    length_buckets,
+    microbatch_size,
+    plan_microbatches,
+)
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.memory import Memory
@@ -207,7 +212,7 @@ def assert_same_tokens(found: BackwardLensResult, plain: BackwardLensResult) -> 
 @pytest.mark.parametrize(
     ("prompts", "dtype"),
     [(PROMPTS, torch.bfloat16), (ALIKE, torch.float32)],
-    ids=["several passes", "one pass"],
+    ids=["several microbatches", "one microbatch"],
 )
 def test_tokens_are_computed_before_rounding(
     limited: Case, dtype: torch.dtype, prompts: Any
@@ -328,7 +333,9 @@ def test_a_wider_dtype_than_the_models_own(mixture: Any) -> None:
     assert_rounded(wide, plain, torch.float64)
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS, ALIKE], ids=["several passes", "one pass"])
+@pytest.mark.parametrize(
+    "prompts", [PROMPTS, ALIKE], ids=["several microbatches", "one microbatch"]
+)
 def test_naming_the_models_own_device_changes_nothing(limited: Case, prompts: Any) -> None:
     plain, found = (
         backward_lens(limited.model, prompts, 5, k=3, memory=memory, **ALL_MATRICES)
@@ -413,7 +420,7 @@ def test_views_show_a_result_in_bfloat16(facts_result: Any) -> None:
 # ------------------------------------------------------------------------------------- the estimate
 
 
-Plan = tuple[list[int], tuple[int, ...], PassSize, Memory]
+Plan = tuple[list[int], tuple[int, ...], MicrobatchSize, Memory]
 
 
 @st.composite
@@ -426,7 +433,7 @@ def plans(draw: st.DrawFn) -> Plan:
     layers = tuple(sorted(draw(st.sets(st.integers(0, 11), min_size=1, max_size=8))))
     widths = st.integers(1, 400)
     width = draw(st.one_of(st.none(), widths))
-    size = PassSize(
+    size = MicrobatchSize(
         per_token=draw(st.one_of(st.integers(1, 20), st.integers(1, 2000))),
         per_pair=draw(st.integers(0, 20)),
         per_prompt=draw(st.integers(0, 5000)),
@@ -445,8 +452,8 @@ def plans(draw: st.DrawFn) -> Plan:
 def divided(plan: Plan, *, in_one: bool = False) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Prompts and layers of each pass, for an objective that takes prompts one by one."""
     lengths, layers, size, memory = plan
-    passes = plan_passes(lengths, layers, size, memory, in_one=in_one, by_prompt=True)
-    return [(run.prompts, run.layers) for run in passes]
+    planned = plan_microbatches(lengths, layers, size, memory, in_one=in_one, by_prompt=True)
+    return [(run.prompts, run.layers) for run in planned]
 
 
 def too_large(plan: Plan) -> list[tuple[int, int]]:
@@ -470,20 +477,22 @@ def test_passes_cover_everything_once_within_the_budget(plan: Plan) -> None:
     whole = size.of(len(lengths), max(lengths), layers)
     assert memory.budget is not None
     try:
-        passes = divided(plan)
+        microbatches = divided(plan)
     except InputError:
         assert too_large(plan)
         return
-    pairs = [(prompt, layer) for prompts, own in passes for prompt in prompts for layer in own]
+    pairs = [
+        (prompt, layer) for prompts, own in microbatches for prompt in prompts for layer in own
+    ]
     assert sorted(pairs) == [(prompt, at) for prompt in range(len(lengths)) for at in layers]
-    for prompts, own in passes:
+    for prompts, own in microbatches:
         # A single pass keeps what it computes; its estimate already includes that.
-        others = 0 if len(passes) == 1 and memory.keeps_as_computed else kept
+        others = 0 if len(microbatches) == 1 and memory.keeps_as_computed else kept
         within = [lengths[prompt] for prompt in prompts]
         assert size.of(len(prompts), max(within), own) + others <= memory.budget
         assert not has_much_padding(within)
     if whole + kept <= memory.budget:
-        assert [prompts for prompts, _ in passes] == length_buckets(lengths)
+        assert [prompts for prompts, _ in microbatches] == length_buckets(lengths)
 
 
 @given(plans(), st.booleans())
@@ -491,10 +500,12 @@ def test_passes_cover_everything_once_within_the_budget(plan: Plan) -> None:
 def test_without_a_budget_every_bucket_is_a_pass(plan: Plan, in_one: bool) -> None:
     lengths, layers, size, memory = plan
     free = Memory(None, memory.factor_dtype, memory.factor_device)
-    passes = divided((lengths, layers, size, free), in_one=in_one)
+    microbatches = divided((lengths, layers, size, free), in_one=in_one)
     everything = [tuple(range(len(lengths)))]
-    assert [prompts for prompts, _ in passes] == (everything if in_one else length_buckets(lengths))
-    assert {own for _, own in passes} == {layers}
+    assert [prompts for prompts, _ in microbatches] == (
+        everything if in_one else length_buckets(lengths)
+    )
+    assert {own for _, own in microbatches} == {layers}
 
 
 USUAL = 256 * 2**20
@@ -505,7 +516,7 @@ USUAL = 256 * 2**20
 def test_default_passes_stay_within_the_default_limit(plan: Plan, scale: int) -> None:
     """Or have one prompt. A plain callable still gets all prompts of one length."""
     lengths, layers, small, memory = plan
-    size = PassSize(
+    size = MicrobatchSize(
         small.per_token * scale,
         small.per_pair * scale,
         small.per_prompt * scale,
@@ -514,17 +525,17 @@ def test_default_passes_stay_within_the_default_limit(plan: Plan, scale: int) ->
         small.device,
     )
     free = Memory(None, memory.factor_dtype, memory.factor_device)
-    passes = divided((lengths, layers, size, free))
-    assert sorted(p for prompts, _ in passes for p in prompts) == list(range(len(lengths)))
-    for prompts, own in passes:
+    microbatches = divided((lengths, layers, size, free))
+    assert sorted(p for prompts, _ in microbatches for p in prompts) == list(range(len(lengths)))
+    for prompts, own in microbatches:
         assert own == layers
         longest = max(lengths[prompt] for prompt in prompts)
         assert len(prompts) == 1 or size.of(len(prompts), longest, own) <= USUAL
     for bucket in length_buckets(lengths):
         longest = max(lengths[prompt] for prompt in bucket)
         if size.of(len(bucket), longest, layers) <= USUAL:
-            assert (bucket, layers) in passes
-    together = plan_passes(lengths, layers, size, free, in_one=False, by_prompt=False)
+            assert (bucket, layers) in microbatches
+    together = plan_microbatches(lengths, layers, size, free, in_one=False, by_prompt=False)
     assert [run.prompts for run in together] == length_buckets(lengths)
 
 
@@ -542,12 +553,12 @@ def test_under_a_hook_there_is_one_pass_or_an_error_with_the_reason(plan: Plan) 
         # Everything computed is kept.
         assert divided(plan, in_one=True) == everything
     else:
-        with pytest.raises(InputError, match=r"budget.*hooks.*one pass"):
+        with pytest.raises(InputError, match=r"budget.*hooks.*one microbatch"):
             divided(plan, in_one=True)
 
 
 def test_factors_on_another_device_take_no_memory_here() -> None:
-    size = PassSize(1, 0, 0, {0: 10, 1: 20}, 2, torch.device("cuda", 0))
+    size = MicrobatchSize(1, 0, 0, {0: 10, 1: 20}, 2, torch.device("cuda", 0))
     assert size.kept(3, 7, Memory()) == 3 * 7 * 30 * 4
     assert size.kept(3, 7, BF16) == 3 * 7 * 30 * 2
     assert size.kept(3, 7, Memory(factor_device="cpu")) == 0
@@ -572,7 +583,7 @@ def test_kept_memory_is_not_underestimated(what: str) -> None:
         tokens = torch.randint(3, 97, (2, length))
         capture = capture_gradients(model, tokens, nll(5), matrices=matrices)
         sites = [site for layer in capture.layers for site in host.sites(layer, capture.matrices)]
-        size = pass_size(host, sites, 1, length)
+        size = microbatch_size(host, sites, 1, length)
         patterns = [attention.scores_vjp for attention in capture.attention.values()]
         actual = size_in_bytes([*factors_of(capture), *patterns])
         assert actual <= size.kept(2, length, Memory()) <= 4 * actual
@@ -584,7 +595,7 @@ def test_one_pattern_is_kept_per_head_of_a_layer_with_attention(
 ) -> None:
     host = host_of(build("hooked-gpt2", torch.float64).model)
     sites = [site for layer in (0, 2) for site in host.sites(layer, matrices)]
-    assert pass_size(host, sites, 1, 5).patterns == n_layers * 3 * 8  # heads, bytes
+    assert microbatch_size(host, sites, 1, 5).patterns == n_layers * 3 * 8  # heads, bytes
 
 
 def test_no_more_memory_is_held_than_the_factors_need(mixture: Any) -> None:
@@ -778,7 +789,7 @@ def test_a_budget_too_small_for_one_pass_under_a_hook(limited: Case, reason: str
         else:
             options["hook_points"] = "blocks.1.hook_resid_pre"
         before = snapshot(model)
-        with pytest.raises(InputError, match=r"hooks.*one pass") as error:
+        with pytest.raises(InputError, match=r"hooks.*one microbatch") as error:
             capture_gradients(model, PROMPTS, nll(5), memory=Memory(budget=1000), **options)
         assert_same(before, snapshot(model))
     message = str(error.value)
@@ -809,7 +820,7 @@ def test_the_estimate_in_a_refusal_is_sufficient(plan: Plan) -> None:
     lengths, layers, size, memory = plan
     # In megabytes, so that the message's rounding does not count.
     mega = 10**6
-    scaled = PassSize(
+    scaled = MicrobatchSize(
         size.per_token * mega,
         size.per_pair * mega,
         size.per_prompt * mega,

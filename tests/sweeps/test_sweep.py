@@ -922,9 +922,9 @@ def test_fingerprints_change_with_one_bit_of_model_or_data(swept, plain):
         ({"shard_size": 0}, "shard_size is 0; it should be greater"),
         ({"shard_size": "8"}, "shard_size is '8'; it should be a valid integer"),
         ({"memory": 10**9}, "memory is 1000000000; pass a Memory"),
-        ({"memory": {"budgte": 1}}, "memory has no setting 'budgte'; allowed are budget, factor_"),
+        ({"memory": {"budgte": 1}}, "memory has no setting 'budgte'; allowed: budget, factor_"),
         ({"memory": {"budget": "1"}}, "budget is '1'; pass a number of bytes"),
-        ({"memory": {"factor_dtype": "int8"}}, "factor_dtype is torch.int8; allowed are"),
+        ({"memory": {"factor_dtype": "int8"}}, "factor_dtype is torch.int8; allowed: None"),
         ({"seed": "now"}, "seed is 'now'; it should be a valid integer"),
     ],
 )
