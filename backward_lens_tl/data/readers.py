@@ -145,7 +145,7 @@ def _rows_by_name(data: str | Path, split: str) -> list[object]:
     if os.path.exists(name):
         return _rows_of_file(name)
     if isinstance(data, Path) or _suffix(name) in _FORMATS:
-        raise InputError(f"there is no file {name!r}; the current folder is {os.getcwd()!r}")
+        raise InputError(f"file {name!r} does not exist; the current folder is {os.getcwd()!r}")
     return _rows_from_hub(name, split)
 
 

@@ -118,7 +118,7 @@ def tokenize_requests(
     """
     asked = [requests] if isinstance(requests, EditRequest) else listed(requests)
     if not asked:
-        raise EditError("there is no request; pass EditRequest(prompt, target), or several")
+        raise EditError("requests is empty; pass EditRequest(prompt, target), or several")
     for request in asked:
         if not isinstance(request, EditRequest):
             raise EditError(

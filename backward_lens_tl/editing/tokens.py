@@ -172,7 +172,7 @@ def compare_tokens(
     host = host_of(model)
     read = _reader(host, target, projection, k, multi_token)
     if not deltas:
-        raise EditError("there is no edit to compare; pass several by name")
+        raise EditError("deltas is empty; pass several edits by name")
     first, *others = deltas.values()
     keys = {(each.matrix, each.layer) for each in first}
     if any({(each.matrix, each.layer) for each in other} != keys for other in others):

@@ -91,7 +91,7 @@ def search(
         'c=40.0'
     """
     if not candidates:
-        raise EvaluationError("there is no candidate; pass methods by name")
+        raise EvaluationError("candidates is empty; pass methods by name")
     config = EvaluationConfig(
         rows=tuple(rows), generation_length=0, n_texts=0, prepend_bos=prepend_bos
     )

@@ -78,7 +78,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise ResultFileError(f"{name} cannot be written: it is a folder")
     if not os.path.isdir(file.parent):
         raise ResultFileError(
-            f"{name} cannot be written: there is no folder {os.fspath(file.parent)!r}"
+            f"{name} cannot be written: folder {os.fspath(file.parent)!r} does not exist"
         )
     partial = file.with_name(f".{uuid4().hex}.partial.{file.name}")
     try:

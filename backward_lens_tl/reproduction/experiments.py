@@ -247,7 +247,7 @@ def select_experiments(names: str | Sequence[str]) -> tuple[Experiment, ...]:
     known = [*(name for each in EXPERIMENTS for name in each.covers), *get_args(Group), "all"]
     for name in asked:
         if name not in known:
-            raise InputError(f"there is no experiment {name!r}; allowed: {', '.join(known)}")
+            raise InputError(f"unknown experiment {name!r}; allowed: {', '.join(known)}")
     if not asked:
         raise InputError(f"names is empty; allowed: {', '.join(known)}")
     return tuple(

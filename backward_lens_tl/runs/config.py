@@ -100,7 +100,7 @@ class Config(Checked):
         known = [field.name for field in fields(cls)]
         for name in settings:
             if name not in known:
-                raise cls.ERROR(f"there is no setting {name!r}; allowed: {', '.join(known)}")
+                raise cls.ERROR(f"unknown setting {name!r}; allowed: {', '.join(known)}")
         return cls(**settings)
 
     @classmethod

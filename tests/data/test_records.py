@@ -646,9 +646,9 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, raw: bytes, said: 
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ("no/such.csv", "there is no file 'no/such.csv'; the current folder is '"),
-        ("such.JSONL.gz", "there is no file 'such.JSONL.gz'"),
-        (Path("no-such-folder"), "there is no file 'no-such-folder'"),
+        ("no/such.csv", "file 'no/such.csv' does not exist; the current folder is '"),
+        ("such.JSONL.gz", "file 'such.JSONL.gz' does not exist"),
+        (Path("no-such-folder"), "file 'no-such-folder' does not exist"),
         (
             "/no/such/folder",
             "'/no/such/folder' is not an existing file or folder, and split 'train' of a data set",

@@ -656,7 +656,7 @@ def test_files_without_an_edit(tmp_path: Path) -> None:
     ):
         with pytest.raises(ResultFileError, match=message):
             WeightDelta.load(tmp_path / name)
-    with pytest.raises(ResultFileError, match="no folder"):
+    with pytest.raises(ResultFileError, match="does not exist"):
         edit(low_rank()).save(tmp_path / "nowhere" / "edit.safetensors")
 
 

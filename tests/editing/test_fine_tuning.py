@@ -417,7 +417,7 @@ def test_the_facts_model_learns(facts_model: Any) -> None:
         ({"norm_constraint": float("nan")}, "norm_constraint"),
         ({"stop_at": None}, "stop_at"),
         ({"stop_at": -1}, "stop_at"),
-        ({"layers": []}, r"layers is \[\]; pass at least one layer, each of them once"),
+        ({"layers": []}, r"layers is \[\]; pass at least one layer, without repeats"),
         ({"layers": [1, 1]}, r"layers is \[1, 1\]; pass at least one layer"),
     ],
 )
@@ -431,7 +431,7 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     [
         ({"matrices": "W_down"}, "matrices is 'W_down'; it should be"),
         ({"matrices": ()}, "matrices is empty"),
-        ({"layers": ()}, "layers is empty"),
+        ({"layers": ()}, r"layers is \(\); pass at least one layer"),
         ({"layers": 2}, "layer"),
         ({"layers": (0, -3)}, "layer"),
         ({"layers": 0.5}, "layer"),

@@ -481,7 +481,7 @@ def test_sizes_must_be_positive(one_gpt2: Case, value: Any) -> None:
 @pytest.mark.usefixtures("as_for_a_user")
 def test_statistics_need_requests_and_matrices_of_the_mlp(one_gpt2: Case) -> None:
     model = one_gpt2.model
-    with pytest.raises(EditError, match="there is no request"):
+    with pytest.raises(EditError, match="requests is empty"):
         pair_statistics(model, [])
     with pytest.raises(EditError, match="is a matrix of attention"):
         pair_statistics(model, REQUESTS, matrices="W_Q")

@@ -282,7 +282,7 @@ def test_a_norm_after_the_mlp_is_refused(kind: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": ()}, r"layers is \(\); pass at least one layer, each of them once"),
+        ({"layers": ()}, r"layers is \(\); pass at least one layer, without repeats"),
         ({"layers": (1, 0, 0)}, r"layers is \(1, 0, 0\); pass at least one layer"),
         ({"layers": (0, 3)}, "layer 3 does not exist"),
         ({"moments": None}, r"second_moments\(model, texts, layers=\[0, 1\]\)"),
@@ -305,5 +305,5 @@ def test_a_subject_is_needed(one_gpt2: Case) -> None:
 
 def test_statistics_of_w_in_are_refused(one_gpt2: Case) -> None:
     reading = second_moments(one_gpt2.model, ["The capital"], matrix="W_in", progress=False)
-    with pytest.raises(EditError, match="what W_in reads"):
+    with pytest.raises(EditError, match="the inputs of W_in"):
         memit(one_gpt2, moments=reading)(one_gpt2.model, REQUEST)

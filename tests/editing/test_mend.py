@@ -459,7 +459,7 @@ def test_locality_texts_with_the_subject_are_not_used(one_gpt2: Case) -> None:
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_training_needs_records(one_gpt2: Case) -> None:
-    with pytest.raises(EditError, match="there is no record to train on"):
+    with pytest.raises(EditError, match="records is empty"):
         train(one_gpt2, records=[])
     with pytest.raises(EditError, match="is a EditRequest; pass a Record"):
         train(one_gpt2, records=REQUESTS)

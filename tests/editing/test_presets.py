@@ -344,9 +344,11 @@ def _prompts(row: Record) -> tuple[str, ...]:
 
 def test_errors(facts_model: Any, tmp_path: Path) -> None:
     given: Any = {"folder": tmp_path, "progress": False}
-    with pytest.raises(EditError, match=r"no method 'ike'; allowed: ft_first, .*whitened, all\n"):
+    with pytest.raises(
+        EditError, match=r"unknown method 'ike'; allowed: ft_first, .*whitened, all\n"
+    ):
         preset_methods(facts_model, ["shift", "ike"], **given)
-    with pytest.raises(EditError, match=r"no method 'all'; allowed: ft_first, .*whitened\n"):
+    with pytest.raises(EditError, match=r"unknown method 'all'; allowed: ft_first, .*whitened\n"):
         with_settings(facts_model, "all", {}, **given)
     for name in ("mend", "normalized_gradient", "ultraedit", "all"):
         with pytest.raises(EditError, match=r"need records to learn from.*such as 'shift'"):

@@ -752,7 +752,7 @@ def test_models_without_a_w_out() -> None:
 
 def test_at_least_one_request_is_needed() -> None:
     own = pair("gpt2", EITHER)
-    with pytest.raises(EditError, match="no request"):
+    with pytest.raises(EditError, match="requests is empty"):
         shift()(own.model, [])
     with pytest.raises(EditError, match="EditRequest"):
         shift()(own.model, [("Messi plays for", " Paris")])  # type: ignore[list-item]

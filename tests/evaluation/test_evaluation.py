@@ -1001,7 +1001,7 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> No
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_settings_by_name() -> None:
-    with pytest.raises(EvaluationError, match="there is no setting 'record'; allowed: records"):
+    with pytest.raises(EvaluationError, match="unknown setting 'record'; allowed: records"):
         EvaluationConfig.from_json({"record": 3})
     config = EvaluationConfig(rows=np.arange(3), records=None, seed=np.int64(4))
     assert config == EvaluationConfig(rows=[0, 1, 2], seed=4)

@@ -295,7 +295,7 @@ def test_a_search_on_the_facts_model(facts_model: Any) -> None:
             model.to_tokens(request.target, prepend_bos=False)[0, 0]
         )
     assert checksum(model) == before
-    with pytest.raises(EvaluationError, match="no candidate"):
+    with pytest.raises(EvaluationError, match="candidates is empty"):
         search(model, {}, "facts", range(3), progress=False)
     with pytest.raises(EvaluationError, match="rows is empty"):
         search(model, methods, "facts", [], progress=False)

@@ -1193,7 +1193,7 @@ def test_names_of_figures_and_tables():
 
 def test_unknown_names(tmp_path: Path):
     known = r"allowed: fig3, fig1, .*table5, .*optimizers, gradients, editing, all\n"
-    with pytest.raises(InputError, match=rf"no experiment 'fig2'; {known}"):
+    with pytest.raises(InputError, match=rf"unknown experiment 'fig2'; {known}"):
         reproduce("facts", None, tmp_path / "x", "fig2")
     with pytest.raises(InputError, match="names is empty; allowed: fig3, fig1"):
         reproduce("facts", None, tmp_path / "x", [])
@@ -1877,7 +1877,7 @@ def test_errors_of_the_command(
     assert not (tmp_path / "x").exists()
     # A wrong name is an error before the model is loaded.
     monkeypatch.setattr(loading, "load_model", None)
-    assert "there is no experiment 'fig99'; allowed: fig3, fig1" in error("fig4", "fig99")
+    assert "unknown experiment 'fig99'; allowed: fig3, fig1" in error("fig4", "fig99")
 
 
 # --- everything -----------------------------------------------------------------------------------

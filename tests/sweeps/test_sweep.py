@@ -966,8 +966,8 @@ def test_settings_that_compare_equal(swept):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"colour": 3}', r"there is no setting 'colour'; allowed: matrices, layers, .*memory"),
-        ('{"config": {"colour": 3}}', "there is no setting 'colour'"),
+        ('{"colour": 3}', r"unknown setting 'colour'; allowed: matrices, layers, .*memory"),
+        ('{"config": {"colour": 3}}', "unknown setting 'colour'"),
         ('{"config": 3}', "has 3 for settings"),
         ("[1]", r"has \[1\] for settings; write a JSON object"),
         ("{", "cannot be read"),
@@ -1178,9 +1178,9 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path, capfd):
     odd = tmp_path / "odd.json"
     odd.write_text('{"colour": 1}')
     for argv, message in [
-        (["--config", str(odd)], "no setting 'colour'; allowed: matrices"),
+        (["--config", str(odd)], "unknown setting 'colour'; allowed: matrices"),
         (["--config", str(tmp_path / "none")], "cannot be read"),
-        (["--data", str(tmp_path / "none.csv")], "there is no file"),
+        (["--data", str(tmp_path / "none.csv")], "does not exist; the current folder"),
         (["--field", "prompt"], "--field prompt names no column; write prompt=question"),
         (["--field", "colour=red"], "fields names 'colour'"),
         (["--k", "0"], "k is 0"),

@@ -87,7 +87,7 @@ class TrainingData:
         rows = list(records)
         requests = [EditRequest.of(row) for row in rows]
         if not rows:
-            raise EditError("there is no record to train on; pass at least one")
+            raise EditError("records is empty; pass at least one to train on")
         if isinstance(locality, str):
             raise EditError("locality is one text; pass a list of texts")
         texts = locality

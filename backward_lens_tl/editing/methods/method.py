@@ -22,7 +22,7 @@ from backward_lens_tl.runs.config import Checked
 
 def _check_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
     if not layers or len(set(layers)) < len(layers):
-        raise PydanticCustomError("layers", "pass at least one layer, each of them once")
+        raise PydanticCustomError("layers", "pass at least one layer, without repeats")
     return layers
 
 

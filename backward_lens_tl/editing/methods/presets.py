@@ -198,7 +198,7 @@ def with_settings(
 
 def _check_name(name: object, known: tuple[str, ...]) -> None:
     if name not in known:
-        raise EditError(f"there is no method {name!r}; allowed: {', '.join(known)}")
+        raise EditError(f"unknown method {name!r}; allowed: {', '.join(known)}")
 
 
 def preset_settings(model: str, n_layers: int) -> Mapping[str, Settings]:

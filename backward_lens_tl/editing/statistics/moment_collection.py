@@ -118,7 +118,7 @@ def second_moments(
                 found.save(file)
                 n_saved = found.n_texts
     if not found.n_tokens:
-        raise EditError("there is no text to collect statistics from; pass at least one")
+        raise EditError("texts has no non-empty text; pass at least one")
     if file is not None:
         found.save(file)
     return found

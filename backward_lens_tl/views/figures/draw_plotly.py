@@ -99,7 +99,7 @@ def _add(figure: go.Figure, chart: Heatmap | Lines, grid: Grid, suffix: str) -> 
             figure.add_scatter(**_band(line), **axes)
         figure.add_scatter(**_line(line), showlegend=bar is None and not known, **axes)
         named.add(_text(line.name))
-    if bar:  # a colour bar needs a trace of its own, since lines have none
+    if bar:  # a colour bar needs its own trace, since lines have none
         figure.add_scatter(
             x=[None], y=[None], marker={"color": [0], "coloraxis": bar},
             showlegend=False, hoverinfo="skip", **axes,
