@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from backward_lens_tl.capture.objectives import next_token_loss as next_token_loss
     from backward_lens_tl.capture.objectives import sequence_nll as sequence_nll
     from backward_lens_tl.capture.objectives import target_nll as target_nll
-    from backward_lens_tl.capture.run import capture_gradients as capture_gradients
+    from backward_lens_tl.capture.plan import capture_gradients as capture_gradients
     from backward_lens_tl.data.readers import read_records as read_records
     from backward_lens_tl.data.records import Records as Records
     from backward_lens_tl.errors import BackwardLensError as BackwardLensError
@@ -58,7 +58,7 @@ _HOMES = {
         "sequence_nll",
         "target_nll",
     ),
-    "capture.run": ("capture_gradients",),
+    "capture.plan": ("capture_gradients",),
     "data.readers": ("read_records",),
     "data.records": ("Records",),
     "editing": ("editing",),

@@ -21,8 +21,8 @@ from backward_lens_tl.capture.objectives import (
     target_ids,
     target_nll,
 )
+from backward_lens_tl.capture.plan import plan_capture
 from backward_lens_tl.capture.prompts import Prompts
-from backward_lens_tl.capture.run import plan_capture
 from backward_lens_tl.capture.selection import select_positions
 from backward_lens_tl.choices import Direction, Measure, MultiToken, VjpsAt
 from backward_lens_tl.errors import InputError

@@ -21,8 +21,8 @@ from backward_lens_tl.capture.objectives import (
     bind_to_prompts,
     next_token_loss,
 )
+from backward_lens_tl.capture.plan import capture_gradients, plan_capture
 from backward_lens_tl.capture.prompts import PromptBatch, Prompts, tokenize_prompts
-from backward_lens_tl.capture.run import capture_gradients, plan_capture
 from backward_lens_tl.errors import UnsupportedModelError, ValidationError
 from backward_lens_tl.models import (
     Host,

@@ -47,7 +47,7 @@ from backward_lens_tl.capture.objectives import (
     sequence_nll,
     target_nll,
 )
-from backward_lens_tl.capture.run import capture_gradients
+from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.errors import BackwardLensError, ResultFileError
 from backward_lens_tl.files.storage import FORMAT_VERSION
 from backward_lens_tl.lens import backward_lens

@@ -40,7 +40,7 @@ from transformers import (
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.objectives import logit_difference, next_token_loss, target_nll
-from backward_lens_tl.capture.run import capture_gradients
+from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.models.sites import ATTENTION_MATRICES, READING_MATRICES, WRITING_MATRICES

@@ -11,7 +11,7 @@ from models import Case
 
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.objectives import target_nll
-from backward_lens_tl.capture.run import capture_gradients
+from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.readout.projections import LogitLens
 from backward_lens_tl.readout.readout import Readout

@@ -27,8 +27,8 @@ from backward_lens_tl.capture.batching import Microbatch
 from backward_lens_tl.capture.forward import forward_pass
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.objectives import Targets, target_nll
+from backward_lens_tl.capture.plan import CapturePlan, plan_capture
 from backward_lens_tl.capture.prompts import PromptBatch, Prompts
-from backward_lens_tl.capture.run import CapturePlan, plan_capture
 from backward_lens_tl.choices import MultiToken
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host, host_of

@@ -65,7 +65,7 @@ def _rows(text: str) -> range:
 
 def _said(found: Evaluation) -> str:
     rejects, edits = found.rejects(), found.edits()
-    lines = [f"perplexity of {found.run['texts']['name']}; tables: {found.folder}"]
+    lines = [f"perplexity of {found.about['texts']['name']}; tables: {found.folder}"]
     lines += [
         f"  row {each.record} left out: {each.problem}" for each in rejects.head(3).itertuples()
     ]

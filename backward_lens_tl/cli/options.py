@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from backward_lens_tl.choices import Kind
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.runs.config import Config, members
+from backward_lens_tl.runs.config import Config
+from backward_lens_tl.settings import members
 
 _NAMES = {"prepend_bos": "bos"}
 """Options whose name is not the field's."""

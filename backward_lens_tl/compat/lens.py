@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.objectives import target_nll
-from backward_lens_tl.capture.run import capture_gradients
+from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.compat.errors import AnalysisError, ArgumentTypeError, check_type
 from backward_lens_tl.compat.factors import LinearGradientFactors
 from backward_lens_tl.compat.results import (

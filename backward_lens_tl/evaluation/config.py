@@ -10,7 +10,8 @@ from pydantic import Field
 
 from backward_lens_tl.choices import Denominator
 from backward_lens_tl.errors import EvaluationError
-from backward_lens_tl.runs.config import Config, Count, CountOrZero
+from backward_lens_tl.runs.config import Config
+from backward_lens_tl.settings import Count, CountOrZero
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Evaluation(Run):
 
     Attributes:
         folder: Where it is.
-        run: The contents of `run.json`: settings, methods, versions, command, the texts of
+        about: The contents of `run.json`: settings, methods, versions, command, the texts of
             perplexity, checksums of model and data.
 
     Examples:
@@ -59,7 +59,7 @@ class Evaluation(Run):
     @property
     def config(self) -> EvaluationConfig:
         """The settings."""
-        return EvaluationConfig.from_json(self.run["config"])
+        return EvaluationConfig.from_json(self.about["config"])
 
     def edits(self) -> pd.DataFrame:
         """Read one row per method and record: all metrics, and `seconds` and `memory` per edit.
@@ -143,9 +143,9 @@ class Evaluation(Run):
 
     def _repr_html_(self) -> str:
         table: str = shown_table(self.summary()).to_html(index=False, border=0)
-        of = f"{self.run['model']['name']} on {self.run['data']['name']}"
+        of = f"{self.about['model']['name']} on {self.about['data']['name']}"
         done = "" if self.is_complete else f", {len(self.finished)} of {self.n_shards} shards"
-        caption = f"{of}; perplexity of {self.run['texts']['name']}{done}"
+        caption = f"{of}; perplexity of {self.about['texts']['name']}{done}"
         return f"{table}\n<p>{html.escape(caption)}</p>"
 
     def _described(self, rows: Rows) -> str:

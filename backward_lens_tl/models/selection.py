@@ -106,6 +106,27 @@ def find_sites(
     return [site for layer in select_layers(layers, host) for site in host.sites(layer, names)]
 
 
+def check_sharing(host: Host, sites: Sequence[Site]) -> None:
+    """Refuse a weight that several modules share; its gradient is the sum over all of them.
+
+    Args:
+        host: The model.
+        sites: The matrices.
+
+    Raises:
+        UnsupportedModelError: If there is one.
+    """
+    for site in sites:
+        for weight in site.weights:
+            holders = host.holders(weight)
+            if len(holders) > 1:
+                raise UnsupportedModelError(
+                    f"{site.matrix} of layer {site.layer} is one weight with {len(holders)} "
+                    f"uses ({', '.join(holders)}), and its gradient is the sum over them; untie "
+                    "it (give each module a copy) to get separate gradients"
+                )
+
+
 def find_editable(
     host: Host,
     matrices: str | Sequence[str],

@@ -73,9 +73,9 @@ def editing_methods(evidence: Evidence) -> Finding:
             "means and standard deviations over records. Efficacy, paraphrase and neighborhood are "
             "the percentage of prompts whose intended answer is the most probable one.",
             f"Generations have {length} tokens. Perplexity is measured on "
-            f"{found.run['texts']['n']} texts of {found.run['texts']['name']!r}: the mean over the "
-            "texts, which a single text can dominate, and the perplexity of all of them together, "
-            "which the check uses.",
+            f"{found.about['texts']['n']} texts of {found.about['texts']['name']!r}: the mean over "
+            "the texts, which a single text can dominate, and the perplexity of all of them "
+            "together, which the check uses.",
             *(
                 f"The data have no prompts for {metric}, so it is not checked."
                 for metric in missing

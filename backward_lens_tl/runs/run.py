@@ -104,7 +104,7 @@ class Run:
 
     Attributes:
         folder: Where it is.
-        run: The contents of `run.json`: settings, versions, command, checksums of model and data.
+        about: The contents of `run.json`: settings, versions, command, checksums of model and data.
         NOUN: What it is, for messages.
         UNIT: What the progress bar counts.
         TABLES: Its tables.
@@ -115,7 +115,7 @@ class Run:
     """
 
     folder: Path
-    run: Mapping[str, Any]
+    about: Mapping[str, Any]
 
     NOUN: ClassVar[str]
     UNIT: ClassVar[str]
@@ -162,7 +162,7 @@ class Run:
     @property
     def n_shards(self) -> int:
         """The number of shards of the complete run."""
-        return int(self.run["n_shards"])
+        return int(self.about["n_shards"])
 
     @property
     def finished(self) -> tuple[int, ...]:
@@ -178,9 +178,9 @@ class Run:
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}({os.fspath(self.folder)!r}, {self.run['model']['name']} on "
-            f"{self.run['data']['name']}, {len(self.finished)} of {self.n_shards} shards; read it "
-            f"with {', '.join(f'.{method}()' for method in self.READ_BY)})"
+            f"{type(self).__name__}({os.fspath(self.folder)!r}, {self.about['model']['name']} on "
+            f"{self.about['data']['name']}, {len(self.finished)} of {self.n_shards} shards; read "
+            f"it with {', '.join(f'.{method}()' for method in self.READ_BY)})"
         )
 
     # --- reading -------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ class Run:
     def _check_same(self, run: Mapping[str, Any]) -> None:
         now = json.loads(json.dumps(run))  # with lists instead of tuples
         for name, entry in now.items():
-            changes = _changes(name, self.run.get(name), entry)
+            changes = _changes(name, self.about.get(name), entry)
             if changes and name not in ("command", "python"):
                 raise self.CONFIG.ERROR(
                     f"{os.fspath(self.folder)!r} holds {_a(self.NOUN)} with another {name}: "

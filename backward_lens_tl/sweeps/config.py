@@ -11,7 +11,8 @@ from backward_lens_tl.capture.memory import Memory
 from backward_lens_tl.choices import Direction, Lens, MultiToken, VjpsAt
 from backward_lens_tl.errors import SweepError, raised_as
 from backward_lens_tl.runs.columns import Column
-from backward_lens_tl.runs.config import Config, Count
+from backward_lens_tl.runs.config import Config
+from backward_lens_tl.settings import Count
 from backward_lens_tl.sweeps.columns import TABLES
 
 _FOR_LENS = (

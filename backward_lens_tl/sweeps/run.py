@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from backward_lens_tl.capture.objectives import target_nll
-from backward_lens_tl.capture.run import plan_capture
+from backward_lens_tl.capture.plan import plan_capture
 from backward_lens_tl.errors import SweepError
 from backward_lens_tl.readout.topk import checked_k
 from backward_lens_tl.runs.columns import Column
@@ -32,7 +32,7 @@ class Sweep(Run):
 
     Attributes:
         folder: Where it is.
-        run: The contents of `run.json`: settings, versions, command, checksums of model and data.
+        about: The contents of `run.json`: settings, versions, command, checksums of model and data.
 
     Examples:
         >>> import tempfile
@@ -54,7 +54,7 @@ class Sweep(Run):
     @property
     def config(self) -> SweepConfig:
         """The settings."""
-        return SweepConfig.from_json(self.run["config"])
+        return SweepConfig.from_json(self.about["config"])
 
     def prompts(self) -> pd.DataFrame:
         """Read one row per prompt that was analysed, in the order of the data.

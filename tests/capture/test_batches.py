@@ -8,7 +8,7 @@ from models import Case, build, nll, relative_error
 from torch import Tensor
 
 from backward_lens_tl.capture.objectives import next_token_loss, target_nll
-from backward_lens_tl.capture.run import capture_gradients
+from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.lens import backward_lens
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("as_for_a_user")]

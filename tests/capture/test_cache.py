@@ -22,7 +22,7 @@ from transformer_lens import ActivationCache, patching
 
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.objectives import next_token_loss, target_nll
-from backward_lens_tl.capture.run import capture_gradients
+from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.errors import BackwardLensError, InputError, UnsupportedModelError
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.result import BackwardLensResult

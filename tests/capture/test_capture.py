@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from backward_lens_tl.capture.forward import forward_pass
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.objectives import next_token_loss, target_nll
+from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.capture.prompts import pad_prompts
-from backward_lens_tl.capture.run import capture_gradients
 from backward_lens_tl.errors import ModelStateError, UnsupportedModelError
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.models import host_of

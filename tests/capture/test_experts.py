@@ -13,7 +13,7 @@ from models import relative_error
 from torch import Tensor
 
 from backward_lens_tl.capture.gradient_capture import GradientCapture
-from backward_lens_tl.capture.run import capture_gradients
+from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.errors import UnsupportedModelError
 from backward_lens_tl.validation import validate
 

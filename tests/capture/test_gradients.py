@@ -13,7 +13,7 @@ from transformer_lens import FactoredMatrix
 
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.objectives import next_token_loss, target_nll
-from backward_lens_tl.capture.run import capture_gradients
+from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.errors import InputError
 
 TARGET = 5

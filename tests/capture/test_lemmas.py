@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.objectives import target_nll
-from backward_lens_tl.capture.run import capture_gradients
+from backward_lens_tl.capture.plan import capture_gradients
 
 TARGET = 5
 

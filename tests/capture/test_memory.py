@@ -44,7 +44,7 @@ from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.memory import Memory
 from backward_lens_tl.capture.objectives import next_token_loss, sequence_nll, target_nll
-from backward_lens_tl.capture.run import capture_gradients
+from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.models import host_of

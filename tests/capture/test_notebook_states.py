@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.objectives import target_nll
-from backward_lens_tl.capture.run import capture_gradients
+from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.errors import BackwardLensError, ModelStateError, UnsupportedModelError
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.validation import validate

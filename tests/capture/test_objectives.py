@@ -16,7 +16,7 @@ from backward_lens_tl.capture.objectives import (
     sequence_nll,
     target_nll,
 )
-from backward_lens_tl.capture.run import capture_gradients
+from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.errors import TargetError
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.models import host_of

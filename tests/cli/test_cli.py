@@ -28,7 +28,8 @@ from backward_lens_tl.cli.show import ShowCommand
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.models import loading
-from backward_lens_tl.runs.config import Config, Positive
+from backward_lens_tl.runs.config import Config
+from backward_lens_tl.settings import Positive
 from backward_lens_tl.sweeps.config import SweepConfig
 
 PROMPT = "Once upon a time, there was a little"

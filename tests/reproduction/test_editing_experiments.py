@@ -73,7 +73,7 @@ def summaries(methods: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
 
 def evaluated(summary: pd.DataFrame) -> Any:
     texts = {"n": 7, "name": "texts.raw"}
-    return SimpleNamespace(summary=lambda: summary, run={"texts": texts})
+    return SimpleNamespace(summary=lambda: summary, about={"texts": texts})
 
 
 # --- table 1 --------------------------------------------------------------------------------------

@@ -798,7 +798,7 @@ def test_a_sweep_of_moved_data_is_resumed(swept, tmp_path: Path):
         (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
     first = swept(tmp_path / "here.jsonl", folder="out", layers=0)
     again = swept(tmp_path / "there.jsonl", folder="out", layers=0)
-    assert again.run["data"]["name"] == first.run["data"]["name"]  # with its original settings
+    assert again.about["data"]["name"] == first.about["data"]["name"]  # with its original settings
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -865,7 +865,7 @@ def test_run_json_describes_the_sweep(swept, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["my script", "--fast"])
     found = swept(seed=7, prompts=4, layers=(0, -1))
     run = json.loads((found.folder / "run.json").read_text())
-    assert run == found.run
+    assert run == found.about
     assert run["config"]["seed"] == 7
     assert run["config"]["layers"] == [0, -1]
     assert shlex.split(run["command"]) == ["my script", "--fast"]
@@ -884,15 +884,15 @@ def test_run_json_describes_the_sweep(swept, monkeypatch):
 def test_fingerprints_change_with_one_bit_of_model_or_data(swept, plain):
     settings: dict[str, Any] = {"layers": 0, "position_columns": (), "gradient_columns": ()}
     same = swept([dict(row) for row in ROWS], **settings)
-    assert plain.run["data"]["sha256"] == same.run["data"]["sha256"]
-    assert plain.run["model"] == same.run["model"]
+    assert plain.about["data"]["sha256"] == same.about["data"]["sha256"]
+    assert plain.about["model"] == same.about["model"]
     changed = swept([{**ROWS[0], "id": "F"}, *ROWS[1:]], **settings)
-    assert plain.run["data"]["sha256"] != changed.run["data"]["sha256"]
+    assert plain.about["data"]["sha256"] != changed.about["data"]["sha256"]
     case = build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2")
     with torch.no_grad():
         case.own["W_in", 0].tensor[0, 0] += 1e-15
     other = swept(model=case.model, **settings)
-    assert plain.run["model"]["sha256"] != other.run["model"]["sha256"]
+    assert plain.about["model"]["sha256"] != other.about["model"]["sha256"]
 
 
 @pytest.mark.usefixtures("as_for_a_user")
@@ -1032,7 +1032,7 @@ def test_every_format_of_the_data_gives_the_same_tables(swept, tmp_path: Path):
     for data in (original, flat, lines, cells, hub, pd.DataFrame(plain), iter(plain)):
         found = swept(data, layers=0)
         assert digests(found.folder) == digests(first.folder)
-        assert found.run["data"]["sha256"]
+        assert found.about["data"]["sha256"]
 
 
 @pytest.mark.usefixtures("as_for_a_user")

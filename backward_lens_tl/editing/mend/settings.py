@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from backward_lens_tl.errors import EditError
-from backward_lens_tl.runs.config import Checked, Count, NonNegative, Positive
+from backward_lens_tl.settings import Checked, Count, NonNegative, Positive
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from backward_lens_tl.editing.statistics.moments import RIDGE, SecondMoments
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.taps import Tap
-from backward_lens_tl.runs.config import Count, NonNegative, Positive
+from backward_lens_tl.settings import Count, NonNegative, Positive
 
 _GOOD_ENOUGH = 0.05
 """The search stops at a loss below this."""

@@ -24,7 +24,7 @@ from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import MatrixName, MatrixSite
-from backward_lens_tl.runs.config import Count, NonNegative, Positive
+from backward_lens_tl.settings import Count, NonNegative, Positive
 
 FineTuningObjective = Literal["teacher_forced", "prompt_last"]
 FineTuningOptimizer = Literal["adam", "sgd"]

@@ -28,7 +28,7 @@ from backward_lens_tl.errors import UnsupportedModelError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import MatrixSite
-from backward_lens_tl.runs.config import Count, Positive
+from backward_lens_tl.settings import Count, Positive
 
 _STARTS = ("The", "Therefore", "Because", "I", "You")
 _PER_WIDTH = 3.0

@@ -17,7 +17,7 @@ from backward_lens_tl.editing.requests import EditRequest, TokenizedRequest, tok
 from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import EditError, raised_as
 from backward_lens_tl.models import Host, host_of
-from backward_lens_tl.runs.config import Checked
+from backward_lens_tl.settings import Checked
 
 
 def _check_layers(layers: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from backward_lens_tl._checks import check_kind
 from backward_lens_tl.editing.methods.method import EditMethod, Layers
 from backward_lens_tl.editing.statistics.standardization import PairStatistics
 from backward_lens_tl.errors import EditError
-from backward_lens_tl.runs.config import Positive
+from backward_lens_tl.settings import Positive
 
 
 @dataclass(frozen=True)

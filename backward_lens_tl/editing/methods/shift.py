@@ -37,7 +37,7 @@ from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.selection import find_editable
-from backward_lens_tl.runs.config import Count, Finite, NonNegative
+from backward_lens_tl.settings import Count, Finite, NonNegative
 
 ShiftForm = Literal["paper", "scale_free", "whitened"]
 TargetEmbedding = Literal["auto", "unembed", "embed"]

@@ -24,13 +24,13 @@ from torch import Tensor
 from backward_lens_tl.capture.bound_objectives import SequenceNLL
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.objectives import Objective
-from backward_lens_tl.capture.run import capture_gradients
+from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod, Layers
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.selection import find_editable
-from backward_lens_tl.runs.config import Positive
+from backward_lens_tl.settings import Positive
 
 Optimizer = Literal["sgd", "adam", "muon"]
 

@@ -17,7 +17,7 @@ from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.pair_method import PairMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.models import Host
-from backward_lens_tl.runs.config import Positive
+from backward_lens_tl.settings import Positive
 
 
 @dataclass(frozen=True)

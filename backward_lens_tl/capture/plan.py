@@ -24,9 +24,9 @@ from backward_lens_tl.capture.objectives import (
 )
 from backward_lens_tl.capture.prompts import Prompt, PromptBatch, Prompts, tokenize_prompts
 from backward_lens_tl.capture.selection import select_hook_points
-from backward_lens_tl.errors import InputError, UnsupportedModelError
+from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host, host_of
-from backward_lens_tl.models.selection import find_sites
+from backward_lens_tl.models.selection import check_sharing, find_sites
 from backward_lens_tl.models.sites import HookPointSite, Site
 
 
@@ -251,24 +251,3 @@ def plan_capture(
         memory=limits,
         microbatches=tuple(microbatches),
     )
-
-
-def check_sharing(host: Host, sites: Sequence[Site]) -> None:
-    """Refuse a weight that several modules share; its gradient is the sum over all of them.
-
-    Args:
-        host: The model.
-        sites: The matrices.
-
-    Raises:
-        UnsupportedModelError: If there is one.
-    """
-    for site in sites:
-        for weight in site.weights:
-            holders = host.holders(weight)
-            if len(holders) > 1:
-                raise UnsupportedModelError(
-                    f"{site.matrix} of layer {site.layer} is one weight with {len(holders)} "
-                    f"uses ({', '.join(holders)}), and its gradient is the sum over them; untie "
-                    "it (give each module a copy) to get separate gradients"
-                )
