@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from operator import index
@@ -13,6 +13,8 @@ from backward_lens_tl.errors import InputError
 
 _TOKEN_IDS = 2**63
 """Larger integers do not fit torch's int64."""
+
+_LARGEST = sys.float_info.max
 
 
 def plain(value: object) -> Any:
@@ -118,27 +120,54 @@ def check_index(kind: str, value: int, size: int) -> None:
         raise InputError(f"{kind} {shown(value)} does not exist; allowed: 0 to {size - 1}")
 
 
-def check_number(
-    name: str, value: object, *, zero: bool, error: type[InputError] = InputError
-) -> None:
-    """Refuse a value that is not a finite number above 0, or at least 0.
+def checked_number(
+    name: str,
+    value: object,
+    *,
+    is_positive: bool = False,
+    or_else: str = "",
+    error: type[InputError] = InputError,
+) -> float:
+    """Refuse a value that is not a finite number, or not a positive one.
 
     Args:
         name: The argument.
         value: Its value.
-        zero: Whether 0 is allowed.
+        is_positive: Whether it must be positive.
+        or_else: What else is allowed, for the message.
         error: The error to raise.
+
+    Returns:
+        The number.
 
     Raises:
         InputError: If it is not such a number.
     """
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        is_allowed = 0 < value < math.inf or (zero and value == 0)
-    else:
-        is_allowed = False
-    if not is_allowed:
-        bound = "of at least 0" if zero else "above 0"
-        raise error(f"{name} is {shown(value)}; pass a number {bound}")
+    number = plain(value)
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if not is_number or not abs(number) <= _LARGEST or (is_positive and number <= 0):
+        kind = "positive" if is_positive else "finite"
+        raise error(f"{name} is {shown(value)}; pass a {kind} number{or_else}")
+    return float(number)
+
+
+def checked_count(name: str, value: object, error: type[InputError] = InputError) -> int:
+    """Refuse a value that is not an integer of at least 1.
+
+    Args:
+        name: The argument.
+        value: Its value.
+        error: The error to raise.
+
+    Returns:
+        The integer.
+
+    Raises:
+        InputError: If it is not such an integer.
+    """
+    if not is_integer(value) or index(value) < 1:
+        raise error(f"{name} is {shown(value)}; pass an integer of at least 1")
+    return index(value)
 
 
 def check_kind(

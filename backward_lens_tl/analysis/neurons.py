@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from backward_lens_tl._checks import check_index, is_integer, shown
+from backward_lens_tl._checks import check_index, checked_count
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.tables import norm_order
@@ -87,10 +87,9 @@ def neuron_tokens(
     import pandas as pd
 
     gradient = _capture_of(capture, model)[matrix, layer]
-    if not is_integer(per_group) or int(per_group) < 1:
-        raise InputError(f"per_group is {shown(per_group)}; pass a number of neurons, 1 or more")
+    per_group = checked_count("per_group", per_group)
     norms = gradient.neuron_norms(batch).cpu()
-    groups = _by_length(norms, int(per_group))
+    groups = _by_length(norms, per_group)
     neurons = [neuron for _, _, neuron in groups]
     nothing = torch.zeros_like(gradient.neuron(0, batch))
     vectors = torch.stack([*(gradient.neuron(neuron, batch) for neuron in neurons), nothing])

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from backward_lens_tl._checks import plain, shown
+from backward_lens_tl._checks import checked_number
 from backward_lens_tl.capture.batching import Microbatch
 from backward_lens_tl.capture.forward import forward_pass
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
@@ -30,11 +30,11 @@ from backward_lens_tl.capture.objectives import Targets, target_nll
 from backward_lens_tl.capture.plan import CapturePlan, plan_capture
 from backward_lens_tl.capture.prompts import PromptBatch, Prompts
 from backward_lens_tl.choices import MultiToken
-from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import WRITING_MATRICES, MatrixSite
 from backward_lens_tl.models.weight_patching import stepped
+from backward_lens_tl.readout.cells import cosines
 from backward_lens_tl.readout.vectors import read_vectors
 
 if TYPE_CHECKING:
@@ -132,13 +132,8 @@ def step_changes(
 def _checked_rate(learning_rate: object) -> float | None:
     if learning_rate is None:
         return None
-    rate = plain(learning_rate)
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-        raise InputError(
-            f"learning_rate is {shown(learning_rate)}; pass a positive number, or None for the one "
-            f"at which the loss falls by {_USUAL_GAIN:.0%}"
-        )
-    return float(rate)
+    usual = f", or None for the one at which the loss falls by {_USUAL_GAIN:.0%}"
+    return checked_number("learning_rate", learning_rate, is_positive=True, or_else=usual)
 
 
 # --- one prompt --------------------------------------------------------------------------------
@@ -227,13 +222,13 @@ class _Prediction:
     def of(cls, gradient: MatrixGradient) -> _Prediction:
         """Predict from factors, head by head if there are heads."""
         heads = gradient.n_heads
-        parts = [gradient] if heads is None else [gradient.head(index) for index in range(heads)]
-        changes, own, squared_norms = zip(*map(_of_weight, parts), strict=True)
+        weights = [gradient] if heads is None else [gradient.head(index) for index in range(heads)]
+        changes, own, squared_norms = zip(*map(_of_weight, weights), strict=True)
         if gradient.reads_residual:  # heads have separate outputs
-            whole, own_part = torch.cat(changes, dim=1), torch.cat(own, dim=1)
+            whole, own_change = torch.cat(changes, dim=1), torch.cat(own, dim=1)
         else:
-            whole, own_part = torch.stack(changes).sum(0), torch.stack(own).sum(0)
-        return cls(gradient, whole, own_part, sum(squared_norms))
+            whole, own_change = torch.stack(changes).sum(0), torch.stack(own).sum(0)
+        return cls(gradient, whole, own_change, sum(squared_norms))
 
 
 def _of_weight(
@@ -285,22 +280,17 @@ class _Step:
             "layer": self.site.layer,
             "learning_rate": self.rate,
             "output_change": float(measured.norm()),
-            "output_error": _part(float((measured - predicted).norm()), length),
-            "rounding": _part(eps * float(self.before.double().norm()), length),
-            "self_imprint": _cosine(self.prediction.change[-1], self.prediction.own[-1]),
+            "output_error": _ratio(float((measured - predicted).norm()), length),
+            "rounding": _ratio(eps * float(self.before.double().norm()), length),
+            "self_imprint": float(cosines(self.prediction.change[-1], self.prediction.own[-1])),
             "loss": self.loss,
             "loss_change": self.loss_after - self.loss,
             "predicted_loss_change": -self.rate * self.prediction.squared_norm,
         }
 
 
-def _part(value: float, whole: float) -> float:
-    return value / whole if whole else math.nan
-
-
-def _cosine(one: Float[Tensor, "d"], other: Float[Tensor, "d"]) -> float:
-    cosine = _part(float(one @ other), float(one.norm() * other.norm()))
-    return max(-1.0, min(1.0, cosine)) if math.isfinite(cosine) else cosine
+def _ratio(value: float, reference: float) -> float:
+    return value / reference if reference else math.nan
 
 
 def _shift_target_ranks(host: Host, steps: Sequence[_Step], target: int) -> list[int | None]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from backward_lens_tl._checks import checked_number
 from backward_lens_tl.errors import InputError, UnsupportedModelError
 
 HookFunction = Callable[[Tensor, object], Tensor]
@@ -84,9 +85,7 @@ def attention_patch(
             f"layer {layer} does not use what a hook at hook_pattern returns, so it cannot be "
             "patched; load the model as a HookedTransformer"
         )
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise InputError(f"scale is {scale!r}; pass a finite number")
-    added = float(scale) * attention.reversed_attention
+    added = checked_number("scale", scale) * attention.reversed_attention
 
     def add(pattern: Tensor, hook: object) -> Tensor:
         del hook

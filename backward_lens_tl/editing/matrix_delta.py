@@ -6,7 +6,6 @@ heads are concatenated along the axis of the matrix that they divide.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backward_lens_tl._checks import plain, shown
+from backward_lens_tl._checks import checked_number
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient, numerical_rank
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models.precision import at_least_float32
@@ -229,7 +228,7 @@ class MatrixDelta:
             >>> round(change.scale(0.5).norm / change.norm, 3)
             0.5
         """
-        number = checked_factor(factor)
+        number = checked_number("factor", factor, error=EditError)
         scaled = {
             name: value * number
             for name in ("right", "values", "bias")
@@ -274,15 +273,6 @@ class MatrixDelta:
         bias = "" if self.bias is None else ", with bias"
         d_in, d_out = self.shape
         return f"MatrixDelta({self.name}, [{d_in}, {d_out}], {kind}{bias})"
-
-
-def checked_factor(factor: object) -> float:
-    """A number by which an edit can be multiplied."""
-    number = plain(factor)
-    is_number = isinstance(number, int | float) and not isinstance(number, bool)
-    if not is_number or not math.isfinite(number):
-        raise EditError(f"an edit is scaled by a finite number, not by {shown(factor)}")
-    return float(number)
 
 
 def _svd(matrix: Float[Tensor, "m n"]) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from backward_lens_tl._checks import check_choice, is_integer, plain, shown
+from backward_lens_tl._checks import check_choice, checked_count, plain
 from backward_lens_tl.capture.objectives import check_multi_token
 from backward_lens_tl.choices import MultiToken
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
@@ -101,9 +101,7 @@ def delta_tokens(
 
     host = host_of(model)
     check_choice("components", components, get_args(Components), EditError)
-    if most is not None and (not is_integer(most) or int(most) < 1):
-        raise EditError(f"most is {shown(most)}; pass a number of rows, or None for all")
-    n_rows = None if most is None else int(most)
+    n_rows = None if most is None else checked_count("most", most, EditError)
     read = _reader(host, target, projection, k, multi_token)
     tables = [_rows(host, read, each, components, n_rows) for each in delta]
     columns = [*_COLUMNS, *([] if target is None else ["target_rank"])]

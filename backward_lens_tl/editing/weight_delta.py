@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backward_lens_tl._checks import checked_number
 from backward_lens_tl.editing.lora import Adapted, write_adapter
-from backward_lens_tl.editing.matrix_delta import MatrixDelta, checked_factor
+from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.errors import EditError, ModelStateError, raised_as
 from backward_lens_tl.files.storage import Saved
 from backward_lens_tl.models import Host, host_of
@@ -111,7 +112,7 @@ class WeightDelta(Saved):
             >>> round(opposite.norm / delta.norm, 3), (delta + opposite).norm < 1e-6 * delta.norm
             (1.0, True)
         """
-        number = checked_factor(factor)
+        number = checked_number("factor", factor, error=EditError)
         scaled = tuple(each.scale(number) for each in self.matrices)
         in_all = number * float(self.about.get("scaled_by", 1))
         return WeightDelta(scaled, {**self.about, "scaled_by": in_all})

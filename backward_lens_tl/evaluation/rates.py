@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from backward_lens_tl._checks import check_choice, check_number, listed
+from backward_lens_tl._checks import check_choice, checked_number, listed
 from backward_lens_tl.capture.forward import Addition, adding, forward_pass
 from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
@@ -77,7 +77,7 @@ def least_rates(
         check_choice("steps", step, STEPS, EvaluationError)
     grid: list[float] = list(listed(rates))
     for rate in grid:
-        check_number("rates", rate, zero=False, error=EvaluationError)
+        checked_number("rates", rate, is_positive=True, error=EvaluationError)
     if not grid or sorted(set(grid)) != grid:
         raise EvaluationError(
             "rates is not an ascending list of positive numbers, such as (0.1, 1.0, 10.0)"

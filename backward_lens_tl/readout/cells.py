@@ -127,7 +127,7 @@ class CellReader:
             "token": [str_tokens[owner][at] for owner, at in zip(owners, places, strict=True)],
             "norm": gradient.norms[prompt, position].tolist(),
             "input_norm": gradient.input_norms[prompt, position].tolist(),
-            "top_vjp_cosine": _cosines(vectors, self.capture.top_vjps, prompt),
+            "top_vjp_cosine": _top_vjp_cosines(vectors, self.capture.top_vjps, prompt),
             "is_zero": zero.tolist(),
             "projection": [self.reading.projection] * len(owners),
             "is_faint": (faint & ~zero).tolist(),
@@ -180,7 +180,17 @@ def _token_scores(row: Mapping[str, Any], end: str) -> tuple[TokenScore, ...]:
     return tuple(map(TokenScore, tokens, ids, scores))
 
 
-def _cosines(
+def cosines(vectors: Float[Tensor, "*n d"], others: Float[Tensor, "*n d"]) -> Float[Tensor, "*n"]:
+    """Cosine of each vector and its counterpart, in float64; NaN if either is zero."""
+    ours, theirs = (
+        each.double() / torch.linalg.vector_norm(each.double(), dim=-1, keepdim=True)
+        for each in (vectors, others)
+    )
+    found: Tensor = (ours * theirs).sum(-1).clamp(-1, 1)
+    return found
+
+
+def _top_vjp_cosines(
     vectors: Float[Tensor, "n d_model"],
     top_vjps: Float[Tensor, "batch d_model"] | None,
     prompt: Int[Tensor, "n"],
@@ -188,12 +198,8 @@ def _cosines(
     """Cosine of each vector and its prompt's top VJP; NaN without one, or if either is zero."""
     if top_vjps is None:
         return [math.nan] * len(vectors)
-    ours, top = (
-        each.double() / torch.linalg.vector_norm(each.double(), dim=-1, keepdim=True)
-        for each in (vectors, top_vjps[prompt].to(vectors.device))
-    )
-    cosines: list[float] = (ours * top).sum(-1).clamp(-1, 1).tolist()
-    return cosines
+    found: list[float] = cosines(vectors, top_vjps[prompt].to(vectors.device)).tolist()
+    return found
 
 
 def _ranks(ranks: Int[Tensor, "n"], is_zero: Bool[Tensor, "n"]) -> list[int | None]:

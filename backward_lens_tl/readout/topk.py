@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from backward_lens_tl._checks import shown
-from backward_lens_tl.errors import InputError
+from backward_lens_tl._checks import checked_count
 
 _BLOCK = 64
 """Tokens per block: 50,257 scores have about as many block maxima as ten blocks have tokens."""
@@ -42,9 +41,7 @@ def checked_k(k: int, d_vocab: int) -> int:
     Raises:
         InputError: If `k` is not an integer of at least 1.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise InputError(f"k is {shown(k)}; pass an integer of at least 1")
-    return min(k, d_vocab)
+    return min(checked_count("k", k), d_vocab)
 
 
 class Extremes(NamedTuple):

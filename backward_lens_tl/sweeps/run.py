@@ -14,7 +14,6 @@ from torch import nn
 from backward_lens_tl.capture.objectives import target_nll
 from backward_lens_tl.capture.plan import plan_capture
 from backward_lens_tl.errors import SweepError
-from backward_lens_tl.readout.topk import checked_k
 from backward_lens_tl.runs.columns import Column
 from backward_lens_tl.runs.run import Job, Plan, Run
 from backward_lens_tl.sweeps.columns import TABLES
@@ -171,7 +170,6 @@ def _prepare(job: Job[SweepConfig]) -> Plan[Shard]:
 def _check(job: Job[SweepConfig], shards: Sequence[Shard]) -> None:
     """Refuse settings that fail for every prompt, before anything is written."""
     config = job.config
-    checked_k(config.k, job.host.d_vocab_out)
     if not shards:
         raise SweepError("the data have no rows; pass at least one prompt with its target")
     items = (entry for entry in chain.from_iterable(shards) if isinstance(entry, Item))

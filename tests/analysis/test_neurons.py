@@ -350,7 +350,7 @@ def test_wrong_use(table: Callable[..., pd.DataFrame], as_for_a_user: None) -> N
 @pytest.mark.parametrize("per_group", [0, -1, True, 2.0, "3", None])
 def test_groups_have_a_number_of_neurons(per_group: Any, as_for_a_user: None) -> None:
     case, gradients = captured("hooked-gpt2")
-    with pytest.raises(InputError, match=r"per_group is .*; pass a number of neurons, 1 or more"):
+    with pytest.raises(InputError, match=r"per_group is .*; pass an integer of at least 1"):
         neuron_tokens(case.model, gradients, "W_out", 1, per_group=per_group)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from backward_lens_tl._checks import is_integer, shown
+from backward_lens_tl._checks import checked_count
 from backward_lens_tl.capture.forward import forward_pass
 from backward_lens_tl.capture.prompts import pad_prompts, tokenize_prompts
 from backward_lens_tl.editing.statistics.moments import SecondMoments
@@ -76,10 +76,9 @@ def second_moments(
         >>> moments.n_texts, moments.of(5).shape
         (2, torch.Size([512, 512]))
     """
-    for name, value in (("max_tokens", max_tokens), ("save_every", save_every)):
-        may_be_none = name == "max_tokens" and value is None
-        if not may_be_none and (not is_integer(value) or int(value) < 1):
-            raise EditError(f"{name} is {shown(value)}; pass an integer of at least 1")
+    if max_tokens is not None:
+        max_tokens = checked_count("max_tokens", max_tokens, EditError)
+    save_every = checked_count("save_every", save_every, EditError)
     if isinstance(texts, str):
         raise EditError("texts is one text; pass a list of texts, or any other iterable of them")
     host = host_of(model)

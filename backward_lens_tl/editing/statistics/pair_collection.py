@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -15,7 +14,7 @@ from tqdm.auto import tqdm
 from backward_lens_tl._checks import check_choice
 from backward_lens_tl.editing.requests import EditRequest, TokenizedRequest, tokenize_requests
 from backward_lens_tl.editing.statistics.provenance import PROBE_TOKENS, last_inputs
-from backward_lens_tl.editing.statistics.spanning import Positions, joined_pairs
+from backward_lens_tl.editing.statistics.spanning import Positions, pair_batches
 from backward_lens_tl.editing.statistics.standardization import PairStatistics
 from backward_lens_tl.errors import EditError, raised_as
 from backward_lens_tl.models import host_of
@@ -25,8 +24,6 @@ from backward_lens_tl.models.sites import MatrixName
 EDITED_MATRICES: tuple[MatrixName, ...] = ("W_in", "W_out")
 EDITED_LAYERS = (-3, -2, -1)
 """Matrices that MEND edits as published: both of the MLPs of the last three layers."""
-
-_BATCH = 16
 
 
 @raised_as(EditError)
@@ -72,16 +69,15 @@ def pair_statistics(
     sites = find_editable(host, matrices, layers, mlp_only=True)
     tokenized = tokenize_requests(host, requests, prepend_bos)
     running = [_Running() for _ in sites]
-    left = iter(tokenized)
     with (
         torch.no_grad(),
         host.own_precision(),
         tqdm(total=len(tokenized), unit="request", disable=not progress) as bar,
     ):
-        while some := list(islice(left, _BATCH)):
-            for own, pairs in zip(running, joined_pairs(host, some, sites, positions), strict=True):
-                own.add(torch.cat(pairs, dim=1))
-            bar.update(len(some))
+        for batch in pair_batches(host, tokenized, sites, positions):
+            for own, pairs in zip(running, batch, strict=True):
+                own.add(torch.cat(pairs.rows, dim=1))
+            bar.update(len(batch[0].mask))
     for site, own in zip(sites, running, strict=True):
         if own.n < 2:
             raise EditError(

@@ -6,7 +6,7 @@ model reads (paper, equation 8). Editors that transform gradients transform thes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,6 +48,11 @@ class SpanningPairs:
     vjps: Float[Tensor, "request pos d_out"]
     mask: Bool[Tensor, "request pos"]
 
+    @property
+    def rows(self) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
+        """All `x_i` and all `delta_i` without those that the mask hides."""
+        return self.inputs[self.mask], self.vjps[self.mask]
+
     def __repr__(self) -> str:
         pairs = f"{int(self.mask.sum())} pairs of {len(self.mask)} requests"
         return f"SpanningPairs({self.matrix} of layer {self.layer}, {pairs})"
@@ -88,6 +93,18 @@ def spanning_pairs(
     return found
 
 
+def pair_batches(
+    host: Host,
+    requests: Sequence[TokenizedRequest],
+    sites: Sequence[MatrixSite],
+    positions: Positions = "all",
+    size: int = _BATCH,
+) -> Iterator[list[SpanningPairs]]:
+    """Capture the pairs of requests in batches of a size, with those of each matrix in a list."""
+    for start in range(0, len(requests), size):
+        yield spanning_pairs(host, requests[start : start + size], sites, positions)
+
+
 def joined_pairs(
     host: Host,
     requests: Sequence[TokenizedRequest],
@@ -107,14 +124,9 @@ def joined_pairs(
     """
     # A caller's hooks, such as an activation patch, may expect all prompts in one pass.
     size = len(requests) if host.hooked_modules else _BATCH
-    parts = [
-        spanning_pairs(host, requests[start : start + size], sites, positions)
-        for start in range(0, len(requests), size)
-    ]
+    batches = pair_batches(host, requests, sites, positions, size)
     return [
-        (
-            torch.cat([each.inputs[each.mask] for each in own]),
-            torch.cat([each.vjps[each.mask] for each in own]),
-        )
-        for own in zip(*parts, strict=True)
+        (torch.cat(inputs), torch.cat(vjps))
+        for own in zip(*batches, strict=True)
+        for inputs, vjps in [zip(*(pairs.rows for pairs in own), strict=True)]
     ]
