@@ -265,7 +265,7 @@ def test_files_that_are_not_results_are_refused_by_name(
         BackwardLensResult.load(path)
 
 
-def test_a_file_of_another_format_is_not_called_damaged(
+def test_a_file_of_another_format_is_not_reported_as_damaged(
     result: BackwardLensResult, tmp_path: Path
 ) -> None:
     """Even if its header has another structure; the version that wrote it can read it."""

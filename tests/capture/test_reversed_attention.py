@@ -32,7 +32,7 @@ from backward_lens_tl.result import BackwardLensResult
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 
 # In float64 the error is 1e-15, but Hugging Face computes several norms,
-# rotations and softmaxes in float32, whatever the model's dtype.
+# rotations and softmaxes in float32, for any dtype of the model.
 TOLERANCE = 1e-6
 EXACT = 1e-12  # in float64 throughout: 50 times the observed error
 TARGET = 5

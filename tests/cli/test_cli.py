@@ -287,7 +287,7 @@ def test_options_of_numbers():
     assert "The rate (default: 0.5)" in parser.format_help()
 
 
-def test_a_setting_that_no_option_can_hold_is_not_left_out_in_silence():
+def test_a_setting_without_an_option_is_not_dropped_silently():
     class Careless(Learn):
         NO_OPTIONS = ()
 
