@@ -235,7 +235,7 @@ WRONG_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = 
     "layers as an iterator": ({"layers": iter([0])}, TypeError, ["layers", "iterator"]),
     "every layer": ({"layers": None}, TypeError, ["layers", "None"]),
     "no layer": ({"layers": []}, ValueError, ["()", "0 to 2"]),
-    "a layer twice": ({"layers": [1, 1]}, ValueError, ["(1, 1)", "twice"]),
+    "a layer twice": ({"layers": [1, 1]}, ValueError, ["(1, 1)", "without repeats"]),
     "layer from the end": ({"layers": [-1]}, ValueError, ["-1", "0 to 2"]),
     "layer too high": ({"layers": [0, 3]}, ValueError, ["3", "0 to 2"]),
     "layer of text": ({"layers": ["0"]}, TypeError, ["'0'", "int"]),
@@ -252,7 +252,7 @@ WRONG_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = 
 }
 
 WRONG_CALLS: dict[str, tuple[Callable[[Any], object], type[Exception], list[str]]] = {
-    "layer not analysed": (lambda result: result.layer(0), KeyError, ["layer 0", "there are 1"]),
+    "layer not analysed": (lambda result: result.layer(0), KeyError, ["layer 0", "available: 1"]),
     "k of zero": (lambda result: first(result).top(k=0), ValueError, ["0", "1 to 2"]),
     "k too large": (lambda result: first(result).bottom(k=3), ValueError, ["3", "1 to 2", "top_k"]),
     "k as a boolean": (lambda result: first(result).top(k=True), ValueError, ["True"]),
@@ -656,7 +656,7 @@ def test_reconstruction_errors_are_measured(gpt2: Case) -> None:
     finally:
         weight.data.copy_(before)
     copied = copy.deepcopy(compat.BackwardLens(gpt2.model).analyze(PROMPT, TARGET, [0]))
-    with pytest.raises(ValueError, match="gone"):
+    with pytest.raises(ValueError, match="no longer exists"):
         _ = copied.max_absolute_reconstruction_error
 
 
