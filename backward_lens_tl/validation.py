@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from backward_lens_tl._checks import listed
 from backward_lens_tl.capture.bound_objectives import BoundObjective, LossFunction
-from backward_lens_tl.capture.forward import read_logits, requiring_grad
+from backward_lens_tl.capture.forward import read_logits
+from backward_lens_tl.capture.interventions import requiring_grad
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.objectives import (
     Objective,
@@ -32,8 +33,8 @@ from backward_lens_tl.models import (
     plain_error,
     probe,
 )
+from backward_lens_tl.models.matrix_selection import find_sites
 from backward_lens_tl.models.precision import at_least_float32
-from backward_lens_tl.models.selection import find_sites
 from backward_lens_tl.models.sites import MATRIX_NAMES, MatrixName, Site
 
 if TYPE_CHECKING:

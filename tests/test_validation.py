@@ -14,8 +14,8 @@ from torch import Tensor
 from backward_lens_tl import models
 from backward_lens_tl.capture.objectives import target_nll
 from backward_lens_tl.errors import BackwardLensError, ValidationError
+from backward_lens_tl.models.hooks import Tap
 from backward_lens_tl.models.sites import ATTENTION_MATRICES
-from backward_lens_tl.models.taps import Tap
 from backward_lens_tl.models.unembedding import Unembedding
 from backward_lens_tl.validation import ValidationReport, validate
 

@@ -80,8 +80,10 @@ def neuron_tokens(
         >>> import backward_lens_tl as blt
         >>> model = blt.load_facts_model()
         >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
-        >>> words = blt.analysis.neuron_tokens(model, result, "W_out", layer=6, per_group=1, k=1)
-        >>> words.loc[words["group"] == "largest", ["top_tokens", "bottom_tokens"]].values.tolist()
+        >>> tokens = blt.analysis.neuron_tokens(model, result, "W_out", layer=6, per_group=1, k=1)
+        >>> tokens.loc[
+        ...     tokens["group"] == "largest", ["top_tokens", "bottom_tokens"]
+        ... ].values.tolist()
         [[[' Belgrade'], [' Paris']]]
     """
     import pandas as pd
@@ -141,8 +143,8 @@ def spanning_tokens(
         >>> import backward_lens_tl as blt
         >>> model = blt.load_facts_model()
         >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
-        >>> words = blt.analysis.spanning_tokens(model, result, "W_out", layer=6, k=1)
-        >>> words[["token", "top_tokens", "bottom_tokens"]].tail(1).values.tolist()
+        >>> tokens = blt.analysis.spanning_tokens(model, result, "W_out", layer=6, k=1)
+        >>> tokens[["token", "top_tokens", "bottom_tokens"]].tail(1).values.tolist()
         [[' for', [' Belgrade'], [' Paris']]]
     """
     import pandas as pd

@@ -31,7 +31,7 @@ from backward_lens_tl.capture.plan import CapturePlan, plan_capture
 from backward_lens_tl.capture.prompts import PromptBatch, Prompts
 from backward_lens_tl.choices import MultiToken
 from backward_lens_tl.models import Host, host_of
-from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.models.sites import WRITING_MATRICES, MatrixSite
 from backward_lens_tl.models.weight_patching import stepped
 from backward_lens_tl.readout.cells import cosines

@@ -18,14 +18,15 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from backward_lens_tl.capture.bound_objectives import BoundObjective
-from backward_lens_tl.capture.forward import read_logits, requiring_grad
+from backward_lens_tl.capture.forward import read_logits
 from backward_lens_tl.capture.hook_point_recorders import (
     HookPointRecorder,
     PatternRecorder,
     VjpRecorder,
 )
 from backward_lens_tl.capture.hook_points import AttentionGradient, HookPointGradient
-from backward_lens_tl.capture.hooks import Copies, clean_rows
+from backward_lens_tl.capture.interventions import requiring_grad
+from backward_lens_tl.capture.kept import Copies, clean_rows
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.prompts import PromptBatch
 from backward_lens_tl.capture.recorders import (
@@ -36,7 +37,7 @@ from backward_lens_tl.capture.recorders import (
 )
 from backward_lens_tl.errors import ModelStateError, ObjectiveError, UnsupportedModelError
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.selection import find_sites
+from backward_lens_tl.models.matrix_selection import find_sites
 from backward_lens_tl.models.sites import ATTENTION_MATRICES, HookPointSite, Site
 
 

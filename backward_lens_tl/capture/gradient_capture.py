@@ -21,8 +21,8 @@ from backward_lens_tl.capture.hook_points import (
 )
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.errors import InputError
+from backward_lens_tl.models.matrix_selection import resolve_layer
 from backward_lens_tl.models.precision import at_least_float32
-from backward_lens_tl.models.selection import resolve_layer
 from backward_lens_tl.models.sites import ATTENTION_MATRICES, MatrixName
 
 if TYPE_CHECKING:

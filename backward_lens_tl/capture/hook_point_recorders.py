@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from backward_lens_tl.capture.hook_points import AttentionGradient, HookPointGradient
-from backward_lens_tl.capture.hooks import Copies, Edges, Values
+from backward_lens_tl.capture.kept import Copies, Edges, Values
 from backward_lens_tl.capture.prompts import PromptBatch
 from backward_lens_tl.capture.recorders import Hook, Recorder
 from backward_lens_tl.errors import UnsupportedModelError

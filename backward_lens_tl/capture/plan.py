@@ -26,7 +26,7 @@ from backward_lens_tl.capture.prompts import Prompt, PromptBatch, Prompts, token
 from backward_lens_tl.capture.selection import select_hook_points
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host, host_of
-from backward_lens_tl.models.selection import check_sharing, find_sites
+from backward_lens_tl.models.matrix_selection import check_sharing, find_sites
 from backward_lens_tl.models.sites import HookPointSite, Site
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from backward_lens_tl.capture.experts import stacked_factors
-from backward_lens_tl.capture.hooks import Copies, Edges, Values, clean_rows
+from backward_lens_tl.capture.kept import Copies, Edges, Values, clean_rows
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.prompts import PromptBatch
 from backward_lens_tl.errors import UnsupportedModelError
+from backward_lens_tl.models.hooks import Tap, hooked
 from backward_lens_tl.models.sites import (
     READING_MATRICES,
     ExpertsSite,
@@ -28,7 +29,6 @@ from backward_lens_tl.models.sites import (
     Site,
     StackedExpertsSite,
 )
-from backward_lens_tl.models.taps import Tap, hooked
 
 Hook = tuple[Tap, Callable[[Any], Tensor | None], bool]
 """A tap, the function to call there, and whether it runs before existing hooks."""

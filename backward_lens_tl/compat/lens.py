@@ -28,7 +28,7 @@ from backward_lens_tl.compat.results import (
 )
 from backward_lens_tl.errors import InputError, ModelStateError, UnsupportedModelError
 from backward_lens_tl.models import Host, host_of
-from backward_lens_tl.models.selection import find_sites
+from backward_lens_tl.models.matrix_selection import find_sites
 from backward_lens_tl.models.sites import MatrixName
 from backward_lens_tl.readout.projections import Projection, as_projection
 from backward_lens_tl.readout.vectors import read_vectors

@@ -20,7 +20,7 @@ from backward_lens_tl.errors import EditError, ModelStateError, raised_as
 from backward_lens_tl.files.storage import Saved
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.checksums import checksum
-from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.models.sites import MATRIX_NAMES, READING_MATRICES, MatrixSite
 from backward_lens_tl.models.weight_patching import Change, add_in_place, changed, put_back
 

@@ -210,8 +210,8 @@ class Bench:
                 "true": each.probe.true_text,
                 "nll_new": each.new.nll,
                 "nll_true": math.nan if each.true is None else each.true.nll,
-                "is_new": each.new.is_said,
-                "is_true": None if each.true is None else each.true.is_said,
+                "is_new": each.new.is_predicted,
+                "is_true": None if each.true is None else each.true.is_predicted,
                 "answer": self.host.vocabulary.text(each.new.first),
             }
             for item, own in zip(shard.items, answered, strict=True)

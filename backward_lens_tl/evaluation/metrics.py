@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from backward_lens_tl.evaluation.plan import Probe
+from backward_lens_tl.evaluation.plan import ScoredPrompt
 from backward_lens_tl.evaluation.scoring import Score
 
 _WORDS = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")  # noqa: RUF001
@@ -37,7 +37,7 @@ class Answered:
         true: Score of the original answer, if there is one.
     """
 
-    probe: Probe
+    probe: ScoredPrompt
     new: Score
     true: Score | None
 
@@ -65,11 +65,11 @@ def _values(answered: Answered, *, wants_new: bool) -> tuple[float, float, float
     """The paper's metric, and ROME's success and magnitude."""
     both: tuple[Score | None, Score | None] = (answered.new, answered.true)
     wanted, other = both if wants_new else both[::-1]
-    is_said = math.nan if wanted is None else float(wanted.is_said)
+    is_predicted = math.nan if wanted is None else float(wanted.is_predicted)
     if wanted is None or other is None:
-        return is_said, math.nan, math.nan
+        return is_predicted, math.nan, math.nan
     difference = math.exp(-wanted.nll) - math.exp(-other.nll)
-    return is_said, float(wanted.nll < other.nll), difference
+    return is_predicted, float(wanted.nll < other.nll), difference
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -86,9 +86,9 @@ def begins_with(text: str, answer: str) -> bool:
     Returns:
         Whether it does. Leading spaces are ignored. `" Parisian"` does not begin with `" Paris"`.
     """
-    said, wanted = text.lstrip(), answer.strip()
-    following = said[len(wanted) : len(wanted) + 1]
-    return said.startswith(wanted) and not (wanted[-1:].isalnum() and following.isalnum())
+    start, wanted = text.lstrip(), answer.strip()
+    following = start[len(wanted) : len(wanted) + 1]
+    return start.startswith(wanted) and not (wanted[-1:].isalnum() and following.isalnum())
 
 
 def tidied(text: str) -> str:

@@ -28,7 +28,7 @@ from backward_lens_tl.runs.rejects import (
 
 
 @dataclass(frozen=True)
-class Probe:
+class ScoredPrompt:
     """A prompt after which both answers are scored.
 
     Attributes:
@@ -63,7 +63,7 @@ class Item:
 
     record: Record
     new_text: str
-    probes: tuple[Probe, ...]
+    probes: tuple[ScoredPrompt, ...]
     generations: tuple[tuple[int, ...], ...]
 
     @property
@@ -158,7 +158,9 @@ def _item(host: Host, config: EvaluationConfig, record: Record) -> Item:
             prompt = fitting_prompt(host, text, config.prepend_bos)
             new = _answer_ids(host, prompt, target)
             old = None if answer is None else _answer_ids(host, prompt, answer)
-            probes.append(Probe(kind, index, str(prompt.written), prompt.ids, new, old, answer))
+            probes.append(
+                ScoredPrompt(kind, index, str(prompt.written), prompt.ids, new, old, answer)
+            )
     wanted = record.generation_prompts if config.generation_length else ()
     generations = [fitting_prompt(host, text, config.prepend_bos).ids for text in wanted]
     text = target if isinstance(target, str) else host.vocabulary.text(target)

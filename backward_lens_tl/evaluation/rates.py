@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from backward_lens_tl._checks import check_choice, checked_number, listed
-from backward_lens_tl.capture.forward import Addition, adding, forward_pass
+from backward_lens_tl.capture.forward import forward_pass
+from backward_lens_tl.capture.interventions import Addition, adding
 from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.shift import ForwardPassShift
@@ -27,7 +28,7 @@ from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.perplexity import perplexity, read_texts
 from backward_lens_tl.models import Host, host_of
-from backward_lens_tl.models.selection import find_editable, select_layers
+from backward_lens_tl.models.matrix_selection import find_editable, select_layers
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -42,12 +42,12 @@ class Score:
 
     Attributes:
         nll: Its negative log-likelihood in nats per token; infinite if the model returns NaN.
-        is_said: Whether each of its tokens is the most probable one at its position.
+        is_predicted: Whether each of its tokens is the most probable one at its position.
         first: Id of the most probable token after the prompt.
     """
 
     nll: float
-    is_said: bool
+    is_predicted: bool
     first: int
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from backward_lens_tl.errors import UnsupportedModelError
+from backward_lens_tl.models.hooks import Tap
 from backward_lens_tl.models.host import Host, is_centered
 from backward_lens_tl.models.linear import float_parameter, linear_site
 from backward_lens_tl.models.sites import (
@@ -22,7 +23,6 @@ from backward_lens_tl.models.sites import (
     Site,
     Stored,
 )
-from backward_lens_tl.models.taps import Tap
 from backward_lens_tl.models.unembedding import Unembedding, connected, needs_digits, product
 
 

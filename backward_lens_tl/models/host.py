@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.models.caller_hooks import with_callers_hooks
 from backward_lens_tl.models.checksums import tensors_digest
+from backward_lens_tl.models.hooks import Tap
 from backward_lens_tl.models.sites import ATTENTION_MATRICES, HookPointSite, MatrixName, Site
 from backward_lens_tl.models.state import check_deterministic, check_gradients_exist
-from backward_lens_tl.models.taps import Tap
 from backward_lens_tl.models.unembedding import Unembedding
 from backward_lens_tl.models.vocabulary import Vocabulary
 

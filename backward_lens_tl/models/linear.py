@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from backward_lens_tl.errors import UnsupportedModelError
+from backward_lens_tl.models.hooks import Tap
 from backward_lens_tl.models.sites import MatrixName, MatrixSite, Stored
-from backward_lens_tl.models.taps import Tap
 
 
 def linear_site(matrix: MatrixName, layer: int, linear: nn.Module, **details: Any) -> MatrixSite:

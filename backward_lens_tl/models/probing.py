@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from backward_lens_tl.errors import UnsupportedModelError
+from backward_lens_tl.models.hooks import hooked
 from backward_lens_tl.models.host import Host
-from backward_lens_tl.models.taps import hooked
 
 _N_TOKENS = 6
 _CANDIDATES = 64

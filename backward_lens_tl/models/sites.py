@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from backward_lens_tl.errors import UnsupportedModelError
-from backward_lens_tl.models.taps import Tap
+from backward_lens_tl.models.hooks import Tap
 
 MatrixName = Literal["W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out"]
 MATRIX_NAMES: tuple[MatrixName, ...] = get_args(MatrixName)

@@ -24,6 +24,7 @@ from backward_lens_tl.models.families import (
     rotary_limits,
     unwrapped,
 )
+from backward_lens_tl.models.hooks import Tap
 from backward_lens_tl.models.host import Host, is_centered
 from backward_lens_tl.models.linear import is_adapted, linear_site
 from backward_lens_tl.models.sites import (
@@ -36,7 +37,6 @@ from backward_lens_tl.models.sites import (
     StackedExpertsSite,
     Stored,
 )
-from backward_lens_tl.models.taps import Tap
 from backward_lens_tl.models.unembedding import Unembedding, connected, needs_digits
 
 

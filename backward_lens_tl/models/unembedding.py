@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backward_lens_tl.models.taps import Tap
+from backward_lens_tl.models.hooks import Tap
 
 _HALF_PRECISION_EPS = 1e-6
 """`eps` above which a dtype is too coarse to tell whether two normed vectors are on one line."""

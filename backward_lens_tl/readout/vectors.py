@@ -16,8 +16,8 @@ from backward_lens_tl.capture.objectives import check_multi_token
 from backward_lens_tl.choices import MultiToken
 from backward_lens_tl.errors import InputError, TargetError
 from backward_lens_tl.models import host_of
+from backward_lens_tl.models.matrix_selection import resolve_layer
 from backward_lens_tl.models.precision import at_least_float32
-from backward_lens_tl.models.selection import resolve_layer
 from backward_lens_tl.models.vocabulary import Vocabulary
 from backward_lens_tl.readout.projections import Projection, as_projection, reads_layers_alike
 from backward_lens_tl.readout.readout import join_readouts

@@ -24,7 +24,7 @@ from backward_lens_tl.analysis import steps as steps_module
 from backward_lens_tl.analysis.steps import step_changes
 from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.models import host_of
-from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.models.sites import MATRIX_NAMES, WRITING_MATRICES, MatrixSite, Stored
 from backward_lens_tl.models.weight_patching import stepped
 

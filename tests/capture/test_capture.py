@@ -22,7 +22,7 @@ from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.errors import ModelStateError, UnsupportedModelError
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.models import host_of
-from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.matrix_selection import find_editable
 
 pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("as_for_a_user")]
 

@@ -75,12 +75,12 @@ def test_against_a_loop(each: Case) -> None:
     log_probs, nll, said = measured(host_of(each.model), prompts, answers)
     assert log_probs.shape == (8, 5)
     for at, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        expected, is_said = slowly(each, prompt, answer)
+        expected, is_predicted = slowly(each, prompt, answer)
         own = log_probs[at, 5 - len(answer) :]
         assert float((own - torch.stack(expected)).abs().max()) < near(each)
         assert not log_probs[at, : 5 - len(answer)].any()
         assert abs(float(nll[at]) + float(sum(expected)) / len(answer)) < near(each)
-        assert bool(said[at]) is is_said
+        assert bool(said[at]) is is_predicted
     assert said.tolist()[:6] == [True, True, False, True, False, False]
 
 

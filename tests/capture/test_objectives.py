@@ -20,7 +20,7 @@ from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.errors import TargetError
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.models import host_of
-from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.models.weight_patching import stepped
 
 PROMPTS = ["Messi plays for", "The capital of France is", "Rome"]

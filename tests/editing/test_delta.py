@@ -27,7 +27,7 @@ from backward_lens_tl.errors import (
 )
 from backward_lens_tl.files.storage import write
 from backward_lens_tl.models import host_of
-from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.matrix_selection import find_editable
 
 ATTENTION = ("W_Q", "W_K", "W_V", "W_O")
 ROUNDING = 1e-12  # of a few hundred float64 operations

@@ -18,13 +18,13 @@ from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.methods.normalized_gradient import NormalizedGradient
 from backward_lens_tl.editing.methods.ultraedit import UltraEdit
 from backward_lens_tl.editing.requests import EditRequest, tokenize_request
+from backward_lens_tl.editing.spanning_pairs import joined_pairs, spanning_pairs
 from backward_lens_tl.editing.statistics.pair_collection import pair_statistics
-from backward_lens_tl.editing.statistics.spanning import joined_pairs, spanning_pairs
 from backward_lens_tl.editing.statistics.standardization import PairStatistics
 from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import EditError, ResultFileError, UnsupportedModelError
 from backward_lens_tl.models import host_of
-from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.matrix_selection import find_editable
 
 ROUNDING = 1e-10  # of some thousand float64 operations, after norms with a small eps
 FLOAT32 = 1e-5  # some TransformerLens models round to float32 in between

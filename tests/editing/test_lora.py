@@ -37,7 +37,7 @@ from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import EditError, ResultFileError, UnsupportedModelError
 from backward_lens_tl.models import host_of
-from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.matrix_selection import find_editable
 from conftest import FACTS_FOLDER
 
 ROUND_TRIP = 1e-5  # the promised accuracy of logits, in nats; float32 rounds them to about 3e-6

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.editing import EditRequest, facts_moments, second_moments
+from backward_lens_tl.editing.fact_contexts import sampled_prefixes
 from backward_lens_tl.editing.methods.memit import MEMIT
 from backward_lens_tl.editing.methods.rome import ROME
-from backward_lens_tl.editing.statistics.facts import sampled_prefixes
 from backward_lens_tl.errors import EditError, UnsupportedModelError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.checksums import tensors_digest

@@ -25,12 +25,12 @@ from backward_lens_tl.editing.mend.settings import MENDTraining
 from backward_lens_tl.editing.mend.training import train_mend
 from backward_lens_tl.editing.methods.normalized_gradient import NormalizedGradient
 from backward_lens_tl.editing.requests import EditRequest, tokenize_request
+from backward_lens_tl.editing.spanning_pairs import spanning_pairs
 from backward_lens_tl.editing.statistics.pair_collection import pair_statistics
-from backward_lens_tl.editing.statistics.spanning import spanning_pairs
 from backward_lens_tl.editing.statistics.standardization import PairStatistics
 from backward_lens_tl.errors import EditError, ResultFileError
 from backward_lens_tl.models import host_of
-from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.matrix_selection import find_editable
 
 RECORDS = tuple(
     Record(

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.editing import EditRequest, facts_moments, second_moments
+from backward_lens_tl.editing.fact_contexts import FactContexts, sampled_prefixes
 from backward_lens_tl.editing.methods.rome import ROME
 from backward_lens_tl.editing.requests import tokenize_request
-from backward_lens_tl.editing.statistics.facts import FactContexts, sampled_prefixes
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.checksums import tensors_digest

@@ -382,8 +382,8 @@ def by_hand(
         total = sum(k * size * own_change for k, own_change in zip(times, change, strict=True))
         with edited(own.raw, total):
             answered = said()
-        for at, is_said in enumerate(answered):
-            times[at] += not (is_said or left_out[at])
+        for at, is_predicted in enumerate(answered):
+            times[at] += not (is_predicted or left_out[at])
     return times
 
 
@@ -410,15 +410,15 @@ def test_iterations_find_the_smallest_sufficient_multiple(each: Pair) -> None:
     target = int(through(each.raw, ids, LAYER)[2][-1].topk(3).indices[2])
     request, unit = EditRequest(PROMPTS[0], target), 1e-3
 
-    def is_said(change: Tensor) -> bool:
+    def is_predicted(change: Tensor) -> bool:
         with edited(each.raw, change):
             return int(through(each.raw, ids, LAYER)[2][-1].argmax()) == target
 
     product = dense(shift(size=unit)(each.model, request))
-    times = next(n for n in (2**k for k in range(20)) if is_said(n * product))
+    times = next(n for n in (2**k for k in range(20)) if is_predicted(n * product))
     size = unit * times / 13
     one = dense(shift(size=size)(each.model, request))
-    enough = next(k for k in range(1, 20) if is_said(k * one))
+    enough = next(k for k in range(1, 20) if is_predicted(k * one))
     assert 2 < enough <= 13
     found = shift(size=size, iterations=50)(each.model, request)
     assert relative_error(dense(found), enough * one) < 1e-8

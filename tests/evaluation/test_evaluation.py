@@ -296,9 +296,11 @@ def test_scores_under_an_edit_against_a_changed_model(gpt2: Case, tmp_path: Path
                 for asked in own.to_dict("records"):
                     ids = tokenizer.encode(asked["prompt"])
                     for side in ("new", "true"):
-                        nll, is_said, first = slow_answer(gpt2, ids, tokenizer.encode(asked[side]))
+                        nll, is_predicted, first = slow_answer(
+                            gpt2, ids, tokenizer.encode(asked[side])
+                        )
                         assert asked[f"nll_{side}"] == pytest.approx(nll, abs=1e-9)
-                        assert asked[f"is_{side}"] == is_said
+                        assert asked[f"is_{side}"] == is_predicted
                         assert asked["answer"] == tokenizer.decode([first])
         finally:
             with torch.no_grad():

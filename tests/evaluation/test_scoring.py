@@ -26,7 +26,7 @@ from backward_lens_tl.evaluation.metrics import (
     tidied,
 )
 from backward_lens_tl.evaluation.perplexity import Texts, perplexity, read_texts
-from backward_lens_tl.evaluation.plan import Probe
+from backward_lens_tl.evaluation.plan import ScoredPrompt
 from backward_lens_tl.evaluation.scoring import Question, Score, score
 from backward_lens_tl.models import host_of
 from conftest import FACTS_FOLDER
@@ -77,9 +77,9 @@ def test_scores_by_hand(chain: Any) -> None:
         (math.log(2), True, 0),
         (-(math.log(0.25) + math.log(0.8) + math.log(0.1)) / 3, False, 0),
     ]
-    for each, (nll, is_said, first) in zip(found, by_hand, strict=True):
+    for each, (nll, is_predicted, first) in zip(found, by_hand, strict=True):
         assert each.nll == pytest.approx(nll, abs=1e-6)
-        assert (each.is_said, each.first) == (is_said, first)
+        assert (each.is_predicted, each.first) == (is_predicted, first)
     # The first and the fifth have the same input.
     assert sum(n for n, _ in chain.passes) == 5
 
@@ -100,13 +100,13 @@ def test_nan_logits(chain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     [found] = score(chain, [Question((0,), (1,))], 1)
     assert found.nll == math.inf
-    assert not found.is_said
+    assert not found.is_predicted
     ppl = perplexity(chain, [(0, 1)], "n")
     assert ppl.mean_of_texts == ppl.corpus == math.inf
 
 
-def probe(kind: str, index: int = 0, true: tuple[int, ...] | None = (1,)) -> Probe:
-    return Probe(kind, index, "a", (0,), (0,), true, None if true is None else "b")
+def probe(kind: str, index: int = 0, true: tuple[int, ...] | None = (1,)) -> ScoredPrompt:
+    return ScoredPrompt(kind, index, "a", (0,), (0,), true, None if true is None else "b")
 
 
 def answered(kind: str, p_new: float, p_true: float, says: str = "", index: int = 0) -> Answered:
@@ -311,10 +311,10 @@ def test_scores_against_a_slow_loop(facts: Case, questions: list[Question]) -> N
     found = score(host_of(facts.model), questions, 16)
     said = 0
     for each, asked in zip(found, questions, strict=True):
-        nll, is_said, first = slow_score(facts, list(asked.prompt), list(asked.answer))
+        nll, is_predicted, first = slow_score(facts, list(asked.prompt), list(asked.answer))
         assert each.nll == pytest.approx(nll, abs=2e-5)
-        assert (each.is_said, each.first) == (is_said, first)
-        said += is_said
+        assert (each.is_predicted, each.first) == (is_predicted, first)
+        said += is_predicted
     assert 0 < said < len(questions)
 
 
@@ -329,7 +329,7 @@ def test_scores_do_not_depend_on_batch_padding_side_or_order(
         for each, own in zip(found, alone, strict=True):
             # Five float32 roundings at 16 already add up to 1e-5.
             assert each.nll == pytest.approx(own.nll, rel=2e-6, abs=1e-5)
-            assert (each.is_said, each.first) == (own.is_said, own.first)
+            assert (each.is_predicted, each.first) == (own.is_predicted, own.first)
 
     for size in (7, 1000):
         check(score(host, questions, size))

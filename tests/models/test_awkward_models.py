@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import backward_lens_tl as blt
 from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.capture.sampling import sample
-from backward_lens_tl.editing.statistics.facts import sampled_prefixes
+from backward_lens_tl.editing.fact_contexts import sampled_prefixes
 from backward_lens_tl.errors import InputError, ModelStateError, UnsupportedModelError
 from backward_lens_tl.evaluation.scoring import Question, score
 from backward_lens_tl.models import host_of, loading, logit_error, probe

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from backward_lens_tl.editing.statistics.spanning import SpanningPairs
+from backward_lens_tl.editing.spanning_pairs import SpanningPairs
 from backward_lens_tl.editing.statistics.standardization import PairStatistics
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.files import storage
@@ -212,7 +212,7 @@ class MENDEditor(storage.Saved):
             editor's parameters.
 
         Examples:
-            >>> from backward_lens_tl.editing.statistics.spanning import SpanningPairs
+            >>> from backward_lens_tl.editing.spanning_pairs import SpanningPairs
             >>> own = capture["W_out", 7]
             >>> pairs = SpanningPairs("W_out", 7, own.inputs, own.vjps, ~own.is_zero)
             >>> left, right = editor.factors(pairs)

@@ -19,11 +19,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from backward_lens_tl.capture.continuations import Continuations
-from backward_lens_tl.capture.forward import adding, requiring_grad, selected_logits
+from backward_lens_tl.capture.forward import selected_logits
+from backward_lens_tl.capture.interventions import adding, requiring_grad
 from backward_lens_tl.capture.prompts import PromptBatch, pad_prompts
 from backward_lens_tl.editing.mend.data import DrawnEdit
 from backward_lens_tl.editing.mend.hypernetwork import MENDEditor
-from backward_lens_tl.editing.statistics.spanning import SpanningPairs, spanning_pairs
+from backward_lens_tl.editing.spanning_pairs import SpanningPairs, spanning_pairs
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.sites import MatrixSite
 

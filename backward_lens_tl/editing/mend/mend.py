@@ -12,7 +12,7 @@ from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.mend.hypernetwork import MENDEditor
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.statistics.spanning import SpanningPairs, joined_pairs
+from backward_lens_tl.editing.spanning_pairs import SpanningPairs, joined_pairs
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
 

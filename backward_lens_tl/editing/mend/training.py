@@ -26,7 +26,7 @@ from backward_lens_tl.editing.statistics.pair_collection import (
 from backward_lens_tl.errors import EditError, raised_as
 from backward_lens_tl.files import storage
 from backward_lens_tl.models import Host, host_of
-from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.models.sites import MatrixSite
 
 _DEFAULT = MENDTraining()

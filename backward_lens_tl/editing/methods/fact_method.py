@@ -18,14 +18,14 @@ from torch import Tensor
 
 from backward_lens_tl._checks import check_kind
 from backward_lens_tl.capture.continuations import Continuations
-from backward_lens_tl.capture.forward import adding_at, requiring_grad
+from backward_lens_tl.capture.interventions import adding_at, requiring_grad
+from backward_lens_tl.editing.fact_contexts import FactContexts, FactToken, sampled_prefixes
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.statistics.facts import FactContexts, FactToken, sampled_prefixes
 from backward_lens_tl.editing.statistics.moments import RIDGE, SecondMoments
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.taps import Tap
+from backward_lens_tl.models.hooks import Tap
 from backward_lens_tl.settings import Count, NonNegative, Positive
 
 _GOOD_ENOUGH = 0.05

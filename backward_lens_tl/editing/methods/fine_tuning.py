@@ -16,13 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from backward_lens_tl.capture.continuations import Continuations
-from backward_lens_tl.capture.forward import adding, read_logits, requiring_grad
+from backward_lens_tl.capture.forward import read_logits
+from backward_lens_tl.capture.interventions import adding, requiring_grad
 from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod, Layers
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.models.sites import MatrixName, MatrixSite
 from backward_lens_tl.settings import Count, NonNegative, Positive
 
@@ -103,8 +104,8 @@ class FineTuning(EditMethod):
         prompts = [request.prompt for request in requests]
         targets = [request.target for request in requests]
         if self.objective == "teacher_forced":
-            taught = Continuations.of(host, prompts, targets)
-            return lambda: taught.nll(taught.logits(host)).mean()
+            answers = Continuations.of(host, prompts, targets)
+            return lambda: answers.nll(answers.logits(host)).mean()
         batch = pad_prompts(host, prompts)
 
         def at_prompt_last() -> Float[Tensor, ""]:

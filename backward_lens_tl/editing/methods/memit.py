@@ -18,15 +18,15 @@ from torch import Tensor
 
 from backward_lens_tl.capture.forward import forward_pass
 from backward_lens_tl.capture.prompts import pad_prompts
+from backward_lens_tl.editing.fact_contexts import read_facts
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.fact_method import FactMethod
 from backward_lens_tl.editing.methods.method import Layers
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.statistics.facts import read_facts
 from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import UnsupportedModelError
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.models.sites import MatrixSite
 from backward_lens_tl.settings import Count, Positive
 

@@ -29,6 +29,7 @@ from backward_lens_tl.editing.methods.shift import ForwardPassShift
 from backward_lens_tl.editing.methods.steps import GradientStep
 from backward_lens_tl.editing.methods.ultraedit import UltraEdit
 from backward_lens_tl.editing.requests import EditRequest, tokenize_requests
+from backward_lens_tl.editing.spanning_pairs import Positions
 from backward_lens_tl.editing.statistics.moment_collection import second_moments
 from backward_lens_tl.editing.statistics.moments import SecondMoments, facts_moments
 from backward_lens_tl.editing.statistics.pair_collection import (
@@ -36,7 +37,6 @@ from backward_lens_tl.editing.statistics.pair_collection import (
     pair_statistics,
     requests_digest,
 )
-from backward_lens_tl.editing.statistics.spanning import Positions
 from backward_lens_tl.editing.statistics.standardization import PairStatistics
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import host_of

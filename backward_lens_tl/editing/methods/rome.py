@@ -14,13 +14,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from backward_lens_tl.editing.fact_contexts import FactContexts, read_facts
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.fact_method import FactMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
-from backward_lens_tl.editing.statistics.facts import FactContexts, read_facts
 from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.models.sites import MatrixSite
 
 Pair = Annotated[tuple[int, int], Field(strict=False)]  # a list of two, too
@@ -86,11 +86,11 @@ class ROME(FactMethod):
         [read] = read_facts(host, [fact], site)
         start = read.values[0]
         wanted = start + self._find_value(host, site.output, fact, start)
-        heard = read.keys[0] if self.key_mode == "bare" else read.keys.mean(0)
+        matched = read.keys[0] if self.key_mode == "bare" else read.keys.mean(0)
         key, value = (
-            (heard, read.values.mean(0)) if self.key_mode == "mean" else (read.keys[0], start)
+            (matched, read.values.mean(0)) if self.key_mode == "mean" else (read.keys[0], start)
         )
-        along = self._whitened(site.layer, heard[:, None])[:, 0]
+        along = self._whitened(site.layer, matched[:, None])[:, 0]
         u = (along / along.norm()).to(key.dtype)
         right = (wanted - value) / (key @ u)
         return MatrixDelta("W_out", site.layer, u[:, None], right[None])

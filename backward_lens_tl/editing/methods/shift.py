@@ -27,7 +27,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from backward_lens_tl._checks import check_kind
-from backward_lens_tl.capture.forward import Addition, adding, forward_pass
+from backward_lens_tl.capture.forward import forward_pass
+from backward_lens_tl.capture.interventions import Addition, adding
 from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod
@@ -35,8 +36,8 @@ from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.editing.statistics.moments import RIDGE, SecondMoments
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
+from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.models.precision import at_least_float32
-from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.settings import Count, Finite, NonNegative
 
 ShiftForm = Literal["paper", "scale_free", "whitened"]

@@ -29,7 +29,7 @@ from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod, Layers
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.settings import Positive
 
 Optimizer = Literal["sgd", "adam", "muon"]

@@ -21,8 +21,8 @@ from backward_lens_tl.editing.statistics.moments import SecondMoments
 from backward_lens_tl.editing.statistics.provenance import PROBE_TOKENS, last_inputs
 from backward_lens_tl.errors import EditError, raised_as
 from backward_lens_tl.models import Host, host_of
+from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.models.precision import at_least_float32
-from backward_lens_tl.models.selection import find_editable
 from backward_lens_tl.models.sites import MatrixName
 
 _BATCH = 16

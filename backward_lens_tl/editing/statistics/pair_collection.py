@@ -13,12 +13,12 @@ from tqdm.auto import tqdm
 
 from backward_lens_tl._checks import check_choice
 from backward_lens_tl.editing.requests import EditRequest, TokenizedRequest, tokenize_requests
+from backward_lens_tl.editing.spanning_pairs import Positions, pair_batches
 from backward_lens_tl.editing.statistics.provenance import PROBE_TOKENS, last_inputs
-from backward_lens_tl.editing.statistics.spanning import Positions, pair_batches
 from backward_lens_tl.editing.statistics.standardization import PairStatistics
 from backward_lens_tl.errors import EditError, raised_as
 from backward_lens_tl.models import host_of
-from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.models.sites import MatrixName
 
 EDITED_MATRICES: tuple[MatrixName, ...] = ("W_in", "W_out")

@@ -13,7 +13,7 @@ from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.errors import EditError, InputError
 from backward_lens_tl.files.storage import Saved
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.models.sites import MatrixName, MatrixSite
 
 PROBE_TOKENS = 16

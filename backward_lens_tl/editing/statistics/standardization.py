@@ -16,12 +16,12 @@ from torch import Tensor
 
 from backward_lens_tl._checks import listed
 from backward_lens_tl.editing.requests import TokenizedRequest
+from backward_lens_tl.editing.spanning_pairs import Positions, joined_pairs
 from backward_lens_tl.editing.statistics.provenance import ModelStatistics
-from backward_lens_tl.editing.statistics.spanning import Positions, joined_pairs
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.checksums import tensors_digest
-from backward_lens_tl.models.selection import find_editable
+from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.models.sites import MatrixName, MatrixSite
 
 EPS = 1e-7

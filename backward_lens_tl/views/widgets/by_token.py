@@ -153,11 +153,11 @@ def _top_scores(cells: Sequence[Cell]) -> tuple[str, list[float]]:
     there = [score for score in scores if score is not None]
     no_score = number_below(there)
     stand_ins = {math.inf: -number_below(-score for score in there), -math.inf: 10 * no_score}
-    said = [f"{no_score:g}: no score"]
-    said += [
+    labels = [f"{no_score:g}: no score"]
+    labels += [
         f"{stand_in:g}: {'∞' if infinite > 0 else '−∞'}"
         for infinite, stand_in in stand_ins.items()
         if infinite in there
     ]
     shown = [no_score if score is None else stand_ins.get(score, score) for score in scores]
-    return f"top score ({', '.join(said)})", shown
+    return f"top score ({', '.join(labels)})", shown

@@ -19,7 +19,7 @@ from backward_lens_tl.capture.continuations import Continuations
 from backward_lens_tl.capture.forward_backward import record
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.selection import check_sharing
+from backward_lens_tl.models.matrix_selection import check_sharing
 from backward_lens_tl.models.sites import MatrixName, MatrixSite
 
 Positions = Literal["all", "answer"]
