@@ -12,19 +12,16 @@ import logging
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from backward_lens_tl.data.readers import read_records
+from backward_lens_tl.data.records import Records
 from backward_lens_tl.editing.mend.settings import MENDTraining
 from backward_lens_tl.editing.methods.method import EditMethod
-from backward_lens_tl.editing.methods.presets import (
-    FACTS_TEST,
-    FACTS_TUNING,
-    METHODS,
-    with_settings,
-)
+from backward_lens_tl.editing.methods.presets import METHODS, preset_methods, preset_settings
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.plan import unused_records
 from backward_lens_tl.evaluation.tuning import search
@@ -32,6 +29,12 @@ from backward_lens_tl.files.storage import replacing
 from backward_lens_tl.models.loading import FACTS_MODEL, load_facts_model
 
 RESULTS = Path(__file__).parents[1] / "docs" / "editing" / "tuning.json"
+
+FACTS_TEST = range(200)
+"""Rows of the facts model's records on which no setting was chosen."""
+
+FACTS_TUNING = range(200, 250)
+"""Rows on which the facts model's settings are chosen."""
 
 GRIDS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "ft_first": {"layers": (0,), "lr": (1e-4, 2e-4, 5e-4)},
@@ -53,7 +56,7 @@ GRIDS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "shift_iterated": {"layer": (4, 5, 6, 7), "size": (4.0,)},
     "shift_whitened": {"layer": (4, 5, 6, 7), "size": (4.0,)},
 }
-"""The grid of each preset. Other settings are the defaults of its class, or those in `_FORMS`."""
+"""The grid of each preset. Other settings are those in `_FORMS` and the preset's own."""
 
 _FORMS: Mapping[str, Mapping[str, Any]] = {
     "shift_iterated": {"form": "scale_free", "iterations": 25},
@@ -108,18 +111,39 @@ def tuned(name: str, folder: Path) -> dict[str, Any]:
         The best candidate, and the results of all of them.
     """
     model, records = load_facts_model(), read_records(FACTS_MODEL)
-    reserved = {*FACTS_TEST, *FACTS_TUNING}
-    training = unused_records(records, EvaluationConfig(rows=sorted(reserved)))
-    methods: dict[str, EditMethod] = {
-        label: with_settings(model, name, settings, folder=folder, training=training)
-        for label, settings in candidates(name)
-    }
+    methods = candidate_methods(name, model, records, folder)
     tried = search(model, methods, records, FACTS_TUNING, progress=False)
     sys.stdout.write(f"\n{name}\n{tried.table.round(2).to_string(index=False)}\n")
     return {
         "best": tried.best_name,
         "rows": [FACTS_TUNING.start, FACTS_TUNING.stop],
         "tried": json.loads(tried.table.to_json(orient="records", double_precision=4)),
+    }
+
+
+def candidate_methods(
+    name: str, model: Any, records: Records, folder: Path
+) -> dict[str, EditMethod]:
+    """Create the candidates of one preset.
+
+    Args:
+        name: The preset.
+        model: The facts model.
+        records: Its records.
+        folder: Folder for trained networks and statistics.
+
+    Returns:
+        The methods by candidate.
+    """
+    reserved = EvaluationConfig(rows=sorted({*FACTS_TEST, *FACTS_TUNING}))
+    training = unused_records(records, reserved)
+    preset: Any = preset_methods(model, name, folder=folder, training=training, progress=False)[
+        name
+    ]
+    chosen = preset_settings(FACTS_MODEL, model.cfg.n_layers)[name]
+    return {
+        label: preset if settings == chosen else replace(preset, **settings)
+        for label, settings in candidates(name)
     }
 
 

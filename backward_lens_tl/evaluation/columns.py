@@ -85,7 +85,6 @@ EDITS = (
     Column("corpus_perplexity", "float64", "perplexity of all their tokens together"),
     Column("norm", "float64", "Frobenius norm of the edit"),
     Column("rank", "int32", "rank of the edit, summed over its matrices"),
-    Column("weights", "string", "checksum of the unedited weights, the same before and after"),
 )
 """One row per method and record."""
 

@@ -89,7 +89,6 @@ class Bench:
             "corpus_perplexity": ppl.corpus,
             "norm": delta.norm,
             "rank": delta.rank,
-            "weights": self._unedited,
         }
         edits = [
             {**common, **self._edit_row(item, own, text, generations)}

@@ -96,11 +96,24 @@ def summarize(edits: pd.DataFrame, *, seed: int, resamples: int) -> pd.DataFrame
         for metric in names:
             row |= {metric: means[metric], f"{metric}_std": deviations[metric]}
             row |= _interval(metric, drawn[metric].to_numpy())
-        row["score"] = _harmonic_mean(means[_SUCCESS].to_numpy())
-        rows.append(row | _interval("score", _harmonic_mean(drawn[_SUCCESS].to_numpy())))
+        row["score"] = harmonic_mean(means[_SUCCESS].to_numpy())
+        rows.append(row | _interval("score", harmonic_mean(drawn[_SUCCESS].to_numpy())))
     ends = ("", "_std", "_low", "_high")
     columns = ["method", "records", "failed", *(f"{name}{end}" for name in names for end in ends)]
     return pd.DataFrame(rows, columns=[*columns, "score", "score_low", "score_high"])
+
+
+def harmonic_mean(rates: np.ndarray) -> Any:
+    """Compute the harmonic mean along the last axis.
+
+    Args:
+        rates: Rates from 0.
+
+    Returns:
+        The means, 0 where any rate is 0.
+    """
+    with np.errstate(divide="ignore"):
+        return rates.shape[-1] / (1 / rates).sum(-1)
 
 
 def _resampled_means(
@@ -133,12 +146,6 @@ def _interval(name: str, means: np.ndarray) -> dict[str, float]:
         # Without interpolation, which fails for infinite values.
         low, high = np.percentile(present, _INTERVAL, method="inverted_cdf").tolist()
     return {f"{name}_low": low, f"{name}_high": high}
-
-
-def _harmonic_mean(rates: np.ndarray) -> Any:
-    """The harmonic mean along the last axis, 0 if any rate is 0."""
-    with np.errstate(divide="ignore"):
-        return rates.shape[-1] / (1 / rates).sum(-1)
 
 
 # --- as text -------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 
 from backward_lens_tl.editing.methods.method import EditMethod
@@ -17,6 +17,7 @@ from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation.columns import NONE
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.run import evaluate
+from backward_lens_tl.evaluation.summary import harmonic_mean
 from backward_lens_tl.runs.distributed import this_process
 
 if TYPE_CHECKING:
@@ -99,7 +100,9 @@ def search(
         found = evaluate(model, data, folder, candidates, config, progress=progress)
         table = found.summary()
     table = table[table["method"] != NONE].rename(columns={"method": "name"})
-    table["score"] = [_harmonic_mean(row) for row in table[list(_METRICS)].to_numpy().tolist()]
+    table["score"] = [
+        harmonic_mean(row[~np.isnan(row)]) for row in table[list(_METRICS)].to_numpy()
+    ]
     table = table[["name", *_METRICS, "score", "seconds", "failed"]].reset_index(drop=True)
     efficacy = table["efficacy"]
     good = table[efficacy >= min(least_efficacy, efficacy.max())]
@@ -119,8 +122,3 @@ def _shared_folder() -> Iterator[str]:
     finally:
         if state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _harmonic_mean(rates: Sequence[float]) -> float:
-    there = [rate for rate in rates if not math.isnan(rate)]
-    return len(there) / sum(1 / rate for rate in there) if all(there) else 0.0

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,20 +30,14 @@ from backward_lens_tl.editing import (
     facts_moments,
 )
 from backward_lens_tl.editing.methods import presets
-from backward_lens_tl.editing.methods.presets import (
-    FACTS_TEST,
-    FACTS_TUNING,
-    METHODS,
-    preset_methods,
-    preset_settings,
-    with_settings,
-)
+from backward_lens_tl.editing.methods.presets import METHODS, preset_methods, preset_settings
 from backward_lens_tl.editing.statistics.moment_collection import second_moments
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.plan import unused_records
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.checksums import tensors_checksum
+from benchmarks.tuning import FACTS_TEST, FACTS_TUNING, candidate_methods, candidates
 
 TEXTS = ["The capital of France is Paris.", "Rome is in Italy and Paris is not."]
 ROWS = [
@@ -226,10 +221,11 @@ def test_editors_of_gradients_edit_the_last_layers(
     tiny: nn.Module, facts_model: Any, training: Any, tmp_path: Path
 ) -> None:
     given: Any = {"folder": tmp_path, "training": training, "progress": False}
-    own: Any = with_settings(facts_model, "normalized_gradient", {"lr": 0.1}, **given)
-    assert (own.lr, own.layers, own.prepend_bos) == (0.1, (5, 6, 7), False)
+    name = "normalized_gradient"
+    own: Any = preset_methods(facts_model, name, **given)[name]
+    assert (own.layers, own.prepend_bos) == ((5, 6, 7), False)
     # Others can be requested from the same statistics.
-    first: Any = with_settings(facts_model, "normalized_gradient", {"layers": (0,)}, **given)
+    first: Any = replace(own, layers=(0,))
     delta = first(facts_model, EditRequest("Lionel Messi plays for", " Paris"))
     assert {(each.matrix, each.layer) for each in delta} == {("W_in", 0), ("W_out", 0)}
     # A model of fewer layers has fewer.
@@ -348,8 +344,6 @@ def test_errors(facts_model: Any, tmp_path: Path) -> None:
         EditError, match=r"unknown method 'ike'; allowed: ft_first, .*whitened, all\n"
     ):
         preset_methods(facts_model, ["shift", "ike"], **given)
-    with pytest.raises(EditError, match=r"unknown method 'all'; allowed: ft_first, .*whitened\n"):
-        with_settings(facts_model, "all", {}, **given)
     for name in ("mend", "normalized_gradient", "ultraedit", "all"):
         with pytest.raises(EditError, match=r"need records to learn from.*such as 'shift'"):
             preset_methods(facts_model, name, **given)
@@ -357,16 +351,18 @@ def test_errors(facts_model: Any, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_presets_method_with_other_settings(facts_model: Any, tmp_path: Path) -> None:
-    given: Any = {"folder": tmp_path, "prepend_bos": True}
-    shift: Any = with_settings(
-        facts_model, "shift", {"layer": 2, "size": 3.0, "form": "whitened"}, **given
-    )
-    assert (shift.layer, shift.size, shift.prepend_bos) == (2, 3.0, True)
-    assert shift.moments.fingerprint == facts_moments().fingerprint
-    rome: Any = with_settings(facts_model, "rome", {"layer": 3, "key_mode": "bare"}, **given)
-    assert (rome.layer, rome.key_mode) == (3, "bare")
-    assert rome.moments.fingerprint == facts_moments().fingerprint
+def test_the_candidates_of_a_search_have_their_settings_and_what_they_need(
+    facts_model: Any, tmp_path: Path
+) -> None:
+    records = read_records("facts")
+    for name in ("shift_whitened", "rome"):
+        settings = dict(candidates(name))
+        found: Any = candidate_methods(name, facts_model, records, tmp_path)
+        assert list(found) == list(settings)
+        for label, method in found.items():
+            own = {key: getattr(method, key) for key in settings[label]}
+            assert own == settings[label]
+            assert method.moments.fingerprint == facts_moments().fingerprint
 
 
 def test_settings_of_the_facts_model_are_those_chosen_on_the_tuning_split():

@@ -1,7 +1,7 @@
 """Every method with settings for a model: tuned, published, or scaled by depth.
 
 Settings of the facts model were chosen on rows of its records that the benchmark does not use
-(`FACTS_TUNING`, `make tune`); docs/editing.md shows what was tried. Those of GPT-2 xl are the
+(`make tune`); docs/editing.md shows what was tried. Those of GPT-2 xl are the
 published ones. Other models are edited at the same relative depth as GPT-2 xl.
 """
 
@@ -41,12 +41,6 @@ from backward_lens_tl.editing.statistics.standardization import PairStatistics
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.loading import FACTS_MODEL
-
-FACTS_TEST = range(200)
-"""Rows of the facts model's records on which no setting was chosen."""
-
-FACTS_TUNING = range(200, 250)
-"""Rows on which the facts model's settings were chosen."""
 
 _GPT2_XL_LAYERS = 48
 _WIKITEXT = "Salesforce/wikitext"
@@ -153,7 +147,8 @@ def preset_methods(
     """
     asked = [names] if isinstance(names, str) else list(names)
     for name in asked:
-        _check_name(name, (*METHODS, "all"))
+        if name not in (*METHODS, "all"):
+            raise EditError(f"unknown method {name!r}; allowed: {', '.join(METHODS)}, all")
     host = host_of(model)
     needs = _Needs(model, Path(folder), tuple(training), prepend_bos, progress)
     settings = preset_settings(host.name, host.n_layers)
@@ -162,43 +157,6 @@ def preset_methods(
         for name in METHODS
         if name in asked or "all" in asked
     }
-
-
-def with_settings(
-    model: nn.Module,
-    name: str,
-    settings: Settings,
-    *,
-    folder: str | Path,
-    training: Iterable[Record] = (),
-    prepend_bos: bool | None = False,
-    progress: bool = False,
-) -> EditMethod:
-    """Create a preset's method with other settings.
-
-    Args:
-        model: A `HookedTransformer` or `TransformerBridge`.
-        name: The preset.
-        settings: Arguments of its class, without statistics and networks.
-        folder: As in `preset_methods`.
-        training: As in `preset_methods`.
-        prepend_bos: As in `preset_methods`.
-        progress: As in `preset_methods`.
-
-    Returns:
-        The method.
-
-    Raises:
-        EditError: As in `preset_methods`.
-    """
-    _check_name(name, tuple(METHODS))
-    needs = _Needs(model, Path(folder), tuple(training), prepend_bos, progress)
-    return _with_needs(METHODS[name], settings, needs)
-
-
-def _check_name(name: object, known: tuple[str, ...]) -> None:
-    if name not in known:
-        raise EditError(f"unknown method {name!r}; allowed: {', '.join(known)}")
 
 
 def preset_settings(model: str, n_layers: int) -> Mapping[str, Settings]:
