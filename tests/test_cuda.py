@@ -14,10 +14,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from delta_cases import everything, unchanged
 from models import HAS_BRIDGE, Case, build, hooked_only, nll, relative_error, require_kind
-from test_delta import everything, unchanged
-from test_passes import CLOSE, PROMPTS, assert_equal, read_values, record_forward, values
-from test_sweep import ROWS, assert_close
+from recorded_passes import CLOSE, PROMPTS, assert_equal, read_values, record_forward, values
+from sweep_cases import ROWS, assert_close
 from torch import Tensor, nn
 
 import backward_lens_tl as blt

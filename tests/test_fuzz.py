@@ -34,9 +34,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from model_state import assert_same, make_busy, snapshot
 from models import D_VOCAB, HAS_BRIDGE, build, require_kind, small_tokenizer
 from sampling import examples
-from test_state import assert_same, make_busy, snapshot
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -23,9 +23,9 @@ from browser import opened
 from IPython.core.formatters import DisplayFormatter
 from models import readable
 from nbconvert import HTMLExporter
+from notebook_pages import OFFLINE
 from packaging.requirements import Requirement
 from playwright.sync_api import expect
-from test_widgets import OFFLINE
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 ROOT = Path(__file__).parents[1]

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 import torch
 from architectures import NotAvailable, build_model
+from attention_cases import attention_weights
+from model_state import assert_same, make_busy, snapshot
 from models import Case, build, nll
-from test_attention import attention_weights
-from test_state import assert_same, make_busy, snapshot
 from torch import Tensor, nn
 
 import backward_lens_tl as blt

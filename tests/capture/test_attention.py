@@ -6,15 +6,24 @@ from loops over heads, queries and keys, and from real steps of SGD.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from architectures import NotAvailable, build_model, hf_model
+from attention_cases import (
+    HEADS,
+    MATRICES,
+    PAIR_NAMES,
+    Key,
+    Loss,
+    attention_weights,
+    divided,
+    loss_of,
+    shared_case,
+)
 from models import Case, build, hooked_only, nll, relative_error, training_loss
 from torch import Tensor, nn
 
@@ -32,23 +41,7 @@ SINGLE = 1e-5
 # Singular values of these gradients are 6 orders of magnitude above rounding.
 RTOL = 1e-10
 TARGET = 5
-MATRICES = ("W_Q", "W_K", "W_V", "W_O")
 READING = ("W_Q", "W_K", "W_V")
-PAIR_NAMES = ("bridge-gpt2", "bridge-llama", "hooked-gpt2", "hooked-llama")
-HEADS = {"gpt2": (3, 3, 8), "llama": (4, 2, 6)}  # n_heads, key-value heads, d_head
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-Key = tuple[str, int]
-
-
-@functools.cache
-def shared_case(name: str, dtype: torch.dtype = torch.float64) -> Case:
-    """A random model shared by several files; every test restores what it changes."""
-    case = build(name, dtype)
-    tokens = case.tokens(5)
-    # A bridge registers its own hooks at the first forward pass of each kind.
-    case.model(tokens, return_type="logits", attention_mask=torch.ones_like(tokens))
-    return case
 
 
 @pytest.fixture(scope="module", params=PAIR_NAMES)
@@ -60,69 +53,9 @@ def pair(request: pytest.FixtureRequest) -> Case:
 # ------------------------------------------------------- the reference: the model's own parameters
 
 
-@dataclass(frozen=True)
-class Weight:
-    """An attention matrix as a model stores it.
-
-    Attributes:
-        parameter: The parameter.
-        bias: The bias, if there is one.
-        by_head: Convert a tensor laid out like the parameter to `[head, d_in, d_out]`.
-        bias_by_head: The same for the bias: `[head, d_head]`, or `[d_model]` for `W_O`.
-    """
-
-    parameter: nn.Parameter
-    bias: nn.Parameter | None
-    by_head: Callable[[Tensor], Tensor]
-    bias_by_head: Callable[[Tensor], Tensor]
-
-
-def attention_weights(model: Any) -> dict[Key, Weight]:
-    """Every attention matrix, found through its module, not through the package."""
-    is_bridge = hasattr(model, "original_model")
-    of_one = _bridge_weight if is_bridge else _hooked_weight
-    return {
-        (matrix, layer): of_one(block.attn, matrix, model.cfg.d_head)
-        for layer, block in enumerate(model.blocks)
-        for matrix in MATRICES
-    }
-
-
-def _hooked_weight(attn: Any, matrix: str, d_head: int) -> Weight:
-    letter = matrix[-1]
-    stored = "_" if hasattr(attn, f"_{matrix}") else ""  # keys and values of grouped queries
-    parameter = getattr(attn, f"{stored}W_{letter}")
-    bias = getattr(attn, f"{stored}b_{letter}")
-    return Weight(parameter, bias, lambda tensor: tensor, lambda tensor: tensor)
-
-
-def _bridge_weight(attn: Any, matrix: str, d_head: int) -> Weight:
-    linear = getattr(attn, matrix[-1].lower()).original_component
-    transposed = isinstance(linear, nn.Linear)
-
-    def by_head(tensor: Tensor) -> Tensor:
-        return divided(tensor.T if transposed else tensor, matrix, d_head)
-
-    def bias_by_head(tensor: Tensor) -> Tensor:
-        return tensor if matrix == "W_O" else torch.stack(tensor.split(d_head))
-
-    return Weight(linear.weight, linear.bias, by_head, bias_by_head)
-
-
-def divided(matrix: Tensor, name: str, d_head: int) -> Tensor:
-    """Cut `[d_in, d_out]` into heads, `[head, d_in, d_out]`."""
-    return torch.stack(matrix.split(d_head, dim=0 if name == "W_O" else 1))
-
-
 def joined(by_head: Tensor, name: str) -> Tensor:
     """Concatenate heads again: `[d_in, d_out]`."""
     return torch.cat(list(by_head), dim=0 if name == "W_O" else 1)
-
-
-def loss_of(model: Any, tokens: Tensor, loss: Loss) -> Tensor:
-    """The sum of the prompts' losses; no token is masked."""
-    logits = model(tokens, return_type="logits", attention_mask=torch.ones_like(tokens))
-    return loss(logits, tokens).sum()
 
 
 def autograd(model: Any, tokens: Tensor, loss: Loss) -> dict[Key, Tensor]:

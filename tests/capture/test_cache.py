@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from architectures import NotAvailable, build_model
+from attention_cases import PAIR_NAMES, shared_case
 from models import Case, bridge_only, build, hooked_only, nll, relative_error, training_loss
-from test_attention import PAIR_NAMES, shared_case
 from torch import Tensor
 from transformer_lens import ActivationCache, patching
 

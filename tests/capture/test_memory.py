@@ -16,9 +16,9 @@ import torch
 from architectures import NotAvailable, build_model
 from hypothesis import given
 from hypothesis import strategies as st
+from model_state import assert_same, snapshot
 from models import HAS_BRIDGE, Case, build, hooked_only, nll, relative_error
-from sampling import examples
-from test_passes import (
+from recorded_passes import (
     ALIKE,
     CLOSE,
     CLOSE_IN_FLOAT32,
@@ -31,7 +31,7 @@ from test_passes import (
     record_forward,
     values,
 )
-from test_state import assert_same, snapshot
+from sampling import examples
 from torch import Tensor
 
 from backward_lens_tl.capture.batching import (

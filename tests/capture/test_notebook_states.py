@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attention_cases import PAIR_NAMES, attention_weights, loss_of, shared_case
 from models import Case, build, hooked_only, nll, relative_error
-from test_attention import PAIR_NAMES, attention_weights, loss_of, shared_case
 from torch import Tensor, nn
 
 from backward_lens_tl.capture.gradient_capture import GradientCapture

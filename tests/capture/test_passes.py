@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,12 +19,25 @@ from hypothesis import strategies as st
 from models import (
     D_VOCAB,
     HAS_BRIDGE,
-    HAS_HOOKED,
     Case,
     build,
     hooked_only,
     nll,
     training_loss,
+)
+from recorded_passes import (
+    ALIKE,
+    CLOSE,
+    CLOSE_IN_FLOAT32,
+    PROMPTS,
+    TARGETS,
+    assert_equal,
+    has_much_padding,
+    in_one_pass,
+    noop,
+    read_values,
+    record_forward,
+    values,
 )
 from sampling import examples
 from torch import Tensor, nn
@@ -36,7 +48,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import backward_lens_tl as blt
 from backward_lens_tl.capture.batching import length_buckets
 from backward_lens_tl.capture.bound_objectives import BoundObjective
-from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.memory import Memory
 from backward_lens_tl.capture.objectives import (
     Objective,
@@ -49,75 +60,18 @@ from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.errors import BackwardLensError
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.models.sites import READING_MATRICES
-from backward_lens_tl.result import BackwardLensResult
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user", "not_probed")
 
-# With BOS 5, 17, 2 and 4 tokens: the first and the last share a padded pass.
-PROMPTS = ["Messi plays for", "The capital of France is the dog of the king in", "Rome", "Paris is"]
 LENGTHS = [5, 17, 2, 4]
 SHAPES = [(1, 17), (2, 5), (1, 2)]
-TARGETS = [" Paris", " the", " is", " Paris"]
-# 10, 9 and 10 tokens: one padded pass, with a different last position for each prompt.
-ALIKE = torch.randint(3, 97, (3, 10), generator=torch.Generator().manual_seed(3))
 
 MOE_NAMES = ("bridge-mixtral", "hooked-mixtral")
-# Both runs compute the same sums in float64; attention adds different numbers of masked zeros.
-CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
-# HF's RMS norms round to float32, so a difference of one rounding there is 1e-7.
-CLOSE_IN_FLOAT32: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6}
 
 Shapes = list[tuple[int, ...]]
 
 
 # --------------------------------------------------------------------------------- what is compared
-
-
-def values(capture: GradientCapture) -> dict[str, Tensor]:
-    """Every tensor of a capture, by a name; a prefix says which axes are positions."""
-    found = {"pos tokens": capture.tokens, "pos mask": capture.mask, "loss": capture.loss}
-    if capture.targets is not None:
-        found["targets"] = capture.targets
-    for gradient in capture:
-        at = f"pos {gradient.matrix} {gradient.layer}"
-        for name in ("inputs", "vjps", "mask", "norms", "is_zero", "experts", "joined_vjps"):
-            if (value := getattr(gradient, name)) is not None:
-                found[f"{at} {name}"] = value
-        if not gradient.reads_residual:
-            found[f"{at} resid_vjps"] = gradient.resid_vjps
-    for layer, attention in capture.attention.items():
-        found[f"query key {layer} scores"] = attention.scores_vjp
-        found[f"query key {layer} reversed"] = attention.reversed_attention
-    return found
-
-
-def read_values(result: BackwardLensResult) -> dict[str, Tensor]:
-    """Every tensor of a result other than its capture, `[batch, pos, ...]`."""
-    found = {"pos positions": result.positions}
-    for matrix in result.matrices:
-        readout = result.readout(matrix)
-        by_layer = {
-            name: getattr(readout, name)
-            for name in ("top_ids", "top_scores", "bottom_ids", "bottom_scores", "target_rank")
-        } | {"norms": result.norms(matrix), "is_zero": result.is_zero(matrix)}
-        for name, value in by_layer.items():
-            found[f"pos {matrix} {name}"] = value.transpose(0, 1).transpose(1, 2)
-    return found
-
-
-def assert_equal(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], close: dict[str, Any]
-) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
-        assert found[name].shape == value.shape, name
-        if value.is_floating_point():
-            torch.testing.assert_close(
-                found[name], value, **close, equal_nan=True, msg=partial("{}: {}".format, name)
-            )
-        else:
-            assert torch.equal(found[name], value), name
 
 
 def of_prompt(whole: Mapping[str, Tensor], prompt: int) -> dict[str, Tensor]:
@@ -150,55 +104,11 @@ def padded(alone: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
     return found
 
 
-def noop(*_: object) -> None:
-    return None
-
-
-@contextmanager
-def in_one_pass(model: Any) -> Iterator[None]:
-    """Force a single pass with a no-op hook."""
-    handle = model.blocks[0].register_forward_hook(noop)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def close_for(case: Case) -> dict[str, Any]:
     return CLOSE_IN_FLOAT32 if case.logits_in_float32 else CLOSE
 
 
 # --------------------------------------------------------------------------------- observing passes
-
-
-def model_classes() -> list[Any]:
-    """Model classes of the installed TransformerLens."""
-    found: list[Any] = []
-    if HAS_BRIDGE:
-        from transformer_lens.model_bridge import TransformerBridge
-
-        found.append(TransformerBridge)
-    if HAS_HOOKED:
-        from transformer_lens import HookedTransformer
-
-        found.append(HookedTransformer)
-    return found
-
-
-def record_forward(monkeypatch: pytest.MonkeyPatch, see: Callable[[Tensor], object]) -> None:
-    """Pass the tokens of every forward pass of any model to a function, without a hook."""
-
-    def watch(kind: Any) -> None:
-        forward = kind.forward
-
-        def watched(self: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-            see(input)
-            return forward(self, input, *args, **kwargs)
-
-        monkeypatch.setattr(kind, "forward", watched)
-
-    for kind in model_classes():
-        watch(kind)
 
 
 @pytest.fixture
@@ -283,10 +193,6 @@ def own_gpt2(request: pytest.FixtureRequest) -> Case:
 lengths_of_prompts = st.lists(
     st.one_of(st.integers(1, 12), st.integers(1, 1024)), min_size=1, max_size=30
 )
-
-
-def has_much_padding(lengths: list[int]) -> bool:
-    return 5 * (len(lengths) * max(lengths) - sum(lengths)) > sum(lengths)
 
 
 @given(lengths_of_prompts)

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 from architectures import NotAvailable, build_model, hf_model
+from attention_cases import HEADS, PAIR_NAMES, shared_case
 from models import Case, build, hooked_only, nll, relative_error, training_loss
-from test_attention import HEADS, PAIR_NAMES, shared_case
 from torch import Tensor, nn
 
 from backward_lens_tl.capture.gradient_capture import GradientCapture

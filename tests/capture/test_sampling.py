@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from model_state import assert_same, make_busy, snapshot
 from models import HAS_BRIDGE, Case, build
-from test_state import assert_same, make_busy, snapshot
 
 from backward_lens_tl.capture.sampling import sample
 from backward_lens_tl.models import Host, host_of

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from architectures import HAS_BRIDGE, build_model
+from edit_pairs import PROMPTS, Pair, pair, tl_logits
+from model_state import assert_same, make_busy, snapshot
 from models import build, hf_matrices, relative_error
-from test_shift import PROMPTS, Pair, pair, tl_logits
-from test_state import assert_same, make_busy, snapshot
 from torch import Tensor
 
 from backward_lens_tl.editing import EditRequest, FineTuning, WeightDelta

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from architectures import HAS_BRIDGE, NotAvailable, build_model
+from edit_pairs import EITHER, Pair, pair
 from models import HAS_HOOKED, N_CTX, build, hf_matrices, hooked_only, relative_error
-from test_shift import EITHER, Pair, pair
 from torch import Tensor
 
 from backward_lens_tl.editing import SecondMoments, facts_moments, second_moments

@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import HAS_BRIDGE, build
 from safetensors import safe_open
-from test_views import NASTY, make_result
+from view_cases import NASTY, make_result
 
 from backward_lens_tl.errors import InputError, ResultFileError
 from backward_lens_tl.files.exports import write_csv

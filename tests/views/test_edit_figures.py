@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from test_figures import bands, lines
+from figure_contents import bands, lines
 
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.evaluation.rates import least_rates_by_layer

@@ -21,6 +21,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 from browser import opened
+from figure_contents import bands, lines
 from IPython.core.formatters import DisplayFormatter
 from matplotlib import pyplot
 from playwright.sync_api import Browser
@@ -117,16 +118,6 @@ def heatmaps(figure: Any) -> list[np.ndarray]:
         if axes.get_label() != "<colorbar>" and mesh.get_array() is not None
     ]
     return [np.ma.filled(mesh.get_array().astype(float), np.nan) for mesh in meshes]
-
-
-def lines(figure: Any, panel: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The points of each line of one panel, of a figure of either library."""
-    if hasattr(figure, "data"):
-        axis = "x" if panel == 0 else f"x{panel + 1}"
-        found = {t.name: (t.x, t.y) for t in figure.data if t.name and t.xaxis == axis}
-    else:
-        found = {line.get_label(): line.get_data() for line in figure.axes[panel].lines}
-    return {name: tuple(np.array(p, float) for p in points) for name, points in found.items()}
 
 
 def assert_equal(found: Any, expected: Any) -> None:
@@ -414,23 +405,6 @@ def answered(facts_model: Any) -> BackwardLensResult:
     return blt.backward_lens(
         facts_model, PROMPTS, TARGETS, measures=("answer_rank",), direction="gradient", k=1
     )
-
-
-def bands(figure: Any) -> list[np.ndarray]:
-    """The corners of each shaded area of a figure of either library, unordered."""
-    if hasattr(figure, "data"):
-        outlines = [
-            [(x, y) for x, y in zip(trace.x, trace.y, strict=True) if x is not None]
-            for trace in figure.data
-            if trace.fill == "toself"
-        ]
-    else:
-        outlines = [
-            [point for path in area.get_paths() for point in path.vertices.tolist()]
-            for axes in figure.axes
-            for area in axes.collections
-        ]
-    return [np.unique(np.array(outline), axis=0) for outline in outlines]
 
 
 @pytest.mark.parametrize(("of", "backend"), [("target", "plotly"), ("answer", "matplotlib")])

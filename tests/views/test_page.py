@@ -13,8 +13,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import Opened, opened
 from playwright.sync_api import Browser, Locator, Page
-from test_views import NASTY, all_cells, make_result, shown
 from type_checks import type_checks_off
+from view_cases import NASTY, all_cells, make_result, shown
 
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.readout.cells import Cell, TokenScore

@@ -22,8 +22,9 @@ from circuitsvis.tokens import colored_tokens_multi
 from circuitsvis.utils.render import RenderedHTML
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
+from notebook_pages import OFFLINE
 from playwright.sync_api import Browser, Locator, expect
-from test_views import NASTY, PARIS, make_result, parsed, without_target
+from view_cases import NASTY, PARIS, make_result, parsed, without_target
 
 from backward_lens_tl.capture.hook_points import AttentionGradient
 from backward_lens_tl.errors import BackwardLensError, InputError, WidgetError
@@ -38,10 +39,6 @@ from backward_lens_tl.views.widgets.widget import Widget, literal, make_widget
 
 JOINER = "\u2060"
 LIBRARY = "TopkTokens:()=>"  # once in CircuitsVis's JavaScript
-OFFLINE = {
-    f"{name}_url": ""
-    for name in ("jquery", "mathjax", "mermaid_js", "mermaid_layout_elk_js", "require_js")
-}  # loaded by nbconvert itself
 
 
 def with_attention(result: BackwardLensResult, heads: int = 2) -> BackwardLensResult:

@@ -1,0 +1,34 @@
+"""Lines and bands of a figure of either library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def lines(figure: Any, panel: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The points of each line of one panel, of a figure of either library."""
+    if hasattr(figure, "data"):
+        axis = "x" if panel == 0 else f"x{panel + 1}"
+        found = {t.name: (t.x, t.y) for t in figure.data if t.name and t.xaxis == axis}
+    else:
+        found = {line.get_label(): line.get_data() for line in figure.axes[panel].lines}
+    return {name: tuple(np.array(p, float) for p in points) for name, points in found.items()}
+
+
+def bands(figure: Any) -> list[np.ndarray]:
+    """The corners of each shaded area of a figure of either library, unordered."""
+    if hasattr(figure, "data"):
+        outlines = [
+            [(x, y) for x, y in zip(trace.x, trace.y, strict=True) if x is not None]
+            for trace in figure.data
+            if trace.fill == "toself"
+        ]
+    else:
+        outlines = [
+            [point for path in area.get_paths() for point in path.vertices.tolist()]
+            for axes in figure.axes
+            for area in axes.collections
+        ]
+    return [np.unique(np.array(outline), axis=0) for outline in outlines]

@@ -1,0 +1,150 @@
+"""Small results with awkward tokens, and parsed HTML, for tests of views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+
+import torch
+
+from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.models.sites import MatrixName
+from backward_lens_tl.readout.cells import Cell
+from backward_lens_tl.readout.readout import Reading, Readout
+from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.views.text import pieces
+
+PARIS = " Paris"
+
+
+NASTY = (
+    "</script>", "<s>", "<b>", "\"'&amp;", "\n", "\t", " ", "    ", "", "\x1e", "\u202eevil",
+    " مرحبا", "x" * 60, " 👩\u200d👩\u200d👧", "\ufffd", "\u0301", "\ud800", "[/bold]", "[red]",
+    "</td><img src=x onerror=1>", "\u200b", "ab\u00a0c", PARIS,
+)  # fmt: skip
+
+
+def make_result(
+    layers: int = 4,
+    pos: int = 5,
+    k: int = 3,
+    batch: int = 1,
+    vocab: tuple[str, ...] = NASTY,
+    direction: str = "update",
+) -> BackwardLensResult:
+    """Random numbers; the last layer is zero except at the last position, as in appendix A."""
+    random = torch.Generator().manual_seed(0)
+    matrices: tuple[MatrixName, ...] = ("W_in", "W_out")
+    mask = torch.ones(batch, pos, dtype=torch.bool)
+    decades = torch.logspace(-2, 0, pos)[None, :, None]
+    gradients = {}
+    for layer in range(layers):
+        for matrix in matrices:
+            vjps = torch.randn(batch, pos, 6, generator=random) * decades
+            if layer == layers - 1:
+                vjps[:, :-1] = 0
+            inputs = torch.randn(batch, pos, 6, generator=random)
+            gradients[matrix, layer] = MatrixGradient(matrix, layer, inputs, vjps, mask)
+    target = vocab.index(PARIS)
+    capture = GradientCapture(
+        gradients=gradients,
+        tokens=torch.zeros(batch, pos, dtype=torch.long),
+        mask=mask,
+        str_tokens=(tuple(vocab[index % len(vocab)] for index in range(pos)),) * batch,
+        loss=torch.full((batch,), 1.25),
+        targets=torch.full((batch,), target),
+        answers=torch.zeros(batch, dtype=torch.long),
+        n_layers=layers,
+        objective="target_nll(' Paris')",
+        model_name="a <model>",
+    )
+    readings = []
+    for lens in ("logit_lens", "normalized"):
+        readouts = {}
+        for matrix in matrices:
+            scores = torch.randn(layers, batch, pos, len(vocab), generator=random)
+            scores[: 2 + len(readings), :, -1, target] += 10
+            top, bottom = scores.topk(k), scores.topk(k, largest=False)
+            rank = (scores > scores[..., target, None]).sum(-1)
+            readouts[matrix] = Readout(
+                top.indices,
+                top.values,
+                bottom.indices,
+                bottom.values,
+                rank,
+                rank,
+                top.values[..., 0],
+            )
+        readings.append(Reading(lens, readouts))
+    return BackwardLensResult(
+        capture=capture,
+        readings=tuple(readings),
+        positions=torch.arange(pos).expand(batch, pos),
+        token_texts=dict(enumerate(vocab)),
+        direction=direction,
+    )
+
+
+def without_target(result: BackwardLensResult) -> BackwardLensResult:
+    return replace(result, capture=replace(result.capture, targets=None))
+
+
+def all_cells(result: BackwardLensResult, matrix: str) -> list[Cell]:
+    """In the order of the tables: last layer first."""
+    return [cell for layer in reversed(result.layers) for cell in result.cells(matrix, layer)]
+
+
+def shown(token: str) -> str:
+    return "".join(piece.text for piece in pieces(token))
+
+
+@dataclass
+class Node:
+    tag: str
+    attributes: dict[str, str | None] = field(default_factory=dict)
+    children: list[Node | str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(part if isinstance(part, str) else part.text for part in self.children)
+
+    def all(self, tag: str, name: str | None = None) -> list[Node]:
+        found = []
+        for child in self.children:
+            if isinstance(child, Node):
+                classes = (child.attributes.get("class") or "").split()
+                if child.tag == tag and (name is None or name in classes):
+                    found.append(child)
+                found += child.all(tag, name)
+        return found
+
+    def tags(self) -> set[str]:
+        nodes = [child for child in self.children if isinstance(child, Node)]
+        return {self.tag}.union(*(node.tags() for node in nodes))
+
+
+class Tree(HTMLParser):
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.root = Node("root")
+        self._open = [self.root]
+        self.feed(html)
+        self.close()
+        assert self._open == [self.root], "an element was not closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        node = Node(tag, dict(attrs))
+        self._open[-1].children.append(node)
+        if tag not in ("meta", "input"):
+            self._open.append(node)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop().tag == tag
+
+    def handle_data(self, data: str) -> None:
+        self._open[-1].children.append(data)
+
+
+def parsed(html: str) -> Node:
+    return Tree(html).root
