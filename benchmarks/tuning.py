@@ -137,9 +137,8 @@ def candidate_methods(
     """
     reserved = EvaluationConfig(rows=sorted({*FACTS_TEST, *FACTS_TUNING}))
     training = unused_records(records, reserved)
-    preset: Any = preset_methods(model, name, folder=folder, training=training, progress=False)[
-        name
-    ]
+    presets = preset_methods(model, name, folder=folder, training=training, progress=False)
+    preset: Any = presets[name]
     chosen = preset_settings(FACTS_MODEL, model.cfg.n_layers)[name]
     return {
         label: preset if settings == chosen else replace(preset, **settings)

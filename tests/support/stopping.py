@@ -61,15 +61,10 @@ def second_of_two() -> Any:
     """
     waits: list[None] = []
 
-    @contextmanager
-    def main_process_first() -> Iterator[None]:
-        yield
-
     return SimpleNamespace(
         process_index=1,
         num_processes=2,
         is_main_process=False,
-        main_process_first=main_process_first,
         wait_for_everyone=lambda: waits.append(None),
         waits=waits,
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate.utils
 import datasets
 import numpy as np
 import pandas as pd
@@ -35,7 +36,7 @@ from backward_lens_tl.capture.prompts import Prompt
 from backward_lens_tl.data.records import Record, Records
 from backward_lens_tl.errors import BackwardLensError, InputError, SweepError, UnsupportedModelError
 from backward_lens_tl.models import loading
-from backward_lens_tl.runs import rejects
+from backward_lens_tl.runs import distributed, rejects
 from backward_lens_tl.runs import run as run_module
 from backward_lens_tl.runs.distributed import own_device
 from backward_lens_tl.sweeps import measuring
@@ -828,6 +829,34 @@ def test_folders_of_something_other_than_a_sweep(swept, tiny: nn.Module, tmp_pat
     assert file.read_text() == "mine"
     with pytest.raises(SweepError, match="path is None"):
         blt.sweep(tiny, ROWS, None)  # type: ignore[arg-type]
+
+
+def test_an_error_of_the_first_process_ends_the_others(monkeypatch: pytest.MonkeyPatch):
+    """`test_sweep_processes.py` has the same with two processes."""
+    sent: list[Any] = []
+    done: list[str] = []
+
+    def in_process(is_main: bool, received: str | None, action: Any) -> Any:
+        def broadcast(objects: list[Any]) -> list[Any]:
+            sent.extend(objects)
+            return objects if is_main else [received]
+
+        state = SimpleNamespace(is_main_process=is_main)
+        monkeypatch.setattr(distributed, "this_process", lambda: state)
+        monkeypatch.setattr(accelerate.utils, "broadcast_object_list", broadcast)
+        return distributed.in_turn(action, SweepError)
+
+    def failing() -> None:
+        raise OSError("no room\nat all")
+
+    with pytest.raises(OSError, match="no room"):
+        in_process(True, None, failing)
+    assert sent.pop() == "no room at all"
+    with pytest.raises(SweepError, match=r"^the first process failed: no room at all\n"):
+        in_process(False, "no room at all", lambda: done.append("other"))
+    assert done == []
+    assert in_process(True, None, lambda: 1) == in_process(False, None, lambda: 1) == 1
+    assert sent == [None, None, None]
 
 
 # ------------------------------------------------------------------------------------ run.json, log
