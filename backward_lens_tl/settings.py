@@ -54,7 +54,8 @@ class Checked:
             try:
                 object.__setattr__(self, name, adapter.validate_python(checked))
             except ValidationError as error:
-                expected = error.errors()[-1]["msg"].replace("Input", "it", 1)
+                message = error.errors()[-1]["msg"].removeprefix("Value error, ")
+                expected = message.replace("Input", "it", 1)
                 none = ", or None" if NoneType in kinds else ""
                 raise self.ERROR(f"{name} is {shown(value)}; {expected}{none}") from None
 

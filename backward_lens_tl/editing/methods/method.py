@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator
-from pydantic_core import PydanticCustomError
 from torch import nn
 
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
@@ -22,7 +21,7 @@ from backward_lens_tl.settings import Checked
 
 def _check_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
     if not layers or len(set(layers)) < len(layers):
-        raise PydanticCustomError("layers", "pass at least one layer, without repeats")
+        raise ValueError("pass at least one layer, without repeats")
     return layers
 
 
