@@ -90,6 +90,11 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__} that cannot be printed"
 
 
+def truncated(text: str, length: int = 200) -> str:
+    """Truncate a text to at most this many characters, with an ellipsis at the end."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def is_integer(value: object) -> TypeGuard[SupportsIndex]:
     """Whether a value is an integer, of Python or numpy, and not a boolean."""
     return isinstance(value, Integral) and not isinstance(value, bool)

@@ -19,9 +19,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backward_lens_tl._checks import shown
+from backward_lens_tl._checks import shown, truncated
 from backward_lens_tl.data.records import Records, fingerprint
-from backward_lens_tl.data.schemas import FIELDS, BrokenRow, read_row, truncated
+from backward_lens_tl.data.schemas import FIELDS, BrokenRow, read_row
 from backward_lens_tl.errors import InputError, first_line
 
 if TYPE_CHECKING:

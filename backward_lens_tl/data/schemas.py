@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from operator import index as as_index
 from typing import Any
 
-from backward_lens_tl._checks import check_text, is_integer, is_token_id, listed, plain, shown
+from backward_lens_tl._checks import (
+    check_text,
+    is_integer,
+    is_token_id,
+    listed,
+    plain,
+    shown,
+    truncated,
+)
 from backward_lens_tl.data.records import BadRecord, Record
 from backward_lens_tl.data.segments import subject_at
 from backward_lens_tl.errors import InputError
@@ -22,7 +30,6 @@ _PROMPT_LISTS = (
     "attribute_prompts",
     "generation_prompts",
 )
-_MAX_ROW_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -62,20 +69,6 @@ def read_row(index: int, row: object, fields: Mapping[str, str]) -> Record | Bad
     except InputError as error:
         return BadRecord(index, name, str(error), truncated(shown(row)))
     return Record(index=index, id=name, **values)
-
-
-def truncated(text: str) -> str:
-    """Truncate a text to at most 200 characters, with an ellipsis at the end.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        The text or its beginning.
-    """
-    if len(text) <= _MAX_ROW_CHARACTERS:
-        return text
-    return f"{text[: _MAX_ROW_CHARACTERS - 1]}…"
 
 
 @dataclass(frozen=True)

@@ -69,11 +69,6 @@ def visible(token: str) -> str:
     return "".join(SPACE if piece == (" ", True) else piece.text for piece in pieces(token))
 
 
-def shortened(text: str, length: int) -> str:
-    """A text cut to at most this many characters."""
-    return text if len(text) <= length else text[: max(length - 1, 1)] + "…"
-
-
 def number(value: float) -> str:
     """A norm, loss or score with four significant digits."""
     return f"{value:.4g}"

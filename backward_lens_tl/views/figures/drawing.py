@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from backward_lens_tl._checks import check_choice, shown
+from backward_lens_tl._checks import check_choice, shown, truncated
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views.figures import draw_matplotlib, draw_plotly
 from backward_lens_tl.views.figures.charts import Grid, Heatmap, Lines
-from backward_lens_tl.views.text import SPACE, running_text, shortened
+from backward_lens_tl.views.text import SPACE, running_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,7 +53,7 @@ def token_text(token: str) -> str:
 
 def token_label(token: str) -> str:
     """A token as the label of an axis or a line."""
-    return shortened(token_text(token), 16)
+    return truncated(token_text(token), 16)
 
 
 def tokens_of(table: pd.DataFrame) -> dict[int, str]:

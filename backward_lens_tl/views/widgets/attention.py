@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from backward_lens_tl._checks import truncated
 from backward_lens_tl.result import BackwardLensResult, check_result
 from backward_lens_tl.views.colors import BLUE, VERMILION
-from backward_lens_tl.views.text import number, shortened
+from backward_lens_tl.views.text import number
 from backward_lens_tl.views.widgets.captions import of_prompt
 from backward_lens_tl.views.widgets.widget import Widget, literal, make_widget
 
@@ -57,6 +58,6 @@ def reversed_attention(result: BackwardLensResult, layer: int, batch: int = 0) -
         negativeColor=VERMILION,
         positiveColor=BLUE,
         # Isolated from the index after a token that is read from right to left.
-        tokens=[f"\u2068{shortened(literal(token), _LONGEST)}\u2069" for token in tokens],
+        tokens=[f"\u2068{truncated(literal(token), _LONGEST)}\u2069" for token in tokens],
         maskUpperTri=not bool(maps.triu(1).any()),
     )
