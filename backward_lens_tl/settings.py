@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -46,13 +46,13 @@ class Checked:
 
     def __post_init__(self) -> None:
         own: Any = type(self)
-        for name, (kinds, adapter) in _adapters(own).items():
+        for name, (kinds, check) in _field_checks(own).items():
             value = getattr(self, name)
             checked = plain(value)
             if checked is not None and any(get_origin(kind) is Sequence for kind in kinds):
                 checked = tuple(plain(each) for each in listed(checked))
             try:
-                object.__setattr__(self, name, adapter.validate_python(checked))
+                object.__setattr__(self, name, check(checked))
             except ValidationError as error:
                 message = error.errors()[-1]["msg"].removeprefix("Value error, ")
                 expected = message.replace("Input", "it", 1)
@@ -61,12 +61,12 @@ class Checked:
 
 
 @cache
-def _adapters(kind: type[Checked]) -> dict[str, tuple[list[Any], TypeAdapter[Any]]]:
+def _field_checks(kind: type[Checked]) -> dict[str, tuple[list[Any], Callable[[Any], Any]]]:
     """The types of each field and what checks it, except for fields that hold dataclasses."""
     hints = get_type_hints(kind, include_extras=True)
     kinds = {field.name: members(hints[field.name]) for field in fields(kind)}
     return {
-        name: (own, TypeAdapter(hints[name], config=_STRICT))
+        name: (own, TypeAdapter(hints[name], config=_STRICT).validate_python)
         for name, own in kinds.items()
         if not any(map(is_dataclass, own))
     }
