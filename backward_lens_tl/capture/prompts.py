@@ -269,8 +269,8 @@ def _rows_of_mapping(
     """The tokens in a tokenizer's output, without padding."""
     if "input_ids" not in encoded:
         raise InputError(
-            f"a mapping with {', '.join(map(repr, encoded)) or 'nothing'} is not a prompt; pass "
-            "texts, or a tokenizer's output, which has 'input_ids'"
+            f"prompts is a {type(encoded).__name__} with {', '.join(map(repr, encoded)) or 'no'} "
+            "keys; pass texts, or a tokenizer's output, which has 'input_ids'"
         )
     ids = _rows("input_ids", encoded["input_ids"])
     mask = [[1] * len(row) for row in ids]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -935,6 +936,10 @@ SMOLLM2 = os.environ.get("BACKWARD_LENS_SMOLLM2", "")
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SMOLLM2, reason="BACKWARD_LENS_SMOLLM2 is not a folder of SmolLM2-135M")
+@pytest.mark.skipif(
+    version("transformers").startswith("4."),
+    reason="transformers 4 ignores the rotary parameters that transformers 5 saves",
+)
 @pytest.mark.parametrize("objective", ["training", "own answer"])
 def test_no_false_alarm_on_a_real_model(
     objective: str, tmp_path_factory: pytest.TempPathFactory

@@ -43,6 +43,7 @@ def scores_of(read: blt.VectorReadout, d_vocab: int) -> Tensor:
 def float64_scores(model: Any, vectors: Tensor) -> Tensor:
     """`ln_final(v) @ W_U + b_U`, written out."""
     double = copy.deepcopy(model).double()
+    double.cfg.dtype = torch.float64  # TransformerLens 2 converts to it after the norm
     with torch.no_grad():
         normed = torch.stack([double.ln_final(v[None, None].double())[0, 0] for v in vectors])
         return normed @ double.W_U + double.b_U

@@ -877,7 +877,7 @@ def test_errors(result: BackwardLensResult, facts_model: Any) -> None:
     for function in (figures.norms, figures.target_ranks, figures.singular_values):
         refused("'W_Q'", function, result, "W_Q")
         refused("prompt 3 does not exist; allowed: 0 to 2", function, result, batch=3)
-    refused("'W_Q' is not in this table; it has", figures.gradient_ranks, result, ["W_in", "W_Q"])
+    refused("'W_Q' was not captured; pass one of", figures.gradient_ranks, result, ["W_in", "W_Q"])
     refused(r"matrices is \[\]; pass some of W_in, W_out", figures.gradient_ranks, result, [])
     refused("'W_Q'.* was not captured", figures.neuron_similarity, result, "W_Q", 0)
     refused(
