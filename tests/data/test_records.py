@@ -439,6 +439,7 @@ class Unprintable:
         raise RuntimeError("no text")
 
 
+@pytest.mark.usefixtures("as_for_a_user")
 @pytest.mark.parametrize(
     "row", [Unprintable(), {"prompt": "a", "target": Unprintable()}, {Unprintable(): 1}]
 )
