@@ -418,6 +418,7 @@ def test_a_key_that_hardly_responds_gives_a_warning(one_gpt2: Case) -> None:
     assert huge.norm > 50 * usual.norm
 
 
+@pytest.mark.usefixtures("as_for_a_user")
 def test_prefixes_are_pairs_in_any_sequence(one_gpt2: Case) -> None:
     for prefixes in (((5, 10),), [(5, 10)], [[5, 10]], ([5, 10],)):
         assert rome(one_gpt2, prefixes=prefixes).prefixes == ((5, 10),)
