@@ -25,7 +25,10 @@ SOURCES = {
 
 
 def table_of(
-    source: GradientSource, name: Literal["positions", "gradients"], columns: Sequence[str]
+    source: GradientSource,
+    name: Literal["positions", "gradients"],
+    columns: Sequence[str],
+    matrices: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """The table that an analysis reads.
 
@@ -33,6 +36,8 @@ def table_of(
         source: A sweep, a result, one of their tables, or, for gradients, a capture.
         name: Which table.
         columns: The columns that it must have.
+        matrices: The only gradients of a result or a capture to decompose; none or `None` for all.
+            Tables and sweeps are read whole.
 
     Returns:
         The table, with these columns and at least one row.
@@ -43,10 +48,11 @@ def table_of(
     table: Any = source
     if isinstance(source, Sweep):
         table = getattr(source, name)(columns)
-    elif isinstance(source, BackwardLensResult):
-        table = source.to_df() if name == "positions" else source.capture.gradient_df()
-    elif isinstance(source, GradientCapture) and name == "gradients":
-        table = source.gradient_df()
+    elif isinstance(source, BackwardLensResult) and name == "positions":
+        table = source.to_df()
+    elif isinstance(source, BackwardLensResult | GradientCapture) and name == "gradients":
+        capture = source if isinstance(source, GradientCapture) else source.capture
+        table = capture.gradient_df(matrix=matrices or None)
     return checked_table(table, columns, SOURCES[name])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -308,13 +308,15 @@ class GradientCapture:
         pairs = ((self.hook_gradients[name], other.hook_gradients[name]) for name in shared)
         return {here.name: attribution(here, there) for here, there in pairs}
 
-    def gradient_df(self, *, matrix: str | None = None, batch: int | None = None) -> pd.DataFrame:
+    def gradient_df(
+        self, *, matrix: str | Sequence[str] | None = None, batch: int | None = None
+    ) -> pd.DataFrame:
         """Each gradient as a whole, one row per prompt, matrix and layer.
 
         Each row takes singular value decompositions of matrices of at most `n x n`.
 
         Args:
-            matrix: Only the rows of this matrix; `None` for all.
+            matrix: Only the rows of this matrix, or of these; `None` for all.
             batch: Only the rows of this prompt; `None` for all.
 
         Returns:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from backward_lens_tl._checks import check_index
+from backward_lens_tl._checks import check_index, listed
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient, numerical_rank
 from backward_lens_tl.errors import InputError
@@ -29,16 +30,20 @@ _SPECTRUM = (
 
 
 def gradient_table(
-    capture: GradientCapture, matrix: str | None = None, batch: int | None = None
+    capture: GradientCapture,
+    matrix: str | Sequence[str] | None = None,
+    batch: int | None = None,
 ) -> pd.DataFrame:
     """`GradientCapture.gradient_df`."""
     import pandas as pd
 
-    if matrix is not None and matrix not in capture.matrices:
-        raise InputError(
-            f"{matrix!r} was not captured; pass one of {', '.join(capture.matrices)}, or "
-            "capture it with capture_gradients(..., matrices=...)"
-        )
+    matrices = capture.matrices if matrix is None else listed(matrix)
+    for name in matrices:
+        if name not in capture.matrices:
+            raise InputError(
+                f"{name!r} was not captured; pass one of {', '.join(capture.matrices)}, or "
+                "capture it with capture_gradients(..., matrices=...)"
+            )
     lengths, losses = capture.mask.sum(1).tolist(), capture.loss.tolist()
     if batch is not None:
         check_index("prompt", batch, len(lengths))
@@ -56,7 +61,7 @@ def gradient_table(
         }
         for prompt in prompts
         for gradient in capture
-        if matrix in (None, gradient.matrix)
+        if gradient.matrix in matrices
         for n_writing in [int((~gradient.is_zero[prompt]).sum())]
     ]
     counts = ("rank", "largest_rank", "input_rank", "vjp_rank", "rank_99")

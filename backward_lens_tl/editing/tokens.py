@@ -232,13 +232,15 @@ def _rows(
     if not reads_stream:
         vectors = right[order] * vectors.norm(dim=1, keepdim=True)
     found = read(vectors, layer=delta.layer).to_df()
-    found.insert(0, "vector_norm", vectors.double().norm(dim=1).tolist())
-    found.insert(0, "norm", norms[order].tolist())
-    found.insert(0, "role", "reads" if reads_stream else "writes")
-    found.insert(0, "component", order)
-    found.insert(0, "layer", delta.layer)
-    found.insert(0, "matrix", delta.matrix)
-    return found.to_dict("records")
+    rows = found.assign(
+        matrix=delta.matrix,
+        layer=delta.layer,
+        component=order,
+        role="reads" if reads_stream else "writes",
+        norm=norms[order].tolist(),
+        vector_norm=vectors.double().norm(dim=1).tolist(),
+    )
+    return rows.to_dict("records")
 
 
 def _outer_products(

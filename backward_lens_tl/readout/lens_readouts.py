@@ -25,15 +25,7 @@ _ResultT = TypeVar("_ResultT", bound="LensReadouts")
 class LensReadouts:
     """Readouts of every matrix, layer, prompt and position; the base of `BackwardLensResult`.
 
-    Attributes:
-        capture: The captured factors, with the sign of the raw gradient.
-        readings: The readouts under each projection; methods use the first.
-        positions: Index of each projected position in its prompt, -1 where there is none.
-        token_texts: Text of every token that occurs in a readout or as a target.
-        direction: `"update"` if the VJPs of `W_out` and `W_O` were negated before the projection,
-            so that top tokens are those that a step of gradient descent adds; `"gradient"` if not.
-        vjps_at: Which VJPs were projected: `"matrix"` for those at the matrix's own output,
-            `"residual"` for those where the output is added to the residual stream.
+    `BackwardLensResult` explains the fields.
     """
 
     capture: GradientCapture

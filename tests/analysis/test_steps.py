@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from architectures import NotAvailable, build_model
 from attention_cases import attention_weights
 from model_state import assert_same, make_busy, snapshot
 from models import Case, build, nll
+from sgd_steps import output_and_loss, step_of_sgd
 from torch import Tensor, nn
 
 import backward_lens_tl as blt
@@ -224,32 +224,6 @@ def test_wrong_changes() -> None:
 # ------------------------------------------------------------------------- our step against torch's
 
 
-@contextmanager
-def step_of_sgd(case: Case, key: tuple[str, int], eta: float, tokens: Tensor) -> Iterator[None]:
-    """A real step on one weight of the reference, then undone."""
-    weight = case.weights[key].tensor
-    before = weight.detach().clone()
-    optimizer = torch.optim.SGD([weight], lr=eta)
-    nll(TARGET)(case.logits(tokens), tokens).sum().backward(inputs=[weight])
-    optimizer.step()
-    try:
-        yield
-    finally:
-        weight.data.copy_(before)
-        weight.grad = None
-
-
-def output_and_loss(case: Case, key: tuple[str, int], tokens: Tensor) -> tuple[Tensor, float]:
-    """Output of a matrix of the reference, and the loss."""
-    seen: list[Tensor] = []
-    # A copy of the recorded output, from Hugging Face's modules or from hook points.
-    handle = case.outputs[key].register_forward_hook(lambda m, args, out: seen.append(out.clone()))
-    with torch.no_grad():
-        loss = nll(TARGET)(case.logits(tokens), tokens)
-    handle.remove()
-    return seen[0][0], float(loss)
-
-
 REFERENCES = ("bridge-llama", "bridge-gemma2", "hooked-gpt2")
 
 
@@ -261,9 +235,9 @@ def test_measured_changes_are_those_of_torchs_own_step(name: str) -> None:
     assert len(table) == len(case.weights)
     for row in table.itertuples():
         key = (row.matrix, row.layer)
-        before, loss = output_and_loss(case, key, tokens)
-        with step_of_sgd(case, key, eta, tokens):
-            after, loss_after = output_and_loss(case, key, tokens)
+        before, loss = output_and_loss(case, key, tokens, TARGET)
+        with step_of_sgd(case, key, eta, tokens, TARGET):
+            after, loss_after = output_and_loss(case, key, tokens, TARGET)
         gradient = case.weight_gradients(tokens, nll(TARGET))[key]
         # Hugging Face computes these norms, and so the loss, in float32.
         loss_error = 1e-6 if case.logits_in_float32 else 1e-12

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
-from models import Case, build, nll, relative_error
+from models import Case, build, relative_error
+from sgd_steps import output_and_loss, step_of_sgd
 from torch import Tensor
 
 from backward_lens_tl.capture.gradient_capture import GradientCapture
@@ -85,33 +83,6 @@ def test_only_the_target_has_a_negative_coefficient() -> None:
 # ------------------------------------------------------------------------------------- lemma 5.2
 
 
-@contextmanager
-def step_of_sgd(case: Case, key: tuple[str, int], eta: float, tokens: Tensor) -> Iterator[None]:
-    """A real step on one weight of the reference, then undone."""
-    weight = case.weights[key].tensor
-    before = weight.detach().clone()
-    optimizer = torch.optim.SGD([weight], lr=eta)
-    nll(TARGET)(case.logits(tokens), tokens).sum().backward(inputs=[weight])
-    optimizer.step()
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            weight.copy_(before)
-        weight.grad = None
-
-
-def output_and_loss(case: Case, key: tuple[str, int], tokens: Tensor) -> tuple[Tensor, float]:
-    """Output of a matrix, and the loss."""
-    seen: list[Tensor] = []
-    handle = case.outputs[key].register_forward_hook(lambda m, args, out: seen.append(out))
-    with torch.no_grad():
-        loss = nll(TARGET)(case.logits(tokens), tokens)
-    handle.remove()
-    assert len(seen) == 1
-    return seen[0][0], float(loss)
-
-
 def predicted_change(capture: GradientCapture, key: tuple[str, int], eta: float) -> Tensor:
     """`-eta * sum_i (x . x_i) * delta_i` at every position, in loops."""
     x, delta = capture[key].inputs[0], capture[key].vjps[0]
@@ -133,9 +104,9 @@ def test_imprint_and_shift_are_what_a_step_of_sgd_does(own_case: Case, n: int) -
     eta, tokens = 0.1, own_case.tokens(n)
     capture = capture_gradients(own_case.model, tokens, target_nll(TARGET), matrices="mlp")
     for key in own_case.weights:
-        before, _ = output_and_loss(own_case, key, tokens)
-        with step_of_sgd(own_case, key, eta, tokens):
-            after, _ = output_and_loss(own_case, key, tokens)
+        before, _ = output_and_loss(own_case, key, tokens, TARGET)
+        with step_of_sgd(own_case, key, eta, tokens, TARGET):
+            after, _ = output_and_loss(own_case, key, tokens, TARGET)
         measured, predicted = after - before, predicted_change(capture, key, eta)
         # The difference of two numbers of order 1 in float64, relative to changes of 1e-2.
         assert relative_error(predicted, measured) < 1e-11, key
@@ -153,11 +124,11 @@ def test_the_change_of_the_loss_is_the_squared_norm_to_first_order(own_case: Cas
     capture = capture_gradients(own_case.model, tokens, target_nll(TARGET), matrices="mlp")
     for key in own_case.weights:
         squared_norm = float((capture[key].singular_values() ** 2).sum())
-        _, before = output_and_loss(own_case, key, tokens)
+        _, before = output_and_loss(own_case, key, tokens, TARGET)
         errors = []
         for eta in (2e-3 / squared_norm, 1e-3 / squared_norm):
-            with step_of_sgd(own_case, key, eta, tokens):
-                _, after = output_and_loss(own_case, key, tokens)
+            with step_of_sgd(own_case, key, eta, tokens, TARGET):
+                _, after = output_and_loss(own_case, key, tokens, TARGET)
             errors.append((after - before) + eta * squared_norm)
         # The error is of second order, so half the step leaves a quarter; third order is 1e-3 of
         # it here, and rounding 1e-15.
@@ -178,7 +149,7 @@ def test_entries_of_the_gradient_against_finite_differences(own_case: Case) -> N
             for step in (h, -2 * h):
                 with torch.no_grad():
                     entry += step
-                losses.append(output_and_loss(own_case, key, tokens)[1])
+                losses.append(output_and_loss(own_case, key, tokens, TARGET)[1])
             with torch.no_grad():
                 entry += h
             difference = (losses[0] - losses[1]) / (2 * h)

@@ -31,13 +31,15 @@ SPECIAL = ["<bos>", "<eos>", "<unk>", "<pad>"]
 SIZE = 320
 
 
-def _byte_level() -> Tokenizer:
+def _byte_level(size: int = SIZE + 100, normalizer: Any = None) -> Tokenizer:
     """As in GPT-2."""
     tokenizer = Tokenizer(models.BPE())
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=SIZE + 100,
+        vocab_size=size,
         special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -99,18 +101,8 @@ def _wordpiece() -> Tokenizer:
 
 def _normalising() -> Tokenizer:
     """A tokenizer that normalises text: compatibility forms and lower case."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=SIZE + 60,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
+    both = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    return _byte_level(SIZE + 60, both)
 
 
 def _with_added_tokens() -> Tokenizer:

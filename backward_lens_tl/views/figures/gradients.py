@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from backward_lens_tl._checks import listed
 from backward_lens_tl.analysis.tables import table_of
-from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.result import BackwardLensResult, check_result
 from backward_lens_tl.views.colors import Colors
@@ -70,7 +69,16 @@ def gradient_ranks(
         >>> [line.name for line in figure.data]
         ['rank = n', 'layers 0–6', 'layer 7']
     """
-    table, names = _table(source, matrices)
+    names = None if matrices is None else listed(matrices)
+    table = table_of(source, "gradients", _COLUMNS, names)
+    there = table["matrix"].unique().tolist()
+    if names is None:
+        names = there
+    if not names:
+        raise InputError(f"matrices is {matrices!r}; pass some of {', '.join(there)}")
+    for name in names:
+        check_matrix(name, table)
+    table = table[table["matrix"].isin(names)]
     prompts = counted(table["prompt"].nunique(), "prompt")
     title = f"Rank of each layer's gradient, {prompts}"
     return draw(backend, title, *_rank_charts(table, names))
@@ -139,30 +147,6 @@ def singular_values(
     x = Axis.counting("index, from the largest", [1, *table["rank"].tolist()])
     y = Axis("singular value", is_log=True)
     return draw(backend, title, Lines(tuple(lines), x, y, colors if many else None))
-
-
-def _table(source: GradientSource, matrices: object) -> tuple[pd.DataFrame, list[str]]:
-    """The rows of some matrices, and their names. Only these gradients are decomposed."""
-    import pandas as pd
-
-    if isinstance(source, BackwardLensResult):
-        source = source.capture
-    if isinstance(source, GradientCapture):
-        names = _names(matrices, source.matrices)
-        tables = [source.gradient_df(matrix=name) for name in names]
-        return pd.concat(tables, ignore_index=True), names
-    table = table_of(source, "gradients", _COLUMNS)
-    names = _names(matrices, table["matrix"].unique().tolist())
-    for name in names:
-        check_matrix(name, table)
-    return table[table["matrix"].isin(names)], names
-
-
-def _names(matrices: object, there: Sequence[str]) -> list[str]:
-    names = list(there) if matrices is None else listed(matrices)
-    if not names:
-        raise InputError(f"matrices is {matrices!r}; pass some of {', '.join(there)}")
-    return names
 
 
 def _rank_charts(table: pd.DataFrame, matrices: Sequence[str]) -> list[Lines]:
