@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from backward_lens_tl._checks import check_choice, listed
-from backward_lens_tl.capture.bound_objectives import LossFunction
+from backward_lens_tl.capture.bound_objectives import LossFunction, Ranking
 from backward_lens_tl.capture.forward_backward import Recorded
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.memory import Memory
@@ -68,7 +68,8 @@ def backward_lens(
         prompts: A text, several of any lengths, token ids `[batch, pos]`, or the output of a
             tokenizer (`input_ids` and `attention_mask`).
         target: What the model should predict next: text or token id, or one per prompt. `None` is
-            the model's own most probable token. With an `objective`, the target is only ranked.
+            the model's own most probable token. With an `objective`, the target is only ranked, at
+            every position, instead of the objective's own targets.
         objective: What to differentiate; `target_nll(target)` by default.
         matrices: Names among `W_Q`, `W_K`, `W_V`, `W_O`, `W_in`, `W_gate`, `W_out`, or the groups
             `"attn"`, `"mlp"`, `"all"`.
@@ -131,7 +132,8 @@ def backward_lens(
     )
     if objective is not None and target is not None:
         ids = target_ids(target, plan.prompts, multi_token)
-        plan = replace(plan, targets=torch.tensor(ids, device=plan.batch.mask.device))
+        ranking = Ranking(plan.objective, ids, plan.objective.looks_at)
+        plan = replace(plan, objective=ranking)
     places = select_positions(positions, plan.batch.mask)
     grids = {name: ReadoutGrid(plan.layers, places, plan.kept_on) for name in projections}
     reader = _Reader(
@@ -187,7 +189,8 @@ class _Reader:
         """
         places = self.places[list(prompts)]
         rows, columns = (places >= 0).nonzero(as_tuple=True)
-        positions, ranked = places[rows, columns], self._ranked(recorded)[rows]
+        positions = places[rows, columns]
+        ranked = self._ranked(recorded, rows, positions)
         vectors = {
             key: projected_vectors(gradient, self.vjps_at)
             for key, gradient in recorded.gradients.items()
@@ -214,12 +217,19 @@ class _Reader:
             for (matrix, layer), own in vectors.items():
                 grid.write(matrix, layer, cells, found[id(own)])
 
-    def _ranked(self, recorded: Recorded) -> Int[Tensor, "batch 2"]:
-        """The target and the model's own answer of each prompt, -1 if they are not ranked."""
-        nothing = torch.full_like(recorded.answers, -1)
-        targets = nothing if recorded.targets is None else recorded.targets
-        answers = recorded.answers if "answer_rank" in self.measures else nothing
-        return torch.stack([targets, answers], dim=1)
+    def _ranked(
+        self, recorded: Recorded, rows: Int[Tensor, "n"], positions: Int[Tensor, "n"]
+    ) -> Int[Tensor, "n 2"]:
+        """Each position's target and the model's own answer, -1 if they are not ranked."""
+        nothing = torch.full_like(rows, -1)
+        targets, answers = recorded.targets, recorded.predictions.answers
+        return torch.stack(
+            [
+                nothing if targets is None else targets[rows, positions],
+                answers[rows] if "answer_rank" in self.measures else nothing,
+            ],
+            dim=1,
+        )
 
     def _oriented(
         self, matrix: str, vectors: Float[Tensor, "n d_model"]
@@ -236,6 +246,6 @@ def _texts(
     ids = [ids.flatten() for readout in readouts for ids in (readout.top_ids, readout.bottom_ids)]
     ids.append(capture.answers)
     if capture.targets is not None:
-        ids.append(capture.targets)
+        ids.append(capture.targets.flatten())
     seen = torch.cat(ids).unique().tolist()
     return {token: vocabulary.text(token) for token in seen if token >= 0}

@@ -18,6 +18,7 @@ from backward_lens_tl.capture.coverage import Coverage
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.hook_points import AttentionGradient, HookPointGradient
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.predictions import Predictions
 from backward_lens_tl.data.segments import Subject, batch_segments
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.files.exports import write_csv, write_parquet
@@ -34,6 +35,7 @@ _SAVED_TYPES = (
     GradientCapture,
     HookPointGradient,
     MatrixGradient,
+    Predictions,
     Reading,
     Readout,
 )
@@ -104,13 +106,14 @@ class BackwardLensResult(LensReadouts):
 
         Returns:
             Columns `prompt`, `matrix`, `layer`, `position`, `token`, `norm` (of `delta_i`),
-            `input_norm` (of `x_i`), `top_vjp_cosine` (of the raw spanning vector and the top
-            layer's VJP at the last token; missing without `W_out` of the last layer), `is_zero`,
-            `projection`, `is_faint`, `target`, `target_rank`, `answer` (the model's own),
-            `answer_rank` and `entropy` (missing unless `measures` requests them), `top_tokens`,
-            `top_scores`, `bottom_tokens`, `bottom_scores`. The last four hold lists, empty where a
-            position adds nothing; there, and without a target, ranks are missing. With several
-            projections the table has the first; use `under(name)` for the others.
+            `input_norm` (of `x_i`), `write_norm` (`||x_i|| ||delta_i||`), `top_vjp_cosine` (of the
+            raw spanning vector and the top layer's VJP at the last token; missing without `W_out`
+            of the last layer), `is_zero`, `projection`, `is_faint`, `target` (of the position),
+            `target_rank`, `answer` (the model's own), `answer_rank` and `entropy` (missing unless
+            `measures` requests them), `top_tokens`, `top_scores`, `bottom_tokens`, `bottom_scores`.
+            The last four hold lists, empty where a position adds nothing; there, and without a
+            target, ranks are missing. With several projections the table has the first; use
+            `under(name)` for the others.
 
         Raises:
             InputError: If a prompt lacks its subject, or there is no such matrix or prompt.
@@ -224,7 +227,7 @@ class BackwardLensResult(LensReadouts):
         prompts, matrix = len(self.positions), self.matrices[-1]
         others = f" and {prompts - 1} more" if prompts > 1 else ""
         cell = f'"{matrix}", layer={self.layers[-1]}, pos={self.positions[0][-1]}'
-        ranks = "" if self.target() is None else f'.target_rank("{matrix}"), '
+        ranks = "" if self.capture.targets is None else f'.target_rank("{matrix}"), '
         return (
             f"BackwardLensResult({', '.join(self.matrices)} of {len(self.layers)} layers, "
             f"{_SHORT.repr(self.capture.prompt(0))}{others}, {self.capture.objective}, "

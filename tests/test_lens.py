@@ -476,7 +476,7 @@ def test_without_a_target_the_models_own_answer_is_used(case: Case) -> None:
     with torch.no_grad():
         answers = case.logits(tokens)[:, -1].argmax(-1)
     assert result.capture.targets is not None
-    assert torch.equal(result.capture.targets, answers)
+    assert torch.equal(result.capture.targets, answers[:, None].expand(3, 5))
     explicit = backward_lens(case.model, tokens, answers, layers=0)
     assert torch.equal(result.capture.loss, explicit.capture.loss)
     assert torch.equal(result.target_rank("W_out"), explicit.target_rank("W_out"))

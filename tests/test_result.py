@@ -11,8 +11,8 @@ import pytest
 import torch
 from models import HAS_BRIDGE, Case, build
 from safetensors.torch import save_file
+from torch import Tensor
 
-from backward_lens_tl.capture.objectives import next_token_loss
 from backward_lens_tl.errors import InputError, ResultFileError
 from backward_lens_tl.files.storage import FORMAT_VERSION
 from backward_lens_tl.lens import backward_lens
@@ -27,6 +27,7 @@ COLUMNS = [
     "token",
     "norm",
     "input_norm",
+    "write_norm",
     "top_vjp_cosine",
     "is_zero",
     "projection",
@@ -77,6 +78,8 @@ def test_values_of_the_table(gpt2: Case, result: BackwardLensResult) -> None:
         assert row.norm == pytest.approx(float((delta**2).sum() ** 0.5), rel=1e-12)
         inputs = gradient.inputs[row.prompt, row.position]
         assert row.input_norm == pytest.approx(float((inputs**2).sum() ** 0.5), rel=1e-12)
+        written = inputs[:, None] * delta
+        assert row.write_norm == pytest.approx(float((written**2).sum() ** 0.5), rel=1e-12)
         assert row.is_zero == (row.norm == 0)
         assert row.target == [" Paris", " the"][row.prompt]
         if row.is_zero:
@@ -104,13 +107,20 @@ def test_table_of_chosen_positions(gpt2: Case) -> None:
         assert set(table[table["prompt"] == prompt]["position"]) == {0, n - 1}
 
 
+def last_logit(logits: Tensor, tokens: Tensor) -> Tensor:
+    return -logits[:, -1, 7]
+
+
 def test_table_without_a_target(gpt2: Case) -> None:
-    table = backward_lens(gpt2.model, PROMPTS, objective=next_token_loss(), layers=0).to_df()
+    table = backward_lens(gpt2.model, PROMPTS, objective=last_logit, layers=0).to_df()
     assert table["target"].isna().all()
     assert table["target_rank"].isna().all()
 
 
 # -------------------------------------------------------------------------------------- the file
+
+
+NAMES = ("tokens", "mask", "loss", "targets", "prompt_lengths")
 
 
 def assert_equal_results(found: BackwardLensResult, expected: BackwardLensResult) -> None:
@@ -126,9 +136,12 @@ def assert_equal_results(found: BackwardLensResult, expected: BackwardLensResult
     mine, theirs = found.capture, expected.capture
     assert (mine.objective, mine.model_name) == (theirs.objective, theirs.model_name)
     assert mine.str_tokens == theirs.str_tokens
-    for name in ("tokens", "mask", "loss", "targets"):
-        one, other = getattr(mine, name), getattr(theirs, name)
-        assert (one is None and other is None) or torch.equal(one, other)
+    assert mine.target_texts == theirs.target_texts
+    tensors = [(getattr(mine, name), getattr(theirs, name)) for name in NAMES]
+    tensors += zip(vars(mine.predictions).values(), vars(theirs.predictions).values(), strict=True)
+    for one, other in tensors:
+        if one is not None or other is not None:
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
         assert one is None or one.dtype == other.dtype
     assert list(mine.gradients) == list(theirs.gradients)
     for key, gradient in theirs.gradients.items():
@@ -142,6 +155,8 @@ def assert_equal_results(found: BackwardLensResult, expected: BackwardLensResult
             torch.testing.assert_close(loaded, values, rtol=0, atol=0, equal_nan=True)
     for batch in range(len(expected.positions)):
         assert found.target(batch) == expected.target(batch)
+        assert found.position_targets(batch) == expected.position_targets(batch)
+        assert found.prediction(batch) == expected.prediction(batch)
         at = expected.matrices[0], expected.layers[0], -1
         assert found.top_tokens(*at, batch=batch) == expected.top_tokens(*at, batch=batch)
         assert found.cell(*at, batch=batch) == expected.cell(*at, batch=batch)
@@ -159,7 +174,7 @@ def test_a_saved_result_without_a_target_can_be_loaded(gpt2: Case, tmp_path: Pat
     chosen = backward_lens(
         gpt2.model,
         PROMPTS,
-        objective=next_token_loss(),
+        objective=last_logit,
         layers=[0, 2],
         positions=-1,
         matrices="W_out",
@@ -274,7 +289,7 @@ def test_a_file_of_another_format_is_not_reported_as_damaged(
     header = '{"format": 3, "backward_lens_tl": "0.0.3"}'
     save_file({"weight": torch.zeros(2)}, path, metadata={"backward_lens_tl": header})
     with pytest.raises(
-        ResultFileError, match=r"format 3, .* reads 5; install .*-tl 0\.0\.3, which"
+        ResultFileError, match=r"format 3, .* reads 6; install .*-tl 0\.0\.3, which"
     ):
         BackwardLensResult.load(path)
 
@@ -292,7 +307,7 @@ def test_the_repr_describes_the_result_and_its_methods(
 ) -> None:
     if not has_target:
         prompts = [result.capture.prompt(batch) for batch in range(2)]
-        result = backward_lens(gpt2.model, prompts, objective=next_token_loss())
+        result = backward_lens(gpt2.model, prompts, objective=last_logit)
     what, following = repr(result).splitlines()
     for word in ("BackwardLensResult", "W_in, W_out", "and 1 more", "Messi plays for", "update"):
         assert word in what

@@ -19,7 +19,7 @@ _CELL = ["prompt", "matrix", "layer", "position"]
 _NORMS = {"vjp": "norm", "input": "input_norm"}
 _RANKS = {"target": "target_rank", "answer": "answer_rank"}
 _UNRANKED = {
-    "target": "the objective is not about one token; pass target=... in addition",
+    "target": "the objective has no target; pass target=... in addition",
     "answer": 'request it with backward_lens(..., measures=("answer_rank",))',
 }
 

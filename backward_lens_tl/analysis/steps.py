@@ -146,7 +146,7 @@ def _rows(
     recorded = plan.record(Microbatch((prompt,), plan.layers))
     batch = plan.batch_of([prompt])
     # The same target before and after, even if it is the model's own answer.
-    target = -1 if recorded.targets is None else int(recorded.targets[0])
+    target = -1 if recorded.targets is None else int(recorded.targets[0, -1])
     before = _run(plan.host, batch, target, sites)
     steps = []
     for site, output in zip(sites, before.outputs, strict=True):

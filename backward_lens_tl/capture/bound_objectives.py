@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from backward_lens_tl.capture.predictions import Predictions, sequence_probs, target_ranks
 from backward_lens_tl.capture.prompts import PromptBatch
 from backward_lens_tl.errors import ObjectiveError
 
@@ -20,12 +22,13 @@ LossFunction = Callable[
 _Logits = Float[Tensor, "batch read d_vocab"]
 _Losses = Float[Tensor, "batch"]
 _Tokens = Int[Tensor, "batch"]
+_LooksAt = Literal["prompt", "length", "batch"]
 
 
 class BoundObjective(ABC):
     """An objective for given prompts of a given model."""
 
-    looks_at: Literal["prompt", "length", "batch"] = "batch"
+    looks_at: _LooksAt = "batch"
     """What a prompt's loss needs in the same forward pass: this prompt alone, all prompts of its
     length, or all prompts."""
 
@@ -60,31 +63,105 @@ class BoundObjective(ABC):
             One differentiable loss per prompt.
         """
 
-    def targets(self, logits: _Logits, batch: PromptBatch) -> _Tokens | None:
-        """The token of each prompt that its readouts are compared with.
+    def wanted_tokens(self, answers: _Tokens, batch: PromptBatch) -> Int[Tensor, "batch n"] | None:
+        """The tokens that the objective wants after each prompt.
 
         Args:
-            logits: The model's output, as in `losses`.
+            answers: The model's own answers.
             batch: The prompts, continuations included.
 
         Returns:
-            Token ids, or `None` if the objective has no such token.
+            Token ids, -1 after the end of shorter ones; `None` if the objective wants no certain
+            tokens there.
         """
-        del logits, batch
+        del answers, batch
         return None
 
-    def answers(self, logits: _Logits, batch: PromptBatch) -> _Tokens:
-        """The model's most probable token after each prompt.
+    def targets(self, answers: _Tokens, batch: PromptBatch) -> Int[Tensor, "batch pos"] | None:
+        """The token that each position's readouts are compared with.
+
+        Args:
+            answers: The model's own answers.
+            batch: The prompts, continuations included.
+
+        Returns:
+            What the objective wants first at every position of the prompt, and what it wants next
+            at those of the continuation; -1 at padding. `None` if the objective has no such tokens.
+        """
+        wanted = self.wanted_tokens(answers, batch)
+        if wanted is None:
+            return None
+        positions = torch.arange(batch.mask.shape[1], device=batch.mask.device)
+        following = (positions - self.prompt_lengths(batch)[:, None] + 1).clamp_min(0)
+        last = (wanted >= 0).sum(1, keepdim=True) - 1
+        return wanted.gather(1, following.minimum(last)).masked_fill(~batch.mask, -1)
+
+    def predictions(self, logits: _Logits, batch: PromptBatch) -> Predictions:
+        """What the model predicts after each prompt.
 
         Args:
             logits: The model's output, as in `losses`.
             batch: The prompts, continuations included.
 
         Returns:
-            Token ids.
+            The model's own answers, and how probable what the objective wants is.
         """
-        last = batch.ends(logits, 1) if self.n_read(batch) is None else logits
-        return last[:, -1].argmax(-1)
+        first = batch.last - self.prompt_lengths(batch) + 1  # tokens after the prompt
+        last = batch.last if self.n_read(batch) is None else logits.shape[1] - 1
+        ends = last - first
+        after = logits[torch.arange(len(ends), device=ends.device), ends]
+        found = Predictions.without_target(after)
+        wanted = self.wanted_tokens(found.answers, batch)
+        if wanted is None:
+            return found
+        return replace(
+            found,
+            target_probs=sequence_probs(logits, ends, wanted),
+            target_ranks=target_ranks(after, wanted[:, 0]),
+        )
+
+    def prompt_lengths(self, batch: PromptBatch) -> _Tokens:
+        """Number of tokens of each prompt before its continuation.
+
+        Args:
+            batch: The prompts, continuations included.
+
+        Returns:
+            The numbers.
+        """
+        added = [len(self.continuation(prompt)) for prompt in batch.prompts.tolist()]
+        return batch.lengths - batch.lengths.new_tensor(added)
+
+
+@dataclass(frozen=True)
+class Ranking(BoundObjective):
+    """An objective whose readouts are compared with other tokens than its own.
+
+    Attributes:
+        objective: What is differentiated.
+        ids: The token of each prompt, at all of its positions.
+        looks_at: That of the objective.
+    """
+
+    objective: BoundObjective
+    ids: Sequence[int]
+    looks_at: _LooksAt
+
+    def continuation(self, prompt: int) -> Sequence[int]:
+        """That of the objective."""
+        return self.objective.continuation(prompt)
+
+    def n_read(self, batch: PromptBatch) -> int | None:
+        """That of the objective."""
+        return self.objective.n_read(batch)
+
+    def losses(self, logits: _Logits, batch: PromptBatch) -> _Losses:
+        """Those of the objective."""
+        return self.objective.losses(logits, batch)
+
+    def wanted_tokens(self, answers: _Tokens, batch: PromptBatch) -> Int[Tensor, "batch 1"]:
+        """The tokens."""
+        return _of_batch(self.ids, batch)[:, None]
 
 
 @dataclass(frozen=True)
@@ -104,11 +181,13 @@ class TargetNLL(BoundObjective):
 
     def losses(self, logits: _Logits, batch: PromptBatch) -> _Losses:
         """`-log p[target]`."""
-        return -_pick(logits[:, -1].log_softmax(-1), self.targets(logits, batch))
+        last = logits[:, -1]
+        ids = self.wanted_tokens(last.argmax(-1), batch)[:, 0]
+        return -_pick(last.log_softmax(-1), ids)
 
-    def targets(self, logits: _Logits, batch: PromptBatch) -> _Tokens:
+    def wanted_tokens(self, answers: _Tokens, batch: PromptBatch) -> Int[Tensor, "batch 1"]:
         """The tokens."""
-        return self.answers(logits, batch) if self.ids is None else _of_batch(self.ids, batch)
+        return (answers if self.ids is None else _of_batch(self.ids, batch))[:, None]
 
 
 @dataclass(frozen=True)
@@ -131,12 +210,12 @@ class LogitDifference(BoundObjective):
     def losses(self, logits: _Logits, batch: PromptBatch) -> _Losses:
         """`logit[demoted] - logit[promoted]`."""
         last = logits[:, -1]
-        demoted = _pick(last, _of_batch(self.demoted, batch))
-        return demoted - _pick(last, self.targets(logits, batch))
+        promoted, demoted = (_of_batch(ids, batch) for ids in (self.promoted, self.demoted))
+        return _pick(last, demoted) - _pick(last, promoted)
 
-    def targets(self, logits: _Logits, batch: PromptBatch) -> _Tokens:
+    def wanted_tokens(self, answers: _Tokens, batch: PromptBatch) -> Int[Tensor, "batch 1"]:
         """The promoted tokens."""
-        return _of_batch(self.promoted, batch)
+        return _of_batch(self.promoted, batch)[:, None]
 
 
 @dataclass(frozen=True)
@@ -169,14 +248,10 @@ class SequenceNLL(BoundObjective):
             losses.append(each.mean() if self.is_mean else each.sum())
         return torch.stack(losses)
 
-    def targets(self, logits: _Logits, batch: PromptBatch) -> _Tokens:
-        """The first token of each answer."""
-        return _of_batch([wanted[0] for wanted in self.wanted], batch)
-
-    def answers(self, logits: _Logits, batch: PromptBatch) -> _Tokens:
-        """The model's most probable token after the prompt, before the answer."""
-        rows = zip(logits, self._wanted(batch), strict=True)
-        return torch.stack([row[-len(wanted)].argmax() for row, wanted in rows])
+    def wanted_tokens(self, answers: _Tokens, batch: PromptBatch) -> Int[Tensor, "batch n"]:
+        """Each answer."""
+        rows = [torch.tensor(list(wanted)) for wanted in self._wanted(batch)]
+        return pad_sequence(rows, batch_first=True, padding_value=-1).to(batch.mask.device)
 
     def _wanted(self, batch: PromptBatch) -> list[Sequence[int]]:
         return [self.wanted[prompt] for prompt in batch.prompts.tolist()]
@@ -201,6 +276,11 @@ class NextTokenLoss(BoundObjective):
             )
         nll = -_pick(logits[:, :-1].log_softmax(-1), batch.tokens[:, 1:])
         return nll.masked_fill(~batch.mask[:, 1:], 0).sum(1) / batch.last
+
+    def targets(self, answers: _Tokens, batch: PromptBatch) -> Int[Tensor, "batch pos"]:
+        """The next token of the text; -1 at the last position, which has no loss."""
+        following = batch.tokens.masked_fill(~batch.mask, -1)[:, 1:]
+        return torch.cat([following, following.new_full((len(following), 1), -1)], dim=1)
 
 
 @dataclass(frozen=True)

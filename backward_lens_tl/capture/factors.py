@@ -97,6 +97,21 @@ class Factors:
         return _norms(self.inputs)
 
     @cached_property
+    def write_norms(self) -> Float[Tensor, "batch pos"]:
+        """`||x_i|| ||delta_i||`, the Frobenius norm of the term that each position writes.
+
+        The gradient is the sum of the terms `x_i^T delta_i`. If both factors are divided into
+        heads, or into a token's experts, each has a block of its own, and the norm is over all
+        blocks.
+        """
+        inputs, vjps = (
+            _norms(factor if factor.ndim == 4 else factor[:, :, None], start=3)
+            for factor in (self.inputs, self.vjps)
+        )
+        norms: Tensor = torch.linalg.vector_norm(inputs * vjps, dim=-1)
+        return norms
+
+    @cached_property
     def is_zero(self) -> Bool[Tensor, "batch pos"]:
         """Positions that add nothing to the gradient, because `x_i` or `delta_i` is zero.
 
@@ -234,6 +249,9 @@ class Factors:
         return inputs.flatten(1), vjps.flatten(1)
 
 
-def _norms(factor: Float[Tensor, "batch pos *parts d"]) -> Float[Tensor, "batch pos"]:
-    norms: Tensor = torch.linalg.vector_norm(at_least_float32(factor.flatten(2)), dim=-1)
+def _norms(
+    factor: Float[Tensor, "batch pos *parts d"], start: int = 2
+) -> Float[Tensor, "batch pos *part"]:
+    """Norms over all axes from `start`."""
+    norms: Tensor = torch.linalg.vector_norm(at_least_float32(factor.flatten(start)), dim=-1)
     return norms

@@ -28,6 +28,7 @@ from backward_lens_tl.capture.hook_points import AttentionGradient, HookPointGra
 from backward_lens_tl.capture.interventions import requiring_grad
 from backward_lens_tl.capture.kept import Copies, clean_rows
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.predictions import Predictions
 from backward_lens_tl.capture.prompts import PromptBatch
 from backward_lens_tl.capture.recorders import (
     MatrixRecorders,
@@ -48,16 +49,16 @@ class Recorded:
     Attributes:
         gradients: By matrix and layer, in model order.
         loss: Loss of each prompt.
-        targets: The token that readouts are compared with, if the objective has one.
-        answers: The model's most probable token after each prompt.
+        targets: The token that each position is compared with, if the objective has any.
+        predictions: What the model predicts after each prompt.
         hook_gradients: Activations and gradients at hook points, by name.
         attention: The backward pass through attention patterns, by layer.
     """
 
     gradients: Mapping[tuple[str, int], MatrixGradient]
     loss: Float[Tensor, "batch"]
-    targets: Int[Tensor, "batch"] | None
-    answers: Int[Tensor, "batch"]
+    targets: Int[Tensor, "batch pos"] | None
+    predictions: Predictions
     hook_gradients: Mapping[str, HookPointGradient]
     attention: Mapping[int, AttentionGradient]
 
@@ -105,11 +106,12 @@ def record(
         _check_uses(logits, run.matrices)
         run.drop_unseen(points=may_skip_points)
         found = _vjps(losses, logits, run.recorders)
+    predictions = objective.predictions(logits.detach(), batch)
     return Recorded(
         gradients=run.gradients(found, batch),
         loss=losses.detach(),
-        targets=objective.targets(logits.detach(), batch),
-        answers=objective.answers(logits.detach(), batch),
+        targets=objective.targets(predictions.answers, batch),
+        predictions=predictions,
         hook_gradients={
             point.site.name: point.gradient(found[point], batch) for point in run.points
         },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from backward_lens_tl.capture.forward_backward import Recorded
 from backward_lens_tl.capture.hook_points import AttentionGradient
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.memory import Memory
+from backward_lens_tl.capture.predictions import Predictions
 from backward_lens_tl.capture.prompts import PromptBatch
 
 
@@ -82,7 +83,8 @@ class _Placer:
         attention = {} if whole is None else whole.attention
         targets = part.targets
         if targets is not None:
-            targets = self._put(None if whole is None else whole.targets, targets)
+            kept = None if whole is None else whole.targets
+            targets = self._put(kept, targets, by_position=(1,), fill=-1)
         return Recorded(
             gradients={
                 key: self._gradient(gradients.get(key), gradient)
@@ -90,7 +92,9 @@ class _Placer:
             },
             loss=self._put(None if whole is None else whole.loss, part.loss),
             targets=targets,
-            answers=self._put(None if whole is None else whole.answers, part.answers),
+            predictions=self._predictions(
+                None if whole is None else whole.predictions, part.predictions
+            ),
             # With hook points there is only one microbatch.
             hook_gradients={
                 name: replace(
@@ -137,6 +141,17 @@ class _Placer:
         if kept is None and whole is not None:
             kept = whole.resid_vjps.clone()
         return self._factor(kept, part.resid_vjps)
+
+    def _predictions(self, whole: Predictions | None, part: Predictions) -> Predictions:
+        return Predictions(
+            **{
+                field.name: self._put(
+                    None if whole is None else getattr(whole, field.name),
+                    getattr(part, field.name),
+                )
+                for field in fields(Predictions)
+            }
+        )
 
     def _attention(
         self, whole: AttentionGradient | None, part: AttentionGradient

@@ -134,7 +134,8 @@ def sequence_nll(targets: str | Sequence[str]) -> Objective:
         targets: The answer's text, or one per prompt.
 
     Returns:
-        The objective. Readouts are compared with the answer's first token.
+        The objective. Positions of the prompt are compared with the answer's first token, and those
+        of the answer with its following tokens.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -157,7 +158,8 @@ def next_token_loss() -> Objective:
 
     Returns:
         The objective. Every position except the last has a loss, so the last layer's gradients
-        have full rank, unlike with a loss on the last position alone.
+        have full rank, unlike with a loss on the last position alone. Each position is compared
+        with the next token of the text, and the last one with none.
 
     Examples:
         >>> import backward_lens_tl as blt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
@@ -101,7 +101,6 @@ class CapturePlan:
         may_skip_points: Whether to leave out hook points that never fire.
         memory: The caller's limits.
         microbatches: Which prompts and layers share a microbatch.
-        targets: Tokens to rank instead of the objective's own.
     """
 
     host: Host
@@ -114,7 +113,6 @@ class CapturePlan:
     may_skip_points: bool
     memory: Memory
     microbatches: tuple[Microbatch, ...]
-    targets: Int[Tensor, "batch"] | None = None
 
     def run(self, read: Callable[[Recorded, Sequence[int]], None] | None = None) -> GradientCapture:
         """Run all microbatches and merge what they record.
@@ -135,6 +133,7 @@ class CapturePlan:
             merger.add(recorded, each.prompts)
             del recorded  # before the next microbatch allocates
         merged = merger.merged
+        wanted = self.objective.wanted_tokens(merged.predictions.answers, batch)
         return GradientCapture(
             gradients=merged.gradients,
             tokens=batch.tokens,
@@ -144,7 +143,9 @@ class CapturePlan:
             spans=tuple(prompt.spans for prompt in self.prompts),
             loss=merged.loss,
             targets=merged.targets,
-            answers=merged.answers,
+            target_texts=None if wanted is None else self._texts(wanted),
+            predictions=merged.predictions,
+            prompt_lengths=self.objective.prompt_lengths(batch),
             n_layers=self.host.n_layers,
             objective=self.objective_name,
             model_name=self.host.name,
@@ -162,7 +163,7 @@ class CapturePlan:
         Returns:
             Their factors, as they were computed.
         """
-        recorded = record(
+        return record(
             self.host,
             self.batch_of(some.prompts),
             self.objective,
@@ -170,9 +171,13 @@ class CapturePlan:
             self.points,
             may_skip_points=self.may_skip_points,
         )
-        if self.targets is None:
-            return recorded
-        return replace(recorded, targets=self.targets[list(some.prompts)])
+
+    def _texts(self, wanted: Int[Tensor, "batch n"]) -> tuple[str, ...]:
+        """Text of the tokens that are wanted after each prompt."""
+        return tuple(
+            self.host.vocabulary.running_text([token for token in row if token >= 0])
+            for row in wanted.tolist()
+        )
 
     def batch_of(self, prompts: Sequence[int]) -> PromptBatch:
         """Some of the prompts, as a batch."""

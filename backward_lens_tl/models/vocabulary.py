@@ -46,7 +46,7 @@ class Vocabulary:
 
     def text(self, token_id: int) -> str:
         """Text of one token within running text, including its leading space if it has one."""
-        return self._running_text([token_id])
+        return self.running_text([token_id])
 
     def texts(self, token_ids: Iterable[int]) -> tuple[str, ...]:
         """Text of each token."""
@@ -184,14 +184,22 @@ class Vocabulary:
         group: list[int] = []
         for index, token_id in enumerate(token_ids, start=1):
             group.append(token_id)
-            piece = self._running_text(group, in_front=in_front and not spans)
+            piece = self.running_text(group, in_front=in_front and not spans)
             if index == len(token_ids) or not piece.endswith(_PARTIAL):
                 spans += [(len(text), len(text) + len(piece))] * len(group)
                 text, group = text + piece, []
         return text, tuple(spans)
 
-    def _running_text(self, token_ids: Sequence[int], *, in_front: bool = False) -> str:
-        """Text of tokens within running text, or at its beginning."""
+    def running_text(self, token_ids: Sequence[int], *, in_front: bool = False) -> str:
+        """Text of tokens within running text, or at its beginning.
+
+        Args:
+            token_ids: The tokens.
+            in_front: Whether they begin a text, where SentencePiece drops a leading space.
+
+        Returns:
+            The text, special tokens included.
+        """
         if self._tokenizer is None:
             return "".join(f"<{token_id}>" for token_id in token_ids)
         text: str = self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)

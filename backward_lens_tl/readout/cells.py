@@ -40,6 +40,8 @@ class Cell:
         bottom: Least promoted tokens, smallest score first.
         norm: `||delta_i||_2`.
         input_norm: `||x_i||_2`.
+        write_norm: `||x_i|| ||delta_i||`, the norm of the term that the position writes.
+        target: The token that the position should say; `None` without a target.
         target_rank: Number of tokens that score higher than the target; `None` without a target.
         is_zero: Whether the position adds nothing to this gradient. It then has no tokens and no
             rank, which would be those of the final norm's bias.
@@ -55,6 +57,8 @@ class Cell:
     bottom: tuple[TokenScore, ...]
     norm: float
     input_norm: float
+    write_norm: float
+    target: str | None
     target_rank: int | None
     is_zero: bool
     is_faint: bool
@@ -127,13 +131,14 @@ class CellReader:
             "token": [str_tokens[owner][at] for owner, at in zip(owners, places, strict=True)],
             "norm": gradient.norms[prompt, position].tolist(),
             "input_norm": gradient.input_norms[prompt, position].tolist(),
+            "write_norm": gradient.write_norms[prompt, position].tolist(),
             "top_vjp_cosine": _top_vjp_cosines(vectors, self.capture.top_vjps, prompt),
             "is_zero": zero.tolist(),
             "projection": [self.reading.projection] * len(owners),
             "is_faint": (faint & ~zero).tolist(),
-            "target": self._texts(self.capture.targets, owners),
-            "target_rank": _ranks(read.target_rank[here], zero | (self.capture.targets is None)),
-            "answer": self._texts(self.capture.answers, owners),
+            "target": self._targets(prompt, position),
+            "target_rank": _ranks(read.target_rank[here], zero),
+            "answer": [self.token_texts[token] for token in self.capture.answers[prompt].tolist()],
             "answer_rank": _ranks(read.answer_rank[here], zero),
             "entropy": read.entropy[here].masked_fill(zero, math.nan).tolist(),
         }
@@ -144,12 +149,12 @@ class CellReader:
             columns[f"{end}_ids"] = ids
         return columns
 
-    def _texts(self, ids: Int[Tensor, "batch"] | None, owners: list[int]) -> list[str | None]:
-        """The text of one token per prompt, for each row."""
-        if ids is None:
-            return [None] * len(owners)
-        texts = [self.token_texts[token] for token in ids.tolist()]
-        return [texts[owner] for owner in owners]
+    def _targets(self, prompt: Int[Tensor, "n"], position: Int[Tensor, "n"]) -> list[str | None]:
+        """Text of each position's target."""
+        targets = self.capture.targets
+        if targets is None:
+            return [None] * len(prompt)
+        return [self.token_texts.get(token) for token in targets[prompt, position].tolist()]
 
 
 def cells_of(columns: Mapping[str, list[Any]]) -> list[Cell]:
@@ -167,6 +172,8 @@ def cells_of(columns: Mapping[str, list[Any]]) -> list[Cell]:
             bottom=_token_scores(row, "bottom"),
             norm=row["norm"],
             input_norm=row["input_norm"],
+            write_norm=row["write_norm"],
+            target=row["target"],
             target_rank=row["target_rank"],
             is_zero=row["is_zero"],
             is_faint=row["is_faint"],

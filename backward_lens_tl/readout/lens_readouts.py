@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -10,28 +9,24 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from backward_lens_tl._checks import check_index, is_index, shown
-from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl._checks import is_index, shown
 from backward_lens_tl.capture.selection import position_index
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models.sites import MatrixName
 from backward_lens_tl.readout.cells import Cell, CellReader, cells_of
-from backward_lens_tl.readout.readout import Reading, Readout
+from backward_lens_tl.readout.readout import Readout
+from backward_lens_tl.readout.targets import LensTargets
 
 _ResultT = TypeVar("_ResultT", bound="LensReadouts")
 
 
 @dataclass(frozen=True, repr=False)
-class LensReadouts:
+class LensReadouts(LensTargets):
     """Readouts of every matrix, layer, prompt and position; the base of `BackwardLensResult`.
 
     `BackwardLensResult` explains the fields.
     """
 
-    capture: GradientCapture
-    readings: tuple[Reading, ...]
-    positions: Int[Tensor, "batch pos"]
-    token_texts: Mapping[int, str]
     direction: str
     vjps_at: str = "matrix"
 
@@ -94,26 +89,6 @@ class LensReadouts:
         others = (reading for reading in self.readings if reading is not first)
         return replace(self, readings=(first, *others))
 
-    def target(self, batch: int = 0) -> str | None:
-        """Text of a prompt's target, if there is one.
-
-        Args:
-            batch: Which prompt.
-
-        Returns:
-            The text; `None` if the objective is not about one token and no target was given.
-
-        Raises:
-            InputError: If there is no such prompt.
-
-        Examples:
-            >>> result.target()
-            ' Paris'
-        """
-        self._check_prompt(batch)
-        targets = self.capture.targets
-        return None if targets is None else self.token_texts[int(targets[batch])]
-
     # --- tensors -------------------------------------------------------------------------------
 
     def readout(self, matrix: str) -> Readout:
@@ -143,16 +118,17 @@ class LensReadouts:
     def target_rank(self, matrix: str) -> Int[Tensor, "layer batch pos"]:
         """Rank of the target among all tokens, 0 for the largest score.
 
-        Where `is_zero` is true, the rank is that of the final norm's bias and has no meaning.
+        Each position has its own target, as in `capture.targets`. Where `is_zero` is true, the rank
+        is that of the final norm's bias and has no meaning.
 
         Args:
             matrix: Its name.
 
         Returns:
-            The ranks; -1 at padding.
+            The ranks; -1 at padding, and at the last position with `next_token_loss`.
 
         Raises:
-            InputError: If the objective has no target and none was given.
+            InputError: If the objective has no targets and none was given.
 
         Examples:
             >>> result.target_rank("W_out")[:, 0, -1].tolist()  # at the last token, layer by layer
@@ -160,8 +136,8 @@ class LensReadouts:
         """
         if self.capture.targets is None:
             raise InputError(
-                f"{self.capture.objective} is not about one token, so there is no target to "
-                "rank; pass target=... in addition to the objective"
+                f"{self.capture.objective} has no target to rank; pass target=... in addition to "
+                "the objective"
             )
         return self.readout(matrix).target_rank
 
@@ -325,6 +301,3 @@ class LensReadouts:
                 "more"
             )
         return k
-
-    def _check_prompt(self, batch: int) -> None:
-        check_index("prompt", batch, len(self.positions))

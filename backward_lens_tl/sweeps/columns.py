@@ -65,6 +65,7 @@ POSITIONS = (
     _key("projection", "string", "logit_lens or normalized, in separate rows"),
     Column("norm", "float32", "norm of delta_i"),
     Column("input_norm", "float32", "norm of x_i"),
+    Column("write_norm", "float32", "product of both: norm of the term that is written"),
     Column(
         "top_vjp_cosine",
         "float32",

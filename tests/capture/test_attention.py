@@ -1011,3 +1011,11 @@ def test_an_mlp_after_attention_breaks_the_combination() -> None:
     p[TARGET] -= 1
     delta = attention_of(case.model, tokens)["W_O", last].vjps[0, -1]
     assert relative_error(delta, case.model.W_U.detach() @ p) > 0.05
+
+
+def test_write_norms_of_heads(pair: Case) -> None:
+    """Heads divide one factor; all blocks of a position's term together."""
+    capture = capture_gradients(pair.model, pair.tokens(5, 5), target_nll(7), matrices="attn")
+    for gradient in capture:
+        terms = gradient.inputs.flatten(2)[..., None] * gradient.vjps.flatten(2)[:, :, None]
+        torch.testing.assert_close(gradient.write_norms, terms.flatten(2).norm(dim=-1))

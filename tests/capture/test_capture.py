@@ -138,7 +138,7 @@ def test_capture_describes_its_run(gpt2: Case) -> None:
     expected = [[gpt2.model.tokenizer.decode([i]) for i in row] for row in tokens.tolist()]
     assert [list(row) for row in capture.str_tokens] == expected
     assert capture.targets is not None
-    assert capture.targets.tolist() == [3, 4]
+    assert capture.targets.tolist() == [[3] * 5, [4] * 5]
     assert not capture.loss.requires_grad
     with torch.no_grad():
         expected = [nll(3)(gpt2.logits(tokens[:1]), tokens)[0]]

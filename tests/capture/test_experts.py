@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -138,3 +139,16 @@ def test_a_stack_with_zero_output_is_accepted() -> None:
         stack_of(model, 0).down_proj.zero_()
     gradient = captured(model)["W_in", 0]
     assert gradient.is_zero.all()
+
+
+@pytest.mark.parametrize("kind", ["hooked", "bridge"])
+def test_write_norms_of_experts(kind: str) -> None:
+    """Each expert has a block of its own: the norm of a position's term in all of them."""
+    capture = capture_gradients(mixture(kind), TOKENS, loss, matrices="mlp")
+    for gradient in capture:
+        for position in range(TOKENS.shape[1]):
+            alone = torch.zeros_like(gradient.vjps)
+            alone[:, position] = gradient.vjps[:, position]
+            term = replace(gradient, vjps=alone).dense(1)
+            found = float(gradient.write_norms[1, position])
+            assert found == pytest.approx(float(term.norm()), rel=1e-9)

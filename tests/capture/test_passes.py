@@ -85,7 +85,7 @@ def padded(alone: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
         shape = list(value.shape)
         kind = name.rpartition(" ")[2]
         fill: float | bool = 0
-        if kind in ("experts", "top_ids", "bottom_ids", "target_rank", "positions"):
+        if kind in ("experts", "top_ids", "bottom_ids", "target_rank", "positions", "targets"):
             fill = -1
         elif kind in ("top_scores", "bottom_scores"):
             fill = torch.nan
@@ -635,7 +635,7 @@ def test_a_hook_point_of_the_logits_is_given_in_full(own_gpt2: Case) -> None:
                 # dL/dlogits = softmax - onehot, at the last position alone.
                 expected = torch.zeros_like(cache[name][0])
                 expected[-1] = cache[name][0, -1].softmax(-1)
-                expected[-1, int(capture.targets[prompt])] -= 1
+                expected[-1, int(capture.targets[prompt, 0])] -= 1
                 torch.testing.assert_close(point.vjp[prompt, :length], expected, **CLOSE)
                 assert not point.vjp[prompt, length:].any()
 

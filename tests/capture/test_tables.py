@@ -15,6 +15,7 @@ from torch import Tensor
 import backward_lens_tl as blt
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.predictions import Predictions
 from backward_lens_tl.capture.tables import gradient_table, neuron_table
 from backward_lens_tl.errors import InputError
 
@@ -228,7 +229,9 @@ def hand_made(gradient: MatrixGradient) -> GradientCapture:
         str_tokens=tuple(tuple("abcdefgh"[: int(n)]) for n in gradient.mask.sum(1)),
         loss=torch.arange(float(batch)),
         targets=None,
-        answers=torch.zeros(batch, dtype=torch.long),
+        target_texts=None,
+        predictions=Predictions.without_target(torch.zeros(batch, 3)),
+        prompt_lengths=gradient.mask.sum(1),
         n_layers=1 + gradient.layer,
         objective="made by hand",
         model_name="none",

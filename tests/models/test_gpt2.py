@@ -75,7 +75,7 @@ def compare(model: nn.Module, result: BackwardLensResult, printed: Printed) -> N
     assert result.token_texts[int(capture.answers[0])] == printed.answer
     norms = result.norms("W_out")[:, 0].T
     torch.testing.assert_close(norms, torch.tensor(printed.norms), rtol=0, atol=1e-3)
-    token = int(capture.targets[0])
+    token = int(capture.targets[0, -1])
     for layer in result.layers:
         scores = host_of(model).unembedding.logits(capture["W_out", layer].vjps[0]).detach()
         # Tolerance between two float32 implementations, relative to the range of the scores.

@@ -110,7 +110,7 @@ def test_continuations_match_the_joined_text(kind: str, prompt: str) -> None:
         first = blt.target_nll(text, "first")
         targets = blt.capture_gradients(case.model, prompt, first, layers=-1).targets
         assert targets is not None
-        assert targets.tolist() == expected[:1]
+        assert targets.unique().tolist() == expected[:1]
     assert n_right > 5
 
 
@@ -164,7 +164,7 @@ def test_losses_on_a_sentencepiece_model(stories: Case) -> None:
     first = blt.target_nll(".", "first")
     targets = blt.capture_gradients(stories.model, "Once upon a time", first, layers=-1).targets
     assert targets is not None
-    assert stories.model.tokenizer.convert_ids_to_tokens(targets.tolist()) == ["."]
+    assert stories.model.tokenizer.convert_ids_to_tokens(targets.unique().tolist()) == ["."]
 
 
 def test_every_piece_of_a_sentencepiece_vocabulary(stories: Case) -> None:

@@ -41,10 +41,22 @@ def values(capture: GradientCapture) -> dict[str, Tensor]:
     """Every tensor of a capture, by a name; a prefix says which axes are positions."""
     found = {"pos tokens": capture.tokens, "pos mask": capture.mask, "loss": capture.loss}
     if capture.targets is not None:
-        found["targets"] = capture.targets
+        found["pos targets"] = capture.targets
+    for name, value in vars(capture.predictions).items():
+        found[name] = value
+    found["prompt_lengths"] = capture.prompt_lengths
     for gradient in capture:
         at = f"pos {gradient.matrix} {gradient.layer}"
-        for name in ("inputs", "vjps", "mask", "norms", "is_zero", "experts", "joined_vjps"):
+        for name in (
+            "inputs",
+            "vjps",
+            "mask",
+            "norms",
+            "write_norms",
+            "is_zero",
+            "experts",
+            "joined_vjps",
+        ):
             if (value := getattr(gradient, name)) is not None:
                 found[f"{at} {name}"] = value
         if not gradient.reads_residual:

@@ -9,6 +9,7 @@ import torch
 
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.capture.predictions import Predictions
 from backward_lens_tl.models.sites import MatrixName
 from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.readout.readout import Reading, Readout
@@ -53,8 +54,15 @@ def make_result(
         mask=mask,
         str_tokens=(tuple(vocab[index % len(vocab)] for index in range(pos)),) * batch,
         loss=torch.full((batch,), 1.25),
-        targets=torch.full((batch,), target),
-        answers=torch.zeros(batch, dtype=torch.long),
+        targets=torch.full((batch, pos), target),
+        target_texts=(PARIS,) * batch,
+        predictions=Predictions(
+            answers=torch.zeros(batch, dtype=torch.long),
+            answer_probs=torch.full((batch,), 0.5),
+            target_probs=torch.full((batch,), 0.25),
+            target_ranks=torch.ones(batch, dtype=torch.long),
+        ),
+        prompt_lengths=torch.full((batch,), pos),
         n_layers=layers,
         objective="target_nll(' Paris')",
         model_name="a <model>",
@@ -87,7 +95,18 @@ def make_result(
 
 
 def without_target(result: BackwardLensResult) -> BackwardLensResult:
-    return replace(result, capture=replace(result.capture, targets=None))
+    capture = replace(result.capture, targets=None, target_texts=None)
+    readings = tuple(
+        replace(
+            reading,
+            readouts={
+                matrix: replace(readout, target_rank=torch.full_like(readout.target_rank, -1))
+                for matrix, readout in reading.readouts.items()
+            },
+        )
+        for reading in result.readings
+    )
+    return replace(result, capture=capture, readings=readings)
 
 
 def all_cells(result: BackwardLensResult, matrix: str) -> list[Cell]:

@@ -435,6 +435,8 @@ def check_values(case: Case, found: Sweep, rows: list[dict[str, Any]]) -> None:
                     assert (None if pd.isna(held) else held) == segments[place]
                     assert cell["norm"] == pytest.approx(float(lengths[place]), **close)
                     assert cell["input_norm"] == pytest.approx(float(x[place].norm()), **close)
+                    written = float(x[place].outer(delta[place]).norm())
+                    assert cell["write_norm"] == pytest.approx(written, **close)
                     assert cell["is_zero"] == (not writes[place])
                     if float(raw[place].norm()) > 0:
                         cosine = torch.cosine_similarity(raw[place], top_vjp, dim=0)
@@ -524,8 +526,9 @@ def test_numbers_do_not_depend_on_shards_or_the_order_of_rows(swept):
 
 SCHEMA = {
     "positions": """prompt int64, matrix string, layer int32, position int32, token string,
-        segment string, projection string, norm float, input_norm float, top_vjp_cosine float,
-        is_zero bool, is_faint bool, target_rank int32, answer_rank int32, entropy float,
+        segment string, projection string, norm float, input_norm float, write_norm float,
+        top_vjp_cosine float, is_zero bool, is_faint bool, target_rank int32, answer_rank int32,
+        entropy float,
         top_tokens list<element: string>, top_scores list<element: float>,
         bottom_tokens list<element: string>, bottom_scores list<element: float>""",
     "gradients": """prompt int64, matrix string, layer int32, is_last_layer bool, n_tokens int32,

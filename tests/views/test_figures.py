@@ -339,7 +339,7 @@ def test_target_ranks(result: BackwardLensResult, facts_model: Any, backend: Any
     batch = 2
     found = lines(figures.target_ranks(result, batch=batch, backend=backend))
     tokens = result.capture.str_tokens[batch]
-    target = int(result.capture.targets[batch])
+    target = int(result.capture.targets[batch, 0])
     assert [name.split(":")[0] for name in found] == [str(i) for i in range(len(tokens))]
     for position, (layers, places) in enumerate(found.values()):
         assert layers.tolist() == list(result.layers)
@@ -904,8 +904,12 @@ def test_errors(result: BackwardLensResult, facts_model: Any) -> None:
         "no answer_rank was measured: .*measures=", figures.token_ranks_by_segment, result,
         SUBJECTS, of="answer",
     )  # fmt: skip
-    aimless = blt.backward_lens(facts_model, "Rome is in", objective=blt.next_token_loss())
-    refused("is not about one token, so there is no target", figures.target_ranks, aimless)
+
+    def loss(logits: Any, tokens: Any) -> Any:
+        return -logits[:, -1].log_softmax(-1)[:, 7]
+
+    aimless = blt.backward_lens(facts_model, "Rome is in", objective=loss)
+    refused("has no target to rank; pass target=", figures.target_ranks, aimless)
     refused("no target_rank was measured", figures.token_ranks_by_segment, aimless, "Rome")
 
 
