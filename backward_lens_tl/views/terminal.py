@@ -13,7 +13,14 @@ from backward_lens_tl.models.sites import MatrixName
 from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views.colors import DARK_SHADES, NormScale
-from backward_lens_tl.views.text import ADDS_NOTHING, LEADS, faint_note, matrix_title, visible
+from backward_lens_tl.views.text import (
+    ADDS_NOTHING,
+    LEADS,
+    display_order,
+    faint_note,
+    matrix_title,
+    visible,
+)
 
 _LAYER_WIDTH = len("layer")
 _NARROWEST, _WIDEST = 8, 16
@@ -40,7 +47,7 @@ class TerminalTable:
         self, console: Console, options: ConsoleOptions
     ) -> Iterator[RenderableType]:
         """Render for a console; rich calls this."""
-        for matrix in self.result.matrices:
+        for matrix in display_order(self.result.matrices):
             yield self._panel(matrix, options.max_width, console.color_system is not None)
 
     def _panel(self, matrix: MatrixName, width: int, styled: bool) -> RenderableType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from backward_lens_tl.models.sites import READING_MATRICES, MatrixName
@@ -20,6 +20,9 @@ SPACE = "␣"
 _MARKS = {" ": " ", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 _SHAPELESS = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp", "Zs"})
 _JOINERS = "\u200c\u200d"
+_DISPLAY_ORDER: tuple[MatrixName, ...] = (
+    "W_out", "W_gate", "W_in", "W_O", "W_Q", "W_K", "W_V",
+)  # fmt: skip
 _READERS = {"W_Q": "queries", "W_K": "keys", "W_V": "values"}
 
 
@@ -77,6 +80,18 @@ def number(value: float) -> str:
 def counted(count: int, noun: str) -> str:
     """A number of things, such as `1 prompt` or `2 prompts`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def display_order(matrices: Iterable[MatrixName]) -> list[MatrixName]:
+    """The order in which views show matrices: what the update adds comes first.
+
+    Args:
+        matrices: Some matrices, in any order.
+
+    Returns:
+        `W_out`, `W_gate`, `W_in`, then `W_O`, `W_Q`, `W_K`, `W_V`, as far as they are given.
+    """
+    return sorted(matrices, key=_DISPLAY_ORDER.index)
 
 
 def matrix_title(matrix: MatrixName, direction: str, vjps_at: str) -> str:

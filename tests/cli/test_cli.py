@@ -73,9 +73,9 @@ def test_facts_are_shown_with_an_explanation(capsys: pytest.CaptureFixture[str])
     out, err = capsys.readouterr()
     assert err == ""
     assert "target ' Paris': loss" in out
-    assert re.search(r"^W_in imprint.*^W_out shift", out, flags=re.M | re.S)
+    assert re.search(r"^W_out shift.*^W_in imprint", out, flags=re.M | re.S)
     found = re.search(r"W_out at ' for' \(position \d\).*leads in (\d) of 8 layers", out)
-    shift = out[out.index("W_out shift") :]
+    shift = out[out.index("W_out shift") : out.index("W_in imprint")]
     assert int(found[1]) == len(re.findall(r"★␣Paris *$", shift, flags=re.M)) > 0
 
 
@@ -116,7 +116,7 @@ def test_a_group_of_matrices_and_bos(stories_path: str, capsys):
     argv = ["show", "--model", stories_path, "--prompt", PROMPT, "--matrices", "mlp", "--bos"]
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert re.findall(r"^(W_\w+) [is]", out, flags=re.M) == ["W_in", "W_gate", "W_out"]
+    assert re.findall(r"^(W_\w+) [is]", out, flags=re.M) == ["W_out", "W_gate", "W_in"]
     assert out.startswith("'Once upon")
     assert re.search(r"^layer +<s> ", out, flags=re.M)
 

@@ -20,6 +20,7 @@ from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.readout.cells import Cell, TokenScore
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views.colors import DARK_SHADES, LIGHT_SHADES, NormScale
+from backward_lens_tl.views.text import display_order
 
 pytestmark = pytest.mark.slow  # test_views.py has the quick checks of the same table
 
@@ -139,7 +140,7 @@ def see(root: Locator) -> dict[str, Any]:
 
 def assert_shows(root: Locator, result: BackwardLensResult, state: State = State()) -> None:
     found = see(root)
-    matrices = [state.matrix] if state.matrix else list(result.matrices)
+    matrices = [state.matrix] if state.matrix else display_order(result.matrices)
     assert [table["matrix"] for table in found["tables"]] == matrices
     for table, matrix in zip(found["tables"], matrices, strict=True):
         expected = expected_table(result, matrix, state)
@@ -352,7 +353,7 @@ def test_older_browsers_show_the_tokens(
     path.write_text(sheet, "utf-8")
     with opened(browser, path) as window:
         found = see(window.page.locator("body"))
-        for table, matrix in zip(found["tables"], messi.matrices, strict=True):
+        for table, matrix in zip(found["tables"], display_order(messi.matrices), strict=True):
             expected = expected_table(messi, matrix, State())
             expected["cells"] = [cell["words"] for cell in expected["cells"]]
             assert {**table, "cells": [cell["words"] for cell in table["cells"]]} == expected
@@ -474,7 +475,7 @@ def test_arrow_keys_move_between_cells(browser: Browser, tmp_path: Path, messi: 
     with page_of(browser, tmp_path, messi) as window:
         page = window.page
         page.locator("[name=scale]").first.focus()
-        for matrix in messi.matrices:
+        for matrix in display_order(messi.matrices):
             figure, cells = figure_of(page, matrix), all_cells(messi, matrix)
             assert figure.locator("[tabindex='0']").count() == 1
             page.keyboard.press("Tab")  # one Tab leads to the next table
@@ -487,9 +488,9 @@ def test_arrow_keys_move_between_cells(browser: Browser, tmp_path: Path, messi: 
                 assert details(figure) == expected_details(cells[at])
             assert figure.locator("[tabindex='0']").count() == 1
         page.keyboard.press("Shift+Tab")  # back to the previous cell
-        last = all_cells(messi, "W_in")[(rows - 1) * columns]
-        assert details(figure_of(page, "W_in")) == expected_details(last)
-        td = td_of(messi, figure_of(page, "W_in"), last)
+        last = all_cells(messi, "W_out")[(rows - 1) * columns]
+        assert details(figure_of(page, "W_out")) == expected_details(last)
+        td = td_of(messi, figure_of(page, "W_out"), last)
         assert td.evaluate("td => td === document.activeElement")
 
 
@@ -501,7 +502,7 @@ def test_controls_work_by_keyboard_and_are_never_submitted(
         address = page.url
         state = State()
         for name, value in {
-            "matrix": "W_in", "lens": "normalized", "end": "bottom", "scale": "linear",
+            "matrix": "W_out", "lens": "normalized", "end": "bottom", "scale": "linear",
         }.items():  # fmt: skip
             page.keyboard.press("Tab")
             label = page.locator("label:focus-within")
@@ -804,14 +805,16 @@ def test_a_screen_reader_gets_tables_with_headers(
                 name = node.get("name", {}).get("value", "")
                 named.setdefault(node["role"]["value"], []).append(name)
     columns, rows = len(result.cells("W_in", 0)), len(result.layers)
-    assert [name.partition(",")[0] for name in named["table"]] == list(result.matrices)
+    assert [name.partition(",")[0] for name in named["table"]] == display_order(result.matrices)
     assert len(named["columnheader"]) == 2 * (1 + columns)
     assert named["rowheader"] == [str(layer) for layer in reversed(result.layers)] * 2
-    cells = [cell for matrix in result.matrices for cell in all_cells(result, matrix)]
+    cells = [
+        cell for matrix in display_order(result.matrices) for cell in all_cells(result, matrix)
+    ]
     assert len(named["cell"]) == len(cells) == 2 * rows * columns
     for name, cell in zip(named["cell"], cells, strict=True):
         assert ("target leads: " in name) == cell.target_leads
         assert name.startswith("adds nothing: δ_i is zero") == cell.is_zero
     assert {"Matrix", "Lens", "Tokens", "Colour"} <= set(named["group"])
-    choices = ["all", "W_in", "W_out", "logit lens", "normalized", "top", "bottom", "log", "linear"]
+    choices = ["all", "W_out", "W_in", "logit lens", "normalized", "top", "bottom", "log", "linear"]
     assert named["radio"] == choices

@@ -30,7 +30,7 @@ from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views.colors import DARK_SHADES, LIGHT_SHADES, NormScale
 from backward_lens_tl.views.table import MAX_PROMPTS, render_page, render_table
 from backward_lens_tl.views.terminal import TerminalTable
-from backward_lens_tl.views.text import Piece, pieces, running_text
+from backward_lens_tl.views.text import Piece, display_order, pieces, running_text
 
 # --- a parser that accepts well-formed HTML only ------------------------------------------------
 
@@ -46,7 +46,7 @@ def page(result: BackwardLensResult) -> Node:
 
 
 def tables(page: Node, result: BackwardLensResult) -> list[tuple[Node, MatrixName]]:
-    return list(zip(page.all("table"), result.matrices, strict=True))
+    return list(zip(page.all("table"), display_order(result.matrices), strict=True))
 
 
 # --- HTML ---------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_controls_offer_the_results_matrices_and_lenses(page: Node):
         return found
 
     ends = {"end": ["top", "bottom"], "scale": ["log", "linear"]}
-    lenses, matrices = ["logit_lens", "normalized"], ["", "W_in", "W_out"]
+    lenses, matrices = ["logit_lens", "normalized"], ["", "W_out", "W_in"]
     assert offered(page) == {"matrix": matrices, "lens": lenses, **ends}
     assert page.all("form")[0].attributes["method"] == "dialog"  # which is never submitted
     one = make_result()
@@ -329,6 +329,24 @@ def test_every_character_of_a_token_can_be_seen(token: str, expected: list[tuple
     assert list(pieces(token)) == [Piece(*piece) for piece in expected]
 
 
+@pytest.mark.parametrize(
+    ("given", "shown_first"),
+    [
+        (("W_in", "W_out"), ["W_out", "W_in"]),
+        (("W_in", "W_gate", "W_out"), ["W_out", "W_gate", "W_in"]),
+        (
+            ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out"),
+            ["W_out", "W_in", "W_O", "W_Q", "W_K", "W_V"],
+        ),
+        (("W_K",), ["W_K"]),
+    ],
+)
+def test_views_show_what_the_update_adds_first(
+    given: tuple[MatrixName, ...], shown_first: list[MatrixName]
+):
+    assert display_order(given) == shown_first
+
+
 def test_running_text_is_one_line_with_plain_spaces():
     assert running_text("a b\nc") == "a b⏎c"
 
@@ -361,7 +379,7 @@ def test_the_last_tokens_are_kept_if_not_all_fit(width: int, left_out: int):
     head = next(line for line in text.splitlines() if line.startswith("layer")).split()
     assert head[1:] == [token.replace(" ", "␣") for token in vocab[left_out:]]
     row = next(line for line in text.splitlines() if line.startswith("    2 ")).split()
-    words = [cell.top[0].token for cell in result.cells("W_in", 2)]
+    words = [cell.top[0].token for cell in result.cells("W_out", 2)]
     assert [word.strip("★") for word in row[1:]] == [
         word.replace(" ", "␣") for word in words[left_out:]
     ]

@@ -14,7 +14,13 @@ from importlib.resources import files
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views.colors import DARK_SHADES, LIGHT_SHADES
 from backward_lens_tl.views.table.panels import isolated, isolated_run, panels
-from backward_lens_tl.views.text import ADDS_NOTHING, LEADS, number, running_text
+from backward_lens_tl.views.text import (
+    ADDS_NOTHING,
+    LEADS,
+    display_order,
+    number,
+    running_text,
+)
 
 MAX_PROMPTS = 4
 MAX_CELLS = 4000
@@ -92,7 +98,10 @@ def _asset(name: str) -> str:
 def _controls(result: BackwardLensResult) -> str:
     # A dialog's form is never submitted, and keeps this table's choices separate from those of
     # other tables on the page.
-    matrices: dict[str, str] = {"": "all", **{name: name for name in result.matrices}}
+    matrices: dict[str, str] = {
+        "": "all",
+        **{name: name for name in display_order(result.matrices)},
+    }
     lenses = {name: name.replace("_", " ") for name in result.projections}
     choices = [
         _choice("Matrix", "matrix", matrices) if len(result.matrices) > 1 else "",

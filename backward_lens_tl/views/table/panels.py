@@ -19,6 +19,7 @@ from backward_lens_tl.views.colors import LIGHT_SHADES, NormScale
 from backward_lens_tl.views.text import (
     ADDS_NOTHING,
     LEADS,
+    display_order,
     faint_note,
     matrix_title,
     number,
@@ -51,7 +52,7 @@ def panels(result: BackwardLensResult, batch: int) -> str:
     }
     tables = "".join(
         _panel(result, matrix, {lens: rows[matrix] for lens, rows in by_lens.items()})
-        for matrix in result.matrices
+        for matrix in display_order(result.matrices)
     )
     return (
         f'<div data-prompt="{batch}"><div class="panels">{tables}</div>'
