@@ -401,12 +401,12 @@ def test_views_show_a_result_in_bfloat16(facts_result: Any) -> None:
     assert visible(small._repr_html_()) == visible(plain._repr_html_())
     assert visible(render_page(small, 1)) == visible(render_page(plain, 1))
     found, expected = small.to_df(), plain.to_df()
-    rounded = ("norm", "input_norm", "top_vjp_cosine", "is_faint")
+    rounded = ("norm", "input_norm", "write_norm", "top_vjp_cosine", "is_faint")
     exact = [column for column in expected if column not in rounded]
     pd.testing.assert_frame_equal(found[exact], expected[exact])
     cosines = expected["top_vjp_cosine"].tolist()
     assert found["top_vjp_cosine"].tolist() == pytest.approx(cosines, abs=2**-7, nan_ok=True)
-    for norm in ("norm", "input_norm"):
+    for norm in ("norm", "input_norm", "write_norm"):
         assert found[norm].tolist() == pytest.approx(expected[norm].tolist(), rel=2**-8)
     assert (found["is_faint"] != expected["is_faint"]).mean() < 0.01
     for layer in (0, -1):
