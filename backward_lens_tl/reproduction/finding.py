@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -65,7 +67,7 @@ class Finding:
 
 def count_check(
     claim: str,
-    flags: Iterable[bool],
+    flags: Iterable[bool | np.bool_],
     of: str,
     *,
     at_least: float | None = None,

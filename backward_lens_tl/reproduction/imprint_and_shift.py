@@ -33,7 +33,7 @@ def imprint_and_shift(evidence: Evidence) -> Finding:
             "times the model's rounding error",
             table["output_error"] <= 10 * table["rounding"],
             f"steps; the largest relative error is {table['output_error'].max():.1e}",
-            at_least=1,
+            at_least=1.0,
         ),
         count_check(
             "the loss falls by eta times the squared gradient norm, to within 10 %, in at least "

@@ -89,5 +89,5 @@ def _last_token_is_longest(results: Mapping[str, BackwardLensResult]) -> Check:
         "last layer, where all other VJPs are zero)",
         is_longest,
         "of these layers",
-        at_least=1,
+        at_least=1.0,
     )

@@ -214,9 +214,9 @@ def test_columns_by_layer():
         (0, 0, None, False),
         (3, 4, 0.75, True),
         (2, 4, 0.75, False),
-        (4, 4, 1, True),
-        (3, 4, 1, False),
-        (0, 0, 1, False),
+        (4, 4, 1.0, True),
+        (3, 4, 1.0, False),
+        (0, 0, 1.0, False),
     ],
 )
 def test_checks_of_counts(count: int, total: int, at_least: float | None, expected: bool):
