@@ -75,7 +75,7 @@ def backward_lens(
             `"attn"`, `"mlp"`, `"all"`.
         layers: Layers, negative ones from the end; `None` for all.
         positions: Positions to project, negative ones from the end of each prompt; `None` for all.
-        projection: `"logit_lens"`, `"normalized"`, an object with
+        projection: `"logit_lens"`, `"normalized"`, `"cosine"`, an object with
             `project(vectors, layer) -> logits`, or several of these. Methods of the result use the
             first, its table switches between them, and `result.under(name)` uses another.
         direction: `"update"` projects what a step of gradient descent adds, `-delta_i` for

@@ -4,7 +4,8 @@ For a result, analyses by segment take the table `to_df(subject)`, which needs t
 
 `gradient_ranks` and `rank_exceptions` are figure 4; `norms_by_segment` and `norm_correlation`
 figures 6, 16 and 17; `token_ranks_by_segment` figures 7 and 18 to 21; `neuron_tokens`,
-`spanning_tokens` and `neuron_overlap` appendix B; `step_changes` lemma 5.2.
+`spanning_tokens` and `neuron_overlap` appendix B, and `top_neurons` its reading of single neurons
+in all layers; `step_changes` lemma 5.2.
 """
 
 from backward_lens_tl.analysis.by_segment import (
@@ -15,6 +16,7 @@ from backward_lens_tl.analysis.by_segment import (
 from backward_lens_tl.analysis.neurons import neuron_overlap, neuron_tokens, spanning_tokens
 from backward_lens_tl.analysis.ranks import gradient_ranks, rank_exceptions
 from backward_lens_tl.analysis.steps import step_changes
+from backward_lens_tl.analysis.top_neurons import top_neurons
 
 __all__ = [
     "gradient_ranks",
@@ -26,4 +28,5 @@ __all__ = [
     "spanning_tokens",
     "step_changes",
     "token_ranks_by_segment",
+    "top_neurons",
 ]

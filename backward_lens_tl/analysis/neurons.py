@@ -88,7 +88,7 @@ def neuron_tokens(
     """
     import pandas as pd
 
-    gradient = _capture_of(capture, model)[matrix, layer]
+    gradient = capture_of(capture, model)[matrix, layer]
     per_group = checked_count("per_group", per_group)
     norms = gradient.neuron_norms(batch).cpu()
     groups = _by_length(norms, per_group)
@@ -149,7 +149,7 @@ def spanning_tokens(
     """
     import pandas as pd
 
-    found = _capture_of(capture, model)
+    found = capture_of(capture, model)
     vectors = _spanning(found[matrix, layer], batch)
     read = read_vectors(model, vectors, projection=projection, layer=layer, k=k)
     return pd.DataFrame(
@@ -206,7 +206,7 @@ def neuron_overlap(
     """
     import pandas as pd
 
-    found = _capture_of(capture, model)
+    found = capture_of(capture, model)
     gradient = found[matrix, layer]
     read = partial(read_vectors, model, projection=projection, layer=layer, k=k)
     similarity = gradient.neuron_similarity(batch).cpu()
@@ -232,7 +232,19 @@ def neuron_overlap(
     )
 
 
-def _capture_of(capture: object, model: nn.Module) -> GradientCapture:
+def capture_of(capture: object, model: nn.Module) -> GradientCapture:
+    """The gradients of a capture or a result, if they fit the model.
+
+    Args:
+        capture: What was passed.
+        model: The model.
+
+    Returns:
+        The gradients.
+
+    Raises:
+        InputError: If it is something else, or of a model of another width.
+    """
     found = capture.capture if isinstance(capture, BackwardLensResult) else capture
     if not isinstance(found, GradientCapture):
         raise InputError(

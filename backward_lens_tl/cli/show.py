@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from backward_lens_tl.choices import Lens
 from backward_lens_tl.cli.options import Command
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from backward_lens_tl.readout.cells import Cell
     from backward_lens_tl.result import BackwardLensResult
 
-_LENSES = get_args(Lens)
+_LENSES: tuple[Lens, ...] = ("logit_lens", "normalized")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from backward_lens_tl.models.hooks import Tap
+from backward_lens_tl.models.precision import at_least_float32
 
 _HALF_PRECISION_EPS = 1e-6
 """`eps` above which a dtype is too coarse to tell whether two normed vectors are on one line."""
@@ -31,6 +33,23 @@ _FEW = 16
 
 _COLUMNS = 2048
 """Tokens whose terms are summed in float32; the sums are added in float64."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of `W_U` as seen before the final norm.
+
+    A norm maps a vector `v` of root mean square 1 to `g * C v + b`, where `C` subtracts the mean
+    (LayerNorm) or is the identity (RMSNorm). Up to a term that all tokens share, the logit of token
+    `t` is `v . e_t` with `e_t = C (g * (w_t - mean_s w_s))`.
+
+    Attributes:
+        mean: `mean_s w_s`.
+        lengths: `|e_t|` of each token.
+    """
+
+    mean: Float[Tensor, "d_model"]
+    lengths: Float[Tensor, "d_vocab"]
 
 
 class Unembedding(ABC):
@@ -117,6 +136,48 @@ class Unembedding(ABC):
                 products[rows] = product(along[rows], weight)
             yield self.finished(products)
 
+    @torch.no_grad()
+    def columns(self) -> Columns:
+        """The columns of `W_U` as seen before the final norm, at least in float32."""
+        weight = self._model.W_U
+        with torch.autocast(weight.device.type, enabled=False):
+            # Both kinds of norm map a vector of mean 0 to its product with the gain.
+            uneven = _uneven(weight[:, 0])
+            probes = torch.stack([torch.zeros_like(uneven), torch.ones_like(uneven), uneven])
+            of_zero, of_ones, of_uneven = at_least_float32(self.normed(probes))
+            gain = (of_uneven - of_zero) / uneven
+            subtracts_mean = torch.allclose(of_ones, of_zero)
+            mean = at_least_float32(weight).mean(1)
+            lengths = []
+            for columns in weight.split(_COLUMNS, dim=1):
+                seen = gain[:, None] * (at_least_float32(columns) - mean[:, None])
+                if subtracts_mean:
+                    seen -= seen.mean(0)
+                lengths.append(torch.linalg.vector_norm(seen, dim=0))
+        return Columns(mean, torch.cat(lengths))
+
+    def cosines(
+        self, directions: Float[Tensor, "n d_model"], columns: Columns
+    ) -> Float[Tensor, "n d_vocab"]:
+        """Cosine of each vector and each token's column of `W_U`, seen before the final norm.
+
+        Args:
+            directions: Vectors of length 1; a zero vector has cosine 0 with all tokens.
+            columns: What `columns` returned.
+
+        Returns:
+            The cosines. Biases, a softcap and a scale have no effect.
+        """
+        weight = self._model.W_U
+        length = math.sqrt(weight.shape[0])  # a root mean square of 1
+        with torch.autocast(weight.device.type, enabled=False):
+            of_zero = self._normed_like(weight, torch.zeros_like(directions[:1]))
+            normed = self._normed_like(weight, length * directions) - of_zero
+            scores = at_least_float32(product(normed, weight))
+            scores -= (at_least_float32(normed) @ columns.mean)[:, None]
+            scores /= length * columns.lengths.masked_fill(columns.lengths == 0, 1)
+        return scores
+
     def finished(self, products: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:
         """Logits from the vectors' products with `W_U`."""
         bias = self._model.b_U
@@ -140,6 +201,15 @@ class Unembedding(ABC):
 
     def _normed_like(self, weight: Tensor, vectors: Tensor) -> Tensor:
         return self.normed(vectors.to(device=weight.device, dtype=weight.dtype))
+
+
+def _uneven(like: Float[Tensor, "d_model"]) -> Float[Tensor, "d_model"]:
+    """A vector of mean 0 and root mean square 1 without zeros."""
+    entries = torch.ones_like(like)
+    entries[1::2] = -1
+    if len(entries) % 2:
+        entries[1] = -2
+    return entries / entries.square().mean().sqrt()
 
 
 def product(

@@ -118,6 +118,36 @@ class NormalizedLogitLens(LogitLens):
         return super().project(_directions(vectors), layer)
 
 
+class CosineLens(LogitLens):
+    """The cosine of a vector and each token's column of `W_U`, seen before the final norm.
+
+    The Logit Lens scores token `t` with `v' . e_t` plus terms that are the same for all tokens or
+    all vectors. Here `v'` is `v` as the norm scales it and `e_t = C (g * (w_t - mean_s w_s))`, with
+    the norm's gain `g` and, for LayerNorm, the subtraction of the mean `C`. Tokens with long
+    columns therefore have larger scores of both signs and lead for many unrelated vectors. This
+    lens scores `v' . e_t / (|v'| |e_t|)`: for a vector of random direction all tokens have the same
+    chance.
+
+    Scores do not depend on the vector's length, and biases of the norm and of the unembedding do
+    not contribute.
+
+    Args:
+        host: The model.
+    """
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host)
+        self.faint_norm = 0.0
+        self._columns = host.unembedding.columns()
+
+    def project(
+        self, vectors: Float[Tensor, "n d_model"], layer: int
+    ) -> Float[Tensor, "n d_vocab"]:
+        """Cosine of every vector and every token; the same in all layers."""
+        del layer
+        return self._host.unembedding.cosines(_directions(vectors), self._columns)
+
+
 _SHORTEST = 1e-15
 
 
@@ -130,7 +160,11 @@ def _directions(vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model
     return even / norms.masked_fill(norms == 0, 1)
 
 
-_BY_NAME: dict[str, type[LogitLens]] = {"logit_lens": LogitLens, "normalized": NormalizedLogitLens}
+_BY_NAME: dict[str, type[LogitLens]] = {
+    "logit_lens": LogitLens,
+    "normalized": NormalizedLogitLens,
+    "cosine": CosineLens,
+}
 
 
 def as_projections(
@@ -174,7 +208,7 @@ def as_projection(projection: str | Projection, host: Host) -> Projection:
     """Resolve the `projection` argument.
 
     Args:
-        projection: `"logit_lens"`, `"normalized"`, or an object with
+        projection: `"logit_lens"`, `"normalized"`, `"cosine"`, or an object with
             `project(vectors, layer) -> logits`.
         host: The model.
 

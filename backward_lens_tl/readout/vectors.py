@@ -145,7 +145,7 @@ def read_vectors(
         vectors: Floating-point vectors on any device.
         target: Token to rank: a text of one token, a token id, or one of these per vector. A text
             is read as a continuation, so words need their leading space.
-        projection: `"logit_lens"`, `"normalized"`, or an object with
+        projection: `"logit_lens"`, `"normalized"`, `"cosine"`, or an object with
             `project(vectors, layer) -> logits`.
         layer: The layer that the vectors come from, negative from the end. A projection object
             needs it; the built-in projections are the same in all layers.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 EXAMPLE = ("Lionel Messi plays for", " Paris")
 """The paper's prompt and its target."""
 
-_LENSES: tuple[Lens, ...] = get_args(Lens)
+_LENSES: tuple[Lens, ...] = ("logit_lens", "normalized")
 _END = 0.01
 _NORMS = ("norm", "input_norm", "is_zero")
 

@@ -29,7 +29,7 @@ class SweepConfig(Config):
     Attributes:
         matrices: Among W_Q, W_K, W_V, W_O, W_in, W_gate and W_out, or the groups attn, mlp, all.
         layers: Layers, negative ones from the end; all by default.
-        projection: How vectors are read: logit_lens, normalized, or both.
+        projection: How vectors are read: logit_lens, normalized, cosine, or several of these.
         direction: W_out and W_O as what gradient descent adds (update), or as the raw gradient.
         vjps_at: VJPs of W_out and W_O at the matrix's own output (matrix), or where that output
             joins the residual stream (residual); they differ after a post-norm.
@@ -77,7 +77,8 @@ class SweepConfig(Config):
         object.__setattr__(self, "memory", _as_memory(self.memory))
         if not self.projection or len(set(self.projection)) < len(self.projection):
             raise SweepError(
-                f"projection is {self.projection!r}; pass 'logit_lens', 'normalized', or both"
+                f"projection is {self.projection!r}; pass 'logit_lens', 'normalized', "
+                "'cosine', or several of these"
             )
         for table, asked in self._chosen.items():
             names = [column.name for column in TABLES[table]]

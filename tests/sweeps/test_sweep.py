@@ -904,7 +904,10 @@ def test_fingerprints_change_with_one_bit_of_model_or_data(swept, plain):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"projection": "nope"}, "projection is 'nope'; it should be 'logit_lens' or 'normalized'"),
+        (
+            {"projection": "nope"},
+            "projection is 'nope'; it should be 'logit_lens', 'normalized' or 'cosine'",
+        ),
         ({"projection": ()}, r"projection is \(\); pass .* or both"),
         ({"projection": ("normalized", "normalized")}, "pass .* or both"),
         ({"direction": "up"}, "direction is 'up'; it should be 'update' or 'gradient'"),

@@ -29,6 +29,7 @@ MAX_CELLS = 4000
 _PROJECTIONS = {
     "logit_lens": "logit lens: the model's final norm and unembedding",
     "normalized": "normalized logit lens: each vector is scaled to length 1 first",
+    "cosine": "cosine with each token's column of the unembedding, whatever its length",
 }
 _DIRECTIONS = {
     "update": "update: W_out and W_O are read as -δ_i, what one step of gradient descent adds",
