@@ -196,10 +196,35 @@ class BackwardLensResult(LensReadouts):
         write_parquet(self.to_df(subject), path)
 
     def _repr_html_(self) -> str:
-        # The only import from a later stage: a notebook calls this method of the result.
+        # Views come from a later stage, but a notebook calls this method of the result.
         from backward_lens_tl.views.table import render_table
 
         return render_table(self)
+
+    def to_html(self, batch: int = 0) -> str:
+        """The layers x tokens table of one prompt as a self-contained page.
+
+        Of a prompt with thousands of cells, the page holds fewer than `k` tokens of each cell, or
+        only the last tokens of the prompt, and says so; it stays below 5 MB.
+
+        Args:
+            batch: Which prompt.
+
+        Returns:
+            The HTML document.
+
+        Raises:
+            InputError: If there is no such prompt.
+
+        Examples:
+            >>> page = result.to_html()
+            >>> page[:15], "Paris" in page
+            ('<!DOCTYPE html>', True)
+        """
+        from backward_lens_tl.views.table import render_page
+
+        self._check_prompt(batch)
+        return render_page(self, batch)
 
     def save_html(self, path: str | Path, batch: int = 0) -> None:
         """Write the layers x tokens table of one prompt as a self-contained page.
@@ -209,17 +234,15 @@ class BackwardLensResult(LensReadouts):
             batch: Which prompt.
 
         Raises:
+            InputError: If there is no such prompt.
             ResultFileError: If the file cannot be written.
 
         Examples:
             >>> result.save_html(folder / "messi.html")
-            >>> "Paris" in (folder / "messi.html").read_text(encoding="utf-8")
+            >>> (folder / "messi.html").read_text(encoding="utf-8") == result.to_html()
             True
         """
-        from backward_lens_tl.views.table import render_page
-
-        self._check_prompt(batch)
-        page = render_page(self, batch)
+        page = self.to_html(batch)
         with replacing(path) as partial:
             partial.write_text(page, encoding="utf-8")
 

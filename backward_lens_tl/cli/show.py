@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from backward_lens_tl.choices import Lens
+from backward_lens_tl.choices import Lens, Size
 from backward_lens_tl.cli.options import Command
 from backward_lens_tl.sweeps.config import SweepConfig
 
@@ -30,6 +30,8 @@ class ShowCommand(Command):
         target: What the model should predict next, such as " Paris"; by default its own answer.
         html: A file to write the table to as a page; it shows both projections.
         positions: Tokens of the prompt, negative ones from the end; all by default.
+        shade_by: What colours in the terminal show: the norm of delta_i, or write_norm, that of
+            x_i times that of delta_i; a page has both.
     """
 
     SETTINGS = SweepConfig
@@ -41,6 +43,7 @@ class ShowCommand(Command):
     target: str | None = None
     html: str | None = None
     positions: Sequence[int] | None = None
+    shade_by: Size = "norm"
 
     def run(self) -> None:
         """Print the table."""
@@ -56,8 +59,8 @@ class ShowCommand(Command):
 
         console = Console()
         console.print(_heading(result), markup=False, highlight=False)
-        console.print(TerminalTable(result))
-        console.print(_explanation(result), markup=False, highlight=False)
+        console.print(TerminalTable(result, shade_by=self.shade_by))
+        console.print(_explanation(result, self.shade_by), markup=False, highlight=False)
         if self.html is not None:
             console.print(f"page: {self.html}", markup=False, highlight=False, soft_wrap=True)
 
@@ -76,23 +79,35 @@ class ShowCommand(Command):
 
 
 def _heading(result: BackwardLensResult) -> str:
-    from backward_lens_tl.views.text import number
+    """The question, the model's own answer, and what is differentiated."""
+    from backward_lens_tl.views.text import number, prediction_text, prompt_text
 
-    prompt = result.capture.prompt(0)
+    target = result.target()
+    arrow = "" if target is None else f" → {target!r}"
+    said = prediction_text(result.prediction(), result.has_position_targets, repr)
     loss = number(float(result.capture.loss[0]))
     return (
-        f"{prompt!r}, target {result.target()!r}: loss {loss} "
+        f"{prompt_text(result.capture, 0)!r}{arrow}\n{said}\n"
+        f"{result.capture.objective}: loss {loss} "
         f"({result.projection}, {result.direction}, {result.capture.model_name})\n"
     )
 
 
-def _explanation(result: BackwardLensResult) -> str:
+_SHADES = {
+    "norm": "the norm of delta_i, how strongly the loss acts there (--shade-by write_norm: the "
+    "size of what is written there)",
+    "write_norm": "||x_i|| ||delta_i||, the size of the term that is written there",
+}
+
+
+def _explanation(result: BackwardLensResult, shade_by: Size) -> str:
     """How to read the table, and where the target leads."""
     read = (
         "A cell holds the token with the highest score at one layer and token of the prompt; its "
-        "colour is the norm of delta_i, how strongly it writes. ★: the target leads. "
-        "·: adds nothing."
+        f"colour is {_SHADES[shade_by]}. ★: the target leads. ·: adds nothing."
     )
+    if result.has_position_targets:
+        read += " say →: the target of each position. │: the answer begins."
     if "W_out" not in result.matrices:
         return read
     final = int(result.positions.max())
@@ -105,7 +120,7 @@ def _explanation(result: BackwardLensResult) -> str:
     if result.direction == "gradient":
         return f"{read}\n{where} is the raw gradient, which gradient descent subtracts."
     return (
-        f"{read}\n{where}, what the update adds: the target {result.target()!r} leads in "
+        f"{read}\n{where}, what the update adds: the target {first.target!r} leads in "
         f"{_leads(raw)} of {len(raw)} layers, and under the normalized lens in "
         f"{_leads(direction)}."
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from backward_lens_tl.choices import Size
 from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.views.text import number
 
@@ -74,9 +75,10 @@ class NormScale:
         return cls(max(min(counted), high / _LARGEST_RATIO), high)
 
     @classmethod
-    def of_cells(cls, rows: Sequence[Sequence[Cell]]) -> NormScale:
+    def of_cells(cls, rows: Sequence[Sequence[Cell]], size: Size = "norm") -> NormScale:
         """The scale of a matrix's cells."""
-        return cls.spanning(cell.norm for row in rows for cell in row if not cell.is_zero)
+        cells = (cell for row in rows for cell in row if not cell.is_zero)
+        return cls.spanning(getattr(cell, size) for cell in cells)
 
     def step(self, norm: float) -> int:
         """Index of a norm's shade on the logarithmic scale."""
@@ -95,12 +97,12 @@ class NormScale:
     @property
     def ends(self) -> tuple[str, str]:
         """Labels of the two ends of the logarithmic scale."""
-        return f"norm ≤ {number(self.low)}", f"{number(self.high)}, logarithmic"
+        return f"≤ {number(self.low)}", f"{number(self.high)}, logarithmic"
 
     @property
     def linear_ends(self) -> tuple[str, str]:
         """Labels of the two ends of the linear scale."""
-        return "norm 0", f"{number(self.high)}, linear"
+        return "0", f"{number(self.high)}, linear"
 
 
 @dataclass(frozen=True)

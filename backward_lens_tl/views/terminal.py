@@ -9,6 +9,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from backward_lens_tl.choices import Size
 from backward_lens_tl.models.sites import MatrixName
 from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.result import BackwardLensResult
@@ -16,6 +17,7 @@ from backward_lens_tl.views.colors import DARK_SHADES, NormScale
 from backward_lens_tl.views.text import (
     ADDS_NOTHING,
     LEADS,
+    SIZES,
     display_order,
     faint_note,
     matrix_title,
@@ -24,6 +26,9 @@ from backward_lens_tl.views.text import (
 
 _LAYER_WIDTH = len("layer")
 _NARROWEST, _WIDEST = 8, 16
+
+_SAYS, _EDGE = "say →", "│"
+"""The row of tokens that positions should say; the line between a prompt and its answer."""
 
 _FAINT = "~"
 """Marks a faint cell where italics are not available."""
@@ -38,10 +43,13 @@ class TerminalTable:
     Attributes:
         result: The result to show.
         batch: Index of the prompt.
+        shade_by: What colours show: `"norm"` for `||delta_i||`, `"write_norm"` for
+            `||x_i|| ||delta_i||`, the norm of the term that the position writes.
     """
 
     result: BackwardLensResult
     batch: int = 0
+    shade_by: Size = "norm"
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
@@ -54,11 +62,13 @@ class TerminalTable:
         # The last layer is on top: the forward pass goes up, the gradient down.
         layers = reversed(self.result.layers)
         rows = [self.result.cells(matrix, layer, self.batch) for layer in layers]
-        scale = NormScale.of_cells(rows)
-        texts = [[_text(cell, scale, styled) for cell in row] for row in rows]
-        heads = [_token(cell.token, "bold") for cell in rows[0]]
+        scale = NormScale.of_cells(rows, self.shade_by)
+        texts = [[self._text(cell, scale, styled) for cell in row] for row in rows]
+        heads = [self._from_edge(cell, _token(cell.token, "bold")) for cell in rows[0]]
+        says = [self._says(cell) for cell in rows[0]] if self.result.has_position_targets else []
         columns = [
-            max(text.cell_len for text in column) for column in zip(heads, *texts, strict=True)
+            max(text.cell_len for text in column)
+            for column in zip(heads, *texts, *([says] if says else []), strict=True)
         ]
         first, cell_width = _fit(columns, width)
 
@@ -66,6 +76,8 @@ class TerminalTable:
         table.add_column("layer", justify="right", style="bold", width=_LAYER_WIDTH, no_wrap=True)
         for head in heads[first:]:
             table.add_column(head, width=cell_width, no_wrap=True, overflow="ellipsis")
+        if says:
+            table.add_row(_SAYS, *says[first:], style="italic")
         for row, own in zip(rows, texts, strict=True):
             table.add_row(str(row[0].layer), *(_filled(text, cell_width) for text in own[first:]))
         meaning = matrix_title(matrix, self.result.direction, self.result.vjps_at)
@@ -79,7 +91,27 @@ class TerminalTable:
             ),
         ]
         below = [Text(note, style="dim") for note in notes if note]
-        return Group(title, table, _legend(scale, styled), *below, Text())
+        legend = _legend(SIZES[self.shade_by], scale, styled)
+        return Group(title, table, legend, *below, Text())
+
+    def _text(self, cell: Cell, scale: NormScale, styled: bool) -> Text:
+        if cell.is_zero:
+            return self._from_edge(cell, Text(ADDS_NOTHING, style="dim"))
+        shade = DARK_SHADES[scale.step(getattr(cell, self.shade_by))]
+        style = f"{'italic ' if cell.is_faint else ''}{shade.text} on {shade.background}"
+        marks = LEADS * cell.target_leads + _FAINT * (cell.is_faint and not styled)
+        bold = "bold " if cell.target_leads else ""
+        return self._from_edge(cell, _token(cell.top[0].token, bold + style, marks))
+
+    def _says(self, cell: Cell) -> Text:
+        """The token that the cell's position should say."""
+        token = Text() if cell.target is None else _token(cell.target, "")
+        return self._from_edge(cell, token)
+
+    def _from_edge(self, cell: Cell, text: Text) -> Text:
+        """The text, after a line if the answer begins at this position."""
+        begins = cell.position == int(self.result.capture.prompt_lengths[self.batch])
+        return Text.assemble((_EDGE, "default on default"), text) if begins else text
 
 
 def _fit(columns: Sequence[int], width: int) -> tuple[int, int]:
@@ -91,17 +123,6 @@ def _fit(columns: Sequence[int], width: int) -> tuple[int, int]:
         if each >= min(_NARROWEST, max(columns[first:])):
             return first, each
     return len(columns) - 1, max(room - 1, 1)
-
-
-def _text(cell: Cell, scale: NormScale, styled: bool) -> Text:
-    if cell.is_zero:
-        return Text(ADDS_NOTHING, style="dim")
-    shade = DARK_SHADES[scale.step(cell.norm)]
-    style = f"{'italic ' if cell.is_faint else ''}{shade.text} on {shade.background}"
-    mark = _FAINT if cell.is_faint and not styled else ""
-    if cell.target_leads:
-        return _token(cell.top[0].token, f"bold {style}", mark=LEADS + mark)
-    return _token(cell.top[0].token, style, mark)
 
 
 def _token(token: str, style: str, mark: str = "") -> Text:
@@ -123,9 +144,9 @@ def _left_out(count: int, total: int) -> str:
     return f"{left_out} of {total} tokens not shown; use a wider terminal or --html"
 
 
-def _legend(scale: NormScale, coloured: bool) -> Text:
+def _legend(name: str, scale: NormScale, coloured: bool) -> Text:
     low, high = scale.ends
     swatches = (
         [("  ", f"on {shade.background}") for shade in DARK_SHADES] if coloured else [("to", "dim")]
     )
-    return Text.assemble((f"{low} ", "dim"), *swatches, (f" {high}", "dim"))
+    return Text.assemble((f"{name} {low} ", "dim"), *swatches, (f" {high}", "dim"))

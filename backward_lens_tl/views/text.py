@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.choices import Size
 from backward_lens_tl.models.sites import READING_MATRICES, MatrixName
 from backward_lens_tl.readout.cells import Cell
+from backward_lens_tl.readout.targets import Prediction
 
 LEADS = "★"
 """Marks a cell whose top token is the target."""
@@ -16,6 +19,9 @@ ADDS_NOTHING = "·"
 """Replaces the token in a cell that adds nothing to its gradient."""
 
 SPACE = "␣"
+
+SIZES: Mapping[Size, str] = {"norm": "‖δ_i‖", "write_norm": "‖x_i‖·‖δ_i‖"}
+"""What colours show."""
 
 _MARKS = {" ": " ", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 _SHAPELESS = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp", "Zs"})
@@ -80,6 +86,59 @@ def number(value: float) -> str:
 def counted(count: int, noun: str) -> str:
     """A number of things, such as `1 prompt` or `2 prompts`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def percent(probability: float) -> str:
+    """A probability in percent; very small ones only as an upper bound."""
+    return "below 0.01 %" if probability < 1e-4 else f"{100 * probability:.3g} %"
+
+
+def prompt_text(capture: GradientCapture, batch: int) -> str:
+    """Text of a prompt without the answer that an objective appended.
+
+    Args:
+        capture: The capture.
+        batch: Which prompt.
+
+    Returns:
+        The text.
+    """
+    length = int(capture.prompt_lengths[batch])
+    if length == len(capture.str_tokens[batch]):
+        return capture.prompt(batch)
+    if not capture.prompts:
+        return "".join(capture.str_tokens[batch][:length])
+    return capture.prompts[batch][: max(end for _, end in capture.spans[batch][:length])]
+
+
+def prediction_text(
+    prediction: Prediction, has_position_targets: bool, quoted: Callable[[str], str]
+) -> str:
+    """What the model answers before the update, and what the update is compared with.
+
+    Args:
+        prediction: The model's prediction.
+        has_position_targets: Whether each position has a target of its own.
+        quoted: Marks a token in the view.
+
+    Returns:
+        A few sentences.
+    """
+    said = f"The model answers {quoted(prediction.answer)} ({percent(prediction.answer_prob)})."
+    if prediction.target is None:
+        following = " Each position is compared with the next token of the text."
+        return said + following if has_position_targets else said
+    if prediction.target == prediction.answer:
+        return f"{said} The target is the same token."
+    probability, ahead = prediction.target_prob or 0.0, prediction.target_rank or 0
+    target = f"{said} The target is {quoted(prediction.target)} ({percent(probability)})"
+    if ahead == 0:
+        return f"{target}, which starts with the same token."
+    verb, than = "is" if ahead == 1 else "are", " than its first token"
+    return (
+        f"{target}; {counted(ahead, 'token')} {verb} more probable"
+        f"{than if has_position_targets else ''}."
+    )
 
 
 def display_order(matrices: Iterable[MatrixName]) -> list[MatrixName]:

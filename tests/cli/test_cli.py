@@ -72,7 +72,8 @@ def test_facts_are_shown_with_an_explanation(capsys: pytest.CaptureFixture[str])
     assert main(["show", *QUESTION]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert "target ' Paris': loss" in out
+    assert out.startswith("'Lionel Messi plays for' → ' Paris'\nThe model answers ' Miami' (")
+    assert "target_nll(' Paris'): loss" in out
     assert re.search(r"^W_out shift.*^W_in imprint", out, flags=re.M | re.S)
     found = re.search(r"W_out at ' for' \(position \d\).*leads in (\d) of 8 layers", out)
     shift = out[out.index("W_out shift") : out.index("W_in imprint")]
@@ -88,20 +89,32 @@ def test_options_reach_the_lens(stories_path: str, tmp_path: Path, capsys):
     assert main([*argv, *options.split(), "--html", str(page)]) == 0
     out = capsys.readouterr().out
     assert f"page: {page}" in out
-    assert "target 'l'" in out
+    assert re.search(r"^'Once upon.*' → 'l'$", out, flags=re.M)
     assert "raw gradient, which gradient descent subtracts" in out
     html = page.read_text(encoding="utf-8")
-    assert html.count("<td") == 4
+    assert html.partition("<script")[0].count("<td") == 4
     assert html.count('class="zero"') == 1  # the other position of the last layer adds nothing
     (held,) = re.findall(r'<script type="application/json">(.*?)</script>', html)
     data = json.loads(held)
     assert list(data["panels"]) == ["W_out"]
     assert data["lenses"] == ["normalized", "logit_lens"]
-    cells = [cell for row in data["panels"]["W_out"] for cell in row if isinstance(cell, list)]
-    k = 3
-    assert [[len(lens) for lens in cell[2:]] for cell in cells] == [[2 + 4 * k] * 2] * 3
+    k, panel = 3, data["panels"]["W_out"]
+    assert panel["zero"].count("-") == 3
+    assert [lens["n"] for lens in panel["lenses"]] == [2 * k] * 2
     assert re.findall(r'scope="row">(\d)<', html) == ["4", "0"]
     assert "&lt;s&gt;" not in re.search(r"<h1>.*?</h1>", html)[0]
+
+
+@pytest.mark.usefixtures("_loaded")
+def test_colours_can_show_the_size_of_what_is_written(capsys: pytest.CaptureFixture[str]):
+    said = {
+        "norm": ("‖δ_i‖ ≤", "how strongly the loss acts there"),
+        "write_norm": ("‖x_i‖·‖δ_i‖ ≤", "the size of the term that is written there"),
+    }
+    for shade_by, texts in said.items():
+        assert main(["show", *QUESTION, "--shade-by", shade_by]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert all(text in out for text in texts)
 
 
 @pytest.mark.usefixtures("_loaded")

@@ -33,10 +33,10 @@ def make_result(
     batch: int = 1,
     vocab: tuple[str, ...] = NASTY,
     direction: str = "update",
+    matrices: tuple[MatrixName, ...] = ("W_in", "W_out"),
 ) -> BackwardLensResult:
     """Random numbers; the last layer is zero except at the last position, as in appendix A."""
     random = torch.Generator().manual_seed(0)
-    matrices: tuple[MatrixName, ...] = ("W_in", "W_out")
     mask = torch.ones(batch, pos, dtype=torch.bool)
     decades = torch.logspace(-2, 0, pos)[None, :, None]
     gradients = {}
@@ -91,6 +91,54 @@ def make_result(
         positions=torch.arange(pos).expand(batch, pos),
         token_texts=dict(enumerate(vocab)),
         direction=direction,
+    )
+
+
+def make_long_result(layers: int, pos: int, k: int = 10) -> BackwardLensResult:
+    """A gated model's result with random tokens of a vocabulary as large as that of SmolLM2."""
+    random = torch.Generator().manual_seed(0)
+    vocab = (PARIS, *(f" w{index * 7919:x}" for index in range(49_151)))
+    small = make_result(
+        layers, pos, k=2, vocab=(PARIS, " a", " b"), matrices=("W_in", "W_gate", "W_out")
+    )
+
+    def ids() -> torch.Tensor:
+        # As on real models, a few tokens are frequent and most are rare.
+        share = torch.rand(layers, 1, pos, k, generator=random)
+        return (share**3 * len(vocab)).long()
+
+    def scores() -> torch.Tensor:
+        return torch.randn(layers, 1, pos, k, generator=random).sort(descending=True)[0] * 10
+
+    readings = tuple(
+        replace(
+            reading,
+            readouts={
+                matrix: replace(
+                    read,
+                    top_ids=ids(), top_scores=scores(), bottom_ids=ids(), bottom_scores=scores(),
+                )
+                for matrix, read in reading.readouts.items()
+            },
+        )
+        for reading in small.readings
+    )  # fmt: skip
+    return replace(small, readings=readings, token_texts=dict(enumerate(vocab)))
+
+
+def with_answer(result: BackwardLensResult, length: int) -> BackwardLensResult:
+    """The same numbers, as if the last tokens were an appended answer, as in `sequence_nll`."""
+    capture = result.capture
+    targets = capture.targets.clone()
+    pos = targets.shape[1]
+    targets[:, pos - length :] = torch.arange(length) % len(result.token_texts)
+    return replace(
+        result,
+        capture=replace(
+            capture,
+            targets=targets,
+            prompt_lengths=torch.full_like(capture.prompt_lengths, pos - length),
+        ),
     )
 
 

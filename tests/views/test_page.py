@@ -14,7 +14,7 @@ from axe_playwright_python.sync_playwright import Axe
 from browser import Opened, opened
 from playwright.sync_api import Browser, Locator, Page
 from type_checks import type_checks_off
-from view_cases import NASTY, all_cells, make_result, shown
+from view_cases import NASTY, all_cells, make_long_result, make_result, parsed, shown
 
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.readout.cells import Cell, TokenScore
@@ -85,6 +85,8 @@ class State:
     matrix: str = ""
     lens: str = "logit_lens"
     end: str = "top"
+    often: str = "ink"
+    size: str = "norm"
     scale: str = "log"
     theme: str = "light"
 
@@ -103,7 +105,7 @@ def expected_cell(cell: Cell, scale: NormScale, state: State) -> dict[str, Any]:
     step = scale.step if state.scale == "log" else scale.linear_step
     return {
         "words": ("★" if marked else "") + shown(entry.token),
-        "background": rgb(shades[step(cell.norm)].background),
+        "background": rgb(shades[step(getattr(cell, state.size))].background),
         "outlined": marked,
         "bold": marked,
         "italic": cell.is_faint,
@@ -112,9 +114,10 @@ def expected_cell(cell: Cell, scale: NormScale, state: State) -> dict[str, Any]:
 
 def expected_table(result: BackwardLensResult, matrix: str, state: State) -> dict[str, Any]:
     cells = all_cells(result.under(state.lens), matrix)
-    norms = [cell.norm for cell in cells if not cell.is_zero]
+    norms = [getattr(cell, state.size) for cell in cells if not cell.is_zero]
     scale = NormScale.spanning(norms)
-    low = f"norm ≤ {scale.low:.4g}" if state.scale == "log" else "norm 0"
+    size = {"norm": "‖δ_i‖", "write_norm": "‖x_i‖·‖δ_i‖"}[state.size]
+    low = f"{size} ≤ {scale.low:.4g}" if state.scale == "log" else f"{size} 0"
     name = "logarithmic" if state.scale == "log" else "linear"
     faint = sum(cell.is_faint for cell in cells)
     threshold = result.under(state.lens).faint_norm
@@ -155,7 +158,8 @@ def expected_details(cell: Cell) -> dict[str, Any]:
     if cell.is_zero:
         reason = "adds nothing: δ_i is zero, no gradient reaches this position"
         return {"about": at, "rest": [reason], "entries": []}
-    facts = [at, f"norm of δ_i {cell.norm:.4g}", f"norm of x_i {cell.input_norm:.4g}"]
+    facts = [at, f"‖δ_i‖ {cell.norm:.4g}", f"‖x_i‖ {cell.input_norm:.4g}"]
+    facts += [f"‖x_i‖·‖δ_i‖ {cell.write_norm:.4g}"]
     facts += ["faint"] * cell.is_faint + [f"target rank {cell.target_rank}"]
     return {
         "about": " · ".join(facts),
@@ -165,7 +169,8 @@ def expected_details(cell: Cell) -> dict[str, Any]:
 
 
 def words_and_scores(entries: tuple[TokenScore, ...]) -> list[list[Any]]:
-    return [[shown(entry.token), float(f"{entry.score:.4g}")] for entry in entries]
+    # Three digits of a half float, which is rounded before.
+    return [[shown(entry.token), pytest.approx(entry.score, rel=6e-3)] for entry in entries]
 
 
 def details(figure: Locator) -> dict[str, Any]:
@@ -220,7 +225,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[BackwardLensResult, 
     path = tmp_path_factory.mktemp("deep") / "page.html"
     words = tuple(f" w{index * 7919:x}" for index in range(300))
     with type_checks_off():
-        result = make_result(layers=48, pos=40, k=10, vocab=(*words, *NASTY))
+        result = make_result(layers=48, pos=31, k=10, vocab=(*words, *NASTY))
         result.save_html(path)
     return result, path
 
@@ -282,11 +287,14 @@ def test_each_control_changes_only_its_own_setting(
         body = window.page.locator("body")
         assert len(see(body)["projection"]) == 1
         previous = State()
-        others = product(["logit_lens", "normalized"], ["top", "bottom"], ["log", "linear"])
+        others = product(
+            ["logit_lens", "normalized"], ["top", "bottom"], ["ink"], ["norm", "write_norm"],
+            ["log", "linear"],
+        )  # fmt: skip
         matrices = cycle(["", "W_out", "W_in"])
         states = [State(matrix, *other) for matrix, other in zip(matrices, others, strict=False)]
         for state in (*states, State()):
-            for name in ("matrix", "lens", "end", "scale"):
+            for name in ("matrix", "lens", "end", "size", "scale"):
                 if getattr(state, name) != getattr(previous, name):
                     choose(body, name, getattr(state, name))
             assert_shows(body, result, state)
@@ -316,7 +324,7 @@ def test_a_lens_may_have_the_name_of_another_controls_choice(
         choose(body, "scale", "linear")
         choose(body, "end", "bottom")
         choose(body, "matrix", "W_out")
-        assert_shows(body, result, State("W_out", name, "bottom", "linear"))
+        assert_shows(body, result, State("W_out", name, "bottom", scale="linear"))
 
 
 @pytest.mark.parametrize("is_restored", [False, True])
@@ -394,7 +402,9 @@ def test_the_table_can_be_read_and_switched_without_scripts(
     with page_of(browser, tmp_path, messi, scripts=False) as window:
         page, body = window.page, window.page.locator("body")
         assert_shows(body, messi)
-        assert page.locator("legend:visible").all_inner_texts() == ["Matrix", "Tokens", "Colour"]
+        assert page.locator("legend:visible").all_inner_texts() == [
+            "Matrix", "Tokens", "Frequent tokens", "Colour", "Scale",
+        ]  # fmt: skip
         assert "tooltip" in figure_of(page, "W_in").locator(".details").inner_text()
         for cell in (all_cells(messi, "W_out")[-1], all_cells(messi, "W_out")[0]):
             td = td_of(messi, figure_of(page, "W_out"), cell)
@@ -402,7 +412,7 @@ def test_the_table_can_be_read_and_switched_without_scripts(
             if cell.is_zero:
                 assert tooltip.startswith("adds nothing: δ_i is zero")
             else:
-                assert tooltip.startswith(f"norm {cell.norm:.4g}, target rank {cell.target_rank};")
+                assert tooltip.startswith(f"‖δ_i‖ {cell.norm:.4g}, ‖x_i‖·‖δ_i‖ ")
             td.focus()  # by keyboard, too
             assert td.evaluate("td => td === document.activeElement")
         page.locator("[name=end]").first.focus()
@@ -411,8 +421,10 @@ def test_the_table_can_be_read_and_switched_without_scripts(
             State(end="bottom", scale="linear"),
             State("W_out", end="bottom", scale="linear"),
             State("W_out", scale="linear"),
+            State("W_out", size="write_norm", scale="linear"),
+            State("W_out", size="write_norm"),
         ):
-            for name in ("matrix", "end", "scale"):
+            for name in ("matrix", "end", "size", "scale"):
                 choose(body, name, getattr(state, name))
             assert_shows(body, messi, state)
 
@@ -502,7 +514,8 @@ def test_controls_work_by_keyboard_and_are_never_submitted(
         address = page.url
         state = State()
         for name, value in {
-            "matrix": "W_out", "lens": "normalized", "end": "bottom", "scale": "linear",
+            "matrix": "W_out", "lens": "normalized", "end": "bottom", "often": "faded",
+            "size": "write_norm", "scale": "linear",
         }.items():  # fmt: skip
             page.keyboard.press("Tab")
             label = page.locator("label:focus-within")
@@ -530,8 +543,8 @@ def test_two_tables_on_one_page_are_independent(
     fragment = messi._repr_html_()
     with notebook_of(browser, tmp_path, fragment * 2) as window:
         first, second = window.page.locator(".blt").all()
-        chosen = State("W_out", "normalized", "bottom", "linear")
-        for name in ("matrix", "lens", "end", "scale"):
+        chosen = State("W_out", "normalized", "bottom", size="write_norm", scale="linear")
+        for name in ("matrix", "lens", "end", "size", "scale"):
             choose(second, name, getattr(chosen, name))
         assert_shows(first, messi)
         assert_shows(second, messi, chosen)
@@ -702,7 +715,7 @@ def test_a_long_prompt_in_a_deep_model_scrolls_below_its_headers(
 ):
     with opened(browser, deep[1]) as window:
         page = window.page
-        assert page.locator("td").count() == 2 * 48 * 40
+        assert page.locator("td").count() == 2 * 48 * 31
         for width in (1280, 400):
             page.set_viewport_size({"width": width, "height": 800})
             assert is_wide_as_window(page), width
@@ -720,7 +733,7 @@ def test_a_long_prompt_in_a_deep_model_scrolls_below_its_headers(
             assert found["covered"]
             assert set(found["covered"]) == {"TH"}
             # At the headers' edge with every step.
-            figure.locator("td").nth(15 * 40 + 5).click()
+            figure.locator("td").nth(15 * 31 + 5).click()
             for key, times in {"ArrowUp": 6, "End": 1, "ArrowLeft": 6}.items():
                 for _ in range(times):
                     page.keyboard.press(key)
@@ -746,6 +759,155 @@ def test_a_large_page_is_ready_quickly(browser: Browser, deep: tuple[BackwardLen
         cell = result.under("normalized").cell("W_out", 30, 7)
         td_of(result, figure_of(page, "W_out"), cell).hover()
         assert details(figure_of(page, "W_out")) == expected_details(cell)
+
+
+LONG = 400
+SCROLL = """async (scroll, steps) => {
+    for (let step = 1; step <= steps; step++) {
+        scroll.scrollLeft = (scroll.scrollWidth - scroll.clientWidth) * (1 - step / steps);
+        await new Promise(requestAnimationFrame);
+    }
+}"""
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> tuple[BackwardLensResult, Path]:
+    """A prompt of 400 tokens in a gated model of 30 layers, and its page."""
+    path = tmp_path_factory.mktemp("long") / "page.html"
+    with type_checks_off():
+        result = make_long_result(layers=30, pos=LONG)
+        result.save_html(path)
+    return result, path
+
+
+def column_of(page: Page, matrix: str, row: int, column: int) -> Locator:
+    """A cell of a long table, found by its place on the screen."""
+    figure = figure_of(page, matrix)
+    place = """(figure, [row, column]) => {
+        const cells = [...figure.querySelector("tbody").rows[row].cells].slice(1);
+        let at = 0;
+        for (const td of cells) { if (at === column) { td.dataset.found = "1"; break; }
+            at += td.colSpan; }
+    }"""
+    figure.evaluate("figure => figure.querySelector('[data-found]')?.removeAttribute('data-found')")
+    figure.evaluate(place, [row, column])
+    return figure.locator("td[data-found]")
+
+
+def test_a_long_prompt_stays_below_5_mb_with_all_tokens(long: tuple[BackwardLensResult, Path]):
+    html = long[1].read_text("utf-8")
+    assert 4e6 < len(html.encode()) < 5e6
+    page, written = parsed(html), 1500 // 90
+    for table in page.all("table"):
+        assert len(table.all("thead")[0].all("th")) == 1 + LONG
+        assert len(table.all("thead")[0].all("th", "early")) == LONG - written
+        for row in table.all("tbody")[0].all("tr"):
+            gap, *cells = row.all("td")
+            assert gap.attributes == {"class": "early", "colspan": str(LONG - written)}
+            assert len(cells) == written
+    assert f"Without scripts they show only the last {written}." in page.text
+    assert "Details hold 3 of the 10 tokens" in page.text
+    assert "of 400 tokens" not in page.text
+
+
+def test_a_long_prompt_opens_and_scrolls_quickly(
+    browser: Browser, long: tuple[BackwardLensResult, Path]
+):
+    """1 s, and 0.1 s for each of 24 steps from the last token to the first one.
+
+    That is the time on the CPU, which other processes do not change much.
+    """
+    with opened(browser, Path(__file__)) as window:
+        page, steps = window.page, 24
+        session = page.context.new_cdp_session(page)
+        session.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+        def spent() -> float:
+            metrics = session.send("Performance.getMetrics")["metrics"]
+            return next(each["value"] for each in metrics if each["name"] == "TaskDuration")
+
+        page.goto(long[1].as_uri())
+        page.evaluate("new Promise(requestAnimationFrame)")
+        ready = spent()
+        assert ready < 2
+        figure = figure_of(page, "W_out")
+        assert figure.locator("td.early").count() > 0
+        figure.locator(".scroll").evaluate(SCROLL, steps)
+        assert (spent() - ready) / steps < 0.3
+        assert figure.locator("td.early").count() == 0
+
+
+def test_early_tokens_of_a_long_prompt_are_written_when_they_are_needed(
+    browser: Browser, long: tuple[BackwardLensResult, Path]
+):
+    result = long[0]
+    with opened(browser, long[1]) as window:
+        page = window.page
+        figure = figure_of(page, "W_out")
+        before = figure.locator("td:not(.early)").count()
+        assert before < 30 * LONG / 2
+        figure.locator(".scroll").evaluate("scroll => scroll.scrollLeft = 0")
+        page.wait_for_function("document.querySelector('tbody tr').cells[1].colSpan === 1")
+        assert figure.locator("td.early").count() > 0  # between the first and the last tokens
+        for lens in ("logit_lens", "normalized"):
+            choose(page.locator("body"), "lens", lens)
+            for layer, column in [(3, 0), (28, 7), (29, 2)]:
+                cell = result.under(lens).cell("W_out", layer, column)
+                td = column_of(page, "W_out", 29 - layer, column)
+                td.hover()
+                found = details(figure)
+                if cell.is_zero:
+                    assert found["rest"] == expected_details(cell)["rest"]
+                    continue
+                kept = replace(cell, top=cell.top[:3], bottom=cell.bottom[:3])
+                assert found == expected_details(kept)
+                assert td.locator(".top bdi").text_content() == shown(cell.top[0].token)
+                assert td.locator(".low bdi").text_content() == shown(cell.bottom[0].token)
+        # A header is above its column, and keys reach cells that were not written.
+        heads = figure.locator("thead th")
+        for column in (0, 7, LONG - 1):
+            td = column_of(page, "W_out", 0, column)
+            assert td.bounding_box()["x"] == heads.nth(column + 1).bounding_box()["x"]
+        column_of(page, "W_out", 5, LONG - 1).focus()
+        page.keyboard.press("Home")
+        page.keyboard.press("End")
+        for _ in range(80):
+            page.keyboard.press("ArrowLeft")
+        at = page.evaluate("document.activeElement.getBoundingClientRect().x")
+        assert at == heads.nth(LONG - 80).bounding_box()["x"]
+        for headers, side in (("thead th", "top"), ("tbody th", "left")):
+            places = """(figure, [headers, side]) => {
+                const box = figure.querySelector(".scroll").getBoundingClientRect();
+                const all = [...figure.querySelectorAll(headers)];
+                return all.map(th => th.getBoundingClientRect()[side] - box[side]);
+            }"""
+            assert set(figure.evaluate(places, [headers, side])) == {0}
+        window.check()
+
+
+def test_a_long_prompt_without_scripts_shows_its_last_tokens(
+    browser: Browser, long: tuple[BackwardLensResult, Path]
+):
+    with opened(browser, long[1], scripts=False) as window:
+        heads = window.page.locator("figure[data-matrix=W_out] thead th:visible")
+        assert heads.count() == 1 + 1500 // 90
+        assert window.page.locator(".unscripted").is_visible()
+        first = window.page.locator("figure[data-matrix=W_out] tbody tr td:visible").first
+        assert first.bounding_box()["x"] == heads.nth(1).bounding_box()["x"]
+
+
+def test_frequent_tokens_fade(browser: Browser, tmp_path: Path):
+    result = make_result(layers=12, vocab=(" Paris", *" abcdefghijklmno"))
+    with page_of(browser, tmp_path, result) as window:
+        page = window.page
+        colours = """root => [...root.querySelectorAll("td:not(.zero) .top")].map(
+            div => [div.classList.contains("often"), getComputedStyle(div).color])"""
+        before = page.locator("body").evaluate(colours)
+        assert {is_often for is_often, _ in before} == {False, True}
+        choose(page.locator("body"), "often", "faded")
+        after = page.locator("body").evaluate(colours)
+        for (is_often, colour), (_, faded) in zip(before, after, strict=True):
+            assert (colour != faded) == is_often
 
 
 # --- accessibility ------------------------------------------------------------------------------
@@ -815,6 +977,9 @@ def test_a_screen_reader_gets_tables_with_headers(
     for name, cell in zip(named["cell"], cells, strict=True):
         assert ("target leads: " in name) == cell.target_leads
         assert name.startswith("adds nothing: δ_i is zero") == cell.is_zero
-    assert {"Matrix", "Lens", "Tokens", "Colour"} <= set(named["group"])
-    choices = ["all", "W_out", "W_in", "logit lens", "normalized", "top", "bottom", "log", "linear"]
-    assert named["radio"] == choices
+    titles = {"Matrix", "Lens", "Tokens", "Frequent tokens", "Colour", "Scale"}
+    assert titles <= set(named["group"])
+    assert named["radio"] == [
+        "all", "W_out", "W_in", "logit lens", "normalized", "top", "bottom", "as others", "faded",
+        "‖δ_i‖", "‖x_i‖·‖δ_i‖", "log", "linear",
+    ]  # fmt: skip

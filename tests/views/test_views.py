@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import math
 import re
+import struct
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,18 +22,32 @@ from view_cases import (
     PARIS,
     Node,
     all_cells,
+    make_long_result,
     make_result,
     parsed,
     shown,
+    with_answer,
     without_target,
 )
 
 from backward_lens_tl.models.sites import MatrixName
+from backward_lens_tl.readout.cells import Cell
+from backward_lens_tl.readout.targets import Prediction
 from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.views import table as html_table
 from backward_lens_tl.views.colors import DARK_SHADES, LIGHT_SHADES, NormScale
-from backward_lens_tl.views.table import MAX_PROMPTS, render_page, render_table
+from backward_lens_tl.views.table import MAX_PROMPTS, heading, render_page, render_table
+from backward_lens_tl.views.table.extent import PAGE, Budget, Extent
+from backward_lens_tl.views.table.frequent import frequent_tokens
 from backward_lens_tl.views.terminal import TerminalTable
-from backward_lens_tl.views.text import Piece, display_order, pieces, running_text
+from backward_lens_tl.views.text import (
+    Piece,
+    display_order,
+    pieces,
+    prediction_text,
+    running_text,
+    zero_reason,
+)
 
 # --- a parser that accepts well-formed HTML only ------------------------------------------------
 
@@ -121,24 +138,58 @@ def data(page: Node) -> dict[str, Any]:
     return json.loads(element.text)
 
 
+def array(kind: str, text: str) -> list[float]:
+    """Little-endian numbers of `struct`'s kind."""
+    raw = base64.b64decode(text)
+    return list(struct.unpack(f"<{len(raw) // struct.calcsize(kind)}{kind}", raw))
+
+
 def test_the_script_gets_all_tokens_scores_norms_and_ranks(page: Node, result: BackwardLensResult):
     held = data(page)
     assert tuple(held["lenses"]) == result.projections == ("logit_lens", "normalized")
     for matrix in result.matrices:
-        found = [cell for row in held["panels"][matrix] for cell in row]
-        for place, lens in enumerate(result.projections):
-            cells = all_cells(result.under(lens), matrix)
-            for packed, cell in zip(found, cells, strict=True):
+        panel = held["panels"][matrix]
+        cells = all_cells(result, matrix)
+        norms = [norm for cell in cells for norm in (cell.norm, cell.input_norm, cell.write_norm)]
+        assert array("f", panel["norms"]) == norms
+        reasons = [None if at == "-" else panel["reasons"][int(at)] for at in panel["zero"]]
+        assert reasons == [zero_reason(cell) if cell.is_zero else None for cell in cells]
+        for lens, name in zip(panel["lenses"], result.projections, strict=True):
+            cells = all_cells(result.under(name), matrix)
+            ranks = [-1 if cell.target_rank is None else cell.target_rank for cell in cells]
+            assert array("i", lens["ranks"]) == ranks
+            assert lens["faint"] == "".join(str(int(cell.is_faint)) for cell in cells)
+            assert lens["n"] == 2 * result.k
+            indices, scores = array("H", lens["tokens"]), array("e", lens["scores"])
+            for at, cell in enumerate(cells):
                 if cell.is_zero:
-                    assert packed.startswith("adds nothing")
                     continue
-                assert packed[:2] == [f"{cell.norm:.4g}", f"{cell.input_norm:.4g}"]
-                rank, faint, *entries = packed[2 + place]
-                assert (rank, faint) == (cell.target_rank, int(cell.is_faint))
-                words = [parsed(held["tokens"][index]).text for index in entries[::2]]
+                entries = slice(at * lens["n"], (at + 1) * lens["n"])
+                words = [parsed(held["tokens"][int(index)]).text for index in indices[entries]]
                 assert words == [shown(entry.token) for entry in cell.top + cell.bottom]
-                scores = [float(f"{entry.score:.4g}") for entry in cell.top + cell.bottom]
-                assert entries[1::2] == scores
+                # A half float has 11 bits.
+                kept = [score * lens["scale"] for score in scores[entries]]
+                own = [entry.score for entry in cell.top + cell.bottom]
+                assert kept == pytest.approx(own, rel=2**-11)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_scores_of_any_size_keep_three_digits_and_infinities(size: float):
+    plain = make_result(vocab=(PARIS, " a", " b", " c"))
+    (first, *others) = plain.readings
+    readouts = {}
+    for matrix, read in first.readouts.items():
+        scores = read.top_scores * size
+        scores[0, 0, 0, 0] = math.inf
+        readouts[matrix] = replace(read, top_scores=scores)
+    result = replace(plain, readings=(replace(first, readouts=readouts), *others))
+    lens = data(parsed(render_page(result)))["panels"]["W_out"]["lenses"][0]
+    scores = array("e", lens["scores"])
+    place = (len(result.layers) - 1) * result.positions.shape[1] * lens["n"]
+    assert scores[place] == math.inf
+    (_, *tops) = result.cell("W_out", 0, 0).top
+    kept = [score * lens["scale"] for score in scores[place + 1 : place + result.k]]
+    assert kept == pytest.approx([entry.score for entry in tops], rel=2**-11)
 
 
 def test_tooltips_show_norm_rank_and_tokens_without_scripts(page: Node, result: BackwardLensResult):
@@ -148,7 +199,8 @@ def test_tooltips_show_norm_rank_and_tokens_without_scripts(page: Node, result: 
             if cell.is_zero:
                 continue
             tooltip = node.attributes["title"]
-            assert tooltip.startswith(f"norm {cell.norm:.4g}, target rank {cell.target_rank};")
+            norms = f"‖δ_i‖ {cell.norm:.4g}, ‖x_i‖·‖δ_i‖ {cell.write_norm:.4g}"
+            assert tooltip.startswith(f"{norms}, target rank {cell.target_rank};")
             assert repr(running_text(cell.top[2].token)) in tooltip
             assert repr(running_text(cell.bottom[2].token)) in tooltip
 
@@ -160,7 +212,12 @@ def test_controls_offer_the_results_matrices_and_lenses(page: Node):
             found.setdefault(button.attributes["name"], []).append(button.attributes["value"])
         return found
 
-    ends = {"end": ["top", "bottom"], "scale": ["log", "linear"]}
+    ends = {
+        "end": ["top", "bottom"],
+        "often": ["ink", "faded"],
+        "size": ["norm", "write_norm"],
+        "scale": ["log", "linear"],
+    }
     lenses, matrices = ["logit_lens", "normalized"], ["", "W_out", "W_in"]
     assert offered(page) == {"matrix": matrices, "lens": lenses, **ends}
     assert page.all("form")[0].attributes["method"] == "dialog"  # which is never submitted
@@ -180,10 +237,14 @@ def test_tables_have_captions_and_scoped_headers(page: Node, result: BackwardLen
 
 def test_a_page_names_its_contents(page: Node):
     assert page.all("title")[0].text.endswith("Backward Lens")
+    assert page.all("p", "answer-now")[0].text == (
+        "The model answers </script> (50 %). The target is  Paris (25 %); 1 token is more probable."
+    )
+    assert "The loss target_nll(' Paris') is 1.25." in page.text
     facts = [node.text for node in page.all("dd")]
-    assert facts[:3] == [" Paris", "1.25 target_nll(' Paris')", "a <model>"]
-    assert "logit lens" in facts[3]
-    assert facts[4].startswith("update")
+    assert facts[0] == "a <model>"
+    assert "logit lens" in facts[1]
+    assert facts[2].startswith("update")
 
 
 @pytest.mark.parametrize("render", [render_page, render_table])
@@ -193,11 +254,176 @@ def test_nothing_is_fetched(render):
         assert forbidden not in html
 
 
-def test_a_long_prompt_in_a_deep_model_stays_below_2_mb():
-    """Under both lenses, with a vocabulary so large that hardly any token occurs twice."""
-    words = tuple(f" w{index * 7919:x}" for index in range(30_000))
-    html = render_page(make_result(layers=48, pos=20, k=10, vocab=(*words, PARIS)))
+WORDS = tuple(f" w{index * 7919:x}" for index in range(30_000))
+"""A vocabulary so large that hardly any token occurs twice."""
+
+
+def test_a_prompt_in_a_deep_model_stays_below_2_mb():
+    html = render_page(make_result(layers=48, pos=20, k=10, vocab=(*WORDS, PARIS)))
     assert len(html.encode()) < 2e6
+
+
+def test_a_notebook_cell_of_a_long_prompt_stays_below_1_mb():
+    """test_page.py tests the page of the same result."""
+    html = make_long_result(layers=30, pos=400)._repr_html_()
+    assert 7e5 < len(html.encode()) < 1e6
+    fragment = parsed(html)
+    heads = fragment.all("thead")[0].all("th")
+    assert f"The tables show the last {len(heads) - 1} of 400 tokens" in fragment.text
+    assert 'result.save_html("page.html", batch=0)' in fragment.text
+    last = [node.all("small")[0].text for node in heads[1:]]
+    assert last == [str(at) for at in range(400 - len(last), 400)]
+
+
+def test_a_prompt_of_thousands_of_tokens_is_cut_and_says_so():
+    result = make_long_result(layers=2, pos=2)
+    columns = torch.zeros(1, 30_000, dtype=torch.long)
+    extent = Extent.of(replace(result, positions=columns), 0, PAGE)
+    assert (extent.total, extent.k) == (30_000, 3)
+    assert extent.written < extent.tokens < 30_000
+    left_out = heading.left_out(extent, result.k, "analyse the others")
+    said = f"the last {extent.tokens} of 30000 tokens; analyse the others."
+    assert said in parsed(left_out).text
+
+
+@pytest.mark.parametrize("render", [render_page, render_table])
+def test_the_last_tokens_of_a_long_prompt_are_those_of_the_result(
+    render: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Cells, data and headers belong together where a long prompt is cut."""
+    result = make_result(pos=12, k=4)
+    small = Budget(cells=40, data=4 * 2 * (21 + 2 * (6 + 3 * 11)) * 6)
+    monkeypatch.setattr(html_table, "PAGE", small)
+    monkeypatch.setattr(html_table, "NOTEBOOK", small)
+    found = parsed(render(result))
+    held = data(found)
+    for element, matrix in tables(found, result):
+        heads = [node.all("small")[0].text for node in element.all("thead")[0].all("th")[1:]]
+        assert heads == [str(at) for at in range(6, 12)]
+        panel = held["panels"][matrix]
+        norms = array("f", panel["norms"])[::3]
+        cells = [cell for cell in all_cells(result, matrix) if cell.position >= 6]
+        assert norms == [cell.norm for cell in cells]
+        assert panel["lenses"][0]["n"] == 2 * 3
+        written = [cell for cell in cells if cell.position >= 10]
+        nodes = [node for node in element.all("td") if "early" not in node.attributes["class"]]
+        for node, cell in zip(nodes, written, strict=True):
+            assert ("zero" in node.attributes["class"].split()) == cell.is_zero
+            if not cell.is_zero:
+                assert node.all("div", "low")[0].text == shown(cell.bottom[0].token)
+
+
+# --- answers and targets ------------------------------------------------------------------------
+
+
+def test_a_header_says_what_each_position_should_say_and_where_the_answer_begins():
+    plain = make_result(vocab=(PARIS, " a", " b", " c"))
+    result = with_answer(plain, 2)
+    page = parsed(render_page(result))
+    for element in page.all("table"):
+        heads = element.all("thead")[0].all("th")
+        assert heads[0].text == "layershould say"
+        assert [node.all("small", "says")[0].text for node in heads[1:]] == [
+            text or "" for text in result.position_targets()
+        ]
+        for row in element.all("tr"):
+            nodes = [node for node in row.children if isinstance(node, Node)]
+            edges = ["answer" in (node.attributes.get("class") or "").split() for node in nodes]
+            assert edges == [False, False, False, False, True, False]
+    assert "where the answer begins" in page.text
+    plain_page = parsed(render_page(plain))
+    assert not plain_page.all("small", "says")
+    assert "where the answer begins" not in plain_page.text
+    assert not plain_page.all("td", "answer")
+
+
+def test_the_heading_separates_the_prompt_and_the_answer():
+    plain = with_answer(make_result(vocab=(PARIS, " a", " b", " c")), 2)
+    capture = replace(
+        plain.capture,
+        str_tokens=(("<s>", "The", " Tower", " in", " Rome"),),
+        prompts=("The Tower in Rome",),
+        spans=(((0, 0), (0, 3), (3, 9), (9, 12), (12, 17)),),
+        target_texts=(" in Rome",),
+    )
+    for given in (capture, replace(capture, prompts=(), spans=())):
+        page = parsed(render_page(replace(plain, capture=given)))
+        prompt = "The Tower" if given.prompts else "<s>The Tower"
+        assert page.all("h1")[0].text == f"{prompt} →  in Rome"
+        assert "more probable than its first token" in page.text
+
+
+@pytest.mark.parametrize(
+    ("prediction", "has_position_targets", "said"),
+    [
+        (Prediction("b", 0.7, "a", 0.001, 43), False,
+         "The model answers 'b' (70 %). The target is 'a' (0.1 %); 43 tokens are more probable."),
+        (Prediction("b", 0.99951, "a", 1e-7, 1), False,
+         "The model answers 'b' (100 %). The target is 'a' (below 0.01 %); 1 token is more "
+         "probable."),
+        (Prediction("a", 0.7, "a", 0.7, 0), False,
+         "The model answers 'a' (70 %). The target is the same token."),
+        (Prediction("a", 0.7, "a b", 0.1234, 0), True,
+         "The model answers 'a' (70 %). The target is 'a b' (12.3 %), which starts with the same "
+         "token."),
+        (Prediction("a", 0.7, "b c", 0.02, 3), True,
+         "The model answers 'a' (70 %). The target is 'b c' (2 %); 3 tokens are more probable than "
+         "its first token."),
+        (Prediction("a", 0.7, None, None, None), True,
+         "The model answers 'a' (70 %). Each position is compared with the next token of the "
+         "text."),
+        (Prediction("a", 0.7, None, None, None), False, "The model answers 'a' (70 %)."),
+    ],
+)  # fmt: skip
+def test_the_models_own_answer_is_stated(
+    prediction: Prediction, has_position_targets: bool, said: str
+):
+    assert prediction_text(prediction, has_position_targets, repr) == said
+
+
+# --- frequent tokens ----------------------------------------------------------------------------
+
+
+def test_frequent_tokens_lead_many_cells_at_several_positions():
+    """With rows that state the answer: of 100 cells, who leads how many and where."""
+    result = make_result(layers=1, pos=1, vocab=(PARIS, " a", " b", " c"))
+    cell = result.cell("W_out", 0, 0)
+
+    def led_by(token: str, position: int) -> Cell:
+        return replace(
+            cell, position=position, target=PARIS, top=(replace(cell.top[0], token=token),)
+        )
+
+    leaders = [
+        *[led_by("junk", at) for at in (0, 1, 2)],
+        *[led_by("topic", 3)] * 20,
+        *[led_by("two places", at) for at in (4, 5) for _ in range(5)],
+        *[led_by(PARIS, at) for at in range(10)],
+        led_by("rare", 6),
+        *[led_by(f"other {at}", at) for at in range(56)],
+    ]
+    assert len(leaders) == 100
+    rows = [leaders, [replace(led_by("junk", at), is_zero=True) for at in range(9)]]
+    assert frequent_tokens(rows, "top") == {"junk"}
+    more = [*leaders, *[led_by(f"more {at}", at) for at in range(51)]]
+    assert frequent_tokens([more], "top") == frozenset()  # 3 of 151 cells
+    assert frequent_tokens([leaders], "bottom") == {cell.bottom[0].token} - {PARIS}
+
+
+def test_frequent_tokens_are_marked_where_they_lead():
+    result = make_result(pos=len(NASTY), layers=12, vocab=(PARIS, " a", " b", " c"))
+    page = parsed(render_page(result))
+    for element, matrix in tables(page, result):
+        cells = all_cells(result, matrix)
+        rows = [result.cells(matrix, layer) for layer in result.layers]
+        for end, name in (("top", "top"), ("bottom", "low")):
+            often = frequent_tokens(rows, end)
+            assert {" a", " b", " c"} <= often
+            for node, cell in zip(element.all("td"), cells, strict=True):
+                if not cell.is_zero:
+                    (div,) = node.all("div", name)
+                    is_marked = "often" in div.attributes["class"].split()
+                    assert is_marked == (getattr(cell, end)[0].token in often)
 
 
 def test_the_gradient_direction_is_stated():
@@ -210,22 +436,26 @@ def test_without_a_target_nothing_is_marked_or_ranked():
     page = parsed(render_page(without_target(make_result())))
     assert not page.all("td", "lead")
     assert not any("target rank" in node.text for node in page.all("td"))
-    assert page.all("dd")[0].text == "none"
+    assert page.all("p", "answer-now")[0].text == "The model answers </script> (50 %)."
 
 
 def test_a_notebook_shows_the_first_prompts_and_how_to_see_the_others():
     fragment = parsed(make_result(batch=MAX_PROMPTS)._repr_html_())
     assert len(fragment.all("table")) == 2 * MAX_PROMPTS
-    assert "not shown" not in fragment.text
+    assert "Shown:" not in fragment.text
 
-    fragment = parsed(make_result(layers=48, pos=20, batch=3)._repr_html_())
+    fragment = parsed(make_result(layers=48, pos=7, batch=3)._repr_html_())
     assert len(fragment.all("table")) == 2 * 2
-    assert "1 more of 3 prompts" in fragment.text
+    assert "Shown: prompts 0 to 1 of 3 prompts" in fragment.text
 
     fragment = parsed(make_result(batch=MAX_PROMPTS + 3)._repr_html_())
     assert len(fragment.all("table")) == 2 * MAX_PROMPTS
-    assert "3 more of 7 prompts" in fragment.text
+    assert "Shown: prompts 0 to 3 of 7 prompts" in fragment.text
     assert f"save_html(path, batch={MAX_PROMPTS})" in fragment.text
+
+    fragment = parsed(make_result(layers=48, pos=20, batch=2)._repr_html_())
+    assert len(fragment.all("table")) == 2
+    assert "Shown: prompt 0 of 2 prompts" in fragment.text
 
 
 def test_the_style_applies_only_to_its_fragment(result: BackwardLensResult):
@@ -275,17 +505,23 @@ def test_text_is_legible_on_every_colour_and_colour_is_monotone(page: Node, them
         assert contrast(background[theme], text[theme]) >= 4.5
 
 
-def test_colours_follow_the_norm(page: Node, result: BackwardLensResult):
+@pytest.mark.parametrize(
+    ("size", "letter", "name"),
+    [("norm", "n", "‖δ_i‖"), ("write_norm", "p", "‖x_i‖·‖δ_i‖")],
+)
+def test_colours_follow_the_norm(
+    page: Node, result: BackwardLensResult, size: str, letter: str, name: str
+):
     for table, matrix in tables(page, result):
         pairs = sorted(
-            (cell.norm, int(re.search(r"n(\d+)", node.attributes["class"])[1]))
+            (getattr(cell, size), int(re.search(rf"\b{letter}(\d+)", node.attributes["class"])[1]))
             for node, cell in zip(table.all("td"), all_cells(result, matrix), strict=True)
             if not cell.is_zero
         )
         steps = [step for _, step in pairs]
         assert steps == sorted(steps)
         assert (steps[0], steps[-1]) == (0, len(LIGHT_SHADES) - 1)
-        low, high = f"≤ {pairs[0][0]:.4g}", f"{pairs[-1][0]:.4g}"
+        low, high = f"{name} ≤ {pairs[0][0]:.4g}", f"{pairs[-1][0]:.4g}, logarithmic"
         legends = " ".join(node.text for node in page.all("p", "legend"))
         assert low in legends
         assert high in legends
@@ -392,7 +628,7 @@ def test_a_pipe_gets_text_without_escape_codes(result: BackwardLensResult):
     text = printed(result, 200)
     assert "\x1b" not in text
     assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e\ud800]", text)
-    assert re.search(r"norm ≤ \S+ to \S+, logarithmic", text)
+    assert re.search(r"‖δ_i‖ ≤ \S+ to \S+, logarithmic", text)
 
 
 def test_a_terminal_gets_a_star_in_bold_exactly_where_the_target_leads():
@@ -402,6 +638,38 @@ def test_a_terminal_gets_a_star_in_bold_exactly_where_the_target_leads():
     starred = re.findall(r"\x1b\[([\d;]+)m★␣Paris", text)
     assert len(starred) == text.count("★") == sum(cell.target_leads for cell in leads) > 0
     assert all(codes.startswith("1;") for codes in starred)
+
+
+def test_a_terminal_shows_what_positions_should_say_and_where_the_answer_begins():
+    result = with_answer(make_result(vocab=(PARIS, " a", " b", " c")), 2)
+    text = printed(result, 200)
+    lines = text.splitlines()
+    says = [line.split()[2:] for line in lines if line.startswith("say →")]
+    assert says == [["␣Paris", "␣Paris", "␣Paris", "│␣Paris", "␣a"]] * 2
+    rows = [line for line in lines if re.match(r"layer|say →| {4}\d ", line)]
+    # One line of characters, from the header to the first layer.
+    assert len({line.index("│") for line in rows}) == 1
+    assert "│" not in printed(make_result(), 200)
+    assert "say →" not in printed(make_result(), 200)
+
+
+@pytest.mark.parametrize("shade_by", ["norm", "write_norm"])
+def test_terminal_colours_follow_the_chosen_norm(shade_by: str):
+    result = make_result(pos=4, layers=2)
+    console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system="truecolor")
+    console.print(TerminalTable(result, shade_by=shade_by))
+    text = console.file.getvalue()
+    cells = [
+        cell for name in ("W_out", "W_in") for cell in all_cells(result, name) if not cell.is_zero
+    ]
+    for name in ("W_out", "W_in"):
+        own = [getattr(cell, shade_by) for cell in cells if cell.matrix == name]
+        scale = NormScale.spanning(own)
+        shades = [DARK_SHADES[scale.step(value)].background for value in own]
+        panel = text[text.index(f"{name}\x1b") :]
+        panel = panel[: panel.index("≤")]
+        found = re.findall(r"48;2;(\d+);(\d+);(\d+)m", panel)
+        assert ["#" + "".join(f"{int(part):02x}" for part in rgb) for rgb in found] == shades
 
 
 def test_markup_in_tokens_is_text_in_a_terminal():
