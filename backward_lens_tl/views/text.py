@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from backward_lens_tl.capture.gradient_capture import GradientCapture
-from backward_lens_tl.choices import Size
 from backward_lens_tl.models.sites import READING_MATRICES, MatrixName
 from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.readout.targets import Prediction
@@ -20,7 +19,7 @@ ADDS_NOTHING = "·"
 
 SPACE = "␣"
 
-SIZES: Mapping[Size, str] = {"norm": "‖δ_i‖", "write_norm": "‖x_i‖·‖δ_i‖"}
+SIZES: Mapping[str, str] = {"norm": "‖δ_i‖", "write_norm": "‖x_i‖·‖δ_i‖"}
 """What colours show."""
 
 _MARKS = {" ": " ", "\n": "⏎", "\r": "␍", "\t": "⇥"}

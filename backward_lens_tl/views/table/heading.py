@@ -111,7 +111,10 @@ def controls(result: BackwardLensResult) -> str:
     """The choices of what the tables show."""
     # A dialog's form is never submitted, and keeps this table's choices separate from those of
     # other tables on the page.
-    matrices = {"": "all", **{name: name for name in display_order(result.matrices)}}
+    matrices: dict[str, str] = {
+        "": "all",
+        **{name: name for name in display_order(result.matrices)},
+    }
     lenses = {name: name.replace("_", " ") for name in result.projections}
     choices = [
         _choice("Matrix", "matrix", matrices) if len(result.matrices) > 1 else "",
