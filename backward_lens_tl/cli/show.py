@@ -28,7 +28,7 @@ class ShowCommand(Command):
     Attributes:
         prompt: The text, such as "Lionel Messi plays for".
         target: What the model should predict next, such as " Paris"; by default its own answer.
-        html: A file to write the table to as a page; it shows both projections.
+        html: A file to write the table to as a page; it has the default lenses too.
         positions: Tokens of the prompt, negative ones from the end; all by default.
         shade_by: What colours in the terminal show: the norm of delta_i, or write_norm, that of
             x_i times that of delta_i; a page has both.
