@@ -85,19 +85,24 @@ class _Panel:
             f"{''.join(self._cell(cell, shading, often) for cell in row[self.early :])}</tr>"
             for row in rows
         )
-        says = "<small>should say</small>" if self.result.has_position_targets else ""
         return (
             f'<figure data-matrix="{self.matrix}"><figcaption><strong>{self.matrix}</strong> '
             f'{title}</figcaption><div class="scroll" data-lm-suppress-shortcuts="true">'
             f'<table class="cells{" long" if self.early else ""}">'
             f"<caption>{self.matrix}, {title}: one vocabulary token for each layer, last layer "
             "first, and each token of the prompt</caption>"
-            f'<thead><tr><th scope="col"><small>layer</small>{says}</th>{head}</tr></thead>'
+            f"<thead><tr>{self._corner()}{head}</tr></thead>"
             f"<tbody>{body}</tbody></table></div>{_legends(shading)}"
             f"{_faint_notes(self.result, by_lens)}"
             '<div class="details" aria-live="polite"><p class="hint">A cell\'s tooltip shows its '
             "norms, target rank and more tokens.</p></div></figure>"
         )
+
+    def _corner(self) -> str:
+        if not self.result.has_position_targets:
+            return '<th scope="col"><small>layer</small></th>'
+        names = "<small>layer</small><small>should say</small>"
+        return f'<th scope="col" class="row-names">{names}</th>'
 
     def _head(self, cell: Cell, place: int) -> str:
         names = ["early"] * (place < self.early) + self._edge(cell)
