@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from backward_lens_tl.analysis.tables import Source
 
 _CELL = ["prompt", "matrix", "layer", "position"]
-_NORMS = {"vjp": "norm", "input": "input_norm"}
+_NORMS = {"vjp": "norm", "input": "input_norm", "write": "write_norm"}
 _RANKS = {"target": "target_rank", "answer": "answer_rank"}
 _UNRANKED = {
     "target": "the objective has no target; pass target=... in addition",
@@ -24,7 +24,9 @@ _UNRANKED = {
 }
 
 
-def norms_by_segment(positions: Source, of: Literal["vjp", "input"] = "vjp") -> pd.DataFrame:
+def norms_by_segment(
+    positions: Source, of: Literal["vjp", "input", "write"] = "vjp"
+) -> pd.DataFrame:
     """Norms of vectors by segment and layer (paper, figures 6, 16 and 17).
 
     The mean is over tokens, so a segment of several tokens counts several times, and a prompt with
@@ -35,7 +37,8 @@ def norms_by_segment(positions: Source, of: Literal["vjp", "input"] = "vjp") -> 
     Args:
         positions: A sweep, or the table that `Sweep.positions` or
             `BackwardLensResult.to_df(subject)` returns, of any number of prompts.
-        of: `"vjp"` for `||delta_i||_2`, or `"input"` for `||x_i||_2`.
+        of: `"vjp"` for `||delta_i||_2`, `"input"` for `||x_i||_2`, or `"write"` for
+            `||x_i|| ||delta_i||`, the norm of the term that a token writes into the matrix.
 
     Returns:
         One row per `matrix`, `layer` and `segment`, in the order of the table's matrices, of layers
@@ -154,7 +157,7 @@ def norm_correlation(positions: Source) -> pd.DataFrame:
     """
     import pandas as pd
 
-    norms = list(_NORMS.values())
+    norms = ["norm", "input_norm"]
     table = table_of(positions, "positions", [*_CELL, *norms, "is_zero"])
     cells = _once(table, _CELL, [*norms, "is_zero"])
     # Masked rather than dropped, so that each matrix and layer keeps a row.

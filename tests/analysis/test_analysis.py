@@ -274,7 +274,9 @@ def in_order(groups: dict[tuple[Any, ...], Any]) -> list[tuple[Any, ...]]:
     )
 
 
-@pytest.mark.parametrize(("of", "column"), [("vjp", "norm"), ("input", "input_norm")])
+@pytest.mark.parametrize(
+    ("of", "column"), [("vjp", "norm"), ("input", "input_norm"), ("write", "write_norm")]
+)
 def test_norms_by_segment(positions: pd.DataFrame, of: Any, column: str) -> None:
     shuffled = positions.sample(frac=1, random_state=0)
     values: dict[tuple[Any, ...], list[float]] = defaultdict(list)
@@ -295,7 +297,7 @@ def test_norms_by_segment(positions: pd.DataFrame, of: Any, column: str) -> None
         assert std == pytest.approx(statistics.stdev(values[key]), rel=1e-6, abs=1e-12)
         assert count == len(values[key])
     zeros = found[(found["layer"] == 7) & (found["segment"] != "last token")]
-    assert zeros["mean"].eq(0).all() == (of == "vjp")
+    assert zeros["mean"].eq(0).all() == (of != "input")
     assert zeros["count"].all()
 
 

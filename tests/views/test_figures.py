@@ -120,6 +120,14 @@ def heatmaps(figure: Any) -> list[np.ndarray]:
     return [np.ma.filled(mesh.get_array().astype(float), np.nan) for mesh in meshes]
 
 
+def titles(figure: Any) -> list[str]:
+    """Title and subtitle of a figure of either library."""
+    if hasattr(figure, "data"):
+        title = figure.layout.title
+        return [html.unescape(text) for text in (title.text, title.subtitle.text) if text]
+    return figure.get_suptitle().split("\n")
+
+
 def assert_equal(found: Any, expected: Any) -> None:
     """The factors are float32, with rounding of 1e-7; logarithms make it absolute."""
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
@@ -130,14 +138,50 @@ def assert_equal(found: Any, expected: Any) -> None:
 
 def vjp_norms(result: BackwardLensResult, matrix: str, batch: int) -> np.ndarray:
     """`||delta_i||` by layer and position, from the factors one by one; NaN where it is zero."""
+    return cell_norms(result, matrix, batch, lambda x, vjp: vjp)
+
+
+def cell_norms(result: BackwardLensResult, matrix: str, batch: int, term: Any) -> np.ndarray:
+    """The norm of `term(x_i, delta_i)` by layer and position; NaN where `delta_i` is zero."""
     n = len(result.capture.str_tokens[batch])
     norms = np.full((len(result.layers), n), np.nan)
     for row, layer in enumerate(result.layers):
+        gradient = result.capture[matrix, layer]
         for position in range(n):
-            vjp = result.capture[matrix, layer].vjps[batch, position]
+            x, vjp = gradient.inputs[batch, position], gradient.vjps[batch, position]
             if vjp.any():
-                norms[row, position] = math.sqrt(sum(x * x for x in vjp.tolist()))
+                own = term(x, vjp).flatten().tolist()
+                norms[row, position] = math.sqrt(sum(x * x for x in own))
     return norms
+
+
+TERMS = {
+    "norm": ("‖δ_i‖", lambda x, vjp: vjp),
+    "write_norm": ("‖x_i‖·‖δ_i‖", lambda x, vjp: torch.outer(x, vjp)),
+    "input_norm": ("‖x_i‖", lambda x, vjp: x),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("quantity", TERMS)
+def test_each_norm_is_that_of_its_vector_or_term(
+    facts_model: Any, quantity: Any, backend: Any
+) -> None:
+    result = blt.backward_lens(facts_model, PROMPTS[2], " Paris", layers=[2, 7])
+    symbol, term = TERMS[quantity]
+    options: Any = {"scale": "linear", "backend": backend, "quantity": quantity}
+    figure = figures.norms(result, "W_in", **options)
+    (found,) = heatmaps(figure)
+    assert_equal(found, cell_norms(result, "W_in", 0, term))
+    assert titles(figure)[0].startswith(f"W_in: {symbol}")
+    both = figures.compare(result, result, **options)
+    assert_equal(heatmaps(both)[1], cell_norms(result, "W_out", 0, term))
+    assert titles(both)[0].startswith(f"W_out: {symbol}")
+    if backend == "plotly":
+        assert figure.layout.coloraxis.colorbar.title.text == symbol
+        assert figure.data[0].hovertext[0][1].endswith(f"<br>{symbol}: {found[0, 1]:.4g}")
+    else:
+        assert figure.axes[1].get_ylabel() == symbol
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -294,7 +338,8 @@ def test_errors_of_layer_maps(maps: Any, units: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("of", "backend"), [("vjp", "plotly"), ("vjp", "matplotlib"), ("input", "plotly")]
+    ("of", "backend"),
+    [("vjp", "plotly"), ("vjp", "matplotlib"), ("input", "plotly"), ("write", "plotly")],
 )
 def test_norms_by_segment(result: BackwardLensResult, backend: Any, of: Any) -> None:
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(result.layers)))
@@ -306,14 +351,19 @@ def test_norms_by_segment(result: BackwardLensResult, backend: Any, of: Any) -> 
             counts[segment] += 1
             for layer in result.layers:
                 gradient = result.capture["W_out", layer]
-                factor = gradient.vjps if of == "vjp" else gradient.inputs
-                sums[segment][layer] += factor[batch, position].norm().item()
+                x, vjp = gradient.inputs[batch, position], gradient.vjps[batch, position]
+                own = {"vjp": vjp, "input": x, "write": torch.outer(x.double(), vjp.double())}[of]
+                sums[segment][layer] += own.norm().item()
     figure = figures.norms_by_segment(result, SUBJECTS, of=of, backend=backend)
     found = lines(figure)
     assert list(found) == [segment for segment in SEGMENTS if counts[segment]]
     for segment, (layers, means) in found.items():
         assert layers.tolist() == list(result.layers)
         assert_equal(means, sums[segment] / counts[segment])
+    name = {"vjp": "‖δ_i‖", "input": "‖x_i‖", "write": "‖x_i‖·‖δ_i‖"}[of]
+    assert titles(figure)[0].startswith(f"W_out: {name}")
+    assert titles(figure)[0].endswith("by segment")
+    assert titles(figure)[1] == "mean over the tokens of 3 prompts"
     if of == "vjp":
         assert found["before subject"][1][-1] == 0  # counted, although it is zero
         figure = figures.norms_by_segment(result, SUBJECTS, scale="log", backend=backend)
@@ -429,14 +479,13 @@ def test_token_ranks_by_segment(answered: BackwardLensResult, backend: Any, of: 
         assert set(map(tuple, band.tolist())) == corners
     if backend == "plotly":
         assert figure.layout.yaxis.autorange == "reversed"
-        text = figure.layout.title.text
     else:
         assert figure.axes[0].yaxis.get_inverted()
-        text = figure.get_suptitle()
-    assert text.startswith(
-        "W_out: rank of the target" if of == "target" else "W_out: rank of the m"
-    )
-    assert text.endswith("by segment, 3 prompts, normalized")
+    token = "the target" if of == "target" else "the model's answer"
+    assert titles(figure) == [
+        f"W_out: rank of {token} by segment",
+        "median over the tokens of 3 prompts, normalized",
+    ]
 
 
 def test_bands_have_gaps_and_no_entry_in_the_legend() -> None:
@@ -485,11 +534,9 @@ def test_tables_of_analyses_give_the_same_figures(answered: BackwardLensResult) 
             )
     # The first projection in the table is used; the title counts the prompts with rows.
     some = by_segment.token_ranks_by_segment(cells, prompts=[0, 2])
-    assert draw_ranks(some).layout.title.text == (
-        "W_out: rank of the target by segment, 2 prompts, logit_lens"
-    )
+    assert titles(draw_ranks(some))[1] == "median over the tokens of 2 prompts, logit_lens"
     one = by_segment.norms_by_segment(cells[cells["prompt"] == 1])
-    assert draw_norms(one).layout.title.text.endswith("by segment, 1 prompt")
+    assert titles(draw_norms(one))[1] == "mean over the tokens of 1 prompt"
 
 
 def same(one: Any, other: Any) -> None:
@@ -562,13 +609,13 @@ def test_stacked_charts_have_colour_bars_next_to_them(result: BackwardLensResult
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_step_changes(backend: Any) -> None:
     found = lines(figures.step_changes(STEPS, backend=backend))
-    assert list(found) == ["predicted = measured", "W_in", "W_out"]
-    bound, reading, writing = (list(zip(*points, strict=True)) for points in found.values())
+    assert list(found) == ["predicted = measured", "W_out", "W_in"]
+    bound, writing, reading = (list(zip(*points, strict=True)) for points in found.values())
     assert bound == [(-6, -6), (0.25, 0.25)]
     assert reading == [(-0.5, -0.75), (0.25, -0.5)]
     assert writing == [(-1e-4, -2e-4), (-3, -6)]
     found = lines(figures.step_changes(STEPS, scale="log", backend=backend))
-    bound, reading, writing = (list(zip(*points, strict=True)) for points in found.values())
+    bound, writing, reading = (list(zip(*points, strict=True)) for points in found.values())
     assert bound == [(1e-4, 1e-4), (6, 6)]
     assert reading == [(0.5, 0.75)]  # the other one raised the loss
     assert writing == [(1e-4, 2e-4), (3, 6)]
@@ -579,7 +626,7 @@ def test_texts_of_step_changes(facts_model: Any) -> None:
     assert figure.layout.title.text == "One step on one matrix: change of the loss, 2 prompts"
     assert figure.layout.xaxis.title.text == "measured change of the loss, in nats"
     assert figure.layout.yaxis.title.text == "predicted change of the loss, in nats"
-    assert figure.data[1].hovertext[1] == (
+    assert figure.data[2].hovertext[1] == (
         "W_in of layer 5, prompt 1, learning rate 0.01<br>measured 0.25, predicted -0.5"
     )
     measured = step_changes(
@@ -873,7 +920,15 @@ def test_errors(result: BackwardLensResult, facts_model: Any) -> None:
         backend="bokeh",
     )
     refused("scale is 'log2'; allowed: 'log', 'linear'", figures.norms, result, scale="log2")
-    refused("of is 'x'; allowed: 'vjp', 'input'", figures.norms_by_segment, result, "Rome", of="x")
+    refused(
+        "of is 'x'; allowed: 'vjp', 'input', 'write'", figures.norms_by_segment, result, "Rome",
+        of="x",
+    )  # fmt: skip
+    for function in (figures.norms, lambda *args, **kw: figures.compare(result, *args, **kw)):
+        refused(
+            "quantity is 'x'; allowed: 'norm', 'write_norm', 'input_norm'", function, result,
+            quantity="x",
+        )  # fmt: skip
     for function in (figures.norms, figures.target_ranks, figures.singular_values):
         refused("'W_Q'", function, result, "W_Q")
         refused("prompt 3 does not exist; allowed: 0 to 2", function, result, batch=3)
@@ -1068,8 +1123,193 @@ def test_a_gradient_of_zero_can_be_drawn(facts_model: Any) -> None:
 
 def test_the_last_label_stays_if_not_all_fit() -> None:
     axis = Axis("token", tuple(map(str, range(100))))
-    places = [place for place, _ in axis.ticks(30)]
+    places = [place for place, _ in axis.ticks(390)]
     assert len(places) <= 30
     assert places[-1] == 99
     assert {right - left for left, right in pairwise(places)} == {4}
+    assert axis.full_title(390) == "token, one of 4 labelled"
+    assert axis.full_title(1300) == "token"
     assert [label for _, label in Axis("x", ("a", "b")).ticks(30)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("words", [3, 38, 150])
+def test_every_token_is_labelled_unless_the_axis_says_how_many(
+    facts_model: Any, words: int
+) -> None:
+    result = blt.backward_lens(facts_model, "Rome" + " is" * words, " Paris", matrices="W_out")
+    tokens = [token.strip() for token in result.capture.str_tokens[0]]
+    every = 3 if words == 150 else 1
+    name = "token, one of 3 labelled" if words == 150 else "token"
+    expected = tokens[::-1][::every][::-1]
+    axis = figures.norms(result).layout.xaxis
+    assert [html.unescape(label) for label in axis.ticktext] == expected
+    assert axis.title.text == name
+    figure = figures.norms(result, backend="matplotlib")
+    figure.canvas.draw()
+    drawn = figure.axes[0]
+    labels = drawn.get_xticklabels()
+    assert [label.get_text() for label in labels] == expected
+    assert drawn.get_xlabel() == name
+    # Labels at 45 degrees have overlapping boxes, so their distance is compared with the font.
+    starts = [drawn.transData.transform((place, 0))[0] for place in drawn.get_xticks()]
+    height = labels[0].get_fontsize() * figure.dpi / 72
+    assert min(right - left for left, right in pairwise(starts)) > height
+    rows = figures.neuron_similarity(result, "W_out", 4).layout.yaxis
+    assert [html.unescape(label) for label in rows.ticktext] == (
+        tokens[::-1][:: 4 if words == 150 else 1][::-1]
+    )
+
+
+def test_rotated_labels_stay_above_the_next_chart() -> None:
+    labels = tuple("abcdefghijkl" for _ in range(40))
+    figure = figures.layer_maps(
+        {"one": torch.ones(3, 40), "two": torch.ones(3, 40)}, labels, "share"
+    )
+    layout = figure.layout
+    assert layout.xaxis.tickangle == -90
+    inner = layout.height - layout.margin.t - layout.margin.b
+    gap = (layout.yaxis.domain[0] - layout.yaxis2.domain[1]) * inner
+    # Labels, the axis's title and the title of the next chart.
+    assert gap >= 12 * 6 + 20 + 20
+
+
+# ----------------------------------------------------------------------------- prompts and answers
+
+
+def test_titles_say_which_prompt(result: BackwardLensResult, facts_model: Any) -> None:
+    expected = "prompt 3 of 3: “Rome is in” → “Paris”"
+    for backend in BACKENDS:
+        for figure in (
+            figures.norms(result, batch=2, backend=backend),
+            figures.target_ranks(result, batch=2, backend=backend),
+            figures.singular_values(result, batch=2, backend=backend),
+        ):
+            assert titles(figure)[-1] == expected
+        assert expected in titles(
+            figures.neuron_similarity(result, "W_out", 4, batch=2, backend=backend)
+        )
+    pair = figures.compare(result, result, batch=(2, 0)).layout.annotations
+    assert pair[0].text == expected
+    assert pair[1].text.replace("<br>", " ") == (
+        "prompt 1 of 3: “Lionel Messi plays for” → “Paris”"
+    )
+    one = blt.backward_lens(facts_model, "Rome is in", " Paris", matrices="W_out")
+    assert titles(figures.norms(one))[1] == "“Rome is in” → “Paris”"
+    text = blt.backward_lens(
+        facts_model, "Rome is" + " in" * 40, matrices="W_out", objective=blt.next_token_loss()
+    )
+    (shown,) = titles(figures.norms(text))[1:]
+    assert shown.startswith("“…")
+    assert shown.endswith("in in”")
+    assert len(shown) < 90
+
+
+ANSWER = " the city of Rome"
+
+
+@pytest.fixture(scope="module")
+def answer(facts_model: Any) -> BackwardLensResult:
+    """An answer of several tokens after the second of two prompts of different lengths."""
+    return blt.backward_lens(
+        facts_model, PROMPTS[1:], objective=blt.sequence_nll([ANSWER, " Paris"]), layers=[3, 7]
+    )
+
+
+def boundaries(figure: Any) -> list[tuple[list[float], list[float]]]:
+    """Ends of the lines across the heatmaps, x and y."""
+    if hasattr(figure, "data"):
+        return [([line.x0, line.x1], [line.y0, line.y1]) for line in figure.layout.shapes]
+    lines = [line for axes in figure.axes for line in axes.lines]
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in lines]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_line_separates_prompt_and_answer(
+    answer: BackwardLensResult, facts_model: Any, backend: Any
+) -> None:
+    # The last token of an answer is not part of the input.
+    asked = len(blt.backward_lens(facts_model, PROMPTS[1], " Rome").capture.str_tokens[0])
+    tokens = answer.capture.str_tokens[0]
+    assert len(tokens) > asked + 1
+    assert "".join(tokens[asked:]) in ANSWER
+    across, whole = ([asked - 0.5] * 2, [0, 1]), ([0, 1], [asked - 0.5] * 2)
+    columns = figures.norms(answer, backend=backend)
+    rows = figures.neuron_similarity(answer, "W_out", 3, backend=backend)
+    assert boundaries(columns) == [across]
+    assert boundaries(rows) == [whole]
+    if backend == "plotly":
+        assert columns.layout.xaxis.title.text == "token, answer right of the line"
+        assert rows.layout.yaxis.title.text == "token, answer below the line"
+        assert rows.layout.yaxis.autorange == "reversed"
+    assert titles(columns)[1] == (
+        "prompt 1 of 2: “The Eiffel Tower is in the city of” → “the city of Rome”"
+    )
+    # An answer of one token is not in the input.
+    assert boundaries(figures.norms(answer, batch=1, backend=backend)) == []
+    one = figures.norms(answer, batch=1)
+    assert one.layout.xaxis.title.text == "token"
+    assert len(boundaries(figures.compare(answer, answer, batch=(0, 1), backend=backend))) == 1
+
+
+def test_the_line_is_between_the_positions_that_are_shown(facts_model: Any) -> None:
+    objective = blt.sequence_nll(ANSWER)
+    whole = blt.backward_lens(facts_model, PROMPTS[1], objective=objective, layers=3)
+    asked = int(whole.capture.prompt_lengths[0])
+    for positions, at in (
+        ([asked - 1, asked], 0.5),
+        ([2, 3, asked, asked + 1], 1.5),
+        ([2, 3], None),
+        ([asked, asked + 1], None),
+    ):
+        some = blt.backward_lens(
+            facts_model, PROMPTS[1], objective=objective, layers=3, positions=positions
+        )
+        found = boundaries(figures.norms(some))
+        assert [x for x, _ in found] == ([] if at is None else [[at, at]])
+
+
+def test_ranks_are_those_of_each_positions_target(
+    answer: BackwardLensResult, facts_model: Any
+) -> None:
+    figure = figures.target_ranks(answer)
+    assert titles(figure)[0] == "W_out: rank of each position's target by layer"
+    tokens, asked = answer.capture.str_tokens[0], int(answer.capture.prompt_lengths[0])
+    said = [*tokens[asked:], " Rome"]  # what follows each token from the prompt's last on
+    wanted = [said[0]] * (asked - 1) + said
+    drawn = [line for line in figure.data if line.name]
+    assert [html.unescape(line.name) for line in drawn] == [
+        f"{position}: {token.strip()} → {target.strip()}"
+        for position, (token, target) in enumerate(zip(tokens, wanted, strict=True))
+    ]
+    assert [line.line.width > 2 for line in drawn] == [
+        position >= asked - 1 for position in range(len(tokens))
+    ]
+    vocabulary = facts_model.tokenizer
+    for position, (line, target) in enumerate(zip(drawn, wanted, strict=True)):
+        (token,) = vocabulary.encode(target, add_special_tokens=False)
+        update = -answer.capture["W_out", 3].vjps[0, position]
+        scores = facts_model.unembed(facts_model.ln_final(update[None, None]))[0, 0]
+        close = 1e-5 * scores.abs().max()
+        fewest = int((scores > scores[token] + close).sum())
+        most = int((scores >= scores[token] - close).sum()) - 1
+        assert fewest <= line.y[0] - 1 <= most
+        rank = f"rank {line.y[0] - 1:.0f} of {target.strip()}"
+        assert html.unescape(line.hovertext[0]).endswith(f"layer 3<br>{rank}")
+
+
+def test_the_last_position_of_a_text_has_no_target(facts_model: Any) -> None:
+    text = blt.backward_lens(facts_model, PROMPTS[2], objective=blt.next_token_loss(), layers=[3])
+    for backend in BACKENDS:
+        found = lines(figures.target_ranks(text, backend=backend))
+        names = list(found)
+        assert names[-2:] == ["3: is → in", "4: in"]
+        assert [math.isnan(places[0]) for _, places in found.values()] == [False] * 4 + [True]
+
+
+def test_what_the_update_adds_comes_first(facts_model: Any) -> None:
+    result = blt.backward_lens(facts_model, PROMPTS[2], " Paris", matrices="all")
+    order = ["W_out", "W_in", "W_O", "W_Q", "W_K", "W_V"]
+    shown = [note.text for note in figures.gradient_ranks(result).layout.annotations]
+    assert shown == order
+    asked = figures.gradient_ranks(result, ["W_V", "W_out"]).layout.annotations
+    assert [note.text for note in asked] == ["W_V", "W_out"]

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from notebook_pages import OFFLINE
 from playwright.sync_api import Browser, Locator, expect
 from view_cases import NASTY, PARIS, make_result, parsed, without_target
 
+import backward_lens_tl as blt
 from backward_lens_tl.capture.hook_points import AttentionGradient
 from backward_lens_tl.errors import BackwardLensError, InputError, WidgetError
 from backward_lens_tl.readout.cells import Cell
@@ -108,10 +110,10 @@ def test_norms_are_scaled_by_one_power_of_ten_that_every_label_names(factor: flo
     widget = widgets.norms(result)
     expected = result.norms("W_out")[:, 0].T
     shown = torch.tensor(widget.props["values"])
-    powers = {re.search(r"\(×1e(-?\d+)\)", label) for label in widget.props["labels"]}
+    powers = {re.search(r" ×1e(-?\d+)$", label) for label in widget.props["labels"]}
     power = 0 if powers == {None} else int(powers.pop()[1])
-    assert [label.split(" (")[0] for label in widget.props["labels"]] == [
-        f"layer {layer}" for layer in result.layers
+    assert [label.split(" ")[0] for label in widget.props["labels"]] == [
+        f"L{layer}" for layer in result.layers
     ]
     # Six significant digits are kept, and six decimals shown.
     torch.testing.assert_close(shown * 10.0**power, expected, rtol=1e-5, atol=0)
@@ -162,9 +164,9 @@ def columns(widget: Widget, sample: int, layer: int, side: str) -> list[list[tup
 
 def test_top_tokens_match_the_result_and_zero_cells_have_a_reason(result: BackwardLensResult):
     widget = widgets.top_tokens(result)
-    assert [label.split()[0] for label in widget.props["sampleLabels"]] == list(result.matrices)
+    assert [label.split()[0] for label in widget.props["sampleLabels"]] == ["W_out", "W_in"]
     zero = 0
-    for sample, matrix in enumerate(result.matrices):
+    for sample, matrix in enumerate(("W_out", "W_in")):
         factor = float(widget.props["sampleLabels"][sample].split("×")[1].rstrip(")"))
         for row, layer in enumerate(result.layers):
             top, bottom = (columns(widget, sample, row, side) for side in ("topk", "bottomk"))
@@ -191,7 +193,7 @@ def test_a_small_vocabulary_is_shown_at_both_ends():
     result = make_result(vocab=vocab, k=4)
     widget = widgets.top_tokens(result)
     for side in ("topk", "bottomk"):
-        for column, cell in zip(columns(widget, 0, 0, side), result.cells("W_in", 0), strict=True):
+        for column, cell in zip(columns(widget, 0, 0, side), result.cells("W_out", 0), strict=True):
             entries = cell.top if side == "topk" else cell.bottom[::-1]
             assert [text for text, _ in column] == [seen(entry.token) for entry in entries]
 
@@ -239,11 +241,11 @@ def test_infinite_and_tied_scores(top: list[float], bottom: list[float]):
     result = with_scores(make_result(), top, bottom)
     widget = widgets.top_tokens(result)
     cell = result.cell("W_out", 0, 0)
-    label = widget.props["sampleLabels"][1]
+    label = widget.props["sampleLabels"][0]
     factor = float(label.split("×")[1].rstrip(")"))
     assert factor <= 20  # of the finite scores
     for side, entries in (("topk", cell.top), ("bottomk", cell.bottom[::-1])):
-        column = columns(widget, 1, 0, side)[0]
+        column = columns(widget, 0, 0, side)[0]
         assert [text for text, _ in column] == [seen(entry.token) for entry in entries]
         wanted = [
             entry.score / factor if math.isfinite(entry.score) else math.copysign(10, entry.score)
@@ -252,7 +254,7 @@ def test_infinite_and_tied_scores(top: list[float], bottom: list[float]):
         assert [score for _, score in column] == pytest.approx(wanted, rel=1e-5)
     said = "A score of ∞ or −∞ is shown as 10 or −10."
     assert (said in caption(widget)) == any(map(math.isinf, top + bottom))
-    assert columns(widget, 1, 1, "topk") == columns_alone(result, 1, factor)
+    assert columns(widget, 0, 1, "topk") == columns_alone(result, 1, factor)
     assert strict(widget) == widget.props
 
 
@@ -274,8 +276,8 @@ def test_an_infinite_top_score_is_a_number_that_the_quantity_names():
         ([5, 3, 1], "top score (-1: no score)"),
     ):
         widget = widgets.quantities(with_scores(result, scores, [MASKED] * 3))
-        assert widget.props["secondDimensionLabels"][3] == name
-        shown = torch.tensor(widget.props["activations"])[..., 3]
+        assert widget.props["secondDimensionLabels"][-1] == name
+        shown = torch.tensor(widget.props["activations"])[..., -1]
         numbers = {math.inf: 100.0, MASKED: -10.0}
         assert shown[0, 0] == numbers.get(scores[0], scores[0])
         torch.testing.assert_close(shown[1:, 0], finite[0, 0, 1:], rtol=1e-5, atol=0)
@@ -337,8 +339,10 @@ def test_faint_cells_are_counted():
 
 
 def quantity_of(cell: Cell, name: str) -> float:
-    if name.startswith("norm"):
-        return cell.norm if "δ" in name else cell.input_norm
+    norms = {"‖δ_i‖": cell.norm, "‖x_i‖": cell.input_norm}
+    norms["‖x_i‖·‖δ_i‖"] = cell.norm * cell.input_norm
+    if name in norms:
+        return norms[name]
     if cell.is_zero:
         return float(re.search(r"(-\d+): no ", name)[1])
     return cell.target_rank if name.startswith("rank") else cell.top[0].score
@@ -348,7 +352,7 @@ def test_quantities_match_the_result_and_missing_ones_are_distinct(result: Backw
     props = widgets.quantities(result).props
     names = props["secondDimensionLabels"]
     assert [name.split(" (")[0] for name in names] == [
-        "norm of δ_i", "norm of x_i", "rank of ␣Paris", "top score",
+        "‖δ_i‖", "‖x_i‖·‖δ_i‖", "‖x_i‖", "rank of ␣Paris", "top score",
     ]  # fmt: skip
     for row, layer in enumerate(result.layers):
         for column, cell in enumerate(result.cells("W_out", layer)):
@@ -357,17 +361,87 @@ def test_quantities_match_the_result_and_missing_ones_are_distinct(result: Backw
     values = torch.tensor(props["activations"])
     assert values.isfinite().all()
     missing = result.is_zero("W_out")[:, 0].T
-    assert torch.equal(values[..., 2], result.target_rank("W_out")[:, 0].T.masked_fill(missing, -1))
+    assert torch.equal(values[..., 3], result.target_rank("W_out")[:, 0].T.masked_fill(missing, -1))
     scores = result.readout("W_out").top_scores[:, 0, :, 0].T
     absent = number_below(scores[~missing].tolist())
     torch.testing.assert_close(
-        values[..., 3], scores.masked_fill(missing, absent), rtol=1e-5, atol=0
+        values[..., 4], scores.masked_fill(missing, absent), rtol=1e-5, atol=0
     )
+
+
+@pytest.mark.parametrize("quantity", ["norm", "write_norm", "input_norm"])
+def test_the_norms_are_those_of_the_caption(result: BackwardLensResult, quantity: Any):
+    widget = widgets.norms(result, "W_in", quantity=quantity)
+    power = float(re.search(r"×(1e-?\d+)$", f"{widget.props['labels'][0]} ×1e0")[1])
+    for row, layer in enumerate(result.layers):
+        gradient = result.capture["W_in", layer]
+        for position in range(len(NASTY)):
+            x, vjp = gradient.inputs[0, position].double(), gradient.vjps[0, position].double()
+            term = {"norm": vjp, "write_norm": torch.outer(x, vjp), "input_norm": x}[quantity]
+            shown = widget.props["values"][position][row] * power
+            assert shown == pytest.approx(term.norm().item(), rel=1e-5)
+    name = {"norm": "‖δ_i‖", "write_norm": "‖x_i‖·‖δ_i‖, ", "input_norm": "‖x_i‖"}
+    assert caption(widget).startswith(f"W_in, by token and layer: {name[quantity]}")
 
 
 def test_without_a_target_there_is_no_rank():
     labels = widgets.quantities(without_target(make_result())).props["secondDimensionLabels"]
     assert not any("rank" in label for label in labels)
+
+
+def test_captions_say_which_prompt():
+    several = with_attention(make_result(batch=3))
+    for show in (
+        widgets.norms,
+        widgets.top_tokens,
+        widgets.quantities,
+        lambda result, batch: widgets.reversed_attention(result, 0, batch=batch),
+    ):
+        said = caption(show(several, batch=1))
+        assert " prompt 2 of 3: “" in said
+        assert "” → “Paris”" in said
+        alone = caption(show(with_attention(make_result()), batch=0))
+        assert " of 1" not in alone
+        assert "” → “Paris”" in alone
+
+
+@pytest.fixture(scope="module")
+def answer(facts_model: Any) -> BackwardLensResult:
+    """An answer of several tokens, of which the last one is not in the input."""
+    objective = blt.sequence_nll(" the city of Rome")
+    return blt.backward_lens(facts_model, "Rome is in", objective=objective, matrices="all")
+
+
+def test_widgets_show_where_the_answer_begins(answer: BackwardLensResult):
+    asked, tokens = 5, answer.capture.str_tokens[0]
+    assert tokens[asked - 2 :] == (" is", " in", " the", " city", " of")[: len(tokens) - asked + 2]
+    for show in (widgets.norms, widgets.quantities):
+        html, said = show(answer).fragment, caption(show(answer))
+        rule = (
+            rf"#circuits-vis-\w+ .colored-tokens > span:nth-of-type\({asked + 1}\) {{ border-left"
+        )
+        assert len(re.findall(rule, html)) == 1
+        assert "“Rome is in” → “the city of Rome” The answer begins at the orange line." in said
+        plainly = show(make_result())
+        assert "nth-of-type" not in plainly.fragment
+        assert "The answer begins" not in caption(plainly)
+    said = caption(widgets.reversed_attention(answer, 3))
+    assert f"The answer begins at position {asked}, “{seen(tokens[asked])}”." in said
+    assert "The answer begins" not in caption(
+        widgets.reversed_attention(with_attention(make_result()), 3)
+    )
+
+
+def test_each_position_has_its_own_target(answer: BackwardLensResult):
+    said = caption(widgets.top_tokens(answer))
+    assert f"4 “␣in” → “␣the”, answer: 5 “␣the” → “{seen(answer.capture.str_tokens[0][6])}”" in said
+    assert "→ “␣Rome”; → the token that a position should say" in said
+    names = widgets.quantities(answer).props["secondDimensionLabels"]
+    assert "rank of the token that the position should say (0 leads, -1: no rank)" in names
+    ranks = torch.tensor(widgets.quantities(answer).props["activations"])[:, :, 3]
+    expected = answer.target_rank("W_out")[:, 0].T.masked_fill(answer.is_zero("W_out")[:, 0].T, -1)
+    assert torch.equal(ranks, expected)
+    assert "→ the token" not in caption(widgets.top_tokens(make_result()))
 
 
 def test_reversed_attention_has_no_padding_and_a_symmetric_scale(result: BackwardLensResult):
@@ -414,6 +488,8 @@ def test_requests_outside_the_result_are_refused(result: BackwardLensResult):
         widgets.reversed_attention(result, 0, batch=7)
     with pytest.raises(InputError, match="layer 9 does not exist"):
         widgets.reversed_attention(result, 9)
+    with pytest.raises(InputError, match="quantity is 'x'; allowed: 'norm', 'write_norm', 'inp"):
+        widgets.norms(result, quantity="x")
     with pytest.raises(
         InputError, match=r"no Reversed Attention for layer 0; capture its attention"
     ):
@@ -482,10 +558,23 @@ def test_a_widget_can_be_shown_twice(four: list[Widget]):
 
 @pytest.mark.usefixtures("as_for_a_user")
 def test_a_page_needs_widgets(four: list[Widget]):
-    with pytest.raises(InputError, match=r"no widget; pass what widgets\.norms"):
+    with pytest.raises(InputError, match=r"nothing; pass results, and what widgets\.norms"):
         widgets.page()
-    with pytest.raises(InputError, match="str, which is not a widget"):
+    with pytest.raises(InputError, match="str, which is neither a widget nor a result"):
         widgets.page(four[0], "x")
+
+
+def test_a_page_has_results_next_to_widgets(four: list[Widget]):
+    results = [make_result(), make_result(batch=2)]
+    html = widgets.page(results[0], four[0], results[1], title="Both")
+    assert html.count(LIBRARY) == 1
+    assert html.count("<section>") == 3
+    parts = html.split("<section>")[1:]
+    assert ["blt-widget" in part for part in parts] == [False, True, False]
+    # A table per matrix of each prompt.
+    assert [part.count("<table") for part in parts] == [2, 0, 4]
+    assert LIBRARY not in widgets.page(*results)
+    parsed(re.sub(r"(?s)<script.*?</script>|<style>.*?</style>|<br>|<!DOCTYPE html>", "", html))
 
 
 def test_another_circuitsvis_is_refused_by_name():
@@ -607,7 +696,7 @@ def check_norms(place: Locator, result: BackwardLensResult) -> None:
     cells = [result.cell("W_out", layer, 1) for layer in result.layers]
     for row, cell in zip(shown.locator("tr").all(), cells, strict=True):
         label, number = row.locator("td").all_text_contents()
-        power = float(re.fullmatch(rf"layer {cell.layer} \(×(1e-\d)\)", label)[1])
+        power = float(re.fullmatch(rf"L{cell.layer} ×(1e-\d)", label)[1])
         # Six decimals of a number with at least three leading zeros.
         assert float(number) * power == pytest.approx(cell.norm, rel=1e-2)
         assert (number == "0.000000") == cell.is_zero
@@ -620,7 +709,7 @@ def check_top_tokens(place: Locator, result: BackwardLensResult) -> None:
         return texts(place.locator(f"tbody tr td:nth-last-child({5 - column}) > span"))
 
     for column in range(5):
-        expected = result.cell("W_in", 0, column)
+        expected = result.cell("W_out", 0, column)
         entries = (*expected.top, *reversed(expected.bottom))
         assert cells(column) == [seen(entry.token) for entry in entries]
     # The colour depends on the score, which the tooltip shows.
@@ -630,7 +719,7 @@ def check_top_tokens(place: Locator, result: BackwardLensResult) -> None:
     )
     words = tooltip(place, target)
     score = float(words.evaluate("node => node.lastChild.textContent"))
-    best = result.cell("W_in", 0, 0).top[0]
+    best = result.cell("W_out", 0, 0).top[0]
     assert score * factor == pytest.approx(best.score, rel=1e-5)
     assert plain(words.locator("strong").text_content()) == seen(best.token)
     place.locator("#layer-selector").select_option("3")
@@ -671,6 +760,78 @@ def check_attention(page: Opened, place: Locator) -> None:
     )
     assert all(share > 0.02 for share in pixels), pixels
     assert place.locator("h4").all_text_contents() == ["L3H0", "L3H1"]
+
+
+@pytest.mark.slow
+def test_results_and_widgets_on_one_page_do_not_disturb_each_other(
+    browser: Browser, tmp_path: Path, result: BackwardLensResult, four: list[Widget]
+):
+    other = make_result(batch=2)
+    (tmp_path / "both.html").write_text(
+        widgets.page(result, *four, other, title="Both"), encoding="utf-8"
+    )
+    (tmp_path / "tables.html").write_text(widgets.page(result, other), encoding="utf-8")
+    with opened(browser, tmp_path / "tables.html", scheme="dark") as page:
+        alone = page.page.evaluate(LOOKS)
+    with opened(browser, tmp_path / "both.html", scheme="dark") as page:
+        drawn(page, 4)
+        # The widgets' style does not reach the tables.
+        assert page.page.evaluate(LOOKS) == alone
+        boxes = [part.bounding_box() for part in page.page.locator("section").all()]
+        assert len(boxes) == 6
+        for upper, lower in pairwise(boxes):
+            assert upper["y"] + upper["height"] <= lower["y"]
+        for section, box in zip(page.page.locator("section").all(), boxes, strict=True):
+            inner = section.locator("> div").bounding_box()
+            assert inner["y"] + inner["height"] <= box["y"] + box["height"] + 1
+        # The choices of one table do not change the other.
+        tables = page.page.locator(".blt")
+        tables.nth(0).locator("input[name=end][value=bottom]").check(force=True)
+        assert tables.nth(0).locator("td .low").first.is_visible()
+        assert not tables.nth(1).locator("td .low").first.is_visible()
+        page.check()
+
+
+LOOKS = """() => {
+  const names = ["color", "backgroundColor", "font", "padding", "margin", "border"];
+  const found = document.querySelectorAll(".blt, .blt :is(p, table, th, td, label, legend)");
+  return [...found].map(node => names.map(name => getComputedStyle(node)[name]));
+}"""
+"""Computed styles of all tables, and of what is around them."""
+
+
+@pytest.mark.slow
+def test_a_tooltip_of_many_layers_fits_below_the_widget(browser: Browser, tmp_path: Path):
+    result = make_result(layers=30)
+    (tmp_path / "norms.html").write_text(widgets.page(widgets.norms(result)), encoding="utf-8")
+    with opened(browser, tmp_path / "norms.html", width=900) as page:
+        (place,) = drawn(page, 1)
+        widget = page.page.locator(".blt-widget").bounding_box()
+        tokens = place.locator(".colored-tokens > span > span")
+        last = tokens.last.bounding_box()
+        below = widget["y"] + widget["height"] - last["y"] - last["height"]
+        shown = tooltip(place, tokens.nth(1))
+        assert shown.locator("tr").count() == 30
+        box = shown.bounding_box()
+        assert box["y"] + box["height"] <= widget["y"] + widget["height"]
+        assert box["x"] + box["width"] <= widget["x"] + widget["width"]
+        assert below < 250
+        expect(place.locator('label[for="Negative Bound"]')).to_be_hidden()
+        expect(place.locator('label[for="Positive Bound"]')).to_be_visible()
+
+
+@pytest.mark.slow
+def test_the_line_before_an_answer(browser: Browser, tmp_path: Path, answer: BackwardLensResult):
+    shown = [widgets.norms(answer), widgets.quantities(answer)]
+    (tmp_path / "answer.html").write_text(widgets.page(*shown), encoding="utf-8")
+    with opened(browser, tmp_path / "answer.html") as page:
+        for place in drawn(page, 2):
+            tokens = place.locator(".colored-tokens > span")
+            tooltip(place, tokens.nth(1).locator("span"))  # an element between the tokens
+            widths = tokens.evaluate_all(
+                "nodes => nodes.map(node => getComputedStyle(node).borderLeftWidth)"
+            )
+            assert widths == ["0px"] * 5 + ["3px"] + ["0px"] * (len(widths) - 6)
 
 
 @pytest.mark.slow

@@ -5,12 +5,13 @@ Each function takes its numbers from a table of a result, `evaluate` or `backwar
 matplotlib's with `backend="matplotlib"`.
 """
 
-from backward_lens_tl.views.figures.cells import compare, layer_maps, norms, target_ranks
+from backward_lens_tl.views.figures.cells import compare, layer_maps, norms
 from backward_lens_tl.views.figures.edits import edit_curves, edit_scores, least_rates
 from backward_lens_tl.views.figures.gradients import gradient_ranks, singular_values
 from backward_lens_tl.views.figures.neurons import neuron_overlap, neuron_similarity
 from backward_lens_tl.views.figures.segments import norms_by_segment, token_ranks_by_segment
 from backward_lens_tl.views.figures.steps import step_changes
+from backward_lens_tl.views.figures.trajectories import target_ranks
 
 __all__ = [
     "compare",

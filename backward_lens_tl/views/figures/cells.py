@@ -1,4 +1,4 @@
-"""Figures of numbers by layer and position: norms, target ranks, and any others."""
+"""Figures of numbers by layer and position: norms, and any others."""
 
 from __future__ import annotations
 
@@ -14,14 +14,10 @@ from backward_lens_tl.errors import InputError
 from backward_lens_tl.result import BackwardLensResult, check_result
 from backward_lens_tl.views.colors import Colors
 from backward_lens_tl.views.figures.charts import (
-    MOST_NAMES,
     Axis,
     Heatmap,
-    Line,
-    Lines,
     Values,
     floats,
-    marker_at,
 )
 from backward_lens_tl.views.figures.drawing import (
     Backend,
@@ -31,8 +27,9 @@ from backward_lens_tl.views.figures.drawing import (
     token_label,
     token_text,
     tokens_of,
-    towards,
 )
+from backward_lens_tl.views.norms import Quantity, check_quantity, meaning, symbol
+from backward_lens_tl.views.prompts import answer_start, prompt_title
 from backward_lens_tl.views.text import number, running_text
 
 
@@ -41,37 +38,43 @@ def norms(
     matrix: str = "W_out",
     batch: int = 0,
     *,
+    quantity: Quantity = "norm",
     scale: Scale = "log",
     backend: Backend = "plotly",
 ) -> Any:
-    """How strongly each position writes into each layer: the colours of the paper's figure 5.
+    """Norms by layer and position; those of `delta_i` are the colours of the paper's figure 5.
 
     Args:
         result: The result to plot.
         matrix: Name of the matrix.
         batch: Index of the prompt.
+        quantity: `"norm"` for `||delta_i||_2`, `"write_norm"` for `||x_i|| ||delta_i||`, the norm
+            of the term that the position writes into the matrix, or `"input_norm"` for `||x_i||_2`.
         scale: `"log"` for at most three decades, as in the layers x tokens table, or `"linear"`.
         backend: `"plotly"` or `"matplotlib"`.
 
     Returns:
-        A heatmap of `||delta_i||_2` with the last layer on top; blank where a position adds
-        nothing. If only some positions were analysed, each token is followed by its position.
+        A heatmap with the last layer on top; blank where a position adds nothing. If only some
+        positions were analysed, each token is followed by its position. A line separates the prompt
+        from an answer of several tokens.
 
     Raises:
-        InputError: If `result` is not a result, or the matrix, prompt, scale or backend does not
-            exist.
+        InputError: If `result` is not a result, or the matrix, prompt, quantity, scale or backend
+            does not exist.
 
     Examples:
         >>> import backward_lens_tl as blt
         >>> model = blt.load_facts_model()
         >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
         >>> figure = blt.figures.norms(result)
-        >>> figure.layout.title.text
-        'W_out: how strongly each position writes → “Paris”'
+        >>> figure.layout.title.text, figure.layout.title.subtitle.text
+        ('W_out: ‖δ_i‖, norm of the gradient at the output', '“Lionel Messi plays for” → “Paris”')
     """
     check_result(result)
-    title = f"{_norms_title(matrix)}{towards(result, batch)}"
-    return draw(backend, title, *_norm_maps(matrix, scale, (result, batch, "")))
+    check_quantity(quantity)
+    title, subtitle = f"{matrix}: {meaning(quantity)}", prompt_title(result, batch)
+    maps = _norm_maps(matrix, quantity, scale, (result, batch, ""))
+    return draw(backend, title, *maps, subtitle=subtitle)
 
 
 def compare(
@@ -81,6 +84,7 @@ def compare(
     batch: tuple[int, int] = (0, 0),
     names: tuple[str, str] | None = None,
     *,
+    quantity: Quantity = "norm",
     scale: Scale = "log",
     backend: Backend = "plotly",
 ) -> Any:
@@ -93,6 +97,7 @@ def compare(
         batch: Index of the prompt in each result.
         names: Titles of the two heatmaps; by default their prompts, with the models if those
             differ.
+        quantity: Which norm, as in `norms`.
         scale: `"log"` or `"linear"`.
         backend: `"plotly"` or `"matplotlib"`.
 
@@ -100,8 +105,8 @@ def compare(
         Two heatmaps, each like that of `norms`.
 
     Raises:
-        InputError: If `one` or `other` is not a result, the matrix, a prompt, the scale or the
-            backend does not exist, or `batch` or `names` does not have two entries.
+        InputError: If `one` or `other` is not a result, the matrix, a prompt, the quantity, scale
+            or backend does not exist, or `batch` or `names` does not have two entries.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -114,14 +119,15 @@ def compare(
     """
     check_result(one)
     check_result(other)
+    check_quantity(quantity)
     left, right = _two("batch", batch)
-    titles = [_prompt_title(one, left), _prompt_title(other, right)]
+    titles = [prompt_title(one, left), prompt_title(other, right)]
     models = [one.capture.model_name, other.capture.model_name]
     if models[0] != models[1]:
         titles = [f"{model}: {title}" for model, title in zip(models, titles, strict=True)]
     first, second = titles if names is None else _two("names", names)
-    maps = _norm_maps(matrix, scale, (one, left, first), (other, right, second))
-    return draw(backend, _norms_title(matrix), *maps)
+    maps = _norm_maps(matrix, quantity, scale, (one, left, first), (other, right, second))
+    return draw(backend, f"{matrix}: {meaning(quantity)}", *maps)
 
 
 def layer_maps(
@@ -192,93 +198,20 @@ def layer_maps(
     return draw(backend, title, *charts, is_stacked=True)
 
 
-def target_ranks(
-    result: BackwardLensResult,
-    matrix: str = "W_out",
-    batch: int = 0,
-    *,
-    scale: Scale = "log",
-    backend: Backend = "plotly",
-) -> Any:
-    """Rank of the target in the vocabulary, layer by layer (paper, figures 7 and 18 to 21).
-
-    Args:
-        result: The result to plot. With `direction="gradient"`, as in the paper, VJPs rank the
-            target near the end of the vocabulary, which is easier to see with `scale="linear"`.
-        matrix: Name of the matrix.
-        batch: Index of the prompt.
-        scale: `"log"` or `"linear"`.
-        backend: `"plotly"` or `"matplotlib"`.
-
-    Returns:
-        A line per token of the prompt, at 1 + rank so that a logarithmic axis can show the top
-        token; a gap where a position adds nothing. The top of the vocabulary is at the top.
-
-    Raises:
-        InputError: If `result` is not a result or has no target, or the matrix, prompt, scale or
-            backend does not exist.
-
-    Examples:
-        >>> import backward_lens_tl as blt
-        >>> model = blt.load_facts_model()
-        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
-        >>> figure = blt.figures.target_ranks(result)
-        >>> [line.name for line in figure.data]
-        ['0: &lt;|endoftext|&gt;', '1: Li', '2: onel', '3: Messi', '4: plays', '5: for']
-    """
-    check_result(result)
-    table = result.to_df(matrix=matrix, batch=batch).drop_duplicates(["layer", "position"])
-    result.target_rank(matrix)  # its error says what to do without a target
-    table = table.assign(place=1 + table["target_rank"].astype("float64"))
-    tokens = tokens_of(table)
-    last, many = len(tokens) - 1, len(tokens) > MOST_NAMES
-    colors = Colors.of_order(list(tokens), "position in the prompt")
-    lines = tuple(
-        Line.of_rows(
-            f"{position}: {token_label(token)}",
-            table[table["position"] == position].sort_values("layer"),
-            "layer",
-            "place",
-            lambda row: (
-                f"{token_text(row['token'])} at {row['position']}, layer {row['layer']}\n"
-                f"rank {row['place'] - 1:.0f}"
-            ),
-            color=colors.at(position),
-            # Of many lines only the last token's stands out.
-            marker=marker_at(last - index) if index == last or not many else None,
-            width=3.0 if index == last else 0.8 if many else 1.4,
-        )
-        for index, (position, token) in enumerate(tokens.items())
-    )
-    ranks = Axis("1 + rank of the target (1: top token)", is_log=is_log(scale), is_reversed=True)
-    layers = Axis.counting("layer", table["layer"])
-    title = f"{matrix}: rank of the target by layer{towards(result, batch)}"
-    return draw(backend, title, Lines(lines, layers, ranks, colors if many else None))
-
-
-def _norms_title(matrix: str) -> str:
-    return f"{matrix}: how strongly each position writes"
-
-
-def _prompt_title(result: BackwardLensResult, batch: int) -> str:
-    target = towards(result, batch)  # checks the index
-    return f"“{''.join(result.capture.str_tokens[batch])}”{target}"
-
-
 def _norm_maps(
-    matrix: str, scale: Scale, *panels: tuple[BackwardLensResult, int, str]
+    matrix: str, quantity: Quantity, scale: Scale, *panels: tuple[BackwardLensResult, int, str]
 ) -> list[Heatmap]:
     """Heatmaps of several prompts (result, index and title) with one colour scale."""
     tables = [result.to_df(matrix=matrix, batch=batch) for result, batch, _ in panels]
     tables = [
-        table.assign(norm=table["norm"].mask(table["is_zero"].astype(bool))) for table in tables
+        table.assign(shown=table[quantity].mask(table["is_zero"].astype(bool))) for table in tables
     ]
-    every = chain.from_iterable(table["norm"] for table in tables)
-    colors = Colors.of_norms(every, "norm of δ_i", is_log(scale))
+    every = chain.from_iterable(table["shown"] for table in tables)
+    colors = Colors.of_norms(every, symbol(quantity), is_log(scale))
     maps = []
     for table, (result, batch, title) in zip(tables, panels, strict=True):
         cells = table.drop_duplicates(["layer", "position"])
-        grid = cells.pivot(index="layer", columns="position", values="norm")
+        grid = cells.pivot(index="layer", columns="position", values="shown")
         maps.append(
             _layer_map(
                 tuple(map(floats, grid.to_numpy(float).tolist())),
@@ -286,8 +219,9 @@ def _norm_maps(
                 grid.index.tolist(),
                 colors,
                 title and running_text(str(title)),
-                what="norm ",
+                what=f"{symbol(quantity)}: ",
                 is_partial=grid.shape[1] < len(result.capture.str_tokens[batch]),
+                boundary=answer_start(result, batch, list(tokens_of(table))),
             )
         )
     return maps
@@ -304,6 +238,7 @@ def _layer_map(
     *,
     what: str = "",
     is_partial: bool = False,
+    boundary: int | None = None,
 ) -> Heatmap:
     """Numbers by layer and position; `is_partial` labels each token with its position, too."""
     hover = tuple(
@@ -317,7 +252,10 @@ def _layer_map(
         f"{token_label(token)} ({position})" if is_partial else token_label(token)
         for position, token in tokens.items()
     )
-    across = Axis(f"{columns} (position)" if is_partial else columns, labels)
+    title_across = f"{columns} (position)" if is_partial else columns
+    if boundary is not None:
+        title_across += ", answer right of the line"
+    across = Axis(title_across, labels, boundary=boundary)
     return Heatmap(values, hover, across, Axis(rows, tuple(map(str, layers))), colors, title)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
-from backward_lens_tl.views.colors import CATEGORICAL, Colors
+from backward_lens_tl.views.colors import CATEGORICAL, VERMILION, Colors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,6 +24,9 @@ GREY = "#6b7280"
 
 INK, FRAME, GRID = "#1f2937", "#9ca3af", "#e5e7eb"
 
+ACCENT, BOUNDARY_WIDTH = VERMILION, 2.5
+"""Colour and width, in points, of the line between prompt and answer."""
+
 MARKERS = ("circle", "square", "diamond", "triangle", "cross", "x")
 
 MOST_NAMES = 12
@@ -34,6 +37,15 @@ MOST_SEAMS = 64
 
 BAND_OPACITY = 0.13
 """Opacity of the band around a line. Bands may overlap, and lines must stay legible."""
+
+LABEL_ROOM = 13
+"""Least distance between two labels of an axis, in CSS pixels; more labels are thinned out."""
+
+SMALL_LABELS = 16
+"""Labels that are closer than this, in CSS pixels, have a smaller font."""
+
+_CHARACTER = 7
+"""Width of a label's character, in CSS pixels."""
 
 MOST_COLUMNS = 3
 """More charts than this are drawn in several rows."""
@@ -49,6 +61,7 @@ class Axis:
         step: Distance between ticks; by default the plotting library chooses.
         is_log: Whether it is logarithmic.
         is_reversed: Whether small numbers are at the top, or on the right.
+        boundary: Index of the first label after a line across the chart, if there is a line.
     """
 
     title: str
@@ -56,6 +69,7 @@ class Axis:
     step: int | None = None
     is_log: bool = False
     is_reversed: bool = False
+    boundary: int | None = None
 
     @classmethod
     def counting(cls, title: str, numbers: Iterable[int]) -> Axis:
@@ -63,25 +77,53 @@ class Axis:
         numbers = list(numbers)
         return cls(title, step=max(1, math.ceil((max(numbers) - min(numbers)) / 12)))
 
-    def ticks(self, at_most: int) -> tuple[tuple[int, str], ...]:
-        """Places and labels of at most this many ticks: every k-th label, and the last."""
-        last = len(self.labels) - 1
-        step = max(1, math.ceil(len(self.labels) / at_most))
-        # Counted from the end: the last token and the last layer matter most.
-        return tuple((place, self.labels[place]) for place in reversed(range(last, -1, -step)))
-
-    def angle(self, room: int, shown: int) -> int:
-        """The rotation at which labels do not overlap: 0, 45 or 90 degrees.
+    def ticks(self, room: int) -> tuple[tuple[int, str], ...]:
+        """Places and labels of the ticks that fit: every label, or every k-th and the last.
 
         Args:
-            room: Width of the axis, in CSS pixels.
-            shown: How many labels are shown.
+            room: Length of the axis, in CSS pixels.
+
+        Returns:
+            The ticks, in order.
+        """
+        last = len(self.labels) - 1
+        # Counted from the end: the last token and the last layer matter most.
+        places = reversed(range(last, -1, -self._every(room)))
+        return tuple((place, self.labels[place]) for place in places)
+
+    def full_title(self, room: int) -> str:
+        """The title, which says so if only some labels fit into this length."""
+        every = self._every(room)
+        return self.title if every == 1 else f"{self.title}, one of {every} labelled"
+
+    def angle(self, room: int) -> int:
+        """The rotation at which the labels that fit do not overlap: 0, 45 or 90 degrees.
+
+        Args:
+            room: Length of the axis, in CSS pixels.
 
         Returns:
             The angle.
         """
-        needed, each = 7 * max(map(len, self.labels)), room / shown
+        shown = self.ticks(room)
+        needed = _CHARACTER * max(len(label) for _, label in shown)
+        each = room / len(shown)
         return 0 if needed <= each else 45 if each > 28 else 90
+
+    def depth(self, room: int) -> int:
+        """How far rotated labels reach below the axis, in CSS pixels; 0 for level ones."""
+        if not self.labels:
+            return 0
+        longest = max(len(label) for _, label in self.ticks(room))
+        return round(_CHARACTER * longest * math.sin(math.radians(self.angle(room))))
+
+    def is_dense(self, room: int) -> bool:
+        """Whether labels need a smaller font."""
+        return room < SMALL_LABELS * len(self.ticks(room))
+
+    def _every(self, room: int) -> int:
+        """Distance between two labels that are shown."""
+        return max(1, math.ceil(LABEL_ROOM * len(self.labels) / room))
 
 
 @dataclass(frozen=True)
@@ -190,11 +232,13 @@ class Grid:
     Attributes:
         charts: From left to right, and from top to bottom.
         title: Title of the figure.
+        subtitle: A second line, such as the prompt; may be empty.
         is_stacked: Whether they are stacked in one column instead, each with its own colour bar.
     """
 
     charts: tuple[Heatmap | Lines, ...]
     title: str
+    subtitle: str = ""
     is_stacked: bool = False
 
     @property
@@ -295,7 +339,7 @@ def _size(chart: Heatmap | Lines, *, is_small: bool) -> tuple[int, int]:
         return (380, 300) if is_small else (520, 360)
     columns, rows = len(chart.x.labels or chart.values[0]), len(chart.values)
     # Cells are as wide as a token if there are few, and share a page if there are many.
-    return _within(48 * columns, 240, 820), _within(26 * rows, 140, 620)
+    return _within(48 * columns, 240, 820), _within(26 * rows, 140, 650)
 
 
 def _within(value: int, low: int, high: int) -> int:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.views.colors import Colors
 from backward_lens_tl.views.figures.charts import (
+    ACCENT,
     BAND_OPACITY,
+    BOUNDARY_WIDTH,
     FRAME,
     GRID,
     INK,
@@ -34,8 +36,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PIXELS_PER_INCH = 100
+_CHARACTERS_PER_INCH = 13  # of a title
 _GAP, _BAR, _LEGEND, _AROUND = 0.9, 0.9, 1.9, 1.1
-_ROOM_PER_LABEL = 17
+_FONT, _SMALL_FONT = 9, 7
 _MANY_DECADES, _MANY_DECADES_ACROSS = 1e7, 1e3  # labels are wider than they are high
 _DASHES = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":"}
 _MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^", "cross": "P", "x": "X"}
@@ -61,7 +64,7 @@ def draw(grid: Grid) -> Figure:
             '`pip install "backward-lens-tl[matplotlib]"`, or leave backend out for plotly'
         ) from cause
     # With TeX, a token such as `_` or `#` would raise an error.
-    with matplotlib.rc_context({"text.usetex": False, "text.color": INK, "font.size": 9}):
+    with matplotlib.rc_context({"text.usetex": False, "text.color": INK, "font.size": _FONT}):
         figure = _figure(grid)
     _choose_fonts(figure)
     return figure
@@ -81,7 +84,9 @@ def _figure(grid: Grid) -> Figure:
         dpi=150,
         layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08),
     )
-    figure.suptitle(_text(grid.title), x=0.01, ha="left", fontsize=11)
+    room = round(figure.get_figwidth() * _CHARACTERS_PER_INCH)
+    title = [wrapped(text, room) for text in (grid.title, grid.subtitle) if text]
+    figure.suptitle(_text("\n".join(title)), x=0.01, ha="left", fontsize=11)
     cells = figure.add_gridspec(
         len(heights), len(widths), width_ratios=widths, height_ratios=heights
     )
@@ -90,6 +95,7 @@ def _figure(grid: Grid) -> Figure:
         _set_axes(axes, chart, width, height)
         if isinstance(chart, Heatmap):
             _add_heatmap(axes, chart)
+            _add_boundaries(axes, chart)
         else:
             for line in chart.lines:
                 _add_line(axes, line)
@@ -134,19 +140,22 @@ def _set_axes(axes: Axes, chart: Heatmap | Lines, width: int, height: int) -> No
 def _set_axis(drawn: XAxis | YAxis, axis: Axis, room: int, *, turns: bool) -> None:
     from matplotlib.ticker import MultipleLocator
 
-    drawn.set_label_text(_text(axis.title))
+    drawn.set_label_text(_text(axis.full_title(room)))
     drawn.set_inverted(axis.is_reversed)
     if axis.step:
         drawn.set_major_locator(MultipleLocator(axis.step))
     if not axis.labels:
         drawn.grid(True, color=GRID, linewidth=0.8)
         return
-    ticks = axis.ticks(room // _ROOM_PER_LABEL)
+    ticks = axis.ticks(room)
     labels = [_text(label) for _, label in ticks]
-    angle = axis.angle(room, len(ticks)) if turns else 0
+    angle = axis.angle(room) if turns else 0
+    size = _SMALL_FONT if axis.is_dense(room) else _FONT
     # A slanted label ends at its tick.
     ends: dict[str, Any] = {"ha": "right", "rotation_mode": "anchor"} if angle == 45 else {}
-    drawn.set_ticks([place for place, _ in ticks], labels=labels, rotation=angle, **ends)
+    drawn.set_ticks(
+        [place for place, _ in ticks], labels=labels, rotation=angle, fontsize=size, **ends
+    )
 
 
 def _set_log_ticks(drawn: XAxis | YAxis, axis: Axis, many: float) -> None:
@@ -177,6 +186,13 @@ def _add_heatmap(axes: Axes, chart: Heatmap) -> None:
         linewidth=0.4 if columns <= MOST_SEAMS else 0,
         rasterized=columns > MOST_SEAMS,
     )
+
+
+def _add_boundaries(axes: Axes, chart: Heatmap) -> None:
+    if chart.x.boundary is not None:
+        axes.axvline(chart.x.boundary - 0.5, color=ACCENT, linewidth=BOUNDARY_WIDTH)
+    if chart.y.boundary is not None:
+        axes.axhline(chart.y.boundary - 0.5, color=ACCENT, linewidth=BOUNDARY_WIDTH)
 
 
 def _add_line(axes: Axes, line: Line) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from backward_lens_tl.views.colors import Colors
 from backward_lens_tl.views.figures.charts import (
+    ACCENT,
     BAND_OPACITY,
+    BOUNDARY_WIDTH,
     FRAME,
     GRID,
     INK,
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _LEFT, _GAP, _TOP, _BOTTOM, _BAR, _LEGEND = 80, 90, 48, 60, 110, 190
-_PANEL_TITLE = 40
-_ROOM_PER_COLUMN, _ROOM_PER_ROW = 20, 18
+_NO_TITLE, _PANEL_TITLE, _LINE = 12, 40, 22
+_FONT, _SMALL_FONT = 12, 10
 _SYMBOLS = {"triangle": "triangle-up"}
 
 # plotly interprets some HTML in every text, and TeX between dollar signs if MathJax is loaded.
@@ -40,19 +42,26 @@ def draw(grid: Grid) -> go.Figure:
     above = _PANEL_TITLE * any(chart.title for chart in grid.charts)
     # Where each column starts, from the left, and each row, from the top.
     lefts, inner = _starts(grid.widths, _GAP)
-    tops, height = _starts(grid.heights, _BOTTOM + above)
-    top = _TOP + above
+    labels = max(
+        chart.x.depth(size[0]) for chart, size in zip(grid.charts, grid.sizes, strict=True)
+    )
+    tops, height = _starts(grid.heights, _BOTTOM + labels + above)
     right = _BAR * grid.bar_columns + _LEGEND * grid.has_legend or 30
+    full = _LEFT + inner + right
+    title, subtitle = wrapped(grid.title, full // 9), wrapped(grid.subtitle, full // 7)
+    lines = title.count("\n") + (1 + subtitle.count("\n") if subtitle else 0)
+    top = (_TOP if title else _NO_TITLE) + _LINE * lines + above
     figure, ups = go.Figure(), []
     figure.update_layout(
         template="plotly_white",
-        width=_LEFT + inner + right,
+        width=full,
         height=top + height + _BOTTOM,
         margin={"l": _LEFT, "r": right, "t": top, "b": _BOTTOM},
-        title={"text": _text(grid.title), "x": 0.01, "y": 1, "pad": {"t": 14}},
+        title={"text": _text(title), "x": 0.01, "y": 1, "pad": {"t": 14}},
         title_yref="container",
         title_yanchor="top",
-        font={"color": INK, "size": 12},
+        title_subtitle_text=_text(subtitle),
+        font={"color": INK, "size": _FONT},
         hoverlabel_align="left",
         legend={"x": 1, "xanchor": "left", "y": 1, "bgcolor": "rgba(0,0,0,0)"},
     )
@@ -91,6 +100,7 @@ def _add(figure: go.Figure, chart: Heatmap | Lines, grid: Grid, suffix: str) -> 
     bar = _bar_name(grid.colors.index(chart.colors) + 1) if chart.colors else None
     if isinstance(chart, Heatmap):
         figure.add_heatmap(**_heatmap(chart), coloraxis=bar, **axes)
+        _add_boundaries(figure, chart, suffix)
         return
     named = {trace.name for trace in figure.data}
     for line in chart.lines:
@@ -104,6 +114,20 @@ def _add(figure: go.Figure, chart: Heatmap | Lines, grid: Grid, suffix: str) -> 
             x=[None], y=[None], marker={"color": [0], "coloraxis": bar},
             showlegend=False, hoverinfo="skip", **axes,
         )  # fmt: skip
+
+
+def _add_boundaries(figure: go.Figure, chart: Heatmap, suffix: str) -> None:
+    line = {"color": ACCENT, "width": BOUNDARY_WIDTH}
+    if chart.x.boundary is not None:
+        x, over = chart.x.boundary - 0.5, f"y{suffix} domain"
+        figure.add_shape(
+            type="line", x0=x, x1=x, y0=0, y1=1, xref=f"x{suffix}", yref=over, line=line
+        )
+    if chart.y.boundary is not None:
+        y, over = chart.y.boundary - 0.5, f"x{suffix} domain"
+        figure.add_shape(
+            type="line", x0=0, x1=1, y0=y, y1=y, xref=over, yref=f"y{suffix}", line=line
+        )
 
 
 def _heatmap(chart: Heatmap) -> dict[str, Any]:
@@ -164,7 +188,7 @@ def _band(line: Line) -> dict[str, Any]:
 
 def _axis(axis: Axis, room: int, domain: tuple[float, float], anchor: str) -> dict[str, Any]:
     drawn: dict[str, Any] = {
-        "title": {"text": _text(axis.title)},
+        "title": {"text": _text(axis.full_title(room))},
         "domain": domain,
         "anchor": anchor,
         "type": "log" if axis.is_log else "linear",
@@ -182,12 +206,13 @@ def _axis(axis: Axis, room: int, domain: tuple[float, float], anchor: str) -> di
     if axis.step:
         drawn |= {"tick0": 0, "dtick": axis.step}
     if axis.labels:
-        ticks = axis.ticks(room // _ROOM_PER_COLUMN)
+        ticks = axis.ticks(room)
         drawn |= {
             "tickmode": "array",
             "tickvals": [place for place, _ in ticks],
             "ticktext": [_text(label) for _, label in ticks],
-            "tickangle": -axis.angle(room, len(ticks)) if anchor.startswith("y") else 0,
+            "tickangle": -axis.angle(room) if anchor.startswith("y") else 0,
+            "tickfont_size": _SMALL_FONT if axis.is_dense(room) else _FONT,
         }
     return drawn
 

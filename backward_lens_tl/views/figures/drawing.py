@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from backward_lens_tl._checks import check_choice, shown, truncated
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views.figures import draw_matplotlib, draw_plotly
 from backward_lens_tl.views.figures.charts import Grid, Heatmap, Lines
 from backward_lens_tl.views.text import SPACE, running_text
@@ -18,11 +17,17 @@ Backend = Literal["plotly", "matplotlib"]
 Scale = Literal["log", "linear"]
 
 
-def draw(backend: Backend, title: str, *charts: Heatmap | Lines, is_stacked: bool = False) -> Any:
+def draw(
+    backend: Backend,
+    title: str,
+    *charts: Heatmap | Lines,
+    subtitle: str = "",
+    is_stacked: bool = False,
+) -> Any:
     """Draw charts as one figure of a plotting library, which is imported here, on demand."""
     check_choice("backend", backend, ("plotly", "matplotlib"))
     library = draw_plotly if backend == "plotly" else draw_matplotlib
-    return library.draw(Grid(charts, title, is_stacked))
+    return library.draw(Grid(charts, title, subtitle, is_stacked))
 
 
 def is_log(scale: Scale) -> bool:
@@ -38,12 +43,6 @@ def check_matrix(matrix: object, table: pd.DataFrame) -> None:
         raise InputError(
             f"{shown(matrix)} is not in this table; it has {', '.join(there)}; pass one of these"
         )
-
-
-def towards(result: BackwardLensResult, batch: int) -> str:
-    """The end of a title that names a prompt's target, if there is one."""
-    target = result.target(batch)
-    return "" if target is None else f" → “{running_text(target).strip()}”"
 
 
 def token_text(token: str) -> str:

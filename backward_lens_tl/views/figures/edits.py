@@ -169,7 +169,8 @@ def edit_curves(
         Lines(lines_by(table, "method", along, metric, _metrics_hover), x, Axis(f"{metric}, %"))
         for metric in _METRICS
     )
-    return draw(backend, title or f"Edits by {name}", *charts)
+    counts = "" if "records" not in table else counted(int(table["records"].max()), "record")
+    return draw(backend, title or f"Edits by {name}", *charts, subtitle=counts)
 
 
 def _score_points(summary: pd.DataFrame, suffix: str, title: str) -> Lines:

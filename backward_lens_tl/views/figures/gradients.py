@@ -24,9 +24,9 @@ from backward_lens_tl.views.figures.drawing import (
     Backend,
     check_matrix,
     draw,
-    towards,
 )
-from backward_lens_tl.views.text import counted, number
+from backward_lens_tl.views.prompts import prompt_title
+from backward_lens_tl.views.text import counted, display_order, number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +50,7 @@ def gradient_ranks(
     Args:
         source: A result or a capture, all of whose prompts count, or a table of gradients of any
             number of prompts: a sweep, its `gradients()`, or `GradientCapture.gradient_df()`.
-        matrices: One or more names; by default all matrices.
+        matrices: One or more names; by default all matrices, `W_out` first.
         backend: `"plotly"` or `"matplotlib"`.
 
     Returns:
@@ -73,7 +73,7 @@ def gradient_ranks(
     table = table_of(source, "gradients", _COLUMNS, names)
     there = table["matrix"].unique().tolist()
     if names is None:
-        names = there
+        names = display_order(there)
     if not names:
         raise InputError(f"matrices is {matrices!r}; pass some of {', '.join(there)}")
     for name in names:
@@ -116,7 +116,7 @@ def singular_values(
     """
     check_result(result)
     result.readout(matrix)
-    title = f"{matrix}: singular values of the gradient{towards(result, batch)}"
+    title = f"{matrix}: singular values of the gradient"
     table = result.capture.gradient_df(matrix=matrix, batch=batch)
     if table["rank"].isna().any():
         raise InputError(
@@ -146,7 +146,8 @@ def singular_values(
         )
     x = Axis.counting("index, from the largest", [1, *table["rank"].tolist()])
     y = Axis("singular value", is_log=True)
-    return draw(backend, title, Lines(tuple(lines), x, y, colors if many else None))
+    chart = Lines(tuple(lines), x, y, colors if many else None)
+    return draw(backend, title, chart, subtitle=prompt_title(result, batch))
 
 
 def _rank_charts(table: pd.DataFrame, matrices: Sequence[str]) -> list[Lines]:

@@ -15,6 +15,7 @@ from backward_lens_tl.views.figures.drawing import (
     token_text,
     tokens_of,
 )
+from backward_lens_tl.views.prompts import answer_start, prompt_title
 from backward_lens_tl.views.text import number
 
 if TYPE_CHECKING:
@@ -61,11 +62,15 @@ def neuron_similarity(
         'W_out of layer 6: neurons of the gradient and the δ_i that span it'
     """
     check_result(result)
-    chart = _neuron_map(result.capture.neuron_df(matrix, layer, batch), "similarity")
+    chart = _neuron_map(
+        result.capture.neuron_df(matrix, layer, batch),
+        "similarity",
+        boundary=answer_start(result, batch, range(len(result.capture.str_tokens[batch]))),
+    )
     own = result.capture.layer_number(layer)
     vectors = "x_i" if result.capture[matrix, own].reads_residual else "δ_i"
     title = f"{matrix} of layer {own}: neurons of the gradient and the {vectors} that span it"
-    return draw(backend, title, chart)
+    return draw(backend, title, chart, subtitle=prompt_title(result, batch))
 
 
 def neuron_overlap(
@@ -112,7 +117,9 @@ def neuron_overlap(
     return draw(backend, title, *charts, is_stacked=True)
 
 
-def _neuron_map(table: pd.DataFrame, column: str, title: str = "") -> Heatmap:
+def _neuron_map(
+    table: pd.DataFrame, column: str, title: str = "", boundary: int | None = None
+) -> Heatmap:
     """A column per neuron and a row per position, the first on top; the zero vector comes last."""
     last = table["position"].max() + 1
     table = table.assign(position=table["position"].fillna(last).astype("int64"))
@@ -132,6 +139,8 @@ def _neuron_map(table: pd.DataFrame, column: str, title: str = "") -> Heatmap:
         tuple(f"{neuron}\n{token}: {value:.3f}" for neuron, value in zip(above, row, strict=True))
         for token, row in zip(below, values, strict=True)
     )
-    rows = Axis("token", tuple(map(token_label, tokens.values())), is_reversed=True)
+    name = "token" if boundary is None else "token, answer below the line"
+    labels = tuple(map(token_label, tokens.values()))
+    rows = Axis(name, labels, is_reversed=True, boundary=boundary)
     columns = Axis("neurons of the gradient, largest norm first")
     return Heatmap(values, hover, columns, rows, _COLORS[column], title)

@@ -20,7 +20,8 @@ from backward_lens_tl.views.figures.drawing import (
     draw,
     is_log,
 )
-from backward_lens_tl.views.text import counted, number
+from backward_lens_tl.views.norms import Quantity, symbol
+from backward_lens_tl.views.text import counted, number, running_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,11 +42,18 @@ _STYLES: dict[str, dict[str, str]] = {
 """Style of each segment; lines are solid for those that, in the paper, write most."""
 
 
+_QUANTITIES: dict[str, Quantity] = {
+    "vjp": "norm",
+    "input": "input_norm",
+    "write": "write_norm",
+}
+
+
 def norms_by_segment(
     source: Source,
     subject: Subject | Sequence[Subject] | None = None,
     matrix: str = "W_out",
-    of: Literal["vjp", "input"] = "vjp",
+    of: Literal["vjp", "input", "write"] = "vjp",
     *,
     scale: Scale = "linear",
     backend: Backend = "plotly",
@@ -57,7 +65,8 @@ def norms_by_segment(
             `analysis.norms_by_segment` returned for any number of prompts.
         subject: The subject of a result's prompts: one text or span for all, or one per prompt.
         matrix: Name of the matrix.
-        of: `"vjp"` for `||delta_i||_2`, or `"input"` for `||x_i||_2`.
+        of: `"vjp"` for `||delta_i||_2`, `"input"` for `||x_i||_2`, or `"write"` for
+            `||x_i|| ||delta_i||`, the norm of the term that a token writes into the matrix.
         scale: `"linear"`, or `"log"`, which leaves out zeros.
         backend: `"plotly"` or `"matplotlib"`.
 
@@ -78,21 +87,24 @@ def norms_by_segment(
         ['before subject', 'first subject token', 'middle subject tokens', 'last subject token',
         'after subject', 'last token']
     """
-    check_choice("of", of, ("vjp", "input"))
+    check_choice("of", of, tuple(_QUANTITIES))
     analysis = by_segment.norms_by_segment
+    quantity = _QUANTITIES[of]
     table = _table(source, subject, matrix, of, analysis, ("mean", "count"))
     if is_log(scale):
         table = table.assign(mean=table["mean"].where(table["mean"] > 0))
     lines = _lines(
         table,
         "mean",
-        lambda row: f"mean norm {number(row['mean'])} of {counted(row['count'], 'token')}",
+        lambda row: (
+            f"mean {symbol(quantity)}: {number(row['mean'])}, {counted(row['count'], 'token')}"
+        ),
     )
-    symbol = "δ_i" if of == "vjp" else "x_i"
     prompts = counted(int(table["prompts"].max()), "prompt")
-    y = Axis(f"mean norm of {symbol}", is_log=is_log(scale))
+    y = Axis(f"mean {symbol(quantity)}", is_log=is_log(scale))
     chart = Lines(lines, Axis.counting("layer", table["layer"]), y)
-    return draw(backend, f"{matrix}: mean norm of {symbol} by segment, {prompts}", chart)
+    title = f"{matrix}: {symbol(quantity)} by segment"
+    return draw(backend, title, chart, subtitle=f"mean over the tokens of {prompts}")
 
 
 def token_ranks_by_segment(
@@ -134,7 +146,7 @@ def token_ranks_by_segment(
         >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
         >>> figure = blt.figures.token_ranks_by_segment(result, subject="Lionel Messi")
         >>> figure.layout.title.text
-        'W_out: rank of the target by segment, 1 prompt, logit_lens'
+        'W_out: rank of the target by segment'
     """
     check_choice("of", of, ("target", "answer"))
     if isinstance(source, BackwardLensResult) and projection is not None:
@@ -160,7 +172,8 @@ def token_ranks_by_segment(
     y = Axis(f"1 + rank of {token} (1: top token)", is_log=is_log(scale), is_reversed=True)
     chart = Lines(lines, Axis.counting("layer", table["layer"]), y)
     prompts = counted(int(table["prompts"].max()), "prompt")
-    return draw(backend, f"{matrix}: rank of {token} by segment, {prompts}, {name}", chart)
+    subtitle = f"median over the tokens of {prompts}, {running_text(name)}"
+    return draw(backend, f"{matrix}: rank of {token} by segment", chart, subtitle=subtitle)
 
 
 def _table(

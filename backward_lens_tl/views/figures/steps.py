@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from backward_lens_tl.analysis.tables import checked_table
 from backward_lens_tl.views.figures.charts import GREY, Axis, Line, Lines, floats, style_at
 from backward_lens_tl.views.figures.drawing import Backend, Scale, draw, is_log
-from backward_lens_tl.views.text import counted, number
+from backward_lens_tl.views.text import counted, display_order, number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +30,7 @@ def step_changes(
     Returns:
         A point per prompt, matrix, layer and learning rate, coloured by matrix, and the line on
         which the two changes are equal. For small steps the prediction is correct to first order.
+        With the default learning rates of the analysis, the predictions of a prompt are all equal.
 
     Raises:
         InputError: If it is not such a table, or the scale or backend does not exist.
@@ -40,7 +41,7 @@ def step_changes(
         >>> table = blt.analysis.step_changes(model, "Lionel Messi plays for", " Paris", layers=6)
         >>> figure = blt.figures.step_changes(table)
         >>> [points.name for points in figure.data]
-        ['predicted = measured', 'W_in', 'W_out']
+        ['predicted = measured', 'W_out', 'W_in']
     """
     checked_table(table, _COLUMNS, "what analysis.step_changes returned")
     sign, what = (-1, "decrease") if is_log(scale) else (1, "change")
@@ -52,7 +53,7 @@ def step_changes(
     both = [*points["measured"].dropna(), *points["predicted"].dropna()]
     ends = floats((min(both), max(both))) if both else ()
     lines = [Line("predicted = measured", ends, ends, GREY, dash="dash", marker=None)]
-    for index, matrix in enumerate(table["matrix"].unique()):
+    for index, matrix in enumerate(display_order(table["matrix"].unique())):
         own = points[points["matrix"] == matrix]
         style = style_at(index)
         lines.append(

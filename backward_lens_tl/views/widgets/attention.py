@@ -5,8 +5,9 @@ from __future__ import annotations
 from backward_lens_tl._checks import truncated
 from backward_lens_tl.result import BackwardLensResult, check_result
 from backward_lens_tl.views.colors import BLUE, VERMILION
+from backward_lens_tl.views.prompts import answer_start
 from backward_lens_tl.views.text import number
-from backward_lens_tl.views.widgets.captions import of_prompt
+from backward_lens_tl.views.widgets.captions import prompt_line, quoted
 from backward_lens_tl.views.widgets.widget import Widget, literal, make_widget
 
 _LONGEST = 24
@@ -37,16 +38,20 @@ def reversed_attention(result: BackwardLensResult, layer: int, batch: int = 0) -
         <AttentionHeads of CircuitsVis, shown in a notebook; str() is its HTML>
     """
     check_result(result)
-    described = of_prompt(result, batch)
+    described = prompt_line(result, batch)
     index = result.capture.layer_number(layer)
     maps = result.capture.reversed_attention(index)[batch]
     tokens = result.capture.str_tokens[batch]
     maps = maps[:, : len(tokens), : len(tokens)].detach().cpu().double()
     largest = float(maps.abs().max())
+    start = answer_start(result, batch, range(len(tokens)))
+    answer = (
+        "" if start is None else f" The answer begins at position {start}, {quoted(tokens[start])}."
+    )
     caption = (
-        f"<b>Reversed Attention of layer {index}</b>{described}: where the backward pass attends. "
-        "Blue: a larger attention score there raises the objective; orange: it lowers it. Both are "
-        f"darkest at {number(largest)}, the largest of all heads."
+        f"<b>Reversed Attention of layer {index}</b>: where the backward pass attends."
+        f"{described}{answer}<br>Blue: a larger attention score there raises the objective; "
+        f"orange: it lowers it. Both are darkest at {number(largest)}, the largest of all heads."
     )
     return make_widget(
         "AttentionHeads",

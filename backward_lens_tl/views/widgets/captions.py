@@ -7,6 +7,7 @@ from html import escape
 
 from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.views.prompts import answer_start, prompt_title
 from backward_lens_tl.views.text import running_text
 from backward_lens_tl.views.widgets.widget import literal
 
@@ -16,11 +17,9 @@ def quoted(token: str) -> str:
     return f"<q><bdi>{escape(literal(token))}</bdi></q>"
 
 
-def of_prompt(result: BackwardLensResult, batch: int) -> str:
-    """The index of a prompt, if there are several, and its target, if it has one."""
-    target = result.target(batch)
-    prompt = f" of prompt {batch}" if len(result.positions) > 1 else ""
-    return prompt if target is None else f"{prompt}, target {quoted(target)}"
+def prompt_line(result: BackwardLensResult, batch: int) -> str:
+    """A line that says which prompt is shown, and what should follow it."""
+    return f"<br><bdi>{escape(prompt_title(result, batch))}</bdi>"
 
 
 def reading(result: BackwardLensResult) -> str:
@@ -35,3 +34,13 @@ def analysed_positions(result: BackwardLensResult, batch: int, cells: Sequence[C
         return ""
     shown = ", ".join(f"{cell.position} {quoted(cell.token)}" for cell in cells)
     return f"<br>Of the prompt's {length} positions these were analysed: {shown}"
+
+
+def answer_line(start: int | None) -> str:
+    """What the line before an answer means, if there is one."""
+    return "" if start is None else "<br>The answer begins at the orange line."
+
+
+def start_of_answer(result: BackwardLensResult, batch: int, cells: Sequence[Cell]) -> int | None:
+    """Index of the cell at which an appended answer begins."""
+    return answer_start(result, batch, [cell.position for cell in cells])

@@ -11,8 +11,13 @@ from backward_lens_tl._checks import listed
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.result import BackwardLensResult, check_result
-from backward_lens_tl.views.text import ADDS_NOTHING, faint_note
-from backward_lens_tl.views.widgets.captions import of_prompt, quoted, reading
+from backward_lens_tl.views.text import ADDS_NOTHING, display_order, faint_note
+from backward_lens_tl.views.widgets.captions import (
+    prompt_line,
+    quoted,
+    reading,
+    start_of_answer,
+)
 from backward_lens_tl.views.widgets.widget import Widget, literal, make_widget
 
 _COLUMNS = 5
@@ -41,7 +46,7 @@ def top_tokens(
     Args:
         result: The result to show.
         batch: Index of the prompt.
-        matrices: Names of the matrices; by default all.
+        matrices: Names of the matrices; by default all, `W_out` first.
 
     Returns:
         The widget; its samples are the matrices, and its columns the analysed positions.
@@ -58,7 +63,7 @@ def top_tokens(
         <TopkTokens of CircuitsVis, shown in a notebook; str() is its HTML>
     """
     check_result(result)
-    names = list(result.matrices) if matrices is None else listed(matrices)
+    names = display_order(result.matrices) if matrices is None else listed(matrices)
     if not names:
         raise InputError(f"matrices is {matrices!r}; pass some of {', '.join(result.matrices)}")
     cells = {name: [result.cells(name, layer, batch) for layer in result.layers] for name in names}
@@ -74,15 +79,12 @@ def top_tokens(
         samples["the prompt's tokens"] = [columns] * len(result.layers)
     positions = [cell.position for cell in shown]
     complete = positions == list(range(len(positions)))
-    legend = ", ".join(
-        f"{column} {quoted(cell.token)}" + ("" if complete else f" (position {cell.position})")
-        for column, cell in enumerate(shown)
-    )
     caption = (
-        f"<b>{', '.join(cells)}</b>: the {result.k} most and least promoted tokens"
-        f"{of_prompt(result, batch)} ({reading(result)}). Blue is a large score, and white "
-        "a score of 0 or less; hover over a token for its score.<br>"
-        f"{'Positions' if complete else 'Columns'}: {legend}"
+        f"<b>{', '.join(cells)}</b>: the {result.k} most and least promoted tokens "
+        f"({reading(result)}).{prompt_line(result, batch)}<br>Blue is a large score, and white a "
+        "score of 0 or less; hover over a token for its score.<br>"
+        f"{'Positions' if complete else 'Columns'}: "
+        f"{_legend(result, batch, shown, is_complete=complete)}"
     )
     every = [row for rows in cells.values() for row in rows]
     if math.inf in _sizes(every):
@@ -99,6 +101,22 @@ def top_tokens(
         sampleLabels=list(samples),
         firstDimensionLabels=[str(layer) for layer in result.layers],
     )
+
+
+def _legend(
+    result: BackwardLensResult, batch: int, cells: Sequence[Cell], *, is_complete: bool
+) -> str:
+    """The token of each column and, if targets differ, its target."""
+    start, parts = start_of_answer(result, batch, cells), []
+    for column, cell in enumerate(cells):
+        part = f"{column} {quoted(cell.token)}"
+        if not is_complete:
+            part += f" (position {cell.position})"
+        if result.has_position_targets and cell.target is not None:
+            part += f" → {quoted(cell.target)}"
+        parts.append(f"<b>answer:</b> {part}" if column == start else part)
+    note = "; → the token that a position should say" if result.has_position_targets else ""
+    return f"{', '.join(parts)}{note}"
 
 
 def round_number_above(largest: float) -> float:

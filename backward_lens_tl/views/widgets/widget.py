@@ -10,14 +10,14 @@ import json
 import re
 from dataclasses import dataclass
 from functools import cache
-from html import escape
 from importlib.metadata import version
 from types import new_class
 from typing import Any, cast
 from uuid import uuid4
 
-from backward_lens_tl.errors import InputError, WidgetError
-from backward_lens_tl.views.text import running_text, visible
+from backward_lens_tl.errors import WidgetError
+from backward_lens_tl.views.colors import VERMILION
+from backward_lens_tl.views.text import visible
 from backward_lens_tl.views.widgets.library import (
     call_script,
     library_script,
@@ -28,11 +28,18 @@ from backward_lens_tl.views.widgets.library import (
 
 # Widgets have a light background and black text; a dark notebook's rules for tables and headings
 # would make the text white. The padding below is room for a tooltip, which the cell's output would
-# cut off.
+# cut off. CircuitsVis leaves 20 pixels per row of a tooltip, so these rows are put into columns.
 _STYLE = """\
 <style>
 .blt-widget { background: #fff; color: #111; color-scheme: light;
-  padding: 8px 12px 60px; font-family: system-ui, sans-serif; font-size: 14px; }
+  padding: 8px 12px calc(40px + 19px * var(--rows)); font-family: system-ui, sans-serif;
+  font-size: 14px; }
+.blt-widget > div > div:has(> .colored-tokens) { padding-bottom: 0 !important; }
+.blt-widget .colored-tokens { padding-bottom: 12px !important; }
+.blt-widget [data-popper-placement] tbody { display: grid; column-gap: 16px;
+  grid-auto-flow: column; grid-template-rows: repeat(var(--rows), auto); font-size: 12px; }
+.blt-widget [data-popper-placement] tr { display: flex; gap: 8px; justify-content: space-between; }
+.blt-widget div:has(> label[for="Negative Bound"]) { display: none; }
 .blt-widget :is(p, table, tr, th, h3, label, select, input, button) { color: #111 !important; }
 .blt-widget :is(table, tr) { background: none !important; }
 .blt-widget td { text-align: left; }
@@ -40,6 +47,7 @@ _STYLE = """\
   white-space: nowrap; }
 .blt-widget > p { margin: 0 0 6px; max-width: 80em; }
 </style>"""
+_BOUNDARY = f"border-left: 3px solid {VERMILION}; margin-left: 5px; padding: 4px 0 4px 5px;"
 _NO_SCRIPTS = "This widget is drawn by JavaScript, which does not run here."
 
 
@@ -53,11 +61,15 @@ class Widget:
         element: CircuitsVis's name of the component.
         props: Properties of the component.
         caption: The caption, as HTML.
+        tooltip_rows: Rows of the tooltip's table, for which there is room below the widget.
+        answer_start: Index of the first token after a line, if there is a line.
     """
 
     element: str
     props: dict[str, Any]
     caption: str
+    tooltip_rows: int = 2
+    answer_start: int | None = None
 
     @property
     def fragment(self) -> str:
@@ -82,8 +94,13 @@ class Widget:
         )
 
     def _place(self, place: str) -> str:
+        style = _STYLE
+        if self.answer_start is not None:
+            token = f"#{place} .colored-tokens > span:nth-of-type({self.answer_start + 1})"
+            style += f"<style>{token} {{ {_BOUNDARY} }}</style>"
         return (
-            f'<div class="blt-widget">{_STYLE}<p>{self.caption}</p>'
+            f'<div class="blt-widget" style="--rows: {self.tooltip_rows}">{style}'
+            f"<p>{self.caption}</p>"
             f'<div id="{place}" style="margin: 15px 0;">{_NO_SCRIPTS}</div></div>'
         )
 
@@ -122,12 +139,21 @@ def literal(text: str) -> str:
     return re.sub("[<&]", rf"\g<0>{_WORD_JOINER}", visible(text))
 
 
-def make_widget(element: str, caption: str, **props: Any) -> Widget:
+def make_widget(
+    element: str,
+    caption: str,
+    *,
+    tooltip_rows: int = 2,
+    answer_start: int | None = None,
+    **props: Any,
+) -> Widget:
     """Make a widget of a CircuitsVis component.
 
     Args:
         element: CircuitsVis's name of the component.
         caption: The caption, as HTML.
+        tooltip_rows: Rows of the tooltip's table.
+        answer_start: Index of the first token after a line, if there is a line.
         **props: Properties of the component, as JSON has them.
 
     Returns:
@@ -138,49 +164,7 @@ def make_widget(element: str, caption: str, **props: Any) -> Widget:
     """
     if element not in library_script():
         raise WidgetError(unsupported(f"has no component {element}"))
-    return _widget_class()(element, _rounded(props), caption)
-
-
-def page(*widgets: Widget, title: str = "Backward Lens") -> str:
-    """Combine several widgets into one document that contains their JavaScript once.
-
-    Args:
-        *widgets: The widgets, from the top of the page.
-        title: Title and heading of the page.
-
-    Returns:
-        An HTML document that loads nothing.
-
-    Raises:
-        InputError: If there is no widget, or something else was passed.
-        WidgetError: If the installed version of circuitsvis is not supported.
-
-    Examples:
-        >>> import backward_lens_tl as blt
-        >>> model = blt.load_facts_model()
-        >>> result = blt.backward_lens(model, "Lionel Messi plays for", " Paris")
-        >>> widgets = [blt.widgets.norms(result), blt.widgets.quantities(result)]
-        >>> html = blt.widgets.page(*widgets, title="Messi")
-        >>> html.count("<section>"), "<h1>Messi</h1>" in html
-        (2, True)
-    """
-    strangers = [type(widget).__name__ for widget in widgets if not isinstance(widget, Widget)]
-    if strangers or not widgets:
-        given = f"{strangers[0]}, which is not a widget" if strangers else "no widget"
-        raise InputError(
-            f"page got {given}; pass what widgets.norms, top_tokens, quantities "
-            "and reversed_attention return"
-        )
-    heading = escape(running_text(title))
-    body = "\n".join(f"<section>{widget.fragment}</section>" for widget in widgets)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{heading}</title>"
-        "<style>body { background: #fff; color: #111; font-family: system-ui, sans-serif; }</style>"
-        f"\n{library_script()}\n</head>"
-        f"<body><main><h1>{heading}</h1>\n{body}\n</main></body></html>\n"
-    )
+    return _widget_class()(element, _rounded(props), caption, tooltip_rows, answer_start)
 
 
 def _new_id() -> str:
