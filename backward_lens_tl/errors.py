@@ -1,4 +1,4 @@
-"""The package's own errors.
+"""The package's own errors, and its warning.
 
 Every message names the value, what is allowed and what to do. All errors derive from
 [`BackwardLensError`][backward_lens_tl.errors.BackwardLensError] and from the built-in error that a
@@ -8,6 +8,8 @@ that lists causes and fixes.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -104,6 +106,23 @@ class EvaluationError(InputError):
 
 class ResultFileError(BackwardLensError, ValueError):
     """A file is not a saved result, or this version cannot read it."""
+
+
+class BackwardLensWarning(UserWarning):
+    """A call works, but probably does not do what was meant."""
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called the package.
+
+    Args:
+        message: What happened, and what was probably meant.
+    """
+    package = __name__.partition(".")[0]
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, BackwardLensWarning, stacklevel=level)
 
 
 @contextmanager

@@ -65,8 +65,11 @@ def backward_lens(
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`. It is not changed.
-        prompts: A text, several of any lengths, token ids `[batch, pos]`, or the output of a
-            tokenizer (`input_ids` and `attention_mask`).
+        prompts: A text, several of any lengths, token ids `[batch, pos]`, the output of a tokenizer
+            (`input_ids` and `attention_mask`), or a chat: a list of messages such as
+            `{"role": "user", "content": "Hello"}`, or several such lists. The tokenizer's template
+            makes a text of it that ends where the assistant's answer begins; an answer as the last
+            message is continued.
         target: What the model should predict next: text or token id, or one per prompt. `None` is
             the model's own most probable token. With an `objective`, the target is only ranked, at
             every position, instead of the objective's own targets.

@@ -14,12 +14,13 @@ from pathlib import Path
 from reprlib import Repr
 from typing import TYPE_CHECKING
 
+from backward_lens_tl._checks import shown
 from backward_lens_tl.capture.coverage import Coverage
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.hook_points import AttentionGradient, HookPointGradient
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.predictions import Predictions
-from backward_lens_tl.data.segments import Subject, batch_segments
+from backward_lens_tl.data.segments import Subject, batch_segments, turn_segments
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.files.exports import write_csv, write_parquet
 from backward_lens_tl.files.storage import read, replacing, write
@@ -93,6 +94,7 @@ class BackwardLensResult(LensReadouts):
         *,
         matrix: str | None = None,
         batch: int | None = None,
+        turns: bool = False,
     ) -> pd.DataFrame:
         """A tidy table with one row per prompt, matrix, layer and position.
 
@@ -103,6 +105,9 @@ class BackwardLensResult(LensReadouts):
                 21.
             matrix: Only the rows of this matrix; `None` for all.
             batch: Only the rows of this prompt; `None` for all.
+            turns: Whether the column `segment` holds the turns of chats instead: `"system"`,
+                `"user"`, `"assistant"` and other roles, `"template"` for what the chat template
+                adds, and `"last token"`.
 
         Returns:
             Columns `prompt`, `matrix`, `layer`, `position`, `token`, `norm` (of `delta_i`),
@@ -116,7 +121,8 @@ class BackwardLensResult(LensReadouts):
             `under(name)` for the others.
 
         Raises:
-            InputError: If a prompt lacks its subject, or there is no such matrix or prompt.
+            InputError: If a prompt lacks its subject or is not a chat, there is no such matrix or
+                prompt, or both `subject` and `turns` are given.
 
         Examples:
             >>> table = result.to_df(subject="Lionel Messi", matrix="W_out")
@@ -145,12 +151,25 @@ class BackwardLensResult(LensReadouts):
         )
         table = table.astype({"target_rank": "Int64", "answer_rank": "Int64"})
         table = table.sort_values("prompt", kind="stable", ignore_index=True)
-        if subject is not None:
-            segments = batch_segments(self.capture.prompts, self.capture.spans, subject)
+        if subject is not None or turns:
+            segments = self._segments(subject, turns)
             places = zip(table["prompt"], table["position"], strict=True)
             after = 1 + list(table.columns).index("token")
             table.insert(after, "segment", [segments[prompt][place] for prompt, place in places])
         return table
+
+    def _segments(
+        self, subject: Subject | Sequence[Subject | None] | None, turns: bool
+    ) -> Sequence[Sequence[str | None]]:
+        """The segment of each token of each prompt, by subject or by turn."""
+        if subject is None:
+            return [turn_segments(own) for own in self.capture.turns]
+        if turns:
+            raise InputError(
+                f"subject is {shown(subject)} and turns is True, but a token has one segment; pass "
+                "one of them"
+            )
+        return batch_segments(self.capture.prompts, self.capture.spans, subject)
 
     def to_csv(
         self, path: str | Path, subject: Subject | Sequence[Subject | None] | None = None

@@ -369,6 +369,7 @@ def test_an_error_defined_elsewhere_links_to_its_base_class() -> None:
 def test_every_error_derives_from_the_packages_base_class() -> None:
     own = [value for value in vars(errors).values() if isinstance(value, type)]
     found = [kind for kind in own if kind.__module__ == errors.__name__]
+    found.remove(errors.BackwardLensWarning)
     assert len(found) >= 8
     assert all(issubclass(error, BackwardLensError) for error in found)
     assert issubclass(InputError, ValueError)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from backward_lens_tl._checks import check_choice, is_integer, listed, shown
 from backward_lens_tl.analysis.tables import SOURCES, grouped, table_of, with_types_of
+from backward_lens_tl.capture.chat import TURNS
 from backward_lens_tl.data.segments import SEGMENTS
 from backward_lens_tl.errors import InputError
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from backward_lens_tl.analysis.tables import Source
 
 _CELL = ["prompt", "matrix", "layer", "position"]
+_ORDER = (*SEGMENTS[:-1], *TURNS, SEGMENTS[-1])
 _NORMS = {"vjp": "norm", "input": "input_norm", "write": "write_norm"}
 _RANKS = {"target": "target_rank", "answer": "answer_rank"}
 _UNRANKED = {
@@ -36,7 +38,8 @@ def norms_by_segment(
 
     Args:
         positions: A sweep, or the table that `Sweep.positions` or
-            `BackwardLensResult.to_df(subject)` returns, of any number of prompts.
+            `BackwardLensResult.to_df(subject)` returns, of any number of prompts. For chats,
+            `to_df(turns=True)` gives the turns as segments.
         of: `"vjp"` for `||delta_i||_2`, `"input"` for `||x_i||_2`, or `"write"` for
             `||x_i|| ||delta_i||`, the norm of the term that a token writes into the matrix.
 
@@ -83,8 +86,8 @@ def token_ranks_by_segment(
 
     Args:
         positions: A sweep, or the table that `Sweep.positions` or
-            `BackwardLensResult.to_df(subject)` returns, of any number of prompts. The paper uses
-            `direction="gradient"`.
+            `BackwardLensResult.to_df(subject)` returns, of any number of prompts, or for chats
+            `to_df(turns=True)`. The paper uses `direction="gradient"`.
         of: `"target"`, or `"answer"` for the model's own answer, which needs
             `measures=("answer_rank",)`.
         prompts: Numbers of the prompts to include, such as those that the model answers correctly
@@ -187,10 +190,10 @@ def _segmented(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str])
         raise InputError(
             f"no token has a segment; pass {SOURCES['positions']}, with each prompt's subject"
         )
-    unknown = [name for name in cells["segment"].unique() if name not in SEGMENTS]
+    unknown = [name for name in cells["segment"].unique() if name not in _ORDER]
     if unknown:
-        raise InputError(f"segment {unknown[0]!r} is unknown; allowed: {', '.join(SEGMENTS)}")
-    return cells.assign(segment=pd.Categorical(cells["segment"], SEGMENTS, ordered=True))
+        raise InputError(f"segment {unknown[0]!r} is unknown; allowed: {', '.join(_ORDER)}")
+    return cells.assign(segment=pd.Categorical(cells["segment"], _ORDER, ordered=True))
 
 
 def _with_prompts(found: pd.DataFrame, cells: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:

@@ -40,6 +40,7 @@ class Captured:
     attention: Mapping[int, AttentionGradient] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
     spans: tuple[tuple[tuple[int, int], ...], ...] = ()
+    turns: tuple[tuple[str, ...], ...] = ()
 
     def __getitem__(self, key: tuple[str, int]) -> MatrixGradient:
         if isinstance(key, tuple) and len(key) == 2:

@@ -60,6 +60,8 @@ class GradientCapture(Captured):
             split characters that span several tokens.
         spans: Where each real token is in that text, as half-open spans of characters; empty for
             special tokens.
+        turns: The turn of each real token of a chat: the role of its message, or `"template"`. An
+            appended answer is the assistant's. Empty for other prompts.
 
     Examples:
         >>> import backward_lens_tl as blt

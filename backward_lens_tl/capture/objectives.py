@@ -23,6 +23,7 @@ from backward_lens_tl.capture.bound_objectives import (
     SequenceNLL,
     TargetNLL,
 )
+from backward_lens_tl.capture.likely_mistakes import warn_of_missing_space
 from backward_lens_tl.capture.prompts import Prompt, PromptBatch, pad_prompts
 from backward_lens_tl.choices import MultiToken
 from backward_lens_tl.errors import ObjectiveError, TargetError
@@ -81,8 +82,7 @@ def target_nll(target: Targets | None = None, multi_token: MultiToken | None = N
     check_multi_token(multi_token)
 
     def bind(prompts: Sequence[Prompt]) -> BoundObjective:
-        ids = None if target is None else target_ids(target, prompts, multi_token)
-        return TargetNLL(ids)
+        return TargetNLL(None if target is None else target_ids(target, prompts, multi_token))
 
     name = "the model's own answer" if target is None else _name(target)
     return Objective(f"target_nll({name})", bind)
@@ -117,9 +117,10 @@ def logit_difference(
     check_multi_token(multi_token)
 
     def bind(prompts: Sequence[Prompt]) -> BoundObjective:
-        return LogitDifference(
-            target_ids(promoted, prompts, multi_token), target_ids(demoted, prompts, multi_token)
-        )
+        both = [_one_per_prompt(plain(ids), len(prompts)) for ids in (promoted, demoted)]
+        objective = LogitDifference(*(_ids(own, prompts, multi_token) for own in both))
+        warn_of_missing_space(prompts, *both)
+        return objective
 
     return Objective(f"logit_difference({_name(promoted)}, {_name(demoted)})", bind)
 
@@ -148,7 +149,9 @@ def sequence_nll(targets: str | Sequence[str]) -> Objective:
     def bind(prompts: Sequence[Prompt]) -> BoundObjective:
         texts = _one_per_prompt(targets, len(prompts))
         pairs = zip(prompts, texts, strict=True)
-        return SequenceNLL([prompt.continuation(text) for prompt, text in pairs])
+        objective = SequenceNLL([prompt.continuation(text) for prompt, text in pairs])
+        warn_of_missing_space(prompts, texts)
+        return objective
 
     return Objective(f"sequence_nll({_name(targets)})", bind)
 
@@ -245,7 +248,16 @@ def target_ids(
     Raises:
         TargetError: If there is not one target per prompt, or one is not a token.
     """
-    pairs = zip(prompts, _one_per_prompt(plain(targets), len(prompts)), strict=True)
+    each = _one_per_prompt(plain(targets), len(prompts))
+    ids = _ids(each, prompts, multi_token)
+    warn_of_missing_space(prompts, each)
+    return ids
+
+
+def _ids(
+    targets: Sequence[Target], prompts: Sequence[Prompt], multi_token: MultiToken | None
+) -> list[int]:
+    pairs = zip(prompts, targets, strict=True)
     return [prompt.token_id(target, multi_token) for prompt, target in pairs]
 
 

@@ -15,6 +15,7 @@ from backward_lens_tl.capture.bound_objectives import BoundObjective, LossFuncti
 from backward_lens_tl.capture.coverage import coverage_of
 from backward_lens_tl.capture.forward_backward import Recorded, record
 from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.likely_mistakes import warn_of_second_bos
 from backward_lens_tl.capture.memory import Memory
 from backward_lens_tl.capture.merging import Merger
 from backward_lens_tl.capture.objectives import (
@@ -49,7 +50,8 @@ def capture_gradients(
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
-        prompts: A text, several of any lengths, or token ids `[batch, pos]`.
+        prompts: A text, several of any lengths, token ids `[batch, pos]`, the output of a
+            tokenizer, or the messages of a chat or of several, as in `backward_lens`.
         objective: What to differentiate, for example `target_nll(" Paris")`.
         matrices: Names among `W_Q`, `W_K`, `W_V`, `W_O`, `W_in`, `W_gate`, `W_out`, or the groups
             `"attn"`, `"mlp"`, `"all"`.
@@ -141,6 +143,7 @@ class CapturePlan:
             str_tokens=tuple(self.host.vocabulary.texts(prompt.ids) for prompt in self.prompts),
             prompts=tuple(prompt.text for prompt in self.prompts),
             spans=tuple(prompt.spans for prompt in self.prompts),
+            turns=tuple(prompt.turns for prompt in self.prompts),
             loss=merged.loss,
             targets=merged.targets,
             target_texts=None if wanted is None else self._texts(wanted),
@@ -230,9 +233,10 @@ def plan_capture(
     chosen = tuple(dict.fromkeys(site.layer for site in sites))
     check_sharing(host, sites)
     points = select_hook_points(hook_points, host)
-    bound, continued, batch = bind_to_prompts(
-        objective, host, tokenize_prompts(host, prompts, prepend_bos)
-    )
+    tokenized = tokenize_prompts(host, prompts, prepend_bos)
+    if not isinstance(prompts, Tensor):
+        warn_of_second_bos(host, tokenized)
+    bound, continued, batch = bind_to_prompts(objective, host, tokenized)
     lengths = batch.lengths.tolist()
     microbatches = plan_microbatches(
         lengths,

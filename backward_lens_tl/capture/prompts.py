@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from operator import index as as_index
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,18 +13,17 @@ from torch import Tensor
 from backward_lens_tl._checks import (
     check_choice,
     check_text,
-    is_integer,
-    is_token_id,
     listed,
-    plain,
-    shown,
 )
+from backward_lens_tl.capture.chat import Message, Turn, is_chat, render_chat
+from backward_lens_tl.capture.token_ids import checked_ids, rows_of_mapping
 from backward_lens_tl.choices import MultiToken
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.vocabulary import Span, Vocabulary
 
-Prompts = str | Sequence[str] | Int[Tensor, "batch pos"] | Mapping[str, Any]
+Chats = Sequence[Message] | Sequence[Sequence[Message]]
+Prompts = str | Sequence[str] | Int[Tensor, "batch pos"] | Mapping[str, Any] | Chats
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,7 @@ class Prompt:
         spans: Each token's position in the text; added tokens have empty spans.
         written: The caller's text, which targets continue; `None` for ids.
         vocabulary: The model's vocabulary.
+        turns: The turn of each token of a chat; empty for other prompts.
     """
 
     ids: tuple[int, ...]
@@ -45,6 +44,7 @@ class Prompt:
     spans: tuple[Span, ...]
     written: str | None
     vocabulary: Vocabulary
+    turns: tuple[Turn, ...] = ()
 
     @classmethod
     def of_text(cls, host: Host, text: str, prepend_bos: bool | None) -> Prompt:
@@ -64,6 +64,31 @@ class Prompt:
             return cls(tuple(ids), text, spans, text, host.vocabulary)
         decoded, spans = host.vocabulary.spans(ids)
         return cls(tuple(ids), decoded, spans, text, host.vocabulary)
+
+    @classmethod
+    def of_chat(cls, host: Host, messages: Sequence[object], name: str) -> Prompt:
+        """Tokenise a conversation.
+
+        Args:
+            host: The model.
+            messages: The messages.
+            name: The prompt, for messages of errors.
+
+        Returns:
+            The prompt, with the template's special tokens and no others.
+
+        Raises:
+            InputError: If the messages are not usable, or the tokenizer has no template or reports
+                no positions.
+        """
+        chat = render_chat(host.tokenizer, messages, name)
+        prompt = cls.of_text(host, chat.text, prepend_bos=False)
+        if prompt.text != chat.text:
+            raise InputError(
+                f"the tokenizer does not report where the tokens of {name} are, so their turns are "
+                "unknown; use a fast tokenizer, or pass the conversation as a text"
+            )
+        return replace(prompt, turns=chat.turns(prompt.spans))
 
     @classmethod
     def of_ids(cls, host: Host, ids: Sequence[int]) -> Prompt:
@@ -147,7 +172,9 @@ class Prompt:
             text = self.text + added
             spans = (*self.spans, *((n + start, n + end) for start, end in own))
         spans = (*self.spans, *spans[len(self.ids) :])
-        return Prompt(every, text, spans, self._joinable, self.vocabulary)
+        answering: Turn = "assistant"
+        turns = (*self.turns, *(answering for _ in ids)) if self.turns else ()
+        return Prompt(every, text, spans, self._joinable, self.vocabulary, turns)
 
 
 @dataclass(frozen=True)
@@ -223,9 +250,9 @@ def tokenize_prompts(
 
     Args:
         host: The model.
-        prompts: A text, several texts, token ids `[batch, pos]` without padding, or a tokenizer's
-            output: a mapping with `input_ids` and, optionally, an `attention_mask` that is 0 at
-            padding.
+        prompts: A text, several texts, token ids `[batch, pos]` without padding, a tokenizer's
+            output (a mapping with `input_ids` and, optionally, an `attention_mask` that is 0 at
+            padding), the messages of a chat, or several chats.
         prepend_bos: Whether to prepend a BOS token to texts, as in `Host.tokenize`.
 
     Returns:
@@ -233,25 +260,31 @@ def tokenize_prompts(
 
     Raises:
         InputError: If there is no prompt, one is empty or not a text, a token has no embedding, or
-            ids have the wrong shape or dtype or come with `prepend_bos`.
+            ids have the wrong shape or dtype, or ids or chats come with `prepend_bos`.
     """
     if isinstance(prompts, Mapping):
-        rows = _rows_of_mapping(host, prompts, prepend_bos)
+        rows = rows_of_mapping(host, prompts, prepend_bos)
         return tuple(Prompt.of_ids(host, row) for row in rows)
     if isinstance(prompts, Tensor):
-        return tuple(Prompt.of_ids(host, row) for row in _checked_ids(host, prompts, prepend_bos))
+        return tuple(Prompt.of_ids(host, row) for row in checked_ids(host, prompts, prepend_bos))
     check_choice("prepend_bos", prepend_bos, (True, False, None))
-    texts = listed(prompts)
-    if not texts:
+    each = [prompts] if is_chat(prompts) else listed(prompts)
+    if not each:
         raise InputError("the list of prompts is empty; pass at least one")
-    return tuple(_of_text(host, index, text, prepend_bos) for index, text in enumerate(texts))
+    return tuple(_of_one(host, index, prompt, prepend_bos) for index, prompt in enumerate(each))
 
 
-def _of_text(host: Host, index: int, text: object, prepend_bos: bool | None) -> Prompt:
+def _of_one(host: Host, index: int, text: object, prepend_bos: bool | None) -> Prompt:
+    if isinstance(text, list | tuple) and is_chat(text):
+        if prepend_bos is not None:
+            raise InputError(
+                f"prompt {index} is a chat, whose template decides about BOS; leave prepend_bos out"
+            )
+        return Prompt.of_chat(host, text, f"prompt {index}")
     if not isinstance(text, str):
         raise InputError(
             f"prompt {index} is {text!r}, a {type(text).__name__}; pass texts, one tensor of "
-            "token ids of shape [batch, pos], or the output of a tokenizer"
+            "token ids of shape [batch, pos], the output of a tokenizer, or lists of chat messages"
         )
     check_text(f"prompt {index},", text)
     prompt = Prompt.of_text(host, text, prepend_bos)
@@ -261,75 +294,6 @@ def _of_text(host: Host, index: int, text: object, prepend_bos: bool | None) -> 
             "text, or the BOS token's id"
         )
     return prompt
-
-
-def _rows_of_mapping(
-    host: Host, encoded: Mapping[str, Any], prepend_bos: bool | None
-) -> list[list[int]]:
-    """The tokens in a tokenizer's output, without padding."""
-    if "input_ids" not in encoded:
-        raise InputError(
-            f"prompts is a {type(encoded).__name__} with {', '.join(map(repr, encoded)) or 'no'} "
-            "keys; pass texts, or a tokenizer's output, which has 'input_ids'"
-        )
-    ids = _rows("input_ids", encoded["input_ids"])
-    mask = [[1] * len(row) for row in ids]
-    if encoded.get("attention_mask") is not None:
-        mask = _rows("attention_mask", encoded["attention_mask"])
-    if list(map(len, mask)) != list(map(len, ids)):
-        raise InputError(
-            "input_ids and attention_mask have different shapes; pass both as the tokenizer "
-            "returned them"
-        )
-    real = [_real(row, own) for row, own in zip(ids, mask, strict=True)]
-    return [row for own in real for row in _checked_ids(host, torch.tensor([own]), prepend_bos)]
-
-
-def _rows(name: str, values: object) -> list[list[int]]:
-    """One list per prompt; a tokenizer may return tensors or a single row."""
-    rows = [] if is_integer(values) else [plain(row) for row in listed(values)]
-    if rows and all(map(is_integer, rows)):
-        rows = [rows]
-    if not rows or not all(isinstance(row, list | tuple) for row in rows):
-        raise InputError(f"{name} is {shown(values)}; pass lists or tensors of token ids")
-    for row in rows:
-        for value in row:
-            if not is_token_id(value):
-                raise InputError(f"{name} holds {shown(value)}; pass lists or tensors of token ids")
-    return [[as_index(value) for value in row] for row in rows]
-
-
-def _real(ids: list[int], mask: list[int]) -> list[int]:
-    """The tokens of one prompt without its padding at one end."""
-    real = [at for at, is_real in enumerate(mask) if is_real]
-    if not real:
-        raise InputError("input_ids contain a prompt without tokens; each needs at least one")
-    if len(real) != real[-1] - real[0] + 1:
-        raise InputError(
-            f"attention_mask hides tokens inside a prompt ({mask}); remove them from input_ids "
-            "if they do not belong to it"
-        )
-    return ids[real[0] : real[-1] + 1]
-
-
-def _checked_ids(host: Host, ids: Tensor, prepend_bos: bool | None) -> list[list[int]]:
-    is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-    if ids.ndim != 2 or ids.numel() == 0 or not is_integer:
-        raise InputError(
-            f"token ids have shape {tuple(ids.shape)} and dtype {ids.dtype}; pass integers of "
-            "shape [batch, pos] with at least one prompt and one token (ids[None] adds the batch)"
-        )
-    if prepend_bos is not None:
-        raise InputError(
-            "prepend_bos is for texts; put the BOS id into the token ids yourself, or leave it out"
-        )
-    rows: list[list[int]] = plain(ids)
-    lowest, highest = min(map(min, rows)), max(map(max, rows))
-    if lowest < 0 or highest >= host.d_vocab:
-        raise InputError(
-            f"token ids run from {lowest} to {highest}; allowed: 0 to {host.d_vocab - 1}"
-        )
-    return rows
 
 
 def pad_prompts(host: Host, rows: Sequence[Sequence[int]]) -> PromptBatch:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from backward_lens_tl.choices import Lens, Size
 from backward_lens_tl.cli.options import Command
+from backward_lens_tl.errors import BackwardLensWarning, InputError
 from backward_lens_tl.sweeps.config import SweepConfig
 
 if TYPE_CHECKING:
@@ -27,6 +31,8 @@ class ShowCommand(Command):
 
     Attributes:
         prompt: The text, such as "Lionel Messi plays for".
+        chat: Instead of a prompt: a JSON file with a list of chat messages, each with role and
+            content.
         target: What the model should predict next, such as " Paris"; by default its own answer.
         html: A file to write the table to as a page; it has the default lenses too.
         positions: Tokens of the prompt, negative ones from the end; all by default.
@@ -39,7 +45,8 @@ class ShowCommand(Command):
         "position_columns", "gradient_columns", "prompts", "seed", "shard_size", "memory"
     )  # fmt: skip
 
-    prompt: str
+    prompt: str | None = None
+    chat: str | None = None
     target: str | None = None
     html: str | None = None
     positions: Sequence[int] | None = None
@@ -70,12 +77,29 @@ class ShowCommand(Command):
 
         return backward_lens(
             load_model(self.model, self.kind),
-            self.prompt,
+            self._prompts(),
             self.target,
             positions=self.positions,
             multi_token=config.multi_token,
             **config.for_lens(),
         )
+
+    def _prompts(self) -> Any:
+        """The text, or the messages of a chat."""
+        if (self.prompt is None) == (self.chat is None):
+            raise InputError("pass either a prompt, as in --prompt 'Messi plays for', or a --chat")
+        if self.chat is None:
+            return self.prompt
+        try:
+            messages = json.loads(Path(self.chat).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"chat is {self.chat!r}, which cannot be read: {error}") from error
+        if not isinstance(messages, list) or not messages:
+            raise InputError(
+                f"{self.chat!r} holds {type(messages).__name__}; write a list of messages such as "
+                '[{"role": "user", "content": "Hello"}]'
+            )
+        return messages
 
 
 def _heading(result: BackwardLensResult) -> str:
@@ -138,9 +162,12 @@ def _quiet() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(record=True) as found, redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
+            warnings.simplefilter("always", BackwardLensWarning)
             with without_progress_bars():
                 yield
+        for each in found:
+            print(f"backward-lens: warning: {each.message}", file=sys.stderr)
     finally:
         logging.disable(disabled)

@@ -68,6 +68,28 @@ def prompt_segments(text: str, spans: Sequence[Span], subject: Subject) -> tuple
     return tuple(segments)
 
 
+def turn_segments(turns: Sequence[str]) -> tuple[str, ...]:
+    """The segment of each token of a chat: its turn.
+
+    The last token is the `"last token"`, as in `prompt_segments`.
+
+    Args:
+        turns: The turn of each token, as in `GradientCapture.turns`.
+
+    Returns:
+        The segment of each token.
+
+    Raises:
+        InputError: If the prompt is not a chat.
+    """
+    if not turns:
+        raise InputError(
+            "turns=True is for chats, but a prompt is not a list of messages; pass "
+            "[{'role': 'user', 'content': ...}] as the prompt, or its subject instead of turns"
+        )
+    return (*turns[:-1], "last token")
+
+
 def covered_tokens(text: str, spans: Sequence[Span], subject: Subject) -> list[int]:
     """Find the tokens of a subject.
 

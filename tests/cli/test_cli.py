@@ -202,7 +202,7 @@ def test_a_page_that_cannot_be_written_is_one_line(stories_path: str, tmp_path: 
 
 @pytest.mark.parametrize(
     ("argv", "status"),
-    [(["--help"], 0), (["show", "--help"], 0), (["--version"], 0), ([], 2), (["show"], 2)],
+    [(["--help"], 0), (["show", "--help"], 0), (["--version"], 0), ([], 2)],
 )
 def test_the_parser_answers_without_a_model(argv: list[str], status: int, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -315,3 +315,41 @@ def test_a_fresh_process_prints_the_table_and_nothing_else():
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
     assert done.stdout.startswith("'")
+
+
+def test_a_chat_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    model = blt.load_facts_model()
+    model.tokenizer.chat_template = "{{ messages[0]['content'] }} for {{ messages[1]['content'] }}"
+    monkeypatch.setattr(loading, "load_model", lambda *args: model)
+    chat = tmp_path / "chat.json"
+    messages = [{"role": "user", "content": "Messi plays"}, {"role": "user", "content": "the"}]
+    chat.write_text(json.dumps(messages), encoding="utf-8")
+    assert main(["show", "--chat", str(chat), "--target", " Paris", "--layers", "6"]) == 0
+    assert capsys.readouterr().out.startswith("'Messi plays for the' → ' Paris'")
+    chat.write_text("{}", encoding="utf-8")
+    assert "holds dict; write a list of messages" in error_of(["show", "--chat", str(chat)], capsys)
+
+
+@pytest.mark.usefixtures("_loaded")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "pass either a prompt, as in --prompt 'Messi plays for', or a --chat"),
+        (["--prompt", "Messi", "--chat", "x.json"], "pass either a prompt"),
+        (["--chat", "nowhere.json"], "chat is 'nowhere.json', which cannot be read: "),
+    ],
+)
+def test_either_a_prompt_or_a_chat(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert message in error_of(["show", *options], capsys)
+
+
+@pytest.mark.usefixtures("_loaded")
+def test_the_packages_own_warnings_are_shown(capsys: pytest.CaptureFixture[str]):
+    options = ["--target", "Paris", "--multi-token", "first", "--layers", "6"]
+    assert main(["show", "--prompt", "Messi plays for", *options]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("backward-lens: warning: target 'Paris' of prompt 0 is read without")

@@ -1313,3 +1313,13 @@ def test_what_the_update_adds_comes_first(facts_model: Any) -> None:
     assert shown == order
     asked = figures.gradient_ranks(result, ["W_V", "W_out"]).layout.annotations
     assert [note.text for note in asked] == ["W_V", "W_out"]
+
+
+def test_segments_of_chats_are_their_turns(facts_model: Any, monkeypatch: Any) -> None:
+    template = "{{ messages[0]['content'] }} A:"
+    monkeypatch.setattr(facts_model.tokenizer, "chat_template", template)
+    chat = [{"role": "user", "content": "Messi plays for whom?"}]
+    result = blt.backward_lens(facts_model, chat, " Paris", matrices="W_out")
+    for figure in (figures.norms_by_segment(result), figures.token_ranks_by_segment(result)):
+        names = [line.name for line in figure.data if line.name]
+        assert set(names) == {"template", "user", "last token"}

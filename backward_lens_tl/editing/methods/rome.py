@@ -7,7 +7,6 @@ reads. That is `dW = u (v* - v)^T / (k . u)` with `u` along `C^-1 k`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -19,6 +18,7 @@ from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.fact_method import FactMethod
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.editing.weight_delta import WeightDelta
+from backward_lens_tl.errors import warn
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.models.sites import MatrixSite
@@ -98,10 +98,9 @@ class ROME(FactMethod):
 
 def _warn_if_huge(own: MatrixDelta, norm: float) -> None:
     if own.norm > norm:
-        warnings.warn(
+        warn(
             f"an edit of layer {own.layer} has norm {own.norm:.3g}, more than W_out itself "
             f"({norm:.3g}), and may disable the model: the direction it responds to is nearly "
             "orthogonal to the key; use key_mode='mean', statistics of more text, a larger ridge "
-            "or a smaller clamp",
-            stacklevel=4,
+            "or a smaller clamp"
         )

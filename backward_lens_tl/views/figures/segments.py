@@ -36,6 +36,12 @@ _STYLES: dict[str, dict[str, str]] = {
         ("middle subject tokens", "#cc79a7", "dashdot", "diamond"),
         ("last subject token", "#d55e00", "solid", "triangle"),
         ("after subject", "#7a5c00", "dash", "cross"),
+        ("template", "#7f7f7f", "dot", "circle"),
+        ("system", "#56b4e9", "dash", "square"),
+        ("developer", "#7a5c00", "dash", "cross"),
+        ("user", "#009e73", "solid", "diamond"),
+        ("assistant", "#d55e00", "solid", "triangle"),
+        ("tool", "#cc79a7", "dashdot", "square"),
         ("last token", "#0072b2", "solid", "x"),
     )
 }
@@ -64,6 +70,7 @@ def norms_by_segment(
         source: A result, all of whose prompts count, a sweep, or the table that
             `analysis.norms_by_segment` returned for any number of prompts.
         subject: The subject of a result's prompts: one text or span for all, or one per prompt.
+            Without it, the segments of chats are their turns.
         matrix: Name of the matrix.
         of: `"vjp"` for `||delta_i||_2`, `"input"` for `||x_i||_2`, or `"write"` for
             `||x_i|| ||delta_i||`, the norm of the term that a token writes into the matrix.
@@ -125,6 +132,7 @@ def token_ranks_by_segment(
             `direction="gradient"`, as in the paper, VJPs rank the target near the end of the
             vocabulary, which is easier to see with `scale="linear"`.
         subject: The subject of a result's prompts: one text or span for all, or one per prompt.
+            Without it, the segments of chats are their turns.
         matrix: Name of the matrix.
         of: `"target"`, or `"answer"` for the model's own answer, which
             `backward_lens(..., measures=("answer_rank",))` ranks.
@@ -188,9 +196,10 @@ def _table(
     origin = f"analysis.{analysis.__name__}"
     if isinstance(source, BackwardLensResult):
         source.readout(matrix)
-        if subject is None:
+        by_turn = subject is None and any(source.capture.turns)
+        if subject is None and not by_turn:
             raise InputError("subject is None; pass a text, or one per prompt")
-        return analysis(source.to_df(subject, matrix=matrix), of)
+        return analysis(source.to_df(subject, matrix=matrix, turns=by_turn), of)
     found = analysis(source, of) if isinstance(source, Sweep) else source
     needed = ("matrix", "of", "layer", "segment", "prompts", *columns)
     table = checked_table(found, needed, f"a result, a sweep, or what {origin} returned")
