@@ -53,3 +53,10 @@ def answer_start(result: BackwardLensResult, batch: int, positions: Sequence[int
     is_answer = [position >= length for position in positions]
     start = is_answer.count(False)
     return start if any(is_answer) and start > 0 and not any(is_answer[:start]) else None
+
+
+def answer_position(result: BackwardLensResult, batch: int) -> int | None:
+    """The first analysed position of an appended answer; `None` if none begins there."""
+    positions = [place for place in result.positions[batch].tolist() if place >= 0]
+    start = answer_start(result, batch, positions)
+    return None if start is None else positions[start]

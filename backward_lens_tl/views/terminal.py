@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
@@ -14,6 +15,7 @@ from backward_lens_tl.models.sites import MatrixName
 from backward_lens_tl.readout.cells import Cell
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views.colors import DARK_SHADES, NormScale
+from backward_lens_tl.views.prompts import answer_position
 from backward_lens_tl.views.text import (
     ADDS_NOTHING,
     LEADS,
@@ -103,6 +105,10 @@ class TerminalTable:
         bold = "bold " if cell.target_leads else ""
         return self._from_edge(cell, _token(cell.top[0].token, bold + style, marks))
 
+    @cached_property
+    def _answer(self) -> int | None:
+        return answer_position(self.result, self.batch)
+
     def _says(self, cell: Cell) -> Text:
         """The token that the cell's position should say."""
         token = Text() if cell.target is None else _token(cell.target, "")
@@ -110,7 +116,7 @@ class TerminalTable:
 
     def _from_edge(self, cell: Cell, text: Text) -> Text:
         """The text, after a line if the answer begins at this position."""
-        begins = cell.position == int(self.result.capture.prompt_lengths[self.batch])
+        begins = cell.position == self._answer
         return Text.assemble((_EDGE, "default on default"), text) if begins else text
 
 

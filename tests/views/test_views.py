@@ -442,20 +442,20 @@ def test_without_a_target_nothing_is_marked_or_ranked():
 def test_a_notebook_shows_the_first_prompts_and_how_to_see_the_others():
     fragment = parsed(make_result(batch=MAX_PROMPTS)._repr_html_())
     assert len(fragment.all("table")) == 2 * MAX_PROMPTS
-    assert "Shown:" not in fragment.text
+    assert "prompts;" not in fragment.text
 
     fragment = parsed(make_result(layers=48, pos=7, batch=3)._repr_html_())
     assert len(fragment.all("table")) == 2 * 2
-    assert "Shown: prompts 0 to 1 of 3 prompts" in fragment.text
+    assert "The first 2 of 3 prompts;" in fragment.text
 
     fragment = parsed(make_result(batch=MAX_PROMPTS + 3)._repr_html_())
     assert len(fragment.all("table")) == 2 * MAX_PROMPTS
-    assert "Shown: prompts 0 to 3 of 7 prompts" in fragment.text
+    assert "The first 4 of 7 prompts;" in fragment.text
     assert f"save_html(path, batch={MAX_PROMPTS})" in fragment.text
 
     fragment = parsed(make_result(layers=48, pos=20, batch=2)._repr_html_())
     assert len(fragment.all("table")) == 2
-    assert "Shown: prompt 0 of 2 prompts" in fragment.text
+    assert "The first of 2 prompts;" in fragment.text
 
 
 def test_the_style_applies_only_to_its_fragment(result: BackwardLensResult):

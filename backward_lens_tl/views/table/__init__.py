@@ -37,9 +37,9 @@ def render_table(result: BackwardLensResult) -> str:
     shown = "".join(_prompt_section(result, batch, budget) for batch in range(first))
     more = ""
     if prompts > first:
-        which = "prompt 0" if first == 1 else f"prompts 0 to {first - 1}"
+        which = "first" if first == 1 else f"first {first}"
         more = (
-            f"<p>Shown: {which} of {prompts} prompts; "
+            f"<p>The {which} of {prompts} prompts; "
             f"<code>result.save_html(path, batch={first})</code> writes another one to a page.</p>"
         )
     return (

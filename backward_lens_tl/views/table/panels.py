@@ -11,6 +11,7 @@ from backward_lens_tl.models.sites import MatrixName
 from backward_lens_tl.readout.cells import Cell, TokenScore
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views.colors import LIGHT_SHADES
+from backward_lens_tl.views.prompts import answer_position
 from backward_lens_tl.views.table.extent import Extent
 from backward_lens_tl.views.table.frequent import frequent_tokens
 from backward_lens_tl.views.table.markup import LEAD_MARKUP, isolated
@@ -71,7 +72,7 @@ class _Panel:
         self.result = result
         self.matrix = matrix
         self.early = extent.tokens - extent.written
-        self.prompt_length = int(result.capture.prompt_lengths[batch])
+        self.answer = answer_position(result, batch)
 
     def html(self, by_lens: Mapping[str, Rows]) -> str:
         rows = by_lens[self.result.projection]
@@ -117,7 +118,7 @@ class _Panel:
 
     def _edge(self, cell: Cell) -> list[str]:
         """The class of the first token of an answer."""
-        return ["answer"] if cell.position == self.prompt_length else []
+        return ["answer"] if cell.position == self.answer else []
 
     def _cell(self, cell: Cell, shading: Shading, often: Mapping[str, frozenset[str]]) -> str:
         if cell.is_zero:
