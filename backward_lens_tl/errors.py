@@ -73,7 +73,7 @@ class ObjectiveError(InputError):
 
 
 class ModelNotFoundError(InputError):
-    """A model name is neither `facts`, nor a local folder, nor available on the hub."""
+    """There is no model of that name: no folder, no readable GGUF file, nothing on the hub."""
 
 
 class ModelStateError(BackwardLensError, RuntimeError):

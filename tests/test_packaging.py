@@ -303,5 +303,5 @@ def test_imports_match_requirements():
                 imported.add(str(node.module).partition(".")[0])
     third_party = imported - set(sys.stdlib_module_names) - {"backward_lens_tl"}
     required = {requirement.name.replace("-", "_") for requirement in runtime_requirements()}
-    # Extras for figures, adapters and Parquet, and the number type of the first.
-    assert third_party == required | {"matplotlib", "numpy", "peft", "pyarrow"}
+    # Extras for GGUF, figures, adapters and Parquet, and the number type of figures.
+    assert third_party == required | {"gguf", "matplotlib", "numpy", "peft", "pyarrow"}

@@ -24,8 +24,9 @@ class Command:
     """Options of every command.
 
     Attributes:
-        model: The facts model that ships with this package (facts), a local folder in Hugging Face
-            format, or a name on the hub, such as gpt2.
+        model: The facts model that ships with this package (facts), SmolLM2-135M-Instruct
+            (smollm2), a local folder in Hugging Face format, a .gguf file, or a name on the hub,
+            such as gpt2.
         kind: TransformerLens's model class; by default the one that it prefers.
         SETTINGS: Settings whose fields are options too.
         NO_OPTIONS: Those of its fields that are not.

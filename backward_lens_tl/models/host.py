@@ -39,6 +39,7 @@ class Host(ABC):
     Attributes:
         model: The model.
         name: The model's name, for titles and saved results.
+        stored_as: For a GGUF file, how many tensors of each name are stored as which type.
         n_layers: Number of transformer blocks.
         n_heads: Number of query heads.
         d_head: Width of a head.
@@ -56,6 +57,7 @@ class Host(ABC):
         cfg = model.cfg
         self.model = model
         self.name = str(getattr(cfg, "model_name", None) or type(model).__name__)
+        self.stored_as: dict[str, dict[str, int]] | None = getattr(cfg, "stored_as", None)
         self.n_layers, self.n_heads = int(cfg.n_layers), int(cfg.n_heads)
         self.d_head, self.d_model = int(cfg.d_head), int(cfg.d_model)
         self.d_mlp = int(getattr(cfg, "d_mlp", None) or 4 * self.d_model)

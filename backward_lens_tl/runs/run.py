@@ -342,6 +342,7 @@ def _about(job: Job[Any], plan: Plan[Any]) -> dict[str, Any]:
         "command": shlex.join(sys.argv),
         "model": {
             "name": host.name,
+            **({"stored_as": host.stored_as} if host.stored_as else {}),
             "class": type(host.model).__name__,
             "n_layers": host.n_layers,
             "d_model": host.d_model,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from models import (
     build,
     nll,
     randomise,
-    readable,
     relative_error,
     require_kind,
     small_tokenizer,
@@ -929,22 +927,3 @@ def test_a_method_that_is_not_a_dataclass_is_evaluated(facts_model: Any, tmp_pat
     config = blt.EvaluationConfig(rows=(0,), generation_length=0, n_texts=0)
     found = blt.evaluate(facts_model, "facts", tmp_path, {"x": Nothing()}, config, progress=False)
     assert found.edits()["error"].isna().all()
-
-
-SMOLLM2 = os.environ.get("BACKWARD_LENS_SMOLLM2", "")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not SMOLLM2, reason="BACKWARD_LENS_SMOLLM2 is not a folder of SmolLM2-135M")
-@pytest.mark.skipif(
-    version("transformers").startswith("4."),
-    reason="transformers 4 ignores the rotary parameters that transformers 5 saves",
-)
-@pytest.mark.parametrize("objective", ["training", "own answer"])
-def test_no_false_alarm_on_a_real_model(
-    objective: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    model = blt.load_model(str(readable(Path(SMOLLM2), tmp_path_factory)))
-    chosen = blt.target_nll() if objective == "own answer" else blt.next_token_loss()
-    for record in blt.read_records("facts").rows[:20]:
-        assert blt.validate(model, record.prompt, objective=chosen, matrices="mlp").passed
