@@ -88,9 +88,10 @@ def test_a_chat_prompt_has_no_second_bos(model: Any) -> None:
     text = model.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert text.endswith("Eiffel Tower?<|im_end|>\n<|im_start|>assistant\n")
-    [prompt] = tokenize_prompts(host_of(model), text)
-    assert list(prompt.ids) == model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert sum(token == model.tokenizer.bos_token_id for token in prompt.ids) == 3
+    capture = blt.capture_gradients(model, chat, blt.target_nll(), matrices="W_out", layers=-1)
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert capture.tokens[0].tolist() == ids
+    assert ids.count(model.tokenizer.bos_token_id) == 3  # one for each turn
 
 
 def test_numbers_are_split_into_digits(model: Any) -> None:
