@@ -104,14 +104,14 @@ class ShowCommand(Command):
 
 def _heading(result: BackwardLensResult) -> str:
     """The question, the model's own answer, and what is differentiated."""
-    from backward_lens_tl.views.text import number, prediction_text, prompt_text
+    from backward_lens_tl.views.text import asked, number, prediction_text
 
     target = result.target()
     arrow = "" if target is None else f" → {target!r}"
     said = prediction_text(result.prediction(), result.has_position_targets, repr)
     loss = number(float(result.capture.loss[0]))
     return (
-        f"{prompt_text(result.capture, 0)!r}{arrow}\n{said}\n"
+        f"{asked(result.capture, 0, repr)}{arrow}\n{said}\n"
         f"{result.capture.objective}: loss {loss} "
         f"({result.projection}, {result.direction}, {result.capture.model_name})\n"
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 from backward_lens_tl.capture.gradient_capture import GradientCapture
@@ -108,6 +110,31 @@ def prompt_text(capture: GradientCapture, batch: int) -> str:
     if not capture.prompts:
         return "".join(capture.str_tokens[batch][:length])
     return capture.prompts[batch][: max(end for _, end in capture.spans[batch][:length])]
+
+
+def asked(capture: GradientCapture, batch: int, quoted: Callable[[str], str]) -> str:
+    """A prompt as a reader knows it: its text, or the messages of a chat without their template.
+
+    Args:
+        capture: The capture.
+        batch: Which prompt.
+        quoted: Marks text in the view.
+
+    Returns:
+        The text, or each message after its role.
+    """
+    turns = capture.turns[batch] if capture.turns else ()
+    if not turns:
+        return quoted(prompt_text(capture, batch))
+    length = int(capture.prompt_lengths[batch])
+    tokens = zip(turns[:length], capture.spans[batch], strict=False)
+    messages = []
+    for turn, group in groupby(tokens, key=itemgetter(0)):
+        spans = [span for _, span in group]
+        if turn != "template":
+            text = capture.prompts[batch][spans[0][0] : spans[-1][1]]
+            messages.append(f"{turn}: {quoted(text.strip())}")
+    return " ".join(messages)
 
 
 def prediction_text(

@@ -327,7 +327,7 @@ def test_a_chat_is_shown(
     messages = [{"role": "user", "content": "Messi plays"}, {"role": "user", "content": "the"}]
     chat.write_text(json.dumps(messages), encoding="utf-8")
     assert main(["show", "--chat", str(chat), "--target", " Paris", "--layers", "6"]) == 0
-    assert capsys.readouterr().out.startswith("'Messi plays for the' → ' Paris'")
+    assert capsys.readouterr().out.startswith("user: 'Messi plays' user: 'the' → ' Paris'")
     chat.write_text("{}", encoding="utf-8")
     assert "holds dict; write a list of messages" in error_of(["show", "--chat", str(chat)], capsys)
 

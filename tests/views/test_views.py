@@ -42,6 +42,7 @@ from backward_lens_tl.views.table.frequent import frequent_tokens
 from backward_lens_tl.views.terminal import TerminalTable
 from backward_lens_tl.views.text import (
     Piece,
+    asked,
     display_order,
     pieces,
     prediction_text,
@@ -351,6 +352,29 @@ def test_the_heading_separates_the_prompt_and_the_answer():
         prompt = "The Tower" if given.prompts else "<s>The Tower"
         assert page.all("h1")[0].text == f"{prompt} →  in Rome"
         assert "more probable than its first token" in page.text
+
+
+def test_a_chat_is_shown_as_its_messages():
+    plain = make_result(pos=6, vocab=(PARIS, " a", " b", " c"))
+    capture = replace(
+        plain.capture,
+        str_tokens=(("<s>", "Hi", " <b>", "</s>", "<s>", "Oh"),),
+        prompts=("<s>Hi <b></s><s>Oh",),
+        spans=(((0, 3), (3, 5), (5, 9), (9, 13), (13, 16), (16, 18)),),
+        turns=(("template", "user", "user", "template", "template", "assistant"),),
+    )
+    result = replace(plain, capture=capture)
+    assert asked(capture, 0, repr) == "user: 'Hi <b>' assistant: 'Oh'"
+    page = parsed(render_page(result))
+    assert page.all("h1")[0].text == "user: Hi <b> assistant: Oh →  Paris"
+    for element in page.all("table"):
+        heads = element.all("thead")[0].all("th")[1:]
+        is_template = ["template" in (node.attributes.get("class") or "") for node in heads]
+        assert is_template == [True, False, False, True, True, False]
+    assert not parsed(render_page(plain)).all("th", "template")
+    # An appended answer belongs to no message.
+    answered = replace(capture, prompt_lengths=torch.tensor([5]))
+    assert asked(answered, 0, repr) == "user: 'Hi <b>'"
 
 
 @pytest.mark.parametrize(

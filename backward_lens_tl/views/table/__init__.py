@@ -16,7 +16,7 @@ from backward_lens_tl.views.colors import DARK_SHADES, LIGHT_SHADES
 from backward_lens_tl.views.table import heading
 from backward_lens_tl.views.table.extent import NOTEBOOK, PAGE, Budget, Extent
 from backward_lens_tl.views.table.panels import panels
-from backward_lens_tl.views.text import prompt_text, running_text
+from backward_lens_tl.views.text import asked, running_text
 
 MAX_PROMPTS = 4
 """Limit on prompts in a notebook output."""
@@ -51,7 +51,7 @@ def render_table(result: BackwardLensResult) -> str:
 def render_page(result: BackwardLensResult, batch: int = 0) -> str:
     """The tables of one prompt as an HTML document that loads nothing."""
     extent = Extent.of(result, batch, PAGE)
-    title = escape(f"{running_text(prompt_text(result.capture, batch)).strip()} · Backward Lens")
+    title = escape(f"{asked(result.capture, batch, running_text).strip()} · Backward Lens")
     remedy = "analyse the others with <code>backward_lens(..., positions=...)</code>"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -13,10 +13,10 @@ from backward_lens_tl.views.text import (
     ADDS_NOTHING,
     LEADS,
     SIZES,
+    asked,
     display_order,
     number,
     prediction_text,
-    prompt_text,
 )
 
 _PROJECTIONS = {
@@ -36,8 +36,12 @@ _DIRECTIONS = {
 def heading(result: BackwardLensResult, batch: int) -> str:
     """The prompt, and the target or the whole answer."""
     target = result.target(batch)
-    arrow = "" if target is None else f' <span class="to">→</span> <q>{isolated_run(target)}</q>'
-    return f"<q>{isolated_run(prompt_text(result.capture, batch))}</q>{arrow}"
+    arrow = "" if target is None else f' <span class="to">→</span> {_quoted_run(target)}'
+    return f"{asked(result.capture, batch, _quoted_run)}{arrow}"
+
+
+def _quoted_run(text: str) -> str:
+    return f"<q>{isolated_run(text)}</q>"
 
 
 def introduction(result: BackwardLensResult, batch: int) -> str:

@@ -73,6 +73,7 @@ class _Panel:
         self.matrix = matrix
         self.early = extent.tokens - extent.written
         self.answer = answer_position(result, batch)
+        self.turns = result.capture.turns[batch] if result.capture.turns else ()
 
     def html(self, by_lens: Mapping[str, Rows]) -> str:
         rows = by_lens[self.result.projection]
@@ -107,6 +108,8 @@ class _Panel:
 
     def _head(self, cell: Cell, place: int) -> str:
         names = ["early"] * (place < self.early) + self._edge(cell)
+        if self.turns and self.turns[cell.position] == "template":
+            names.append("template")
         says = ""
         if self.result.has_position_targets:
             target = "" if cell.target is None else isolated(cell.target)
