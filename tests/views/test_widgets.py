@@ -777,6 +777,10 @@ def test_results_and_widgets_on_one_page_do_not_disturb_each_other(
         drawn(page, 4)
         # The widgets' style does not reach the tables.
         assert page.page.evaluate(LOOKS) == alone
+        # Tables are light next to widgets, which have no dark colours.
+        for part in page.page.locator(".blt, .blt-widget").all():
+            look = "node => getComputedStyle(node).backgroundColor"
+            assert part.evaluate(look) == "rgb(255, 255, 255)"
         boxes = [part.bounding_box() for part in page.page.locator("section").all()]
         assert len(boxes) == 6
         for upper, lower in pairwise(boxes):
