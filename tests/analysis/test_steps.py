@@ -418,9 +418,9 @@ def test_the_models_own_answer_stays_the_target() -> None:
 def test_texts_of_several_tokens() -> None:
     case = model_case("hooked-gpt2")
     with pytest.raises(InputError, match="Pass multi_token='first' or 'last'"):
-        step_changes(case.model, "Rome is", "the river")
+        step_changes(case.model, "Rome is", " the river")
     first, last = (
-        step_changes(case.model, "Rome is", "the river", multi_token=position, layers=1)
+        step_changes(case.model, "Rome is", " the river", multi_token=position, layers=1)
         for position in ("first", "last")
     )
     assert first["loss"].iloc[0] != last["loss"].iloc[0]
