@@ -31,7 +31,7 @@ TYPES := --jaxtyping-packages=backward_lens_tl,beartype.beartype
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: help environments demo demo-real real-model test check check-fast check-all coverage mutants facts-model
-.PHONY: facts-model-eval facts-moments tune bench gpu-check gpu-wheels notebooks docs pictures
+.PHONY: facts-model-eval facts-moments tune real-model-page bench gpu-check gpu-wheels notebooks docs pictures
 .PHONY: constraints clean FORCE
 .PHONY: $(ENVIRONMENTS:%=versions-%) $(ENVIRONMENTS:%=all-%) $(ENVIRONMENTS:%=real-model-%)
 
@@ -97,6 +97,9 @@ facts-moments: .venv/installed ## collect activation statistics of the facts mod
 
 tune: .venv/installed ## tune the editing methods; writes docs/editing/tuning.json
 	$(OFFLINE) .venv/bin/python -m benchmarks.tuning
+
+real-model-page: real-model-.venv ## repeat the paper's experiments on SmolLM2; writes docs/real-model.md
+	$(OFFLINE) .venv/bin/python -m benchmarks.real_model
 
 bench: .venv/installed ## benchmark speed and memory; writes docs/benchmarks.md; BENCH="--quick" for less
 	$(OFFLINE) .venv/bin/python -m benchmarks $(BENCH)

@@ -16,7 +16,8 @@ class ReproduceCommand(DataCommand):
     """The paper's experiments, with a report.
 
     Attributes:
-        names: Experiments: fig1, fig3 ... fig24, table1 ... table7, gradients, editing, or all.
+        names: Experiments: fig1, fig3 ... fig24, table1 ... table7, or a group: gradients,
+            explanations, editing, all.
         data: As in `backward-lens sweep`; by default the facts model's own records for that model,
             and CounterFact on the hub for others.
         out: The folder to write.

@@ -60,7 +60,7 @@ def reproduce(
             experiments a random sample.
         out: The output folder, created if needed.
         names: Figures and tables, such as `"fig4"` or `["fig6", "table2"]`; `"gradients"`,
-            `"editing"` (which takes minutes), or `"all"`.
+            `"explanations"`, `"editing"` (which takes minutes), or `"all"`.
         prompts: Number of prompts to use.
         seed: Seed for choosing them.
         prepend_bos: Whether prompts get a BOS token; the paper's had none. `None` is the model's
@@ -93,7 +93,7 @@ def reproduce(
     loaded = load_model(model) if isinstance(model, str) else model
     folder = Path(out)
     evidence = Evidence(loaded, records, folder, prompts, seed, prepend_bos, progress)
-    if any(experiment.group == "gradients" for experiment in experiments):
+    if any(experiment.group != "editing" for experiment in experiments):
         _check_prompts(evidence)
     found = {}
     for experiment in tqdm(experiments, unit="experiment", disable=not progress):

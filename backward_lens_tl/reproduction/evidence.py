@@ -23,6 +23,7 @@ from backward_lens_tl.evaluation.plan import unused_records
 from backward_lens_tl.evaluation.run import Evaluation, evaluate
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.models import Host, host_of
+from backward_lens_tl.reproduction.vectors import PromptVjps, prompt_vjps
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.sweeps.config import SweepConfig
 from backward_lens_tl.sweeps.run import Sweep, sweep
@@ -157,6 +158,12 @@ class Evidence:
     def prompts(self) -> pd.DataFrame:
         """The prompts that were analysed."""
         return self.sweep.prompts()
+
+    @cached_property
+    def vjps(self) -> list[PromptVjps]:
+        """`W_out`'s VJPs of the prompts as tensors."""
+        texts, targets = self.prompts["text"].tolist(), self.prompts["target_id"].tolist()
+        return prompt_vjps(self.model, texts, targets, self.prepend_bos)
 
     @property
     def n_cut_targets(self) -> int:

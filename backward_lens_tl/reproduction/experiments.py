@@ -9,22 +9,28 @@ from typing import Literal, get_args
 
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.reproduction import (
+    chance,
+    conditions,
     editing_methods,
     gradient_neurons,
     gradient_ranks,
     imprint_and_shift,
     least_learning_rates,
+    neuron_copies,
+    normalization,
     optimizer_steps,
+    residual_bases,
     segment_norms,
     segment_ranks,
     several_facts,
+    shared_readings,
     single_prompts,
     whitening,
 )
 from backward_lens_tl.reproduction.evidence import Evidence
 from backward_lens_tl.reproduction.finding import Finding
 
-Group = Literal["gradients", "editing"]
+Group = Literal["gradients", "explanations", "editing"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,10 @@ class Experiment:
         measure: The function that measures it.
         also: Other figures and tables that it covers.
         group: `"gradients"` if it reads the gradients of many prompts, for which all experiments
-            share one sweep; `"editing"` if it edits.
+            share one sweep; `"explanations"` if it tests why they find what they do;
+            `"editing"` if it edits.
+        explains: Experiments whose main claim an explanation may account for.
+        part: What it explains, if not everything.
     """
 
     name: str
@@ -47,6 +56,8 @@ class Experiment:
     measure: Callable[[Evidence], Finding]
     also: tuple[str, ...] = ()
     group: Group = "gradients"
+    explains: tuple[str, ...] = ()
+    part: str = ""
 
     @property
     def covers(self) -> tuple[str, ...]:
@@ -226,6 +237,78 @@ EXPERIMENTS = (
         optimizer_steps.optimizer_steps,
         group="editing",
     ),
+    Experiment(
+        "residual_bases",
+        "Bases of the residual stream (beyond the paper)",
+        "All layers are read with the last layer's unembedding. Early layers may write in another "
+        "basis, which the later layers turn into the last one.",
+        residual_bases.residual_bases,
+        group="explanations",
+        explains=("fig5", "fig7", "fig11", "fig18"),
+    ),
+    Experiment(
+        "last_layer",
+        "Geometry of the last layer (beyond the paper)",
+        "The last VJP is the target's embedding minus the expected one (lemma 5.1). What all "
+        "prompts expect alike may hide the target.",
+        shared_readings.last_layer,
+        group="explanations",
+        explains=("fig5", "fig7", "fig11", "fig18"),
+        part="the last layer",
+    ),
+    Experiment(
+        "junk_tokens",
+        "Junk tokens (beyond the paper)",
+        "A few tokens lead many cells of every prompt. They may hide the target.",
+        shared_readings.junk_tokens,
+        group="explanations",
+        explains=("fig5", "fig7", "fig11", "fig18"),
+    ),
+    Experiment(
+        "sinks",
+        "Attention sinks (beyond the paper)",
+        "The first position of a prompt may be an attention sink with a huge residual stream, "
+        "whatever its token is.",
+        conditions.sinks,
+        group="explanations",
+        explains=("fig6", "fig7", "fig17", "fig18", "fig19", "fig20", "fig21", "fig22"),
+    ),
+    Experiment(
+        "gated_neurons",
+        "Copies among the neurons (beyond the paper)",
+        "The largest neurons copy one vector only if one position writes most of the gradient. "
+        "Gated MLPs need not be the reason if they do not.",
+        neuron_copies.gated_neurons,
+        group="explanations",
+        explains=("fig8", "fig10"),
+    ),
+    Experiment(
+        "normalization",
+        "Normalization without a bias (beyond the paper)",
+        "Where the final norm has no bias, the length of a vector does not affect its reading.",
+        normalization.normalization,
+        group="explanations",
+        explains=("fig22",),
+        part="the effect of normalization",
+    ),
+    Experiment(
+        "chance",
+        "Chance (beyond the paper)",
+        "A median over prompts may put the target ahead of the model's own answer by chance, in "
+        "layers whose inputs show neither.",
+        chance.answers_by_chance,
+        group="explanations",
+        explains=("fig21",),
+    ),
+    Experiment(
+        "prompt_forms",
+        "Other prompts (beyond the paper)",
+        "The model is instruction-tuned, knows few of the facts, or writes targets as several "
+        "tokens. Claims may hold for prompts that suit it better.",
+        conditions.prompt_forms,
+        group="explanations",
+        explains=("fig6", "fig7", "fig17", "fig18", "fig19", "fig20", "fig21", "fig22"),
+    ),
 )
 """The experiments in the order of the paper, followed by those beyond it."""
 
@@ -234,8 +317,7 @@ def select_experiments(names: str | Sequence[str]) -> tuple[Experiment, ...]:
     """Find experiments by the names of figures and tables.
 
     Args:
-        names: One or more names such as `"fig4"`, the groups `"gradients"` and `"editing"`, or
-            `"all"`.
+        names: One or more names such as `"fig4"`, a group, or `"all"`.
 
     Returns:
         Each experiment once, in the order of the paper.

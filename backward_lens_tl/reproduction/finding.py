@@ -104,6 +104,22 @@ def count_of(count: int, total: int) -> str:
     return f"{count} of {total} ({100 * count / total:.0f} %)" if total else "none of 0"
 
 
+def spearman(first: Iterable[float], second: Iterable[float]) -> float:
+    """Spearman's rank correlation.
+
+    Args:
+        first: Numbers.
+        second: As many.
+
+    Returns:
+        The coefficient; NaN if all numbers of one are equal.
+    """
+    import pandas as pd
+
+    ranks = [pd.Series([float(value) for value in each]).rank() for each in (first, second)]
+    return float(ranks[0].corr(ranks[1]))
+
+
 def listed_values(values: Iterable[tuple[Any, float]], form: str = ".1f", unit: str = "") -> str:
     """Named values as text.
 

@@ -72,6 +72,17 @@ def every_figure(result: BackwardLensResult, backend: Any) -> dict[str, Any]:
         "neuron_overlap": figures.neuron_overlap(overlaps(result), "W_out", 4, backend=backend),
         "step_changes": figures.step_changes(STEPS, backend=backend),
         "compare": figures.compare(result, result, batch=(0, prompts - 1), backend=backend),
+        "layer_lines": figures.layer_lines(
+            pd.DataFrame(
+                {"layer": [0, 1, 0, 1], "value": [1.0, 2.0, 3.0, 4.0], "of": list("aabb")}
+            ).replace({"a": HOSTILE}),
+            "value",
+            "of",
+            title=HOSTILE,
+            unit=HOSTILE,
+            scale="log",
+            backend=backend,
+        ),
         "layer_maps": figures.layer_maps(
             {HOSTILE: result.norms("W_out")[:, 0, : len(result.capture.str_tokens[0])]},
             result.capture.str_tokens[0],

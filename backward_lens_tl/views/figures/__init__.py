@@ -8,6 +8,7 @@ matplotlib's with `backend="matplotlib"`.
 from backward_lens_tl.views.figures.cells import compare, layer_maps, norms
 from backward_lens_tl.views.figures.edits import edit_curves, edit_scores, least_rates
 from backward_lens_tl.views.figures.gradients import gradient_ranks, singular_values
+from backward_lens_tl.views.figures.layers import layer_lines
 from backward_lens_tl.views.figures.neurons import neuron_overlap, neuron_similarity
 from backward_lens_tl.views.figures.segments import norms_by_segment, token_ranks_by_segment
 from backward_lens_tl.views.figures.steps import step_changes
@@ -18,6 +19,7 @@ __all__ = [
     "edit_curves",
     "edit_scores",
     "gradient_ranks",
+    "layer_lines",
     "layer_maps",
     "least_rates",
     "neuron_overlap",

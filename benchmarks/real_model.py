@@ -1,0 +1,167 @@
+"""The paper's claims on a real model, next to two small ones, and why they hold or do not.
+
+``python -m benchmarks.real_model`` runs ``backward-lens reproduce gradients explanations`` on each
+model, writes the findings to ``docs/real-model/findings.json`` and the figures next to it, and
+renders ``docs/real-model.md`` and the table in ``docs/reproducing.md``. ``--page`` only renders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from backward_lens_tl.files.storage import write_text
+from backward_lens_tl.reproduction import EXPERIMENTS, reproduce
+from backward_lens_tl.reproduction.folder import read_findings
+from benchmarks.real_model_page import page, with_verdicts
+
+DOCS = Path(__file__).parents[1] / "docs"
+FINDINGS = DOCS / "real-model" / "findings.json"
+SHARED = Path(__file__).parents[2] / "shared"
+COUNTERFACT = SHARED / "data" / "counterfact" / "counterfact_flat_1919.json"
+
+MODELS: dict[str, tuple[Any, Any]] = {
+    "facts": ("facts", "facts"),
+    "stories260K": (str(SHARED / "models" / "stories260K"), str(COUNTERFACT)),
+    "SmolLM2": ("smollm2", str(COUNTERFACT)),
+}
+"""The name of each model on the page, for `load_model`, and its data."""
+
+REAL = "SmolLM2"
+"""The model that the page is about."""
+
+FIGURES = {
+    "residual_bases": "the-target-near-the-top.svg",
+    "gated_neurons": "copies-in-w-out.svg",
+    "junk_tokens": "rank-of-the-target.svg",
+}
+"""The figures of the real model that the page shows, by experiment."""
+
+_TABLES = ("verdicts", "parts of the last VJP")
+"""The tables of explanations that the page shows or needs."""
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Measure what was asked for, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", default="real-model", help="folder for the reproductions")
+    parser.add_argument("--prompts", type=int, default=100, help="default: 100")
+    parser.add_argument("--only", choices=MODELS, help="measure one model, keep the others")
+    parser.add_argument("--model", help=f"what to load as {REAL}, such as a folder")
+    parser.add_argument("--collect", action="store_true", help="read --out, measure nothing")
+    parser.add_argument("--page", action="store_true", help="only render the page")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    found = json.loads(FINDINGS.read_text("utf-8")) if FINDINGS.exists() else {"models": {}}
+    for name, (model, data) in MODELS.items():
+        if options.page or options.only not in (None, name):
+            continue
+        folder = Path(options.out) / name
+        if not options.collect:
+            loaded = options.model if name == REAL and options.model else model
+            measure(loaded, data, folder, options.prompts)
+        found["models"][name] = collected(folder)
+        if name == REAL:
+            found["models"][name]["figures"] = copy_figures(folder, FINDINGS.parent)
+    write_pages(found, DOCS)
+
+
+def measure(model: Any, data: Any, folder: Path, prompts: int) -> None:
+    """Run all experiments about gradients on a model.
+
+    Args:
+        model: The model, for `load_model`.
+        data: Its data.
+        folder: The folder to write.
+        prompts: Number of prompts.
+    """
+    log.info("%s", folder.name)
+    reproduce(model, data, folder, ["gradients", "explanations"], prompts=prompts, progress=False)
+
+
+def collected(folder: Path) -> dict[str, Any]:
+    """Read what the page needs from a reproduction.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        What was measured on what, and the findings by experiment.
+    """
+    findings = {each["name"]: each for each in read_findings(folder)}
+    groups = {each.name: each.group for each in EXPERIMENTS}
+    about = next(iter(findings.values()))["about"]
+    return {
+        "about": {name: about[name] for name in ("n_layers", "d_vocab", "prompts", "cut")},
+        "findings": {
+            name: {
+                **{key: each[key] for key in ("verdict", "checks", "notes")},
+                "seconds": round(each["about"]["seconds"], 1),
+                **(
+                    {
+                        "tables": [
+                            _rows(folder, own) for own in each["tables"] if own["name"] in _TABLES
+                        ]
+                    }
+                    if groups[name] == "explanations"
+                    else {}
+                ),
+            }
+            for name, each in findings.items()
+            if groups[name] != "editing"
+        },
+    }
+
+
+def _rows(folder: Path, table: Mapping[str, Any]) -> dict[str, Any]:
+    with (folder / table["file"]).open(encoding="utf-8", newline="") as stream:
+        return {"name": table["name"], "rows": list(csv.DictReader(stream))}
+
+
+def copy_figures(folder: Path, to: Path) -> list[str]:
+    """Copy the figures of the page.
+
+    Args:
+        folder: The folder of a reproduction.
+        to: The folder of figures.
+
+    Returns:
+        The experiments that have one.
+    """
+    to.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / name / file for name, file in FIGURES.items()}
+    drawn = [name for name, file in files.items() if file.exists()]
+    for name in drawn:
+        shutil.copy(files[name], to / f"{name}.svg")
+    return drawn
+
+
+def write_pages(found: Mapping[str, Any], docs: Path) -> None:
+    """Write the findings, the page about them, and the table of verdicts.
+
+    Args:
+        found: The findings by model.
+        docs: The folder of the documentation.
+    """
+    (docs / "real-model").mkdir(exist_ok=True)
+    write_text(
+        docs / "real-model" / "findings.json",
+        json.dumps(found, indent=1, ensure_ascii=False) + "\n",
+    )
+    if REAL not in found["models"]:
+        return
+    write_text(docs / "real-model.md", page(found, REAL))
+    reproducing = docs / "reproducing.md"
+    write_text(reproducing, with_verdicts(reproducing.read_text("utf-8"), found))
+
+
+if __name__ == "__main__":
+    main()
