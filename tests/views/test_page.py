@@ -849,6 +849,24 @@ def test_early_tokens_of_a_long_prompt_are_written_when_they_are_needed(
         figure.locator(".scroll").evaluate("scroll => scroll.scrollLeft = 0")
         page.wait_for_function("document.querySelector('tbody tr').cells[1].colSpan === 1")
         assert figure.locator("td.early").count() > 0  # between the first and the last tokens
+        # In every row, each cell that is written is in its place.
+        rows = figure.evaluate(
+            """figure => [...figure.querySelector("tbody").rows].map(row => {
+                let column = 0;
+                return [...row.cells].slice(1).map(td => {
+                    const at = column;
+                    column += td.colSpan;
+                    return [at, td.className === "early" ? null :
+                        td.querySelector(".top bdi")?.textContent ?? ""];
+                });
+            })"""
+        )
+        for layer, row in zip(reversed(result.layers), rows, strict=True):
+            cells = result.cells("W_out", layer)
+            for column, text in row:
+                if text is not None:
+                    cell = cells[column]
+                    assert text == ("" if cell.is_zero else shown(cell.top[0].token))
         for lens in ("logit_lens", "normalized"):
             choose(page.locator("body"), "lens", lens)
             for layer, column in [(3, 0), (28, 7), (29, 2)]:

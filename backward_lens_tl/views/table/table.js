@@ -99,10 +99,12 @@
       };
       const early = body.querySelector("td.early")?.colSpan ?? 0;
       if (early) {
-        // The first gap takes what is left, so that the last one is full.
-        for (let last = early; last > 0; last -= CHUNK) gaps.push([Math.max(last - CHUNK, 0), last]);
-        const split = gaps.map(([first, last]) => `<td class="early" colspan="${last - first}">`);
-        for (const row of body.rows) row.cells[1].outerHTML = split.reverse().join("</td>") + "</td>";
+        // From the last gap, which is full, to the first one, which takes what is left.
+        for (let last = early; last > 0; last -= CHUNK)
+          gaps.unshift([Math.max(last - CHUNK, 0), last]);
+        const split = gaps.map(
+          ([first, last]) => `<td class="early" colspan="${last - first}"></td>`).join("");
+        for (const row of body.rows) row.cells[1].outerHTML = split;
         scroll.addEventListener("scroll", fillVisible, { passive: true });
         addEventListener("resize", fillVisible);
         addEventListener("beforeprint", fillAll);
