@@ -106,9 +106,9 @@ class BoundObjective(ABC):
         Returns:
             The model's own answers, and how probable what the objective wants is.
         """
-        first = batch.last - self.prompt_lengths(batch) + 1  # tokens after the prompt
+        n_continued = batch.lengths - self.prompt_lengths(batch)
         last = batch.last if self.n_read(batch) is None else logits.shape[1] - 1
-        ends = last - first
+        ends = last - n_continued
         after = logits[torch.arange(len(ends), device=ends.device), ends]
         found = Predictions.without_target(after)
         wanted = self.wanted_tokens(found.answers, batch)
