@@ -43,7 +43,7 @@ from transformer_lens import patching
 import backward_lens_tl as blt
 from backward_lens_tl import figures, widgets
 
-model = blt.load_model("facts")  # with a network: "gpt2", or any name on the Hugging Face hub
+model = blt.load_model("facts")  # or "smollm2", or any name on the Hugging Face hub
 layers, heads = range(model.cfg.n_layers), range(model.cfg.n_heads)
 
 # %% [markdown]

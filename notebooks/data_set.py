@@ -50,7 +50,7 @@ import backward_lens_tl as blt
 from backward_lens_tl import analysis, figures
 
 pd.options.display.max_colwidth = 300
-model = blt.load_model("facts")  # with a network: "gpt2", or any name on the Hugging Face hub
+model = blt.load_model("facts")  # or "smollm2", or any name on the Hugging Face hub
 
 # %% [markdown]
 # ## The data, with a column of your own

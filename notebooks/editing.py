@@ -46,7 +46,7 @@ import backward_lens_tl as blt
 from backward_lens_tl import editing
 from backward_lens_tl.editing import EditRequest, ForwardPassShift, preset_settings
 
-model = blt.load_model("facts")  # with a network: "gpt2", or any name on the Hugging Face hub
+model = blt.load_model("facts")  # or "smollm2", or any name on the Hugging Face hub
 
 # %% [markdown]
 # ## By hand

@@ -39,7 +39,7 @@ import pandas as pd
 
 import backward_lens_tl as blt
 
-model = blt.load_model("facts")  # with a network: "gpt2", or any name on the Hugging Face hub
+model = blt.load_model("facts")  # or "smollm2", or any name on the Hugging Face hub
 
 # %% [markdown]
 # ## The model's answer and a target
@@ -203,6 +203,59 @@ blt.backward_lens(model, my_prompt, my_target, matrices="W_out")
 #
 # </details>
 #
+# ## A real language model
+#
+# The model above was trained on a few thousand facts. SmolLM2-135M-Instruct is a language model with 30
+# layers and a vocabulary of 49,152 tokens. If the next cell finds neither the hub nor the file, its error
+# says which command installs it.
+
+# %%
+real = blt.load_model("smollm2")
+eiffel = blt.backward_lens(
+    real,
+    "The Eiffel Tower is located in the city of",
+    " Rome",
+    matrices="W_out",
+    projection=("logit_lens", "cosine"),
+)
+eiffel
+
+# %% [markdown]
+# The last column again shows the target, but in the upper layers only. In the lower layers it shows
+# tokens that have nothing to do with the prompt. These are the target's ranks in that column, from layer
+# 0 up:
+
+# %%
+eiffel.target_rank("W_out")[:, 0, -1].tolist()
+
+# %% [markdown]
+# The logit lens is the model's decoding of its *last* residual stream. In the facts model lower layers
+# write in nearly the same directions as the last ones. In this model they do not, so the lens cannot
+# decode them. The gradient is right all the same: [the paper's claims on a real
+# model](../docs/real-model.md) measures what such an update does after the layers above it.
+#
+# A few tokens, such as " affili", lead many cells of every prompt: their columns in the unembedding are
+# the longest, so their scores vary most. Switch the table to the cosine lens, which divides by these
+# lengths. This is the number of cells that the target leads, and that the ten other most frequent tokens
+# lead together, under both lenses:
+
+# %%
+counts = {lens: eiffel.under(lens).to_df().top_tokens.str[0] for lens in eiffel.projections}
+counts = pd.DataFrame({lens: tops.value_counts() for lens, tops in counts.items()})
+leads = {lens: [own[" Rome"], own.drop(" Rome").nlargest(10).sum()] for lens, own in counts.items()}
+pd.DataFrame(leads, index=["the target", "ten others"]).astype(int)
+
+# %% [markdown]
+# Where is the update large? `||delta_i||`, the colour of the table, is only one factor. The term that a
+# position writes has the size `||x_i|| ||delta_i||`. This is the position where each of them is largest,
+# for some layers:
+
+# %%
+sizes = eiffel.to_df(matrix="W_out").set_index("position").groupby("layer")
+largest = sizes[["norm", "write_norm"]].idxmax()
+largest.map(eiffel.capture.str_tokens[0].__getitem__).iloc[[0, 5, 11, 20, 25, 29]]
+
+# %% [markdown]
 # ## Where to go from here
 #
 # - [Looking at gradients](looking.ipynb): the table's controls, widgets, figures and files.

@@ -39,7 +39,7 @@ if find_spec("backward_lens_tl") is None:  # for example on Colab
 import backward_lens_tl as blt
 from backward_lens_tl import figures, widgets
 
-model = blt.load_model("facts")  # with a network: "gpt2", or any name on the Hugging Face hub
+model = blt.load_model("facts")  # or "smollm2", or any name on the Hugging Face hub
 
 # %% [markdown]
 # ## The table: what does each place write?

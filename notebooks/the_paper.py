@@ -52,7 +52,7 @@ import backward_lens_tl as blt
 from backward_lens_tl import analysis, figures
 from backward_lens_tl.editing import EditRequest, ForwardPassShift
 
-model = blt.load_model("facts")  # with a network: "gpt2", or any name on the Hugging Face hub
+model = blt.load_model("facts")  # or "smollm2", or any name on the Hugging Face hub
 
 # %% [markdown]
 # ## Figures 1 and 5: a gradient as tokens

@@ -33,9 +33,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 ADDRESS = PROJECT["urls"]["Repository"].replace("https://github.com/", "github/")
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
-MODEL = (
-    'model = blt.load_model("facts")  # with a network: "gpt2", or any name on the Hugging Face hub'
-)
+MODEL = 'model = blt.load_model("facts")  # or "smollm2", or any name on the Hugging Face hub'
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

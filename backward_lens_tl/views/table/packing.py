@@ -115,5 +115,5 @@ def _of_lens(rows: Rows, index: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _array(kind: str, values: Sequence[float]) -> str:
+def _array(kind: str, values: Sequence[int | float]) -> str:
     return b64encode(struct.pack(f"<{len(values)}{kind}", *values)).decode()
