@@ -121,7 +121,7 @@ gpu-wheels: .venv/installed ## download wheels for gpu-check on a machine withou
 gpu-check: .venv/installed ## tests and benchmarks on an NVIDIA GPU, within seven minutes
 	.venv/bin/python -m benchmarks.gpu_check $(GPU_CHECK)
 
-notebooks: .venv/installed ## regenerate and execute the notebooks
+notebooks: real-model-.venv ## regenerate and execute the notebooks
 	@.venv/bin/jupytext -q --update --to ipynb notebooks/*.py
 	@PYTHONWARNINGS=ignore TQDM_DISABLE=1 $(OFFLINE) .venv/bin/jupyter-execute --inplace \
 	    notebooks/*.ipynb
