@@ -837,6 +837,29 @@ def test_a_long_prompt_opens_and_scrolls_quickly(
         assert figure.locator("td.early").count() == 0
 
 
+PLACES = """figure => [...figure.querySelector("tbody").rows].map(row => {
+    let column = 0;
+    return [...row.cells].slice(1).map(td => {
+        const at = column;
+        column += td.colSpan;
+        const top = td.querySelector(".top bdi")?.textContent ?? "";
+        return [at, td.className === "early" ? null : top];
+    });
+})"""
+
+
+def assert_in_place(figure: Locator, result: BackwardLensResult) -> None:
+    """In every row of `W_out`, each cell that is written is below its token."""
+    rows = figure.evaluate(PLACES)
+    for layer, row in zip(reversed(result.layers), rows, strict=True):
+        cells = result.cells("W_out", layer)
+        assert row[-1][0] == len(cells) - 1
+        for column, text in row:
+            if text is not None:
+                cell = cells[column]
+                assert text == ("" if cell.is_zero else shown(cell.top[0].token))
+
+
 def test_early_tokens_of_a_long_prompt_are_written_when_they_are_needed(
     browser: Browser, long: tuple[BackwardLensResult, Path]
 ):
@@ -846,27 +869,11 @@ def test_early_tokens_of_a_long_prompt_are_written_when_they_are_needed(
         figure = figure_of(page, "W_out")
         before = figure.locator("td:not(.early)").count()
         assert before < 30 * LONG / 2
+        assert_in_place(figure, result)
         figure.locator(".scroll").evaluate("scroll => scroll.scrollLeft = 0")
         page.wait_for_function("document.querySelector('tbody tr').cells[1].colSpan === 1")
         assert figure.locator("td.early").count() > 0  # between the first and the last tokens
-        # In every row, each cell that is written is in its place.
-        rows = figure.evaluate(
-            """figure => [...figure.querySelector("tbody").rows].map(row => {
-                let column = 0;
-                return [...row.cells].slice(1).map(td => {
-                    const at = column;
-                    column += td.colSpan;
-                    return [at, td.className === "early" ? null :
-                        td.querySelector(".top bdi")?.textContent ?? ""];
-                });
-            })"""
-        )
-        for layer, row in zip(reversed(result.layers), rows, strict=True):
-            cells = result.cells("W_out", layer)
-            for column, text in row:
-                if text is not None:
-                    cell = cells[column]
-                    assert text == ("" if cell.is_zero else shown(cell.top[0].token))
+        assert_in_place(figure, result)
         for lens in ("logit_lens", "normalized"):
             choose(page.locator("body"), "lens", lens)
             for layer, column in [(3, 0), (28, 7), (29, 2)]:
