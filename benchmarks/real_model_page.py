@@ -91,8 +91,8 @@ def page(found: Mapping[str, Any], real: str) -> str:
             _UNKNOWNS,
             "## The explanations\n",
             "Each explanation is an experiment of its own, with its controls. The first claim\n"
-            "decides the verdict, and thresholds are the same for all models. An explanation also\n"
-            "does not hold where there is nothing to explain.\n",
+            "decides the verdict. Thresholds are the same for all models. An explanation can\n"
+            "hold without being needed: on the facts model, most claims hold anyway.\n",
             _explanations(models),
             *(_explanation(each, model) for each in EXPLANATIONS if each.name in model["findings"]),
         ]
@@ -370,7 +370,7 @@ def _cells(row: Mapping[str, str]) -> list[str]:
 def _cell(value: str) -> str:
     if re.fullmatch(r"-?\d+\.\d+", value):
         number = float(value)
-        return f"{number:.0f}" if abs(number) >= 1 else f"{number:.2f}"
+        return f"{number:.0f}" if abs(number) >= 1 or number == 0 else f"{number:.2f}"
     return value.replace("|", "\\|")
 
 

@@ -39,6 +39,7 @@ _OWN_CENTRED = "carried by its own prompt, minus the mean"
 _CENTRED = "carried by other prompts, minus the mean"
 _REMEASURED = (_OWN_COSINE, _OWN_CENTRED, _OTHERS, _CENTRED)
 _ELSEWHERE, _RANDOM = "carried from another layer", "random vector, carried"
+_DRAWN = (_DIRECT, _OWN, _OTHERS, _ELSEWHERE, _RANDOM)
 _CHANCE = 0.05
 
 
@@ -81,7 +82,7 @@ def residual_bases(evidence: Evidence) -> Finding:
         {
             "the target near the top": partial(
                 figures.layer_lines,
-                table.assign(percent=100 * table["near_end"]),
+                _drawn(table),
                 "percent",
                 "reading",
                 title=f"Updates with the target in the top 1 %, {len(chosen)} prompts",
@@ -104,6 +105,11 @@ def residual_bases(evidence: Evidence) -> Finding:
             "comes, and that other prompts do the same, is not.",
         ),
     )
+
+
+def _drawn(table: pd.DataFrame) -> pd.DataFrame:
+    """The shares of prompts in percent, of as many readings as there are colours."""
+    return table[table["reading"].isin(_DRAWN)].assign(percent=100 * table["near_end"])
 
 
 def _readings(

@@ -137,7 +137,7 @@ def last_layer(evidence: Evidence) -> Finding:
         [
             {
                 "part": name,
-                "median_rank": float(found.double().median()),
+                "median_rank": float(found.double().quantile(0.5)),
                 "leads": float((found == 0).double().mean()),
             }
             for name, found in ranks.items()

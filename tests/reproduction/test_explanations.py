@@ -18,6 +18,7 @@ import backward_lens_tl as blt
 from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import host_of
+from backward_lens_tl.models.smollm2 import find_smollm2
 from backward_lens_tl.reproduction import (
     EXPERIMENTS,
     Check,
@@ -316,6 +317,14 @@ def test_copies_against_the_dense_gradient(llama: Any, matrix: str):
     assert (found["copies"], found["without_first"]) == (copies(0), copies(1))
 
 
+def test_copies_of_the_last_vector_only():
+    """All neurons copy the first vector."""
+    hidden, vectors = torch.tensor([[9.0, 8.0], [0.1, 0.1]]), torch.eye(2)
+    assert neuron_copies._copies(hidden, vectors, is_last=False) == 1
+    assert neuron_copies._copies(hidden, vectors, is_last=True) == 0
+    assert neuron_copies._copies(hidden.flip(0), vectors, is_last=True) == 1
+
+
 def test_inputs_without_the_gate(llama: Any):
     """The factor that is left is the gate's activation: `x = silu(gate) * ungated`."""
     prompt = "Rome is in Italy"
@@ -483,3 +492,22 @@ def test_failing_conditions_are_left_out(monkeypatch: pytest.MonkeyPatch):
     assert table.to_dict("records") == [
         {"condition": "a", "experiment": "fig7", "prompts": 2, "holds": True, "found": "f"}
     ]
+
+
+# --- the real model -------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.usefixtures("as_for_a_user")
+def test_the_page_can_be_recomputed(tmp_path: Path, shared: Path):
+    """On a few of its prompts: what hides the target in the last layer, and the control."""
+    if find_smollm2() is None:
+        pytest.skip("SmolLM2 is not installed: make real-model")
+    data = shared / "data" / "counterfact" / "counterfact_flat_1919.json"
+    names = ["last_layer", "normalization"]
+    found = reproduce("smollm2", str(data), tmp_path, names, prompts=12, progress=False)
+    centred, _, control = found["last_layer"].checks
+    assert centred.holds
+    assert control.holds
+    assert found["normalization"].verdict == "holds"
