@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
@@ -57,8 +58,13 @@ def gpt2() -> Any:
 
 @pytest.fixture(scope="module")
 def llama() -> Any:
-    """A final RMSNorm without a bias, and gated MLPs."""
-    return build(f"{KIND}-llama").model
+    """A final RMSNorm and an unembedding without a bias, and gated MLPs."""
+    model = copy.deepcopy(build(f"{KIND}-llama").model)
+    if not HAS_BRIDGE:  # biases that a HookedTransformer has and a Llama does not
+        with torch.no_grad():
+            for bias in (model.unembed.b_U, *(block.mlp.b_in for block in model.blocks)):
+                bias.zero_()
+    return model
 
 
 def vjps_of(model: Any) -> list[PromptVjps]:
