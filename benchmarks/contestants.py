@@ -82,7 +82,7 @@ def vectors_of(
             for gradient in (captured[matrix, layer] for layer in captured.layers)
         ]
     )
-    return vectors, captured.targets[:, None].expand(vectors.shape[:-1])
+    return vectors, captured.targets.expand(vectors.shape[:-1])
 
 
 def reading(model: Any, vectors: Tensor, targets: Tensor) -> VectorReadout:

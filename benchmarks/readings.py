@@ -1,6 +1,6 @@
 """The command `python -m benchmarks.readings`: which tokens lead, under several readings.
 
-`docs/benchmarks/readings.json` holds its result on SmolLM2 and 100 prompts of CounterFact:
+`docs/looking/readings.json` holds its result on SmolLM2 and 100 prompts of CounterFact:
 
     python -m benchmarks.readings --model smollm2 --data counterfact.json --out docs/benchmarks
 """

@@ -125,7 +125,7 @@ def test_one_prompt_has_no_others(facts_model: Any) -> None:
 
 def test_the_table_in_the_docs_is_the_measured_one() -> None:
     docs = Path(__file__).parents[2] / "docs"
-    held = json.loads((docs / "benchmarks" / "readings.json").read_text(encoding="utf-8"))
+    held = json.loads((docs / "looking" / "readings.json").read_text(encoding="utf-8"))
     assert held["prompts"] == 100
     assert as_markdown(held["rows"]) in (docs / "looking.md").read_text(encoding="utf-8")
 
