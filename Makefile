@@ -129,7 +129,7 @@ notebooks: real-model-.venv ## regenerate and execute the notebooks
 docs: .venv/installed ## build the documentation, site/index.html; warnings are errors
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
 
-pictures: .venv/installed ## regenerate the screenshots in docs/images; needs Chromium
+pictures: real-model-.venv ## regenerate the screenshots in docs/images; needs Chromium
 	$(OFFLINE) .venv/bin/python docs/pictures.py
 
 constraints: ## resolve the newest dependency versions into constraints/

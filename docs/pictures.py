@@ -1,8 +1,8 @@
 """Take the screenshots of the table in docs/images (`make pictures`).
 
-They show the README's example as written by `save_html`, with the details of a cell: `table.png`
-and `table-dark.png` in a wide window, `table-narrow.png` and `table-narrow-dark.png` at the width
-of a phone.
+They show the README's examples as written by `save_html`, with the details of a cell: `table.png`
+for the facts model and `real.png` for SmolLM2 in a wide window, `table-narrow.png` at the width of
+a phone, and each of them in dark colours, such as `table-dark.png`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
@@ -22,7 +23,14 @@ WIDE, NARROW = 1240, 400
 COLOURS = 128  # palette size: saves two thirds of the bytes without a visible difference
 
 
-def take(browser: Browser, page: Path, width: int, scheme: str, to: Path) -> None:
+def take(
+    browser: Browser,
+    page: Path,
+    width: int,
+    scheme: str,
+    details: Mapping[str, tuple[int, int]],
+    to: Path,
+) -> None:
     """Take one screenshot of the whole page.
 
     Args:
@@ -30,14 +38,14 @@ def take(browser: Browser, page: Path, width: int, scheme: str, to: Path) -> Non
         page: The HTML file.
         width: Width of the window in CSS pixels.
         scheme: `"light"` or `"dark"`.
+        details: Layer and position of the cell to show details of, by matrix.
         to: The PNG file to write.
     """
     window = browser.new_page(
         viewport={"width": width, "height": 500}, color_scheme=scheme, device_scale_factor=2
     )
     window.goto(page.as_uri())
-    cells = {"W_in": (3, 3), "W_out": (6, 5)} if width == WIDE else {"W_out": (6, 5)}
-    for matrix, (layer, pos) in cells.items():
+    for matrix, (layer, pos) in details.items():
         rows = window.locator(f"figure[data-matrix={matrix}] tbody tr")
         rows.nth(-1 - layer).locator("td").nth(pos).focus()
     # Fit the height of the window to the page.
@@ -49,16 +57,23 @@ def take(browser: Browser, page: Path, width: int, scheme: str, to: Path) -> Non
 
 
 def main() -> None:
-    """Take all four screenshots."""
-    result = blt.backward_lens(blt.load_facts_model(), "Lionel Messi plays for", " Paris")
+    """Take all screenshots."""
+    facts = blt.backward_lens(blt.load_facts_model(), "Lionel Messi plays for", " Paris")
+    eiffel = "The Eiffel Tower is located in the city of"
+    real = blt.backward_lens(blt.load_model("smollm2"), eiffel, " Rome", matrices="W_out")
+    pictures = (
+        ("table", facts, WIDE, {"W_in": (3, 3), "W_out": (6, 5)}),
+        ("table-narrow", facts, NARROW, {"W_out": (6, 5)}),
+        ("real", real, WIDE, {"W_out": (26, 9)}),
+    )
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        page = Path(folder) / "table.html"
-        result.save_html(page)
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for name, width in {"table": WIDE, "table-narrow": NARROW}.items():
+        for name, result, width, details in pictures:
+            page = Path(folder) / f"{name}.html"
+            result.save_html(page)
             for ending, scheme in {"": "light", "-dark": "dark"}.items():
-                take(browser, page, width, scheme, IMAGES / f"{name}{ending}.png")
+                take(browser, page, width, scheme, details, IMAGES / f"{name}{ending}.png")
         browser.close()
 
 
