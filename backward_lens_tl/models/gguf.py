@@ -57,7 +57,12 @@ def read_gguf(path: Path, folder: Path, *, with_weights: bool) -> tuple[GGUFFile
 
 def _check_rope(file: GGUFFile) -> None:
     """Raise if the file scales its rotary angles, which transformers ignores."""
-    scaling = file.metadata.get(f"{file.architecture}.rope.scaling.type", "none")
+    keys = (f"{file.architecture}.rope.{name}" for name in ("scaling.factor", "scale_linear"))
+    is_scaled = any(file.metadata.get(key, 1) not in (0, 1) for key in keys)  # 0 is unset
+    # Like llama.cpp, which scales linearly where a file has a factor but no type.
+    scaling = file.metadata.get(
+        f"{file.architecture}.rope.scaling.type", "linear" if is_scaled else "none"
+    )
     factors = [each.name for each in file.tensors if each.name.startswith("rope_f")]
     if scaling != "none" or factors:
         raise UnsupportedModelError(
@@ -93,6 +98,13 @@ def _model(file: GGUFFile) -> Any:
         raise UnsupportedModelError(
             f"transformers {version('transformers')} finds no tensor in {str(file.path)!r} for "
             f"{missing[0]} and {len(missing) - 1} other weights, which would be random"
+        )
+    n_read = sum(weight.numel() for weight in model.parameters())
+    if n_read < file.n_values:
+        raise UnsupportedModelError(
+            f"transformers {version('transformers')} ignores {file.n_values - n_read:,} of "
+            f"{file.n_values:,} values in {str(file.path)!r}, so the model would not compute what "
+            f"llama.cpp does. {_INSTEAD}"
         )
     model.config.architectures = [type(model).__name__]
     # The weights are no longer quantized.

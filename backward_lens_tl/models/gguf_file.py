@@ -7,6 +7,7 @@ transformers calls it several times. This one takes a tenth of a second.
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
 import shutil
@@ -127,6 +128,11 @@ class GGUFFile:
         return {name: dict(kinds) for name, kinds in found.items()}
 
     @property
+    def n_values(self) -> int:
+        """Number of values of all tensors."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    @property
     def d_vocab(self) -> int | None:
         """Rows of the embedding."""
         shapes = (each.shape for each in self.tensors if each.name == "token_embd.weight")
@@ -235,7 +241,5 @@ def _stored_tensor(cursor: _Cursor) -> StoredTensor:
     kind, offset = cursor.numbers("IQ")
     stored = GGMLQuantizationType(kind)  # a ValueError if it is unknown
     n_values, n_bytes = GGML_QUANT_SIZES[stored]
-    size = n_bytes
-    for length in shape:
-        size *= length
-    return StoredTensor(name, shape, stored.name, offset, size // n_values)
+    size = math.prod(shape) * n_bytes // n_values
+    return StoredTensor(name, shape, stored.name, offset, size)

@@ -305,6 +305,17 @@ REFUSALS: dict[str, tuple[Callable[[Path], Path], type[BackwardLensError], str]]
     "rope scaling": (
         changed(llama__rope__scaling__type="yarn"), UnsupportedModelError, r"angles \(yarn\)"
     ),
+    "old rope scaling": (
+        changed(llama__rope__scale_linear=4.0), UnsupportedModelError, r"angles \(linear\)"
+    ),
+    "a rope factor without a type": (
+        changed(llama__rope__scaling__factor=4.0), UnsupportedModelError, r"angles \(linear\)"
+    ),
+    "a tensor that transformers ignores": (
+        changed(tensors=["blk.0.attn_q.bias"]),
+        UnsupportedModelError,
+        "ignores 8 of 88,648 values in .* Load the model's folder",
+    ),
     "a missing tensor": (
         changed(without=["blk.1.ffn_up.weight"]),
         UnsupportedModelError,
@@ -319,6 +330,11 @@ def test_refusals(case: str, tmp_path: Path) -> None:
     write, kind, message = REFUSALS[case]
     with pytest.raises(kind, match=message):
         blt.load_model(str(write(tmp_path)))
+
+
+def test_a_rope_factor_of_one_scales_nothing(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", llama__rope__scaling__factor=1.0)
+    read_gguf(file, tmp_path, with_weights=False)
 
 
 def test_the_package_gguf_is_optional(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
