@@ -6,7 +6,7 @@ it shows, but neither the model nor the tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -152,24 +152,27 @@ class BackwardLensResult(LensReadouts):
         table = table.astype({"target_rank": "Int64", "answer_rank": "Int64"})
         table = table.sort_values("prompt", kind="stable", ignore_index=True)
         if subject is not None or turns:
-            segments = self._segments(subject, turns)
+            segments = self._segments(subject, turns, prompts)
             places = zip(table["prompt"], table["position"], strict=True)
             after = 1 + list(table.columns).index("token")
             table.insert(after, "segment", [segments[prompt][place] for prompt, place in places])
         return table
 
     def _segments(
-        self, subject: Subject | Sequence[Subject | None] | None, turns: bool
-    ) -> Sequence[Sequence[str | None]]:
-        """The segment of each token of each prompt, by subject or by turn."""
+        self,
+        subject: Subject | Sequence[Subject | None] | None,
+        turns: bool,
+        prompts: Sequence[int],
+    ) -> Mapping[int, Sequence[str | None]]:
+        """The segment of each token of some prompts, by subject or by turn."""
         if subject is None:
-            return [turn_segments(own) for own in self.capture.turns]
+            return {each: turn_segments(self.capture.turns[each], each) for each in prompts}
         if turns:
             raise InputError(
                 f"subject is {shown(subject)} and turns is True, but a token has one segment; pass "
                 "one of them"
             )
-        return batch_segments(self.capture.prompts, self.capture.spans, subject)
+        return dict(enumerate(batch_segments(self.capture.prompts, self.capture.spans, subject)))
 
     def to_csv(
         self, path: str | Path, subject: Subject | Sequence[Subject | None] | None = None

@@ -68,13 +68,14 @@ def prompt_segments(text: str, spans: Sequence[Span], subject: Subject) -> tuple
     return tuple(segments)
 
 
-def turn_segments(turns: Sequence[str]) -> tuple[str, ...]:
+def turn_segments(turns: Sequence[str], prompt: int) -> tuple[str, ...]:
     """The segment of each token of a chat: its turn.
 
     The last token is the `"last token"`, as in `prompt_segments`.
 
     Args:
         turns: The turn of each token, as in `GradientCapture.turns`.
+        prompt: Which prompt it is, for the error's message.
 
     Returns:
         The segment of each token.
@@ -84,7 +85,7 @@ def turn_segments(turns: Sequence[str]) -> tuple[str, ...]:
     """
     if not turns:
         raise InputError(
-            "turns=True is for chats, but a prompt is not a list of messages; pass "
+            f"turns=True is for chats, but prompt {prompt} is not a list of messages; pass "
             "[{'role': 'user', 'content': ...}] as the prompt, or its subject instead of turns"
         )
     return (*turns[:-1], "last token")

@@ -107,7 +107,7 @@ def with_llamas_spaces(tokenizer: Any, metadata: Mapping[str, Any]) -> PreTraine
         steps.insert(0, normalizers.Prepend("▁"))
     backend.normalizer = normalizers.Sequence(steps)
     backend.pre_tokenizer = None
-    # A class of transformers's own for Llama would build the splits anew when it is read again.
+    # A class of transformers's own for Llama would rebuild the splits when it is read again.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=tokenizer.chat_template,

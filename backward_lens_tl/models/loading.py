@@ -178,7 +178,7 @@ def _load_smollm2(kind: Kind, device: str | None, n_devices: int) -> Any:
         return _load_gguf(path, kind, device, n_devices)
     model = _load_folder(path or download_smollm2(), kind, device, n_devices)
     model.cfg.default_prepend_bos = False  # as in its training, and as its GGUF file says
-    if SMOLLM2_FOLDER not in os.environ:
+    if not os.environ.get(SMOLLM2_FOLDER):
         model.cfg.model_name = SMOLLM2_HUB  # instead of the folder of a revision
     return model
 

@@ -77,7 +77,8 @@ def _model_in(folder: Path) -> Path | None:
 
 def _cached() -> Path | None:
     """The folder of the hub's cache, if it has all that is needed."""
-    names = ("config.json", "tokenizer.json", "model.safetensors")
+    # The template of chats is in tokenizer_config.json.
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
     found = [try_to_load_from_cache(SMOLLM2_HUB, name) for name in names]
     paths = [Path(each) for each in found if isinstance(each, str)]
     return paths[0].parent if len(paths) == len(names) else None

@@ -186,10 +186,19 @@ def test_segments_by_turn(with_template: SetTemplate) -> None:
 
 def test_turns_of_a_prompt_that_is_no_chat(with_template: SetTemplate) -> None:
     result = blt.backward_lens(with_template("chatml"), "Messi plays for", 7, layers=0)
-    with pytest.raises(InputError, match="turns=True is for chats, but a prompt is not"):
+    with pytest.raises(InputError, match="turns=True is for chats, but prompt 0 is not"):
         result.to_df(turns=True)
     with pytest.raises(InputError, match="subject is 'Messi' and turns is True"):
         result.to_df("Messi", turns=True)
+
+
+def test_turns_of_one_chat_next_to_a_text(with_template: SetTemplate) -> None:
+    result = blt.backward_lens(with_template("chatml"), [[USER], "Messi plays for"], 7, layers=0)
+    table = result.to_df(turns=True, batch=0)
+    assert {"template", "user", "last token"} == set(table["segment"])
+    for own in (None, 1):
+        with pytest.raises(InputError, match="turns=True is for chats, but prompt 1 is not"):
+            result.to_df(turns=True, batch=own)
 
 
 def test_turns_are_saved(with_template: SetTemplate, tmp_path: Any) -> None:

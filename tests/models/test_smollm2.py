@@ -80,9 +80,21 @@ def test_a_copy_in_the_hubs_cache(nothing: Path, hf_folder: Path, kind: str) -> 
     assert model.cfg.n_layers == 2
 
 
-def test_half_a_copy_in_the_hubs_cache_is_not_used(nothing: Path, hf_folder: Path) -> None:
+def test_an_empty_variable_is_unset(
+    nothing: Path, hf_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SMOLLM2_FOLDER, "")
+    cache(nothing, SMOLLM2_HUB, hf_folder)
+    model: Any = blt.load_model("smollm2")
+    assert model.cfg.model_name == SMOLLM2_HUB
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer_config.json"])
+def test_half_a_copy_in_the_hubs_cache_is_not_used(
+    nothing: Path, hf_folder: Path, missing: str
+) -> None:
     snapshot = cache(nothing, SMOLLM2_HUB, hf_folder)
-    (snapshot / "model.safetensors").unlink()
+    (snapshot / missing).unlink()
     assert find_smollm2() is None
 
 
