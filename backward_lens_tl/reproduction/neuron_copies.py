@@ -82,7 +82,7 @@ def gated_neurons(evidence: Evidence) -> Finding:
         ungated = float(table["ungated"].mean())
         checks.append(
             Check(
-                "the gate makes no difference: without its factor in the inputs of W_out, the "
+                "the gate makes little difference: without its factor in the inputs of W_out, the "
                 f"fraction of copies changes by less than {_CLOSE}",
                 abs(ungated - copies["W_out"]) < _CLOSE,
                 f"W_out {100 * copies['W_out']:.0f} %, without the gate {100 * ungated:.0f} %",
@@ -90,8 +90,8 @@ def gated_neurons(evidence: Evidence) -> Finding:
         )
     checks.append(
         Check(
-            "position 0 makes no difference: without it, the fraction of copies changes by less "
-            f"than {_CLOSE}",
+            "position 0 makes little difference: without it, the fraction of copies changes by "
+            f"less than {_CLOSE}",
             all(abs(without_first[name] - copies[name]) < _CLOSE for name in copies),
             f"without it: {_percent(without_first)}",
         )

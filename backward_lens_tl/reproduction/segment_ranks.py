@@ -16,6 +16,7 @@ from backward_lens_tl.reproduction.finding import (
     count_of,
 )
 from backward_lens_tl.views import figures
+from backward_lens_tl.views.text import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,8 +126,8 @@ def answer_in_inputs(evidence: Evidence) -> Finding:
                 "it is more visible where the model answers correctly: its median rank, averaged "
                 "over the layers, is no worse there",
                 bool(ours <= theirs),
-                f"{ours:.1f} for the {len(correct)} prompts answered correctly, {theirs:.1f} for "
-                "all prompts",
+                f"{ours:.1f} for the {counted(len(correct), 'prompt')} answered correctly, "
+                f"{theirs:.1f} for all prompts",
             )
         )
     note = "The data have no original answers to compare the model's answers with."

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -28,9 +27,6 @@ from backward_lens_tl.reproduction.last_token_claims import (
 )
 from backward_lens_tl.reproduction.vectors import PromptVjps, mean_of_others, target_ranks
 from backward_lens_tl.views import figures
-
-if TYPE_CHECKING:
-    pass
 
 _LEADERS = 10
 _RELATED = 0.5
@@ -150,9 +146,10 @@ def last_layer(evidence: Evidence) -> Finding:
                 "in the last layer, the target leads more than half of the updates at the last "
                 "token once the mean of the other prompts is subtracted",
                 bool(leads[_CENTRED] > 50),
-                f"it leads {leads[_CENTRED]:.0f} %, as it is {leads[_PLAIN]:.0f} %, and as "
-                f"cosines {leads[_COSINE]:.0f} %; median ranks {medians[_CENTRED]:.0f}, "
-                f"{medians[_PLAIN]:.0f} and {medians[_COSINE]:.0f} of {evidence.d_vocab}",
+                f"the target leads in {leads[_CENTRED]:.0f} % of the prompts; read as it is, in "
+                f"{leads[_PLAIN]:.0f} %; as cosines, in {leads[_COSINE]:.0f} %; median ranks "
+                f"{medians[_CENTRED]:.0f}, {medians[_PLAIN]:.0f} and {medians[_COSINE]:.0f} "
+                f"of {evidence.d_vocab}",
             ),
             Check(
                 "what the prompts share orders tokens by the length of their column of W_U, which "

@@ -13,7 +13,8 @@ from models import HAS_BRIDGE, build
 
 from backward_lens_tl.reproduction import EXPERIMENTS
 from benchmarks import real_model
-from benchmarks.real_model_page import CLAIMS, EXPLANATIONS, page, with_verdicts
+from benchmarks.real_model_page import page, with_verdicts
+from benchmarks.real_model_reasons import CLAIMS, EXPLANATIONS
 
 DOCS = Path(__file__).parents[2] / "docs"
 ROWS = [

@@ -942,7 +942,7 @@ def test_correct_answers_show_more():
     better = answer_in_inputs(curve, [rank - 10 for rank in curve], [True, False, False, None])
     assert holds(better) == [True, True]
     assert better.checks[1].found == (
-        "35.0 for the 1 prompts answered correctly, 45.0 for all prompts"
+        "35.0 for the 1 prompt answered correctly, 45.0 for all prompts"
     )
     assert better.notes[0].startswith("1 of 4 (25 %) prompts are answered correctly")
     worse = answer_in_inputs(curve, [rank + 10 for rank in curve], [True, False, False, False])

@@ -15,10 +15,10 @@ import backward_lens_tl as blt
 from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import host_of
-from backward_lens_tl.reproduction.readings import compare_readings
+from backward_lens_tl.models.smollm2 import find_smollm2
 from backward_lens_tl.sweeps.plan import Item, plan_shards
 from benchmarks import readings
-from benchmarks.readings import as_markdown
+from benchmarks.readings import as_markdown, compare_readings
 
 N, SEED = 3, 4
 
@@ -124,10 +124,29 @@ def test_one_prompt_has_no_others(facts_model: Any) -> None:
 
 
 def test_the_table_in_the_docs_is_the_measured_one() -> None:
-    docs = Path(__file__).parents[2] / "docs"
+    docs = Path(__file__).parents[1] / "docs"
     held = json.loads((docs / "looking" / "readings.json").read_text(encoding="utf-8"))
     assert held["prompts"] == 100
     assert as_markdown(held["rows"]) in (docs / "looking.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_leaders_that_the_docs_name_have_long_columns() -> None:
+    if find_smollm2() is None:
+        pytest.skip("SmolLM2 is not installed: make real-model")
+    docs = Path(__file__).parents[1] / "docs"
+    rows = json.loads((docs / "looking" / "readings.json").read_text(encoding="utf-8"))["rows"]
+    [leaders] = [
+        row["most_frequent"][:3]
+        for row in rows
+        if (row["reading"], row["matrix"]) == ("logit lens", "W_out")
+    ]
+    first, second, third = (f'"{token}"' for token in leaders)
+    assert f"{first}, {second} and {third} for `W_out`" in (docs / "looking.md").read_text("utf-8")
+    host = host_of(blt.load_model("smollm2"))
+    longest = host.model.W_U.norm(dim=0).topk(4).indices.tolist()
+    assert set(leaders) < set(host.vocabulary.texts(longest))
 
 
 def test_the_command_writes_what_it_measures(tmp_path: Path, capsys: Any) -> None:
