@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from backward_lens_tl.result import BackwardLensResult
-from backward_lens_tl.views.text import prompt_text, running_text
+from backward_lens_tl.views.text import asked, running_text
 
 _LONGEST = 80
 """Characters of a prompt in a title; of longer ones, the end is shown."""
@@ -25,13 +25,13 @@ def prompt_title(result: BackwardLensResult, batch: int) -> str:
         batch: Index of the prompt.
 
     Returns:
-        Such as `prompt 2 of 5: “The capital of France is” → “Rome”`.
+        Such as `prompt 2 of 5: “The capital of France is” → “Rome”`; of a chat, its messages.
 
     Raises:
         InputError: If there is no such prompt.
     """
     target, which = result.target(batch), which_prompt(result, batch)
-    text = running_text(prompt_text(result.capture, batch)).strip()
+    text = asked(result.capture, batch, running_text).strip()
     if len(text) > _LONGEST:
         text = f"…{text[1 - _LONGEST :]}"
     arrow = "" if target is None else f" → “{running_text(target).strip()}”"

@@ -23,6 +23,7 @@ from backward_lens_tl.views.text import (
     display_order,
     faint_note,
     matrix_title,
+    same_tokens_note,
     visible,
 )
 
@@ -85,6 +86,7 @@ class TerminalTable:
         meaning = matrix_title(matrix, self.result.direction, self.result.vjps_at)
         title = Text.assemble((matrix, "bold"), f" {meaning}")
         notes = [
+            same_tokens_note(self.result.matrices) if matrix == "W_in" else "",
             _left_out(first, len(columns)),
             faint_note(
                 rows,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
@@ -94,7 +94,7 @@ def percent(probability: float) -> str:
     return "below 0.01 %" if probability < 1e-4 else f"{100 * probability:.3g} %"
 
 
-def prompt_text(capture: GradientCapture, batch: int) -> str:
+def _prompt_text(capture: GradientCapture, batch: int) -> str:
     """Text of a prompt without the answer that an objective appended.
 
     Args:
@@ -125,7 +125,7 @@ def asked(capture: GradientCapture, batch: int, quoted: Callable[[str], str]) ->
     """
     turns = capture.turns[batch] if capture.turns else ()
     if not turns:
-        return quoted(prompt_text(capture, batch))
+        return quoted(_prompt_text(capture, batch))
     length = int(capture.prompt_lengths[batch])
     tokens = zip(turns[:length], capture.spans[batch], strict=False)
     messages = []
@@ -196,6 +196,13 @@ def matrix_title(matrix: MatrixName, direction: str, vjps_at: str) -> str:
     if direction == "update":
         return f"shift: what the update adds{where}"
     return f"raw gradient, which gradient descent subtracts{where}"
+
+
+def same_tokens_note(matrices: Collection[MatrixName]) -> str:
+    """Why two tables have the same tokens; empty if none have."""
+    if not {"W_gate", "W_in"} <= set(matrices):
+        return ""
+    return "W_gate and W_in read the same x_i, so they have the same tokens in different colours."
 
 
 def faint_note(rows: Sequence[Sequence[Cell]], faint_norm: float, mark: str = "") -> str:

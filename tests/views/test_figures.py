@@ -638,7 +638,7 @@ def test_texts_of_step_changes(facts_model: Any) -> None:
     assert figure.layout.xaxis.title.text == "measured change of the loss, in nats"
     assert figure.layout.yaxis.title.text == "predicted change of the loss, in nats"
     assert figure.data[2].hovertext[1] == (
-        "W_in of layer 5, prompt 1, learning rate 0.01<br>measured 0.25, predicted -0.5"
+        "W_in of layer 5, prompt 2, learning rate 0.01<br>measured 0.25, predicted -0.5"
     )
     measured = step_changes(
         facts_model, PROMPTS[2], TARGETS[2], matrices="W_out", layers=[3, 5], learning_rate=1e-3

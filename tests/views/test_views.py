@@ -36,6 +36,7 @@ from backward_lens_tl.readout.targets import Prediction
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views import table as html_table
 from backward_lens_tl.views.colors import DARK_SHADES, LIGHT_SHADES, NormScale
+from backward_lens_tl.views.prompts import prompt_title
 from backward_lens_tl.views.table import MAX_PROMPTS, heading, render_page, render_table
 from backward_lens_tl.views.table.extent import PAGE, Budget, Extent
 from backward_lens_tl.views.table.frequent import frequent_tokens
@@ -365,6 +366,7 @@ def test_a_chat_is_shown_as_its_messages():
     )
     result = replace(plain, capture=capture)
     assert asked(capture, 0, repr) == "user: 'Hi <b>' assistant: 'Oh'"
+    assert prompt_title(result, 0) == "“user: Hi <b> assistant: Oh” → “Paris”"
     page = parsed(render_page(result))
     assert page.all("h1")[0].text == "user: Hi <b> assistant: Oh →  Paris"
     for element in page.all("table"):
@@ -375,6 +377,24 @@ def test_a_chat_is_shown_as_its_messages():
     # An appended answer belongs to no message.
     answered = replace(capture, prompt_lengths=torch.tensor([5]))
     assert asked(answered, 0, repr) == "user: 'Hi <b>'"
+
+
+def test_tables_of_several_prompts_say_which_one_they_show():
+    result = make_result(batch=3)
+    assert parsed(render_page(result, 1)).all("h1")[0].text.startswith("prompt 2 of 3: ")
+    page = parsed(render_table(result))
+    assert [element.text[:14] for element in page.all("strong") if " of 3" in element.text] == [
+        f"prompt {number} of 3:" for number in (1, 2, 3)
+    ]
+    assert " of " not in parsed(render_page(make_result())).all("h1")[0].text
+
+
+@pytest.mark.parametrize(("matrices", "notes"), [(("W_in", "W_gate"), 1), (("W_in", "W_out"), 0)])
+def test_gated_models_have_a_note_on_tables_with_the_same_tokens(matrices: Any, notes: int):
+    result = make_result(matrices=matrices)
+    note = "W_gate and W_in read the same x_i"
+    assert printed(result, 200).count(note) == notes
+    assert render_page(result).count(note) == notes
 
 
 @pytest.mark.parametrize(

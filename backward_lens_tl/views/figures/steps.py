@@ -70,7 +70,7 @@ def step_changes(
 
 def _hover(row: Mapping[Any, Any]) -> str:
     return (
-        f"{row['matrix']} of layer {row['layer']}, prompt {row['prompt']}, "
+        f"{row['matrix']} of layer {row['layer']}, prompt {row['prompt'] + 1}, "
         f"learning rate {number(row['learning_rate'])}\n"
         f"measured {number(row['loss_change'])}, predicted {number(row['predicted_loss_change'])}"
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from html import escape
 
 from backward_lens_tl.result import BackwardLensResult
+from backward_lens_tl.views.prompts import which_prompt
 from backward_lens_tl.views.table.extent import Extent
 from backward_lens_tl.views.table.frequent import RULE
 from backward_lens_tl.views.table.markup import isolated_run, quoted
@@ -17,6 +18,7 @@ from backward_lens_tl.views.text import (
     display_order,
     number,
     prediction_text,
+    same_tokens_note,
 )
 
 _PROJECTIONS = {
@@ -34,10 +36,10 @@ _DIRECTIONS = {
 
 
 def heading(result: BackwardLensResult, batch: int) -> str:
-    """The prompt, and the target or the whole answer."""
-    target = result.target(batch)
+    """Which prompt it is, its text, and the target or the whole answer."""
+    target, which = result.target(batch), which_prompt(result, batch)
     arrow = "" if target is None else f' <span class="to">→</span> {_quoted_run(target)}'
-    return f"{asked(result.capture, batch, _quoted_run)}{arrow}"
+    return f"{which}{': ' if which else ''}{asked(result.capture, batch, _quoted_run)}{arrow}"
 
 
 def _quoted_run(text: str) -> str:
@@ -158,9 +160,7 @@ def key(result: BackwardLensResult) -> str:
         f"the loss acts on this position; {SIZES['write_norm']} is the norm of the term "
         "x_i<sup>T</sup>δ_i that the position adds to the gradient of the matrix.",
         f'<span class="lead">{LEADS}</span> the target{own} leads.',
-        "W_gate and W_in read the same x_i, so they have the same tokens."
-        if {"W_gate", "W_in"} <= set(result.matrices)
-        else "",
+        same_tokens_note(result.matrices),
         "The line between two columns is where the answer begins." if has_answer else "",
         f"{ADDS_NOTHING} adds nothing to this gradient.",
         f"Frequent tokens {RULE}; they tell little about a cell.",
