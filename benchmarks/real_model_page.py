@@ -137,7 +137,8 @@ def _result(models: Mapping[str, Model], real: str) -> str:
         f"On {real}, {counts['holds']} of the paper's {len(CLAIMS)} experiments on gradients hold, "
         f"{counts['holds with exceptions']} hold with exceptions, and "
         f"{counts['does not hold here']} do not hold. (With or without exceptions, {others}.)",
-        "The algebra is exact: the rank of a gradient is the number of tokens of the prompt "
+        "The algebra is exact: below the last layer, the rank of a gradient is the number of "
+        "tokens of the prompt "
         f"({found_by(model, 'fig4')}), and one step changes a matrix's output as lemma 5.2 "
         f"predicts ({found_by(model, 'fig3')}).",
         "VJPs show the target less often than in the paper: with the paper's own prompt, it "

@@ -235,7 +235,7 @@ eiffel.target_rank("W_out")[:, 0, -1].tolist()
 # model](../docs/real-model.md) measures what such an update does after the layers above it.
 #
 # A few tokens, such as " affili", lead many cells of every prompt: their columns in the unembedding are
-# the longest, so their scores vary most. Switch the table to the cosine lens, which divides by these
+# among the longest, so their scores vary most. Switch the table to the cosine lens, which divides by these
 # lengths. This is the number of cells that the target leads, and that the ten other most frequent tokens
 # lead together, under both lenses:
 

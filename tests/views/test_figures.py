@@ -1334,3 +1334,15 @@ def test_segments_of_chats_are_their_turns(facts_model: Any, monkeypatch: Any) -
     for figure in (figures.norms_by_segment(result), figures.token_ranks_by_segment(result)):
         names = [line.name for line in figure.data if line.name]
         assert set(names) == {"template", "user", "last token"}
+
+
+def test_ranks_by_segment_name_the_targets_of_positions(facts_model: Any) -> None:
+    prompt, subject = "Lionel Messi plays for", "Lionel Messi"
+    for objective, whose in (
+        (blt.target_nll(" Paris"), "the target"),
+        (blt.next_token_loss(), "each position's target"),
+    ):
+        result = blt.backward_lens(facts_model, prompt, objective=objective)
+        figure = figures.token_ranks_by_segment(result, subject)
+        assert figure.layout.title.text == f"W_out: rank of {whose} by segment"
+        assert figure.layout.yaxis.title.text == f"1 + rank of {whose} (1: top token)"

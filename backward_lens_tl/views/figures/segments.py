@@ -177,6 +177,8 @@ def token_ranks_by_segment(
         band=("low", "high"),
     )
     token = "the target" if of == "target" else "the model's answer"
+    if of == "target" and isinstance(source, BackwardLensResult) and source.has_position_targets:
+        token = "each position's target"
     y = Axis(f"1 + rank of {token} (1: top token)", is_log=is_log(scale), is_reversed=True)
     chart = Lines(lines, Axis.counting("layer", table["layer"]), y)
     prompts = counted(int(table["prompts"].max()), "prompt")
