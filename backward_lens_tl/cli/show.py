@@ -108,7 +108,7 @@ def _heading(result: BackwardLensResult) -> str:
 
     target = result.target()
     arrow = "" if target is None else f" → {target!r}"
-    said = prediction_text(result.prediction(), result.has_position_targets, repr)
+    said = prediction_text(result.prediction(), has_position_targets=False, quoted=repr)
     loss = number(float(result.capture.loss[0]))
     return (
         f"{asked(result.capture, 0, repr)}{arrow}\n{said}\n"
@@ -130,8 +130,6 @@ def _explanation(result: BackwardLensResult, shade_by: Size) -> str:
         "A cell holds the token with the highest score at one layer and token of the prompt; its "
         f"colour is {_SHADES[shade_by]}. ★: the target leads. ·: adds nothing."
     )
-    if result.has_position_targets:
-        read += " say →: the target of each position. │: the answer begins."
     if "W_out" not in result.matrices:
         return read
     final = int(result.positions.max())

@@ -143,6 +143,22 @@ def test_a_loaded_result_and_a_capture_give_the_same_table(
     assert table["token"].isin(result.capture.str_tokens[1]).all()
 
 
+@pytest.mark.parametrize("matrix", ["W_out", "W_in"])
+def test_a_padded_batch_gives_what_its_prompts_give_alone(facts_model: Any, matrix: str) -> None:
+    prompts = ["Obama grew up in", "Lionel Messi plays for the", "Rome"]
+    together = blt.backward_lens(facts_model, prompts, 7)
+    for batch, prompt in enumerate(prompts):
+        alone = blt.backward_lens(facts_model, prompt, 7)
+        found, expected = (
+            top_neurons(facts_model, result, 5, matrix=matrix, batch=row, n_tokens=1)
+            for result, row in ((together, batch), (alone, 0))
+        )
+        exact = ["layer", "neuron", "position", "token", "effect"]
+        pd.testing.assert_frame_equal(found[exact], expected[exact])
+        numbers = ["norm", "relative_norm", "cosine", "activation"]
+        pd.testing.assert_frame_equal(found[numbers], expected[numbers], rtol=1e-3, atol=1e-5)
+
+
 def test_activations_are_missing_without_w_out(facts_model: Any) -> None:
     capture = blt.capture_gradients(
         facts_model, "Obama grew up in", blt.target_nll(" Paris"), matrices="W_in"

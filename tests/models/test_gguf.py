@@ -20,6 +20,7 @@ from backward_lens_tl.errors import BackwardLensError, ModelNotFoundError, Unsup
 from backward_lens_tl.models import gguf as gguf_loading
 from backward_lens_tl.models.gguf import read_gguf
 from backward_lens_tl.models.gguf_file import GGUFFile
+from backward_lens_tl.models.gguf_tokenizer import adds_bos, byte_level_tokenizer
 
 TEXTS = (
     "Once upon a time",
@@ -154,6 +155,55 @@ def test_texts_are_split_as_in_training(
     _, _, tokenizer = read_gguf(file, tmp_path, with_weights=False)
     split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
     assert [text[start:end] for _, (start, end) in split] == pieces
+
+
+def hand_made(way: str) -> Any:
+    tokens = ["<s>", "<tool>", "a", "b", "c", "ab", "abc"]
+    return byte_level_tokenizer(
+        {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": way,
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.merges": ["a b"],
+            "tokenizer.ggml.token_type": [3, 4, 1, 1, 1, 1, 1],
+            "tokenizer.ggml.bos_token_id": 0,
+        }
+    )
+
+
+def test_only_llama_3_takes_words_of_the_vocabulary_without_merges() -> None:
+    assert hand_made("gpt-2").tokenize("abc") == ["ab", "c"]
+    assert hand_made("llama-bpe").tokenize("abc") == ["abc"]
+
+
+def test_tokens_of_the_user_are_kept_whole_and_are_not_special() -> None:
+    tokenizer = hand_made("gpt-2")
+    ids = tokenizer("a<tool>b<s>")["input_ids"]
+    assert ids == [2, 1, 3, 0]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a<tool>b"
+
+
+def test_only_qwen_composes_accents() -> None:
+    assert hand_made("gpt-2").backend_tokenizer.normalizer is None
+    assert hand_made("qwen2").backend_tokenizer.normalizer.normalize_str("e\u0301") == "\u00e9"
+
+
+@pytest.mark.parametrize(
+    ("kind", "way", "said", "expected"),
+    [
+        ("llama", None, None, True),
+        ("gpt2", "llama-bpe", None, True),
+        ("gpt2", "gpt-2", None, False),
+        ("llama", None, False, False),
+        ("gpt2", "gpt-2", True, True),
+    ],
+)
+def test_a_bos_token_by_llama_cpps_defaults(
+    kind: str, way: str | None, said: bool | None, expected: bool
+) -> None:
+    values = {"model": kind, "pre": way, "add_bos_token": said}
+    metadata = {f"tokenizer.ggml.{name}": own for name, own in values.items() if own is not None}
+    assert adds_bos(metadata) == expected
 
 
 def test_a_bos_token_is_added_only_if_the_file_says_so(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_a_copy_in_the_hubs_cache(nothing: Path, hf_folder: Path, kind: str) -> 
     model: Any = blt.load_model("smollm2", kind)
     assert model.cfg.model_name == SMOLLM2_HUB  # not the folder of a revision
     assert model.cfg.n_layers == 2
+    assert not model.cfg.default_prepend_bos
 
 
 def test_an_empty_variable_is_unset(
