@@ -275,6 +275,7 @@ def test_a_notebook_cell_of_a_long_prompt_stays_below_1_mb():
     assert 'result.save_html("page.html", batch=0)' in fragment.text
     last = [node.all("small")[0].text for node in heads[1:]]
     assert last == [str(at) for at in range(400 - len(last), 400)]
+    assert round(len(last), -1) == 40  # as docs/looking.md says
 
 
 def test_a_prompt_of_thousands_of_tokens_is_cut_and_says_so():
