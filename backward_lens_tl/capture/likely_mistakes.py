@@ -40,14 +40,18 @@ def warn_of_second_bos(host: Host, prompts: Sequence[Prompt]) -> None:
         return
 
 
-def warn_of_missing_space(prompts: Sequence[Prompt], *targets: Sequence[object]) -> None:
+def warn_of_missing_space(
+    prompts: Sequence[Prompt], *targets: Sequence[object], rows: Sequence[int] | None = None
+) -> None:
     """Warn if a target continues a word of its prompt, and was probably meant as a word.
 
     Args:
         prompts: The prompts.
         targets: Their targets; each sequence has one per prompt.
+        rows: Number of each prompt in the warning; by default its index.
     """
-    for index, (prompt, *own) in enumerate(zip(prompts, *targets, strict=True)):
+    numbers = range(len(prompts)) if rows is None else rows
+    for index, prompt, *own in zip(numbers, prompts, *targets, strict=True):
         for target in own:
             if not isinstance(target, str) or not _is_a_word_without_its_space(prompt, target):
                 continue

@@ -19,7 +19,6 @@ from backward_lens_tl.errors import BackwardLensWarning, InputError
 from backward_lens_tl.sweeps.config import SweepConfig
 
 if TYPE_CHECKING:
-    from backward_lens_tl.readout.cells import Cell
     from backward_lens_tl.result import BackwardLensResult
 
 _LENSES: tuple[Lens, ...] = ("logit_lens", "normalized")
@@ -126,6 +125,8 @@ _SHADES = {
 
 def _explanation(result: BackwardLensResult, shade_by: Size) -> str:
     """How to read the table, and where the target leads."""
+    from backward_lens_tl.views.text import leading_layers
+
     read = (
         "A cell holds the token with the highest score at one layer and token of the prompt; its "
         f"colour is {_SHADES[shade_by]}. ★: the target leads. ·: adds nothing."
@@ -143,13 +144,8 @@ def _explanation(result: BackwardLensResult, shade_by: Size) -> str:
         return f"{read}\n{where} is the raw gradient, which gradient descent subtracts."
     return (
         f"{read}\n{where}, what the update adds: the target {first.target!r} leads in "
-        f"{_leads(raw)} of {len(raw)} layers, and under the normalized lens in "
-        f"{_leads(direction)}."
+        f"{leading_layers(raw)}, and under the normalized lens in {leading_layers(direction)}."
     )
-
-
-def _leads(cells: Sequence[Cell]) -> int:
-    return sum(cell.target_leads for cell in cells)
 
 
 @contextmanager

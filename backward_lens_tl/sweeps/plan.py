@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from backward_lens_tl.capture.likely_mistakes import warn_of_missing_space
 from backward_lens_tl.capture.prompts import Prompt
 from backward_lens_tl.data.records import BadRecord, Record, Records
 from backward_lens_tl.data.segments import Subject, prompt_segments, subject_at, subject_span
@@ -27,14 +28,14 @@ class Item:
 
     Attributes:
         record: Its row of the data.
-        tokens: Its token ids.
+        prompt: Its text and tokens.
         target: The id of the target token.
         subject: The span of its subject in the prompt's text, if it has one.
         answer: The id of the first token of the original answer, if there is one.
     """
 
     record: Record
-    tokens: tuple[int, ...]
+    prompt: Prompt
     target: int
     subject: Span | None
     answer: int | None
@@ -43,6 +44,11 @@ class Item:
     def row(self) -> int:
         """Its row of the data."""
         return self.record.index
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Its token ids."""
+        return self.prompt.ids
 
 
 Shard = tuple[Item | Reject, ...]
@@ -64,6 +70,12 @@ def plan_shards(host: Host, records: Records, config: SweepConfig) -> tuple[Shar
     if config.prompts is not None and config.prompts < len(rows):
         rows = random.Random(config.seed).sample(rows, config.prompts)
     entries = [item_or_reject(row, partial(_item, host, config)) for row in rows]
+    items = [entry for entry in entries if isinstance(entry, Item)]
+    warn_of_missing_space(
+        [item.prompt for item in items],
+        [item.record.target for item in items],
+        rows=[item.row for item in items],
+    )
     entries.sort(key=lambda entry: (_length(entry), entry.row))
     size = config.shard_size
     return tuple(tuple(entries[start : start + size]) for start in range(0, len(entries), size))
@@ -79,7 +91,7 @@ def _item(host: Host, config: SweepConfig, record: Record) -> Item:
         target = prompt.token_id(record.target, config.multi_token)
     with refusing("subject"):
         subject = _subject(prompt, record)
-    return Item(record, prompt.ids, target, subject, _first_token(prompt, record.answer))
+    return Item(record, prompt, target, subject, _first_token(prompt, record.answer))
 
 
 def _subject(prompt: Prompt, record: Record) -> Span | None:

@@ -97,7 +97,7 @@ class NormScale:
     @property
     def ends(self) -> tuple[str, str]:
         """Labels of the two ends of the logarithmic scale."""
-        return f"≤ {number(self.low)}", f"{number(self.high)}, logarithmic"
+        return f"{number(self.low)} or less", f"{number(self.high)}, logarithmic"
 
     @property
     def linear_ends(self) -> tuple[str, str]:

@@ -227,6 +227,23 @@ def faint_note(rows: Sequence[Sequence[Cell]], faint_norm: float, mark: str = ""
     )
 
 
+def leading_layers(cells: Sequence[Cell]) -> str:
+    """In how many layers, and in which, the target is the top token.
+
+    Args:
+        cells: One cell per layer, in order.
+
+    Returns:
+        Text such as `3 of 8 layers (2, 6 to 7)`.
+    """
+    led = [index for index, cell in enumerate(cells) if cell.target_leads]
+    # The difference of an index and its place among those led is the same in a run of layers.
+    runs = [list(run) for _, run in groupby(enumerate(led), lambda pair: pair[1] - pair[0])]
+    ends = [(cells[run[0][1]].layer, cells[run[-1][1]].layer) for run in runs]
+    names = ", ".join(f"{one}" if one == other else f"{one} to {other}" for one, other in ends)
+    return f"{len(led)} of {counted(len(cells), 'layer')}" + (f" ({names})" if led else "")
+
+
 def zero_reason(cell: Cell) -> str:
     """Why a cell that adds nothing to its gradient has no tokens."""
     if not cell.norm:

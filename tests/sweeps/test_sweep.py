@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import sys
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -34,7 +35,13 @@ import backward_lens_tl as blt
 from backward_lens_tl import cli
 from backward_lens_tl.capture.prompts import Prompt
 from backward_lens_tl.data.records import Record, Records
-from backward_lens_tl.errors import BackwardLensError, InputError, SweepError, UnsupportedModelError
+from backward_lens_tl.errors import (
+    BackwardLensError,
+    BackwardLensWarning,
+    InputError,
+    SweepError,
+    UnsupportedModelError,
+)
 from backward_lens_tl.models import loading
 from backward_lens_tl.runs import distributed, rejects
 from backward_lens_tl.runs import run as run_module
@@ -175,6 +182,16 @@ def test_reasons_specific_to_records(swept):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
+def test_a_target_without_its_space_is_warned_of_once(swept):
+    rows = [{"prompt": "The dog", "target": target} for target in (" cat", "cat", "cat")]
+    with pytest.warns(BackwardLensWarning, match="target 'cat' of prompt 1 is read") as warned:
+        swept(rows, layers=0)
+    assert len(warned) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        swept(rows[:1], layers=0)
+
+
 def test_data_without_usable_rows_are_swept(swept):
     found = swept([row for _, row in BAD], shard_size=4)
     assert found.is_complete

@@ -117,7 +117,7 @@ def expected_table(result: BackwardLensResult, matrix: str, state: State) -> dic
     norms = [getattr(cell, state.size) for cell in cells if not cell.is_zero]
     scale = NormScale.spanning(norms)
     size = {"norm": "‖δ_i‖", "write_norm": "‖x_i‖·‖δ_i‖"}[state.size]
-    low = f"{size} ≤ {scale.low:.4g}" if state.scale == "log" else f"{size} 0"
+    low = f"{size} {scale.low:.4g} or less" if state.scale == "log" else f"{size} 0"
     name = "logarithmic" if state.scale == "log" else "linear"
     faint = sum(cell.is_faint for cell in cells)
     threshold = result.under(state.lens).faint_norm

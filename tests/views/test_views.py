@@ -45,6 +45,7 @@ from backward_lens_tl.views.text import (
     Piece,
     asked,
     display_order,
+    leading_layers,
     pieces,
     prediction_text,
     running_text,
@@ -566,7 +567,7 @@ def test_colours_follow_the_norm(
         steps = [step for _, step in pairs]
         assert steps == sorted(steps)
         assert (steps[0], steps[-1]) == (0, len(LIGHT_SHADES) - 1)
-        low, high = f"{name} ≤ {pairs[0][0]:.4g}", f"{pairs[-1][0]:.4g}, logarithmic"
+        low, high = f"{name} {pairs[0][0]:.4g} or less", f"{pairs[-1][0]:.4g}, logarithmic"
         legends = " ".join(node.text for node in page.all("p", "legend"))
         assert low in legends
         assert high in legends
@@ -673,7 +674,7 @@ def test_a_pipe_gets_text_without_escape_codes(result: BackwardLensResult):
     text = printed(result, 200)
     assert "\x1b" not in text
     assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e\ud800]", text)
-    assert re.search(r"‖δ_i‖ ≤ \S+ to \S+, logarithmic", text)
+    assert re.search(r"‖δ_i‖ \S+ or less to \S+, logarithmic", text)
 
 
 def test_a_terminal_gets_a_star_in_bold_exactly_where_the_target_leads():
@@ -712,7 +713,7 @@ def test_terminal_colours_follow_the_chosen_norm(shade_by: str):
         scale = NormScale.spanning(own)
         shades = [DARK_SHADES[scale.step(value)].background for value in own]
         panel = text[text.index(f"{name}\x1b") :]
-        panel = panel[: panel.index("≤")]
+        panel = panel[: panel.index("or less")]
         found = re.findall(r"48;2;(\d+);(\d+);(\d+)m", panel)
         assert ["#" + "".join(f"{int(part):02x}" for part in rgb) for rgb in found] == shades
 
@@ -751,3 +752,19 @@ def test_faint_cells_are_marked_and_explained():
     without = make_result()
     assert "faint" not in render_page(without).partition("</style>")[2].partition("<script")[0]
     assert "with ~" not in printed(without, 200)
+
+
+@pytest.mark.parametrize(
+    ("layers", "leads", "expected"),
+    [
+        ([0, 1, 2], [], "0 of 3 layers"),
+        ([0, 1, 2], [1], "1 of 3 layers (1)"),
+        ([0, 1, 2, 3, 4], [0, 2, 3, 4], "4 of 5 layers (0, 2 to 4)"),
+        ([3, 8, 9], [3, 9], "2 of 3 layers (3, 9)"),
+        ([7], [7], "1 of 1 layer (7)"),
+    ],
+)
+def test_in_which_layers_the_target_leads(layers, leads, expected):
+    [some, *_] = make_result().cells("W_out", 0)
+    cells = [replace(some, layer=layer, target_rank=int(layer not in leads)) for layer in layers]
+    assert leading_layers(cells) == expected

@@ -16,6 +16,7 @@ from backward_lens_tl.views.text import (
     SIZES,
     asked,
     display_order,
+    leading_layers,
     number,
     prediction_text,
     same_tokens_note,
@@ -55,8 +56,24 @@ def introduction(result: BackwardLensResult, batch: int) -> str:
     return (
         f'<p class="answer-now">{said}</p>'
         f"<p>The loss {isolated_run(result.capture.objective)} is {loss(result, batch)}. The "
-        f"tables show {step}: one row per layer, one column per token of the prompt. The colour of "
-        "a cell says how much is written there, its token what is written.</p>"
+        f"tables show {step}: one row per layer, one column per token of the prompt. The token in "
+        "a cell is what is written there; its colour is how strongly the loss acts there, or, with "
+        f"‖x_i‖·‖δ_i‖, how much is written. {_leads(result, batch)}</p>"
+    )
+
+
+def _leads(result: BackwardLensResult, batch: int) -> str:
+    """In which layers the update of `W_out` shows the target at the last token."""
+    if "W_out" not in result.matrices or result.direction == "gradient":
+        return ""
+    last = int(result.positions[batch].max())
+    cells = [result.cell("W_out", layer, last, batch) for layer in result.layers]
+    target = cells[0].target
+    if target is None:
+        return ""
+    return (
+        f"At {quoted(cells[0].token)} in column {last}, {quoted(target)} leads W_out in "
+        f"{leading_layers(cells)}."
     )
 
 
