@@ -230,9 +230,9 @@ eiffel.target_rank("W_out")[:, 0, -1].tolist()
 
 # %% [markdown]
 # The logit lens is the model's decoding of its *last* residual stream. In the facts model lower layers
-# write in nearly the same directions as the last ones. In this model they do not, so the lens cannot
-# decode them. The gradient is right all the same: [the paper's claims on a real
-# model](../docs/real-model.md) measures what such an update does after the layers above it.
+# write in nearly the same directions as the last ones; in this model they do not. The gradient is right
+# all the same: [the paper's claims on a real model](../docs/real-model.md) measures what such an update
+# does after the layers above it.
 #
 # A few tokens, such as " affili", lead many cells of every prompt: their columns in the unembedding are
 # among the longest, so their scores vary most. Switch the table to the cosine lens, which divides by these

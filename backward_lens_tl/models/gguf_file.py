@@ -97,8 +97,8 @@ class GGUFFile:
                 found = _read(path, blob)
         except (OSError, ValueError, OverflowError, struct.error) as error:
             raise ModelNotFoundError(
-                f"{str(path)!r} cannot be read as a GGUF file: it is missing, damaged or cut off "
-                f"({error}); download it again"
+                f"{str(path)!r} cannot be read as a GGUF file: {error}; if the file exists, it is "
+                "damaged or cut off: download it again"
             ) from error
         if found.metadata.get("split.count", 0) > 1:
             raise UnsupportedModelError(
@@ -213,8 +213,8 @@ def _read(path: Path, blob: mmap.mmap) -> GGUFFile:
     version = cursor.number("I")
     if version not in _VERSIONS:
         raise UnsupportedModelError(
-            f"{str(path)!r} has GGUF version {version}, or is for a big-endian machine; versions 2 "
-            "and 3 are read. Convert it again with llama.cpp"
+            f"{str(path)!r} has GGUF version {version}, is for a big-endian machine, or is "
+            "damaged; versions 2 and 3 are read. Download it again, or convert it with llama.cpp"
         )
     n_tensors, n_entries = cursor.numbers("QQ")
     metadata, entries = {}, {}

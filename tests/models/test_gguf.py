@@ -308,7 +308,7 @@ def changed(**changes: Any) -> Callable[[Path], Path]:
 
 REFUSALS: dict[str, tuple[Callable[[Path], Path], type[BackwardLensError], str]] = {
     "missing": (lambda folder: folder / "none.gguf", ModelNotFoundError, "No such file"),
-    "a folder": (lambda folder: folder.with_suffix(".gguf"), ModelNotFoundError, "missing, dam"),
+    "a folder": (lambda folder: folder.with_suffix(".gguf"), ModelNotFoundError, "damaged or cut"),
     "empty": (damaged(lambda old: b""), ModelNotFoundError, "cannot mmap an empty file"),
     "cut off": (damaged(lambda old: old[:-100]), ModelNotFoundError, r"it has .* of .* bytes"),
     "cut in the header": (damaged(lambda old: old[:3000]), ModelNotFoundError, "download it again"),
@@ -316,12 +316,12 @@ REFUSALS: dict[str, tuple[Callable[[Path], Path], type[BackwardLensError], str]]
     "huge": (
         damaged(lambda old: old[:16] + struct.pack("<Q", 2**60) + old[24:]),
         ModelNotFoundError,
-        "missing, damaged or cut off",
+        "damaged or cut off",
     ),
     "version": (
         damaged(lambda old: old[:4] + struct.pack("<I", 1) + old[8:]),
         UnsupportedModelError,
-        "has GGUF version 1, or is for a big-endian machine",
+        "has GGUF version 1, is for a big-endian machine, or is damaged",
     ),
     "one of several": (
         changed(split__count=3),

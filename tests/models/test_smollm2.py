@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -187,3 +188,18 @@ def test_a_name_in_the_hubs_cache(tmp_path: Path, hf_folder: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "someone/tiny-llama)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("smolm2", "there is no model 'smolm2'; 'smollm2' is probably meant"),
+        ("SmolLM2", "'smollm2' is probably meant"),
+        ("fact", "'facts' is probably meant"),
+        ("./nowhere", "there is no folder './nowhere'"),
+        ("/nowhere", "there is no folder '/nowhere'"),
+    ],
+)
+def test_a_likely_typing_error_does_not_reach_the_hub(name: str, message: str) -> None:
+    with pytest.raises(ModelNotFoundError, match=re.escape(message)):
+        blt.load_model(name)

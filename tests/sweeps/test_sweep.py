@@ -182,14 +182,14 @@ def test_reasons_specific_to_records(swept):
 
 
 @pytest.mark.usefixtures("as_for_a_user")
-def test_a_target_without_its_space_is_warned_of_once(swept):
-    rows = [{"prompt": "The dog", "target": target} for target in (" cat", "cat", "cat")]
-    with pytest.warns(BackwardLensWarning, match="target 'cat' of prompt 1 is read") as warned:
-        swept(rows, layers=0)
+def test_a_target_without_its_space_is_warned_of_once(swept, facts_model):
+    rows = [{"prompt": "Lionel Messi was", "target": target} for target in (" The", "The", "The")]
+    with pytest.warns(BackwardLensWarning, match="target 'The' of prompt 1 is read") as warned:
+        swept(rows, model=facts_model, layers=0)
     assert len(warned) == 1
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        swept(rows[:1], layers=0)
+        warnings.simplefilter("error", BackwardLensWarning)
+        swept(rows[:1], model=facts_model, layers=0)
 
 
 def test_data_without_usable_rows_are_swept(swept):
