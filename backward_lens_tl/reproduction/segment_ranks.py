@@ -149,7 +149,7 @@ def target_in_inputs(evidence: Evidence) -> Finding:
         "an input contains only what the forward pass itself predicts: in all layers, the model's "
         "own answer has a better rank than the target",
         target > answer,
-        f"layers; median ranks of the target {_text(target)}, of the answer {_text(answer)}",
+        f"layers; median ranks of the target {_text(target)}; of the answer {_text(answer)}",
         at_least=1.0,
     )
     return Finding((check,), {"target rank by segment": table}, _figures(table, "W_in", "target"))
