@@ -13,10 +13,10 @@ from backward_lens_tl.analysis.by_segment import (
     norms_by_segment,
     token_ranks_by_segment,
 )
+from backward_lens_tl.analysis.neuron_ranking import top_neurons
 from backward_lens_tl.analysis.neurons import neuron_overlap, neuron_tokens, spanning_tokens
 from backward_lens_tl.analysis.ranks import gradient_ranks, rank_exceptions
 from backward_lens_tl.analysis.steps import step_changes
-from backward_lens_tl.analysis.top_neurons import top_neurons
 
 __all__ = [
     "gradient_ranks",
