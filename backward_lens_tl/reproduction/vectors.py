@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from backward_lens_tl.capture import predictions
 from backward_lens_tl.capture.forward import forward_pass
 from backward_lens_tl.capture.interventions import adding_at
 from backward_lens_tl.capture.objectives import target_nll
@@ -124,7 +125,7 @@ def target_ranks(
 ) -> Int[Tensor, "prompt"]:
     """The number of tokens with a larger score than each prompt's target."""
     targets = torch.tensor([each.target for each in prompts], device=scores.device)
-    return (scores > scores.gather(-1, targets[:, None])).sum(-1)
+    return predictions.target_ranks(scores, targets)
 
 
 def mean_of_others(scores: Float[Tensor, "prompt *rest"]) -> Float[Tensor, "prompt *rest"]:
