@@ -254,26 +254,35 @@ def _hooked_from_folder(
     """Do what `HookedTransformer.from_pretrained` does, which accepts hub names only."""
     from transformer_lens import HookedTransformer, loading_from_pretrained
 
+    config = hf_model.config
+    if hasattr(config, "n_positions") and not hasattr(config, "n_ctx"):
+        config.n_ctx = config.n_positions  # only published GPT-2 models still have the old name
     try:
-        cfg = loading_from_pretrained.get_pretrained_model_config(
-            str(folder), device=device, n_devices=n_devices
+        # TransformerLens guesses the architecture from words such as "llama" anywhere in the path.
+        with TemporaryDirectory() as nameless:
+            config.save_pretrained(nameless)
+            cfg = loading_from_pretrained.get_pretrained_model_config(
+                nameless, device=device, n_devices=n_devices
+            )
+            weights = loading_from_pretrained.get_pretrained_state_dict(nameless, cfg, hf_model)
+        cfg.model_name, cfg.tokenizer_name = folder.name, str(folder)
+        if cfg.original_architecture == "LlamaForCausalLM" and hasattr(config, "rope_theta"):
+            cfg.rotary_base = config.rope_theta  # TransformerLens 2.18 always takes 10,000
+        model = HookedTransformer(cfg, tokenizer)
+        model.load_and_process_state_dict(
+            weights,
+            fold_ln=False,
+            center_writing_weights=False,
+            center_unembed=False,
+            fold_value_biases=False,
         )
-        weights = loading_from_pretrained.get_pretrained_state_dict(str(folder), cfg, hf_model)
-    except (AttributeError, KeyError, NotImplementedError) as error:
+    # A RuntimeError: it takes some sizes for granted, such as d_mlp = 4 d_model of a GPT-2.
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
         raise UnsupportedModelError(
-            f"TransformerLens cannot turn {str(folder)!r} into a HookedTransformer ({error}); "
+            f"TransformerLens cannot turn {str(folder)!r} into a HookedTransformer ({reason}); "
             "load it with kind='bridge' (TransformerLens 3.6 or newer)"
         ) from error
-    if cfg.original_architecture == "LlamaForCausalLM" and hasattr(hf_model.config, "rope_theta"):
-        cfg.rotary_base = hf_model.config.rope_theta  # TransformerLens 2.18 always takes 10,000
-    model = HookedTransformer(cfg, tokenizer)
-    model.load_and_process_state_dict(
-        weights,
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-    )
     return model
 
 

