@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 
 import torch
 
 from backward_lens_tl.capture.continuations import Continuations
 from backward_lens_tl.choices import Denominator
-from backward_lens_tl.errors import EvaluationError, first_line
+from backward_lens_tl.data.texts import FACTS_TEXTS, WIKITEXT, read_lines
+from backward_lens_tl.errors import EvaluationError, InputError
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.loading import FACTS_MODEL
-
-FACTS_TEXTS = "facts"
-"""Ordinary sentences from the facts model's held-out data."""
-
-WIKITEXT = "Salesforce/wikitext"
-"""WikiText on the Hugging Face hub; the paper uses `wikitext-2-raw-v1`."""
 
 _POSITIONS = 1024
 """The largest number of tokens per forward pass; each has logits for the whole vocabulary."""
@@ -99,40 +91,14 @@ def read_texts(host: Host, config: EvaluationConfig) -> Texts:
     name = config.texts or (FACTS_TEXTS if host.name == FACTS_MODEL else WIKITEXT)
     if config.n_texts == 0:
         return Texts("no texts", ())
-    long_enough = [text for text in _entries(name) if len(text) >= config.min_characters]
+    try:
+        lines = read_lines(name)
+    except InputError as error:
+        raise EvaluationError(f"{error}, or n_texts=0 to skip perplexity") from error
+    long_enough = [text for text in lines if len(text) >= config.min_characters]
     if not long_enough:
         raise EvaluationError(f"no text of {name!r} has {config.min_characters} characters")
     return Texts(name, tuple(long_enough[: config.n_texts]))
-
-
-def _entries(name: str) -> list[str]:
-    if name == FACTS_TEXTS:
-        file = files("backward_lens_tl") / "facts_model" / "facts.json"
-        entries: list[str] = json.loads(file.read_text(encoding="utf-8"))["ordinary_held_out"]
-        return entries
-    if name == WIKITEXT:
-        return _wikitext()
-    try:
-        # Only a line feed ends a line, and it is kept, as in the hub's rows.
-        return list(io.StringIO(Path(name).read_bytes().decode()))
-    except (OSError, ValueError) as error:
-        raise EvaluationError(
-            f"texts {name!r} cannot be read: {error}; pass {FACTS_TEXTS!r}, {WIKITEXT!r}, or a "
-            "file with one text per line, or n_texts=0 to skip perplexity"
-        ) from error
-
-
-def _wikitext() -> list[str]:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(WIKITEXT, "wikitext-2-raw-v1", split="test")
-    except Exception as error:  # errors of the hub, of file systems, and of readers of files
-        raise EvaluationError(
-            f"{WIKITEXT!r} cannot be loaded: {first_line(error)}; pass texts='wiki.test.raw', a "
-            f"file with one text per line, or {FACTS_TEXTS!r}, or n_texts=0 to skip perplexity"
-        ) from error
-    return list(data["text"])
 
 
 @torch.no_grad()
