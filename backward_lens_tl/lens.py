@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
@@ -11,14 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from backward_lens_tl._checks import check_choice, listed
-from backward_lens_tl.capture.bound_objectives import LossFunction, Ranking
+from backward_lens_tl.capture.bound_objectives import LossFunction
 from backward_lens_tl.capture.forward_backward import Recorded
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.memory import Memory
 from backward_lens_tl.capture.objectives import (
     Objective,
     Targets,
-    target_ids,
     target_nll,
 )
 from backward_lens_tl.capture.plan import plan_capture
@@ -134,9 +133,7 @@ def backward_lens(
         memory=memory,
     )
     if objective is not None and target is not None:
-        ids = target_ids(target, plan.prompts, multi_token)
-        ranking = Ranking(plan.objective, ids, plan.objective.looks_at)
-        plan = replace(plan, objective=ranking)
+        plan = plan.ranking(target, multi_token)
     places = select_positions(positions, plan.batch.mask)
     grids = {name: ReadoutGrid(plan.layers, places, plan.kept_on) for name in projections}
     reader = _Reader(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from backward_lens_tl._checks import shown
 from backward_lens_tl.capture.batching import Microbatch, microbatch_size, plan_microbatches
-from backward_lens_tl.capture.bound_objectives import BoundObjective, LossFunction
+from backward_lens_tl.capture.bound_objectives import BoundObjective, LossFunction, Ranking
 from backward_lens_tl.capture.coverage import coverage_of
 from backward_lens_tl.capture.forward_backward import Recorded, record
 from backward_lens_tl.capture.gradient_capture import GradientCapture
@@ -20,11 +20,14 @@ from backward_lens_tl.capture.memory import Memory
 from backward_lens_tl.capture.merging import Merger
 from backward_lens_tl.capture.objectives import (
     Objective,
+    Targets,
     as_objective,
     bind_to_prompts,
+    target_ids,
 )
 from backward_lens_tl.capture.prompts import Prompt, PromptBatch, Prompts, tokenize_prompts
 from backward_lens_tl.capture.selection import select_hook_points
+from backward_lens_tl.choices import MultiToken
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.matrix_selection import check_sharing, find_sites
@@ -174,6 +177,20 @@ class CapturePlan:
             self.points,
             may_skip_points=self.may_skip_points,
         )
+
+    def ranking(self, target: Targets, multi_token: MultiToken | None) -> CapturePlan:
+        """The same capture, with readouts compared with a target instead of the objective's own.
+
+        Args:
+            target: The target, or one per prompt.
+            multi_token: Which token represents a text of several tokens.
+
+        Returns:
+            The plan.
+        """
+        ids = target_ids(target, self.prompts, multi_token)
+        objective = Ranking(self.objective, ids, self.objective.looks_at)
+        return replace(self, objective=objective)
 
     def _texts(self, wanted: Int[Tensor, "batch n"]) -> tuple[str, ...]:
         """Text of the tokens that are wanted after each prompt."""
