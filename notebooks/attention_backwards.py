@@ -36,6 +36,7 @@ if find_spec("backward_lens_tl") is None:  # for example on Colab
 # model and this prompt.
 
 # %%
+import einops
 import pandas as pd
 import torch
 from transformer_lens import patching
@@ -51,12 +52,15 @@ layers, heads = range(model.cfg.n_layers), range(model.cfg.n_heads)
 #
 # The prompt is about a place in Rome and the target is " Paris", so the loss `-log p(" Paris")` is large, and so
 # are the gradients. `matrices="attn"` selects the four matrices of attention, and `hook_points` keeps the
-# activations and gradients inside the heads.
+# activations and gradients inside the heads: the pattern `A`, queries, keys, values and the heads' outputs `z`.
+# (With rotary embeddings, queries and keys are rotated before they meet in the scores.)
 
 # %%
 prompt, target = "The Colosseum is in the city of", " Paris"
-points = [f"blocks.{layer}.attn.hook_{name}" for layer in layers for name in ("pattern", *"qkvz")]
-result = blt.backward_lens(model, prompt, target, matrices="attn", hook_points=points)
+rotated = "rot_" if model.cfg.positional_embedding_type == "rotary" else ""
+hooks = {"A": "pattern", "Q": f"{rotated}q", "K": f"{rotated}k", "V": "v", "z": "z"}
+points = {(name, n): f"blocks.{n}.attn.hook_{hooks[name]}" for name in hooks for n in layers}
+result = blt.backward_lens(model, prompt, target, matrices="attn", hook_points=[*points.values()])
 tokens = result.capture.str_tokens[0]
 result.capture.loss.item()  # in nats; 0 is the best
 
@@ -71,33 +75,37 @@ result.capture.loss.item()  # in nats; 0 is the best
 #     RA = A * (E - rowsum(A * E)) / sqrt(d_head)
 #
 # Reversed Attention mixes keys and queries like the pattern mixes values: `delta_q = RA K` and
-# `delta_k = RA^T Q`. The next cell checks all of this with the activations and gradients from the hooks, in the
-# layer with the largest Reversed Attention. It shows the largest error relative to the largest entry.
+# `delta_k = RA^T Q`. With grouped-query attention, a group of heads shares its keys and values, so `delta_k` and
+# `delta_v` are sums over the heads of the group. (In this model, each head has its own.) The next cell checks all
+# of this with the activations and gradients from the hooks, in the layer with the largest Reversed Attention. It
+# shows the largest error relative to the largest entry.
 
 # %%
-maps = torch.stack(
-    [result.capture.reversed_attention(layer)[0] for layer in layers]
-)  # [layer, head, q, k]
+maps = torch.stack([result.capture.reversed_attention(n)[0] for n in layers])  # [layer, head, q, k]
 layer = int(maps.abs().amax(dim=(1, 2, 3)).argmax())
-hooked = {
-    name: result.capture.hook_gradients[f"blocks.{layer}.attn.hook_{name}"]
-    for name in ("pattern", *"qkvz")
-}
-A, Q, K, V = (hooked[name].value[0] for name in ("pattern", "q", "k", "v"))
-E = torch.einsum("qhd,khd->hqk", hooked["z"].vjp[0], V)
+hooked = {name: result.capture.hook_gradients[points[name, layer]] for name in hooks}
+A, Q, K, V = (hooked[name].value[0] for name in "AQKV")
+delta_q, delta_k, delta_v, delta_z = (hooked[name].vjp[0] for name in "QKVz")
+size = len(heads) // K.shape[1]  # heads in a group; here 1
+K, V = (einops.repeat(each, "k group d -> k (group size) d", size=size) for each in (K, V))
+E = torch.einsum("qhd,khd->hqk", delta_z, V)
+
+
+def over_group(by_head):
+    return einops.reduce(by_head, "k (group size) d -> k group d", "sum", size=size)
+
+
 by_formula = {
     "RA": (A * (E - (A * E).sum(-1, keepdim=True)) / model.cfg.d_head**0.5, maps[layer]),
-    "delta_v": (torch.einsum("hqk,qhd->khd", A, hooked["z"].vjp[0]), hooked["v"].vjp[0]),
-    "delta_q": (torch.einsum("hqk,khd->qhd", maps[layer], K), hooked["q"].vjp[0]),
-    "delta_k": (torch.einsum("hqk,qhd->khd", maps[layer], Q), hooked["k"].vjp[0]),
+    "delta_v": (over_group(torch.einsum("hqk,qhd->khd", A, delta_z)), delta_v),
+    "delta_q": (torch.einsum("hqk,khd->qhd", maps[layer], K), delta_q),
+    "delta_k": (over_group(torch.einsum("hqk,qhd->khd", maps[layer], Q)), delta_k),
 }
-pd.Series(
-    {
-        name: f"{((ours - autograd).abs().max() / autograd.abs().max()).item():.0e}"
-        for name, (ours, autograd) in by_formula.items()
-    },
-    name=f"relative error, layer {layer}",
-).to_frame()
+errors = {
+    name: float((ours - autograd).abs().max() / autograd.abs().max())
+    for name, (ours, autograd) in by_formula.items()
+}
+pd.Series(errors).map("{:.0e}".format).to_frame(f"relative error, layer {layer}")
 
 # %% [markdown]
 # The rounding of float32 is about 1e-7, so these are equal.
@@ -180,21 +188,22 @@ with torch.no_grad():
 # %% [markdown]
 # Backward, from the single capture above: the norms of the gradients at a head's values and queries over all
 # tokens; and, at the last token, the norm of Reversed Attention, the largest attention, and the *range of E*: by
-# how many nats, to first order, the loss would change if all attention moved from one token to another.
+# how many nats, to first order, the loss would change if all attention moved from one token to another. (Heads
+# that share their values have the same norm at values.)
 
 
 # %%
 def by_layer(name, read):
-    points = [result.capture.hook_gradients[f"blocks.{n}.attn.hook_{name}"] for n in layers]
-    return torch.stack([read(point) for point in points])
+    return torch.stack([read(result.capture.hook_gradients[points[name, n]]) for n in layers])
 
 
-pattern = by_layer("pattern", lambda point: point.value[0])  # [layer, head, query, key], as maps
-asked = by_layer("pattern", lambda point: point.vjp[0])  # E
+pattern = by_layer("A", lambda point: point.value[0])  # [layer, head, query, key], as maps
+asked = by_layer("A", lambda point: point.vjp[0])  # E
+at_values = by_layer("V", lambda point: point.vjp[0].norm(dim=(0, 2)))
 numbers = {
     "patched": patched,
-    "norm of delta_v": by_layer("v", lambda point: point.vjp[0].norm(dim=(0, 2))),
-    "norm of delta_q": by_layer("q", lambda point: point.vjp[0].norm(dim=(0, 2))),
+    "norm of delta_v": einops.repeat(at_values, "layer group -> layer (group size)", size=size),
+    "norm of delta_q": by_layer("Q", lambda point: point.vjp[0].norm(dim=(0, 2))),
     "norm of RA": maps[:, :, -1].norm(dim=-1),
     "largest attention": pattern[:, :, -1].amax(-1),
     "range of E": asked[:, :, -1].amax(-1) - asked[:, :, -1].amin(-1),

@@ -132,10 +132,14 @@ pd.Series(probability, name="p(target)").rename_axis("size").round(3).to_frame()
 #
 # Inside `with edit.applied(model):` the model is edited. Afterwards the weights are restored, also after an
 # exception. `apply_` and `revert_` do the same without a block. To check this, we compute a checksum of all
-# parameters before, during and after the edit.
+# parameters and the answer before, during and after the edit. (The lens of one layer is enough for the answer.)
 
 
 # %%
+def answer(text):
+    return blt.backward_lens(model, text, layers=-1).target()
+
+
 def checksum():
     bits = hashlib.sha256()
     for parameter in model.parameters():
@@ -144,11 +148,11 @@ def checksum():
     return bits.hexdigest()[:12]
 
 
-seen = {"before": [checksum(), blt.backward_lens(model, prompt).target()]}
+seen = {"before": [checksum(), answer(prompt)]}
 edit.apply_(model)
-seen["edited"] = [checksum(), blt.backward_lens(model, prompt).target()]
+seen["edited"] = [checksum(), answer(prompt)]
 edit.revert_(model)
-seen["after"] = [checksum(), blt.backward_lens(model, prompt).target()]
+seen["after"] = [checksum(), answer(prompt)]
 pd.DataFrame(seen, index=["checksum", "answer"]).T
 
 # %% [markdown]
@@ -166,25 +170,31 @@ pd.DataFrame(seen, index=["checksum", "answer"]).T
 #
 # ROME and MEMIT need *second moments*, `E[x x^T]` of the inputs of `W_out` on ordinary text, so that the edit
 # responds as little as possible to other inputs. Those of the facts model ship with the package. For other models,
-# this cell collects them from the prompts of some records, which is quick; for serious use with GPT-2, collect
-# them from a text corpus. `preset_settings` returns the settings of each method: tuned for the facts model, and
-# for other models those published for GPT-2 xl, with layers at the same relative depth.
+# this cell collects them from the prompts of some records, in the layers that are edited, which takes less than a
+# minute; for serious use, collect them from a text corpus. `preset_settings` returns the settings of each method:
+# tuned for the facts model, and for other models those published for GPT-2 xl, with layers at the same relative
+# depth. Two of them are replaced: the SGD step edits the layer of the shift, and ROME searches with the six sampled
+# prefixes of the facts model's settings for all models, because the published 20 take much longer.
 
 # %%
 records = blt.read_records("facts")  # edited below, from row 0 on
 others = [text for row in records.rows[200:] for text in (row.prompt, *row.generation_prompts)]
-enough = 6 * model.cfg.d_mlp  # tokens; an inverse needs more than d_mlp
+enough = 3 * model.cfg.d_mlp  # tokens; an inverse needs more than d_mlp
+settings = preset_settings(model.cfg.model_name, model.cfg.n_layers)
 is_facts = model.cfg.model_name == "facts"
 if is_facts:
     moments = editing.facts_moments()
 else:
-    moments = editing.second_moments(model, others, max_tokens=enough, progress=False)
+    layers = [settings["rome"]["layer"], *settings["memit"]["layers"]]
+    moments = editing.second_moments(
+        model, others, layers=layers, max_tokens=enough, progress=False
+    )
 
-settings = preset_settings(model.cfg.model_name, model.cfg.n_layers)
+prefixes = ((5, 3), (10, 3))  # of five tokens, three; of ten tokens, three
 methods = {
     "shift": shift,
     "SGD step": editing.GradientStep(**{**settings["sgd_step"], "layers": layer}),
-    "ROME": editing.ROME(moments=moments, **settings["rome"]),
+    "ROME": editing.ROME(moments=moments, **{**settings["rome"], "prefixes": prefixes}),
     "MEMIT": editing.MEMIT(moments=moments, **settings["memit"]),
 }
 edits = {name: method(model, request) for name, method in methods.items()}
@@ -212,10 +222,10 @@ inputs_at = [model.run_with_cache(text)[1]["post", layer][0, -1].detach() for te
 answers = pd.DataFrame(
     {"fraction": [float(each @ x / (x @ x)) for each in inputs_at]}, index=prompts
 )
-answers["before"] = [blt.backward_lens(model, text).target() for text in prompts]
+answers["before"] = [answer(text) for text in prompts]
 for name, one in edits.items():
     with one.applied(model):
-        answers[name] = [blt.backward_lens(model, text).target() for text in prompts]
+        answers[name] = [answer(text) for text in prompts]
 answers.round(2)
 
 # %% [markdown]
@@ -246,12 +256,17 @@ answers.round(2)
 #   model; an increase is damage.
 #
 # `norm` is the Frobenius norm of the edit, and `seconds` the time per edit on this machine. The shift is included
-# twice: with a fixed size, and with as many steps of 4 as each fact needs.
+# twice: with a fixed size, and with as many steps of 4 as each fact needs. (Models other than the facts model are
+# evaluated on fewer records and sentences, to save time.)
 
 # %%
 methods["shift, least"] = ForwardPassShift(layer=layer, size=4.0, form="scale_free", iterations=15)
 config = blt.EvaluationConfig(
-    records=6, prepend_bos=None, generation_length=0, texts="facts", n_texts=50
+    records=6 if is_facts else 2,
+    prepend_bos=None,
+    generation_length=0,
+    texts="facts",
+    n_texts=50 if is_facts else 10,
 )
 scores = blt.evaluate(model, records, tempfile.mkdtemp(), methods, config, progress=False)
 columns = ["efficacy", "paraphrase", "neighborhood", "corpus_perplexity", "norm", "seconds"]
@@ -320,9 +335,8 @@ compared[["rank", "norm", "top_energy", "alignment", "overlap", "target_rank"]].
 # answers were " Miami", " Lakers" and " Barcelona". What will the model answer without " Miami"?
 
 # %%
-answer = blt.backward_lens(model, prompt).target()
 unlearn = ForwardPassShift(layer=layer, size=-20.0, form="scale_free")
-with unlearn(model, EditRequest(prompt, answer)).applied(model):
+with unlearn(model, EditRequest(prompt, answer(prompt))).applied(model):
     print(top(model(prompt), k=4))
 
 # %% [markdown]

@@ -26,7 +26,13 @@ from nbconvert import HTMLExporter
 from notebook_pages import OFFLINE
 from packaging.requirements import Requirement
 from playwright.sync_api import expect
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from backward_lens_tl.models.smollm2 import find_smollm2
 
@@ -190,14 +196,23 @@ def test_different_outputs(text, other, found):
     assert differences(text, other) == found
 
 
-@pytest.fixture(scope="module")
-def other_model(shared, tmp_path_factory) -> Path:
-    """A folder with GPT-2's tokenizer and a random model with other sizes."""
-    folder = tmp_path_factory.mktemp("other")
-    torch.manual_seed(0)
+SIZES = {"vocab_size": 50257, "hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4}
+OTHERS = {
     # TransformerLens 2 reads n_ctx, which is in GPT-2's config.
-    config = GPT2Config(n_layer=5, n_embd=64, n_head=4, n_ctx=1024)
-    GPT2LMHeadModel(config).save_pretrained(folder)
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**SIZES, n_ctx=1024)),
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES, intermediate_size=128, num_key_value_heads=2)
+    ),
+}
+"""Random models of other sizes; the second one has rotary embeddings, grouped queries and gates."""
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def other_model(request, shared, tmp_path_factory) -> Path:
+    """A folder with a random model and GPT-2's tokenizer."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    OTHERS[request.param]().save_pretrained(folder)
     tokenizer = readable(shared / "models" / "gpt2_tokenizer", tmp_path_factory)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return folder
@@ -208,6 +223,28 @@ def other_model(shared, tmp_path_factory) -> Path:
 def test_notebook_runs_on_another_model_by_changing_one_line(path, other_model):
     """The numbers are meaningless there."""
     run(path, f"model = blt.load_model({str(other_model)!r})")
+
+
+@pytest.mark.slow
+def test_the_formulas_inside_heads_hold_on_another_model(other_model):
+    """Against autograd, in the notebook; with grouped queries and rotary embeddings, too."""
+    path = NOTEBOOKS[0].with_name("attention_backwards.ipynb")
+    shown = run(path, f"model = blt.load_model({str(other_model)!r})")
+    tables = (content.get("text/plain", "") for _, content in shown)
+    [errors] = [table for table in tables if "relative error" in table]
+    found = dict(re.findall(r"^(\w+) +(\de[+-]\d+)$", errors, flags=re.MULTILINE))
+    assert set(found) == {"RA", "delta_v", "delta_q", "delta_k"}
+    assert max(map(float, found.values())) < 1e-4
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["attention_backwards", "five_minutes", "looking"])
+def test_notebook_runs_on_the_real_model_by_changing_one_line(name):
+    """The others take two to four minutes each; they run on the small Llama above."""
+    if find_smollm2() is None:
+        pytest.skip("SmolLM2 is not installed: make real-model")
+    run(NOTEBOOKS[0].with_name(f"{name}.ipynb"), 'model = blt.load_model("smollm2")')
 
 
 @each_notebook
