@@ -40,6 +40,7 @@ from backward_lens_tl.views.prompts import prompt_title
 from backward_lens_tl.views.table import MAX_PROMPTS, heading, render_page, render_table
 from backward_lens_tl.views.table.extent import PAGE, Budget, Extent
 from backward_lens_tl.views.table.frequent import frequent_tokens
+from backward_lens_tl.views.table.packing import packed
 from backward_lens_tl.views.terminal import TerminalTable
 from backward_lens_tl.views.text import (
     Piece,
@@ -470,6 +471,15 @@ def test_frequent_tokens_are_marked_where_they_lead():
                     (div,) = node.all("div", name)
                     is_marked = "often" in div.attributes["class"].split()
                     assert is_marked == (getattr(cell, end)[0].token in often)
+
+
+def test_a_page_does_not_depend_on_the_order_of_a_set():
+    result = make_result(pos=len(NASTY), layers=12, vocab=(PARIS, " a", " b", " c"))
+    rows = [result.cells("W_out", layer) for layer in result.layers]
+    panel = json.loads(packed({"logit_lens": {"W_out": rows}}))["panels"]["W_out"]
+    for often in panel["lenses"][0]["often"]:
+        assert len(often) > 2
+        assert often == sorted(often)
 
 
 def test_the_gradient_direction_is_stated():

@@ -110,7 +110,9 @@ def _of_lens(rows: Rows, index: Mapping[str, int]) -> dict[str, Any]:
         ),
         "faint": "".join(str(int(cell.is_faint)) for cell in _cells(rows)),
         "often": [
-            [index[token] for token in frequent_tokens(rows, end)] for end in ("top", "bottom")
+            # Sorted, so that the page of a result is always the same.
+            sorted(index[token] for token in frequent_tokens(rows, end))
+            for end in ("top", "bottom")
         ],
     }
 
