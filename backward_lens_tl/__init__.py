@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from backward_lens_tl.lens import backward_lens as backward_lens
     from backward_lens_tl.models.loading import load_facts_model as load_facts_model
     from backward_lens_tl.models.loading import load_model as load_model
+    from backward_lens_tl.readout.jacobian_projection import (
+        JacobianProjection as JacobianProjection,
+    )
+    from backward_lens_tl.readout.jacobian_projection import jacobian_lens as jacobian_lens
     from backward_lens_tl.readout.projections import Projection as Projection
     from backward_lens_tl.readout.vectors import VectorReadout as VectorReadout
     from backward_lens_tl.readout.vectors import read_vectors as read_vectors
@@ -67,6 +71,7 @@ _HOMES = {
     "evaluation.run": ("Evaluation", "evaluate"),
     "lens": ("backward_lens",),
     "models.loading": ("load_facts_model", "load_model"),
+    "readout.jacobian_projection": ("JacobianProjection", "jacobian_lens"),
     "readout.projections": ("Projection",),
     "readout.vectors": ("VectorReadout", "read_vectors"),
     "reproduction": ("reproduce",),

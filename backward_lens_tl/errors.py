@@ -104,6 +104,10 @@ class EvaluationError(InputError):
     """An evaluation's folder or settings do not match the call."""
 
 
+class JacobianLensError(InputError):
+    """A Jacobian Lens cannot be read, or does not belong to the model."""
+
+
 class ResultFileError(BackwardLensError, ValueError):
     """A file is not a saved result, or this version cannot read it."""
 

@@ -25,12 +25,15 @@ from backward_lens_tl.capture.prompts import Prompts
 from backward_lens_tl.capture.selection import select_positions
 from backward_lens_tl.choices import Direction, Measure, MultiToken, VjpsAt
 from backward_lens_tl.errors import InputError
+from backward_lens_tl.jacobians.stream import block_of
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.sites import WRITING_MATRICES
 from backward_lens_tl.models.vocabulary import Vocabulary
 from backward_lens_tl.readout.cells import projected_vectors
-from backward_lens_tl.readout.projections import LogitLens, Projection, as_projections
+from backward_lens_tl.readout.jacobian_projection import CarriedLens
+from backward_lens_tl.readout.projections import LogitLens, Projection
 from backward_lens_tl.readout.readout import Reading, ReadoutGrid
+from backward_lens_tl.readout.requested import ProjectionLike, as_projections
 from backward_lens_tl.readout.streaming import VectorGroup, read_groups
 from backward_lens_tl.readout.topk import checked_k
 from backward_lens_tl.result import BackwardLensResult
@@ -45,7 +48,7 @@ def backward_lens(
     matrices: str | Sequence[str] = "mlp",
     layers: int | Sequence[int] | None = None,
     positions: int | Sequence[int] | None = None,
-    projection: str | Projection | Sequence[str | Projection] = ("logit_lens", "normalized"),
+    projection: ProjectionLike | Sequence[ProjectionLike] = ("logit_lens", "normalized"),
     direction: Direction = "update",
     k: int = 10,
     multi_token: MultiToken | None = None,
@@ -77,7 +80,8 @@ def backward_lens(
             `"attn"`, `"mlp"`, `"all"`.
         layers: Layers, negative ones from the end; `None` for all.
         positions: Positions to project, negative ones from the end of each prompt; `None` for all.
-        projection: `"logit_lens"`, `"normalized"`, `"cosine"`, an object with
+        projection: `"logit_lens"`, `"normalized"`, `"cosine"`, TransformerLens's `JacobianLens`
+            or its `.pt` file, what `jacobian_lens` returned, an object with
             `project(vectors, layer) -> logits`, or several of these. Methods of the result use the
             first, its table switches between them, and `result.under(name)` uses another.
         direction: `"update"` projects what a step of gradient descent adds, `-delta_i` for
@@ -134,6 +138,12 @@ def backward_lens(
     )
     if objective is not None and target is not None:
         plan = plan.ranking(target, multi_token)
+    blocks: dict[tuple[str, int], int] = {
+        (site.matrix, site.layer): block_of(host, site.matrix, site.layer) for site in plan.sites
+    }
+    for lens in projections.values():
+        if isinstance(lens, CarriedLens):
+            lens.check_blocks(blocks.values())
     places = select_positions(positions, plan.batch.mask)
     grids = {name: ReadoutGrid(plan.layers, places, plan.kept_on) for name in projections}
     reader = _Reader(
@@ -144,6 +154,7 @@ def backward_lens(
         measures=frozenset(listed(measures)),
         d_vocab=host.d_vocab_out,
         most_bytes=plan.memory.chunk,
+        blocks=blocks,
         places=places,
         grids=grids,
     )
@@ -163,7 +174,8 @@ def backward_lens(
 
 
 def _faint_norm(projection: Projection) -> float:
-    return projection.faint_norm if isinstance(projection, LogitLens) else 0.0
+    lens = projection.lens if isinstance(projection, CarriedLens) else projection
+    return lens.faint_norm if isinstance(lens, LogitLens) else 0.0
 
 
 @dataclass(frozen=True)
@@ -177,6 +189,7 @@ class _Reader:
     measures: frozenset[str]
     d_vocab: int
     most_bytes: int | None
+    blocks: Mapping[tuple[str, int], int]
     places: Int[Tensor, "batch pos"]
     grids: Mapping[str, ReadoutGrid]
 
@@ -199,7 +212,10 @@ class _Reader:
         distinct = {id(own): key for key, own in vectors.items()}
         groups = (
             VectorGroup(
-                layer, self._oriented(matrix, vectors[matrix, layer][rows, positions]), ranked
+                layer,
+                self.blocks[matrix, layer],
+                self._oriented(matrix, vectors[matrix, layer][rows, positions]),
+                ranked,
             )
             for matrix, layer in distinct.values()
         )

@@ -289,7 +289,7 @@ def test_a_file_of_another_format_is_not_reported_as_damaged(
     header = '{"format": 3, "backward_lens_tl": "0.0.3"}'
     save_file({"weight": torch.zeros(2)}, path, metadata={"backward_lens_tl": header})
     with pytest.raises(
-        ResultFileError, match=r"format 3, .* reads 6; install .*-tl 0\.0\.3, which"
+        ResultFileError, match=r"format 3, .* reads 7; install .*-tl 0\.0\.3, which"
     ):
         BackwardLensResult.load(path)
 

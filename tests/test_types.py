@@ -51,6 +51,7 @@ WRONG: dict[str, Callable[[], Any]] = {
         target_rank=torch.zeros(2, dtype=torch.long),
         answer_rank=torch.zeros(2, dtype=torch.long),
         entropy=torch.zeros(2),
+        is_faint=torch.zeros(2, dtype=torch.bool),
     ),
 }
 

@@ -21,7 +21,7 @@ from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.sites import ATTENTION_MATRICES, MATRIX_NAMES
 from backward_lens_tl.readout.cells import cosines
-from backward_lens_tl.readout.projections import Projection
+from backward_lens_tl.readout.requested import ProjectionLike
 from backward_lens_tl.readout.vectors import read_vectors
 from backward_lens_tl.result import BackwardLensResult
 
@@ -39,7 +39,7 @@ def top_neurons(
     matrix: str = "W_out",
     batch: int = 0,
     n_tokens: int = 5,
-    projection: str | Projection = "logit_lens",
+    projection: ProjectionLike = "logit_lens",
 ) -> pd.DataFrame:
     """The neurons of all captured layers whose gradient is largest (paper, equations 9 and 10).
 
@@ -99,7 +99,9 @@ def top_neurons(
     for layer, neurons in _largest(found, matrix, batch, k).items():
         updates = _updates(found[matrix, layer], batch, neurons)
         weights = _weights(host, found[matrix, layer], neurons)
-        read = partial(read_vectors, model, projection=projection, layer=layer, k=n_tokens)
+        read = partial(
+            read_vectors, model, projection=projection, layer=layer, matrix=matrix, k=n_tokens
+        )
         own, changed = read(weights), read(updates)
         columns = _numbers(found, found[matrix, layer], batch, neurons, updates, weights) | {
             "weight_top": own.top_tokens,

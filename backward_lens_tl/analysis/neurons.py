@@ -25,7 +25,7 @@ from backward_lens_tl.capture.tables import norm_order
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.precision import at_least_float32
-from backward_lens_tl.readout.projections import Projection
+from backward_lens_tl.readout.requested import ProjectionLike
 from backward_lens_tl.readout.vectors import read_vectors
 from backward_lens_tl.result import BackwardLensResult
 
@@ -48,7 +48,7 @@ def neuron_tokens(
     *,
     per_group: int = 3,
     k: int = 10,
-    projection: str | Projection = "logit_lens",
+    projection: ProjectionLike = "logit_lens",
 ) -> pd.DataFrame:
     """Tokens of neurons of one gradient, grouped by norm (paper, tables 2 and 4).
 
@@ -95,7 +95,7 @@ def neuron_tokens(
     neurons = [neuron for _, _, neuron in groups]
     nothing = torch.zeros_like(gradient.neuron(0, batch))
     vectors = torch.stack([*(gradient.neuron(neuron, batch) for neuron in neurons), nothing])
-    read = read_vectors(model, vectors, projection=projection, layer=layer, k=k)
+    read = read_vectors(model, vectors, projection=projection, layer=layer, matrix=matrix, k=k)
     return pd.DataFrame(
         {
             "group": [*(group for group, _, _ in groups), _ZERO_VECTOR],
@@ -116,7 +116,7 @@ def spanning_tokens(
     batch: int = 0,
     *,
     k: int = 10,
-    projection: str | Projection = "logit_lens",
+    projection: ProjectionLike = "logit_lens",
 ) -> pd.DataFrame:
     """Tokens of the vectors that span one gradient (paper, tables 3 and 5).
 
@@ -151,7 +151,7 @@ def spanning_tokens(
 
     found = capture_of(capture, model)
     vectors = _spanning(found[matrix, layer], batch)
-    read = read_vectors(model, vectors, projection=projection, layer=layer, k=k)
+    read = read_vectors(model, vectors, projection=projection, layer=layer, matrix=matrix, k=k)
     return pd.DataFrame(
         {
             "position": range(len(vectors)),
@@ -171,7 +171,7 @@ def neuron_overlap(
     batch: int = 0,
     *,
     k: int = 10,
-    projection: str | Projection = "logit_lens",
+    projection: ProjectionLike = "logit_lens",
 ) -> pd.DataFrame:
     """Overlap of the top tokens of neurons and spanning vectors (paper, figures 8 to 10).
 
@@ -208,7 +208,7 @@ def neuron_overlap(
 
     found = capture_of(capture, model)
     gradient = found[matrix, layer]
-    read = partial(read_vectors, model, projection=projection, layer=layer, k=k)
+    read = partial(read_vectors, model, projection=projection, layer=layer, matrix=matrix, k=k)
     similarity = gradient.neuron_similarity(batch).cpu()
     norms = gradient.neuron_norms(batch).cpu()
     ranks = norm_order(norms)

@@ -30,7 +30,8 @@ from backward_lens_tl.errors import InputError, ModelStateError, UnsupportedMode
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.matrix_selection import find_sites
 from backward_lens_tl.models.sites import MatrixName
-from backward_lens_tl.readout.projections import Projection, as_projection
+from backward_lens_tl.readout.projections import Projection
+from backward_lens_tl.readout.requested import as_projection
 from backward_lens_tl.readout.vectors import read_vectors
 from backward_lens_tl.validation import weight_gradients
 

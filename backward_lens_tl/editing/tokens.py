@@ -25,7 +25,7 @@ from backward_lens_tl.editing.weight_delta import WeightDelta, edited_site
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.sites import READING_MATRICES
-from backward_lens_tl.readout.projections import Projection, as_projection
+from backward_lens_tl.readout.requested import ProjectionLike, as_projection
 from backward_lens_tl.readout.topk import checked_k
 from backward_lens_tl.readout.vectors import VectorReadout, read_vectors
 
@@ -44,7 +44,7 @@ def delta_tokens(
     model: nn.Module,
     delta: WeightDelta,
     k: int = 10,
-    projection: str | Projection = "logit_lens",
+    projection: ProjectionLike = "logit_lens",
     *,
     target: str | int | None = None,
     multi_token: MultiToken | None = None,
@@ -114,7 +114,7 @@ def compare_tokens(
     target: str | int | None = None,
     *,
     k: int = 10,
-    projection: str | Projection = "normalized",
+    projection: ProjectionLike = "normalized",
     multi_token: MultiToken | None = None,
 ) -> pd.DataFrame:
     """Compare the rank and the tokens of several edits of the same matrices.
@@ -191,7 +191,7 @@ def compare_tokens(
 def _reader(
     host: Host,
     target: str | int | None,
-    projection: str | Projection,
+    projection: ProjectionLike,
     k: int,
     multi_token: MultiToken | None,
 ) -> _Reader:
@@ -231,7 +231,7 @@ def _rows(
     vectors = left[:, order].T
     if not reads_stream:
         vectors = right[order] * vectors.norm(dim=1, keepdim=True)
-    found = read(vectors, layer=delta.layer).to_df()
+    found = read(vectors, layer=delta.layer, matrix=delta.matrix).to_df()
     rows = found.assign(
         matrix=delta.matrix,
         layer=delta.layer,
@@ -284,7 +284,7 @@ class _Compared:
         product = float((s * ((u.T @ left) * (vh @ right.T)).sum(1)).sum())
         lengths = float(s.norm()) * first.norm
         alignment = product / lengths if lengths else None
-        return cls(s, alignment, read(vectors, layer=delta.layer))
+        return cls(s, alignment, read(vectors, layer=delta.layer, matrix=delta.matrix))
 
     def row(self, first: _Compared) -> dict[str, Any]:
         """The columns of `compare_tokens` after `edit`."""

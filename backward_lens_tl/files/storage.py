@@ -27,7 +27,7 @@ from backward_lens_tl.models.checksums import tensors_digest
 
 _SavedT = TypeVar("_SavedT", bound="Saved")
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 """Increased when older files can no longer be read."""
 
 _KEY, _DIGEST = "backward_lens_tl", "sha256"

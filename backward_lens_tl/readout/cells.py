@@ -121,7 +121,7 @@ class CellReader:
         here = self.capture.layers.index(layer), prompt, column
         vectors = at_least_float32(projected_vectors(gradient, self.vjps_at)[prompt, position])
         zero = gradient.is_zero[prompt, position]
-        faint = torch.linalg.vector_norm(vectors, dim=-1) < self.reading.faint_norm
+        faint = read.is_faint[here]
         owners, places, str_tokens = prompt.tolist(), position.tolist(), self.capture.str_tokens
         columns: dict[str, list[Any]] = {
             "prompt": owners,

@@ -8,7 +8,6 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host, probe
 
 
@@ -160,76 +159,12 @@ def _directions(vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model
     return even / norms.masked_fill(norms == 0, 1)
 
 
-_BY_NAME: dict[str, type[LogitLens]] = {
+LENSES: dict[str, type[LogitLens]] = {
     "logit_lens": LogitLens,
     "normalized": NormalizedLogitLens,
     "cosine": CosineLens,
 }
-
-
-def as_projections(
-    projection: str | Projection | Sequence[str | Projection], host: Host
-) -> dict[str, Projection]:
-    """Resolve a `projection` argument that may name several.
-
-    Args:
-        projection: One projection or several, each as for `as_projection`.
-        host: The model.
-
-    Returns:
-        The projections by name, in the order given.
-
-    Raises:
-        InputError: If there is none, one is not usable, or two have the same name.
-    """
-    wanted: Sequence[str | Projection]
-    if isinstance(projection, str) or not isinstance(projection, Sequence):
-        wanted = [projection]
-    else:
-        wanted = projection
-    found = [(_name(each), as_projection(each, host)) for each in wanted]
-    by_name = dict(found)
-    if not found or len(by_name) < len(found):
-        raise InputError(
-            f"projection is {projection!r}; pass one, or several that differ in name, such as "
-            "('logit_lens', 'normalized')"
-        )
-    return by_name
-
-
-def _name(projection: str | Projection) -> str:
-    if isinstance(projection, str):
-        return projection
-    name = getattr(projection, "name", None)
-    return name if isinstance(name, str) else type(projection).__name__
-
-
-def as_projection(projection: str | Projection, host: Host) -> Projection:
-    """Resolve the `projection` argument.
-
-    Args:
-        projection: `"logit_lens"`, `"normalized"`, `"cosine"`, or an object with
-            `project(vectors, layer) -> logits`.
-        host: The model.
-
-    Returns:
-        The projection.
-
-    Raises:
-        InputError: If it is neither.
-    """
-    if isinstance(projection, str) and projection in _BY_NAME:
-        return _BY_NAME[projection](host)
-    if (
-        isinstance(projection, Projection)
-        and not isinstance(projection, type)
-        and callable(projection.project)
-    ):
-        return projection
-    raise InputError(
-        f"unknown projection {projection!r}; allowed: {', '.join(map(repr, _BY_NAME))}, or an "
-        "object with project(vectors, layer) -> logits"
-    )
+"""The built-in lenses by name."""
 
 
 def scores_by_each(
@@ -267,4 +202,4 @@ def scores_by_each(
 
 def reads_layers_alike(projection: Projection) -> bool:
     """Whether a projection is the same in all layers; true for the built-in ones only."""
-    return type(projection) in _BY_NAME.values()
+    return type(projection) in LENSES.values()

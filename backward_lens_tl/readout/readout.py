@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -22,6 +22,8 @@ class Readout:
         target_rank: Number of tokens with a strictly larger score than the target; 0 is the top.
         answer_rank: The same for the model's own answer; -1 if it was not requested.
         entropy: Entropy of the softmax of the scores, in nats; NaN if it was not requested.
+        is_faint: Whether the vector that was projected is so short that the `eps` of the final norm
+            outweighs it.
     """
 
     top_ids: Int[Tensor, "*lead k"]
@@ -31,6 +33,7 @@ class Readout:
     target_rank: Int[Tensor, "*lead"]
     answer_rank: Int[Tensor, "*lead"]
     entropy: Float[Tensor, "*lead"]
+    is_faint: Bool[Tensor, "*lead"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Reading:
 class ReadoutGrid:
     """Readouts of a batch, filled cell by cell.
 
-    Cells that were not read hold -1 as ids and ranks, and NaN as scores.
+    Cells that were not read hold -1 as ids and ranks, and NaN as scores; they are not faint.
 
     Args:
         layers: The layers, ascending.
@@ -95,7 +98,9 @@ class ReadoutGrid:
 
     def _empty(self, values: Tensor) -> Tensor:
         shape = (len(self._index), *self.places.shape, *values.shape[1:])
-        empty = float("nan") if values.is_floating_point() else -1
+        empty = False if values.dtype == torch.bool else -1
+        if values.is_floating_point():
+            return values.new_full(shape, float("nan"), device=self._device)
         return values.new_full(shape, empty, device=self._device)
 
 

@@ -10,12 +10,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models.precision import at_least_float32
-from backward_lens_tl.readout.projections import Projection, reads_layers_alike, scores_by_each
+from backward_lens_tl.readout.jacobian_projection import CarriedLens
+from backward_lens_tl.readout.projections import (
+    LogitLens,
+    Projection,
+    reads_layers_alike,
+    scores_by_each,
+)
 from backward_lens_tl.readout.readout import Readout, join_readouts
 from backward_lens_tl.readout.topk import count_beyond, extremes
 
@@ -35,11 +41,14 @@ class VectorGroup:
 
     Attributes:
         layer: The layer that they come from.
+        block: The block whose output they are at, or reach next along the residual stream; -1 for
+            the embedding.
         vectors: Vectors of width `d_model`.
         ranked: Tokens to rank for each vector: the target and the model's own answer; -1 for none.
     """
 
     layer: int
+    block: int
     vectors: Float[Tensor, "n d_model"]
     ranked: Int[Tensor, "n 2"]
 
@@ -47,7 +56,7 @@ class VectorGroup:
         return len(self.vectors)
 
     def __getitem__(self, rows: slice) -> VectorGroup:
-        return VectorGroup(self.layer, self.vectors[rows], self.ranked[rows])
+        return VectorGroup(self.layer, self.block, self.vectors[rows], self.ranked[rows])
 
 
 @torch.no_grad()
@@ -81,7 +90,7 @@ def read_groups(
             sizes.append(len(group))
             yield group
 
-    chunks = _chunks(counted(), d_vocab, most_bytes, all(map(reads_layers_alike, projections)))
+    chunks = _chunks(counted(), d_vocab, most_bytes, all(map(_mixes_layers, projections)))
     read = [_read_chunk(chunk, projections, k, d_vocab, entropy) for chunk in chunks]
     return [_split(join_readouts(pieces, torch.cat), sizes) for pieces in zip(*read, strict=True)]
 
@@ -114,6 +123,11 @@ def _chunks(
         yield chunk
 
 
+def _mixes_layers(projection: Projection) -> bool:
+    """Whether a projection reads vectors of several layers in one product."""
+    return isinstance(projection, CarriedLens) or reads_layers_alike(projection)
+
+
 def _rows(vectors: Float[Tensor, "n d_model"], d_vocab: int, most_bytes: int | None) -> int:
     usual = _CPU_CHUNK if vectors.device.type == "cpu" else _DEVICE_CHUNK
     chunk = usual if most_bytes is None else min(usual, most_bytes)
@@ -127,21 +141,58 @@ def _read_chunk(
     d_vocab: int,
     entropy: bool,
 ) -> list[Readout]:
-    vectors = torch.cat([group.vectors for group in chunk])
     ranked = torch.cat([group.ranked for group in chunk])
     found: dict[int, Readout] = {}
-    for index, scored in scores_by_each(projections, vectors, chunk[0].layer):
-        scores = _checked(scored, len(vectors), d_vocab)
-        # On a CPU comparisons in half precision are several times slower; the result is the same.
-        read = _read_scores(at_least_float32(scores), ranked.to(scores.device), k, entropy)
-        # The unembedding may be on another device than the first layers.
-        found[index] = join_readouts([read], lambda values: values[0].to(vectors.device))
-        del scored, scores  # before the next scores are allocated
+    for lenses, vectors in _carried(chunk, projections):
+        places, faint = list(lenses), [_is_faint(vectors, lens) for lens in lenses.values()]
+        for own, scored in scores_by_each(list(lenses.values()), vectors, chunk[0].layer):
+            scores = _checked(scored, len(vectors), d_vocab)
+            # On a CPU comparisons in half precision are several times slower; the result is the
+            # same.
+            wide, to_rank = at_least_float32(scores), ranked.to(scores.device)
+            read = _read_scores(wide, to_rank, faint[own], k, entropy)
+            # The unembedding may be on another device than the first layers.
+            found[places[own]] = join_readouts([read], lambda values: values[0].to(ranked.device))
+            del scored, scores, wide  # before the next scores are allocated
     return [found[index] for index in range(len(projections))]
 
 
+def _carried(
+    chunk: Sequence[VectorGroup], projections: Sequence[Projection]
+) -> Iterator[tuple[dict[int, Projection], Float[Tensor, "n d_model"]]]:
+    """Projections that read the same vectors, by their index, and these vectors."""
+    carriers = [lens if isinstance(lens, CarriedLens) else None for lens in projections]
+    of_each = [None if lens is None else lens.jacobians for lens in carriers]
+    for jacobians in dict.fromkeys(of_each):
+        own = [index for index, other in enumerate(of_each) if other is jacobians]
+        carrier = carriers[own[0]]
+        carry = _as_it_is if carrier is None else carrier.carried
+        vectors = torch.cat([carry(group.vectors, group.block) for group in chunk])
+        yield {index: _reader(projections[index]) for index in own}, vectors
+
+
+def _reader(projection: Projection) -> Projection:
+    """What reads the vectors of a projection once they are carried."""
+    return projection.lens if isinstance(projection, CarriedLens) else projection
+
+
+def _as_it_is(vectors: Float[Tensor, "n d_model"], block: int) -> Float[Tensor, "n d_model"]:
+    return vectors
+
+
+def _is_faint(vectors: Float[Tensor, "n d_model"], lens: Projection) -> Bool[Tensor, "n"]:
+    """Whether the `eps` of the final norm outweighs each vector."""
+    shortest = lens.faint_norm if isinstance(lens, LogitLens) else 0.0
+    is_faint: Tensor = torch.linalg.vector_norm(at_least_float32(vectors), dim=-1) < shortest
+    return is_faint
+
+
 def _read_scores(
-    scores: Float[Tensor, "n d_vocab"], ranked: Int[Tensor, "n 2"], k: int, entropy: bool
+    scores: Float[Tensor, "n d_vocab"],
+    ranked: Int[Tensor, "n 2"],
+    is_faint: Bool[Tensor, "n"],
+    k: int,
+    entropy: bool,
 ) -> Readout:
     top, bottom = extremes(scores, k, largest=True), extremes(scores, k, largest=False)
     # A NaN sorts above all other scores.
@@ -156,6 +207,7 @@ def _read_scores(
         target_rank=target_rank,
         answer_rank=answer_rank,
         entropy=_entropy(scores) if entropy else scores.new_full((len(scores),), float("nan")),
+        is_faint=is_faint,
     )
 
 

@@ -11,16 +11,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from backward_lens_tl._checks import plain
+from backward_lens_tl._checks import check_choice, plain
 from backward_lens_tl.capture.objectives import check_multi_token
 from backward_lens_tl.choices import MultiToken
 from backward_lens_tl.errors import InputError, TargetError
+from backward_lens_tl.jacobians.stream import block_of
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.matrix_selection import resolve_layer
 from backward_lens_tl.models.precision import at_least_float32
+from backward_lens_tl.models.sites import MATRIX_NAMES
 from backward_lens_tl.models.vocabulary import Vocabulary
-from backward_lens_tl.readout.projections import Projection, as_projection, reads_layers_alike
+from backward_lens_tl.readout.projections import reads_layers_alike
 from backward_lens_tl.readout.readout import join_readouts
+from backward_lens_tl.readout.requested import ProjectionLike, as_projection, name_of
 from backward_lens_tl.readout.streaming import VectorGroup, read_groups
 from backward_lens_tl.readout.topk import checked_k
 
@@ -129,8 +132,9 @@ def read_vectors(
     vectors: Float[Tensor, "*lead d_model"],
     target: str | int | Sequence[Any] | Tensor | None = None,
     *,
-    projection: str | Projection = "logit_lens",
+    projection: ProjectionLike = "logit_lens",
     layer: int | None = None,
+    matrix: str | None = None,
     k: int = 10,
     multi_token: MultiToken | None = None,
 ) -> VectorReadout:
@@ -145,10 +149,12 @@ def read_vectors(
         vectors: Floating-point vectors on any device.
         target: Token to rank: a text of one token, a token id, or one of these per vector. A text
             is read as a continuation, so words need their leading space.
-        projection: `"logit_lens"`, `"normalized"`, `"cosine"`, or an object with
-            `project(vectors, layer) -> logits`.
-        layer: The layer that the vectors come from, negative from the end. A projection object
-            needs it; the built-in projections are the same in all layers.
+        projection: `"logit_lens"`, `"normalized"`, `"cosine"`, a Jacobian Lens as in
+            `backward_lens`, or an object with `project(vectors, layer) -> logits`.
+        layer: The layer that the vectors come from, negative from the end. A Jacobian Lens and
+            a projection object need it; the other projections are the same in all layers.
+        matrix: The matrix of that layer that reads or writes the vectors, for a Jacobian Lens. By
+            default they are at the output of the layer's block.
         k: Number of tokens to keep at either end; all of them if the vocabulary has fewer.
         multi_token: Which token represents a target text of several, `"first"` or `"last"`.
 
@@ -170,21 +176,24 @@ def read_vectors(
         ([' Paris', ' France'], 0)
     """
     host = host_of(model)
+    if matrix is not None:
+        check_choice("matrix", matrix, MATRIX_NAMES)
     lens = as_projection(projection, host)
     k = checked_k(k, host.d_vocab_out)
     if layer is None and not reads_layers_alike(lens):
         raise InputError(
-            f"projection {type(lens).__name__} may depend on the layer; pass layer=..., the layer "
-            "that the vectors come from"
+            f"projection {name_of(lens)} may depend on the layer; pass layer=..., the layer that "
+            "the vectors come from"
         )
     index = 0 if layer is None else resolve_layer(layer, host.n_layers)
+    block = index if matrix is None else block_of(host, matrix, index)
     rows = _checked_rows(vectors, host.d_model)
     lead = vectors.shape[:-1]
     targets = _target_ids(target, multi_token, lead, host.vocabulary)
     ranked = torch.full((len(rows), 2), -1, device=rows.device)
     if targets is not None:
         ranked[:, 0] = targets.flatten()
-    group = VectorGroup(index, rows, ranked)
+    group = VectorGroup(index, block, rows, ranked)
     [[flat]] = read_groups([group], [lens], k, host.d_vocab_out)
     read = join_readouts([flat], lambda fields: _unflattened(fields[0], lead))
     used = [read.top_ids, read.bottom_ids, *([] if targets is None else [targets])]

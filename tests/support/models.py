@@ -501,11 +501,14 @@ bridge_only = pytest.mark.skipif(not HAS_BRIDGE, reason=NO_BRIDGE)
 hooked_only = pytest.mark.skipif(not HAS_HOOKED, reason=NO_HOOKED)
 
 
-def attention_only_model() -> Any:
+def attention_only_model(*, has_norms: bool = True) -> Any:
     """A HookedTransformer without MLPs."""
     from transformer_lens import HookedTransformer
 
-    return HookedTransformer(_hooked_config("attn_only", N_CTX, N_LAYERS, D_VOCAB)).eval()
+    cfg = _hooked_config("attn_only", N_CTX, N_LAYERS, D_VOCAB)
+    if not has_norms:
+        cfg.normalization_type = None
+    return HookedTransformer(cfg).eval()
 
 
 def require_kind(kind: str) -> None:

@@ -83,6 +83,7 @@ def make_result(
                 rank,
                 rank,
                 top.values[..., 0],
+                torch.zeros_like(rank, dtype=torch.bool),
             )
         readings.append(Reading(lens, readouts))
     return BackwardLensResult(
@@ -92,6 +93,18 @@ def make_result(
         token_texts=dict(enumerate(vocab)),
         direction=direction,
     )
+
+
+def with_faint_cells(result: BackwardLensResult, shortest: float) -> BackwardLensResult:
+    """The result as if under its first lens vectors shorter than a length were faint."""
+    first, *others = result.readings
+    readouts = {}
+    for matrix, read in first.readouts.items():
+        gradients = (result.capture[matrix, layer] for layer in result.layers)
+        lengths = torch.stack([gradient.spanning_set.norm(dim=-1) for gradient in gradients])
+        readouts[matrix] = replace(read, is_faint=lengths < shortest)
+    faint = replace(first, readouts=readouts, faint_norm=shortest)
+    return replace(result, readings=(faint, *others))
 
 
 def make_long_result(layers: int, pos: int, k: int = 10) -> BackwardLensResult:

@@ -14,7 +14,15 @@ from axe_playwright_python.sync_playwright import Axe
 from browser import Opened, opened
 from playwright.sync_api import Browser, Locator, Page
 from type_checks import type_checks_off
-from view_cases import NASTY, all_cells, make_long_result, make_result, parsed, shown
+from view_cases import (
+    NASTY,
+    all_cells,
+    make_long_result,
+    make_result,
+    parsed,
+    shown,
+    with_faint_cells,
+)
 
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.readout.cells import Cell, TokenScore
@@ -216,7 +224,7 @@ def result(request: pytest.FixtureRequest) -> BackwardLensResult:
     whole = make_result(layers=3, pos=len(NASTY))
     # Only under the first lens, short vectors are faint; under the second, the target leads in
     # another layer, too.
-    return replace(whole, readings=(replace(whole.readings[0], faint_norm=0.1), whole.readings[1]))
+    return with_faint_cells(whole, 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +310,7 @@ def test_each_control_changes_only_its_own_setting(
 
 
 def test_a_single_lens_stays_visible(browser: Browser, tmp_path: Path, messi: BackwardLensResult):
-    alone = replace(messi, readings=(replace(messi.readings[0], faint_norm=0.1),))
+    alone = with_faint_cells(replace(messi, readings=messi.readings[:1]), 0.1)
     assert expected_table(alone, "W_out", State())["notes"]
     with page_of(browser, tmp_path, alone) as window:
         body = window.page.locator("body")

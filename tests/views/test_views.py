@@ -27,6 +27,7 @@ from view_cases import (
     parsed,
     shown,
     with_answer,
+    with_faint_cells,
     without_target,
 )
 
@@ -741,9 +742,7 @@ def test_zero_cells_are_dots_in_a_terminal():
 
 
 def test_faint_cells_are_marked_and_explained():
-    whole = make_result()
-    faint = replace(whole.readings[0], faint_norm=0.1)
-    result = replace(whole, readings=(faint, *whole.readings[1:]))
+    result = with_faint_cells(make_result(), 0.1)
     faint = {
         matrix: sum(cell.is_faint for cell in all_cells(result, matrix))
         for matrix in result.matrices

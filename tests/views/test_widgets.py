@@ -25,7 +25,7 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from notebook_pages import OFFLINE
 from playwright.sync_api import Browser, Locator, expect
-from view_cases import NASTY, PARIS, make_result, parsed, without_target
+from view_cases import NASTY, PARIS, make_result, parsed, with_faint_cells, without_target
 
 import backward_lens_tl as blt
 from backward_lens_tl.capture.hook_points import AttentionGradient
@@ -333,7 +333,7 @@ def caption(widget: Widget) -> str:
 
 
 def test_faint_cells_are_counted():
-    faint = with_reading(make_result(), faint_norm=0.1)
+    faint = with_faint_cells(make_result(), 0.1)
     assert "are read from vectors shorter than 0.1" in caption(widgets.top_tokens(faint))
     assert "italics" not in caption(widgets.top_tokens(faint))
 

@@ -106,6 +106,7 @@ class Extent:
                     target_rank=read.target_rank[:, :, columns],
                     answer_rank=read.answer_rank[:, :, columns],
                     entropy=read.entropy[:, :, columns],
+                    is_faint=read.is_faint[:, :, columns],
                 )
                 for matrix, read in reading.readouts.items()
             },

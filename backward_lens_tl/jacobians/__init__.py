@@ -1,0 +1,1 @@
+"""Average Jacobians that map the output of a block to that of the last one."""

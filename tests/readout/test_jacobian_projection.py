@@ -1,0 +1,195 @@
+"""The Jacobian Lens: vectors of any layer, carried to the last one and read there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from jacobian_cases import OwnLens, identity_lens, random_lens
+from models import HAS_BRIDGE, Case, attention_only_model, bridge_only, hooked_only
+
+import backward_lens_tl as blt
+from backward_lens_tl.errors import InputError, JacobianLensError
+from backward_lens_tl.jacobians.stream import block_of
+from backward_lens_tl.models import host_of
+from backward_lens_tl.readout.readout import Readout
+
+FIELDS = ("top_ids", "top_scores", "bottom_ids", "bottom_scores", "target_rank", "is_faint")
+LENSES = ("logit_lens", "normalized", "cosine")
+PROMPTS = ["The capital of France", "Rome"]
+
+
+def equal(found: Readout, expected: Readout) -> bool:
+    """Bit for bit; padding holds NaN."""
+    return all(
+        torch.equal(getattr(found, name).nan_to_num(), getattr(expected, name).nan_to_num())
+        if getattr(found, name).is_floating_point()
+        else torch.equal(getattr(found, name), getattr(expected, name))
+        for name in FIELDS
+    )
+
+
+def unchecked(lens: OwnLens, projection: Any = "logit_lens") -> blt.JacobianProjection:
+    return blt.jacobian_lens(lens, projection, check=False)
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("projection", LENSES)
+def test_identities_give_the_plain_lens_bit_for_bit(case: Case, projection: Any) -> None:
+    identity = unchecked(identity_lens(case.model, case.dtype), projection)
+    plain, carried = (
+        blt.backward_lens(case.model, PROMPTS, " the", matrices="all", projection=each)
+        for each in (projection, identity)
+    )
+    assert carried.projection == identity.name != plain.projection
+    for matrix in plain.matrices:
+        assert equal(carried.readout(matrix), plain.readout(matrix)), matrix
+
+
+def test_other_matrices_give_other_tokens(one_gpt2: Case) -> None:
+    """Negative control."""
+    model = one_gpt2.model
+    plain = blt.backward_lens(model, PROMPTS, " the", matrices="all")
+    carried = blt.backward_lens(
+        model, PROMPTS, " the", matrices="all", projection=unchecked(random_lens(model))
+    )
+    for matrix in plain.matrices:
+        found, expected = carried.readout(matrix), plain.readout(matrix)
+        assert not torch.equal(found.top_ids[0], expected.top_ids[0]), matrix
+        assert equal_in_last_layer(found, expected) == (matrix in ("W_O", "W_in", "W_out")), matrix
+
+
+def equal_in_last_layer(found: Readout, expected: Readout) -> bool:
+    return torch.equal(found.top_ids[-1], expected.top_ids[-1])
+
+
+@hooked_only
+def test_a_linear_network_is_read_as_it_changes() -> None:
+    """Attention that looks everywhere alike, without norms, is linear: the average is exact."""
+    model = attention_only_model(has_norms=False)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.W_Q.zero_()
+            block.attn.W_V.normal_(std=0.3)
+            block.attn.W_O.normal_(std=0.3)
+    tokens = torch.tensor([[5]])
+    steps = [torch.einsum("hdk,hke->de", block.attn.W_V, block.attn.W_O) for block in model.blocks]
+    width, last = model.cfg.d_model, model.cfg.n_layers - 1
+    exact: dict[int, torch.Tensor] = {}
+    after = torch.eye(width, dtype=torch.float64)
+    for layer in range(last - 1, -1, -1):
+        after = (torch.eye(width, dtype=torch.float64) + steps[layer + 1]) @ after
+        exact[layer] = after.T.detach()  # a stream is a row here, and J multiplies columns
+    capture = blt.capture_gradients(model, tokens, blt.target_nll(7), matrices="W_O")
+    for layer in exact:
+        added = -capture["W_O", layer].vjps[0, 0]
+
+        def add(stream: torch.Tensor, hook: Any, added: torch.Tensor = added) -> torch.Tensor:
+            return stream + added
+
+        with torch.no_grad():
+            before = model(tokens)[0, 0]
+            changed = model.run_with_hooks(
+                tokens, fwd_hooks=[(f"blocks.{layer}.hook_attn_out", add)]
+            )[0, 0]
+        predicted, turned = (
+            unchecked(OwnLens(lens))
+            .bound(host_of(model))
+            .project(added[None], layer)[0]
+            .sub(model.b_U)
+            for lens in (exact, {each: matrix.T for each, matrix in exact.items()})
+        )
+        assert torch.allclose(predicted, changed - before, rtol=1e-9, atol=1e-12)
+        assert not torch.allclose(turned, changed - before, rtol=1e-2)  # the other orientation
+
+
+@pytest.mark.versions
+def test_each_matrix_has_the_jacobian_of_its_point_of_the_stream(one_gpt2: Case) -> None:
+    model = one_gpt2.model
+    lens = random_lens(model)
+    result = blt.backward_lens(
+        model, PROMPTS[0], " the", matrices="all", direction="gradient", projection=unchecked(lens)
+    )
+    for gradient in result.capture:
+        reads_before = gradient.matrix in ("W_Q", "W_K", "W_V")
+        block = max(gradient.layer - reads_before, 0)
+        vectors = gradient.spanning_set[0].double()
+        matrix = lens.jacobians.get(block)  # the last block has none
+        carried = vectors if matrix is None else vectors @ matrix.double().T
+        expected = one_gpt2.lens(carried)
+        read = result.readout(gradient.matrix)
+        own = gradient.layer, 0
+        assert torch.allclose(read.top_scores[own], expected.topk(10).values, atol=1e-9)
+
+
+@bridge_only
+def test_parallel_blocks_are_read_before_both_halves() -> None:
+    from architectures import build_model
+
+    parallel, sequential = (host_of(build_model(name, "bridge")) for name in ("gptj", "gpt2"))
+    for matrix, block in {"W_in": 0, "W_Q": 0, "W_O": 1, "W_out": 1}.items():
+        assert block_of(parallel, matrix, 1) == block
+    for matrix, block in {"W_in": 1, "W_Q": 0, "W_O": 1, "W_out": 1}.items():
+        assert block_of(sequential, matrix, 1) == block
+
+
+@pytest.mark.versions
+@pytest.mark.skipif(not HAS_BRIDGE, reason="JacobianLens came with TransformerLens 3.9")
+def test_streams_are_read_as_by_transformer_lens(facts_model: Any) -> None:
+    from transformer_lens.tools.analysis import JacobianLens
+
+    made = random_lens(facts_model)
+    lens = JacobianLens(made.jacobians, n_prompts=1, d_model=made.d_model)
+    text = "Lionel Messi plays for"
+    theirs = lens.readout(facts_model, text, return_full_logits=True)
+    _, cache = facts_model.run_with_cache(text)
+    for layer in (0, 3, 6):
+        read = blt.read_vectors(
+            facts_model,
+            cache[f"blocks.{layer}.hook_out"][0],
+            projection=blt.jacobian_lens(lens, check=False),
+            layer=layer,
+        )
+        assert torch.equal(read.top_ids, theirs.lens_topk_indices[layer])
+        assert torch.allclose(read.top_scores, theirs.lens_topk_values[layer], atol=1e-4)
+
+
+def test_a_vector_needs_its_layer(one_gpt2: Case) -> None:
+    lens = unchecked(random_lens(one_gpt2.model))
+    with pytest.raises(InputError, match="projection jacobian_lens may depend on the layer; pass"):
+        blt.read_vectors(one_gpt2.model, torch.ones(one_gpt2.d_model), projection=lens)
+
+
+def test_half_precision_is_carried_in_float32(one_gpt2: Case) -> None:
+    lens = random_lens(one_gpt2.model)
+    bound = unchecked(lens).bound(host_of(one_gpt2.model))
+    vectors = torch.randn(3, one_gpt2.d_model, generator=torch.Generator().manual_seed(0))
+    carried = bound.carried(vectors.bfloat16(), 0)
+    assert carried.dtype == torch.float32
+    assert torch.equal(carried, vectors.bfloat16().float() @ lens.jacobians[0].T)
+
+
+def test_faint_is_what_is_read(one_gpt2: Case) -> None:
+    """A vector that `J_l` makes long is not faint, and the reverse."""
+    model = one_gpt2.model
+    width, layers = one_gpt2.d_model, range(model.cfg.n_layers - 1)
+    plain = blt.backward_lens(model, PROMPTS[0], " the", matrices="W_out")
+    length = plain.faint_norm / plain.norms("W_out")[0, 0, -1]
+    for scale, is_faint in ((2 * length, False), (length / 2, True)):
+        lens = OwnLens({layer: scale * torch.eye(width) for layer in layers})
+        carried = blt.backward_lens(
+            model, PROMPTS[0], " the", matrices="W_out", projection=unchecked(lens)
+        )
+        assert carried.cell("W_out", layer=0, pos=-1).is_faint == is_faint
+
+
+def test_missing_layers_are_refused_only_where_they_are_read(one_gpt2: Case) -> None:
+    model = one_gpt2.model
+    partial = random_lens(model)
+    del partial.jacobians[0]
+    lens = unchecked(partial)
+    with pytest.raises(JacobianLensError, match=r"no matrix for layers \[0\], only for \[1\]; ch"):
+        blt.backward_lens(model, PROMPTS[0], " the", projection=lens)
+    result = blt.backward_lens(model, PROMPTS[0], " the", layers=[1, 2], projection=lens)
+    assert result.projection == "jacobian_lens"
