@@ -31,7 +31,7 @@ TYPES := --jaxtyping-packages=backward_lens_tl,beartype.beartype
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: help environments demo demo-real real-model test check check-fast check-all coverage mutants facts-model
-.PHONY: facts-model-eval facts-moments tune real-model-page bench gpu-check gpu-wheels notebooks docs pictures
+.PHONY: facts-model-eval facts-moments facts-jacobian tune real-model-page bench gpu-check gpu-wheels notebooks docs pictures
 .PHONY: constraints clean FORCE
 .PHONY: $(ENVIRONMENTS:%=versions-%) $(ENVIRONMENTS:%=all-%) $(ENVIRONMENTS:%=real-model-%)
 
@@ -94,6 +94,9 @@ facts-model-eval: .venv/installed ## evaluate the facts model
 
 facts-moments: .venv/installed ## collect activation statistics of the facts model
 	.venv/bin/python -m facts_model.moments
+
+facts-jacobian: .venv/installed ## fit the Jacobian Lens of the facts model
+	$(OFFLINE) .venv/bin/python -m facts_model.jacobian
 
 tune: .venv/installed ## tune the editing methods; writes docs/editing/tuning.json
 	$(OFFLINE) .venv/bin/python -m benchmarks.tuning

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from backward_lens_tl.evaluation.config import EvaluationConfig as EvaluationConfig
     from backward_lens_tl.evaluation.run import Evaluation as Evaluation
     from backward_lens_tl.evaluation.run import evaluate as evaluate
+    from backward_lens_tl.jacobians.fitting import fit_jacobian_lens as fit_jacobian_lens
     from backward_lens_tl.lens import backward_lens as backward_lens
     from backward_lens_tl.models.loading import load_facts_model as load_facts_model
     from backward_lens_tl.models.loading import load_model as load_model
@@ -69,6 +70,7 @@ _HOMES = {
     "errors": ("BackwardLensError",),
     "evaluation.config": ("EvaluationConfig",),
     "evaluation.run": ("Evaluation", "evaluate"),
+    "jacobians.fitting": ("fit_jacobian_lens",),
     "lens": ("backward_lens",),
     "models.loading": ("load_facts_model", "load_model"),
     "readout.jacobian_projection": ("JacobianProjection", "jacobian_lens"),

@@ -105,7 +105,7 @@ class EvaluationError(InputError):
 
 
 class JacobianLensError(InputError):
-    """A Jacobian Lens cannot be read, or does not belong to the model."""
+    """A Jacobian Lens cannot be read or fitted, or does not belong to the model."""
 
 
 class ResultFileError(BackwardLensError, ValueError):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from backward_lens_tl.cli.evaluate import EvaluateCommand
+from backward_lens_tl.cli.fit_jacobian import FitJacobianCommand
 from backward_lens_tl.cli.options import Command, add_options, run_command
 from backward_lens_tl.cli.reproduce import ReproduceCommand
 from backward_lens_tl.cli.show import ShowCommand
@@ -24,6 +25,7 @@ COMMANDS: dict[str, type[Command]] = {
     "sweep": SweepCommand,
     "evaluate": EvaluateCommand,
     "reproduce": ReproduceCommand,
+    "fit-jacobian": FitJacobianCommand,
 }
 
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
+from glob import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -97,6 +98,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError, ValueError):
             partial.unlink()
+
+
+def remove_partials(path: str | Path) -> None:
+    """Remove temporary files of processes that were killed while they wrote a file.
+
+    Args:
+        path: The file. No other process may be writing it.
+    """
+    file = Path(path)
+    for left in file.parent.glob(f".*.partial.{escape(file.name)}"):
+        with suppress(OSError):
+            left.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:

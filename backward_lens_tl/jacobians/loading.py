@@ -29,7 +29,8 @@ SUFFIX = ".pt"
 _IN_FOLDER = "lens.pt"
 """TransformerLens's default name of a lens in a folder."""
 
-_SHIPPED = "jacobian_lens.pt"
+FACTS_LENS = "jacobian_lens.pt"
+"""Name of the file that ships with the facts model."""
 
 _KEPT = 2
 """Files that stay in memory, so that calls with the same path read it once."""
@@ -65,7 +66,7 @@ def load_jacobians(source: object) -> Jacobians:
         about = path.stat()
         return _read(str(path), about.st_mtime_ns, about.st_size)
     if source == FACTS_MODEL:
-        with as_file(files("backward_lens_tl") / "facts_model" / _SHIPPED) as shipped:
+        with as_file(files("backward_lens_tl") / "facts_model" / FACTS_LENS) as shipped:
             about = shipped.stat()
             return _read(str(shipped), about.st_mtime_ns, about.st_size)
     if isinstance(source, Path) or path.suffix == SUFFIX or path != Path(source):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backward_lens_tl.files.storage import replacing
+from backward_lens_tl.files.storage import remove_partials, replacing
 from backward_lens_tl.runs.columns import Column
 
 if TYPE_CHECKING:
@@ -45,10 +44,7 @@ def write_shard(
         if not own:
             continue
         file = shard_file(folder, name, shard)
-        for left in file.parent.glob(f".*.partial.{file.name}"):
-            # From a process that was killed while it wrote this shard.
-            with suppress(OSError):
-                left.unlink()
+        remove_partials(file)
         found, names = rows[name], [column.name for column in own]
         frame = (
             found[names] if isinstance(found, pd.DataFrame) else pd.DataFrame(found, columns=names)
