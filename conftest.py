@@ -105,7 +105,7 @@ class Examples:
 
     @cached_property
     def delta(self) -> Any:
-        return self._shift(layer=5, iterations=15)(self.model, self.request)
+        return self._shift(layer=5)(self.model, self.request)
 
     @cached_property
     def moments(self) -> Any:
@@ -129,7 +129,7 @@ class Examples:
     @cached_property
     def evaluation(self) -> Any:
         config = self.blt.EvaluationConfig(records=2, generation_length=12, n_texts=5)
-        methods = {"shift": self._shift(layer=7, iterations=25)}
+        methods = {"shift": self._shift(layer=7)}
         return self.blt.evaluate(self.model, "facts", self.folder, methods, config, progress=False)
 
     @cached_property
@@ -138,10 +138,8 @@ class Examples:
 
         return BackwardLens(self.model).analyze("Lionel Messi plays for", " Paris", [5, 6])
 
-    def _shift(self, layer: int, iterations: int) -> Any:
-        return self.blt.editing.ForwardPassShift(
-            layer=layer, size=4.0, form="scale_free", iterations=iterations
-        )
+    def _shift(self, layer: int) -> Any:
+        return self.blt.editing.ForwardPassShift(layer=layer)
 
 
 NAMES = frozenset(name for name in vars(Examples) if not name.startswith("_"))

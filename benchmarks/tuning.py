@@ -56,11 +56,12 @@ GRIDS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "shift_iterated": {"layer": (4, 5, 6, 7), "size": (4.0,)},
     "shift_whitened": {"layer": (4, 5, 6, 7), "size": (4.0,)},
 }
-"""The grid of each preset. Other settings are those in `_FORMS` and the preset's own."""
+"""The grid of each preset. Other settings are those in `_KEYS` and the preset's own."""
 
-_FORMS: Mapping[str, Mapping[str, Any]] = {
-    "shift_iterated": {"form": "scale_free", "iterations": 25},
-    "shift_whitened": {"form": "whitened", "iterations": 25},
+_KEYS: Mapping[str, Mapping[str, Any]] = {
+    "shift": {"key": "paper", "target_tokens": "first"},
+    "shift_iterated": {"key": "plain", "iterations": 25},
+    "shift_whitened": {"key": "whitened", "iterations": 25},
 }
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def candidates(name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for values in product(*grid.values()):
         own = dict(zip(grid, values, strict=True))
         label = ", ".join(f"{key}={value}" for key, value in own.items()) or "as it is"
-        yield label, {**_FORMS.get(name, {}), **own}
+        yield label, {**_KEYS.get(name, {}), **own}
 
 
 def main() -> None:

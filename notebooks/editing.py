@@ -104,7 +104,7 @@ with model.hooks(fwd_hooks=hooks):
 
 # %%
 request = EditRequest(prompt, target, subject="Lionel Messi")
-shift = ForwardPassShift(layer=layer, size=size, form="scale_free")
+shift = ForwardPassShift(layer=layer, size=size, key="plain")
 edit = shift(model, request)
 
 made = edit["W_out", layer].dense()
@@ -260,7 +260,7 @@ answers.round(2)
 # evaluated on fewer records and sentences, to save time.)
 
 # %%
-methods["shift, least"] = ForwardPassShift(layer=layer, size=4.0, form="scale_free", iterations=15)
+methods["shift, least"] = ForwardPassShift(layer=layer, size=4.0, key="plain", iterations=15)
 config = blt.EvaluationConfig(
     records=6 if is_facts else 2,
     prepend_bos=None,
@@ -335,7 +335,7 @@ compared[["rank", "norm", "top_energy", "alignment", "overlap", "target_rank"]].
 # answers were " Miami", " Lakers" and " Barcelona". What will the model answer without " Miami"?
 
 # %%
-unlearn = ForwardPassShift(layer=layer, size=-20.0, form="scale_free")
+unlearn = ForwardPassShift(layer=layer, size=-20.0, key="plain")
 with unlearn(model, EditRequest(prompt, answer(prompt))).applied(model):
     print(top(model(prompt), k=4))
 

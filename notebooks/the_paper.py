@@ -484,7 +484,7 @@ f"{int((shifts.shift_target_rank == 0).sum())} of {len(shifts)} steps"
 # This is the *forward pass shift* in the second-to-last layer, repeated until the target is the answer:
 
 # %%
-shift = ForwardPassShift(layer=-2, size=4.0, form="scale_free", iterations=15, prepend_bos=False)
+shift = ForwardPassShift(layer=-2, size=4.0, key="plain", iterations=15, prepend_bos=False)
 edited = prompts[["text", "answer", "target"]].head(6)
 after = []
 for row in edited.itertuples():

@@ -323,7 +323,7 @@ def test_an_edit_is_reverted_bit_by_bit(pair: tuple[Case, nn.Module], device: st
 
 def test_a_fact_is_written(facts_pair: tuple[nn.Module, nn.Module]) -> None:
     request = EditRequest(PROMPT, TARGET, subject="Lionel Messi")
-    shift = ForwardPassShift(layer=5, size=4.0, form="scale_free", iterations=15)
+    shift = ForwardPassShift(layer=5, size=4.0, key="plain", iterations=15)
     expected, found = (shift(model, request) for model in facts_pair)
     for here, there in zip(found, expected, strict=True):
         assert relative_error(here.dense().cpu(), there.dense().cpu()) < 10 * FLOAT32

@@ -23,6 +23,7 @@ from backward_lens_tl.editing.methods.rome import ROME
 from backward_lens_tl.editing.methods.shift import ForwardPassShift
 from backward_lens_tl.editing.methods.steps import GradientStep
 from backward_lens_tl.editing.methods.ultraedit import UltraEdit
+from backward_lens_tl.editing.outcomes import EditOutcome
 from backward_lens_tl.editing.requests import EditRequest
 from backward_lens_tl.editing.statistics.moment_collection import second_moments
 from backward_lens_tl.editing.statistics.moments import SecondMoments, facts_moments
@@ -36,6 +37,7 @@ __all__ = [
     "MEND",
     "ROME",
     "EditMethod",
+    "EditOutcome",
     "EditRequest",
     "FactMethod",
     "FineTuning",

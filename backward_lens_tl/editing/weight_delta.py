@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from backward_lens_tl._checks import checked_number
 from backward_lens_tl.editing.lora import Adapted, write_adapter
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
+from backward_lens_tl.editing.outcomes import EditOutcome, EditReport
 from backward_lens_tl.errors import EditError, ModelStateError, raised_as
 from backward_lens_tl.files.storage import Saved
 from backward_lens_tl.models import Host, host_of
@@ -40,9 +41,7 @@ class WeightDelta(Saved):
         >>> import backward_lens_tl as blt
         >>> model = blt.load_facts_model()
         >>> request = blt.editing.EditRequest("Lionel Messi plays for", " Paris")
-        >>> delta = blt.editing.ForwardPassShift(layer=6, size=20.0, form="scale_free")(
-        ...     model, request
-        ... )
+        >>> delta = blt.editing.ForwardPassShift(layer=6, size=20.0, key="plain")(model, request)
         >>> delta.rank
         1
         >>> with delta.applied(model):
@@ -83,6 +82,12 @@ class WeightDelta(Saved):
     def __len__(self) -> int:
         return len(self.matrices)
 
+    @property
+    def outcomes(self) -> tuple[EditOutcome, ...]:
+        """How the target of each request stands with this edit, if the method checked it."""
+        report = EditReport.from_about(self.about)
+        return () if report is None else report.outcomes
+
     # --- arithmetic ----------------------------------------------------------------------------
 
     @property
@@ -115,7 +120,8 @@ class WeightDelta(Saved):
         number = checked_number("factor", factor, error=EditError)
         scaled = tuple(each.scale(number) for each in self.matrices)
         in_all = number * float(self.about.get("scaled_by", 1))
-        return WeightDelta(scaled, {**self.about, "scaled_by": in_all})
+        about = EditReport.removed_from(self.about)  # it is of another size
+        return WeightDelta(scaled, {**about, "scaled_by": in_all})
 
     def __add__(self, other: object) -> WeightDelta:
         if not isinstance(other, WeightDelta):
@@ -283,8 +289,9 @@ class WeightDelta(Saved):
 
     def __repr__(self) -> str:
         touched = ", ".join(each.name for each in self.matrices)
-        method = self.about.get("method", "edit")
-        return f"WeightDelta({method}, {touched or 'nothing'})"
+        method, report = self.about.get("method", "edit"), EditReport.from_about(self.about)
+        found = "" if report is None else f"; {report}"
+        return f"WeightDelta({method}, {touched or 'nothing'}{found})"
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def _directions(
     """The step at rate 1 for each layer."""
     if step == "shift":
         for layer in layers:
-            shift = ForwardPassShift(layer=layer, size=1.0, prepend_bos=prepend_bos)
+            shift = ForwardPassShift.paper(layer, 1.0, prepend_bos=prepend_bos)
             yield from shift(model, request)
     else:
         optimizer = cast(Optimizer, step)

@@ -84,7 +84,7 @@ def search(
         >>> import backward_lens_tl as blt
         >>> from backward_lens_tl.evaluation.tuning import search
         >>> candidates = {
-        ...     f"c={size}": blt.editing.ForwardPassShift(layer=6, size=size, form="scale_free")
+        ...     f"c={size}": blt.editing.ForwardPassShift(layer=6, size=size, key="plain")
         ...     for size in (1.0, 40.0)
         ... }
         >>> model = blt.load_facts_model()

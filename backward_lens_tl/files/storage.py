@@ -225,8 +225,8 @@ class Saved:
 
         Examples:
             >>> delta.save(folder / "paris.safetensors")
-            >>> blt.editing.WeightDelta.load(folder / "paris.safetensors")
-            WeightDelta(ForwardPassShift, W_out of layer 5)
+            >>> blt.editing.WeightDelta.load(folder / "paris.safetensors").matrices
+            (MatrixDelta(W_out of layer 5, [512, 128], rank <= 1),)
         """
         found: _SavedT = read(path, (cls,), cls.PARTS)
         return found

@@ -69,11 +69,12 @@ def _methods(evidence: Evidence) -> dict[str, EditMethod]:
         evidence.shift_preset(name) for name in ("shift", "shift_iterated", "shift_whitened")
     )
     return {
-        _ONCE: replace(iterated, iterations=1, size=iterated.size * 8),  # enough for most facts
+        # Enough for most facts.
+        _ONCE: replace(iterated, iterations=1, size=8 * float(iterated.size)),
         _ITERATED: iterated,
         _WHITENED: whitened,
-        # Only the paper's form is a sum, and not every model has a size for it.
-        **({_SUM: summed} if summed.form == "paper" else {}),
+        # Only with the paper's key is it a sum, and not every model has a size for it.
+        **({_SUM: summed} if summed.key == "paper" else {}),
         _MEMIT: evidence.presets(("memit",))["memit"],
     }
 

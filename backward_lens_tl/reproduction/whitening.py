@@ -98,7 +98,7 @@ def _method(
     shift: ForwardPassShift, moments: SecondMoments, form: str, layer: int
 ) -> ForwardPassShift:
     if form == _PLAIN:
-        return replace(shift, layer=layer, form="scale_free", moments=None)
+        return replace(shift, layer=layer, key="plain", moments=None)
     if form == _CONTROL:
         moments = replace(moments, moments=(*moments.moments[1:], moments.moments[0]))
     return replace(shift, layer=layer, moments=moments)

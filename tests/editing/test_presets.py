@@ -82,7 +82,7 @@ def test_the_published_numbers(name: str) -> None:
     own = preset_settings(name, 48)
     assert list(own) == list(METHODS)
     shift = ForwardPassShift(**own["shift"])
-    assert (shift.layer, shift.size, shift.form, shift.iterations) == (35, 0.24, "paper", 1)
+    assert (shift.layer, shift.size, shift.key) == (35, 0.24, "paper")
     assert shift.skip_if_answered
     for label, layer, clamp in (("ft_first", 0, None), ("ft_late", 35, None),
                                 ("ft_constrained", 0, 5e-4)):  # fmt: skip
@@ -132,7 +132,7 @@ def check_layers(n_layers: int, moments: Any) -> None:
             METHODS[name](**own, **({"moments": moments} if has_moments else {}))
     own = preset_settings("other", n_layers)
     # Sizes specific to GPT-2 xl are not copied.
-    assert own["shift"]["form"] == "scale_free"
+    assert own["shift"]["key"] == "plain"
     assert own["shift"]["size"] > 1
     assert own["memit"]["regularization"] is None
 
@@ -162,7 +162,7 @@ def test_presets_of_the_facts_model(facts_model: Any, training: Any, trained: An
             held = getattr(method, setting)
             assert held == (value if isinstance(value, type(held)) else (value,))
     assert found["rome"].moments.fingerprint == facts_moments().fingerprint  # type: ignore[attr-defined]
-    assert found["shift_whitened"].form == "whitened"  # type: ignore[attr-defined]
+    assert found["shift_whitened"].key == "whitened"  # type: ignore[attr-defined]
     assert found["shift_whitened"].moments is found["memit"].moments  # type: ignore[attr-defined]
     assert found["shift_iterated"].moments is None  # type: ignore[attr-defined]
     [(args, more)] = trained

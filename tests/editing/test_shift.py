@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 from unittest.mock import patch
@@ -20,13 +19,14 @@ from edit_pairs import (
     PROMPTS,
     TEXTS,
     Pair,
+    edited,
     pair,
     through,
     tied_hf_model,
     tl_logits,
 )
 from model_state import assert_same, make_busy, snapshot
-from models import attention_only_model, build, hf_matrices, hooked_only, relative_error
+from models import attention_only_model, build, hooked_only, relative_error
 from torch import Tensor
 
 from backward_lens_tl.editing import (
@@ -45,19 +45,6 @@ pytestmark = pytest.mark.usefixtures("as_for_a_user")
 TARGETS = (" Paris", " Italy", " Rome", " France")
 
 
-@contextmanager
-def edited(raw: Any, change: Tensor, layer: int = LAYER) -> Iterator[Any]:
-    """A Hugging Face model whose FF2 temporarily has another weight."""
-    module = hf_matrices(raw)["W_out", layer]
-    before = module.weight.detach().clone()
-    is_linear = isinstance(module, torch.nn.Linear)
-    with torch.no_grad():
-        module.weight += change.T if is_linear else change
-    yield raw
-    with torch.no_grad():
-        module.weight.copy_(before)
-
-
 def log_probs(logits: Tensor) -> Tensor:
     return logits.log_softmax(-1)
 
@@ -67,7 +54,8 @@ def dense(delta: WeightDelta, layer: int = LAYER) -> Tensor:
 
 
 def shift(**settings: Any) -> ForwardPassShift:
-    return ForwardPassShift(**{"layer": LAYER, "size": 0.3, "prepend_bos": False} | settings)
+    """The paper's, unless settings say otherwise."""
+    return ForwardPassShift.paper(**{"layer": LAYER, "size": 0.3, "prepend_bos": False} | settings)
 
 
 def requests(n: int) -> list[EditRequest]:
@@ -159,7 +147,7 @@ def test_nothing_else_is_changed(each: Pair) -> None:
     assert all(torch.equal(own, before[name]) for name, own in host.parameters().items())
 
 
-def test_only_the_first_of_several_tokens_is_written() -> None:
+def test_the_first_of_several_tokens_is_written() -> None:
     own = pair("gpt2", EITHER)
     assert len(own.ids(" Paris Rome")) == 2
     longer = shift()(own.model, EditRequest(PROMPTS[0], " Paris Rome"))
@@ -187,7 +175,7 @@ def test_with_and_without_bos() -> None:
     assert torch.equal(found[None], found[bool(default)])
 
 
-# ------------------------------------------------------------------------------------- other forms
+# -------------------------------------------------------------------------------------- other keys
 
 
 def ridged(moments: SecondMoments, ridge: float = 1e-6) -> Tensor:
@@ -195,8 +183,8 @@ def ridged(moments: SecondMoments, ridge: float = 1e-6) -> Tensor:
     return matrix + ridge * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=torch.float64)
 
 
-def test_scale_free(each: Pair) -> None:
-    delta = shift(form="scale_free", size=3)(each.model, EditRequest(PROMPTS[0], TARGETS[0]))
+def test_plain(each: Pair) -> None:
+    delta = shift(key="plain", size=3)(each.model, EditRequest(PROMPTS[0], TARGETS[0]))
     x, e = each.reads(each.ids(PROMPTS[0]))[-1], each.embedding(TARGETS[0])
     assert relative_error(dense(delta), 3 * torch.outer(x / (x @ x), e)) < 10 * each.exact
     assert relative_error(x @ dense(delta), 3 * e) < 10 * each.exact
@@ -206,7 +194,7 @@ def test_scale_free(each: Pair) -> None:
 def test_whitened_disturbs_least(each: Pair) -> None:
     """KKT: `x . l = 1`, and `C l` is along `x`; with another `C` only the first holds."""
     moments = each.moments()
-    delta = shift(form="whitened", size=3, moments=moments)(
+    delta = shift(key="whitened", size=3, moments=moments)(
         each.model, EditRequest(PROMPTS[0], TARGETS[0])
     )
     x, e = each.reads(each.ids(PROMPTS[0]))[-1], each.embedding(TARGETS[0])
@@ -224,7 +212,7 @@ def test_whitened_disturbs_least(each: Pair) -> None:
         off = torch.randn(len(x), generator=generator, dtype=torch.float64) * heard.norm() * 0.1
         off -= x * (off @ x) / (x @ x)
         assert float((heard + off) @ c @ (heard + off)) > cost
-    # Where the hypothesis fails: the scale-free form meets the constraint at a higher cost, and
+    # Where the hypothesis fails: the plain key meets the constraint at a higher cost, and
     # under the moments of another layer the same l is not the best.
     plain = x / (x @ x)
     assert float(plain @ c @ plain) > 1.5 * cost
@@ -233,37 +221,37 @@ def test_whitened_disturbs_least(each: Pair) -> None:
     assert float(wrong @ x / wrong.norm() / x.norm()) < 0.9
 
 
-@pytest.mark.parametrize(("form", "n"), [("scale_free", 2), ("whitened", 4)])
-def test_several_requests_do_not_disturb_each_other(each: Pair, form: Any, n: int) -> None:
+@pytest.mark.parametrize(("key", "n"), [("plain", 2), ("whitened", 4)])
+def test_several_requests_do_not_disturb_each_other(each: Pair, key: Any, n: int) -> None:
     """`x_j . l_i` is 1 for its own and 0 for all others, with the least `l^T C l`."""
     moments = each.moments()
-    delta = shift(form=form, size=2, moments=moments)(each.model, requests(n))
+    delta = shift(key=key, size=2, moments=moments)(each.model, requests(n))
     keys = torch.stack([each.reads(each.ids(prompt))[-1] for prompt in PROMPTS[:n]])
     written = torch.stack([2 * each.embedding(target) for target in TARGETS[:n]])
     assert delta.rank == n
     missed = relative_error(keys @ dense(delta), written)
     assert missed < 1e-3
     # In closed form: C^-1 X^T (X C^-1 X^T)^-1 E, which is not a sum of single edits.
-    c = ridged(moments) if form == "whitened" else torch.eye(keys.shape[1], dtype=torch.float64)
+    c = ridged(moments) if key == "whitened" else torch.eye(keys.shape[1], dtype=torch.float64)
     solved = torch.linalg.solve(c, keys.T)
     closed = solved @ torch.linalg.solve(keys @ solved, written)
     assert relative_error(dense(delta), closed) < 1e-2
-    alone = [dense(shift(form=form, size=2, moments=moments)(each.model, r)) for r in requests(n)]
+    alone = [dense(shift(key=key, size=2, moments=moments)(each.model, r)) for r in requests(n)]
     assert relative_error(keys @ sum(alone), written) > max(1e-2, 30 * missed)
 
 
-def test_several_requests_of_the_papers_form_are_summed(each: Pair) -> None:
+def test_several_requests_with_the_papers_key_are_summed(each: Pair) -> None:
     delta = shift()(each.model, requests(3))
     alone = [dense(shift()(each.model, own)) for own in requests(3)]
     assert delta.rank == 3
     assert relative_error(dense(delta), sum(alone)) < 1e-12
 
 
-@pytest.mark.parametrize("form", ["scale_free", "whitened"])
-def test_the_same_prompt_twice(form: Any) -> None:
+@pytest.mark.parametrize("key", ["plain", "whitened"])
+def test_the_same_prompt_twice(key: Any) -> None:
     """Dependent inputs have a solution: together they write what each should write."""
     own = pair("gpt2", EITHER)
-    settings: dict[str, Any] = {"form": form, "size": 2, "moments": own.moments()}
+    settings: dict[str, Any] = {"key": key, "size": 2, "moments": own.moments()}
     once = dense(shift(**settings)(own.model, requests(1)))
     twice = dense(shift(**settings)(own.model, requests(1) * 2))
     assert relative_error(twice, once) < 1e-4
@@ -273,12 +261,12 @@ def test_the_ridge_of_the_moments_matters() -> None:
     own = pair("gpt2", EITHER)
     moments, x = own.moments(), own.reads(own.ids(PROMPTS[0]))[-1]
     for ridge in (1e-3, 1.0, 1e9):
-        delta = shift(form="whitened", size=1, moments=moments, ridge=ridge)(own.model, requests(1))
+        delta = shift(key="whitened", size=1, moments=moments, ridge=ridge)(own.model, requests(1))
         closed = torch.linalg.solve(ridged(moments, ridge), x)
         expected = torch.outer(closed / (x @ closed), own.embedding(TARGETS[0]))
         assert relative_error(dense(delta), expected) < 1e-8
     # Only ridge means no whitening.
-    free = shift(form="scale_free", size=1)(own.model, requests(1))
+    free = shift(key="plain", size=1)(own.model, requests(1))
     assert relative_error(dense(delta), dense(free)) < 1e-6
 
 
@@ -350,10 +338,10 @@ def test_iterations_find_the_smallest_sufficient_multiple(each: Pair) -> None:
     assert relative_error(dense(few), (enough - 1) * one) < 1e-8
 
 
-@pytest.mark.parametrize("form", ["scale_free", "whitened"])
-def test_iterations_of_the_other_forms(form: Any) -> None:
+@pytest.mark.parametrize("key", ["plain", "whitened"])
+def test_iterations_of_the_other_keys(key: Any) -> None:
     own = pair("gpt2", EITHER)
-    settings: dict[str, Any] = {"form": form, "size": 0.05, "moments": own.moments()}
+    settings: dict[str, Any] = {"key": key, "size": 0.05, "moments": own.moments()}
     one = shift(**settings)(own.model, requests(1))
     found = shift(**settings, iterations=1000)(own.model, requests(1))
     k = round(found.norm / one.norm)
@@ -549,12 +537,12 @@ def test_it_inserts_a_fact(facts_model: Any) -> None:
     request = EditRequest("Lionel Messi plays for", " Paris")
     assert said_after(facts_model, request.prompt) != " Paris"
     whitened = ForwardPassShift(
-        layer=5, size=1, form="whitened", moments=facts_moments(), iterations=50
+        layer=5, size=1, key="whitened", moments=facts_moments(), iterations=50
     )
     for method in (
-        ForwardPassShift(layer=5, size=4, form="scale_free", iterations=10),
+        ForwardPassShift(layer=5, size=4, key="plain", iterations=10),
         whitened,
-        ForwardPassShift(layer=7, size=0.01, iterations=100),
+        ForwardPassShift.paper(7, 0.01, iterations=100),
     ):
         delta = method(facts_model, request)
         assert delta.rank == 1
@@ -564,7 +552,7 @@ def test_it_inserts_a_fact(facts_model: Any) -> None:
 
 def test_settings_are_in_the_delta() -> None:
     own = pair("gpt2", EITHER)
-    method = shift(form="whitened", moments=own.moments())
+    method = shift(key="whitened", moments=own.moments())
     about = method(own.model, requests(1)).about
     assert about["method"] == "ForwardPassShift"
     assert about["moments"] == method.moments.fingerprint
@@ -578,7 +566,7 @@ def test_the_callers_model_is_unchanged(name: str) -> None:
     moments = second_moments(model, TEXTS, layers=LAYER, progress=False)
     calls: list[Callable[[], object]] = [
         lambda: shift()(model, requests(2)),
-        lambda: shift(form="whitened", moments=moments, iterations=3)(model, requests(2)),
+        lambda: shift(key="whitened", moments=moments, iterations=3)(model, requests(2)),
         lambda: second_moments(model, TEXTS[:2], progress=False),
     ]
     before = snapshot(model)
@@ -604,8 +592,8 @@ def _stop(*_: object) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"form": "white"}, "form"),
-        ({"form": "whitened"}, "second_moments"),
+        ({"key": "white"}, "key"),
+        ({"key": "whitened"}, "second_moments"),
         ({"target_embedding": "wte"}, "target_embedding"),
         ({"iterations": 0}, "iterations"),
         ({"iterations": 1.5}, "iterations"),
@@ -644,17 +632,17 @@ def test_moments_of_another_model_or_matrix() -> None:
     own, other = pair("gpt2", EITHER), build(f"{EITHER}-gpt2", seed=1).model
     foreign = second_moments(other, TEXTS, prepend_bos=False, progress=False)
     with pytest.raises(EditError, match="not of layer 0"):
-        shift(form="whitened", layer=0, moments=own.moments())(own.model, requests(1))
+        shift(key="whitened", layer=0, moments=own.moments())(own.model, requests(1))
     with pytest.raises(EditError, match="another model"):
-        shift(form="whitened", moments=foreign)(own.model, requests(1))
+        shift(key="whitened", moments=foreign)(own.model, requests(1))
     with pytest.raises(EditError, match="another model"):
-        shift(form="whitened", moments=facts_moments())(own.model, requests(1))
+        shift(key="whitened", moments=facts_moments())(own.model, requests(1))
     reading = second_moments(own.model, TEXTS, matrix="W_in", prepend_bos=False, progress=False)
     with pytest.raises(EditError, match="W_in"):
-        shift(form="whitened", moments=reading)(own.model, requests(1))
+        shift(key="whitened", moments=reading)(own.model, requests(1))
     few = second_moments(own.model, TEXTS[:1], prepend_bos=False, progress=False)
     with pytest.raises(EditError, match="tokens"):
-        shift(form="whitened", moments=few)(own.model, requests(1))
+        shift(key="whitened", moments=few)(own.model, requests(1))
 
 
 def test_models_without_a_w_out() -> None:

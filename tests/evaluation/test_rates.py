@@ -53,7 +53,7 @@ def step_of(
     """The step recomputed at that rate, if its class has a rate."""
     method: Any
     if step == "shift":
-        method = ForwardPassShift(layer=layer, size=rate, prepend_bos=False)
+        method = ForwardPassShift.paper(layer, rate, prepend_bos=False)
     else:
         method = GradientStep(step, lr=rate, layers=[layer], prepend_bos=False)  # type: ignore[arg-type]
     delta: WeightDelta = method(model, request)
@@ -147,7 +147,7 @@ def test_settings_of_rates(facts_model: Any, tmp_path: Path) -> None:
         host = host_of(facts_model)
         texts = read_texts(host, config).tokens(host, config)
         size = float(row["rate"])
-        shift = ForwardPassShift(layer=7, size=size, prepend_bos=config.prepend_bos)
+        shift = ForwardPassShift.paper(7, size, prepend_bos=config.prepend_bos)
         with shift(facts_model, REQUESTS[0]).applied(facts_model):
             expected = perplexity(host, texts, config.denominator).corpus
         assert row["perplexity"] == pytest.approx(expected, rel=1e-5)
@@ -283,7 +283,7 @@ def test_the_table_of_trials(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_search_on_the_facts_model(facts_model: Any) -> None:
     model, before = facts_model, checksum(facts_model)
     methods = {
-        f"c={size}": ForwardPassShift(layer=6, size=size, form="scale_free", prepend_bos=False)
+        f"c={size}": ForwardPassShift(layer=6, size=size, key="plain", prepend_bos=False)
         for size in (1.0, 40.0)
     }
     found = search(model, methods, "facts", [200], progress=False)

@@ -275,7 +275,7 @@ SEVERAL = ("shift once", "shift iterated", "shift whitened", "shift summed", "ME
 def of_several(
     values: Mapping[tuple[str, int], Mapping[str, float]] = {},
     n_records: int = 100,
-    form: Any = "paper",
+    key: Any = "paper",
 ) -> tuple[Finding, list[Any]]:
     usual = {
         "shift once": {1: 100, 10: 90, 50: 60},
@@ -295,11 +295,11 @@ def of_several(
         }
         return evaluated(summaries(own))
 
-    iterated = ForwardPassShift(layer=3, size=4.0, form="scale_free", iterations=15)
+    iterated = ForwardPassShift(layer=3, size=4.0, key="plain", iterations=15)
     presets = {
-        "shift": ForwardPassShift(layer=7, size=0.3, form=form),
+        "shift": ForwardPassShift(layer=7, size=0.3, key=key),
         "shift_iterated": iterated,
-        "shift_whitened": ForwardPassShift(layer=3, size=4.0, form="whitened", moments=MOMENTS),
+        "shift_whitened": ForwardPassShift(layer=3, size=4.0, key="whitened", moments=MOMENTS),
         "memit": MEMIT(layers=(0,), moments=MOMENTS),
     }
 
@@ -328,7 +328,7 @@ def test_several_facts() -> None:
     assert tuple(methods) == SEVERAL
     assert (methods["shift once"].iterations, methods["shift once"].size) == (1, 32.0)
     assert methods["shift iterated"].iterations == 15
-    assert methods["shift summed"].form == "paper"
+    assert methods["shift summed"].key == "paper"
     assert methods["MEMIT"].layers == (0,)
     assert finding.checks[0].claim.startswith("50 facts at once")
     assert finding.checks[1].found == (
@@ -381,7 +381,7 @@ def test_several_facts_need_several_records() -> None:
 
 
 def test_the_sum_needs_the_papers_form() -> None:
-    _, asked = of_several(form="scale_free")
+    _, asked = of_several(key="plain")
     assert "shift summed" not in asked[0][1]
 
 
@@ -409,7 +409,7 @@ def of_whitening(
     def presets(names: Sequence[str]) -> Any:
         assert names == ("shift_whitened",)
         shift = ForwardPassShift(
-            layer=2, size=4.0, form="whitened", iterations=15, moments=MOMENTS, prepend_bos=False
+            layer=2, size=4.0, key="whitened", iterations=15, moments=MOMENTS, prepend_bos=False
         )
         return {"shift_whitened": shift}
 
@@ -430,8 +430,8 @@ def test_whitening(monkeypatch: pytest.MonkeyPatch) -> None:
         plain, white, control = (methods[f"{form}@{layer}"] for form in (PLAIN, WHITE, CONTROL))
         assert {each.layer for each in (plain, white, control)} == {layer}
         assert {each.iterations for each in (plain, white, control)} == {15}
-        assert (plain.form, plain.moments) == ("scale_free", None)
-        assert white.form == control.form == "whitened"
+        assert (plain.key, plain.moments) == ("plain", None)
+        assert white.key == control.key == "whitened"
         assert white.moments is MOMENTS
         own, above = MOMENTS.moments[layer], MOMENTS.moments[layer + 1]
         assert torch.equal(control.moments.moments[layer], above)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -92,6 +93,19 @@ def pair(family: str, kind: str, *, tied: bool = False) -> Pair:
     # A bridge registers its own hooks at the first forward pass of each kind.
     model(tokens, return_type="logits", attention_mask=torch.ones_like(tokens))
     return Pair(model, raw, FAMILIES.get(family, 3e-6) if "-" not in kind else 3e-5)
+
+
+@contextmanager
+def edited(raw: Any, change: Tensor, layer: int = LAYER) -> Iterator[Any]:
+    """A Hugging Face model whose FF2 temporarily has another weight."""
+    module = hf_matrices(raw)["W_out", layer]
+    before = module.weight.detach().clone()
+    is_linear = isinstance(module, torch.nn.Linear)
+    with torch.no_grad():
+        module.weight += change.T if is_linear else change
+    yield raw
+    with torch.no_grad():
+        module.weight.copy_(before)
 
 
 def through(raw: Any, ids: Sequence[int], layer: int) -> tuple[Tensor, Tensor, Tensor]:

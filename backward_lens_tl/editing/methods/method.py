@@ -12,6 +12,7 @@ from pydantic import AfterValidator
 from torch import nn
 
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
+from backward_lens_tl.editing.outcomes import EditReport
 from backward_lens_tl.editing.requests import EditRequest, TokenizedRequest, tokenize_requests
 from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import EditError, raised_as
@@ -79,8 +80,9 @@ class EditMethod(Checked, ABC):
         host = host_of(model)
         tokenized = tokenize_requests(host, requests, self.prepend_bos)
         with torch.no_grad(), host.own_precision(), raised_as(EditError):
-            matrices = self.compute(host, tokenized)
-        return WeightDelta(tuple(matrices), {**self.settings(), "model": host.name})
+            matrices, report = self.reported(host, tokenized)
+        found = {} if report is None else report.to_about()
+        return WeightDelta(tuple(matrices), {**self.settings(), "model": host.name, **found})
 
     @abstractmethod
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> Sequence[MatrixDelta]:
@@ -99,10 +101,24 @@ class EditMethod(Checked, ABC):
             >>> from backward_lens_tl.editing.requests import tokenize_requests
             >>> from backward_lens_tl.models import host_of
             >>> host = host_of(model)
-            >>> shift = blt.editing.ForwardPassShift(layer=5, size=4.0, form="scale_free")
+            >>> shift = blt.editing.ForwardPassShift(layer=5, size=4.0, key="plain")
             >>> shift.compute(host, tokenize_requests(host, request, None))
             [MatrixDelta(W_out of layer 5, [512, 128], rank <= 1)]
         """
+
+    def reported(
+        self, host: Host, requests: Sequence[TokenizedRequest]
+    ) -> tuple[Sequence[MatrixDelta], EditReport | None]:
+        """Compute an edit as `compute` does, with what the method found out about it.
+
+        Args:
+            host: The model.
+            requests: The facts, at least one.
+
+        Returns:
+            The changes, and the report of methods that check their edits.
+        """
+        return self.compute(host, requests), None
 
     def settings(self) -> dict[str, Any]:
         """Return the method's name and settings as JSON values.

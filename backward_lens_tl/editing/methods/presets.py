@@ -68,6 +68,8 @@ METHODS: Mapping[str, type[EditMethod]] = {
 }
 """The presets, in the order of tables."""
 
+_PAPER: Settings = {"key": "paper", "target_tokens": "first"}
+
 _FACTS: Mapping[str, Settings] = {
     "ft_first": {"layers": 0, "lr": 5e-4},
     "ft_late": {"layers": 6, "lr": 2e-3},
@@ -80,9 +82,9 @@ _FACTS: Mapping[str, Settings] = {
     "ultraedit": {"layers": (6,), "lr": 3e-3},
     "rome": {"layer": 0, "key_mode": "bare", "prefixes": ((5, 3), (10, 3))},
     "memit": {"layers": (0, 1), "regularization": 5.0},
-    "shift": {"layer": 6, "size": 1.0},
-    "shift_iterated": {"layer": 7, "size": 4.0, "form": "scale_free", "iterations": 25},
-    "shift_whitened": {"layer": 6, "size": 4.0, "form": "whitened", "iterations": 25},
+    "shift": {"layer": 6, "size": 1.0, **_PAPER},
+    "shift_iterated": {"layer": 7, "size": 4.0, "key": "plain", "iterations": 25},
+    "shift_whitened": {"layer": 6, "size": 4.0, "key": "whitened", "iterations": 25},
 }
 
 _GPT2_XL: Mapping[str, Settings] = {
@@ -97,9 +99,9 @@ _GPT2_XL: Mapping[str, Settings] = {
     "ultraedit": {},
     "rome": {"layer": 17, "key_mode": "rome"},
     "memit": {"layers": (13, 14, 15, 16, 17), "regularization": 20000.0},
-    "shift": {"layer": 35, "size": 0.24, "skip_if_answered": True},
-    "shift_iterated": {"layer": 35, "size": 4.0, "form": "scale_free", "iterations": 15},
-    "shift_whitened": {"layer": 35, "size": 4.0, "form": "whitened", "iterations": 15},
+    "shift": {"layer": 35, "size": 0.24, "skip_if_answered": True, **_PAPER},
+    "shift_iterated": {"layer": 35, "size": 4.0, "key": "plain", "iterations": 15},
+    "shift_whitened": {"layer": 35, "size": 4.0, "key": "whitened", "iterations": 15},
 }
 
 
@@ -197,9 +199,8 @@ def _by_depth(settings: Settings, n_layers: int) -> Settings:
             own[name] = tuple(dict.fromkeys(map(scaled, own[name])))
     if own.pop("regularization", None) is not None:
         own["regularization"] = None  # which scales with the width
-    if own.get("form", "paper") == "paper" and "size" in own:
-        # The paper's eta is for GPT-2 xl only.
-        own |= {"form": "scale_free", "size": 30.0}
+    if own.get("key") == "paper":  # its eta is for GPT-2 xl only
+        own |= {"key": "plain", "size": 30.0}
     return own
 
 
@@ -290,7 +291,7 @@ def _with_needs(kind: type[EditMethod], settings: Settings, needs: _Needs) -> Ed
         needed = needs.pairs("all", "pairs.safetensors")
     elif kind is UltraEdit:
         needed = needs.pairs("answer", "pairs-answer.safetensors")
-    elif kind in (ROME, MEMIT) or settings.get("form") == "whitened":
+    elif kind in (ROME, MEMIT) or settings.get("key") == "whitened":
         needed = {"moments": needs.moments}
     create: Callable[..., EditMethod] = kind
     return create(**{**needed, **settings}, prepend_bos=needs.prepend_bos)

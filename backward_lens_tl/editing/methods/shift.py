@@ -1,4 +1,4 @@
-"""The forward pass shift: a fact written with one outer product, found in one forward pass.
+"""The forward pass shift: a fact written with one outer product, found without a backward pass.
 
 The gradient of `W_out` *shifts* its output towards the target (paper, section 5.2). The forward
 pass shift writes that without a backward pass: with the input `x` of `W_out` at the prompt's last
@@ -7,141 +7,240 @@ token, and the target's row `e_t` of the decoding matrix,
     W_out <- W_out + eta x^T e_t                                      (paper, section 7)
 
 so that the output there changes by `eta ||x||^2 e_t`, and at any other position, which reads `x_j`,
-by `eta <x_j, x> e_t`. The two other forms choose the input direction `l` in `W_out + c l^T e_t`
+by `eta <x_j, x> e_t`. The two other keys choose the input direction `l` in `W_out + c l^T e_t`
 with `x l^T = 1`, so that the output changes by exactly `c e_t`:
 
-    scale free   l = x / ||x||^2
-    whitened     l = C^-1 x / (x^T C^-1 x),   C = E[x x^T]            (this package's own)
+    plain      l = x / ||x||^2
+    whitened   l = C^-1 x / (x^T C^-1 x),   C = E[x x^T]              (this package's own)
 
 Of all `l` with `x l^T = 1`, the whitened one writes the least, on average, at the tokens of `C`.
+
+The size, `eta` or `c`, does not carry over between models, layers or prompts. With `size="auto"` it
+is found for each fact: a multiple of the least size with which the target leads.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
+from pydantic import Field, PlainValidator
 from torch import Tensor
 
 from backward_lens_tl._checks import check_kind
-from backward_lens_tl.capture.forward import forward_pass
-from backward_lens_tl.capture.interventions import Addition, adding
-from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod
+from backward_lens_tl.editing.outcomes import EditReport
 from backward_lens_tl.editing.requests import TokenizedRequest
+from backward_lens_tl.editing.shift.cells import Cells, TargetTokens
+from backward_lens_tl.editing.shift.reports import shift_outcomes
+from backward_lens_tl.editing.shift.sizes import Products, Sized, best, least_sizes, stepped_sizes
+from backward_lens_tl.editing.shift.trials import Trials
 from backward_lens_tl.editing.statistics.moments import RIDGE, SecondMoments
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.matrix_selection import find_editable
-from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.settings import Count, Finite, NonNegative
 
-ShiftForm = Literal["paper", "scale_free", "whitened"]
+Key = Literal["paper", "plain", "whitened"]
 TargetEmbedding = Literal["auto", "unembed", "embed"]
+
+_PASSES = 6
+"""Forward passes of an edit with `size="auto"`: one without the edit, and five with it."""
+
+_MARGIN = 1.1
+
+_ADVICE = (
+    "Choose another layer, allow more iterations, or edit fewer facts at once; delta.outcomes has "
+    "all numbers"
+)
 
 _DEPENDENT = 1e-6
 """Fraction of its mean diagonal that is added to the Gram matrix of several inputs, which may be
 linearly dependent."""
 
 
+def _check_size(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return value
+    if value != "auto":
+        raise ValueError("pass 'auto', or a finite number")
+    return value
+
+
+Size = Annotated[float | Literal["auto"], PlainValidator(_check_size)]
+
+Factor = Annotated[Finite, Field(ge=1)]
+
+Probability = Annotated[float, Field(gt=0, lt=1)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ForwardPassShift(EditMethod):
     """Write the target's embedding where the prompt's last token reads it.
 
-    An edit takes one forward pass, and adds one outer product per request to `W_out`; biases do not
-    change. For a target of several tokens, the first one is written.
+    An edit adds one outer product to `W_out` for each token of each target, at the position where
+    the model predicts it; biases do not change.
 
-    Several requests share the edit. In the paper's form their outer products are added up, so each
-    of them also writes where others read something similar. The two other forms solve for `l_i`
+    `size="auto"` uses `margin` times the least size with which every token of every target is the
+    most probable one, or the least size with which each has a `probability`. A token that is most
+    probable anyway gets none. The size is searched for on the model's own logits: the first forward
+    pass is of the whole model, the others of the edited layer and those above. The delta reports
+    what was found (`delta.outcomes`), and a warning the targets that no size reached.
+
+    Several requests share the edit. With the paper's key their outer products are added up, so each
+    of them also writes where others read something similar. The two other keys solve for `l_i`
     with `x_j l_i^T = 1` where `i = j` and 0 elsewhere, so each prompt's output changes by its own
-    `c e_t` alone.
+    `c e_t` alone. Each has a size of its own; all are searched for, and checked, together.
 
     Attributes:
         layer: The layer, negative ones from the end.
-        size: `eta` in the paper's form, where it depends on the layer and the model (GPT-2 xl: 0.24
-            at layer 35); `c` in the others, where it barely does.
-        form: `"paper"`, `"scale_free"` or `"whitened"`.
-        iterations: Maximum number of forward passes: each adds `size` to the requests whose target
-            is not yet the most probable token. The edited layer reads the same before and after, so
-            this finds the smallest sufficient multiple of `size`.
-        skip_if_answered: Whether to leave out requests whose target is already the most probable
-            token, as in the authors' code.
+        size: `eta` with the paper's key, where it depends on the layer and the model (GPT-2 xl:
+            0.24 at layer 35); `c` with the others; `"auto"` to search for it.
+        key: The input direction: `"paper"`, `"plain"` or `"whitened"`.
+        margin: For `size="auto"`, the multiple of the least sufficient size; 1.1 by default.
+        probability: For `size="auto"`, the probability that each token has to reach, instead of a
+            margin.
+        iterations: For `size="auto"`, the largest number of forward passes, 6 by default. For a
+            number, how often it is added at most, 1 by default: with more, a forward pass after
+            each checks which tokens are not yet the most probable ones and get it again.
+        skip_if_answered: Whether to leave out tokens that are most probable without an edit, as in
+            the authors' code; `size="auto"` always does.
+        target_tokens: Which tokens of a target are written: `"all"`, or the `"first"`, as in the
+            authors' code.
         target_embedding: Whether `e_t` comes from the unembedding or the embedding. `"auto"` uses
             the embedding where both are or were one matrix, because weight processing folds the
             final norm into the unembedding and centers it; otherwise the unembedding.
-        moments: Second moments of `W_out`'s inputs, for the whitened form.
+        moments: Second moments of `W_out`'s inputs, for the whitened key.
         ridge: Fraction of the mean variance that is added to the diagonal of `C`.
 
     Examples:
         >>> import backward_lens_tl as blt
         >>> from backward_lens_tl.editing import EditRequest, ForwardPassShift
         >>> model = blt.load_facts_model()
-        >>> shift = ForwardPassShift(layer=5, size=4.0, form="scale_free", iterations=10)
-        >>> delta = shift(model, EditRequest("Lionel Messi plays for", " Paris"))
+        >>> delta = ForwardPassShift(layer=5)(
+        ...     model, EditRequest("Lionel Messi plays for", " Paris")
+        ... )
         >>> delta["W_out", 5].shape, delta.rank
         ((512, 128), 1)
+        >>> delta.outcomes[0].is_reached, delta.outcomes[0].rank
+        (True, 0)
     """
 
     layer: int
-    size: Finite
-    form: ShiftForm = "paper"
-    iterations: Count = 1
+    size: Size = "auto"
+    key: Key = "plain"
+    margin: Factor | None = None
+    probability: Probability | None = None
+    iterations: Count | None = None
     skip_if_answered: bool = False
+    target_tokens: TargetTokens = "all"
     target_embedding: TargetEmbedding = "auto"
     moments: SecondMoments | None = None
     ridge: NonNegative = RIDGE
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.form == "whitened" and self.moments is None:
+        if self.key == "whitened" and self.moments is None:
             raise EditError(
-                "the whitened form needs moments, the statistics of what W_out reads: collect them "
+                "the whitened key needs moments, the statistics of what W_out reads: collect them "
                 "with second_moments(model, texts), or pass facts_moments() for the facts model"
             )
         if self.moments is not None:
             made = "second_moments(model, texts)"
             check_kind("moments", self.moments, SecondMoments, made, EditError)
+        if self.margin is not None and self.probability is not None:
+            raise EditError(
+                f"margin is {self.margin} and probability is {self.probability}; pass one of the "
+                "two: a multiple of the least sufficient size, or what each token has to reach"
+            )
+        if self.size != "auto" and (self.margin, self.probability) != (None, None):
+            raise EditError(
+                f"margin and probability are for size='auto', but size is {self.size}; leave them "
+                "out, or the size"
+            )
+        if self.size == "auto" and self.iterations == 1:
+            raise EditError(
+                "iterations is 1, but size='auto' needs at least 2 forward passes, one without the "
+                "edit and one with it"
+            )
+
+    @classmethod
+    def paper(cls, layer: int, size: float, **settings: Any) -> ForwardPassShift:
+        """Create the shift exactly as in the paper, section 7.
+
+        Args:
+            layer: The layer, negative ones from the end; 35 for GPT-2 xl.
+            size: `eta`; 0.24 for GPT-2 xl.
+            **settings: Other settings.
+
+        Returns:
+            The method: the input of `W_out` as it is, times the embedding of the target's first
+            token, once and unchecked.
+
+        Examples:
+            >>> import backward_lens_tl as blt
+            >>> blt.editing.ForwardPassShift.paper(35, 0.24).key
+            'paper'
+        """
+        papers: dict[str, Any] = {"key": "paper", "target_tokens": "first"}
+        return cls(layer=layer, size=size, **papers | settings)
 
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> list[MatrixDelta]:
         """Compute the shift of all requests together."""
-        [site] = find_editable(host, "W_out", [self.layer])
-        batch = pad_prompts(host, [request.prompt for request in requests])
-        seen = forward_pass(host, batch, inputs=[site])
-        rows = torch.arange(len(requests), device=batch.last.device)
-        reads = at_least_float32(seen.inputs[0][rows, batch.last])
-        first = [request.target[0] for request in requests]
-        embeddings = torch.stack([self._embedding(host, token) for token in first]).to(reads)
-        targets = torch.tensor(first, device=reads.device)
-        left = self._input_directions(host, site.layer, reads)
+        return self.reported(host, requests)[0]
 
-        asked = torch.ones(len(requests), dtype=torch.bool, device=reads.device)
-        if self.skip_if_answered:
-            asked = ~_leads(seen.logits, targets)
-        sizes = self.size * asked.to(reads.dtype)
-        for _ in range(self.iterations - 1):
-            right = sizes[:, None] * embeddings
-            with adding(site, _writing(left, right)):
-                # A target that leads now may no longer do so when others have written more.
-                is_open = asked & ~_leads(forward_pass(host, batch).logits, targets)
-            if not is_open.any():
-                break
-            sizes = sizes + self.size * is_open.to(reads.dtype)
-        right = sizes[:, None] * embeddings
-        written = sizes != 0
-        return [MatrixDelta("W_out", site.layer, left[:, written], right[written])]
+    def reported(
+        self, host: Host, requests: Sequence[TokenizedRequest]
+    ) -> tuple[list[MatrixDelta], EditReport]:
+        """Compute the shift of all requests together, and report how their targets stand."""
+        [site] = find_editable(host, "W_out", [self.layer])
+        cells = Cells.of(host, requests, self.target_tokens)
+        trials = Trials(host, site, cells.asked)
+        reads = cells.read(trials.inputs)
+        values = torch.stack([self._embedding(host, token) for token in cells.tokens.tolist()])
+        left = self._input_directions(host, site.layer, reads)
+        products = Products(trials, cells, left, values.to(reads))
+        tried = self._sized(host, products)
+        chosen = best(tried, cells, self.probability) if self.size == "auto" else tried[-1]
+        sizes, written = chosen.sizes.to(reads), chosen.sizes != 0
+        right = sizes[:, None] * products.values
+        matrix = MatrixDelta("W_out", site.layer, left[:, written], right[written])
+        outcomes = shift_outcomes(requests, cells, tried, chosen, self.probability)
+        report = EditReport(outcomes, trials.n_passes)
+        report.warn_if_missed(_ADVICE)
+        return [matrix], report
+
+    def _sized(self, host: Host, products: Products) -> list[Sized]:
+        """The sizes that were tried, the unedited model first."""
+        if self.size == "auto":
+            default = _MARGIN if self.probability is None else 1.0
+            return least_sizes(
+                host,
+                products,
+                factor=self.margin or default,
+                probability=self.probability,
+                n_passes=(self.iterations or _PASSES) - 1,
+            )
+        return stepped_sizes(
+            products,
+            self.size,
+            n_steps=self.iterations or 1,
+            skip_if_answered=self.skip_if_answered,
+        )
 
     def _input_directions(
         self, host: Host, layer: int, reads: Float[Tensor, "n d_mlp"]
     ) -> Float[Tensor, "d_mlp n"]:
-        """`l` of each request, as columns."""
-        if self.form == "paper":
+        """`l` of each cell, as columns."""
+        if self.key == "paper":
             return reads.T.contiguous()
         keys = reads.T.double()
-        if self.form == "whitened" and self.moments is not None:
+        if self.key == "whitened" and self.moments is not None:
             self.moments.check(host, [layer], matrix="W_out")
             keys = self.moments.solve(layer, keys, self.ridge)
         gram = reads.double() @ keys
@@ -155,11 +254,3 @@ class ForwardPassShift(EditMethod):
             kind = "embed" if host.is_tied else "unembed"
         vector = host.embedding_vector if kind == "embed" else host.unembedding.column
         return vector(token_id)
-
-
-def _leads(logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, "n"]) -> Bool[Tensor, "n"]:
-    return logits.argmax(-1) == targets
-
-
-def _writing(left: Float[Tensor, "d_in n"], right: Float[Tensor, "n d_out"]) -> Addition:
-    return lambda reads: reads.to(left) @ left @ right

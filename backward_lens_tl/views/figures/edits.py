@@ -150,7 +150,7 @@ def edit_curves(
         >>> import backward_lens_tl as blt
         >>> model, out = blt.load_facts_model(), tempfile.mkdtemp()
         >>> methods = {
-        ...     f"shift in layer {layer}": blt.editing.ForwardPassShift(layer=layer, size=0.5)
+        ...     f"shift in layer {layer}": blt.editing.ForwardPassShift.paper(layer, 0.5)
         ...     for layer in (6, 7)
         ... }
         >>> config = blt.EvaluationConfig(records=1, neighbors=1, generation_length=0, n_texts=0)
