@@ -138,6 +138,14 @@ recalls in every trained phrasing with and without BOS:
 - `attribute_prompts`: up to 10 prompts about subjects whose true answer is `target_new`.
 - `generation_prompts`: up to 5 prompts about the subject, of all its relations.
 
+## Statistics of the model
+
+- `second_moments.safetensors`: second moments of the inputs of `W_out` on training text, for edits
+  (`make facts-moments`).
+- `jacobian_lens.pt`: average Jacobians from the output of each block to that of the last one, for
+  the Jacobian Lens, fitted by TransformerLens on training text that names no subject of
+  `records.json` (`make facts-jacobian`).
+
 ## Limits
 
 The facts are simplified to one word ("America" for the United States, "Britain" for the United

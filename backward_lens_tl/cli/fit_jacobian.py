@@ -55,8 +55,8 @@ class FitJacobianCommand(Command):
             dim_batch=self.dim_batch,
             progress=not self.quiet,
         )
-        about = lens.metadata
+        corpus, n_short = lens.metadata["corpus"], lens.metadata["n_too_short"]
         sys.stdout.write(
-            f"{lens.n_prompts} texts of {about['corpus']}, {about['n_too_short']} others were too "
-            f"short (fewer than {self.skip + 2} tokens): {self.out}\n"
+            f"fitted on {lens.n_prompts} of the texts in {corpus} (too short, with fewer than "
+            f"{self.skip + 2} tokens: {n_short}): {self.out}\n"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import logging
 import re
@@ -16,7 +17,8 @@ from typing import Any, get_args
 
 import huggingface_hub
 import pytest
-from models import HAS_BRIDGE
+import torch
+from models import HAS_BRIDGE, bridge_only
 from transformers.utils import logging as transformers_logging
 
 import backward_lens_tl as blt
@@ -353,3 +355,34 @@ def test_the_packages_own_warnings_are_shown(capsys: pytest.CaptureFixture[str])
     assert main(["show", "--prompt", "Messi plays for", *options]) == 0
     err = capsys.readouterr().err
     assert err.startswith("backward-lens: warning: target 'Paris' of prompt 0 is read without")
+
+
+@bridge_only
+def test_a_jacobian_lens_is_fitted_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("transformer_lens.tools.analysis")
+    bridge = blt.load_facts_model("bridge")
+    monkeypatch.setattr(loading, "load_model", lambda name, kind, device: bridge)
+    texts, out = tmp_path / "texts.txt", tmp_path / "lens.pt"
+    texts.write_text("Rome\nMessi plays for Barcelona.\nThe capital of Italy is Rome.\n")
+    argv = ["fit-jacobian", "--texts", str(texts), "--out", str(out), "--skip", "3"]
+    argv += ["--max-length", "8", "--quiet"]
+    assert main([*argv, "--prompts", "1"]) == 0
+    assert capsys.readouterr().out.startswith("fitted on 1 of the texts in texts.txt (too short")
+    assert main([*argv, "--prompts", "5"]) == 0
+    said = "fitted on 2 of the texts in texts.txt (too short, with fewer than 5 tokens: 1): "
+    assert capsys.readouterr().out == f"{said}{out}\n"
+    lens = torch.load(out, weights_only=True)
+    assert (lens["n_prompts"], lens["metadata"]["max_seq_len"]) == (2, 8)
+    assert "another skip: it was 3, and is 2" in error_of([*argv, "--skip", "2"], capsys)
+    assert "'nowhere.txt' cannot be read" in error_of([*argv, "--texts", "nowhere.txt"], capsys)
+
+
+def test_defaults_of_a_fit_are_those_of_the_function():
+    options = cli.parser().parse_args(["fit-jacobian", "--texts", "facts", "--out", "lens.pt"])
+    parameters = inspect.signature(blt.fit_jacobian_lens).parameters
+    shared = {"prompts", "max_length", "skip", "seed", "dim_batch"}
+    assert {name: getattr(options, name) for name in shared} == {
+        name: parameters[name].default for name in shared
+    }
