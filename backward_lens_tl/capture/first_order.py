@@ -26,9 +26,9 @@ from torch.autograd import forward_ad
 from backward_lens_tl.capture.batching import microbatch_size, plan_microbatches
 from backward_lens_tl.capture.forward import selected_logits
 from backward_lens_tl.capture.interventions import adding_at, requiring_grad
-from backward_lens_tl.capture.memory import Memory
+from backward_lens_tl.capture.memory import Memory, is_lack_of_memory
 from backward_lens_tl.capture.prompts import PromptBatch
-from backward_lens_tl.errors import ModelStateError
+from backward_lens_tl.errors import ModelStateError, UnsupportedModelError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.hooks import hooked
 from backward_lens_tl.models.precision import at_least_float32
@@ -44,6 +44,16 @@ _BLOCKS = 2
 _GRAPHS = 4
 """Memory of a forward pass with tangents, and of a double backward pass, in units of what autograd
 keeps: of one block, and of all blocks."""
+
+_TOLERANCE = 1e-4
+_ROUNDINGS = 16
+"""Errors of a product that may be rounding, relative to its factors and in `eps`."""
+
+_NO_FORMULA = (
+    "an operator in this forward pass has no formula for forward-mode differentiation and cannot "
+    "be differentiated twice either; load the Hugging Face model with attn_implementation='eager', "
+    "or remove hooks that use such an operator"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +112,13 @@ def first_order_changes(
 
     Raises:
         ModelStateError: If a change is not finite.
+        UnsupportedModelError: If an operator cannot be differentiated in either way.
     """
-    yield from _changes(host, batch, added, range(len(added)), memory, _forward_mode)
+    if not added:
+        return
+    # Vectors of late layers share passes, in which the early layers have no tangents to compute.
+    by_layer = sorted(range(len(added)), key=lambda index: added[index].site.layer)
+    yield from _changes(host, batch, added, by_layer, memory, _forward_mode)
 
 
 def _changes(
@@ -175,7 +190,7 @@ def _pass_changes(
             lambda extra: _outputs(host, part, own, extra), at_least_float32(vectors).to(device)
         )
     kept = torch.tensor([each is not None for each in own], device=device)
-    stream, logits, logits_before = (each[kept] for each in (*changes, before[1]))
+    stream, logits, logits_before = (at_least_float32(each[kept]) for each in (*changes, before[1]))
     # A padded vocabulary may have logits of minus infinity, which do not change.
     logits = logits.masked_fill(~logits_before.isfinite(), 0)
     _check_finite(with_vector, stream, logits)
@@ -226,7 +241,7 @@ def _outputs(
         points = [final] if host.unembedding.norm is None else []
         logits = selected_logits(host, part, select, points)[:, 0]
     stream = select(streams[0].reshape(*part.mask.shape, -1))[:, 0]
-    return at_least_float32(stream).to(logits.device), logits
+    return stream.to(logits.device), logits
 
 
 def _by_head(
@@ -258,13 +273,42 @@ def _double_backward(run: _Run, vectors: Float[Tensor, "row d_model"]) -> tuple[
     with torch.enable_grad():
         extra = torch.zeros_like(vectors, requires_grad=True)
         outputs = run(extra)
-        upstream = [torch.zeros_like(output, requires_grad=True) for output in outputs]
-        [vjp] = torch.autograd.grad(outputs, extra, upstream, create_graph=True)
-        of_stream, of_logits = torch.autograd.grad(
-            vjp, upstream, vectors, allow_unused=True, materialize_grads=True
+        # The VJP is linear in what it is computed from, so any numbers do, zeros too. These show
+        # whether its derivative is right.
+        upstream = [_uneven(output).requires_grad_() for output in outputs]
+        [vjp] = torch.autograd.grad(
+            outputs, extra, upstream, create_graph=True, allow_unused=True, materialize_grads=True
         )
-    stream, logits = (output.detach() for output in outputs)
+        changes = [torch.zeros_like(output) for output in outputs]
+        if vjp.requires_grad:  # not where a hook of the caller cuts the connection
+            try:
+                changes = list(torch.autograd.grad(vjp, upstream, vectors))
+            except RuntimeError as error:
+                if is_lack_of_memory(error):
+                    raise
+                raise UnsupportedModelError(_NO_FORMULA) from error
+    _check_twice(vjp.detach(), vectors, upstream, changes)
+    (stream, logits), (of_stream, of_logits) = (output.detach() for output in outputs), changes
     return (stream, logits), (of_stream, of_logits)
+
+
+def _uneven(like: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+    """Numbers from `1/e` to `e`, without the symmetries of a norm."""
+    return torch.linspace(-1, 1, like.shape[-1]).exp().to(like).expand(like.shape).clone()
+
+
+def _check_twice(
+    vjp: Float[Tensor, "row d_model"],
+    vectors: Float[Tensor, "row d_model"],
+    upstream: Sequence[Tensor],
+    changes: Sequence[Tensor],
+) -> None:
+    """Raise unless `u . (J v) = (J^T u) . v`: autograd may drop what it can differentiate once."""
+    tolerance = max(_TOLERANCE, _ROUNDINGS * torch.finfo(upstream[0].dtype).eps)
+    found = sum((u.detach() * change).sum(-1) for u, change in zip(upstream, changes, strict=True))
+    room = tolerance * vjp.norm(dim=-1) * vectors.norm(dim=-1)
+    if bool(((found - (vjp * vectors).sum(-1)).abs() > room).any()):
+        raise UnsupportedModelError(_NO_FORMULA)
 
 
 def _as_it_is(values: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -11,17 +10,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from backward_lens_tl.capture import predictions
-from backward_lens_tl.capture.forward import forward_pass
-from backward_lens_tl.capture.interventions import adding_at
+from backward_lens_tl.capture.first_order import AddedVector, first_order_changes
+from backward_lens_tl.capture.memory import Memory
 from backward_lens_tl.capture.objectives import target_nll
 from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.matrix_selection import find_editable
-from backward_lens_tl.models.sites import HookPointSite
-
-_STEP = 0.01
-"""Length of an added vector as a fraction of the stream's: small, but far above rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,34 +85,28 @@ def prompt_vjps(
 def carried(
     host: Host, prompt: PromptVjps, vectors: Float[Tensor, "layer d_model"]
 ) -> Float[Tensor, "layer d_model"]:
-    """Add a vector to the output of each layer's `W_out`, and measure the last residual stream.
-
-    This is the product of the vector with the Jacobian of the later layers, as a finite difference:
-    each vector is scaled to 1 % of the stream's length where it is added.
+    """Add a vector to the output of each layer's `W_out`, and compute the last residual stream.
 
     Args:
         host: The model.
         prompt: The prompt whose forward pass carries the vectors, at its last token.
-        vectors: One vector per layer.
+        vectors: One vector per layer. Each is scaled to the stream's length where it is added.
 
     Returns:
-        The change of the last residual stream at the last token, one row per layer. Only directions
-        matter to a reading.
+        The change of the last residual stream at the last token to first order, one row per layer.
+        Only directions matter to a reading.
     """
-    n_layers = len(vectors)
-    batch = pad_prompts(host, [prompt.tokens] * (n_layers + 1))  # the last row stays unchanged
-    last = [len(prompt.tokens) - 1] * (n_layers + 1)
-    lengths = _STEP * prompt.stream.norm(dim=-1, keepdim=True)
-    steps = lengths * vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-    final = HookPointSite("the last residual stream", host.unembedding.input, _as_it_is)
-    with ExitStack() as hooks:
-        for layer, site in enumerate(find_editable(host, "W_out", None)):
-            added = torch.zeros(n_layers + 1, steps.shape[-1], device=batch.tokens.device)
-            added[layer] = steps[layer]
-            hooks.enter_context(adding_at(site.output, batch, last, added))
-        seen = forward_pass(host, batch, points=[final])
-    stream = seen.points[0][:, -1]
-    return stream[:-1] - stream[-1]
+    lengths = prompt.stream.norm(dim=-1, keepdim=True)
+    scaled = lengths * vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    last = len(prompt.tokens) - 1
+    added = [
+        AddedVector(site, 0, last, last, vector)
+        for site, vector in zip(find_editable(host, "W_out", None), scaled, strict=True)
+    ]
+    found = torch.zeros_like(scaled)
+    for changes in first_order_changes(host, pad_prompts(host, [prompt.tokens]), added, Memory()):
+        found[list(changes.indices)] = changes.stream
+    return found
 
 
 def target_ranks(
@@ -131,7 +120,3 @@ def target_ranks(
 def mean_of_others(scores: Float[Tensor, "prompt *rest"]) -> Float[Tensor, "prompt *rest"]:
     """The mean over all other prompts."""
     return (scores.sum(0) - scores) / (len(scores) - 1)
-
-
-def _as_it_is(values: Tensor) -> Tensor:
-    return values
