@@ -197,6 +197,23 @@ def test_a_model_in_half_precision(device: str, kind: str, dtype: torch.dtype) -
 # ------------------------------------------------------------------------------------------- memory
 
 
+def test_a_fit_begun_on_the_cpu_continues_on_the_device(device: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformer_lens.tools.analysis")
+    on_the_cpu, on_the_device = (blt.load_facts_model("bridge", where) for where in ("cpu", device))
+    settings: dict[str, Any] = {"skip": 4, "seed": None, "progress": False}
+    whole, continued = tmp_path / "whole.pt", tmp_path / "continued.pt"
+    expected = blt.fit_jacobian_lens(on_the_cpu, "facts", whole, prompts=2, **settings)
+    blt.fit_jacobian_lens(on_the_cpu, "facts", continued, prompts=1, **settings)
+    found = blt.fit_jacobian_lens(on_the_device, "facts", continued, prompts=2, **settings)
+    assert found.metadata == expected.metadata
+    for layer, matrix in expected.jacobians.items():
+        assert relative_error(found.jacobians[layer], matrix) < FLOAT32
+    alone = blt.fit_jacobian_lens(
+        on_the_device, "facts", tmp_path / "device.pt", prompts=1, **settings
+    )
+    assert alone.metadata["dim_batch"] == (16 if device == "cpu" else 128)
+
+
 def test_factors_kept_on_the_cpu(pair: tuple[Case, nn.Module], device: str) -> None:
     case, model = pair
     plain, found = (

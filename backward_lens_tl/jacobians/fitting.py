@@ -93,8 +93,8 @@ def fit_jacobian_lens(
         JacobianLensError: If no text is long enough, `out` holds another fit, or a setting is not
             usable.
         UnsupportedModelError: If TransformerLens cannot fit a lens on the model.
-        ModelStateError: If the weights were processed, or the model is in another state in which
-            the result would be wrong.
+        ModelStateError: If the weights were processed, the model has hooks, or it is in another
+            state in which the result would be wrong.
 
     Examples:
         >>> import tempfile
@@ -132,7 +132,7 @@ def fit_jacobian_lens(
         about={
             WEIGHTS: host.fingerprint(),
             "prepend_bos": bool(getattr(host.model.cfg, "default_prepend_bos", True)),
-            "seed": seed,
+            "seed": None if seed is None else int(seed),
             "versions": {name: version(name) for name in _DISTRIBUTIONS},
         },
     )
@@ -180,7 +180,7 @@ class _Fit:
                     f"{metadata.get(entry)!r}, and is {now!r}. Resume it with the original "
                     "values, or choose another file"
                 )
-        if n > len(self.corpus.texts) or metadata[_TEXTS] != self.corpus.fingerprint(n):
+        if metadata[_TEXTS] != self.corpus.fingerprint(n):
             raise JacobianLensError(
                 f"{name} holds a fit on {n} prompts, which are not the first of the "
                 f"{len(self.corpus.texts)} that are asked for. Pass the same texts and at least "
@@ -267,6 +267,12 @@ def _checked_host(model: nn.Module) -> Host:
         raise ModelStateError(
             f"the weights of {host.name!r} were processed, which changes the residual stream that "
             f"a Jacobian Lens is fitted on. {advice}"
+        )
+    if host.hooked_modules:
+        raise ModelStateError(
+            f"{host.name!r} has hooks, so the lens would be one of the model with these hooks, "
+            "which its file cannot record; remove them with model.reset_hooks(), or fit outside "
+            "model.hooks(...)"
         )
     return host
 

@@ -402,6 +402,16 @@ def test_processed_weights_are_refused(tmp_path: Path) -> None:
         fit(model, tmp_path / "lens.pt")
 
 
+def test_a_model_with_hooks_is_refused(small: Case, tmp_path: Path) -> None:
+    hooks = [("blocks.1.hook_out", lambda activation, hook: 2 * activation)]
+    with (
+        small.model.hooks(fwd_hooks=hooks),
+        pytest.raises(ModelStateError, match="has hooks, so the lens would be one of the model"),
+    ):
+        fit(small.model, tmp_path / "lens.pt")
+    fit(small.model, tmp_path / "lens.pt", prompts=1)
+
+
 def test_what_transformerlens_refuses_is_passed_on(small: Case, tmp_path: Path) -> None:
     small.model.original_model.train()
     for module in small.model.original_model.modules():
