@@ -144,6 +144,7 @@ def backward_lens(
     for lens in projections.values():
         if isinstance(lens, CarriedLens):
             lens.check_blocks(blocks.values())
+            lens.check_matrices(dict.fromkeys(matrix for matrix, _ in blocks), vjps_at)
     places = select_positions(positions, plan.batch.mask)
     grids = {name: ReadoutGrid(plan.layers, places, plan.kept_on) for name in projections}
     reader = _Reader(

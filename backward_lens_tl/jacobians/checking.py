@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from backward_lens_tl.errors import JacobianLensError
-from backward_lens_tl.jacobians.average import Jacobians
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from backward_lens_tl.errors import JacobianLensError, warn
+from backward_lens_tl.jacobians.agreement import agreement
+from backward_lens_tl.jacobians.average import WEIGHTS, Jacobians
 from backward_lens_tl.models import Host
+
+_CHECKED: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Jacobians, None]] = WeakKeyDictionary()
 
 
 def check_fits(jacobians: Jacobians, host: Host) -> None:
-    """Refuse a lens that was fitted on another model.
+    """Refuse a lens that was fitted on another model; each pair of both is checked once.
+
+    While hooks of the caller are on the model, which would see the text of the probe, only the
+    sizes and the recorded name are compared, with a warning.
 
     Args:
         jacobians: The matrices of the lens.
@@ -16,10 +26,23 @@ def check_fits(jacobians: Jacobians, host: Host) -> None:
 
     Raises:
         JacobianLensError: If the lens has another width, a layer that the model lacks, or another
-            last layer, or records another model.
+            last layer, records another model, or does not agree with the model's Jacobians.
     """
     check_sizes(jacobians, host)
+    checked = _CHECKED.setdefault(host.model, WeakKeyDictionary())
+    if jacobians in checked:
+        return
     _check_name(jacobians, host)
+    if host.hooked_modules:
+        warn(
+            f"the Jacobian Lens was not compared with {host.name!r}, because hooks are on the "
+            "model; read a vector with this lens once before they are added"
+        )
+        return
+    if host.n_layers > 1:
+        agreement(jacobians, host).check(host.name)
+    _check_weights(jacobians, host)
+    checked[jacobians] = None
 
 
 def check_sizes(jacobians: Jacobians, host: Host) -> None:
@@ -66,3 +89,19 @@ def _check_name(jacobians: Jacobians, host: Host) -> None:
 def _short(name: str) -> str:
     """A model's name without the folder or the organisation, as HookedTransformer writes it."""
     return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2].casefold()
+
+
+def _check_weights(jacobians: Jacobians, host: Host) -> None:
+    """Warn if the model has other weights than those that a fit recorded."""
+    recorded = jacobians.metadata.get(WEIGHTS)
+    # A fit is made on a bridge with raw weights. Other classes, dtypes and processed weights have
+    # other fingerprints.
+    fitted_as = jacobians.metadata.get("fit_dtype"), jacobians.metadata.get("model_system")
+    own = str(host.model.W_U.dtype).removeprefix("torch."), type(host.model).__name__
+    if recorded is None or fitted_as != own or host.processed_matrices:
+        return
+    if recorded != host.fingerprint():
+        warn(
+            f"the Jacobian Lens was fitted on {host.name!r} with other weights, such as before an "
+            "edit or fine-tuning; its averages may be slightly off"
+        )

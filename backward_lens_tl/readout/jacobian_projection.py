@@ -27,12 +27,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from backward_lens_tl._checks import check_choice
-from backward_lens_tl.choices import Lens
+from backward_lens_tl.choices import Lens, VjpsAt
 from backward_lens_tl.errors import JacobianLensError
 from backward_lens_tl.jacobians.average import FittedLens, Jacobians
 from backward_lens_tl.jacobians.checking import check_fits, check_sizes
 from backward_lens_tl.jacobians.loading import load_jacobians
+from backward_lens_tl.jacobians.stream import has_post_norms
 from backward_lens_tl.models import Host
+from backward_lens_tl.models.sites import WRITING_MATRICES
 from backward_lens_tl.readout.projections import LENSES, LogitLens
 
 JACOBIAN_LENS = "jacobian_lens"
@@ -138,7 +140,7 @@ class CarriedLens:
 
     def __init__(self, host: Host, jacobians: Jacobians, lens: LogitLens, name: str) -> None:
         self.jacobians, self.lens, self.name = jacobians, lens, name
-        self._last = host.n_layers - 1
+        self._host, self._last = host, host.n_layers - 1
 
     def project(
         self, vectors: Float[Tensor, "n d_model"], layer: int
@@ -164,6 +166,24 @@ class CarriedLens:
         self.check_blocks([block])
         source = max(block, 0)
         return vectors if source == self._last else self.jacobians.times(vectors, source)
+
+    def check_matrices(self, matrices: Iterable[str], vjps_at: VjpsAt) -> None:
+        """Refuse vectors that are not at the residual stream.
+
+        Args:
+            matrices: The matrices that read or write them.
+            vjps_at: Where vectors of matrices that write are taken.
+
+        Raises:
+            JacobianLensError: If a norm comes between the matrix and the stream.
+        """
+        writing = [matrix for matrix in matrices if matrix in WRITING_MATRICES]
+        if vjps_at == "matrix" and writing and has_post_norms(self._host):
+            raise JacobianLensError(
+                f"a norm follows {' and '.join(writing)} in this model, and the Jacobian Lens "
+                "reads vectors of the residual stream; pass vjps_at='residual' to backward_lens, "
+                "which reads VJPs after that norm"
+            )
 
     def check_blocks(self, blocks: Iterable[int]) -> None:
         """Refuse blocks that the lens has no matrix for.

@@ -21,6 +21,7 @@ from backward_lens_tl.models.matrix_selection import resolve_layer
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.sites import MATRIX_NAMES
 from backward_lens_tl.models.vocabulary import Vocabulary
+from backward_lens_tl.readout.jacobian_projection import CarriedLens
 from backward_lens_tl.readout.projections import reads_layers_alike
 from backward_lens_tl.readout.readout import join_readouts
 from backward_lens_tl.readout.requested import ProjectionLike, as_projection, name_of
@@ -186,7 +187,11 @@ def read_vectors(
             "the vectors come from"
         )
     index = 0 if layer is None else resolve_layer(layer, host.n_layers)
-    block = index if matrix is None else block_of(host, matrix, index)
+    block = index
+    if matrix is not None:
+        block = block_of(host, matrix, index)
+        if isinstance(lens, CarriedLens):
+            lens.check_matrices([matrix], "matrix")
     rows = _checked_rows(vectors, host.d_model)
     lead = vectors.shape[:-1]
     targets = _target_ids(target, multi_token, lead, host.vocabulary)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from architectures import FAMILIES, NotAvailable, build_model
 from jacobian_cases import OwnLens, identity_lens, random_lens
-from models import HAS_BRIDGE, Case, attention_only_model, bridge_only, hooked_only
+from models import HAS_BRIDGE, HAS_HOOKED, Case, attention_only_model, hooked_only
 
 import backward_lens_tl as blt
 from backward_lens_tl.errors import InputError, JacobianLensError
-from backward_lens_tl.jacobians.stream import block_of
+from backward_lens_tl.jacobians.stream import block_of, is_parallel
 from backward_lens_tl.models import host_of
+from backward_lens_tl.models.hooks import hooked
+from backward_lens_tl.models.sites import MatrixSite
 from backward_lens_tl.readout.readout import Readout
 
 FIELDS = ("top_ids", "top_scores", "bottom_ids", "bottom_scores", "target_rank", "is_faint")
@@ -39,7 +43,9 @@ def unchecked(lens: OwnLens, projection: Any = "logit_lens") -> blt.JacobianProj
 def test_identities_give_the_plain_lens_bit_for_bit(case: Case, projection: Any) -> None:
     identity = unchecked(identity_lens(case.model, case.dtype), projection)
     plain, carried = (
-        blt.backward_lens(case.model, PROMPTS, " the", matrices="all", projection=each)
+        blt.backward_lens(
+            case.model, PROMPTS, " the", matrices="all", projection=each, vjps_at="residual"
+        )
         for each in (projection, identity)
     )
     assert carried.projection == identity.name != plain.projection
@@ -123,15 +129,68 @@ def test_each_matrix_has_the_jacobian_of_its_point_of_the_stream(one_gpt2: Case)
         assert torch.allclose(read.top_scores[own], expected.topk(10).values, atol=1e-9)
 
 
-@bridge_only
-def test_parallel_blocks_are_read_before_both_halves() -> None:
-    from architectures import build_model
+@pytest.mark.parametrize("family", ["gptj", "gpt2"])
+def test_parallel_blocks_are_read_before_both_halves(family: str) -> None:
+    host = host_of(built(family, "hooked" if HAS_HOOKED else "bridge"))
+    before = family == "gptj"
+    for matrix, block in {"W_in": 1 - before, "W_Q": 0, "W_O": 1, "W_out": 1}.items():
+        assert block_of(host, matrix, 1) == block
+    assert block_of(host, "W_Q", 0) == -1
 
-    parallel, sequential = (host_of(build_model(name, "bridge")) for name in ("gptj", "gpt2"))
-    for matrix, block in {"W_in": 0, "W_Q": 0, "W_O": 1, "W_out": 1}.items():
-        assert block_of(parallel, matrix, 1) == block
-    for matrix, block in {"W_in": 1, "W_Q": 0, "W_O": 1, "W_out": 1}.items():
-        assert block_of(sequential, matrix, 1) == block
+
+@pytest.mark.slow
+@pytest.mark.versions
+@pytest.mark.parametrize("kind", ["hooked", "bridge"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_mlp_reads_is_as_the_config_says(family: str, kind: str) -> None:
+    """In parallel blocks, the input of the MLP does not depend on the same layer's attention."""
+    host = host_of(built(family, kind))
+    [attention], [reading] = host.sites(1, ["W_O"]), host.sites(1, ["W_in"])
+    if not isinstance(reading, MatrixSite):
+        pytest.skip("a mixture of experts")
+    assert attention.joins is not None
+    seen: dict[str, torch.Tensor] = {}
+    with (
+        torch.enable_grad(),
+        hooked(attention.joins.tap, partial(seen.__setitem__, "written")),
+        hooked(reading.input, partial(seen.__setitem__, "read")),
+    ):
+        host.logits(torch.tensor([[5, 6, 7, 8, 9]]))
+    [gradient] = torch.autograd.grad(seen["read"].sum(), seen["written"], allow_unused=True)
+    assert (gradient is None) == is_parallel(host)
+
+
+def built(family: str, kind: str) -> Any:
+    try:
+        return build_model(family, kind)
+    except NotAvailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("kind", ["hooked", "bridge"])
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "llama"])
+def test_vjps_before_a_post_norm_are_refused(family: str, kind: str) -> None:
+    model = built(family, kind)
+    lens = unchecked(random_lens(model))
+    reads = {
+        vjps_at: partial(
+            blt.backward_lens, model, PROMPTS[0], " the", projection=lens, vjps_at=vjps_at
+        )
+        for vjps_at in ("matrix", "residual")
+    }
+    reads["reading"] = partial(reads["matrix"], matrices=["W_in", "W_V"])
+    reads["neurons"] = lambda: blt.read_vectors(
+        model, torch.ones(model.cfg.d_model), projection=lens, layer=0, matrix="W_out"
+    )
+    for name, read in reads.items():
+        if family != "llama" and name in ("matrix", "neurons"):
+            with pytest.raises(
+                JacobianLensError, match=r"a norm follows W_out .*vjps_at='residual'"
+            ):
+                read()
+        else:
+            read()
 
 
 @pytest.mark.versions
