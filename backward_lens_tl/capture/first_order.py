@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from math import ceil
 
 import torch
 from jaxtyping import Float
@@ -41,9 +42,9 @@ _Pass = list[tuple[int, int | None]]
 """The rows of a forward pass: a prompt, and which vector is added to it, if any."""
 
 _BLOCKS = 2
-_GRAPHS = 4
-"""Memory of a forward pass with tangents, and of a double backward pass, in units of what autograd
-keeps: of one block, and of all blocks."""
+_GRAPHS = 1.25
+"""Memory of a forward pass with tangents, and of a double backward pass, as measured: in units of
+what autograd keeps of one block, and of all blocks."""
 
 _TOLERANCE = 1e-4
 _ROUNDINGS = 16
@@ -153,7 +154,7 @@ def _passes(
     """Divide the vectors into forward passes."""
     sites = [added[index].site for index in indices]
     size = microbatch_size(host, sites, 1, batch.mask.shape[1])
-    blocks = _BLOCKS if mode is _forward_mode else _GRAPHS * host.n_layers
+    blocks = _BLOCKS if mode is _forward_mode else ceil(_GRAPHS * host.n_layers)
     size = replace(size, n_blocks=blocks, factors={0: 0})
     in_one = bool(host.hooked_modules)
     prompts = range(len(batch.mask)) if in_one else [added[index].prompt for index in indices]
