@@ -8,7 +8,7 @@ from typing import Any
 
 from backward_lens_tl.errors import warn
 
-_ENTRIES = ("outcomes", "forward_passes")
+_ENTRIES = ("outcomes", "forward_passes", "backward_passes")
 """What a report adds to a delta's `about`."""
 
 _MOST_NAMED = 3
@@ -61,16 +61,19 @@ class EditReport:
     Attributes:
         outcomes: One per request.
         forward_passes: Number of forward passes.
+        backward_passes: Number of backward passes.
     """
 
     outcomes: tuple[EditOutcome, ...]
     forward_passes: int
+    backward_passes: int = 0
 
     def to_about(self) -> dict[str, Any]:
         """The report as entries of a delta's `about`."""
         return {
             "outcomes": tuple(asdict(each) for each in self.outcomes),
             "forward_passes": self.forward_passes,
+            "backward_passes": self.backward_passes,
         }
 
     @classmethod
@@ -79,7 +82,7 @@ class EditReport:
         if "outcomes" not in about:
             return None
         outcomes = tuple(EditOutcome(**each) for each in about["outcomes"])
-        return cls(outcomes, about["forward_passes"])
+        return cls(outcomes, about["forward_passes"], about["backward_passes"])
 
     @staticmethod
     def removed_from(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +90,9 @@ class EditReport:
         return {key: value for key, value in about.items() if key not in _ENTRIES}
 
     def __str__(self) -> str:
-        passes = f"{self.forward_passes} forward pass{'es' if self.forward_passes > 1 else ''}"
+        passes = _counted(self.forward_passes, "forward")
+        if self.backward_passes:
+            passes += f" and {_counted(self.backward_passes, 'backward')}"
         sizes = [each.size for each in self.outcomes]
         checked = [each for each in self.outcomes if each.margin is not None]
         if len(self.outcomes) == 1:
@@ -115,6 +120,10 @@ class EditReport:
                 f"{len(missed)} of {len(self.outcomes)} targets were not reached: {named}{more}. "
                 f"{advice}"
             )
+
+
+def _counted(n: int, kind: str) -> str:
+    return f"{n} {kind} pass{'' if n == 1 else 'es'}"
 
 
 def _described(missed: EditOutcome) -> str:

@@ -141,20 +141,38 @@ class Unembedding(ABC):
         """The columns of `W_U` as seen before the final norm, at least in float32."""
         weight = self._model.W_U
         with torch.autocast(weight.device.type, enabled=False):
+            mean = at_least_float32(weight).mean(1)
+            lengths = [
+                self.before_norm(at_least_float32(columns).T - mean).norm(dim=1)
+                for columns in weight.split(_COLUMNS, dim=1)
+            ]
+        return Columns(mean, torch.cat(lengths))
+
+    @torch.no_grad()
+    def before_norm(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        """Sums of columns of `W_U` as seen before the final norm, in at least float32.
+
+        Args:
+            vectors: Vectors `w` that are multiplied with the norm's output.
+
+        Returns:
+            `C (g * w)`: the product of each with a vector of root mean square 1 before the norm is
+            that of `w` after it, apart from the norm's bias.
+        """
+        gain, subtracts_mean = self._linear_norm
+        seen = gain * at_least_float32(vectors)
+        return seen - seen.mean(-1, keepdim=True) if subtracts_mean else seen
+
+    @property
+    def _linear_norm(self) -> tuple[Float[Tensor, "d_model"], bool]:
+        """The norm's gain, and whether it subtracts the mean."""
+        weight = self._model.W_U
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             # Both kinds of norm map a vector of mean 0 to its product with the gain.
             uneven = _uneven(weight[:, 0])
             probes = torch.stack([torch.zeros_like(uneven), torch.ones_like(uneven), uneven])
             of_zero, of_ones, of_uneven = at_least_float32(self.normed(probes))
-            gain = (of_uneven - of_zero) / uneven
-            subtracts_mean = torch.allclose(of_ones, of_zero)
-            mean = at_least_float32(weight).mean(1)
-            lengths = []
-            for columns in weight.split(_COLUMNS, dim=1):
-                seen = gain[:, None] * (at_least_float32(columns) - mean[:, None])
-                if subtracts_mean:
-                    seen -= seen.mean(0)
-                lengths.append(torch.linalg.vector_norm(seen, dim=0))
-        return Columns(mean, torch.cat(lengths))
+            return (of_uneven - of_zero) / uneven, torch.allclose(of_ones, of_zero)
 
     def cosines(
         self, directions: Float[Tensor, "n d_model"], columns: Columns

@@ -16,6 +16,7 @@ from backward_lens_tl.editing.outcomes import EditReport
 from backward_lens_tl.editing.requests import EditRequest, TokenizedRequest, tokenize_requests
 from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import EditError, raised_as
+from backward_lens_tl.jacobians.average import Jacobians
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.settings import Checked
 
@@ -140,4 +141,6 @@ def _plain(value: object) -> Any:
         return value.settings()
     if hasattr(value, "fingerprint"):
         return value.fingerprint
+    if isinstance(value, Jacobians):
+        return value.provenance
     return list(value) if isinstance(value, tuple) else value

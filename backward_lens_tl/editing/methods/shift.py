@@ -15,6 +15,9 @@ with `x l^T = 1`, so that the output changes by exactly `c e_t`:
 
 Of all `l` with `x l^T = 1`, the whitened one writes the least, on average, at the tokens of `C`.
 
+Other values than `e_t` say what to write at a layer further down: the model's own gradient there,
+or its average over other texts (`shift/values.py`).
+
 The size, `eta` or `c`, does not carry over between models, layers or prompts. With `size="auto"` it
 is found for each fact: a multiple of the least size with which the target leads.
 """
@@ -24,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -40,14 +44,25 @@ from backward_lens_tl.editing.shift.cells import Cells, TargetTokens
 from backward_lens_tl.editing.shift.reports import shift_outcomes
 from backward_lens_tl.editing.shift.sizes import Products, Sized, best, least_sizes, stepped_sizes
 from backward_lens_tl.editing.shift.trials import Trials
+from backward_lens_tl.editing.shift.values import (
+    TargetEmbedding,
+    carried_on,
+    embeddings,
+    transported,
+    vjps,
+)
 from backward_lens_tl.editing.statistics.moments import RIDGE, SecondMoments
-from backward_lens_tl.errors import EditError
+from backward_lens_tl.errors import EditError, raised_as
+from backward_lens_tl.jacobians.average import FittedLens, Jacobians
+from backward_lens_tl.jacobians.checking import check_fits
+from backward_lens_tl.jacobians.loading import load_jacobians
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.matrix_selection import find_editable
+from backward_lens_tl.models.sites import MatrixSite
 from backward_lens_tl.settings import Count, Finite, NonNegative
 
+Value = Literal["embedding", "transported", "vjp"]
 Key = Literal["paper", "plain", "whitened"]
-TargetEmbedding = Literal["auto", "unembed", "embed"]
 
 _PASSES = 6
 """Forward passes of an edit with `size="auto"`: one without the edit, and five with it."""
@@ -101,7 +116,14 @@ class ForwardPassShift(EditMethod):
         layer: The layer, negative ones from the end.
         size: `eta` with the paper's key, where it depends on the layer and the model (GPT-2 xl:
             0.24 at layer 35); `c` with the others; `"auto"` to search for it.
+        value: What is written, at the length of `e_t`: `"embedding"`, `e_t` itself;
+            `"transported"`, the direction that raises the token's logit above the others', carried
+            to the layer by the average Jacobian; `"vjp"`, the gradient of the target's
+            log-probability, which takes a backward pass. By default it is transported if there is a
+            `jacobian`, else the embedding.
         key: The input direction: `"paper"`, `"plain"` or `"whitened"`.
+        jacobian: TransformerLens's `JacobianLens`, the path of its file, or `"facts"`, the one that
+            ships with the facts model. The size that is tried first is guessed with it, too.
         margin: For `size="auto"`, the multiple of the least sufficient size; 1.1 by default.
         probability: For `size="auto"`, the probability that each token has to reach, instead of a
             margin.
@@ -133,7 +155,9 @@ class ForwardPassShift(EditMethod):
 
     layer: int
     size: Size = "auto"
+    value: Value | None = None
     key: Key = "plain"
+    jacobian: Jacobians | FittedLens | str | Path | None = None
     margin: Factor | None = None
     probability: Probability | None = None
     iterations: Count | None = None
@@ -145,6 +169,15 @@ class ForwardPassShift(EditMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.jacobian is not None:
+            with raised_as(EditError):
+                object.__setattr__(self, "jacobian", load_jacobians(self.jacobian))
+        elif self.value == "transported":
+            raise EditError(
+                "value='transported' needs jacobian, the average Jacobians of the model: pass "
+                "TransformerLens's JacobianLens, the path of its file, or 'facts' for the facts "
+                "model; fit_jacobian_lens(model, texts, out) makes one"
+            )
         if self.key == "whitened" and self.moments is None:
             raise EditError(
                 "the whitened key needs moments, the statistics of what W_out reads: collect them "
@@ -199,24 +232,28 @@ class ForwardPassShift(EditMethod):
     ) -> tuple[list[MatrixDelta], EditReport]:
         """Compute the shift of all requests together, and report how their targets stand."""
         [site] = find_editable(host, "W_out", [self.layer])
+        if self._jacobians is not None:
+            check_fits(self._jacobians, host)
         cells = Cells.of(host, requests, self.target_tokens)
-        trials = Trials(host, site, cells.asked)
-        reads = cells.read(trials.inputs)
-        values = torch.stack([self._embedding(host, token) for token in cells.tokens.tolist()])
-        left = self._input_directions(host, site.layer, reads)
-        products = Products(trials, cells, left, values.to(reads))
-        tried = self._sized(host, products)
+        trials = Trials(host, site, cells)
+        values = self._output_directions(host, cells, trials, site, requests).to(trials.reads)
+        left = self._input_directions(host, site.layer, trials.reads)
+        effects = carried_on(self._jacobians, host, site.layer, values)
+        products = Products(trials, cells, left, values, effects)
+        n_backward = int(self._value == "vjp")
+        n_before = trials.n_passes + n_backward
+        tried = self._sized(host, products, n_before)
         chosen = best(tried, cells, self.probability) if self.size == "auto" else tried[-1]
-        sizes, written = chosen.sizes.to(reads), chosen.sizes != 0
-        right = sizes[:, None] * products.values
+        written = chosen.sizes != 0
+        right = chosen.sizes[:, None].to(values) * values
         matrix = MatrixDelta("W_out", site.layer, left[:, written], right[written])
         outcomes = shift_outcomes(requests, cells, tried, chosen, self.probability)
-        report = EditReport(outcomes, trials.n_passes)
+        report = EditReport(outcomes, trials.n_passes + n_backward, n_backward)
         report.warn_if_missed(_ADVICE)
         return [matrix], report
 
-    def _sized(self, host: Host, products: Products) -> list[Sized]:
-        """The sizes that were tried, the unedited model first."""
+    def _sized(self, host: Host, products: Products, n_before: int) -> list[Sized]:
+        """The sizes that were tried, after some forward passes, the unedited model first."""
         if self.size == "auto":
             default = _MARGIN if self.probability is None else 1.0
             return least_sizes(
@@ -224,7 +261,7 @@ class ForwardPassShift(EditMethod):
                 products,
                 factor=self.margin or default,
                 probability=self.probability,
-                n_passes=(self.iterations or _PASSES) - 1,
+                n_passes=max(1, (self.iterations or _PASSES) - n_before),
             )
         return stepped_sizes(
             products,
@@ -248,9 +285,32 @@ class ForwardPassShift(EditMethod):
         solution: Tensor = torch.linalg.solve(gram.T, keys.T).T
         return solution.to(reads.dtype)
 
-    def _embedding(self, host: Host, token_id: int) -> Float[Tensor, "d_model"]:
-        kind = self.target_embedding
-        if kind == "auto":
-            kind = "embed" if host.is_tied else "unembed"
-        vector = host.embedding_vector if kind == "embed" else host.unembedding.column
-        return vector(token_id)
+    def _output_directions(
+        self,
+        host: Host,
+        cells: Cells,
+        trials: Trials,
+        site: MatrixSite,
+        requests: Sequence[TokenizedRequest],
+    ) -> Float[Tensor, "n d_out"]:
+        """What is written for each cell at size 1, as long as the token's embedding."""
+        embedded = embeddings(host, cells.tokens, self.target_embedding)
+        if self._value == "embedding":
+            return embedded
+        found = (
+            vjps(host, cells, site, requests)
+            if self._value == "vjp" or self._jacobians is None
+            else transported(host, cells, trials, self._jacobians)
+        )
+        lengths = embedded.norm(dim=-1, keepdim=True).to(found)
+        scaled: Tensor = lengths * torch.nn.functional.normalize(found, dim=-1)
+        return scaled
+
+    @property
+    def _value(self) -> Value:
+        """The value, which is transported by default where there is a lens."""
+        return self.value or ("embedding" if self.jacobian is None else "transported")
+
+    @property
+    def _jacobians(self) -> Jacobians | None:
+        return self.jacobian if isinstance(self.jacobian, Jacobians) else None

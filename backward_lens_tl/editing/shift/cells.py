@@ -72,13 +72,13 @@ class Cells:
         """The token of each cell."""
         return self.asked.answers[self.requests, self.columns]
 
-    def read(self, inputs: Float[Tensor, "batch pos d"]) -> Float[Tensor, "n d"]:
+    def at_position(self, values: Float[Tensor, "batch pos d"]) -> Float[Tensor, "n d"]:
         """Select what is at each cell's position."""
-        return inputs[self.requests, self.positions]
+        return values[self.requests, self.positions]
 
-    def predicted(self, logits: Float[Tensor, "batch m d_vocab"]) -> Float[Tensor, "n d_vocab"]:
-        """Select the logits that predict each cell's token."""
-        return logits[self.requests, self.columns]
+    def predicted(self, values: Float[Tensor, "batch m d"]) -> Float[Tensor, "n d"]:
+        """Select what predicts each cell's token, from values for all answers."""
+        return values[self.requests, self.columns]
 
     def by_request(self, values: Float[Tensor, "n"]) -> list[list[float]]:
         """Numbers of the cells of each request."""

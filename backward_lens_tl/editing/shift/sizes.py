@@ -55,12 +55,14 @@ class Products:
         cells: What each of them is for.
         left: The input direction of each.
         values: The output direction of each, at size 1.
+        effects: What each adds to the last residual stream, by an estimate.
     """
 
     trials: Trials
     cells: Cells
     left: Float[Tensor, "d_in n"]
     values: Float[Tensor, "n d_out"]
+    effects: Float[Tensor, "n d_model"]
 
     def without(self) -> Sized:
         """The targets without an edit."""
@@ -72,8 +74,8 @@ class Products:
         right = sizes[:, None].to(self.values) * self.values
         return Sized(sizes, self._standing(self.trials.logits_with(self.left, right)))
 
-    def _standing(self, logits: Float[Tensor, "batch m d_vocab"]) -> Standing:
-        return Standing.of(self.cells.predicted(logits), self.cells.tokens)
+    def _standing(self, logits: Float[Tensor, "n d_vocab"]) -> Standing:
+        return Standing.of(logits, self.cells.tokens)
 
 
 def stepped_sizes(
@@ -169,13 +171,11 @@ def best(tried: list[Sized], cells: Cells, probability: float | None) -> Sized:
 
 
 def _guesses(host: Host, products: Products, probability: float | None) -> Float[Tensor, "n"]:
-    """Where the surplus would be 0 if upper layers passed values on and the readout were linear."""
-    cells = products.cells
-    stream = cells.predicted(products.trials.stream)
-    reads = cells.read(products.trials.inputs)
-    responses = (reads * products.left.T).sum(-1, keepdim=True)
-    values = (responses * products.values).to(stream)
-    most = stream.norm(dim=-1) / values.norm(dim=-1)
+    """Where the surplus would be 0 if effects were as estimated and the readout were linear."""
+    stream, cells = products.trials.stream, products.cells
+    responses = (products.trials.reads * products.left.T).sum(-1, keepdim=True)
+    effects = (responses * products.effects).to(stream)
+    most = stream.norm(dim=-1) / effects.norm(dim=-1)
     step = _SMALL * most
 
     def surplus(vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n"]:
@@ -183,6 +183,6 @@ def _guesses(host: Host, products: Products, probability: float | None) -> Float
         return Standing.of(logits, cells.tokens).surplus(probability)
 
     before = surplus(stream)
-    slope = (surplus(stream + step[:, None] * values) - before) / step
+    slope = (surplus(stream + step[:, None] * effects) - before) / step
     found = -before / slope
     return torch.where((slope > 0) & (found > 0), found, _UNKNOWN * most).minimum(most)
