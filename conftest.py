@@ -33,7 +33,8 @@ STARTED: defaultdict[str, set[int]] = defaultdict(set)
 
 def is_possible(snippet: Example) -> bool:
     """Whether the installed TransformerLens supports a snippet's imports."""
-    return BRIDGE not in snippet.parsed or find_spec(BRIDGE) is not None
+    needs_bridge = any(text in snippet.parsed for text in (BRIDGE, NEEDS_BRIDGE))
+    return not needs_bridge or find_spec(BRIDGE) is not None
 
 
 def run_with_those_before(snippet: Example) -> None:

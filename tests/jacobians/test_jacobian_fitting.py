@@ -121,6 +121,7 @@ def test_the_average_is_the_one_that_is_documented(small: Case, tmp_path: Path) 
         assert relative_error(other, own[0]) > 1e-2
 
 
+@pytest.mark.usefixtures("as_for_a_user")
 def test_a_fit_leaves_the_model_unchanged(small: Case, tmp_path: Path) -> None:
     for parameter in small.model.original_model.parameters():
         parameter.requires_grad_(True)
