@@ -33,10 +33,9 @@ from backward_lens_tl.capture.prompts import Prompts
 from backward_lens_tl.capture.selection import select_positions
 from backward_lens_tl.choices import Direction, MultiToken, ReadAt
 from backward_lens_tl.errors import InputError, ModelStateError, UnsupportedModelError
-from backward_lens_tl.models import host_of
+from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.matrix_selection import select_matrices
 from backward_lens_tl.models.sites import READING_MATRICES, MatrixSite, Site
-from backward_lens_tl.models.vocabulary import Vocabulary
 from backward_lens_tl.readout.topk import checked_k, count_beyond, extremes
 
 if TYPE_CHECKING:
@@ -108,8 +107,8 @@ def exact_effects(
         - `top_tokens`, `top_changes`: the most increased tokens, and the changes of their logits
           per unit, the largest first; `bottom_tokens`, `bottom_changes`: the most decreased ones.
 
-        All but the first seven columns are missing, or empty, where `delta_i` is zero; what belongs
-        to the target also where there is none.
+        Changes and tokens are missing, or empty, where `delta_i` is zero; what belongs to the
+        target, also where there is none.
 
     Raises:
         InputError: If an argument is not usable.
@@ -254,19 +253,19 @@ def _effects(plan: CapturePlan, cells: Sequence[_Cell], k: int) -> dict[int, dic
     for changes in first_order_changes(plan.host, plan.batch, added, plan.memory):
         indices = [nonzero[own] for own in changes.indices]
         some = [cells[index] for index in indices]
-        effects |= zip(indices, _columns(plan.host.vocabulary, some, changes, k), strict=True)
+        effects |= zip(indices, _columns(plan.host, some, changes, k), strict=True)
     return effects
 
 
 def _columns(
-    vocabulary: Vocabulary, cells: Sequence[_Cell], changes: FirstOrderChanges, k: int
+    host: Host, cells: Sequence[_Cell], changes: FirstOrderChanges, k: int
 ) -> Iterator[dict[str, Any]]:
     """The columns of the cells of one pass."""
-    logits = changes.logits
+    vocabulary, logits = host.vocabulary, changes.logits
     targets = torch.tensor([[max(0, cell.target)] for cell in cells], device=logits.device)
     of_target = logits.gather(1, targets)
     of_log_prob = _log_prob_changes(changes, targets)
-    _check_losses(cells, of_log_prob, logits)
+    _check_losses(host, cells, of_log_prob, logits)
     ranks = count_beyond(logits, of_target, largest=True)
     ends = [extremes(logits, k, largest=largest) for largest in (True, False)]
     for row, cell in enumerate(cells):
@@ -297,15 +296,22 @@ def _log_prob_changes(
     changes: FirstOrderChanges, targets: Int[Tensor, "row 1"]
 ) -> Float[Tensor, "row"]:
     """`dz_t - sum_s p_s dz_s`; in float64, because the two terms may nearly cancel."""
-    logits, probs = changes.logits.double(), changes.logits_before.double().softmax(-1)
-    return logits.gather(1, targets)[:, 0] - (probs * logits).sum(-1)
+    found = []
+    rows = zip(changes.logits, changes.logits_before, targets[:, 0], strict=True)
+    for logits, before, target in rows:  # one by one, to save memory
+        wide = logits.double()
+        found.append(wide[target] - before.double().softmax(-1) @ wide)
+    return torch.stack(found)
 
 
 def _check_losses(
-    cells: Sequence[_Cell], found: Float[Tensor, "row"], logits: Float[Tensor, "row d_vocab"]
+    host: Host,
+    cells: Sequence[_Cell],
+    found: Float[Tensor, "row"],
+    logits: Float[Tensor, "row d_vocab"],
 ) -> None:
     """Raise if the change of a loss is not the one that the gradient says."""
-    tolerance = _TOLERANCES.get(cells[0].added.vector.dtype, _HALF_PRECISION_TOLERANCE)
+    tolerance = _TOLERANCES.get(host.model.W_U.dtype, _HALF_PRECISION_TOLERANCE)
     rooms = (tolerance * logits.abs().amax(-1)).tolist()
     for cell, change, room in zip(cells, found.tolist(), rooms, strict=True):
         if cell.expected is not None and not abs(change - cell.expected) <= room:

@@ -238,6 +238,31 @@ def test_the_facts_model_is_carried_to_the_target(facts_model: Any) -> None:
     assert other["top_tokens"].tolist() != table["top_tokens"][table["matrix"] == "W_out"].tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])
+def test_other_precisions(architecture: str, dtype: torch.dtype) -> None:
+    model = build(f"{KIND}-{architecture}", dtype).model
+    table = exact_effects(model, PROMPTS, TARGET, matrices=("W_out", "W_O"))
+    exact = exact_effects(
+        case_of(f"{KIND}-{architecture}").model, PROMPTS, TARGET, matrices=("W_out", "W_O")
+    )
+    # A few hundred roundings.
+    tolerance = 300 * torch.finfo(dtype).eps
+    for name in ("norm", "target_log_prob_change"):
+        differences = (table[name] - exact[name]).abs()
+        assert (differences < tolerance * exact[name].abs().max()).all()
+
+
+def test_a_steady_hook_is_part_of_the_model() -> None:
+    model = any_model()
+    plain = exact_effects(model, PROMPTS, TARGET, positions=None)
+    with model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", lambda value, hook: 1.5 * value)]):
+        hooked = exact_effects(model, PROMPTS, TARGET, positions=None)
+    found = hooked["target_log_prob_change"]
+    assert found.dropna().tolist() == pytest.approx(hooked["norm"][found.notna()].tolist())
+    assert (found - plain["target_log_prob_change"]).abs().max() > 0.01
+
+
 def test_limits_on_memory_change_nothing() -> None:
     model = any_model()
     plain, small = (
