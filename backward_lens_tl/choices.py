@@ -11,5 +11,7 @@ VjpsAt = Literal["matrix", "residual"]
 ReadAt = Literal["last", "own"]
 Measure = Literal["answer_rank", "entropy"]
 Lens = Literal["logit_lens", "normalized", "cosine"]
+JACOBIAN_LENS = "jacobian_lens"
+"""Name of the Logit Lens through average Jacobians; that of other lenses continues with theirs."""
 Denominator = Literal["n", "n-1"]
 Size = Literal["norm", "write_norm"]

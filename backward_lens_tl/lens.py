@@ -25,12 +25,11 @@ from backward_lens_tl.capture.prompts import Prompts
 from backward_lens_tl.capture.selection import select_positions
 from backward_lens_tl.choices import Direction, Measure, MultiToken, VjpsAt
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.jacobians.stream import block_of
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.sites import WRITING_MATRICES
 from backward_lens_tl.models.vocabulary import Vocabulary
 from backward_lens_tl.readout.cells import projected_vectors
-from backward_lens_tl.readout.jacobian_projection import CarriedLens
+from backward_lens_tl.readout.jacobian_projection import CarriedLens, blocks_to_read
 from backward_lens_tl.readout.projections import LogitLens, Projection
 from backward_lens_tl.readout.readout import Reading, ReadoutGrid
 from backward_lens_tl.readout.requested import ProjectionLike, as_projections
@@ -138,13 +137,7 @@ def backward_lens(
     )
     if objective is not None and target is not None:
         plan = plan.ranking(target, multi_token)
-    blocks: dict[tuple[str, int], int] = {
-        (site.matrix, site.layer): block_of(host, site.matrix, site.layer) for site in plan.sites
-    }
-    for lens in projections.values():
-        if isinstance(lens, CarriedLens):
-            lens.check_blocks(blocks.values())
-            lens.check_matrices(dict.fromkeys(matrix for matrix, _ in blocks), vjps_at)
+    blocks = blocks_to_read(host, plan.sites, projections.values(), vjps_at)
     places = select_positions(positions, plan.batch.mask)
     grids = {name: ReadoutGrid(plan.layers, places, plan.kept_on) for name in projections}
     reader = _Reader(
@@ -161,7 +154,7 @@ def backward_lens(
     )
     capture = plan.run(reader.read)
     readings = tuple(
-        Reading(name, grids[name].by_matrix, _faint_norm(lens))
+        Reading(name, grids[name].by_matrix, _faint_norm(lens), _fit(lens))
         for name, lens in projections.items()
     )
     return BackwardLensResult(
@@ -177,6 +170,10 @@ def backward_lens(
 def _faint_norm(projection: Projection) -> float:
     lens = projection.lens if isinstance(projection, CarriedLens) else projection
     return lens.faint_norm if isinstance(lens, LogitLens) else 0.0
+
+
+def _fit(projection: Projection) -> str:
+    return projection.jacobians.fit if isinstance(projection, CarriedLens) else ""
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backward_lens_tl.choices import Lens, Size
+from backward_lens_tl.choices import JACOBIAN_LENS, Lens, Size
 from backward_lens_tl.cli.options import Command
 from backward_lens_tl.errors import BackwardLensWarning, InputError
 from backward_lens_tl.sweeps.config import SweepConfig
@@ -54,9 +54,7 @@ class ShowCommand(Command):
     def run(self) -> None:
         """Print the table."""
         with _quiet():
-            config = SweepConfig(**self.settings)
-            both = tuple(dict.fromkeys((*config.projection, *_LENSES)))
-            result = self._result(replace(config, projection=both))
+            result = self._result(SweepConfig(**self.settings))
         if self.html is not None:
             result.save_html(self.html)  # first: a reader such as `head` may close the pipe below
         from rich.console import Console
@@ -80,7 +78,7 @@ class ShowCommand(Command):
             self.target,
             positions=self.positions,
             multi_token=config.multi_token,
-            **config.for_lens(),
+            **config.for_lens() | {"projection": _lenses(config)},
         )
 
     def _prompts(self) -> Any:
@@ -99,6 +97,12 @@ class ShowCommand(Command):
                 '[{"role": "user", "content": "Hello"}]'
             )
         return messages
+
+
+def _lenses(config: SweepConfig) -> tuple[Any, ...]:
+    """The lenses of the page. The terminal has the first, a Jacobian Lens if there is one."""
+    asked = sorted(config.for_lens()["projection"], key=lambda lens: isinstance(lens, str))
+    return tuple(dict.fromkeys((*asked, *_LENSES)))
 
 
 def _heading(result: BackwardLensResult) -> str:
@@ -125,7 +129,7 @@ _SHADES = {
 
 def _explanation(result: BackwardLensResult, shade_by: Size) -> str:
     """How to read the table, and where the target leads."""
-    from backward_lens_tl.views.text import leading_layers
+    from backward_lens_tl.views.text import leading_layers, lens_name
 
     read = (
         "A cell holds the token with the highest score at one layer and token of the prompt; its "
@@ -134,17 +138,25 @@ def _explanation(result: BackwardLensResult, shade_by: Size) -> str:
     if "W_out" not in result.matrices:
         return read
     final = int(result.positions.max())
-    raw, direction = (
-        [result.under(lens).cell("W_out", layer, final) for layer in result.layers]
-        for lens in _LENSES
-    )
-    first = raw[0]
+    leading = {
+        lens: leading_layers(
+            [result.under(lens).cell("W_out", layer, final) for layer in result.layers]
+        )
+        for lens in result.projections
+    }
+    first = result.cell("W_out", result.layers[0], final)
     where = f"W_out at {first.token!r} (position {first.position})"
     if result.direction == "gradient":
         return f"{read}\n{where} is the raw gradient, which gradient descent subtracts."
+    carried = "".join(
+        f"; under the {lens_name(lens)}, in {layers}"
+        for lens, layers in leading.items()
+        if lens.startswith(JACOBIAN_LENS)
+    )
     return (
         f"{read}\n{where}, what the update adds: the target {first.target!r} leads in "
-        f"{leading_layers(raw)}, and under the normalized lens in {leading_layers(direction)}."
+        f"{leading['logit_lens']}, and under the normalized lens in {leading['normalized']}"
+        f"{carried}."
     )
 
 

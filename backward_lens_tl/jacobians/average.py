@@ -11,6 +11,7 @@ the last block is the identity and is not stored.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +29,8 @@ from backward_lens_tl.models.precision import at_least_float32
 
 WEIGHTS = "weights_fingerprint"
 """Entry of the metadata with the fingerprint of the weights that a lens was fitted on."""
+
+_SHOWN_DIGITS = 8
 
 
 @runtime_checkable
@@ -83,9 +86,17 @@ class Jacobians:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """What identifies the fit: `sha256` of the matrices, `n_prompts`, and the metadata."""
+        """What identifies the fit, as JSON: `sha256` of the matrices, `n_prompts`, the metadata."""
         named = {str(layer): matrix for layer, matrix in self.matrices.items()}
-        return {**self.metadata, "n_prompts": self.n_prompts, "sha256": tensors_digest(named)}
+        recorded: dict[str, Any] = json.loads(json.dumps(dict(self.metadata), default=str))
+        return recorded | {"n_prompts": self.n_prompts, "sha256": tensors_digest(named)}
+
+    @cached_property
+    def fit(self) -> str:
+        """What identifies the fit, in a few words."""
+        of_corpus = f" of {self.metadata['corpus']}" if "corpus" in self.metadata else ""
+        checksum = self.provenance["sha256"][:_SHOWN_DIGITS]
+        return f"fitted on {self.n_prompts} prompts{of_corpus}, SHA-256 {checksum}"
 
     def times(
         self, vectors: Float[Tensor, "*n d_model"], layer: int

@@ -18,7 +18,7 @@ lenses agree for every matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -27,18 +27,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from backward_lens_tl._checks import check_choice
-from backward_lens_tl.choices import Lens, VjpsAt
+from backward_lens_tl.choices import JACOBIAN_LENS, Lens, VjpsAt
 from backward_lens_tl.errors import JacobianLensError
 from backward_lens_tl.jacobians.average import FittedLens, Jacobians
 from backward_lens_tl.jacobians.checking import check_fits, check_sizes
 from backward_lens_tl.jacobians.loading import load_jacobians
-from backward_lens_tl.jacobians.stream import has_post_norms
+from backward_lens_tl.jacobians.stream import block_of, has_post_norms
 from backward_lens_tl.models import Host
-from backward_lens_tl.models.sites import WRITING_MATRICES
-from backward_lens_tl.readout.projections import LENSES, LogitLens
-
-JACOBIAN_LENS = "jacobian_lens"
-"""Name of the projection in results."""
+from backward_lens_tl.models.sites import WRITING_MATRICES, Site
+from backward_lens_tl.readout.projections import LENSES, LogitLens, Projection
 
 
 @dataclass(frozen=True)
@@ -202,3 +199,30 @@ class CarriedLens:
                 f"{list(self.jacobians.layers)}; choose layers=... among these, or fit the lens "
                 "on all layers"
             )
+
+
+def blocks_to_read(
+    host: Host, sites: Sequence[Site], projections: Iterable[Projection], vjps_at: VjpsAt
+) -> dict[tuple[str, int], int]:
+    """The block whose Jacobian carries the vectors of each matrix.
+
+    Args:
+        host: The model.
+        sites: The matrices.
+        projections: How they are read.
+        vjps_at: Where vectors of matrices that write are taken.
+
+    Returns:
+        The blocks by matrix and layer.
+
+    Raises:
+        JacobianLensError: If a Jacobian Lens among the projections cannot read one of the matrices.
+    """
+    blocks: dict[tuple[str, int], int] = {
+        (site.matrix, site.layer): block_of(host, site.matrix, site.layer) for site in sites
+    }
+    for lens in projections:
+        if isinstance(lens, CarriedLens):
+            lens.check_blocks(blocks.values())
+            lens.check_matrices(dict.fromkeys(matrix for matrix, _ in blocks), vjps_at)
+    return blocks

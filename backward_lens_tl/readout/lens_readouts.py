@@ -60,6 +60,11 @@ class LensReadouts(LensTargets):
         """Norm below which a projected vector is faint; 0 if the projection has none."""
         return self.readings[0].faint_norm
 
+    @property
+    def fit(self) -> str:
+        """What the Jacobian Lens was fitted on; empty if the projection is another."""
+        return self.readings[0].fit
+
     def under(self: _ResultT, projection: str) -> _ResultT:
         """The same result under another projection.
 

@@ -44,11 +44,13 @@ class Reading:
         projection: Name of the projection.
         readouts: The readout of each matrix, `[layer, batch, pos]`.
         faint_norm: Length below which a projected vector is faint; 0 if the projection has none.
+        fit: What a Jacobian Lens was fitted on; empty for other projections.
     """
 
     projection: str
     readouts: Mapping[str, Readout]
     faint_norm: float = 0.0
+    fit: str = ""
 
 
 class ReadoutGrid:

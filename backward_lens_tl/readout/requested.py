@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from backward_lens_tl.choices import JACOBIAN_LENS
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.jacobians.average import FittedLens
 from backward_lens_tl.jacobians.loading import SUFFIX
 from backward_lens_tl.models import Host
-from backward_lens_tl.readout.jacobian_projection import (
-    JACOBIAN_LENS,
-    JacobianProjection,
-    jacobian_lens,
-)
+from backward_lens_tl.readout.jacobian_projection import JacobianProjection, jacobian_lens
 from backward_lens_tl.readout.projections import LENSES, Projection
 
 ProjectionLike = str | Path | Projection | JacobianProjection | FittedLens

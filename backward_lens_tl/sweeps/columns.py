@@ -62,7 +62,9 @@ POSITIONS = (
     _key("position", "int32", "index in the prompt, from 0"),
     _key("token", "string", "the prompt's token there"),
     _key("segment", "string", "segment of the prompt around its subject; missing without one"),
-    _key("projection", "string", "logit_lens, normalized or cosine, in separate rows"),
+    _key(
+        "projection", "string", "logit_lens, normalized, cosine, or jacobian_lens, in separate rows"
+    ),
     Column("norm", "float32", "norm of delta_i"),
     Column("input_norm", "float32", "norm of x_i"),
     Column("write_norm", "float32", "product of both: norm of the term that is written"),

@@ -16,7 +16,7 @@ from backward_lens_tl.settings import Count
 from backward_lens_tl.sweeps.columns import TABLES
 
 _FOR_LENS = (
-    "matrices", "layers", "projection", "direction", "vjps_at", "k", "prepend_bos", "memory"
+    "matrices", "layers", "direction", "vjps_at", "k", "prepend_bos", "memory"
 )  # fmt: skip
 
 
@@ -30,6 +30,9 @@ class SweepConfig(Config):
         matrices: Among W_Q, W_K, W_V, W_O, W_in, W_gate and W_out, or the groups attn, mlp, all.
         layers: Layers, negative ones from the end; all by default.
         projection: How vectors are read: logit_lens, normalized, cosine, or several of these.
+        jacobian: A Jacobian Lens through which vectors are read in addition: its .pt file, facts,
+            or the name of a published lens. Rows of logit_lens have rows of jacobian_lens, and so
+            on.
         direction: W_out and W_O as what gradient descent adds (update), or as the raw gradient.
         vjps_at: VJPs of W_out and W_O at the matrix's own output (matrix), or where that output
             joins the residual stream (residual); they differ after a post-norm.
@@ -60,6 +63,7 @@ class SweepConfig(Config):
     matrices: str | Sequence[str] = "mlp"
     layers: int | Sequence[int] | None = None
     projection: Lens | Sequence[Lens] = "logit_lens"
+    jacobian: str | None = None
     direction: Direction = "update"
     vjps_at: VjpsAt = "matrix"
     k: Count = 10
@@ -113,13 +117,28 @@ class SweepConfig(Config):
         """Return the settings that are arguments of `backward_lens`.
 
         Returns:
-            The values by name; without `multi_token`, since targets of sweeps are token ids.
+            The values by name; without `multi_token`, since targets of sweeps are token ids. A
+            Jacobian Lens is loaded, and is one of the projections.
+
+        Raises:
+            JacobianLensError: If the Jacobian Lens cannot be loaded.
 
         Examples:
             >>> list(blt.SweepConfig().for_lens())[:4]
-            ['matrices', 'layers', 'projection', 'direction']
+            ['projection', 'matrices', 'layers', 'direction']
+            >>> blt.SweepConfig(jacobian="facts").for_lens()["projection"][1].name
+            'jacobian_lens'
         """
-        return {name: getattr(self, name) for name in _FOR_LENS}
+        return {"projection": self._lenses} | {name: getattr(self, name) for name in _FOR_LENS}
+
+    @property
+    def _lenses(self) -> tuple[Any, ...]:
+        if self.jacobian is None:
+            return tuple(self.projection)
+        from backward_lens_tl.readout.jacobian_projection import jacobian_lens
+
+        names: Sequence[Any] = self.projection  # a tuple, once it was checked
+        return (*names, *(jacobian_lens(self.jacobian, name) for name in names))
 
     @property
     def _chosen(self) -> dict[str, str | Sequence[str] | None]:

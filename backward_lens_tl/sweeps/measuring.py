@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -25,7 +26,9 @@ _Tables = dict[str, "pd.DataFrame"]
 _MEASURES: tuple[Measure, ...] = ("answer_rank", "entropy")
 
 
-def measure_shard(model: nn.Module, shard: Shard, config: SweepConfig) -> Rows:
+def measure_shard(
+    model: nn.Module, shard: Shard, config: SweepConfig, for_lens: Mapping[str, Any]
+) -> Rows:
     """Analyse the prompts of one shard.
 
     If they cannot be analysed together, each is analysed alone, and those that fail are rejected.
@@ -34,6 +37,7 @@ def measure_shard(model: nn.Module, shard: Shard, config: SweepConfig) -> Rows:
         model: The model.
         shard: The shard.
         config: The settings.
+        for_lens: Those that are arguments of `backward_lens`, with the Jacobian Lens loaded.
 
     Returns:
         The rows of each table.
@@ -46,12 +50,13 @@ def measure_shard(model: nn.Module, shard: Shard, config: SweepConfig) -> Rows:
     items = [entry for entry in shard if isinstance(entry, Item)]
     rejects = [entry for entry in shard if isinstance(entry, Reject)]
     measured = []
-    together = _tried(model, items, config) if items else {}
+    measure = partial(_tried, model, config=config, for_lens=for_lens)
+    together = measure(items) if items else {}
     if not isinstance(together, str):
         measured.append(together)
     else:  # the error has been freed, and with it the tensors in its frames
         for item in items:
-            alone = _tried(model, [item], config)
+            alone = measure([item])
             if isinstance(alone, str):
                 rejects.append(Reject(item.row, item.record.id, "numbers", alone))
             else:
@@ -63,10 +68,12 @@ def measure_shard(model: nn.Module, shard: Shard, config: SweepConfig) -> Rows:
     return {name: tables[name] for name in TABLES}
 
 
-def _tried(model: nn.Module, items: Sequence[Item], config: SweepConfig) -> _Tables | str:
+def _tried(
+    model: nn.Module, items: Sequence[Item], config: SweepConfig, for_lens: Mapping[str, Any]
+) -> _Tables | str:
     """The rows of some prompts, or why there are none."""
     try:
-        return _measured(model, items, config)
+        return _measured(model, items, config, for_lens)
     except UnsupportedModelError:
         raise
     except (BackwardLensError, MemoryError, RuntimeError) as error:
@@ -75,7 +82,9 @@ def _tried(model: nn.Module, items: Sequence[Item], config: SweepConfig) -> _Tab
         return str(error)
 
 
-def _measured(model: nn.Module, items: Sequence[Item], config: SweepConfig) -> _Tables:
+def _measured(
+    model: nn.Module, items: Sequence[Item], config: SweepConfig, for_lens: Mapping[str, Any]
+) -> _Tables:
     import pandas as pd
 
     position_columns = [column.name for column in config.columns("positions")]
@@ -84,7 +93,7 @@ def _measured(model: nn.Module, items: Sequence[Item], config: SweepConfig) -> _
         [item.record.prompt for item in items],
         [item.target for item in items],
         measures=[measure for measure in _MEASURES if measure in position_columns],
-        **config.for_lens(),
+        **for_lens,
     )
     tables = {"prompts": pd.DataFrame(_prompt_rows(result, items))}
     if config.columns("gradients"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -14,6 +14,9 @@ from torch import nn
 from backward_lens_tl.capture.objectives import target_nll
 from backward_lens_tl.capture.plan import plan_capture
 from backward_lens_tl.errors import SweepError
+from backward_lens_tl.readout.jacobian_projection import CarriedLens, blocks_to_read
+from backward_lens_tl.readout.projections import Projection
+from backward_lens_tl.readout.requested import as_projections
 from backward_lens_tl.runs.columns import Column
 from backward_lens_tl.runs.run import Job, Plan, Run
 from backward_lens_tl.sweeps.columns import TABLES
@@ -148,6 +151,7 @@ def sweep(
 
     Raises:
         SweepError: If the folder holds another sweep, or no row of the data is chosen.
+        JacobianLensError: If there is no such Jacobian Lens, or it belongs to another model.
 
     Examples:
         >>> import tempfile
@@ -161,13 +165,17 @@ def sweep(
 
 
 def _prepare(job: Job[SweepConfig]) -> Plan[Shard]:
+    for_lens = job.config.for_lens()
+    lenses = as_projections(for_lens["projection"], job.host)
     shards = plan_shards(job.host, job.records, job.config)
-    _check(job, shards)
-    measure = partial(measure_shard, job.model, config=job.config)
-    return Plan(shards, measure, entries=tuple(chain.from_iterable(shards)))
+    _check(job, shards, lenses.values())
+    measure = partial(measure_shard, job.model, config=job.config, for_lens=for_lens)
+    fits = [lens.jacobians for lens in lenses.values() if isinstance(lens, CarriedLens)]
+    about = {"jacobian": fits[0].provenance} if fits else {}
+    return Plan(shards, measure, entries=tuple(chain.from_iterable(shards)), about=about)
 
 
-def _check(job: Job[SweepConfig], shards: Sequence[Shard]) -> None:
+def _check(job: Job[SweepConfig], shards: Sequence[Shard], lenses: Collection[Projection]) -> None:
     """Refuse settings that fail for every prompt, before anything is written."""
     config = job.config
     if not shards:
@@ -176,7 +184,7 @@ def _check(job: Job[SweepConfig], shards: Sequence[Shard]) -> None:
     shortest = next(items, None)
     if shortest is None:
         return  # all rows are rejected
-    plan_capture(
+    plan = plan_capture(
         job.host,
         shortest.record.prompt,
         target_nll(shortest.target),
@@ -186,3 +194,4 @@ def _check(job: Job[SweepConfig], shards: Sequence[Shard]) -> None:
         hook_points=None,
         memory=config.memory,
     )
+    blocks_to_read(job.host, plan.sites, lenses, config.vjps_at)

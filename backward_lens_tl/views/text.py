@@ -79,6 +79,11 @@ def visible(token: str) -> str:
     return "".join(SPACE if piece == (" ", True) else piece.text for piece in pieces(token))
 
 
+def lens_name(projection: str) -> str:
+    """The name of a projection in a sentence."""
+    return projection.replace("_", " ").replace("jacobian", "Jacobian")
+
+
 def number(value: float) -> str:
     """A norm, loss or score with four significant digits."""
     return f"{value:.4g}"

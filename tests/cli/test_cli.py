@@ -108,6 +108,25 @@ def test_options_reach_the_lens(stories_path: str, tmp_path: Path, capsys):
 
 
 @pytest.mark.usefixtures("_loaded")
+def test_a_jacobian_lens_is_shown_first_and_is_on_the_page(
+    tmp_path: Path, facts_model: Any, capsys: pytest.CaptureFixture[str]
+):
+    page = tmp_path / "page.html"
+    assert main(["show", *QUESTION, "--jacobian", "facts", "--html", str(page)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "(jacobian_lens, update, facts)" in out
+    found = re.search(
+        r"the normalized lens in .*; under the Jacobian lens, in (\d) of 8 layers", out
+    )
+    result = blt.backward_lens(
+        facts_model, "Lionel Messi plays for", " Paris", projection=blt.jacobian_lens("facts")
+    )
+    assert int(found[1]) == (result.target_rank("W_out")[:, 0, -1] == 0).sum() > 0
+    (held,) = re.findall(r'<script type="application/json">(.*?)</script>', page.read_text("utf-8"))
+    assert json.loads(held)["lenses"] == ["jacobian_lens", "logit_lens", "normalized"]
+
+
+@pytest.mark.usefixtures("_loaded")
 def test_colours_can_show_the_size_of_what_is_written(capsys: pytest.CaptureFixture[str]):
     said = {
         "norm": ("‖δ_i‖ 0.", "how strongly the loss acts there"),

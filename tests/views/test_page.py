@@ -26,6 +26,7 @@ from view_cases import (
 
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.readout.cells import Cell, TokenScore
+from backward_lens_tl.readout.jacobian_projection import jacobian_lens
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views.colors import DARK_SHADES, LIGHT_SHADES, NormScale
 from backward_lens_tl.views.text import display_order
@@ -307,6 +308,22 @@ def test_each_control_changes_only_its_own_setting(
                     choose(body, name, getattr(state, name))
             assert_shows(body, result, state)
             previous = state
+
+
+def test_a_jacobian_lens_is_a_choice(browser: Browser, tmp_path: Path, facts_model: Any):
+    carried = backward_lens(
+        facts_model,
+        "Lionel Messi plays for",
+        " Paris",
+        projection=("logit_lens", "normalized", jacobian_lens("facts")),
+    )
+    with page_of(browser, tmp_path, carried) as window:
+        body = window.page.locator("body")
+        for lens in ("jacobian_lens", "normalized", "jacobian_lens", "logit_lens"):
+            choose(body, "lens", lens)
+            assert_shows(body, carried, State(lens=lens))
+            [fact] = see(body)["projection"]
+            assert ("SHA-256" in fact) == (lens == "jacobian_lens")
 
 
 def test_a_single_lens_stays_visible(browser: Browser, tmp_path: Path, messi: BackwardLensResult):

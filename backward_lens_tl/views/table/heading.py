@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 
+from backward_lens_tl.choices import JACOBIAN_LENS
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.views.prompts import which_prompt
 from backward_lens_tl.views.table.extent import Extent
@@ -17,15 +18,20 @@ from backward_lens_tl.views.text import (
     asked,
     display_order,
     leading_layers,
+    lens_name,
     number,
     prediction_text,
     same_tokens_note,
 )
 
+_CARRIED = "Jacobian lens: average Jacobians carry each vector to the last layer"
 _PROJECTIONS = {
     "logit_lens": "logit lens: the model's final norm and unembedding",
     "normalized": "normalized logit lens: each vector is scaled to length 1 first",
     "cosine": "cosine with each token's column of the unembedding, whatever its length",
+    JACOBIAN_LENS: f"{_CARRIED}, then the logit lens",
+    f"{JACOBIAN_LENS}_normalized": f"{_CARRIED}, then the normalized logit lens",
+    f"{JACOBIAN_LENS}_cosine": f"{_CARRIED}, then the cosine with each token's column",
 }
 _DIRECTIONS = {
     "update": "update: W_out and W_O are read as -δ_i, what one step of gradient descent adds",
@@ -94,7 +100,8 @@ def facts(result: BackwardLensResult) -> str:
 
 def _lens_fact(result: BackwardLensResult, name: str) -> str:
     hidden = "" if name == result.projection else " hidden"
-    meaning = isolated_run(_PROJECTIONS.get(name, name))
+    fit = result.under(name).fit
+    meaning = isolated_run(_PROJECTIONS.get(name, name) + (f" ({fit})" if fit else ""))
     return f'<span data-lens="{escape(name)}"{hidden}>{meaning}</span>'
 
 
@@ -138,7 +145,7 @@ def controls(result: BackwardLensResult) -> str:
         "": "all",
         **{name: name for name in display_order(result.matrices)},
     }
-    lenses = {name: name.replace("_", " ") for name in result.projections}
+    lenses = {name: lens_name(name) for name in result.projections}
     choices = [
         _choice("Matrix", "matrix", matrices) if len(result.matrices) > 1 else "",
         _choice("Lens", "lens", lenses) if len(lenses) > 1 else "",
