@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from backward_lens_tl import (
     BackwardLensResult,
     GradientCapture,
+    JacobianProjection,
     VectorReadout,
     backward_lens,
+    jacobian_lens,
     read_vectors,
     target_nll,
 )
 from backward_lens_tl import capture_gradients as capture_factors
+from backward_lens_tl.jacobians.average import Jacobians
 from benchmarks.sizes import Question, Size
 
 Contestant = Callable[[Any, Question], object]
@@ -54,6 +57,21 @@ def lens(model: Any, question: Question) -> BackwardLensResult:
 def both_lenses(model: Any, question: Question) -> BackwardLensResult:
     """This package with both lenses, its default."""
     return backward_lens(model, question.ids, question.target, matrices=MATRICES)
+
+
+def identities(size: Size) -> JacobianProjection:
+    """A Jacobian Lens that carries vectors to themselves; time does not depend on the numbers."""
+    matrices = {layer: torch.eye(size.d_model) for layer in range(size.n_layers - 1)}
+    return jacobian_lens(Jacobians(matrices, 0, size.d_model, {}), check=False)
+
+
+def carried_lens(
+    model: Any, question: Question, carrying: JacobianProjection
+) -> BackwardLensResult:
+    """This package with a Jacobian Lens."""
+    return backward_lens(
+        model, question.ids, question.target, matrices=MATRICES, projection=carrying
+    )
 
 
 def lens_of_texts(model: Any, question: Question) -> BackwardLensResult:

@@ -221,22 +221,26 @@ def _turned(bench: Bench, n_vectors: int) -> Row:
 
 
 def lenses(bench: Bench) -> Iterator[Cell]:
-    """The default, which computes both lenses, compared with the Logit Lens alone."""
+    """Both lenses, the default, and a Jacobian Lens, compared with the Logit Lens alone."""
     build = cache(partial(hooked, bench.main, bench.device))
     for batch in (ONE, MANY):
         asked = bench.ask(bench.main, batch, SHORT)
-        yield Cell({"batch": batch}, partial(_both, bench, build, asked))
+        yield Cell({"batch": batch}, partial(_more, bench, build, asked))
 
 
-def _both(bench: Bench, build: Callable[[], Any], asked: Question) -> Row:
+def _more(bench: Bench, build: Callable[[], Any], asked: Question) -> Row:
     model = build()
-    timings = bench.interleave(
-        {
-            "one": partial(contestants.lens, model, asked),
-            "both": partial(contestants.both_lenses, model, asked),
-        }
-    )
-    return _times(timings) | {"slower": timings.ratio(["both"], ["one"])}
+    carrying = contestants.identities(bench.main)
+    runs: dict[str, Thunk] = {
+        "one": partial(contestants.lens, model, asked),
+        "both": partial(contestants.both_lenses, model, asked),
+        "carried": partial(contestants.carried_lens, model, asked, carrying),
+    }
+    timings = bench.interleave(runs, is_goal=True)
+    return _times(timings) | {
+        "slower": timings.ratio(["both"], ["one"]),
+        "carried_slower": timings.ratio(["carried"], ["one"]),
+    }
 
 
 # -------------------------------------------------------------------------------------------- rank

@@ -171,6 +171,12 @@ GOALS = (
         _cell(MANY, "reading"),
     ),
     Goal(
+        f"batch of {MANY}, the Jacobian Lens, times as long as the Logit Lens",
+        1.15,
+        False,
+        lambda results: float(find(results, "lenses", batch=MANY)["carried_slower"]),
+    ),
+    Goal(
         "rank of a `W_out` gradient, times as fast as `matrix_rank` of the dense matrix",
         200,
         True,

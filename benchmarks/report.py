@@ -100,9 +100,11 @@ tensor operations: Python code, the profiler, token texts.
 """
 
 LENSES = f"""\
-## Both lenses
+## Several lenses
 
-By default, the logit lens and the normalized lens are both computed. Prompts of {SHORT} tokens.
+By default, the logit lens and the normalized lens are both computed. The Jacobian Lens, here with
+identities, carries the vectors of each layer before one product with the unembedding. Prompts
+of {SHORT} tokens.
 """
 
 RANK = f"""\
@@ -270,10 +272,18 @@ def _orders(machines: Mapping[str, Results], notes: Notes) -> str:
 
 def _lenses(machines: Mapping[str, Results], notes: Notes) -> str:
     def numbers(row: Row) -> list[str]:
-        times = [milliseconds(row["seconds"][name] / row["batch"]) for name in ("one", "both")]
-        return [*times, number(row["slower"])]
+        one, both, carried = (
+            milliseconds(row["seconds"][name] / row["batch"]) for name in ("one", "both", "carried")
+        )
+        return [one, both, number(row["slower"]), carried, number(row["carried_slower"])]
 
-    names = ("one lens, ms per prompt", "both", "times as long")
+    names = (
+        "logit lens, ms per prompt",
+        "both",
+        "times as long",
+        "Jacobian Lens",
+        "times as long as the logit lens",
+    )
     return _by_machine(machines, "lenses", ("batch",), names, numbers, notes)
 
 

@@ -105,6 +105,20 @@ def test_the_tool_gives_our_results():
 
 @hooked_only
 @TINY
+def test_identities_carry_vectors_to_themselves(size):
+    model, asked = with_gains(hooked(size, "cpu")), ask(size)
+    carrying = contestants.identities(size)
+    plain, carried = (
+        contestants.lens(model, asked),
+        contestants.carried_lens(model, asked, carrying),
+    )
+    assert (plain.projection, carried.projection) == ("logit_lens", "jacobian_lens")
+    for matrix in contestants.MATRICES:
+        assert torch.equal(plain.readout(matrix).top_ids, carried.readout(matrix).top_ids)
+
+
+@hooked_only
+@TINY
 def test_the_authors_code_gives_our_results(size):
     model, asked = with_gains(hooked(size, "cpu")), ask(size)
     ours, theirs = contestants.lens(model, asked), contestants.authors_way(model, asked)
@@ -540,7 +554,9 @@ def test_the_other_figures_have_numbers(measured):
     assert rank["faster"] == pytest.approx(rank["seconds"]["dense"] / rank["seconds"]["ours"])
     for row, batch in zip(measured["lenses"], (1, 32), strict=True):
         assert row["batch"] == batch
-        assert row["slower"] == pytest.approx(row["seconds"]["both"] / row["seconds"]["one"])
+        seconds = row["seconds"]
+        assert row["slower"] == pytest.approx(seconds["both"] / seconds["one"])
+        assert row["carried_slower"] == pytest.approx(seconds["carried"] / seconds["one"])
     assert [row["vectors"] for row in measured["orders"]] == [40, 40 * 32]
     assert [set(row["seconds"]) for row in measured["phases"]] == [set(PHASES)] * 2
     if memory.why_not_measured("cpu") is None:
@@ -674,7 +690,8 @@ def results(**changed):
             | {"seconds": {"ours": 0.4, "peer": 2.2, "batch": 3.2}},
         ],
         "lenses": [
-            {"batch": 32, "rounds": 5, "seconds": {"one": 3.2, "both": 3.84}, "slower": 1.21}
+            {"batch": 32, "rounds": 5, "seconds": {"one": 3.2, "both": 3.84, "carried": 3.3}}
+            | {"slower": 1.21, "carried_slower": 1.03}
         ],
         "rank": [
             {"shape": [3072, 768], "ranks": {"ours": 10, "dense": 10}, "rounds": 5}
@@ -724,6 +741,7 @@ def test_goals():
         (1.2, True),
         "the machine was on fire",
         "the machine was on fire",
+        (1.03, True),
         (300.0, True),
         (1.02, True),
         (1.2, False),
