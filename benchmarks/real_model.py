@@ -3,6 +3,9 @@
 ``python -m benchmarks.real_model`` runs ``backward-lens reproduce gradients explanations`` on each
 model, writes the findings to ``docs/real-model/findings.json`` and the figures next to it, and
 renders ``docs/real-model.md`` and the table in ``docs/reproducing.md``. ``--page`` only renders.
+
+Reading through average Jacobians needs Jacobian Lenses in the folder ``--fits``: ``NAME-N.pt`` for
+every model except facts, fitted on N prompts. ``--fit`` makes them, and resumes.
 """
 
 from __future__ import annotations
@@ -12,14 +15,16 @@ import csv
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from backward_lens_tl.files.storage import write_text
+from backward_lens_tl.jacobians.fitting import fit_jacobian_lens
+from backward_lens_tl.models.loading import load_model
 from backward_lens_tl.reproduction import EXPERIMENTS, reproduce
 from backward_lens_tl.reproduction.folder import read_findings
-from benchmarks.real_model_page import page, with_verdicts
+from benchmarks.real_model_page import SHOWN_TABLES, page, with_verdicts
 
 DOCS = Path(__file__).parents[1] / "docs"
 FINDINGS = DOCS / "real-model" / "findings.json"
@@ -37,14 +42,25 @@ REAL = "SmolLM2"
 """The model that the page is about."""
 
 FIGURES = {
-    "residual_bases": "the-target-near-the-top.svg",
-    "gated_neurons": "copies-in-w-out.svg",
-    "junk_tokens": "rank-of-the-target.svg",
+    "residual_bases": ("the-target-near-the-top.svg",),
+    "early_layers": (
+        "rank-of-the-target.svg",
+        "readings-and-controls.svg",
+        "the-subject-s-last-token.svg",
+        "prompts-of-the-fit.svg",
+    ),
+    "gated_neurons": ("copies-in-w-out.svg",),
+    "junk_tokens": ("rank-of-the-target.svg",),
 }
 """The figures of the real model that the page shows, by experiment."""
 
-_TABLES = ("verdicts", "parts of the last VJP")
-"""The tables of explanations that the page shows or needs."""
+FIT_SIZES = (8, 32, 100)
+"""Numbers of prompts of the fits."""
+
+WIKITEXT = SHARED / "data" / "wikitext2" / "wiki.test.raw"
+"""The texts of the fits."""
+
+_FIT_LENGTH = 40
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +71,9 @@ def main() -> None:
     parser.add_argument("--out", default="real-model", help="folder for the reproductions")
     parser.add_argument("--prompts", type=int, default=100, help="default: 100")
     parser.add_argument("--only", choices=MODELS, help="measure one model, keep the others")
+    parser.add_argument("--names", nargs="+", help="measure these experiments, keep the others")
+    parser.add_argument("--fits", default="real-model/fits", help="folder of Jacobian Lenses")
+    parser.add_argument("--fit", action="store_true", help="fit them, measure nothing; hours")
     parser.add_argument("--model", help=f"what to load as {REAL}, such as a folder")
     parser.add_argument("--collect", action="store_true", help="read --out, measure nothing")
     parser.add_argument("--page", action="store_true", help="only render the page")
@@ -64,27 +83,91 @@ def main() -> None:
     for name, (model, data) in MODELS.items():
         if options.page or options.only not in (None, name):
             continue
-        folder = Path(options.out) / name
+        folder, fits = Path(options.out) / name, Path(options.fits)
+        loaded = options.model if name == REAL and options.model else model
+        if options.fit:
+            fit(loaded, name, fits)
+            continue
         if not options.collect:
-            loaded = options.model if name == REAL and options.model else model
-            measure(loaded, data, folder, options.prompts)
-        found["models"][name] = collected(folder)
+            names = options.names or ["gradients", "explanations"]
+            measure(loaded, data, folder, options.prompts, names, fits_of(name, fits))
+        own = collected(folder)
         if name == REAL:
-            found["models"][name]["figures"] = copy_figures(folder, FINDINGS.parent)
+            own["figures"] = copy_figures(folder, FINDINGS.parent)
+        kept = found["models"].get(name, own) if options.names else own
+        found["models"][name] = merged(kept, own)
     write_pages(found, DOCS)
 
 
-def measure(model: Any, data: Any, folder: Path, prompts: int) -> None:
-    """Run all experiments about gradients on a model.
+def measure(
+    model: Any, data: Any, folder: Path, prompts: int, names: Sequence[str], fits: Sequence[Path]
+) -> None:
+    """Run experiments about gradients on a model.
 
     Args:
         model: The model, for `load_model`.
         data: Its data.
         folder: The folder to write.
         prompts: Number of prompts.
+        names: Names of experiments or groups.
+        fits: Files of Jacobian Lenses of the model.
     """
     log.info("%s", folder.name)
-    reproduce(model, data, folder, ["gradients", "explanations"], prompts=prompts, progress=False)
+    jacobian = [*fits] or None
+    reproduce(model, data, folder, names, prompts=prompts, jacobian=jacobian, progress=False)
+
+
+def fits_of(name: str, folder: Path) -> list[Path]:
+    """The Jacobian Lenses of a model; none for facts, which ships with its own.
+
+    Args:
+        name: The name of the model on the page.
+        folder: The folder of all of them.
+
+    Returns:
+        The files.
+    """
+    return sorted(folder.glob(f"{name}-*.pt"))
+
+
+def fit(model: Any, name: str, folder: Path) -> None:
+    """Fit the Jacobian Lenses of a model, or resume; a fit of more prompts continues a smaller one.
+
+    Args:
+        model: The model, for `load_model`.
+        name: The name of the model on the page.
+        folder: The folder of all of them.
+    """
+    if name == model:
+        return  # the facts model
+    folder.mkdir(parents=True, exist_ok=True)
+    loaded, texts = load_model(model), str(WIKITEXT)
+    before: Path | None = None
+    for size in FIT_SIZES:
+        file = folder / f"{name}-{size}.pt"
+        if before is not None and not file.exists():
+            shutil.copy(before, file)
+        log.info("%s", file)
+        fit_jacobian_lens(loaded, texts, file, prompts=size, max_length=_FIT_LENGTH, progress=False)
+        before = file
+
+
+def merged(kept: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Findings on a model with those measured again replaced.
+
+    Args:
+        kept: The findings, as `collected` returned them.
+        found: Newer ones, perhaps of fewer experiments.
+
+    Returns:
+        Both, and the figures of both.
+    """
+    drawn = sorted({*kept.get("figures", ()), *found.get("figures", ())})
+    return {
+        "about": kept["about"],
+        "findings": {**kept["findings"], **found["findings"]},
+        **({"figures": drawn} if drawn else {}),
+    }
 
 
 def collected(folder: Path) -> dict[str, Any]:
@@ -108,7 +191,9 @@ def collected(folder: Path) -> dict[str, Any]:
                 **(
                     {
                         "tables": [
-                            _rows(folder, own) for own in each["tables"] if own["name"] in _TABLES
+                            _rows(folder, own)
+                            for own in each["tables"]
+                            if own["name"] in ("verdicts", *SHOWN_TABLES)
                         ]
                     }
                     if groups[name] == "explanations"
@@ -134,13 +219,16 @@ def copy_figures(folder: Path, to: Path) -> list[str]:
         to: The folder of figures.
 
     Returns:
-        The experiments that have one.
+        Their names: the experiment, with a number from the second one on.
     """
     to.mkdir(parents=True, exist_ok=True)
-    files = {name: folder / name / file for name, file in FIGURES.items()}
-    drawn = [name for name, file in files.items() if file.exists()]
-    for name in drawn:
-        shutil.copy(files[name], to / f"{name}.svg")
+    drawn = []
+    for experiment, files in FIGURES.items():
+        for number, file in enumerate(files, start=1):
+            name = experiment if number == 1 else f"{experiment}-{number}"
+            if (folder / experiment / file).exists():
+                shutil.copy(folder / experiment / file, to / f"{name}.svg")
+                drawn.append(name)
     return drawn
 
 

@@ -25,6 +25,9 @@ class ReproduceCommand(DataCommand):
         prompts: Number of prompts to draw from the data.
         seed: Seed for drawing them.
         prepend_bos: Whether prompts get a BOS token; by default they do not, as in the paper.
+        jacobian: Files of Jacobian Lenses of the model, for early_layers; the one fitted on most
+            prompts is used, the others are compared with it. By default that of the facts model
+            for that model.
     """
 
     names: Sequence[str]
@@ -33,6 +36,7 @@ class ReproduceCommand(DataCommand):
     prompts: int = 100
     seed: int = 0
     prepend_bos: bool | None = False
+    jacobian: Sequence[str] = ()
 
     def run(self) -> None:
         """Run the experiments, and print what they found."""
@@ -53,6 +57,7 @@ class ReproduceCommand(DataCommand):
             prompts=self.prompts,
             seed=self.seed,
             prepend_bos=self.prepend_bos,
+            jacobian=self.jacobian,
             progress=not self.quiet,
         )
         for name, finding in found.items():

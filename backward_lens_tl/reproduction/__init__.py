@@ -45,6 +45,7 @@ def reproduce(
     prompts: int = 100,
     seed: int = 0,
     prepend_bos: bool | None = False,
+    jacobian: Any = None,
     progress: bool = True,
 ) -> dict[str, Finding]:
     """Run experiments of the paper, and write their tables, figures and a report.
@@ -65,6 +66,10 @@ def reproduce(
         seed: Seed for choosing them.
         prepend_bos: Whether prompts get a BOS token; the paper's had none. `None` is the model's
             default.
+        jacobian: A Jacobian Lens of the model for `"early_layers"`, as for `jacobian_lens`, or
+            several fits on different numbers of prompts, of which the largest is used and the
+            others are compared with it; `None` for the one of the facts model, and for none with
+            other models.
         progress: Whether to show progress bars.
 
     Returns:
@@ -92,7 +97,7 @@ def reproduce(
     records = data if isinstance(data, Records) else read_records(data)
     loaded = load_model(model) if isinstance(model, str) else model
     folder = Path(out)
-    evidence = Evidence(loaded, records, folder, prompts, seed, prepend_bos, progress)
+    evidence = Evidence(loaded, records, folder, prompts, seed, prepend_bos, progress, jacobian)
     if any(experiment.group != "editing" for experiment in experiments):
         _check_prompts(evidence)
     found = {}

@@ -10,19 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from backward_lens_tl._checks import listed
 from backward_lens_tl.choices import Lens
 from backward_lens_tl.data.records import Record, Records
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.methods.presets import preset_methods
 from backward_lens_tl.editing.methods.shift import ForwardPassShift
 from backward_lens_tl.editing.requests import EditRequest
-from backward_lens_tl.errors import InputError, UnsupportedModelError
+from backward_lens_tl.errors import InputError, JacobianLensError, UnsupportedModelError
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.perplexity import perplexity, read_texts
 from backward_lens_tl.evaluation.plan import unused_records
 from backward_lens_tl.evaluation.run import Evaluation, evaluate
 from backward_lens_tl.lens import backward_lens
 from backward_lens_tl.models import Host, host_of
+from backward_lens_tl.models.loading import FACTS_MODEL
+from backward_lens_tl.readout.jacobian_projection import (
+    CarriedLens,
+    JacobianProjection,
+    jacobian_lens,
+)
 from backward_lens_tl.reproduction.vectors import PromptVjps, prompt_vjps
 from backward_lens_tl.result import BackwardLensResult
 from backward_lens_tl.sweeps.config import SweepConfig
@@ -51,6 +58,7 @@ class Evidence:
         seed: Seed for choosing them.
         prepend_bos: Whether prompts get a BOS token; `None` is the model's default.
         progress: Whether to show progress bars.
+        jacobian: Fits of the Jacobian Lens, as for `reproduce`.
     """
 
     model: nn.Module
@@ -60,6 +68,7 @@ class Evidence:
     seed: int
     prepend_bos: bool | None
     progress: bool
+    jacobian: Any = None
 
     # --- the model -----------------------------------------------------------------------------
 
@@ -162,8 +171,36 @@ class Evidence:
     @cached_property
     def vjps(self) -> list[PromptVjps]:
         """`W_out`'s VJPs of the prompts as tensors."""
+        return self.capture_vjps()
+
+    def capture_vjps(self) -> list[PromptVjps]:
+        """Capture `W_out`'s VJPs of the prompts with the model's present weights."""
         texts, targets = self.prompts["text"].tolist(), self.prompts["target_id"].tolist()
         return prompt_vjps(self.model, texts, targets, self.prepend_bos)
+
+    @cached_property
+    def jacobian_lenses(self) -> list[CarriedLens]:
+        """The fits of the Jacobian Lens, the one on most prompts last; at least one.
+
+        Raises:
+            JacobianLensError: If there is none, or one is not of this model.
+        """
+        fits = [] if self.jacobian is None else listed(self.jacobian)
+        if not fits and self.model_name == FACTS_MODEL:
+            fits = [FACTS_MODEL]
+        if not fits:
+            raise JacobianLensError(
+                f"no Jacobian Lens of {self.model_name!r} was passed; fit one with backward-lens "
+                "fit-jacobian --model MODEL --texts FILE --out lens.pt, and pass --jacobian "
+                "lens.pt (in Python, jacobian='lens.pt')"
+            )
+        lenses = [
+            (each if isinstance(each, JacobianProjection) else jacobian_lens(each)).bound(
+                self._host
+            )
+            for each in fits
+        ]
+        return sorted(lenses, key=lambda lens: lens.jacobians.n_prompts)
 
     @property
     def n_cut_targets(self) -> int:

@@ -11,6 +11,7 @@ from backward_lens_tl.errors import InputError
 from backward_lens_tl.reproduction import (
     chance,
     conditions,
+    early_layers,
     editing_methods,
     gradient_neurons,
     gradient_ranks,
@@ -243,6 +244,16 @@ EXPERIMENTS = (
         "All layers are read with the last layer's unembedding. Early layers may write in another "
         "basis, which the later layers turn into the last one.",
         residual_bases.residual_bases,
+        group="explanations",
+        explains=("fig5", "fig7", "fig11", "fig18"),
+        part="some layers",
+    ),
+    Experiment(
+        "early_layers",
+        "Average Jacobians (beyond the paper)",
+        "Carried to the last layer by the average Jacobian of the later layers, updates of early "
+        "layers may be readable, too. This is partly circular: gradients come from there.",
+        early_layers.early_layers,
         group="explanations",
         explains=("fig5", "fig7", "fig11", "fig18"),
         part="some layers",

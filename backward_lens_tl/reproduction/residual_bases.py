@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from backward_lens_tl.errors import InputError
@@ -23,8 +23,7 @@ from backward_lens_tl.reproduction.last_token_claims import (
 from backward_lens_tl.reproduction.vectors import (
     PromptVjps,
     carried,
-    mean_of_others,
-    target_ranks,
+    ranks_by_layer,
 )
 from backward_lens_tl.views import figures
 
@@ -56,11 +55,13 @@ def residual_bases(evidence: Evidence) -> Finding:
         for reading, found in _readings(evidence, prompt, others, generator):
             vectors.setdefault(reading, []).append(found)
     lens = LogitLens(host)
-    ranks = {reading: _ranks(lens, torch.stack(own), chosen) for reading, own in vectors.items()}
-    ranks[_OWN_COSINE] = _ranks(CosineLens(host), torch.stack(vectors[_OWN]), chosen)
+    ranks = {
+        reading: ranks_by_layer(lens, torch.stack(own), chosen) for reading, own in vectors.items()
+    }
+    ranks[_OWN_COSINE] = ranks_by_layer(CosineLens(host), torch.stack(vectors[_OWN]), chosen)
     if len(chosen) > 1:
         for reading, of in ((_OWN_CENTRED, _OWN), (_CENTRED, _OTHERS)):
-            ranks[reading] = _ranks(lens, torch.stack(vectors[of]), chosen, is_centred=True)
+            ranks[reading] = ranks_by_layer(lens, torch.stack(vectors[of]), chosen, is_centred=True)
     table = by_layer_and_reading(ranks, evidence)
     cosines = _cosines(every)
     along = pd.DataFrame({"layer": range(evidence.n_layers), "cosine": cosines, "of": "mean"})
@@ -102,7 +103,8 @@ def residual_bases(evidence: Evidence) -> Finding:
             "change of the last residual stream is read.",
             "That a prompt's own later layers turn its update towards the target is expected, "
             "because the update lowers the loss to first order. How close to the top the target "
-            "comes, and that other prompts do the same, is not.",
+            "comes, and that other prompts do the same, is not. The experiment "
+            "early_layers carries updates by average Jacobians, with controls for this.",
         ),
     )
 
@@ -128,24 +130,6 @@ def _readings(
     if evidence.n_layers > 1:
         yield _ELSEWHERE, torch.stack([carry(other, elsewhere) for other in others]).mean(0)
     yield _RANDOM, carry(others[0], noise)
-
-
-@torch.no_grad()
-def _ranks(
-    lens: LogitLens,
-    vectors: Float[Tensor, "prompt layer d_model"],
-    prompts: Sequence[PromptVjps],
-    *,
-    is_centred: bool = False,
-) -> Int[Tensor, "prompt layer"]:
-    """The target's rank in every vector, if wanted after the mean of the other prompts' scores."""
-    columns = []
-    for layer in range(vectors.shape[1]):
-        scores = lens.project(vectors[:, layer], layer)
-        if is_centred:
-            scores = scores - mean_of_others(scores)
-        columns.append(target_ranks(scores, prompts))
-    return torch.stack(columns, dim=1)
 
 
 def _carriers(prompt: PromptVjps, every: Sequence[PromptVjps]) -> list[PromptVjps]:

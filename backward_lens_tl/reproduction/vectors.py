@@ -17,6 +17,7 @@ from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.matrix_selection import find_editable
+from backward_lens_tl.readout.projections import Projection
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +29,14 @@ class PromptVjps:
         target: Id of the target.
         vjps: `delta_i`, with the sign of the raw gradient.
         stream: The residual stream after each layer at the last token.
+        has_norm_after: Whether a norm changes the output of `W_out` before it joins the stream.
     """
 
     tokens: tuple[int, ...]
     target: int
     vjps: Float[Tensor, "layer pos d_model"]
     stream: Float[Tensor, "layer d_model"]
+    has_norm_after: bool = False
 
     @property
     def updates(self) -> Float[Tensor, "layer d_model"]:
@@ -77,6 +80,9 @@ def prompt_vjps(
                         for layer in layers
                     ]
                 ),
+                has_norm_after=any(
+                    capture["W_out", layer].joined_vjps is not None for layer in layers
+                ),
             )
         )
     return found
@@ -115,6 +121,34 @@ def target_ranks(
     """The number of tokens with a larger score than each prompt's target."""
     targets = torch.tensor([each.target for each in prompts], device=scores.device)
     return predictions.target_ranks(scores, targets)
+
+
+@torch.no_grad()
+def ranks_by_layer(
+    lens: Projection,
+    vectors: Float[Tensor, "prompt layer d_model"],
+    prompts: Sequence[PromptVjps],
+    *,
+    is_centred: bool = False,
+) -> Int[Tensor, "prompt layer"]:
+    """Rank each prompt's target in a vector per layer.
+
+    Args:
+        lens: Reads the vectors.
+        vectors: The vectors.
+        prompts: Their prompts.
+        is_centred: Whether the mean of the other prompts' scores is subtracted first.
+
+    Returns:
+        The number of tokens with a larger score.
+    """
+    columns = []
+    for layer in range(vectors.shape[1]):
+        scores = lens.project(vectors[:, layer], layer)
+        if is_centred:
+            scores = scores - mean_of_others(scores)
+        columns.append(target_ranks(scores, prompts))
+    return torch.stack(columns, dim=1)
 
 
 def mean_of_others(scores: Float[Tensor, "prompt *rest"]) -> Float[Tensor, "prompt *rest"]:

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from jacobian_cases import random_lens
 from models import HAS_BRIDGE, build
 
 import backward_lens_tl as blt
@@ -470,7 +471,8 @@ def test_exceptions_by_chance(wins: Sequence[int], expected: list[bool]):
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_every_explanation_runs(name: str, request: Any, tmp_path: Path):
     model = request.getfixturevalue(name)
-    found = reproduce(model, ROWS, tmp_path, "explanations", progress=False)
+    fit = blt.jacobian_lens(random_lens(model), check=False)
+    found = reproduce(model, ROWS, tmp_path, "explanations", jacobian=fit, progress=False)
     assert list(found) == [each.name for each in EXPLANATIONS]
     for finding in found.values():
         assert finding.checks, finding.notes
