@@ -75,6 +75,11 @@ class JacobianProjection:
 
         Raises:
             JacobianLensError: If the lens was fitted on another model.
+
+        Examples:
+            >>> from backward_lens_tl.models import host_of
+            >>> blt.jacobian_lens("facts").bound(host_of(model)).name
+            'jacobian_lens'
         """
         (check_fits if self.check else check_sizes)(self.jacobians, host)
         return CarriedLens(host, self.jacobians, LENSES[self.projection](host), self.name)

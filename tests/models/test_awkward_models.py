@@ -163,7 +163,7 @@ def test_a_folders_name_does_not_choose_its_architecture(
 def test_sizes_that_hooked_transformer_does_not_read_are_refused(tmp_path: Path) -> None:
     require_kind("hooked")
     folder = saved(plain_model("gpt2", n_inner=52), tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"cannot turn .* \[24, 52\].*kind='bridge'"):
+    with pytest.raises(UnsupportedModelError, match=r"cannot turn .*\[24, 52\].*kind='bridge'"):
         blt.load_model(str(folder), "hooked")
 
 

@@ -1177,7 +1177,7 @@ def test_names_of_figures_and_tables():
     tables = [f"table{n}" for n in range(1, 8)]
     beyond = ["several_facts", "whitening", "optimizers"]
     beyond += ["residual_bases", "last_layer", "junk_tokens", "sinks", "gated_neurons"]
-    beyond += ["normalization", "chance", "prompt_forms"]
+    beyond += ["normalization", "chance", "prompt_forms", "early_layers"]
     assert sorted(names) == sorted([*figures, *tables, *beyond])
     for experiment in EXPERIMENTS:
         assert experiment.name in experiment.covers
@@ -1864,11 +1864,13 @@ def test_the_command_prints_what_was_not_measured_and_exceptions(
         "  It could not.",
         f"report: {tmp_path / 'report.html'}",
     ]
-    assert cli.main([*argv, "--bos", "--seed", "3", "--prompts", "5"]) == 0
+    fits = ["--jacobian", "a.pt", "b.pt"]
+    assert cli.main([*argv, "--bos", "--seed", "3", "--prompts", "5", *fits]) == 0
     given = (["gradients"], "the model", str(tmp_path), "Rome is in")
     usual = {"prompts": 100, "seed": 0, "prepend_bos": False, "progress": False}
     chosen = {"prompts": 5, "seed": 3, "prepend_bos": True, "progress": True}
-    assert asked == [(*given, usual), (*given, chosen)]
+    lenses: tuple[dict[str, Any], ...] = ({"jacobian": ()}, {"jacobian": ["a.pt", "b.pt"]})
+    assert asked == [(*given, usual | lenses[0]), (*given, chosen | lenses[1])]
 
 
 def test_errors_of_the_command(

@@ -118,6 +118,15 @@ class EditMethod(Checked, ABC):
 
         Returns:
             The changes, and the report of methods that check their edits.
+
+        Examples:
+            >>> from backward_lens_tl.editing.requests import tokenize_requests
+            >>> from backward_lens_tl.models import host_of
+            >>> host = host_of(model)
+            >>> step = blt.editing.GradientStep("sgd", lr=1.0, layers=6)
+            >>> changes, report = step.reported(host, tokenize_requests(host, request, None))
+            >>> report is None  # a gradient step does not check whether its target leads
+            True
         """
         return self.compute(host, requests), None
 
