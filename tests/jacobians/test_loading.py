@@ -200,6 +200,7 @@ def test_names_that_are_no_projection_are_refused(
         blt.backward_lens(one_gpt2.model, "Rome", " the", projection=projection)
 
 
+@pytest.mark.usefixtures("as_for_a_user")
 def test_unusable_arguments_of_jacobian_lens_are_refused() -> None:
     lens = OwnLens(MATRICES)
     with pytest.raises(InputError, match="projection is 'tuned'; allowed: 'logit_lens', 'normaliz"):
