@@ -8,7 +8,7 @@ from typing import Any
 
 from backward_lens_tl.errors import warn
 
-_ENTRIES = ("outcomes", "forward_passes", "backward_passes")
+_ENTRIES = ("outcomes", "forward_passes", "backward_passes", "contrast_prompts")
 """What a report adds to a delta's `about`."""
 
 _MOST_NAMED = 3
@@ -62,11 +62,13 @@ class EditReport:
         outcomes: One per request.
         forward_passes: Number of forward passes.
         backward_passes: Number of backward passes.
+        contrast_prompts: Number of prompts about other subjects, in one more forward pass.
     """
 
     outcomes: tuple[EditOutcome, ...]
     forward_passes: int
     backward_passes: int = 0
+    contrast_prompts: int = 0
 
     def to_about(self) -> dict[str, Any]:
         """The report as entries of a delta's `about`."""
@@ -74,6 +76,7 @@ class EditReport:
             "outcomes": tuple(asdict(each) for each in self.outcomes),
             "forward_passes": self.forward_passes,
             "backward_passes": self.backward_passes,
+            "contrast_prompts": self.contrast_prompts,
         }
 
     @classmethod
@@ -82,7 +85,7 @@ class EditReport:
         if "outcomes" not in about:
             return None
         outcomes = tuple(EditOutcome(**each) for each in about["outcomes"])
-        return cls(outcomes, about["forward_passes"], about["backward_passes"])
+        return cls(outcomes, *(about[name] for name in _ENTRIES[1:]))
 
     @staticmethod
     def removed_from(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,9 +93,11 @@ class EditReport:
         return {key: value for key, value in about.items() if key not in _ENTRIES}
 
     def __str__(self) -> str:
-        passes = _counted(self.forward_passes, "forward")
+        passes = _counted(self.forward_passes, "forward pass", "es")
         if self.backward_passes:
-            passes += f" and {_counted(self.backward_passes, 'backward')}"
+            passes += f" and {_counted(self.backward_passes, 'backward pass', 'es')}"
+        if self.contrast_prompts:
+            passes += f", {_counted(self.contrast_prompts, 'contrast prompt', 's')}"
         sizes = [each.size for each in self.outcomes]
         checked = [each for each in self.outcomes if each.margin is not None]
         if len(self.outcomes) == 1:
@@ -122,8 +127,8 @@ class EditReport:
             )
 
 
-def _counted(n: int, kind: str) -> str:
-    return f"{n} {kind} pass{'' if n == 1 else 'es'}"
+def _counted(n: int, noun: str, plural: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else plural}"
 
 
 def _described(missed: EditOutcome) -> str:

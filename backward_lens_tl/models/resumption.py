@@ -1,8 +1,8 @@
-"""Forward passes that start at a block, from what the block before it returned earlier.
+"""Forward passes of some blocks only: from a block on, or up to one.
 
-Neither class of model can do this in all versions: a `TransformerBridge` leaves the loop over
-blocks to Hugging Face. So the blocks below do not compute anything: each returns what the last of
-them returned, in whatever form the model's loop expects.
+Neither class of model can start at a block in all versions: a `TransformerBridge` leaves the loop
+over blocks to Hugging Face. So the other blocks do not compute anything: each returns what another
+block returned, in whatever form the model's loop expects.
 """
 
 from __future__ import annotations
@@ -65,6 +65,38 @@ def started_at(host: Host, layer: int, start: object) -> Iterator[None]:
 
     with ExitStack() as as_before:
         for block in host.model.blocks[:layer]:
+            as_before.enter_context(_calling(block, returning))
+        yield
+
+
+@contextmanager
+def stopped_after(host: Host, layer: int) -> Iterator[None]:
+    """Run no block after a layer; the logits of such a pass have no meaning.
+
+    With hooks of the caller on the model, all blocks run.
+
+    Args:
+        host: The model.
+        layer: The last layer that is needed.
+
+    Yields:
+        Nothing.
+    """
+    blocks = host.model.blocks
+    if host.hooked_modules or layer == len(blocks) - 1:
+        yield
+        return
+    returned: list[object] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        returned[:] = [output]
+
+    def returning(*args: object, **kwargs: object) -> object:
+        return returned[0]
+
+    with ExitStack() as as_before:
+        as_before.callback(blocks[layer].register_forward_hook(keep).remove)
+        for block in blocks[layer + 1 :]:
             as_before.enter_context(_calling(block, returning))
         yield
 

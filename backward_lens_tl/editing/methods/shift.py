@@ -7,13 +7,9 @@ token, and the target's row `e_t` of the decoding matrix,
     W_out <- W_out + eta x^T e_t                                      (paper, section 7)
 
 so that the output there changes by `eta ||x||^2 e_t`, and at any other position, which reads `x_j`,
-by `eta <x_j, x> e_t`. The two other keys choose the input direction `l` in `W_out + c l^T e_t`
-with `x l^T = 1`, so that the output changes by exactly `c e_t`:
-
-    plain      l = x / ||x||^2
-    whitened   l = C^-1 x / (x^T C^-1 x),   C = E[x x^T]              (this package's own)
-
-Of all `l` with `x l^T = 1`, the whitened one writes the least, on average, at the tokens of `C`.
+by `eta <x_j, x> e_t`. The other keys choose the input direction `l` in `W_out + c l^T e_t` with
+`x l^T = 1`, so that the output changes by exactly `c e_t`, and little where it should not
+(`shift/keys.py`).
 
 Other values than `e_t` say what to write at a layer further down: the model's own gradient there,
 or its average over other texts (`shift/values.py`).
@@ -36,13 +32,17 @@ from pydantic import Field, PlainValidator
 from torch import Tensor
 
 from backward_lens_tl._checks import check_kind
+from backward_lens_tl.editing.fact_contexts import FactToken
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.outcomes import EditReport
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.editing.shift.cells import Cells, TargetTokens
+from backward_lens_tl.editing.shift.contrast import Contrast
+from backward_lens_tl.editing.shift.keys import input_directions
 from backward_lens_tl.editing.shift.reports import shift_outcomes
 from backward_lens_tl.editing.shift.sizes import Products, Sized, best, least_sizes, stepped_sizes
+from backward_lens_tl.editing.shift.subjects import SUBJECTS
 from backward_lens_tl.editing.shift.trials import Trials
 from backward_lens_tl.editing.shift.values import (
     TargetEmbedding,
@@ -62,21 +62,19 @@ from backward_lens_tl.models.sites import MatrixSite
 from backward_lens_tl.settings import Count, Finite, NonNegative
 
 Value = Literal["embedding", "transported", "vjp"]
-Key = Literal["paper", "plain", "whitened"]
+Key = Literal["paper", "plain", "whitened", "contrast"]
 
 _PASSES = 6
 """Forward passes of an edit with `size="auto"`: one without the edit, and five with it."""
 
 _MARGIN = 1.1
 
+_CONTRAST_RIDGE = 0.01
+
 _ADVICE = (
     "Choose another layer, allow more iterations, or edit fewer facts at once; delta.outcomes has "
     "all numbers"
 )
-
-_DEPENDENT = 1e-6
-"""Fraction of its mean diagonal that is added to the Gram matrix of several inputs, which may be
-linearly dependent."""
 
 
 def _check_size(value: object) -> object:
@@ -108,8 +106,8 @@ class ForwardPassShift(EditMethod):
     what was found (`delta.outcomes`), and a warning the targets that no size reached.
 
     Several requests share the edit. With the paper's key their outer products are added up, so each
-    of them also writes where others read something similar. The two other keys solve for `l_i`
-    with `x_j l_i^T = 1` where `i = j` and 0 elsewhere, so each prompt's output changes by its own
+    of them also writes where others read something similar. The other keys solve for `l_i` with
+    `x_j l_i^T = 1` where `i = j` and 0 elsewhere, so each prompt's output changes by its own
     `c e_t` alone. Each has a size of its own; all are searched for, and checked, together.
 
     Attributes:
@@ -121,7 +119,10 @@ class ForwardPassShift(EditMethod):
             to the layer by the average Jacobian; `"vjp"`, the gradient of the target's
             log-probability, which takes a backward pass. By default it is transported if there is a
             `jacobian`, else the embedding.
-        key: The input direction: `"paper"`, `"plain"` or `"whitened"`.
+        key: The input direction: `"paper"`, the input itself; `"plain"`, along the input;
+            `"whitened"`, the least for the texts of `moments`; `"contrast"`, the least for the same
+            prompt about other subjects, too, which takes one batch of them. By default it is the
+            contrast if there is a subject, else whitened if there are moments, else plain.
         jacobian: TransformerLens's `JacobianLens`, the path of its file, or `"facts"`, the one that
             ships with the facts model. The size that is tried first is guessed with it, too.
         margin: For `size="auto"`, the multiple of the least sufficient size; 1.1 by default.
@@ -137,8 +138,14 @@ class ForwardPassShift(EditMethod):
         target_embedding: Whether `e_t` comes from the unembedding or the embedding. `"auto"` uses
             the embedding where both are or were one matrix, because weight processing folds the
             final norm into the unembedding and centers it; otherwise the unembedding.
-        moments: Second moments of `W_out`'s inputs, for the whitened key.
-        ridge: Fraction of the mean variance that is added to the diagonal of `C`.
+        moments: Second moments of `W_out`'s inputs. The whitened key needs them; for the contrast
+            key, those of the batch are used if there are none.
+        ridge: Fraction of the mean variance that is added to the diagonal of `C`; by default 1e-6
+            for the whitened key, and 0.01 for the contrast key.
+        contrast: Names of other subjects; by default well-known names of several kinds.
+        n_contrast: The number of them that is used for each request.
+        fact_token: The token where `W_out` is edited: the prompt's `"last"`, or the subject's last
+            (`"subject_last"`).
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -156,7 +163,7 @@ class ForwardPassShift(EditMethod):
     layer: int
     size: Size = "auto"
     value: Value | None = None
-    key: Key = "plain"
+    key: Key | None = None
     jacobian: Jacobians | FittedLens | str | Path | None = None
     margin: Factor | None = None
     probability: Probability | None = None
@@ -165,7 +172,10 @@ class ForwardPassShift(EditMethod):
     target_tokens: TargetTokens = "all"
     target_embedding: TargetEmbedding = "auto"
     moments: SecondMoments | None = None
-    ridge: NonNegative = RIDGE
+    ridge: NonNegative | None = None
+    contrast: Sequence[str] | None = None
+    n_contrast: Count = 16
+    fact_token: FactToken = "last"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -234,10 +244,11 @@ class ForwardPassShift(EditMethod):
         [site] = find_editable(host, "W_out", [self.layer])
         if self._jacobians is not None:
             check_fits(self._jacobians, host)
-        cells = Cells.of(host, requests, self.target_tokens)
+        cells = Cells.of(host, requests, self.target_tokens, self.fact_token)
         trials = Trials(host, site, cells)
         values = self._output_directions(host, cells, trials, site, requests).to(trials.reads)
-        left = self._input_directions(host, site.layer, trials.reads)
+        contrast = self._contrast(host, site, cells, requests)
+        left = self._input_directions(host, site.layer, trials.reads, contrast)
         effects = carried_on(self._jacobians, host, site.layer, values)
         products = Products(trials, cells, left, values, effects)
         n_backward = int(self._value == "vjp")
@@ -248,7 +259,8 @@ class ForwardPassShift(EditMethod):
         right = chosen.sizes[:, None].to(values) * values
         matrix = MatrixDelta("W_out", site.layer, left[:, written], right[written])
         outcomes = shift_outcomes(requests, cells, tried, chosen, self.probability)
-        report = EditReport(outcomes, trials.n_passes + n_backward, n_backward)
+        n_prompts = 0 if contrast is None else contrast.n_prompts
+        report = EditReport(outcomes, trials.n_passes + n_backward, n_backward, n_prompts)
         report.warn_if_missed(_ADVICE)
         return [matrix], report
 
@@ -270,20 +282,50 @@ class ForwardPassShift(EditMethod):
             skip_if_answered=self.skip_if_answered,
         )
 
+    def _contrast(
+        self, host: Host, site: MatrixSite, cells: Cells, requests: Sequence[TokenizedRequest]
+    ) -> Contrast | None:
+        """What the matrix reads for other subjects, if the key needs that."""
+        lacking = [each for each in requests if each.request.subject is None]
+        if self.key not in (None, "contrast") or (self.key is None and lacking == [*requests]):
+            return None
+        if self.key == "contrast" and lacking:
+            raise EditError(
+                f"the request for {lacking[0].request.prompt!r} has no subject, but key='contrast' "
+                "compares its prompt with those of other subjects; pass EditRequest(prompt, "
+                "target, subject=...), or key='plain'"
+            )
+        return Contrast.of(
+            host,
+            site,
+            requests,
+            cells.targets,
+            self.contrast or SUBJECTS,
+            n_subjects=self.n_contrast,
+            fact_token=self.fact_token,
+            prepend_bos=self.prepend_bos,
+        )
+
     def _input_directions(
-        self, host: Host, layer: int, reads: Float[Tensor, "n d_mlp"]
+        self,
+        host: Host,
+        layer: int,
+        reads: Float[Tensor, "n d_mlp"],
+        contrast: Contrast | None,
     ) -> Float[Tensor, "d_mlp n"]:
         """`l` of each cell, as columns."""
         if self.key == "paper":
             return reads.T.contiguous()
-        keys = reads.T.double()
-        if self.key == "whitened" and self.moments is not None:
-            self.moments.check(host, [layer], matrix="W_out")
-            keys = self.moments.solve(layer, keys, self.ridge)
-        gram = reads.double() @ keys
-        gram.diagonal().add_(_DEPENDENT * gram.diagonal().mean() * (len(reads) > 1))
-        solution: Tensor = torch.linalg.solve(gram.T, keys.T).T
-        return solution.to(reads.dtype)
+        moments = None if self.key == "plain" else self.moments
+        if moments is not None:
+            moments.check(host, [layer], matrix="W_out")
+        if contrast is not None:
+            ridge = _CONTRAST_RIDGE if self.ridge is None else self.ridge
+            return input_directions(reads, contrast.solver(layer, moments, ridge))
+        if moments is not None:
+            ridge = RIDGE if self.ridge is None else self.ridge
+            return input_directions(reads, lambda keys: moments.solve(layer, keys, ridge))
+        return input_directions(reads, lambda keys: keys)
 
     def _output_directions(
         self,

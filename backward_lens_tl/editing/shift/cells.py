@@ -13,6 +13,7 @@ from torch import Tensor
 
 from backward_lens_tl.capture.continuations import Continuations
 from backward_lens_tl.capture.predictions import target_ranks
+from backward_lens_tl.editing.fact_contexts import FactToken
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.models import Host
 
@@ -42,30 +43,49 @@ class Cells:
     columns: Int[Tensor, "n"]
 
     @classmethod
-    def of(cls, host: Host, requests: Sequence[TokenizedRequest], tokens: TargetTokens) -> Cells:
+    def of(
+        cls,
+        host: Host,
+        requests: Sequence[TokenizedRequest],
+        tokens: TargetTokens,
+        fact_token: FactToken = "last",
+    ) -> Cells:
         """Find the cells of requests.
 
         Args:
             host: The model.
             requests: The requests.
             tokens: Which tokens of each target are written.
+            fact_token: Where the matrix is edited: at the position that predicts each token, the
+                prompt's last for the first one; or at the subject's last token for all of them.
 
         Returns:
             The cells, request by request.
+
+        Raises:
+            EditError: If the subject's last token is edited, and a request has no subject.
         """
         targets = [each.target if tokens == "all" else each.target[:1] for each in requests]
         asked = Continuations.of(host, [each.prompt for each in requests], targets)
         width = asked.answers.shape[1]
-        places = [
-            (index, len(request.prompt) - 1 + at, width - len(target) + at)
-            for index, (request, target) in enumerate(zip(requests, targets, strict=True))
-            for at in range(len(target))
-        ]
+        places = []
+        for index, (request, target) in enumerate(zip(requests, targets, strict=True)):
+            for at in range(len(target)):
+                there = len(request.prompt) - 1 + at
+                if fact_token == "subject_last":
+                    there = request.needed_subject
+                places.append((index, there, width - len(target) + at))
         columns = torch.tensor(places, device=asked.answers.device).unbind(1)
         return cls(asked, *columns)
 
     def __len__(self) -> int:
         return len(self.requests)
+
+    @property
+    def targets(self) -> list[list[int]]:
+        """The tokens that are written for each request."""
+        pairs = zip(self.asked.answers, self.asked.mask, strict=True)
+        return [answers[mask].tolist() for answers, mask in pairs]
 
     @property
     def tokens(self) -> Int[Tensor, "n"]:

@@ -141,8 +141,8 @@ def vjps(
         ones.
     """
     written = [
-        replace(each, target=each.target[: int(own.sum())])
-        for each, own in zip(requests, cells.asked.mask, strict=True)
+        replace(each, target=tuple(target))
+        for each, target in zip(requests, cells.targets, strict=True)
     ]
     [pairs] = spanning_pairs(host, written, [site])
     return -cells.at_position(pairs.vjps)

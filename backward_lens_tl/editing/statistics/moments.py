@@ -117,12 +117,21 @@ class SecondMoments(ModelStatistics):
             >>> torch.allclose(moments.of(6) @ whitened, keys.double(), atol=1e-3)
             True
         """
-        moments = self.of(layer)
-        if len(moments) != len(keys):
+        factor = self._factor(layer, float(ridge))
+        if len(factor) != len(keys):
             raise EditError(
-                f"the statistics have width {len(moments)}, but the keys of layer {layer} "
+                f"the statistics have width {len(factor)}, but the keys of layer {layer} "
                 f"have width {len(keys)}: they are from different models"
             )
+        solution: Tensor = torch.cholesky_solve(keys.double().cpu(), factor).to(keys.device)
+        return solution
+
+    def _factor(self, layer: int, ridge: float) -> Float[Tensor, "d_in d_in"]:
+        """The Cholesky factor of `C` with a ridge; the last one is kept for the next edit."""
+        key = layer, ridge
+        if key in self._factors:
+            return self._factors[key]
+        moments = self.of(layer)
         if self.n_tokens <= len(moments) and ridge <= RIDGE:
             raise EditError(
                 f"the second moments of layer {layer} are of {self.n_tokens} tokens, but "
@@ -135,8 +144,13 @@ class SecondMoments(ModelStatistics):
                 f"the second moments of layer {layer} cannot be inverted ({self.n_tokens} tokens "
                 f"for {len(moments)} dimensions); collect more text, or pass a larger ridge"
             )
-        solution: Tensor = torch.cholesky_solve(keys.double().cpu(), factor).to(keys.device)
-        return solution
+        self._factors.clear()
+        self._factors[key] = factor
+        return self._factors[key]
+
+    @cached_property
+    def _factors(self) -> dict[tuple[int, float], Tensor]:
+        return {}
 
     def check(self, host: Host, layers: Sequence[int], matrix: MatrixName | None = None) -> None:
         """Refuse a model, layers or a matrix that the statistics do not belong to.
