@@ -27,6 +27,8 @@ class EvaluateCommand(DataCommand):
         methods: Presets, such as shift rome; all by default.
         records: Number of records to use, counted from the first; 100 by default.
         rows: Rows to use instead, as FIRST:END, such as 100:200.
+        statistics: A file with one text per line, for the second moments of rome, memit and the
+            whitened shift; by default WikiText-103 on the hub.
     """
 
     SETTINGS = EvaluationConfig
@@ -34,6 +36,7 @@ class EvaluateCommand(DataCommand):
     methods: Sequence[str] = ("all",)
     records: int | None = None
     rows: str | None = None
+    statistics: str | None = None
 
     def run(self) -> None:
         """Run the evaluation, and print its table."""
@@ -51,7 +54,15 @@ class EvaluateCommand(DataCommand):
         state = this_process()
         with without_progress_bars() if self.quiet else nullcontext():
             model = load_model(self.model, self.kind, device=self.device or own_device(state))
-        found = evaluate(model, data, self.out, self.methods, config, progress=not self.quiet)
+        found = evaluate(
+            model,
+            data,
+            self.out,
+            self.methods,
+            config,
+            statistics=self.statistics,
+            progress=not self.quiet,
+        )
         if state.is_main_process:
             sys.stdout.write(f"{found.to_markdown()}\n\n{_said(found)}\n")
 

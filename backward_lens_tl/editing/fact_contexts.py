@@ -21,6 +21,7 @@ from backward_lens_tl.editing.requests import EditRequest, TokenizedRequest, tok
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.precision import at_least_float32
+from backward_lens_tl.models.resumption import stopped_after
 from backward_lens_tl.models.sites import HookPointSite, MatrixSite
 from backward_lens_tl.models.vocabulary import Span
 
@@ -133,6 +134,8 @@ def read_facts(
     facts: Sequence[FactContexts],
     site: MatrixSite,
     points: Sequence[HookPointSite] = (),
+    *,
+    last: int | None = None,
 ) -> list[FactActivations]:
     """Run a model on requests, several per forward pass, and keep the activations of each.
 
@@ -141,6 +144,7 @@ def read_facts(
         facts: The requests.
         site: The matrix.
         points: Hook points.
+        last: The last layer that has any of them; the matrix's by default. Those above do not run.
 
     Returns:
         The activations of each request, in at least float32.
@@ -149,7 +153,8 @@ def read_facts(
     for begin in range(0, len(facts), _REQUESTS):
         some = facts[begin : begin + _REQUESTS]
         batch = pad_prompts(host, [row for fact in some for row in fact.rows])
-        seen = forward_pass(host, batch, inputs=[site], outputs=[site], points=points)
+        with stopped_after(host, site.layer if last is None else last):
+            seen = forward_pass(host, batch, inputs=[site], outputs=[site], points=points)
         at = [position for fact in some for position in fact.positions]
         counts = [len(fact.rows) for fact in some]
         split = [

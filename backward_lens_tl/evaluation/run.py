@@ -162,6 +162,7 @@ def evaluate(
     methods: Methods,
     config: EvaluationConfig | None = None,
     *,
+    statistics: str | Path | Sequence[str] | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Edit record after record, measure what each edit does, and write the results as Parquet.
@@ -179,6 +180,8 @@ def evaluate(
             as `"all"` or `["shift", "rome"]`. Presets that need training use rows that are not
             evaluated, and keep what they learn in `out`.
         config: The settings; `EvaluationConfig()` by default, which uses all records.
+        statistics: Texts that presets collect second moments from, or a file with one text per
+            line; see `texts` of `preset_methods`.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -202,7 +205,7 @@ def evaluate(
     def prepare(job: Job[EvaluationConfig]) -> Plan[Shard]:
         job.host.check_state()
         texts = read_texts(job.host, job.config)
-        named = _named_methods(job, methods)
+        named = _named_methods(job, methods, statistics)
         shards = plan_shards(job.host, job.records, named, job.config)
         unedited = [shard for shard in shards if shard.method is None]
         return Plan(
@@ -218,7 +221,9 @@ def evaluate(
     return Evaluation._perform(model, data, out, config, prepare, progress=progress)
 
 
-def _named_methods(job: Job[EvaluationConfig], methods: Methods) -> dict[str, EditMethod]:
+def _named_methods(
+    job: Job[EvaluationConfig], methods: Methods, statistics: str | Path | Sequence[str] | None
+) -> dict[str, EditMethod]:
     if isinstance(methods, EditMethod):
         named = {methods.name: methods}
     elif isinstance(methods, Mapping):
@@ -230,7 +235,7 @@ def _named_methods(job: Job[EvaluationConfig], methods: Methods) -> dict[str, Ed
                 f"methods is {shown(methods)}; pass a method, a mapping of names to methods, or "
                 "names of presets such as 'all' or ['shift', 'rome']"
             )
-        named = in_turn(partial(_presets, job, names), EvaluationError)
+        named = in_turn(partial(_presets, job, names, statistics), EvaluationError)
     for name, method in named.items():
         if not isinstance(name, str) or not isinstance(method, EditMethod):
             raise EvaluationError(
@@ -242,8 +247,12 @@ def _named_methods(job: Job[EvaluationConfig], methods: Methods) -> dict[str, Ed
     return {name: _with_bos(name, method, job.config) for name, method in named.items()}
 
 
-def _presets(job: Job[EvaluationConfig], names: Sequence[str]) -> dict[str, EditMethod]:
-    """Preset methods; what they learn is written to the run's folder."""
+def _presets(
+    job: Job[EvaluationConfig],
+    names: Sequence[str],
+    statistics: str | Path | Sequence[str] | None,
+) -> dict[str, EditMethod]:
+    """Preset methods; what they learn from records is written to the run's folder."""
     job.folder.mkdir(parents=True, exist_ok=True)
     return preset_methods(
         job.model,
@@ -251,6 +260,7 @@ def _presets(job: Job[EvaluationConfig], names: Sequence[str]) -> dict[str, Edit
         folder=job.folder,
         training=unused_records(job.records, job.config),
         prepend_bos=job.config.prepend_bos,
+        texts=statistics,
         progress=job.progress,
     )
 

@@ -23,7 +23,11 @@ from backward_lens_tl.runs.distributed import this_process
 if TYPE_CHECKING:
     import pandas as pd
 
-_METRICS = ("efficacy", "paraphrase", "neighborhood")
+ACCURACIES = ("efficacy", "paraphrase", "neighborhood")
+"""The paper's metrics: whether the answer is the most probable one."""
+
+SUCCESSES = ("efficacy", "paraphrase_success", "neighborhood_success")
+"""For models that rarely know a neighbor's answer: which of two answers is more probable there."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,9 @@ class Search:
 
     Attributes:
         candidates: The methods that were tried, by name.
-        table: One row per candidate, in their order: `name`, mean `efficacy`, `paraphrase` and
-            `neighborhood` in percent (the target is the most probable token), their harmonic mean
-            `score`, `seconds` per edit, `failed` edits.
+        table: One row per candidate, in their order: `name`, the means of the metrics in percent
+            (by default `efficacy`, `paraphrase` and `neighborhood`: the answer is the most probable
+            one), their harmonic mean `score`, `seconds` per edit, `failed` edits.
         best_name: The name of the best candidate.
     """
 
@@ -55,14 +59,15 @@ def search(
     rows: Sequence[int],
     *,
     least_efficacy: float = 95.0,
+    metrics: Sequence[str] = ACCURACIES,
     prepend_bos: bool | None = False,
     progress: bool = True,
 ) -> Search:
     """Try methods, or one method with several settings, on a tuning split.
 
-    Chooses the candidate with the largest harmonic mean of efficacy, paraphrase and neighborhood
-    among those whose efficacy is at least `least_efficacy`, or, if there are none, among those of
-    the largest efficacy. The mean leaves out metrics that the data have no prompts for.
+    Chooses the candidate with the largest harmonic mean of the metrics among those whose efficacy
+    is at least `least_efficacy`, or, if there are none, among those of the largest efficacy. The
+    mean leaves out metrics that the data have no prompts for.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
@@ -70,6 +75,7 @@ def search(
         data: What `read_records` reads.
         rows: Rows of the data to try them on, which should not be evaluated later.
         least_efficacy: In percent.
+        metrics: `ACCURACIES` or `SUCCESSES`.
         prepend_bos: Whether prompts get a BOS token when they are edited and scored; as in
             `EvaluationConfig`.
         progress: Whether to show a progress bar.
@@ -100,10 +106,8 @@ def search(
         found = evaluate(model, data, folder, candidates, config, progress=progress)
         table = found.summary()
     table = table[table["method"] != NONE].rename(columns={"method": "name"})
-    table["score"] = [
-        harmonic_mean(row[~np.isnan(row)]) for row in table[list(_METRICS)].to_numpy()
-    ]
-    table = table[["name", *_METRICS, "score", "seconds", "failed"]].reset_index(drop=True)
+    table["score"] = [harmonic_mean(row[~np.isnan(row)]) for row in table[list(metrics)].to_numpy()]
+    table = table[["name", *metrics, "score", "seconds", "failed"]].reset_index(drop=True)
     efficacy = table["efficacy"]
     good = table[efficacy >= min(least_efficacy, efficacy.max())]
     return Search(candidates, table, str(good.loc[good["score"].idxmax(), "name"]))

@@ -31,6 +31,8 @@ from backward_lens_tl.editing import (
 )
 from backward_lens_tl.editing.methods import presets
 from backward_lens_tl.editing.methods.presets import METHODS, preset_methods, preset_settings
+from backward_lens_tl.editing.statistics import moment_cache
+from backward_lens_tl.editing.statistics.moment_cache import CACHE_FOLDER
 from backward_lens_tl.editing.statistics.moment_collection import second_moments
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.evaluation.config import EvaluationConfig
@@ -240,11 +242,19 @@ def test_editors_of_gradients_edit_the_last_layers(
     assert found(shallow, EditRequest.of(rows[0])).norm > 0
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of second moments that no other test uses; few tokens are collected."""
+    monkeypatch.setenv(CACHE_FOLDER, str(tmp_path / "cache" / "of mine"))
+    monkeypatch.setattr(presets, "TOKENS_PER_INPUT", 3)
+    return tmp_path / "cache" / "of mine"
+
+
 def test_moments_of_another_model(
-    tiny: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: nn.Module, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: Any = {"folder": tmp_path, "progress": False}
-    with pytest.raises(EditError, match=r"wikitext.*cannot be loaded from the hub.*pass"):
+    with pytest.raises(EditError, match=r"wikitext.*cannot be loaded from the hub.*--statistics"):
         preset_methods(tiny, "rome", **given)
     # Methods that need none do not access the hub.
     assert list(preset_methods(tiny, ["shift", "ft_late"], **given)) == ["ft_late", "shift"]
@@ -252,35 +262,99 @@ def test_moments_of_another_model(
     pulled: list[str] = []
 
     def texts() -> Iterator[str]:
-        for text in TEXTS * 20:
+        for text in TEXTS * 40:
             pulled.append(text)
             yield text
 
-    monkeypatch.setattr(presets, "_wikitext", texts)
-    monkeypatch.setattr(presets, "_STATISTICS_TOKENS", 150)
+    monkeypatch.setattr(moment_cache, "_wikitext", texts)
     found: Any = preset_methods(tiny, ["rome", "memit", "shift_whitened"], **given)
     moments = found["rome"].moments
     assert found["memit"].moments is moments is found["shift_whitened"].moments
-    assert moments.n_tokens >= 150
+    assert moments.n_tokens >= 3 * host_of(tiny).d_mlp
     assert moments.prepend_bos is False
+    # The layers of all presets, so that one file serves them all.
+    assert moments.layers == (1, 2)
     n_pulled = len(pulled)
-    assert 0 < n_pulled < len(TEXTS) * 20
-    assert (tmp_path / "second_moments.safetensors").is_file()
+    assert 0 < n_pulled < len(TEXTS) * 40
+    [file] = cache.iterdir()
+    assert re.fullmatch(r"second_moments-[0-9a-f]{16}\.safetensors", file.name)
     again: Any = preset_methods(tiny, "rome", **given)["rome"]
     assert len(pulled) == n_pulled  # nothing was recollected
     assert again.moments.fingerprint == moments.fingerprint
 
 
+def test_moments_of_any_texts(tiny: nn.Module, tmp_path: Path, cache: Path) -> None:
+    """One file per model, texts and BOS; a second call collects nothing."""
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(TEXTS * 40))
+
+    def moments(model: Any, texts: Any, **settings: Any) -> Any:
+        own = {"folder": tmp_path, "progress": False, "texts": texts} | settings
+        found: Any = preset_methods(model, "rome", **own)["rome"]
+        return found.moments
+
+    first = moments(tiny, file)
+    expected = second_moments(
+        tiny,
+        TEXTS * 40,
+        layers=(1, 2),
+        max_tokens=3 * host_of(tiny).d_mlp,
+        prepend_bos=False,
+        progress=False,
+    )
+    assert first.fingerprint == expected.fingerprint
+    [kept] = cache.iterdir()
+    time = kept.stat().st_mtime_ns
+    for same in (str(file), TEXTS * 40, tuple(TEXTS * 40)):
+        assert moments(tiny, same).fingerprint == first.fingerprint
+    assert kept.stat().st_mtime_ns == time
+    other = build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2", seed=1).model
+    found = [
+        moments(tiny, TEXTS[::-1] * 40),
+        moments(tiny, file, prepend_bos=True),
+        moments(other, file),
+    ]
+    assert len({each.fingerprint for each in (first, *found)}) == 4
+    assert len(list(cache.iterdir())) == 4
+
+
+def test_own_texts_for_the_facts_model(facts_model: Any, tmp_path: Path, cache: Path) -> None:
+    given: Any = {"folder": tmp_path, "progress": False}
+    shipped: Any = preset_methods(facts_model, "rome", **given)["rome"]
+    assert shipped.moments.fingerprint == facts_moments().fingerprint
+    assert not cache.exists()
+    own: Any = preset_methods(facts_model, "rome", texts=TEXTS * 150, **given)["rome"]
+    assert own.moments.fingerprint != shipped.moments.fingerprint
+    assert own.moments.n_tokens >= 3 * 512
+
+
 def test_unfinished_moments_are_resumed(
-    tiny: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: nn.Module, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The state after `kill -9`: a file of the first texts only."""
-    file = tmp_path / "second_moments.safetensors"
-    begun = second_moments(tiny, TEXTS, prepend_bos=False, out=file, progress=False)
-    monkeypatch.setattr(presets, "_wikitext", lambda: iter(TEXTS * 20))
-    monkeypatch.setattr(presets, "_STATISTICS_TOKENS", 10 * begun.n_tokens)
-    found: Any = preset_methods(tiny, "rome", folder=tmp_path, progress=False)["rome"]
-    assert found.moments.n_tokens >= 10 * begun.n_tokens
+    monkeypatch.setattr(presets, "TOKENS_PER_INPUT", 20)
+    given: Any = {"folder": tmp_path, "progress": False, "texts": TEXTS * 200}
+    whole: Any = preset_methods(tiny, "rome", **given)["rome"]
+    [file] = cache.iterdir()
+    file.unlink()
+    settings: Any = {"layers": (1, 2), "prepend_bos": False, "progress": False}
+    begun = second_moments(tiny, TEXTS * 200, max_tokens=1, out=file, **settings)
+    assert begun.n_tokens < whole.moments.n_tokens
+    found: Any = preset_methods(tiny, "rome", **given)["rome"]
+    assert found.moments.fingerprint == whole.moments.fingerprint
+
+
+def test_a_cache_that_cannot_be_written(
+    tiny: nn.Module, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a file"
+    file.write_text("")
+    monkeypatch.setenv(CACHE_FOLDER, str(file))
+    with pytest.raises(EditError, match=rf"a file'.*{CACHE_FOLDER} to another folder"):
+        preset_methods(tiny, "rome", folder=tmp_path, texts=TEXTS, progress=False)
+    monkeypatch.setenv(CACHE_FOLDER, str(cache))
+    with pytest.raises(EditError, match=r"nowhere\.txt' cannot be read"):
+        preset_methods(tiny, "rome", folder=tmp_path, texts="nowhere.txt", progress=False)
 
 
 # --- leaks of evaluation data ---------------------------------------------------------------------

@@ -1049,7 +1049,12 @@ def test_presets_are_trained_on_other_rows_and_saved_in_the_folder(run, tiny, mo
     [(model, names, given)] = asked
     assert (model, names) == (tiny, ["all"])
     assert [row.subject for row in given.pop("training")] == [None, "river"]
-    assert given == {"folder": found.folder, "prepend_bos": False, "progress": False}
+    assert given == {
+        "folder": found.folder,
+        "prepend_bos": False,
+        "texts": None,
+        "progress": False,
+    }
     assert found.edits()["method"].unique().tolist() == ["none", "shift"]
     run(["shift", "rome"], rows=[2], n_texts=0)
     assert asked[1][1] == ["shift", "rome"]
@@ -1062,11 +1067,18 @@ def test_presets_are_trained_on_other_rows_and_saved_in_the_folder(run, tiny, mo
 def test_the_command_prints_the_table(facts_model: Any, tmp_path: Path, monkeypatch, capfd) -> None:
     found = {"nudge": Nudge(layer=6), "failing": Failing(when="Porsche")}
     monkeypatch.setattr(loading, "load_model", lambda *args, **kwargs: facts_model)
-    monkeypatch.setattr(evaluation_run, "preset_methods", lambda *args, **kwargs: found)
+    asked: list[Any] = []
+
+    def preset_methods(*args: Any, **given: Any) -> Any:
+        asked.append(given["texts"])
+        return found
+
+    monkeypatch.setattr(evaluation_run, "preset_methods", preset_methods)
     argv = ["evaluate", "--model", "facts", "--methods", "all", "--rows", "0:2", "--neighbors",
-            "1", "--generation-length", "0", "--n-texts", "2", "--seed", "3",
-            "--quiet"]  # fmt: skip
+            "1", "--generation-length", "0", "--n-texts", "2", "--seed", "3", "--statistics",
+            "texts.txt", "--quiet"]  # fmt: skip
     assert cli.main([*argv, "--out", str(tmp_path / "out")]) == 0
+    assert asked == ["texts.txt"]
     out, _ = capfd.readouterr()
     done = Evaluation.load(tmp_path / "out")
     assert out.startswith(done.to_markdown())

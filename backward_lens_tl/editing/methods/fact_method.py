@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,7 @@ from backward_lens_tl.editing.statistics.moments import RIDGE, SecondMoments
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.hooks import Tap
+from backward_lens_tl.models.resumption import can_start_at, keeping_start, started_at
 from backward_lens_tl.settings import Count, NonNegative, Positive
 
 _GOOD_ENOUGH = 0.05
@@ -106,14 +108,16 @@ class FactMethod(EditMethod):
         return keys.double()
 
     def _find_value(
-        self, host: Host, tap: Tap, fact: FactContexts, start: Float[Tensor, "d"]
+        self, host: Host, layer: int, tap: Tap, fact: FactContexts, start: Float[Tensor, "d"]
     ) -> Float[Tensor, "d"]:
         """Search for the vector that makes a model predict the target.
 
-        The model computes in its own precision; everything else is in at least float32.
+        The layers below run once, because they compute the same with every vector. The model
+        computes in its own precision; everything else is in at least float32.
 
         Args:
             host: The model; it does not change.
+            layer: The layer of the activation.
             tap: The activation to which the vector is added.
             fact: The request.
             start: `v0`, the activation at the edited token of the bare prompt.
@@ -127,7 +131,7 @@ class FactMethod(EditMethod):
         delta = torch.zeros_like(start, requires_grad=True)
         longest = self.clamp * start.norm()
         adam = torch.optim.Adam([delta], lr=self.lr)
-        loss = _Loss(self, host, tap, fact, start)
+        loss = _Loss(self, host, layer, tap, fact, start)
         with torch.enable_grad(), host.own_precision(), requiring_grad((), among=host.trained()):
             for step in range(1, int(self.steps) + 1):
                 value = loss(delta)
@@ -155,6 +159,7 @@ class _Loss:
         self,
         method: FactMethod,
         host: Host,
+        layer: int,
         tap: Tap,
         fact: FactContexts,
         start: Float[Tensor, "d"],
@@ -170,12 +175,14 @@ class _Loss:
             self._positions.append(len(fact.essence) - 1)
         self._asked = Continuations.of(host, rows, answers)
         self._original: Tensor | None = None
+        self._layer, self._is_resumed = layer, can_start_at(host, layer)
+        self._below: list[object] = []
 
     def __call__(self, delta: Float[Tensor, "d"]) -> Float[Tensor, ""]:
         """The loss; the first call, with zeros, keeps the original prediction of the essence."""
         added = delta.expand(len(self._positions), -1)
         with adding_at(self._tap, self._asked.batch, self._positions, added):
-            logits = self._asked.logits(self._host)
+            logits = self._logits()
         nll = self._asked.nll(logits)[: self._n_contexts]
         loss: Tensor = nll.mean() + self._penalty * delta.norm()
         if len(self._positions) == self._n_contexts:
@@ -185,3 +192,12 @@ class _Loss:
             self._original = edited.detach()
         divergence: Tensor = (edited.exp() * (edited - self._original)).sum()
         return loss + self._method.kl_factor * divergence
+
+    def _logits(self) -> Float[Tensor, "batch n d_vocab"]:
+        """The logits, from the edited layer on after the first call."""
+        with ExitStack() as context:
+            if self._below:
+                context.enter_context(started_at(self._host, self._layer, self._below[0]))
+            elif self._is_resumed:
+                self._below = context.enter_context(keeping_start(self._host, self._layer))
+            return self._asked.logits(self._host)

@@ -80,16 +80,17 @@ class MEMIT(FactMethod):
         _check_writes_to_stream(host, sites, requests[0])
         lengths = [self.prefix_length] * len(self.starts)
         facts = self._contexts(host, requests, self.starts, lengths)
-        resid = host.hook_points[f"blocks.{sites[-1].layer}.hook_resid_post"]
+        last = sites[-1].layer
+        resid = host.hook_points[f"blocks.{last}.hook_resid_post"]
         wanted = []
         for fact in facts:
-            [bare] = read_facts(host, [fact.bare], sites[-1], [resid])
+            [bare] = read_facts(host, [fact.bare], sites[-1], [resid], last=last)
             start = bare.points[0][0]
-            wanted.append(start + self._find_value(host, resid.tap, fact, start))
+            wanted.append(start + self._find_value(host, last, resid.tap, fact, start))
         changes: list[MatrixDelta] = []
         with ExitStack() as edited:
             for place, site in enumerate(sites):
-                read = read_facts(host, facts, site, [resid])
+                read = read_facts(host, facts, site, [resid], last=last)
                 keys = torch.stack([_group_mean(own.keys) for own in read], dim=1)
                 missing = torch.stack(wanted) - torch.stack([own.points[0][0] for own in read])
                 left = self._least_squares(site.layer, keys)

@@ -7,7 +7,7 @@ published ones. Other models are edited at the same relative depth as GPT-2 xl.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from backward_lens_tl._checks import listed
 from backward_lens_tl.data.records import Record
 from backward_lens_tl.editing.mend.hypernetwork import MENDEditor
 from backward_lens_tl.editing.mend.mend import MEND
@@ -30,7 +31,7 @@ from backward_lens_tl.editing.methods.steps import GradientStep
 from backward_lens_tl.editing.methods.ultraedit import UltraEdit
 from backward_lens_tl.editing.requests import EditRequest, tokenize_requests
 from backward_lens_tl.editing.spanning_pairs import Positions
-from backward_lens_tl.editing.statistics.moment_collection import second_moments
+from backward_lens_tl.editing.statistics.moment_cache import cached_moments
 from backward_lens_tl.editing.statistics.moments import SecondMoments, facts_moments
 from backward_lens_tl.editing.statistics.pair_collection import (
     EDITED_LAYERS,
@@ -43,8 +44,9 @@ from backward_lens_tl.models import host_of
 from backward_lens_tl.models.loading import FACTS_MODEL
 
 _GPT2_XL_LAYERS = 48
-_WIKITEXT = "Salesforce/wikitext"
-_STATISTICS_TOKENS = 100_000
+TOKENS_PER_INPUT = 16
+"""Tokens of second moments per dimension of `W_out`'s input: 102,400 for GPT-2 xl."""
+
 _STATISTICS_REQUESTS = 300
 _TRAINING_RECORDS = 1000
 
@@ -112,22 +114,27 @@ def preset_methods(
     folder: str | Path,
     training: Iterable[Record] = (),
     prepend_bos: bool | None = False,
+    texts: str | Path | Sequence[str] | None = None,
     progress: bool = True,
 ) -> dict[str, EditMethod]:
     """Create methods with settings for a model, and the statistics and networks that they need.
 
-    Statistics and networks are computed when a method first needs them, and saved in the folder for
-    the next time. The facts model's second moments ship with it; for other models they are
-    collected from WikiText-103 on the Hugging Face hub.
+    Statistics and networks are computed when a method first needs them, and saved for the next
+    time: second moments, which depend on the model and the texts only, in the folder in the
+    environment variable `BACKWARD_LENS_CACHE` (`~/.cache/backward-lens-tl` by default), the others
+    in `folder`.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
         names: Names in `METHODS`, or `"all"`.
-        folder: For `second_moments.safetensors`, `pairs.safetensors`, `pairs-answer.safetensors`
-            and `mend.safetensors`; it must exist.
+        folder: For `pairs.safetensors`, `pairs-answer.safetensors` and `mend.safetensors`; it must
+            exist.
         training: Records for MEND's training and for the statistics of gradients, other than those
             that the methods are tested on.
         prepend_bos: Whether prompts get a BOS token; the paper's had none.
+        texts: The texts of second moments: texts, a file with one per line, `"facts"`, or
+            `"Salesforce/wikitext"` (WikiText-2's test split). By default those that ship with the
+            facts model; for other models WikiText-103's training split on the hub.
         progress: Whether to show progress bars.
 
     Returns:
@@ -152,8 +159,16 @@ def preset_methods(
         if name not in (*METHODS, "all"):
             raise EditError(f"unknown method {name!r}; allowed: {', '.join(METHODS)}, all")
     host = host_of(model)
-    needs = _Needs(model, Path(folder), tuple(training), prepend_bos, progress)
     settings = preset_settings(host.name, host.n_layers)
+    needs = _Needs(
+        model,
+        Path(folder),
+        tuple(training),
+        prepend_bos,
+        texts,
+        _whitened_layers(settings),
+        progress,
+    )
     return {
         name: _with_needs(METHODS[name], settings[name], needs)
         for name in METHODS
@@ -212,25 +227,22 @@ class _Needs:
     folder: Path
     training: tuple[Record, ...]
     prepend_bos: bool | None
+    texts: str | Path | Sequence[str] | None
+    whitened_layers: Sequence[int]
     progress: bool
 
     @cached_property
     def moments(self) -> SecondMoments:
         """Second moments of the inputs of `W_out`."""
-        if host_of(self.model).name == FACTS_MODEL:
+        host = host_of(self.model)
+        if host.name == FACTS_MODEL and self.texts is None:
             return facts_moments()
-        file = self.folder / "second_moments.safetensors"
-        if file.exists():
-            found = SecondMoments.load(file)
-            if found.n_tokens >= _STATISTICS_TOKENS:
-                return found
-        # Resumes an interrupted collection.
-        return second_moments(
+        return cached_moments(
             self.model,
-            _wikitext(),
-            max_tokens=_STATISTICS_TOKENS,
+            self.texts,
+            layers=self.whitened_layers,
+            max_tokens=TOKENS_PER_INPUT * host.d_mlp,
             prepend_bos=self.prepend_bos,
-            out=file,
             progress=self.progress,
         )
 
@@ -291,25 +303,20 @@ def _with_needs(kind: type[EditMethod], settings: Settings, needs: _Needs) -> Ed
         needed = needs.pairs("all", "pairs.safetensors")
     elif kind is UltraEdit:
         needed = needs.pairs("answer", "pairs-answer.safetensors")
-    elif kind in (ROME, MEMIT) or settings.get("key") == "whitened":
+    elif _needs_moments(kind, settings):
         needed = {"moments": needs.moments}
     create: Callable[..., EditMethod] = kind
     return create(**{**needed, **settings}, prepend_bos=needs.prepend_bos)
 
 
-def _wikitext() -> Iterator[str]:
-    """Paragraphs of WikiText-103, streamed."""
-    import datasets
+def _needs_moments(kind: type[EditMethod], settings: Settings) -> bool:
+    return kind in (ROME, MEMIT) or settings.get("key") == "whitened"
 
-    try:
-        data = datasets.load_dataset(
-            _WIKITEXT, "wikitext-103-raw-v1", split="train", streaming=True
-        )
-    # The hub, its file systems and file readers can raise anything.
-    except Exception as error:
-        raise EditError(
-            f"second moments are collected from {_WIKITEXT!r}, which cannot be loaded from the "
-            f"hub: {error}; collect them from other texts with second_moments(model, texts), and "
-            "pass methods that have them"
-        ) from error
-    yield from (row["text"] for row in data if row["text"].strip())
+
+def _whitened_layers(settings: Mapping[str, Settings]) -> tuple[int, ...]:
+    """Layers whose moments a preset needs, of all presets, so that one collection serves all."""
+    found: set[int] = set()
+    for name, own in settings.items():
+        if _needs_moments(METHODS[name], own):
+            found.update(listed(own.get("layers", own.get("layer"))))
+    return tuple(sorted(found))

@@ -85,7 +85,7 @@ class ROME(FactMethod):
         """The outer product for one request, in the model as it is now."""
         [read] = read_facts(host, [fact], site)
         start = read.values[0]
-        wanted = start + self._find_value(host, site.output, fact, start)
+        wanted = start + self._find_value(host, site.layer, site.output, fact, start)
         matched = read.keys[0] if self.key_mode == "bare" else read.keys.mean(0)
         key, value = (
             (matched, read.values.mean(0)) if self.key_mode == "mean" else (read.keys[0], start)

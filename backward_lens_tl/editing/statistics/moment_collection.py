@@ -1,10 +1,13 @@
-"""Collecting second moments from texts."""
+"""Collecting second moments from texts.
+
+Only the layers up to the last one that is asked for run, on texts of similar length together.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,22 +20,28 @@ from tqdm.auto import tqdm
 from backward_lens_tl._checks import checked_count
 from backward_lens_tl.capture.forward import forward_pass
 from backward_lens_tl.capture.prompts import pad_prompts, tokenize_prompts
+from backward_lens_tl.data.texts import read_lines
 from backward_lens_tl.editing.statistics.moments import SecondMoments
 from backward_lens_tl.editing.statistics.provenance import PROBE_TOKENS, last_inputs
 from backward_lens_tl.errors import EditError, raised_as
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.models.precision import at_least_float32
+from backward_lens_tl.models.resumption import stopped_after
 from backward_lens_tl.models.sites import MatrixName
 
-_BATCH = 16
+_CHUNK = 16
+"""Texts that are read at once, and sorted by length."""
+
+_BATCH_TOKENS = 1024
+"""Tokens of a forward pass with padding, unless a single text has more."""
 
 
 @raised_as(EditError)
 @torch.no_grad()
 def second_moments(
     model: nn.Module,
-    texts: Iterable[str],
+    texts: str | Path | Iterable[str],
     *,
     matrix: MatrixName = "W_out",
     layers: int | Sequence[int] | None = None,
@@ -44,12 +53,15 @@ def second_moments(
 ) -> SecondMoments:
     """Collect `E[x x^T]` of the inputs of a matrix, over all tokens of some texts.
 
-    Texts are read in order from any iterator, and cut at the model's context. With `out`, the
-    statistics are saved regularly; the same call with the same texts resumes from the file.
+    Texts are read in order, and cut at the model's context. Layers above the last one that is asked
+    for do not run. With `out`, the statistics are saved regularly; the same call with the same
+    texts resumes from the file.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
-        texts: The texts; empty ones are skipped.
+        texts: The texts, from any iterator; empty ones are skipped. Or a file with one text per
+            line, `"facts"` (sentences of the facts model), or `"Salesforce/wikitext"` (WikiText-2's
+            test split).
         matrix: Name of a matrix of the MLP.
         layers: Layers, negative ones from the end; `None` for all.
         max_tokens: Stop after this many tokens; `None` for all texts. An inverse needs more tokens
@@ -63,8 +75,8 @@ def second_moments(
         The statistics.
 
     Raises:
-        EditError: If there is no text, `out` holds other statistics or statistics of other texts,
-            or a setting is not usable.
+        EditError: If there is no text, texts cannot be read, `out` holds other statistics or
+            statistics of other texts, or a setting is not usable.
         UnsupportedModelError: If the matrix belongs to a mixture of experts, or is used several
             times in a forward pass.
 
@@ -79,8 +91,8 @@ def second_moments(
     if max_tokens is not None:
         max_tokens = checked_count("max_tokens", max_tokens, EditError)
     save_every = checked_count("save_every", save_every, EditError)
-    if isinstance(texts, str):
-        raise EditError("texts is one text; pass a list of texts, or any other iterable of them")
+    if isinstance(texts, str | Path):
+        texts = map(str.strip, read_lines(str(texts)))
     host = host_of(model)
     sites = find_editable(host, matrix, layers, mlp_only=True)
     file = None if out is None else Path(out)
@@ -106,7 +118,7 @@ def second_moments(
     with tqdm(total=max_tokens, unit="token", disable=not progress, initial=found.n_tokens) as bar:
         n_saved = found.n_texts
         while max_tokens is None or found.n_tokens < max_tokens:
-            some = list(islice(stream, _BATCH))
+            some = list(islice(stream, _CHUNK))
             if not some:
                 break
             n_before = found.n_tokens
@@ -125,9 +137,15 @@ def second_moments(
 
 @dataclass
 class _Collected:
-    """Means over the tokens so far, kept as they are saved, so resuming changes no bit."""
+    """Means over the tokens so far, kept as they are saved, so resuming changes no bit.
+
+    Attributes:
+        found: The means.
+        upper: Where a flattened matrix has its upper triangle, by size.
+    """
 
     found: SecondMoments
+    upper: dict[int, Tensor] = field(default_factory=dict)
 
     def resume(self, saved: SecondMoments, texts: Iterable[str]) -> None:
         """Resume from a file, and skip the texts that it was collected from."""
@@ -158,11 +176,13 @@ class _Collected:
         if not found.probe:
             probe = tuple(rows[0][:PROBE_TOKENS])
             found = replace(found, probe=probe, probe_inputs=last_inputs(host, sites, probe))
+        last = max(site.layer for site in sites)
         sums = [torch.zeros((), dtype=torch.float64)] * len(sites)
-        for group in host.length_groups(list(map(len, rows))):
-            batch = pad_prompts(host, [rows[at] for at in group])
+        for some in _batches(host, rows):
+            batch = pad_prompts(host, some)
             # Only the products are kept: the inputs of all layers are many times larger.
-            seen = forward_pass(host, batch, inputs=sites, keep=partial(_gram, batch.mask))
+            with stopped_after(host, last):
+                seen = forward_pass(host, batch, inputs=sites, keep=partial(self._gram, batch.mask))
             sums = [total + own for total, own in zip(sums, seen.inputs, strict=True)]
         before, n_tokens = found.n_tokens, found.n_tokens + sum(map(len, rows))
         means = found.moments or [torch.zeros_like(total) for total in sums]
@@ -179,15 +199,30 @@ class _Collected:
             texts=digest,
         )
 
+    def _gram(
+        self, mask: Bool[Tensor, "batch pos"], values: Float[Tensor, "batch pos d_in"]
+    ) -> Float[Tensor, "triangle"]:
+        """`X^T X` over real tokens: the upper triangle, row by row, in float64 on the CPU."""
+        inputs = at_least_float32(values[mask.to(values.device)])
+        # Products over a few thousand tokens are accurate in float32; sums of many are not.
+        product = (inputs.T @ inputs).cpu()
+        size = len(product)
+        if size not in self.upper:
+            row, column = torch.triu_indices(size, size)
+            self.upper[size] = row * size + column
+        return product.flatten()[self.upper[size]].double()
 
-def _gram(
-    mask: Bool[Tensor, "batch pos"], values: Float[Tensor, "batch pos d_in"]
-) -> Float[Tensor, "triangle"]:
-    """`X^T X` over real tokens: the upper triangle, row by row, in float64 on the CPU."""
-    inputs = at_least_float32(values[mask.to(values.device)])
-    # Products over a few thousand tokens are accurate in float32; sums of many are not.
-    product = (inputs.T @ inputs).cpu().double()
-    return product[tuple(torch.triu_indices(*product.shape))]
+
+def _batches(host: Host, rows: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Rows for one forward pass each, of similar length, so that little of it is padding."""
+    for group in host.length_groups(list(map(len, rows))):
+        batch: list[tuple[int, ...]] = []
+        for row in sorted((rows[at] for at in group), key=len):
+            if batch and (len(batch) + 1) * len(row) > _BATCH_TOKENS:
+                yield batch
+                batch = []
+            batch.append(row)
+        yield batch
 
 
 def _digest(before: str, text: str) -> str:

@@ -14,6 +14,7 @@ from backward_lens_tl.errors import EditError, InputError
 from backward_lens_tl.files.storage import Saved
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.matrix_selection import find_editable
+from backward_lens_tl.models.resumption import stopped_after
 from backward_lens_tl.models.sites import MatrixName, MatrixSite
 
 PROBE_TOKENS = 16
@@ -77,7 +78,8 @@ def last_inputs(
     host: Host, sites: Sequence[MatrixSite], probe: Sequence[int]
 ) -> tuple[Float[Tensor, "d_in"], ...]:
     """What each matrix reads at the last position of a prompt, in float32, on the CPU."""
-    seen = forward_pass(host, pad_prompts(host, [probe]), inputs=sites)
+    with stopped_after(host, max(site.layer for site in sites)):
+        seen = forward_pass(host, pad_prompts(host, [probe]), inputs=sites)
     return tuple(inputs[0, -1].float().cpu() for inputs in seen.inputs)
 
 
