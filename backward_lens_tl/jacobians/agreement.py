@@ -14,7 +14,7 @@ most of `u` on. What remains correlates by 0.7 to 0.97 in late layers and, for f
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from backward_lens_tl.errors import JacobianLensError
+from backward_lens_tl.errors import InputError, JacobianLensError
 from backward_lens_tl.jacobians.average import Jacobians
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.hooks import hooked
@@ -200,9 +200,11 @@ def _own_rows(
 
 
 def _probe_tokens(host: Host) -> Int[Tensor, "1 pos"]:
-    """A short text; random tokens for a model without a tokenizer."""
+    """A short text; random tokens for a model without a tokenizer, or with another's."""
     wanted = min(_N_TOKENS, host.n_ctx)
-    ids = [] if host.tokenizer is None else host.tokenize(_TEXT, None)[:wanted]
+    ids: list[int] = []
+    with suppress(InputError):  # no tokenizer, or one with tokens that the embedding lacks
+        ids = host.tokenize(_TEXT, None)[:wanted]
     if len(ids) < min(_FEWEST_TOKENS, wanted):
         random = torch.Generator().manual_seed(0)
         ids = torch.randint(host.d_vocab, (wanted,), generator=random).tolist()

@@ -149,6 +149,36 @@ def test_the_models_state_is_unchanged(one_gpt2: Case) -> None:
         assert parameter.grad is None
 
 
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_model_without_a_usable_tokenizer_is_compared_on_random_tokens(
+    monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    case = build(f"{'hooked' if HAS_HOOKED else 'bridge'}-gpt2")
+    right, wrong = lens_of(case), random_lens(case.model)
+    if broken:
+        monkeypatch.setattr(case.model, "to_tokens", lambda *args, **kwargs: torch.tensor([[999]]))
+    else:
+        case.model.tokenizer = None
+    read(case.model, right)
+    with pytest.raises(JacobianLensError, match="does not belong to"):
+        read(case.model, wrong)
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_has_the_same_lens(dtype: torch.dtype) -> None:
+    model = blt.load_facts_model().to(dtype)
+    own = blt.jacobian_lens("facts").jacobians
+    assert agreement(own, host_of(model)).own.min() > 0.7
+    result = blt.backward_lens(
+        model, "Lionel Messi plays for", " Paris", projection=blt.jacobian_lens("facts")
+    )
+    assert (result.target_rank("W_out")[:, 0, -1] < 10).all()
+    turned = OwnLens({layer: matrix.T for layer, matrix in own.matrices.items()})
+    with pytest.raises(JacobianLensError, match="transposed"):
+        read(model, turned)
+
+
 @bridge_only
 def test_other_weights_than_recorded_give_a_warning() -> None:
     case = build("bridge-gpt2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from models import HAS_BRIDGE, HAS_HOOKED, Case, attention_only_model, hooked_on
 
 import backward_lens_tl as blt
 from backward_lens_tl.errors import InputError, JacobianLensError
+from backward_lens_tl.jacobians.average import jacobians_of
 from backward_lens_tl.jacobians.stream import block_of, is_parallel
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.hooks import hooked
@@ -241,6 +243,75 @@ def test_faint_is_what_is_read(one_gpt2: Case) -> None:
             model, PROMPTS[0], " the", matrices="W_out", projection=unchecked(lens)
         )
         assert carried.cell("W_out", layer=0, pos=-1).is_faint == is_faint
+
+
+def test_a_saved_result_says_what_its_lens_was_fitted_on(one_gpt2: Case, tmp_path: Path) -> None:
+    lens = random_lens(one_gpt2.model)
+    lens.n_prompts, lens.metadata = 28, {"corpus": "wikitext"}
+    result = blt.backward_lens(
+        one_gpt2.model, PROMPTS, " the", projection=("logit_lens", unchecked(lens))
+    )
+    assert result.fit == ""
+    carried = result.under("jacobian_lens")
+    checksum = jacobians_of(lens).provenance["sha256"][:8]
+    assert carried.fit == f"fitted on 28 prompts of wikitext, SHA-256 {checksum}"
+    carried.save(tmp_path / "carried.safetensors")
+    again = blt.BackwardLensResult.load(tmp_path / "carried.safetensors")
+    assert again.fit == carried.fit
+    for matrix in carried.matrices:
+        assert equal(again.readout(matrix), carried.readout(matrix))
+
+
+@pytest.mark.parametrize(("matrix", "layer"), [("W_out", 0), ("W_in", 1)])
+def test_tables_of_tokens_read_through_the_layers_jacobian(
+    one_gpt2: Case, matrix: str, layer: int
+) -> None:
+    model = one_gpt2.model
+    lens = random_lens(model)
+    own = lens.jacobians[layer].double()
+
+    class Carried:
+        """The same as an object of the caller."""
+
+        def project(self, vectors: torch.Tensor, layer: int) -> torch.Tensor:
+            del layer
+            return one_gpt2.lens(vectors.double() @ own.T)
+
+    capture = blt.capture_gradients(
+        model, PROMPTS[0], blt.target_nll(" the"), matrices=matrix, layers=layer
+    )
+    request = blt.editing.EditRequest(PROMPTS[0], " the")
+    step = blt.editing.GradientStep("sgd", lr=1.0, matrices=matrix, layers=layer)(model, request)
+    for table, columns in (
+        (partial(blt.analysis.neuron_tokens, model, capture, matrix, layer, k=3), ["top_tokens"]),
+        (partial(blt.analysis.spanning_tokens, model, capture, matrix, layer, k=3), ["top_tokens"]),
+        (partial(blt.analysis.neuron_overlap, model, capture, matrix, layer, k=3), ["overlap"]),
+        (partial(blt.editing.delta_tokens, model, step, k=3), ["top_tokens"]),
+        (
+            partial(blt.analysis.top_neurons, model, capture, k=5, matrix=matrix),
+            ["update_top", "weight_top"],
+        ),
+    ):
+        found, expected = (table(projection=each) for each in (unchecked(lens), Carried()))
+        for column in columns:
+            assert found[column].tolist() == expected[column].tolist()
+
+
+def test_neurons_that_read_the_stream_before_the_block(one_gpt2: Case) -> None:
+    """Values of layer 1 read the output of block 0; the MLP reads on the way to that of block 1."""
+    model, lens = one_gpt2.model, random_lens(one_gpt2.model)
+    vector = torch.randn(one_gpt2.d_model, generator=torch.Generator().manual_seed(0))
+    read = partial(blt.read_vectors, model, vector, projection=unchecked(lens), k=97)
+    at = {block: read(layer=block).top_ids for block in (0, 1, 2)}
+    assert not torch.equal(at[0], at[1])
+    for matrix, layer, block in (
+        ("W_V", 0, 0), ("W_V", 1, 0), ("W_V", 2, 1), ("W_O", 1, 1), ("W_in", 1, 1), ("W_out", 2, 2)
+    ):  # fmt: skip
+        assert torch.equal(read(layer=layer, matrix=matrix).top_ids, at[block]), (matrix, layer)
+    plain = blt.read_vectors(model, vector, layer=2, k=97)
+    assert torch.equal(at[2], plain.top_ids)  # the last block has the identity
+    with pytest.raises(InputError, match="matrix is 'W_E'; allowed: 'W_Q'"):
+        read(layer=1, matrix="W_E")
 
 
 def test_missing_layers_are_refused_only_where_they_are_read(one_gpt2: Case) -> None:
