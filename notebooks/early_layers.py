@@ -372,7 +372,7 @@ of_some.unstack("layer").reindex(order)
 #
 # So the answer for this model is no: where the Logit Lens hides the target, `J_l` does, too. On SmolLM2, it is yes: in
 # most of the lower half of its layers, `J_l` has the target near the top at the subject's last token, and the Logit
-# Lens does not ([more about this model](../docs/real-model.md)).
+# Lens does not ([measured with controls](../docs/real-model.md#average-jacobians)).
 #
 # ## Controls
 #
@@ -480,7 +480,9 @@ pd.DataFrame(cosines).round(2).rename_axis("layer").T
 # ## Where to go from here
 #
 # - [The Jacobian Lens](../docs/jacobian_lens.md): files, published lenses, fits, and how many texts they need.
-# - [The paper's claims on a real model](../docs/real-model.md): the bases of the layers of SmolLM2.
+# - [SmolLM2 through average Jacobians](../docs/real-model.md#average-jacobians): more controls, which
+#   `backward-lens reproduce early_layers` repeats on other models.
+# - [What a readable token does not prove](../docs/limitations.md#early-layers-through-average-jacobians).
 # - [Five minutes](five_minutes.ipynb): what the updates at the subject contain in addition to the target.
 #
 # **Exercise.** `J_0` leaves out the first MLP, and the updates of `W_O` in layer 0 cannot be read. Include it: carry the

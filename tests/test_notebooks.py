@@ -21,6 +21,7 @@ import tomllib
 import torch
 from browser import opened
 from IPython.core.formatters import DisplayFormatter
+from jacobian_cases import slow_jacobians
 from models import readable
 from nbconvert import HTMLExporter
 from notebook_pages import OFFLINE
@@ -34,6 +35,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+import backward_lens_tl as blt
 from backward_lens_tl.models.smollm2 import find_smollm2
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 ADDRESS = PROJECT["urls"]["Repository"].replace("https://github.com/", "github/")
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 MODEL = 'model = blt.load_model("facts")  # or "smollm2", or any name on the Hugging Face hub'
+FIT = 'fit = "facts"  # for another model, the file of its Jacobian Lens, or its name on the hub'
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -55,7 +58,9 @@ def code(path: Path) -> str:
     return "\n".join(cell.source for cell in cells(path, "code"))
 
 
-def run(path: Path, model_line: str = MODEL) -> list[tuple[str, dict[str, str]]]:
+def run(
+    path: Path, model_line: str = MODEL, fit_line: str = FIT
+) -> list[tuple[str, dict[str, str]]]:
     """The printed text of each code cell, and the display of its last value by content type."""
     if '"smollm2"' in code(path).replace(MODEL, "") and find_smollm2() is None:
         pytest.skip("SmolLM2 is not installed: make real-model")
@@ -63,7 +68,8 @@ def run(path: Path, model_line: str = MODEL) -> list[tuple[str, dict[str, str]]]
     formatter = DisplayFormatter()
     shown = []
     for cell in cells(path, "code"):
-        tree = ast.parse(cell.source.replace(MODEL, model_line), str(path))
+        source = cell.source.replace(MODEL, model_line).replace(FIT, fit_line)
+        tree = ast.parse(source, str(path))
         last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
         value = None
         with redirect_stdout(io.StringIO()) as written:
@@ -218,13 +224,21 @@ def other_model(request, shared, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def other_fit(other_model) -> Path:
+    """The file of that model's Jacobian Lens, fitted on one text."""
+    model = blt.load_model(str(other_model))
+    lens = slow_jacobians(model, model.to_tokens("The Colosseum is in the city of Rome"), skip=0)
+    path = other_model / "lens.pt"
+    torch.save({"J": lens.jacobians, "n_prompts": 1, "d_model": lens.d_model}, path)
+    return path
+
+
 @pytest.mark.slow
 @each_notebook
-def test_notebook_runs_on_another_model_by_changing_one_line(path, other_model):
-    """The numbers are meaningless there."""
-    if path.stem == "early_layers":
-        pytest.skip("it needs a Jacobian Lens that was fitted on the model")
-    run(path, f"model = blt.load_model({str(other_model)!r})")
+def test_notebook_runs_on_another_model_by_changing_one_line(path, other_model, other_fit):
+    """The numbers are meaningless there. One of the notebooks also needs the model's fit."""
+    run(path, f"model = blt.load_model({str(other_model)!r})", f"fit = {str(other_fit)!r}")
 
 
 @pytest.mark.slow
@@ -243,7 +257,7 @@ def test_the_formulas_inside_heads_hold_on_another_model(other_model):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention_backwards", "five_minutes", "looking"])
 def test_notebook_runs_on_the_real_model_by_changing_one_line(name):
-    """The others take two to four minutes each; they run on the small Llama above."""
+    """The others take minutes, or need a fit; they run on the small Llama above."""
     if find_smollm2() is None:
         pytest.skip("SmolLM2 is not installed: make real-model")
     run(NOTEBOOKS[0].with_name(f"{name}.ipynb"), 'model = blt.load_model("smollm2")')
@@ -356,6 +370,12 @@ def test_a_notebook_shows_a_table_and_three_widgets():
     looking = code(NOTEBOOKS[0].with_name("looking.ipynb"))
     assert "\nresult\n" in f"{looking}\n"
     assert len(set(re.findall(r"^widgets\.\w+", looking, flags=re.MULTILINE))) >= 3
+
+
+def test_the_fit_is_one_line_after_the_model():
+    early = code(NOTEBOOKS[0].with_name("early_layers.ipynb"))
+    assert f"{MODEL}\n{FIT}\n" in early
+    assert early.count("fit = ") == 1
 
 
 def test_the_first_notebook_shows_a_table():
