@@ -12,6 +12,7 @@ _ENTRIES = ("outcomes", "forward_passes", "backward_passes", "contrast_prompts")
 """What a report adds to a delta's `about`."""
 
 _MOST_NAMED = 3
+_MOST_SIZES = 5
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,12 @@ def _counted(n: int, noun: str, plural: str) -> str:
 
 
 def _described(missed: EditOutcome) -> str:
-    tried = ", ".join(f"{size:.3g} ({margin:.3g})" for size, margin in missed.tried)
+    nearest = sorted(missed.tried, key=lambda each: each[1], reverse=True)[:_MOST_SIZES]
+    tried = ", ".join(f"{size:.3g} ({margin:.3g})" for size, margin in nearest)
+    more = (
+        "" if len(nearest) == len(missed.tried) else f" and {len(missed.tried) - len(nearest)} more"
+    )
     return (
         f"{missed.target!r} after {missed.prompt!r} has rank {missed.rank} and margin "
-        f"{missed.margin:.3g} at size {missed.size:.3g}; sizes tried, with margins: {tried}"
+        f"{missed.margin:.3g} at size {missed.size:.3g}; sizes tried, with margins: {tried}{more}"
     )

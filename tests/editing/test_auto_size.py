@@ -192,6 +192,7 @@ def test_a_target_that_no_size_reaches_is_reported_and_warned_about_once() -> No
     assert "1 of 2 targets were not reached" in text
     assert repr(prompt) in text
     assert "sizes tried, with margins" in text
+    assert " and 14 more" in text
     assert warning.filename == __file__
     missed = [outcome for outcome in delta.outcomes if not outcome.is_reached]
     assert len(missed) == 1
@@ -199,7 +200,7 @@ def test_a_target_that_no_size_reaches_is_reported_and_warned_about_once() -> No
     assert missed[0].rank > 0
     assert missed[0].margin is not None
     assert missed[0].margin <= 0
-    assert len(missed[0].tried) == 5
+    assert len(missed[0].tried) == 19
     [found] = margins(own, dense(delta), prompt, [int(missed[0].target)])
     assert missed[0].margin == pytest.approx(found, rel=1e-6)
     assert "margin -" in repr(delta)
@@ -311,7 +312,7 @@ class Coupled:
 
 def test_a_target_that_another_edit_disturbs_is_written_too(monkeypatch: Any) -> None:
     monkeypatch.setattr(sizes, "_guesses", lambda *_: torch.tensor([2.0, 0.5]))
-    tried = sizes.least_sizes(None, Coupled(), factor=1.1, probability=None, n_passes=8)  # type: ignore[arg-type]
+    tried = sizes.least_sizes(None, Coupled(), factor=1.1, probability=None, n_passes=8, n_most=8)  # type: ignore[arg-type]
     assert tried[1].sizes.tolist() == [2.0, 0.0]
     first, second = tried[-1].sizes.tolist()
     assert 3 < first < 3.4
@@ -348,3 +349,26 @@ def test_a_small_probability_is_not_enough_where_others_lead() -> None:
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(EditError, match=message):
         shift(**settings)
+
+
+def test_passes_go_on_only_while_a_target_is_not_reached(monkeypatch: Any) -> None:
+    monkeypatch.setattr(sizes, "_guesses", lambda *_: torch.tensor([0.1, 0.1]))
+
+    def tried(n_passes: int, n_most: int) -> list[Sized]:
+        return sizes.least_sizes(
+            None,  # type: ignore[arg-type]
+            Coupled(),  # type: ignore[arg-type]
+            factor=1.1,
+            probability=None,
+            n_passes=n_passes,
+            n_most=n_most,
+        )
+
+    few, more = tried(2, 2), tried(2, 12)
+    assert len(few) == 3
+    assert not few[-1].leads.all()
+    assert 3 < len(more) < 12
+    assert more[-1].leads.all()
+    assert not more[-2].leads.all()
+    # With enough passes none is added.
+    assert len(tried(12, 12)) == len(tried(12, 20))

@@ -134,8 +134,9 @@ def check_layers(n_layers: int, moments: Any) -> None:
             METHODS[name](**own, **({"moments": moments} if has_moments else {}))
     own = preset_settings("other", n_layers)
     # Sizes specific to GPT-2 xl are not copied.
-    assert own["shift"]["key"] == "plain"
-    assert own["shift"]["size"] > 1
+    for name in ("shift", "shift_iterated", "shift_whitened"):
+        assert own[name]["size"] == "auto"
+        assert own[name]["key"] == published[name]["key"]
     assert own["memit"]["regularization"] is None
 
 
@@ -443,7 +444,8 @@ def test_settings_of_the_facts_model_are_those_chosen_on_the_tuning_split():
     file = Path(__file__).parents[2] / "docs" / "editing" / "tuning.json"
     tried = json.loads(file.read_text())
     settings = preset_settings("facts", 8)
-    assert set(tried) == set(METHODS) == set(settings)
+    assert {*tried, "shift_auto"} == set(METHODS) == set(settings)
+    assert settings["shift_auto"] == {}
     for name, own in tried.items():
         assert own["rows"] == [FACTS_TUNING.start, FACTS_TUNING.stop]
         chosen = next(each for each in own["tried"] if each["name"] == own["best"])

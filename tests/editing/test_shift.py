@@ -618,7 +618,6 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
         ({"layer": -3}, "layer"),
         ({"layer": 1.0}, "layer"),
         ({"layer": "1"}, "layer"),
-        ({"layer": None}, "layer"),
         ({"prepend_bos": 1}, "prepend_bos"),
     ],
 )

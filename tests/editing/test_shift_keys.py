@@ -71,7 +71,7 @@ def penalty(
     """`A`, dense."""
     every = torch.cat(list(rows))
     usual = every.T @ every / len(every) if moments is None else moments.of(LAYER)
-    ridge = 0.01 * usual.diagonal().mean() * torch.eye(len(usual), dtype=torch.float64)
+    ridge = usual.diagonal().mean() * torch.eye(len(usual), dtype=torch.float64)
     return usual + ridge + 10 / n * edited_rows.T @ edited_rows
 
 

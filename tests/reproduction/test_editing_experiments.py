@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from models import HAS_BRIDGE, build
+from torch import nn
 
 import backward_lens_tl as blt
 from backward_lens_tl.data.records import BadRecord
-from backward_lens_tl.editing import MEMIT, ForwardPassShift, GradientStep, facts_moments
+from backward_lens_tl.editing import (
+    MEMIT,
+    EditRequest,
+    ForwardPassShift,
+    GradientStep,
+    facts_moments,
+)
 from backward_lens_tl.editing.tokens import compare_tokens
 from backward_lens_tl.errors import EvaluationError, InputError
 from backward_lens_tl.evaluation.rates import least_rates_by_layer
@@ -269,7 +278,7 @@ def test_figure_24_of_few_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # --- several facts --------------------------------------------------------------------------------
 
-SEVERAL = ("shift once", "shift iterated", "shift whitened", "shift summed", "MEMIT")
+SEVERAL = ("shift once", "shift iterated", "shift whitened", "shift auto", "shift summed", "MEMIT")
 
 
 def of_several(
@@ -300,6 +309,7 @@ def of_several(
         "shift": ForwardPassShift(layer=7, size=0.3, key=key),
         "shift_iterated": iterated,
         "shift_whitened": ForwardPassShift(layer=3, size=4.0, key="whitened", moments=MOMENTS),
+        "shift_auto": ForwardPassShift(),
         "memit": MEMIT(layers=(0,), moments=MOMENTS),
     }
 
@@ -307,9 +317,9 @@ def of_several(
         return {name: presets[name] for name in names}
 
     requests = [object()] * n_records
-    finding = several_facts.several_facts(
-        Fake(evaluation=evaluation, presets=chosen, requests=requests)
-    )
+    fake = Fake(evaluation=evaluation, presets=chosen, requests=requests)
+    with patch.object(several_facts, "_usual_size", return_value=32.0):
+        finding = several_facts.several_facts(fake)
     return finding, asked
 
 
@@ -367,12 +377,27 @@ def test_several_facts_otherwise(values: Any, expected: list[bool]) -> None:
         # Only full blocks are evaluated.
         (49, {1: 49, 10: 40}),
         (60, {1: 60, 10: 60, 50: 50}),
+        (230, {1: 230, 10: 230, 50: 200, 200: 200}),
     ],
 )
 def test_only_full_blocks_count(n_records: int, expected: dict[int, int]) -> None:
     finding, asked = of_several(n_records=n_records)
     assert {size: given["records"] for _, _, size, given in asked} == expected
     assert finding.checks[0].claim.startswith(f"{max(expected)} facts at once")
+
+
+def test_one_size_is_enough_for_most_facts(facts_model: nn.Module) -> None:
+    records = blt.read_records("facts").rows[200:215]
+    requests = [EditRequest.of(record) for record in records]
+    shift = ForwardPassShift(layer=6, key="plain", prepend_bos=False)
+    fake: Any = Fake(model=facts_model, requests=requests)
+    size = several_facts._usual_size(fake, shift)
+    # Only the first ten are asked.
+    alone = [shift(facts_model, request).outcomes[0].size for request in requests[:10]]
+    assert size == pytest.approx(1.5 * statistics.median(alone))
+    once = replace(shift, size=size, iterations=2)  # the second step only shows the margin of one
+    edits = [once(facts_model, request) for request in requests]
+    assert sum(edit.outcomes[0].tried[0][1] > 0 for edit in edits) >= 10
 
 
 def test_several_facts_need_several_records() -> None:

@@ -1,8 +1,9 @@
 """Every method with settings for a model: tuned, published, or scaled by depth.
 
-Settings of the facts model were chosen on rows of its records that the benchmark does not use
-(`make tune`); docs/editing.md shows what was tried. Those of GPT-2 xl are the
-published ones. Other models are edited at the same relative depth as GPT-2 xl.
+`shift_auto` is the forward pass shift with its own defaults on every model. Settings of the facts
+model were chosen on rows of its records that the benchmark does not use (`make tune`);
+docs/editing.md shows what was tried. Those of GPT-2 xl are the published ones. Other models are
+edited at the same relative depth as GPT-2 xl, and sizes of the shift are searched for.
 """
 
 from __future__ import annotations
@@ -65,12 +66,14 @@ METHODS: Mapping[str, type[EditMethod]] = {
     "rome": ROME,
     "memit": MEMIT,
     "shift": ForwardPassShift,
+    "shift_auto": ForwardPassShift,
     "shift_iterated": ForwardPassShift,
     "shift_whitened": ForwardPassShift,
 }
 """The presets, in the order of tables."""
 
 _PAPER: Settings = {"key": "paper", "target_tokens": "first"}
+_SIZES = ("size", "iterations", "skip_if_answered")
 
 _FACTS: Mapping[str, Settings] = {
     "ft_first": {"layers": 0, "lr": 5e-4},
@@ -85,6 +88,7 @@ _FACTS: Mapping[str, Settings] = {
     "rome": {"layer": 0, "key_mode": "bare", "prefixes": ((5, 3), (10, 3))},
     "memit": {"layers": (0, 1), "regularization": 5.0},
     "shift": {"layer": 6, "size": 1.0, **_PAPER},
+    "shift_auto": {},
     "shift_iterated": {"layer": 7, "size": 4.0, "key": "plain", "iterations": 25},
     "shift_whitened": {"layer": 6, "size": 4.0, "key": "whitened", "iterations": 25},
 }
@@ -102,6 +106,7 @@ _GPT2_XL: Mapping[str, Settings] = {
     "rome": {"layer": 17, "key_mode": "rome"},
     "memit": {"layers": (13, 14, 15, 16, 17), "regularization": 20000.0},
     "shift": {"layer": 35, "size": 0.24, "skip_if_answered": True, **_PAPER},
+    "shift_auto": {},
     "shift_iterated": {"layer": 35, "size": 4.0, "key": "plain", "iterations": 15},
     "shift_whitened": {"layer": 35, "size": 4.0, "key": "whitened", "iterations": 15},
 }
@@ -113,6 +118,7 @@ def preset_methods(
     *,
     folder: str | Path,
     training: Iterable[Record] = (),
+    jacobian: object = None,
     prepend_bos: bool | None = False,
     texts: str | Path | Sequence[str] | None = None,
     progress: bool = True,
@@ -131,6 +137,8 @@ def preset_methods(
             exist.
         training: Records for MEND's training and for the statistics of gradients, other than those
             that the methods are tested on.
+        jacobian: A Jacobian Lens of the model for `shift_auto`, as in `ForwardPassShift`. The facts
+            model's ships with it; without one, other models are edited without.
         prepend_bos: Whether prompts get a BOS token; the paper's had none.
         texts: The texts of second moments: texts, a file with one per line, `"facts"`, or
             `"Salesforce/wikitext"` (WikiText-2's test split). By default those that ship with the
@@ -164,6 +172,7 @@ def preset_methods(
         model,
         Path(folder),
         tuple(training),
+        jacobian,
         prepend_bos,
         texts,
         _whitened_layers(settings),
@@ -214,8 +223,8 @@ def _by_depth(settings: Settings, n_layers: int) -> Settings:
             own[name] = tuple(dict.fromkeys(map(scaled, own[name])))
     if own.pop("regularization", None) is not None:
         own["regularization"] = None  # which scales with the width
-    if own.get("key") == "paper":  # its eta is for GPT-2 xl only
-        own |= {"key": "plain", "size": 30.0}
+    if "key" in own:  # sizes of a shift do not carry over
+        own = {name: value for name, value in own.items() if name not in _SIZES} | {"size": "auto"}
     return own
 
 
@@ -226,6 +235,7 @@ class _Needs:
     model: nn.Module
     folder: Path
     training: tuple[Record, ...]
+    given_jacobian: object
     prepend_bos: bool | None
     texts: str | Path | Sequence[str] | None
     whitened_layers: Sequence[int]
@@ -245,6 +255,12 @@ class _Needs:
             prepend_bos=self.prepend_bos,
             progress=self.progress,
         )
+
+    @property
+    def jacobian(self) -> object:
+        """The Jacobian Lens, if there is one."""
+        is_facts = host_of(self.model).name == FACTS_MODEL
+        return "facts" if self.given_jacobian is None and is_facts else self.given_jacobian
 
     def pairs(self, positions: Positions, file_name: str) -> Settings:
         """Statistics of the pairs of all layers, and the last layers as those to edit."""
@@ -303,6 +319,8 @@ def _with_needs(kind: type[EditMethod], settings: Settings, needs: _Needs) -> Ed
         needed = needs.pairs("all", "pairs.safetensors")
     elif kind is UltraEdit:
         needed = needs.pairs("answer", "pairs-answer.safetensors")
+    elif kind is ForwardPassShift and not settings:
+        needed = {"jacobian": needs.jacobian}
     elif _needs_moments(kind, settings):
         needed = {"moments": needs.moments}
     create: Callable[..., EditMethod] = kind

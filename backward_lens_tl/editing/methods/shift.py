@@ -40,6 +40,7 @@ from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.editing.shift.cells import Cells, TargetTokens
 from backward_lens_tl.editing.shift.contrast import Contrast
 from backward_lens_tl.editing.shift.keys import input_directions
+from backward_lens_tl.editing.shift.layers import usual_layer
 from backward_lens_tl.editing.shift.reports import shift_outcomes
 from backward_lens_tl.editing.shift.sizes import Products, Sized, best, least_sizes, stepped_sizes
 from backward_lens_tl.editing.shift.subjects import SUBJECTS
@@ -67,9 +68,14 @@ Key = Literal["paper", "plain", "whitened", "contrast"]
 _PASSES = 6
 """Forward passes of an edit with `size="auto"`: one without the edit, and five with it."""
 
+_MOST_PASSES = 20
+"""The same where fewer do not reach all targets."""
+
 _MARGIN = 1.1
 
-_CONTRAST_RIDGE = 0.01
+_CONTRAST_RIDGE = 1.0
+"""Large, because the prompts of a contrast are few: with less, a key of a small model lies in
+directions where they hardly vary but other text does."""
 
 _ADVICE = (
     "Choose another layer, allow more iterations, or edit fewer facts at once; delta.outcomes has "
@@ -111,7 +117,8 @@ class ForwardPassShift(EditMethod):
     `c e_t` alone. Each has a size of its own; all are searched for, and checked, together.
 
     Attributes:
-        layer: The layer, negative ones from the end.
+        layer: The layer, negative ones from the end; by default the one nearest to 0.8 of the
+            depth, among those of `jacobian`, and not the last one.
         size: `eta` with the paper's key, where it depends on the layer and the model (GPT-2 xl:
             0.24 at layer 35); `c` with the others; `"auto"` to search for it.
         value: What is written, at the length of `e_t`: `"embedding"`, `e_t` itself;
@@ -128,7 +135,8 @@ class ForwardPassShift(EditMethod):
         margin: For `size="auto"`, the multiple of the least sufficient size; 1.1 by default.
         probability: For `size="auto"`, the probability that each token has to reach, instead of a
             margin.
-        iterations: For `size="auto"`, the largest number of forward passes, 6 by default. For a
+        iterations: For `size="auto"`, the largest number of forward passes; by default 6, or 20
+            if a target is not reached with fewer, as can happen with many tokens at once. For a
             number, how often it is added at most, 1 by default: with more, a forward pass after
             each checks which tokens are not yet the most probable ones and get it again.
         skip_if_answered: Whether to leave out tokens that are most probable without an edit, as in
@@ -141,7 +149,7 @@ class ForwardPassShift(EditMethod):
         moments: Second moments of `W_out`'s inputs. The whitened key needs them; for the contrast
             key, those of the batch are used if there are none.
         ridge: Fraction of the mean variance that is added to the diagonal of `C`; by default 1e-6
-            for the whitened key, and 0.01 for the contrast key.
+            for the whitened key, and 1 for the contrast key.
         contrast: Names of other subjects; by default well-known names of several kinds.
         n_contrast: The number of them that is used for each request.
         fact_token: The token where `W_out` is edited: the prompt's `"last"`, or the subject's last
@@ -160,7 +168,7 @@ class ForwardPassShift(EditMethod):
         (True, 0)
     """
 
-    layer: int
+    layer: int | None = None
     size: Size = "auto"
     value: Value | None = None
     key: Key | None = None
@@ -241,9 +249,10 @@ class ForwardPassShift(EditMethod):
         self, host: Host, requests: Sequence[TokenizedRequest]
     ) -> tuple[list[MatrixDelta], EditReport]:
         """Compute the shift of all requests together, and report how their targets stand."""
-        [site] = find_editable(host, "W_out", [self.layer])
         if self._jacobians is not None:
             check_fits(self._jacobians, host)
+        layer = usual_layer(host, self._jacobians) if self.layer is None else self.layer
+        [site] = find_editable(host, "W_out", [layer])
         cells = Cells.of(host, requests, self.target_tokens, self.fact_token)
         trials = Trials(host, site, cells)
         values = self._output_directions(host, cells, trials, site, requests).to(trials.reads)
@@ -274,6 +283,7 @@ class ForwardPassShift(EditMethod):
                 factor=self.margin or default,
                 probability=self.probability,
                 n_passes=max(1, (self.iterations or _PASSES) - n_before),
+                n_most=max(1, (self.iterations or _MOST_PASSES) - n_before),
             )
         return stepped_sizes(
             products,

@@ -113,6 +113,7 @@ def least_sizes(
     factor: float,
     probability: float | None,
     n_passes: int,
+    n_most: int,
 ) -> list[Sized]:
     """Search for the least size of each outer product with which all targets are reached.
 
@@ -124,7 +125,8 @@ def least_sizes(
         factor: Multiple of the least size that is wanted.
         probability: The probability that every token of a target has to reach; `None` if it only
             has to lead.
-        n_passes: Largest number of forward passes.
+        n_passes: Number of forward passes after which sizes that suffice are good enough.
+        n_most: Largest number of forward passes.
 
     Returns:
         What was tried, the unedited model first.
@@ -133,7 +135,7 @@ def least_sizes(
     start = tried[0].surplus(probability)
     guesses = _guesses(host, products, probability) if bool((start <= 0).any()) else start
     searches: dict[int, SizeSearch] = {}
-    for left in reversed(range(n_passes)):
+    for n_left in reversed(range(n_passes - n_most, n_passes)):
         for cell, surplus in enumerate(tried[-1].surplus(probability).tolist()):
             if cell in searches:
                 searches[cell].add(float(tried[-1].sizes[cell]), surplus)
@@ -143,7 +145,7 @@ def least_sizes(
             break
         sizes = torch.zeros_like(tried[0].sizes)
         for cell, search in searches.items():
-            sizes[cell] = search.propose(is_last=left == 0)
+            sizes[cell] = search.propose(is_last=n_left <= 0)
         tried.append(products.at(sizes))
     return tried
 
