@@ -12,6 +12,13 @@ _METHOD = _key("method", "string", f"name of the method; `{NONE}` is the unedite
 _RECORD = _key("record", "int64", "row of the data, from 0")
 _BLOCK = _key("block", "int32", "index of the records that are edited together")
 
+PASSES = {
+    "forward_passes": "forward passes",
+    "backward_passes": "backward passes",
+    "contrast_prompts": "prompts about other subjects, in one more pass,",
+}
+"""What a method's own report counts."""
+
 PROMPTS = (
     _METHOD,
     _RECORD,
@@ -25,6 +32,8 @@ PROMPTS = (
     Column("is_new", "bool", "whether every token of the new answer is the most probable one"),
     Column("is_true", "bool", "the same for the original answer", may_miss=True),
     Column("answer", "string", "the most probable token after the prompt"),
+    Column("kl", "float64", "KL divergence from the unedited model, in nats; neighborhood only"),
+    Column("is_kept", "bool", "whether a neighbor keeps its most probable token", may_miss=True),
 )
 """One row per method, record and prompt."""
 
@@ -80,11 +89,19 @@ EDITS = (
     Column("efficacy_magnitude", "float64", "EM: P(new) - P(true)"),
     Column("paraphrase_magnitude", "float64", "PM: mean of P(new) - P(true)"),
     Column("neighborhood_magnitude", "float64", "NM: mean of P(true) - P(new)"),
+    Column("kept", "float64", "fraction of the neighbors that keep their most probable token"),
+    Column("neighborhood_kl", "float64", "mean of `kl` over the neighbors, in nats"),
     Column("ngram_entropy", "float64", "mean over the record's generations, in bits"),
+    Column("text_kl", "float64", "KL divergence from the unedited model on the texts, in nats"),
     Column("perplexity", "float64", "mean of the texts' perplexities under the edit"),
     Column("corpus_perplexity", "float64", "perplexity of all their tokens together"),
     Column("norm", "float64", "Frobenius norm of the edit"),
     Column("rank", "int32", "rank of the edit, summed over its matrices"),
+    Column("is_reached", "bool", "whether the method says that the target leads", may_miss=True),
+    *(
+        Column(name, "int32", f"{meaning} of the edit, if the method reports them", may_miss=True)
+        for name, meaning in PASSES.items()
+    ),
 )
 """One row per method and record."""
 

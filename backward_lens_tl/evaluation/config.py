@@ -20,7 +20,10 @@ class EvaluationConfig(Config):
 
     Attributes:
         records: Number of records to use, counted from the first; all by default.
-        rows: Rows of the data to use instead, from 0, such as `range(100, 200)`.
+        rows: Rows of the data to use instead, from 0, such as `range(100, 200)`; with `shuffle`,
+            places in its order.
+        shuffle: Seed of an order of the rows, in which `records` and `rows` count them: a split
+            that others can repeat. By default they count in the order of the data.
         edits_at_once: Number of records that one edit teaches. Each of them is then scored under
             the joint edit.
         prepend_bos: Whether prompts and texts get a BOS token; the paper's had none, `None` is the
@@ -28,6 +31,7 @@ class EvaluationConfig(Config):
         neighbors: Number of neighborhood prompts of each record to use, counted from the first; all
             by default.
         attributes: Whether to score attribute prompts as well; no metric uses them.
+        continuations: Whether to continue the record's prompt greedily, for `free_efficacy`.
         generation_length: Tokens of each generation, prompt included; 0 for no generations.
         top_k: Number of most probable tokens that each token of a generation is sampled from.
         seed: Seed of generations and bootstrap.
@@ -56,10 +60,12 @@ class EvaluationConfig(Config):
 
     records: Count | None = None
     rows: Sequence[CountOrZero] | None = None
+    shuffle: str | None = None
     edits_at_once: Count = 1
     prepend_bos: bool | None = False
     neighbors: CountOrZero | None = None
     attributes: bool = False
+    continuations: bool = True
     generation_length: CountOrZero = 100
     top_k: Count = 5
     seed: int = 0

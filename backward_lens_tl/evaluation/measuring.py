@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property, partial
 from hashlib import sha256
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,26 +14,33 @@ from torch import nn
 
 from backward_lens_tl.capture.memory import is_lack_of_memory
 from backward_lens_tl.capture.sampling import sample
+from backward_lens_tl.editing.outcomes import EditReport
 from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import BackwardLensError, ModelStateError
+from backward_lens_tl.evaluation.columns import PASSES
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.costs import with_cost
+from backward_lens_tl.evaluation.divergence import Moved, moved
 from backward_lens_tl.evaluation.metrics import (
     Answered,
     begins_with,
+    mean,
     ngram_entropy,
     record_metrics,
     tidied,
 )
-from backward_lens_tl.evaluation.perplexity import Perplexity, Texts, perplexity
-from backward_lens_tl.evaluation.plan import Item, Shard
+from backward_lens_tl.evaluation.perplexity import Texts
+from backward_lens_tl.evaluation.plan import Item, ScoredPrompt, Shard
 from backward_lens_tl.evaluation.scoring import Question, batches, score
+from backward_lens_tl.evaluation.text_scores import TextScorer
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.checksums import tensors_checksum
 from backward_lens_tl.runs.shards import Rows
 
 _BEYOND = 3
 """Tokens generated after the new answer, to check whether its last word ends there."""
+
+_NEIGHBOR = "neighborhood"
 
 _Rows = list[dict[str, Any]]
 _linalg: Any = torch.linalg  # its error has no type
@@ -52,7 +60,7 @@ class Bench:
         self.model = model
         self.host = host_of(model)
         self.config = config
-        self._texts = texts.tokens(self.host, config)
+        self._text_rows = texts.tokens(self.host, config)
         self._devices = {tensor.device for tensor in self.host.parameters().values()}
         self._unedited = self._weights()
 
@@ -71,11 +79,13 @@ class Bench:
             ModelStateError: If the weights are no longer those of the unedited model.
         """
         (delta, error), cost = with_cost(partial(self._edit, shard), self._devices)
+        neighbors = self._neighbors(delta, shard.items)
+        texts = self._texts_scorer
         with delta.applied(self.model):
             answered = self._answered(shard.items)
             generations = self._generations(shard)
             continuations = self._continuations(shard.items)
-            ppl = self._perplexity() if len(delta) else self._unedited_perplexity
+            on_texts = texts.edited() if len(delta) else texts.unedited
         if self._weights() != self._unedited:
             raise ModelStateError(
                 f"the weights of {self.host.name!r} changed by the edit {shard.name!r} or during "
@@ -85,20 +95,28 @@ class Bench:
         common = {
             **shared,
             "error": error,
-            "perplexity": ppl.mean_of_texts,
-            "corpus_perplexity": ppl.corpus,
+            "perplexity": on_texts.perplexity.mean_of_texts,
+            "corpus_perplexity": on_texts.perplexity.corpus,
+            "text_kl": on_texts.kl,
             "norm": delta.norm,
             "rank": delta.rank,
         }
         edits = [
-            {**common, **self._edit_row(item, own, text, generations)}
-            for item, own, text in zip(shard.items, answered, continuations, strict=True)
+            {**common, **self._edit_row(item, own, near, text, generations), **report}
+            for item, own, near, text, report in zip(
+                shard.items,
+                answered,
+                neighbors,
+                continuations,
+                _reported(delta, len(shard)),
+                strict=True,
+            )
         ]
         seconds, memory = cost.seconds / max(1, len(shard)), cost.memory
         if shard.method is None:
             seconds = memory = math.nan
         return {
-            "prompts": self._prompt_rows(shard, answered),
+            "prompts": self._prompt_rows(shard, answered, neighbors),
             "generations": generations,
             "rejects": shard.rejects,
             "costs": [{**shared, "seconds": seconds, "memory": memory}] if shard.items else [],
@@ -144,8 +162,17 @@ class Bench:
             for item in items
         ]
 
-    def _continuations(self, items: Sequence[Item]) -> list[str]:
+    def _neighbors(self, delta: WeightDelta, items: Sequence[Item]) -> list[list[Moved]]:
+        """What the edit does to each record's neighbors."""
+        asked = [_neighbors_of(item) for item in items]
+        prompts = [probe.ids for own in asked for probe in own]
+        found = iter(moved(self.model, self.host, delta, prompts, self.config.batch_size))
+        return [[next(found) for _ in own] for own in asked]
+
+    def _continuations(self, items: Sequence[Item]) -> list[str | None]:
         """The model's own continuation of each record's prompt."""
+        if not self.config.continuations:
+            return [None] * len(items)
         prompts = [item.probes[0].ids for item in items]
         lengths = [len(item.probes[0].new) + _BEYOND for item in items]
         texts = self._sampled(prompts, lengths, top_k=1, seeds=[0] * len(items))
@@ -188,17 +215,21 @@ class Bench:
     def _text(self, ids: Sequence[int]) -> str:
         return self.host.vocabulary.decode(ids)
 
-    def _perplexity(self) -> Perplexity:
-        return perplexity(self.host, self._texts, self.config.denominator)
-
     @cached_property
-    def _unedited_perplexity(self) -> Perplexity:
-        return self._perplexity()
+    def _texts_scorer(self) -> TextScorer:
+        """Created on the unedited model, when it is first needed."""
+        return TextScorer(self.host, self._text_rows, self.config.denominator)
 
     # --- rows ------------------------------------------------------------------------------------
 
-    def _prompt_rows(self, shard: Shard, answered: Sequence[Sequence[Answered]]) -> _Rows:
-        return [
+    def _prompt_rows(
+        self,
+        shard: Shard,
+        answered: Sequence[Sequence[Answered]],
+        neighbors: Sequence[Sequence[Moved]],
+    ) -> _Rows:
+        left = iter(chain.from_iterable(neighbors))  # in the order of the prompts
+        rows = [
             {
                 "method": shard.name,
                 "record": item.record.index,
@@ -216,9 +247,19 @@ class Bench:
             for item, own in zip(shard.items, answered, strict=True)
             for each in own
         ]
+        for row in rows:
+            own_change = next(left) if row["kind"] == _NEIGHBOR else None
+            row["kl"] = math.nan if own_change is None else own_change.kl
+            row["is_kept"] = None if own_change is None else own_change.is_kept
+        return rows
 
     def _edit_row(
-        self, item: Item, answered: Sequence[Answered], continuation: str, generations: _Rows
+        self,
+        item: Item,
+        answered: Sequence[Answered],
+        neighbors: Sequence[Moved],
+        continuation: str | None,
+        generations: _Rows,
     ) -> dict[str, Any]:
         record = item.record
         entropies = [row["ngram_entropy"] for row in generations if row["record"] == record.index]
@@ -232,9 +273,26 @@ class Bench:
             "answer": self.host.vocabulary.text(answered[0].new.first),
             "continuation": continuation,
             **record_metrics(answered),
-            "free_efficacy": float(begins_with(continuation, item.new_text)),
-            "ngram_entropy": math.fsum(entropies) / len(entropies) if entropies else math.nan,
+            "kept": mean([float(each.is_kept) for each in neighbors]),
+            "neighborhood_kl": mean([each.kl for each in neighbors]),
+            "free_efficacy": math.nan
+            if continuation is None
+            else float(begins_with(continuation, item.new_text)),
+            "ngram_entropy": mean(entropies),
         }
+
+
+def _neighbors_of(item: Item) -> list[ScoredPrompt]:
+    return [probe for probe in item.probes if probe.kind == _NEIGHBOR]
+
+
+def _reported(delta: WeightDelta, n_items: int) -> list[dict[str, Any]]:
+    """What the method says about the edit of each record, if it says anything."""
+    report = EditReport.from_about(delta.about)
+    if report is None:
+        return [dict.fromkeys(("is_reached", *PASSES)) for _ in range(n_items)]
+    passes = {name: delta.about.get(name) for name in PASSES}
+    return [{"is_reached": each.is_reached, **passes} for each in report.outcomes]
 
 
 def _seed(seed: int, record: int, place: int) -> int:

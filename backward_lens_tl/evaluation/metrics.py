@@ -57,7 +57,7 @@ def record_metrics(answered: Sequence[Answered]) -> dict[str, float]:
         of_kind = [each for each in answered if each.probe.kind == kind]
         values = [_values(each, wants_new=kind != "neighborhood") for each in of_kind]
         for place, suffix in enumerate(("", "_success", "_magnitude")):
-            found[name + suffix] = _mean([value[place] for value in values])
+            found[name + suffix] = mean([value[place] for value in values])
     return found
 
 
@@ -72,7 +72,8 @@ def _values(answered: Answered, *, wants_new: bool) -> tuple[float, float, float
     return is_predicted, float(wanted.nll < other.nll), difference
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """The mean; NaN without values."""
     return math.fsum(values) / len(values) if values else math.nan
 
 

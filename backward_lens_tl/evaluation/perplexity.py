@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from backward_lens_tl.capture.continuations import Continuations
 from backward_lens_tl.choices import Denominator
@@ -101,7 +103,19 @@ def read_texts(host: Host, config: EvaluationConfig) -> Texts:
     return Texts(name, tuple(long_enough[: config.n_texts]))
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class TextPass:
+    """One forward pass over texts.
+
+    Attributes:
+        pairs: The first token of each text as prompt, and the others as its answer.
+        logits: The logits that predict them.
+    """
+
+    pairs: Continuations
+    logits: Float[Tensor, "batch n d_vocab"]
+
+
 def perplexity(host: Host, rows: Rows, denominator: Denominator) -> Perplexity:
     """Perplexity of texts, `exp(sum_i -log P(x_i | x_<i) / n)`, with `i` from the second token on.
 
@@ -114,18 +128,48 @@ def perplexity(host: Host, rows: Rows, denominator: Denominator) -> Perplexity:
     Returns:
         The perplexity. NaN without texts, infinite if the model returns NaN.
     """
-    if not rows:
-        return Perplexity(math.nan, math.nan)
-    less = 1 if denominator == "n-1" else 0
+    return perplexity_of(text_passes(host, rows), denominator)
+
+
+@torch.no_grad()
+def perplexity_of(passes: Iterable[TextPass], denominator: Denominator) -> Perplexity:
+    """Perplexity of texts that the model reads; see `perplexity`.
+
+    Args:
+        passes: The forward passes.
+        denominator: What is divided by.
+
+    Returns:
+        The perplexity.
+    """
+    less = 0 if denominator == "n-1" else 1
     sums, counts = [], []
-    for some in _passes(host, rows):
+    for each in passes:
+        terms = each.pairs.log_probs(each.logits)
+        sums += (-terms.double().sum(1)).nan_to_num(nan=torch.inf).tolist()
+        counts += (each.pairs.mask.sum(1) + less).tolist()
+    if not sums:
+        return Perplexity(math.nan, math.nan)
+    values = [_exp(total / count) for total, count in zip(sums, counts, strict=True)]
+    return Perplexity(sum(values) / len(values), _exp(math.fsum(sums) / sum(counts)))
+
+
+@torch.no_grad()
+def text_passes(host: Host, rows: Rows) -> Iterator[TextPass]:
+    """Read texts, those of similar length together.
+
+    Args:
+        host: The model.
+        rows: The token ids of each text, at least two.
+
+    Yields:
+        One forward pass after the other.
+    """
+    for some in _batches(host, rows):
         pairs = Continuations.of(host, [row[:1] for row in some], [row[1:] for row in some])
         with host.own_precision():
-            terms = pairs.log_probs(pairs.logits(host))
-        sums += (-terms.double().sum(1)).nan_to_num(nan=torch.inf).tolist()
-        counts += [len(row) - less for row in some]
-    each = [_exp(total / count) for total, count in zip(sums, counts, strict=True)]
-    return Perplexity(sum(each) / len(each), _exp(math.fsum(sums) / sum(counts)))
+            logits = pairs.logits(host)
+        yield TextPass(pairs, logits)
 
 
 def _exp(value: float) -> float:
@@ -135,7 +179,7 @@ def _exp(value: float) -> float:
         return math.inf
 
 
-def _passes(host: Host, rows: Rows) -> Iterator[Rows]:
+def _batches(host: Host, rows: Rows) -> Iterator[Rows]:
     """Groups of texts of similar length, each for one forward pass."""
     # The last token is predicted but not read.
     for group in host.length_groups([len(row) - 1 for row in rows]):
@@ -145,4 +189,5 @@ def _passes(host: Host, rows: Rows) -> Iterator[Rows]:
                 yield together
                 together = []
             together.append(row)
-        yield together
+        if together:
+            yield together

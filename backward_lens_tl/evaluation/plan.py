@@ -6,6 +6,7 @@ same plan, and a resumed evaluation has the plan that it began with.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -132,15 +133,17 @@ def plan_shards(
 def _chosen(records: Records, config: EvaluationConfig) -> Iterable[Record | BadRecord]:
     if not len(records):
         raise EvaluationError("the data have no rows; pass at least one record")
-    if config.rows is None:
-        return records.rows[: config.records]
-    beyond = [row for row in config.rows if row >= len(records)]
+    order = list(range(len(records)))
+    if config.shuffle is not None:
+        random.Random(config.shuffle).shuffle(order)
+    places = range(len(order))[: config.records] if config.rows is None else config.rows
+    beyond = [place for place in places if place >= len(order)]
     if beyond:
         raise EvaluationError(
             f"row {beyond[0]} does not exist; {records.name!r} has {len(records)} rows, counted "
             "from 0"
         )
-    return [records.rows[row] for row in config.rows]
+    return [records.rows[order[place]] for place in places]
 
 
 def _item(host: Host, config: EvaluationConfig, record: Record) -> Item:

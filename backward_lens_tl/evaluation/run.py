@@ -16,6 +16,7 @@ from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.methods.presets import preset_methods
 from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation.columns import NONE, TABLES
+from backward_lens_tl.evaluation.comparison import compare
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.measuring import Bench
 from backward_lens_tl.evaluation.perplexity import read_texts
@@ -53,7 +54,7 @@ class Evaluation(Run):
     NOUN = "evaluation"
     UNIT = "edit"
     TABLES = TABLES
-    READ_BY = ("summary", "edits", "prompts", "generations", "rejects")
+    READ_BY = ("summary", "compare", "edits", "prompts", "generations", "rejects")
     CONFIG = EvaluationConfig
 
     @property
@@ -118,8 +119,9 @@ class Evaluation(Run):
         Returns:
             `method`, `records`, `failed` (edits that a method refused, which count as not edited),
             and for each metric its mean under its name, the population standard deviation over
-            records (`_std`), and a 95 % bootstrap interval (`_low`, `_high`). Rates, magnitudes and
-            n-gram entropy are times 100, memory is in MiB. `score` is the harmonic mean of the
+            records (`_std`), and a 95 % bootstrap interval (`_low`, `_high`). KL divergences also
+            have a median (`_median`, `_median_low`, `_median_high`). Rates, magnitudes and n-gram
+            entropy are times 100, memory is in MiB. `score` is the harmonic mean of the
             three success rates.
 
         Examples:
@@ -128,6 +130,36 @@ class Evaluation(Run):
         """
         config = self.config
         return summarize(self.edits(), seed=config.seed, resamples=config.resamples)
+
+    def compare(self, first: str, second: str) -> pd.DataFrame:
+        """Compare two methods on the same records, with intervals of the paired differences.
+
+        Args:
+            first: A method.
+            second: The method that it is compared with.
+
+        Returns:
+            One row per metric, and another one for the median of skewed metrics: `metric`,
+            `statistic` (`"mean"` or `"median"`), `records`, the values of `first` and `second`, and
+            their `difference` and `ratio` (first to second) with 95 % bootstrap intervals (`_low`,
+            `_high`). The scales are those of `summary`.
+
+        Raises:
+            EvaluationError: If there is no such method.
+
+        Examples:
+            >>> found = evaluation.compare("shift", "none").set_index("metric")
+            >>> float(found.loc["efficacy", "difference"])
+            100.0
+        """
+        edits, config = self.edits(), self.config
+        names = list(dict.fromkeys(edits["method"]))
+        for name in (first, second):
+            if name not in names:
+                raise EvaluationError(
+                    f"this evaluation has no method {name!r}; it has {', '.join(names)}"
+                )
+        return compare(edits, first, second, seed=config.seed, resamples=config.resamples)
 
     def to_markdown(self) -> str:
         """Return the summary as a Markdown table, with standard deviations in brackets.

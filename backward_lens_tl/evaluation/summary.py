@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from backward_lens_tl.evaluation.bootstrap import Bootstrap, interval, median
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +25,8 @@ class Metric:
         scale: Factor for tables, 100 for rates.
         decimals: Number of decimals shown.
         definition: Whose definition it is: `"paper"`, `"rome"` or neither.
+        is_skewed: Whether a few records can dominate the mean. Then there is a median, too, which
+            tables show.
     """
 
     name: str
@@ -30,6 +34,7 @@ class Metric:
     scale: float = 100.0
     decimals: int = 1
     definition: str = ""
+    is_skewed: bool = False
 
 
 METRICS = (
@@ -43,11 +48,18 @@ METRICS = (
     Metric("efficacy_magnitude", "EM"),
     Metric("paraphrase_magnitude", "PM"),
     Metric("neighborhood_magnitude", "NM"),
+    Metric("kept", "Kept"),
+    Metric("neighborhood_kl", "Neighbor KL", 1.0, 4, is_skewed=True),
+    Metric("text_kl", "Text KL", 1.0, 4, is_skewed=True),
     Metric("ngram_entropy", "N-gram entropy"),
     Metric("perplexity", "Perplexity", 1.0, 2),
     Metric("corpus_perplexity", "Corpus perplexity", 1.0, 3),
     Metric("norm", "Norm", 1.0, 3),
     Metric("rank", "Rank", 1.0),
+    Metric("is_reached", "Reached"),
+    Metric("forward_passes", "Forward", 1.0),
+    Metric("backward_passes", "Backward", 1.0),
+    Metric("contrast_prompts", "Contrast", 1.0),
     Metric("seconds", "s / edit", 1.0, 3),
     Metric("memory", "MiB", 1 / 2**20),
 )
@@ -60,8 +72,11 @@ _NOT_SHOWN = (
     "neighborhood_magnitude",
     "norm",
     "rank",
+    "is_reached",
+    "forward_passes",
+    "backward_passes",
+    "contrast_prompts",
 )
-_INTERVAL = (2.5, 97.5)
 
 
 def summarize(edits: pd.DataFrame, *, seed: int, resamples: int) -> pd.DataFrame:
@@ -76,31 +91,47 @@ def summarize(edits: pd.DataFrame, *, seed: int, resamples: int) -> pd.DataFrame
     Returns:
         One row per method: `method`, `records`, `failed`, and for each metric its mean under its
         name, the population standard deviation (`_std`), and a 95 % percentile interval (`_low`,
-        `_high`), all multiplied by the metric's scale. Records without a value are left out.
+        `_high`), all multiplied by the metric's scale. Skewed metrics also have a median
+        (`_median`) and its interval (`_median_low`, `_median_high`). Records without a value are
+        left out.
     """
     import pandas as pd
 
     names, scales = [metric.name for metric in METRICS], [metric.scale for metric in METRICS]
     rows = []
-    for name, own in edits.groupby("method", sort=False):
+    for method, own in edits.groupby("method", sort=False):
         numbers = pd.DataFrame(
             own[names].to_numpy(dtype=float, na_value=math.nan) * scales, columns=names
         )
         with np.errstate(invalid="ignore"):  # infinite values have no standard deviation
             means, deviations = numbers.mean(), numbers.std(ddof=0)
-        drawn = pd.DataFrame(
-            _resampled_means(numbers.to_numpy(), own["block"].to_numpy(), seed, resamples),
-            columns=names,
-        )
-        row = {"method": name, "records": len(own), "failed": int(own["error"].notna().sum())}
-        for metric in names:
-            row |= {metric: means[metric], f"{metric}_std": deviations[metric]}
-            row |= _interval(metric, drawn[metric].to_numpy())
-        row["score"] = harmonic_mean(means[_SUCCESS].to_numpy())
-        rows.append(row | _interval("score", harmonic_mean(drawn[_SUCCESS].to_numpy())))
-    ends = ("", "_std", "_low", "_high")
-    columns = ["method", "records", "failed", *(f"{name}{end}" for name in names for end in ends)]
-    return pd.DataFrame(rows, columns=[*columns, "score", "score_low", "score_high"])
+        samples = Bootstrap(own["block"].to_numpy(), seed, resamples)
+        drawn = pd.DataFrame(samples.means(numbers.to_numpy()), columns=names)
+        row = {"method": method, "records": len(own), "failed": int(own["error"].notna().sum())}
+        for metric in METRICS:
+            name = metric.name
+            row |= _with_interval(name, means[name], drawn[name].to_numpy())
+            row[f"{name}_std"] = deviations[name]
+            if metric.is_skewed:
+                values = numbers[name].to_numpy()
+                row |= _with_interval(f"{name}_median", median(values), samples.medians(values))
+        score = harmonic_mean(means[_SUCCESS].to_numpy())
+        rows.append(row | _with_interval("score", score, harmonic_mean(drawn[_SUCCESS].to_numpy())))
+    return pd.DataFrame(rows, columns=["method", "records", "failed", *_columns()])
+
+
+def _columns() -> Iterator[str]:
+    """The columns of a summary, after those that identify the method."""
+    for metric in METRICS:
+        yield from (f"{metric.name}{end}" for end in ("", "_std", "_low", "_high"))
+        if metric.is_skewed:
+            yield from (f"{metric.name}_median{end}" for end in ("", "_low", "_high"))
+    yield from ("score", "score_low", "score_high")
+
+
+def _with_interval(name: str, value: float, draws: np.ndarray) -> dict[str, float]:
+    low, high = interval(draws)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def harmonic_mean(rates: np.ndarray) -> Any:
@@ -114,38 +145,6 @@ def harmonic_mean(rates: np.ndarray) -> Any:
     """
     with np.errstate(divide="ignore"):
         return rates.shape[-1] / (1 / rates).sum(-1)
-
-
-def _resampled_means(
-    values: np.ndarray, blocks: np.ndarray, seed: int, resamples: int
-) -> np.ndarray:
-    """Means `[resample, metric]` of bootstrap samples of the values `[record, metric]`."""
-    # Blocks are resampled, not records, because the records of a block share one edit.
-    names, block_of = np.unique(blocks, return_inverse=True)
-    n_blocks = len(names)
-    generator = np.random.default_rng(seed)
-    counts = generator.multinomial(n_blocks, np.full(n_blocks, 1 / n_blocks), size=resamples)
-
-    def drawn_sums(each: np.ndarray) -> np.ndarray:
-        by_block = np.zeros((n_blocks, each.shape[1]))
-        np.add.at(by_block, block_of, each)
-        sums: np.ndarray = counts @ by_block
-        return sums
-
-    # Infinite values are counted separately, because 0 times infinity is NaN.
-    finite, infinite = np.isfinite(values), np.isinf(values)
-    with np.errstate(invalid="ignore"):
-        means = drawn_sums(np.where(finite, values, 0.0)) / drawn_sums(finite | infinite)
-    return np.where(drawn_sums(infinite) > 0, np.inf, means)
-
-
-def _interval(name: str, means: np.ndarray) -> dict[str, float]:
-    present = means[~np.isnan(means)]
-    low = high = math.nan
-    if len(present):
-        # Without interpolation, which fails for infinite values.
-        low, high = np.percentile(present, _INTERVAL, method="inverted_cdf").tolist()
-    return {f"{name}_low": low, f"{name}_high": high}
 
 
 # --- as text -------------------------------------------------------------------------------------
@@ -172,7 +171,8 @@ def shown_table(summary: pd.DataFrame) -> pd.DataFrame:
         failed = f" ({row['failed']} failed)" if row["failed"] else ""
         shown = {"Method": row["method"], "Records": f"{row['records']}{failed}"}
         for metric in metrics:
-            shown[metric.label] = _shown(row, metric)
+            label = f"{metric.label}, median" if metric.is_skewed else metric.label
+            shown[label] = _shown(row, metric)
             if metric.name == _SUCCESS[-1]:
                 shown["S"] = _number(row["score"], 1)
         rows.append(shown)
@@ -180,6 +180,8 @@ def shown_table(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def _shown(row: Mapping[Hashable, Any], metric: Metric) -> str:
+    if metric.is_skewed:
+        return _number(row[f"{metric.name}_median"], metric.decimals)
     mean, deviation = (
         _number(row[name], metric.decimals) for name in (metric.name, f"{metric.name}_std")
     )

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from accelerate import PartialState
 
-_FORMAT_VERSION = 4
+_FORMAT_VERSION = 5
 """Raised when folders of earlier versions can no longer be resumed."""
 
 _RUN = "run.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -476,7 +477,7 @@ def test_scores_do_not_depend_on_batch_or_padding_side(
         given = {"attributes": True, "generation_length": 8, "batch_size": batch_size}
         found = run({"nudge": Nudge()}, ROWS[:n], **given)
         prompts, expected = (those_of(each, "prompts") for each in (found, small.found))
-        scores = ["nll_new", "nll_true"]
+        scores = ["nll_new", "nll_true", "kl"]
         assert prompts.drop(columns=scores).equals(expected.drop(columns=scores))
         assert np.allclose(prompts[scores], expected[scores], rtol=0, atol=1e-5, equal_nan=True)
         assert found.generations().equals(those_of(small.found, "generations"))
@@ -566,6 +567,15 @@ def test_selection_of_records(run) -> None:
     assert ids(rows=range(2, 4)) == ["2", "3"]
     assert ids(rows=[3, 0]) == ["3", "0"]
     assert ids(records=100) == [str(n) for n in range(4)]
+    shuffled = list(range(4))
+    random.Random("a split").shuffle(shuffled)
+    assert shuffled != [0, 1, 2, 3]
+    for selected, places in (
+        ({"records": 2}, [0, 1]),
+        ({"rows": [3, 1]}, [3, 1]),
+        ({}, range(4)),
+    ):
+        assert ids(shuffle="a split", **selected) == [str(shuffled[at]) for at in places]
     with pytest.raises(EvaluationError, match="row 4 does not exist; 'rows' has 4 rows"):
         ids(rows=[4])
 
@@ -710,6 +720,18 @@ def test_infinite_perplexities_are_not_hidden() -> None:
     ).iloc[0]
     assert (found["perplexity"], found["perplexity_high"]) == (math.inf, math.inf)
     assert math.isnan(found["perplexity_std"])
+
+
+def test_two_methods_compared(small: Small) -> None:
+    """On the records of this evaluation; the formulas are tested in test_comparison.py."""
+    found = small.found.compare("nudge", "none").set_index(["metric", "statistic"])
+    summary = small.found.summary().set_index("method")
+    for statistic, column in (("mean", "text_kl"), ("median", "text_kl_median")):
+        row = found.loc[("text_kl", statistic)]
+        assert row["first"] == row["difference"] == summary.loc["nudge", column] > 0
+        assert (row["second"], row["ratio"], row["records"]) == (0, math.inf, 3)
+    with pytest.raises(EvaluationError, match="no method 'rome'; it has none, nudge"):
+        small.found.compare("rome", "none")
 
 
 def test_the_readable_table(small: Small) -> None:
