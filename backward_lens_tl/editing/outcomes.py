@@ -60,7 +60,7 @@ class EditReport:
     """What a method found out about an edit while it computed it.
 
     Attributes:
-        outcomes: One per request.
+        outcomes: One per request, and then one per phrasing of it that was added.
         forward_passes: Number of forward passes.
         backward_passes: Number of backward passes.
         contrast_prompts: Number of prompts about other subjects, in one more forward pass.
@@ -102,15 +102,15 @@ class EditReport:
         sizes = [each.size for each in self.outcomes]
         checked = [each for each in self.outcomes if each.margin is not None]
         if len(self.outcomes) == 1:
-            facts, size = "", f"size {sizes[0]:.3g}"
+            prompts, size = "", f"size {sizes[0]:.3g}"
         else:
-            facts = f"{len(sizes)} facts, "
+            prompts = f"{len(sizes)} prompts, "
             size = f"sizes {min(sizes):.3g} to {max(sizes):.3g}"
         if not checked:
-            return f"{facts}{size}, not checked, {passes}"
+            return f"{prompts}{size}, not checked, {passes}"
         margin = min(each.margin for each in checked if each.margin is not None)
         rank = max(each.rank for each in checked if each.rank is not None)
-        return f"{facts}{size}, margin {margin:.3g}, rank {rank}, {passes}"
+        return f"{prompts}{size}, margin {margin:.3g}, rank {rank}, {passes}"
 
     def warn_if_missed(self, advice: str) -> None:
         """Warn once about the targets that were not reached.

@@ -292,7 +292,7 @@ def _reported(delta: WeightDelta, n_items: int) -> list[dict[str, Any]]:
     if report is None:
         return [dict.fromkeys(("is_reached", *PASSES)) for _ in range(n_items)]
     passes = {name: delta.about.get(name) for name in PASSES}
-    return [{"is_reached": each.is_reached, **passes} for each in report.outcomes]
+    return [{"is_reached": each.is_reached, **passes} for each in report.outcomes[:n_items]]
 
 
 def _seed(seed: int, record: int, place: int) -> int:

@@ -248,7 +248,7 @@ def test_the_delta_says_what_was_found(tmp_path: Any) -> None:
     once = shift(size=0.5)(own.model, request)
     assert repr(once).endswith("; size 0.5, not checked, 1 forward pass)")
     both = shift(iterations=8)(own.model, [request, EditRequest(PROMPTS[1], " Rome")])
-    assert "; 2 facts, sizes " in repr(both)
+    assert "; 2 prompts, sizes " in repr(both)
 
 
 def test_passes_are_of_the_edited_layer_and_those_above(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator
 from torch import Tensor
 
 from backward_lens_tl._checks import check_kind
@@ -41,6 +41,7 @@ from backward_lens_tl.editing.shift.cells import Cells, TargetTokens
 from backward_lens_tl.editing.shift.contrast import Contrast
 from backward_lens_tl.editing.shift.keys import input_directions
 from backward_lens_tl.editing.shift.layers import usual_layer
+from backward_lens_tl.editing.shift.phrasings import GENERIC, SUBJECT, with_phrasings
 from backward_lens_tl.editing.shift.reports import shift_outcomes
 from backward_lens_tl.editing.shift.sizes import Products, Sized, best, least_sizes, stepped_sizes
 from backward_lens_tl.editing.shift.subjects import SUBJECTS
@@ -92,6 +93,15 @@ def _check_size(value: object) -> object:
 
 
 Size = Annotated[float | Literal["auto"], PlainValidator(_check_size)]
+
+
+def _check_phrasing(value: str) -> str:
+    if value != GENERIC and value.count(SUBJECT) != 1:
+        raise ValueError(f"pass {GENERIC!r}, or prompts with {SUBJECT} once, for the subject")
+    return value
+
+
+Phrasing = Annotated[str, AfterValidator(_check_phrasing)]
 
 Factor = Annotated[Finite, Field(ge=1)]
 
@@ -154,6 +164,10 @@ class ForwardPassShift(EditMethod):
         n_contrast: The number of them that is used for each request.
         fact_token: The token where `W_out` is edited: the prompt's `"last"`, or the subject's last
             (`"subject_last"`).
+        phrasings: Other prompts that get the same target in the same edit, with `{subject}` for the
+            request's subject; `"generic"` for some that suit any relation. An edit of one prompt
+            hardly changes paraphrases; that of several changes more of them, and more else. For
+            phrasings of a single fact, pass several requests.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -184,6 +198,7 @@ class ForwardPassShift(EditMethod):
     contrast: Sequence[str] | None = None
     n_contrast: Count = 16
     fact_token: FactToken = "last"
+    phrasings: Sequence[Phrasing] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -253,6 +268,7 @@ class ForwardPassShift(EditMethod):
             check_fits(self._jacobians, host)
         layer = usual_layer(host, self._jacobians) if self.layer is None else self.layer
         [site] = find_editable(host, "W_out", [layer])
+        requests = with_phrasings(host, requests, self.phrasings, self.prepend_bos)
         cells = Cells.of(host, requests, self.target_tokens, self.fact_token)
         trials = Trials(host, site, cells)
         values = self._output_directions(host, cells, trials, site, requests).to(trials.reads)
