@@ -31,7 +31,7 @@ TYPES := --jaxtyping-packages=backward_lens_tl,beartype.beartype
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: help environments demo demo-real real-model test check check-fast check-all coverage mutants facts-model
-.PHONY: facts-model-eval facts-moments facts-jacobian tune real-model-page bench gpu-check gpu-wheels notebooks docs pictures
+.PHONY: facts-model-eval facts-moments facts-jacobian tune real-model-page editing-results bench gpu-check gpu-wheels notebooks docs pictures
 .PHONY: constraints clean FORCE
 .PHONY: $(ENVIRONMENTS:%=versions-%) $(ENVIRONMENTS:%=all-%) $(ENVIRONMENTS:%=real-model-%)
 
@@ -103,6 +103,10 @@ tune: .venv/installed ## tune the editing methods; writes docs/editing/tuning.js
 
 real-model-page: real-model-.venv ## repeat the paper's experiments on SmolLM2; writes docs/real-model.md
 	$(OFFLINE) .venv/bin/python -m benchmarks.real_model
+
+JACOBIAN ?= real-model/fits/SmolLM2-32.pt
+editing-results: real-model-.venv ## evaluate editing on SmolLM2; writes a section of docs/editing.md; JACOBIAN=FILE is its lens
+	$(OFFLINE) .venv/bin/python -m benchmarks.editing --jacobian $(JACOBIAN)
 
 bench: .venv/installed ## benchmark speed and memory; writes docs/benchmarks.md; BENCH="--quick" for less
 	$(OFFLINE) .venv/bin/python -m benchmarks $(BENCH)

@@ -29,6 +29,8 @@ class EvaluateCommand(DataCommand):
         rows: Rows to use instead, as FIRST:END, such as 100:200.
         statistics: A file with one text per line, for the second moments of rome, memit and the
             whitened shift; by default WikiText-103 on the hub.
+        jacobian: A Jacobian Lens of the model for shift_auto: its .pt file, such as fit-jacobian
+            writes.
     """
 
     SETTINGS = EvaluationConfig
@@ -37,6 +39,7 @@ class EvaluateCommand(DataCommand):
     records: int | None = None
     rows: str | None = None
     statistics: str | None = None
+    jacobian: str | None = None
 
     def run(self) -> None:
         """Run the evaluation, and print its table."""
@@ -61,6 +64,7 @@ class EvaluateCommand(DataCommand):
             self.methods,
             config,
             statistics=self.statistics,
+            jacobian=self.jacobian,
             progress=not self.quiet,
         )
         if state.is_main_process:

@@ -107,7 +107,7 @@ def _add_option(
     item = kinds[0] if sequence is None else members(get_args(sequence)[0])[0]
     option: dict[str, Any] = {"default": argparse.SUPPRESS if is_setting else default}
     if item is bool:
-        is_flag = NoneType not in kinds
+        is_flag = NoneType not in kinds and default is False
         option["action"] = "store_true" if is_flag else argparse.BooleanOptionalAction
     elif get_origin(item) is Literal:
         option["choices"] = get_args(item)

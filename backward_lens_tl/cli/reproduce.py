@@ -25,9 +25,13 @@ class ReproduceCommand(DataCommand):
         prompts: Number of prompts to draw from the data.
         seed: Seed for drawing them.
         prepend_bos: Whether prompts get a BOS token; by default they do not, as in the paper.
-        jacobian: Files of Jacobian Lenses of the model, for early_layers; the one fitted on most
-            prompts is used, the others are compared with it. By default that of the facts model
-            for that model.
+        jacobian: Files of Jacobian Lenses of the model, for early_layers and edits; the one fitted
+            on most prompts is used, the others are compared with it. By default that of the facts
+            model for that model.
+        statistics: A file with one text per line, for the second moments that edits need; by
+            default WikiText-103 on the hub.
+        texts: A file with one text per line, for the perplexity of edited models; by default
+            WikiText-2 on the hub.
     """
 
     names: Sequence[str]
@@ -37,6 +41,8 @@ class ReproduceCommand(DataCommand):
     seed: int = 0
     prepend_bos: bool | None = False
     jacobian: Sequence[str] = ()
+    statistics: str | None = None
+    texts: str | None = None
 
     def run(self) -> None:
         """Run the experiments, and print what they found."""
@@ -58,6 +64,8 @@ class ReproduceCommand(DataCommand):
             seed=self.seed,
             prepend_bos=self.prepend_bos,
             jacobian=self.jacobian,
+            statistics=self.statistics,
+            texts=self.texts,
             progress=not self.quiet,
         )
         for name, finding in found.items():

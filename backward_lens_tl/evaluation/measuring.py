@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from hashlib import sha256
-from itertools import chain
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from backward_lens_tl.evaluation.metrics import (
     tidied,
 )
 from backward_lens_tl.evaluation.perplexity import Texts
-from backward_lens_tl.evaluation.plan import Item, ScoredPrompt, Shard
+from backward_lens_tl.evaluation.plan import Item, Shard
 from backward_lens_tl.evaluation.scoring import Question, batches, score
 from backward_lens_tl.evaluation.text_scores import TextScorer
 from backward_lens_tl.models import host_of
@@ -82,7 +81,7 @@ class Bench:
         neighbors = self._neighbors(delta, shard.items)
         texts = self._texts_scorer
         with delta.applied(self.model):
-            answered = self._answered(shard.items)
+            answered = self._answered(shard.items, neighbors)
             generations = self._generations(shard)
             continuations = self._continuations(shard.items)
             on_texts = texts.edited() if len(delta) else texts.unedited
@@ -102,21 +101,16 @@ class Bench:
             "rank": delta.rank,
         }
         edits = [
-            {**common, **self._edit_row(item, own, near, text, generations), **report}
-            for item, own, near, text, report in zip(
-                shard.items,
-                answered,
-                neighbors,
-                continuations,
-                _reported(delta, len(shard)),
-                strict=True,
+            {**common, **self._edit_row(item, own, text, generations), **report}
+            for item, own, text, report in zip(
+                shard.items, answered, continuations, _reported(delta, len(shard)), strict=True
             )
         ]
         seconds, memory = cost.seconds / max(1, len(shard)), cost.memory
         if shard.method is None:
             seconds = memory = math.nan
         return {
-            "prompts": self._prompt_rows(shard, answered, neighbors),
+            "prompts": self._prompt_rows(shard, answered),
             "generations": generations,
             "rejects": shard.rejects,
             "costs": [{**shared, "seconds": seconds, "memory": memory}] if shard.items else [],
@@ -145,7 +139,7 @@ class Bench:
 
     # --- what is measured ------------------------------------------------------------------------
 
-    def _answered(self, items: Sequence[Item]) -> list[list[Answered]]:
+    def _answered(self, items: Sequence[Item], neighbors: Iterator[Moved]) -> list[list[Answered]]:
         probes = [probe for item in items for probe in item.probes]
         questions = [
             Question(probe.ids, answer)
@@ -156,18 +150,22 @@ class Bench:
         scores = iter(score(self.host, questions, self.config.batch_size))
         return [
             [
-                Answered(probe, next(scores), None if probe.true is None else next(scores))
+                Answered(
+                    probe,
+                    next(scores),
+                    None if probe.true is None else next(scores),
+                    next(neighbors) if probe.kind == _NEIGHBOR else None,
+                )
                 for probe in item.probes
             ]
             for item in items
         ]
 
-    def _neighbors(self, delta: WeightDelta, items: Sequence[Item]) -> list[list[Moved]]:
-        """What the edit does to each record's neighbors."""
-        asked = [_neighbors_of(item) for item in items]
-        prompts = [probe.ids for own in asked for probe in own]
-        found = iter(moved(self.model, self.host, delta, prompts, self.config.batch_size))
-        return [[next(found) for _ in own] for own in asked]
+    def _neighbors(self, delta: WeightDelta, items: Sequence[Item]) -> Iterator[Moved]:
+        """What the edit does to all neighbors, in their order."""
+        probes = [probe for item in items for probe in item.probes if probe.kind == _NEIGHBOR]
+        prompts = [probe.ids for probe in probes]
+        return iter(moved(self.model, self.host, delta, prompts, self.config.batch_size))
 
     def _continuations(self, items: Sequence[Item]) -> list[str | None]:
         """The model's own continuation of each record's prompt."""
@@ -222,14 +220,8 @@ class Bench:
 
     # --- rows ------------------------------------------------------------------------------------
 
-    def _prompt_rows(
-        self,
-        shard: Shard,
-        answered: Sequence[Sequence[Answered]],
-        neighbors: Sequence[Sequence[Moved]],
-    ) -> _Rows:
-        left = iter(chain.from_iterable(neighbors))  # in the order of the prompts
-        rows = [
+    def _prompt_rows(self, shard: Shard, answered: Sequence[Sequence[Answered]]) -> _Rows:
+        return [
             {
                 "method": shard.name,
                 "record": item.record.index,
@@ -243,21 +235,17 @@ class Bench:
                 "is_new": each.new.is_predicted,
                 "is_true": None if each.true is None else each.true.is_predicted,
                 "answer": self.host.vocabulary.text(each.new.first),
+                "kl": math.nan if each.moved is None else each.moved.kl,
+                "is_kept": None if each.moved is None else each.moved.is_kept,
             }
             for item, own in zip(shard.items, answered, strict=True)
             for each in own
         ]
-        for row in rows:
-            own_change = next(left) if row["kind"] == _NEIGHBOR else None
-            row["kl"] = math.nan if own_change is None else own_change.kl
-            row["is_kept"] = None if own_change is None else own_change.is_kept
-        return rows
 
     def _edit_row(
         self,
         item: Item,
         answered: Sequence[Answered],
-        neighbors: Sequence[Moved],
         continuation: str | None,
         generations: _Rows,
     ) -> dict[str, Any]:
@@ -273,17 +261,11 @@ class Bench:
             "answer": self.host.vocabulary.text(answered[0].new.first),
             "continuation": continuation,
             **record_metrics(answered),
-            "kept": mean([float(each.is_kept) for each in neighbors]),
-            "neighborhood_kl": mean([each.kl for each in neighbors]),
             "free_efficacy": math.nan
             if continuation is None
             else float(begins_with(continuation, item.new_text)),
             "ngram_entropy": mean(entropies),
         }
-
-
-def _neighbors_of(item: Item) -> list[ScoredPrompt]:
-    return [probe for probe in item.probes if probe.kind == _NEIGHBOR]
 
 
 def _reported(delta: WeightDelta, n_items: int) -> list[dict[str, Any]]:

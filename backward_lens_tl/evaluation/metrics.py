@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from backward_lens_tl.evaluation.divergence import Moved
 from backward_lens_tl.evaluation.plan import ScoredPrompt
 from backward_lens_tl.evaluation.scoring import Score
 
@@ -35,11 +36,13 @@ class Answered:
         probe: The prompt.
         new: Score of the new answer.
         true: Score of the original answer, if there is one.
+        moved: What the edit does to the distribution after a neighborhood prompt.
     """
 
     probe: ScoredPrompt
     new: Score
     true: Score | None
+    moved: Moved | None = None
 
 
 def record_metrics(answered: Sequence[Answered]) -> dict[str, float]:
@@ -50,7 +53,8 @@ def record_metrics(answered: Sequence[Answered]) -> dict[str, float]:
 
     Returns:
         Means over the prompts of each kind: the paper's metric under its name, and ROME's with
-        `_success` and `_magnitude`. NaN if there is no prompt or no original answer.
+        `_success` and `_magnitude`; of the neighborhood also how far it moved. NaN if there is no
+        prompt or no original answer.
     """
     found: dict[str, float] = {}
     for kind, name in _NAMES.items():
@@ -58,6 +62,9 @@ def record_metrics(answered: Sequence[Answered]) -> dict[str, float]:
         values = [_values(each, wants_new=kind != "neighborhood") for each in of_kind]
         for place, suffix in enumerate(("", "_success", "_magnitude")):
             found[name + suffix] = mean([value[place] for value in values])
+    moved = [each.moved for each in answered if each.moved is not None]
+    found["kept"] = mean([float(each.is_kept) for each in moved])
+    found["neighborhood_kl"] = mean([each.kl for each in moved])
     return found
 
 

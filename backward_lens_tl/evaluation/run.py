@@ -195,6 +195,7 @@ def evaluate(
     config: EvaluationConfig | None = None,
     *,
     statistics: str | Path | Sequence[str] | None = None,
+    jacobian: object = None,
     progress: bool = True,
 ) -> Evaluation:
     """Edit record after record, measure what each edit does, and write the results as Parquet.
@@ -214,6 +215,7 @@ def evaluate(
         config: The settings; `EvaluationConfig()` by default, which uses all records.
         statistics: Texts that presets collect second moments from, or a file with one text per
             line; see `texts` of `preset_methods`.
+        jacobian: A Jacobian Lens for presets; see `preset_methods`.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -237,7 +239,8 @@ def evaluate(
     def prepare(job: Job[EvaluationConfig]) -> Plan[Shard]:
         job.host.check_state()
         texts = read_texts(job.host, job.config)
-        named = _named_methods(job, methods, statistics)
+        needs = {"texts": statistics, "jacobian": jacobian}
+        named = _named_methods(job, methods, needs)
         shards = plan_shards(job.host, job.records, named, job.config)
         unedited = [shard for shard in shards if shard.method is None]
         return Plan(
@@ -254,7 +257,7 @@ def evaluate(
 
 
 def _named_methods(
-    job: Job[EvaluationConfig], methods: Methods, statistics: str | Path | Sequence[str] | None
+    job: Job[EvaluationConfig], methods: Methods, needs: Mapping[str, Any]
 ) -> dict[str, EditMethod]:
     if isinstance(methods, EditMethod):
         named = {methods.name: methods}
@@ -267,7 +270,7 @@ def _named_methods(
                 f"methods is {shown(methods)}; pass a method, a mapping of names to methods, or "
                 "names of presets such as 'all' or ['shift', 'rome']"
             )
-        named = in_turn(partial(_presets, job, names, statistics), EvaluationError)
+        named = in_turn(partial(_presets, job, names, needs), EvaluationError)
     for name, method in named.items():
         if not isinstance(name, str) or not isinstance(method, EditMethod):
             raise EvaluationError(
@@ -280,9 +283,7 @@ def _named_methods(
 
 
 def _presets(
-    job: Job[EvaluationConfig],
-    names: Sequence[str],
-    statistics: str | Path | Sequence[str] | None,
+    job: Job[EvaluationConfig], names: Sequence[str], needs: Mapping[str, Any]
 ) -> dict[str, EditMethod]:
     """Preset methods; what they learn from records is written to the run's folder."""
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -292,8 +293,8 @@ def _presets(
         folder=job.folder,
         training=unused_records(job.records, job.config),
         prepend_bos=job.config.prepend_bos,
-        texts=statistics,
         progress=job.progress,
+        **needs,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Mapping
 
 import torch
@@ -62,7 +63,8 @@ def checksum(tensor: Tensor) -> int:
 def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
     """A quick checksum of tensors: their names, shapes, dtypes and bits.
 
-    Tensors in the CPU's memory are hashed there, which is faster than `checksum` on a CPU.
+    Of tensors in the CPU's memory it is the CRC, which also detects any single change, and takes
+    less time there than `checksum`.
 
     Args:
         tensors: The tensors, by name; their order does not matter.
@@ -72,14 +74,10 @@ def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        own = _sha256(tensor) if tensor.device.type == "cpu" else checksum(tensor)
+        own = zlib.crc32(_bytes(tensor)) if tensor.device.type == "cpu" else checksum(tensor)
         about = f"{name} {tensor.dtype} {tuple(tensor.shape)} {own}\n"
         digest.update(about.encode())
     return digest.hexdigest()[:16]
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(_bytes(tensor)).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -46,6 +46,8 @@ def reproduce(
     seed: int = 0,
     prepend_bos: bool | None = False,
     jacobian: Any = None,
+    statistics: str | Path | Sequence[str] | None = None,
+    texts: str | None = None,
     progress: bool = True,
 ) -> dict[str, Finding]:
     """Run experiments of the paper, and write their tables, figures and a report.
@@ -66,10 +68,12 @@ def reproduce(
         seed: Seed for choosing them.
         prepend_bos: Whether prompts get a BOS token; the paper's had none. `None` is the model's
             default.
-        jacobian: A Jacobian Lens of the model for `"early_layers"`, as for `jacobian_lens`, or
-            several fits on different numbers of prompts, of which the largest is used and the
-            others are compared with it; `None` for the one of the facts model, and for none with
-            other models.
+        jacobian: A Jacobian Lens of the model for `"early_layers"` and edits, as for
+            `jacobian_lens`, or several fits on different numbers of prompts, of which the largest
+            is used and the others are compared with it; `None` for the one of the facts model, and
+            for none with other models.
+        statistics: Texts of the second moments that edits need; see `texts` of `preset_methods`.
+        texts: Texts of perplexity, as in `EvaluationConfig`.
         progress: Whether to show progress bars.
 
     Returns:
@@ -97,7 +101,18 @@ def reproduce(
     records = data if isinstance(data, Records) else read_records(data)
     loaded = load_model(model) if isinstance(model, str) else model
     folder = Path(out)
-    evidence = Evidence(loaded, records, folder, prompts, seed, prepend_bos, progress, jacobian)
+    evidence = Evidence(
+        loaded,
+        records,
+        folder,
+        prompts,
+        seed,
+        prepend_bos,
+        progress,
+        jacobian,
+        statistics,
+        texts,
+    )
     if any(experiment.group != "editing" for experiment in experiments):
         _check_prompts(evidence)
     found = {}

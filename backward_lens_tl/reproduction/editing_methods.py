@@ -32,7 +32,7 @@ _PUBLISHED_COLUMNS = (
     *("method", "efficacy", "paraphrase", "neighborhood"),
     *("ngram_entropy", "perplexity"),
 )
-_PUBLISHED = (
+PUBLISHED = (
     (NONE, 0.4, 0.4, 11.21, 626.94, 93.56),
     ("ft_first", 96.37, 7.46, 10.12, 618.81, 199.84),
     ("ft_late", 100.0, 46.1, 5.59, 618.5, 103.42),
@@ -65,7 +65,7 @@ def editing_methods(evidence: Evidence) -> Finding:
         tuple(check(measured) for metric, check in checks.items() if metric not in missing),
         {
             "methods": summary[list(_SHOWN)],
-            "published, GPT-2 xl": pd.DataFrame(_PUBLISHED, columns=list(_PUBLISHED_COLUMNS)),
+            "published, GPT-2 xl": pd.DataFrame(PUBLISHED, columns=list(_PUBLISHED_COLUMNS)),
         },
         {"scores": partial(figures.edit_scores, found)},
         notes=(

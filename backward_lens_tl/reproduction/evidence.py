@@ -59,6 +59,8 @@ class Evidence:
         prepend_bos: Whether prompts get a BOS token; `None` is the model's default.
         progress: Whether to show progress bars.
         jacobian: Fits of the Jacobian Lens, as for `reproduce`.
+        statistics: Texts of second moments, as for `reproduce`.
+        texts: Texts of perplexity, as for `reproduce`.
     """
 
     model: nn.Module
@@ -69,6 +71,8 @@ class Evidence:
     prepend_bos: bool | None
     progress: bool
     jacobian: Any = None
+    statistics: Any = None
+    texts: str | None = None
 
     # --- the model -----------------------------------------------------------------------------
 
@@ -241,7 +245,7 @@ class Evidence:
         Returns:
             The settings.
         """
-        shared = {"prepend_bos": self.prepend_bos, "seed": self.seed}
+        shared = {"prepend_bos": self.prepend_bos, "seed": self.seed, "texts": self.texts}
         return EvaluationConfig(**{"records": self.n_prompts, **shared, **settings})
 
     def evaluation(
@@ -283,9 +287,15 @@ class Evidence:
             names,
             folder=self._edits,
             training=self._training_records,
+            jacobian=self.jacobian_lenses[-1].jacobians if self._has_fits else None,
             prepend_bos=self.prepend_bos,
+            texts=self.statistics,
             progress=self.progress,
         )
+
+    @property
+    def _has_fits(self) -> bool:
+        return self.jacobian is not None and bool(listed(self.jacobian))
 
     @cached_property
     def _edits(self) -> Path:

@@ -25,10 +25,11 @@ def whitening(evidence: Evidence) -> Finding:
     shift = evidence.shift_preset("shift_whitened")
     if shift.moments is None:
         raise InputError("the preset of the whitened shift has no statistics for whitening")
-    n_layers, moments = evidence.n_layers, shift.moments
+    moments = shift.moments
+    layers = [int(layer) for layer in moments.layers]
     methods = {
         f"{form}@{layer}": _method(shift, moments, form, layer)
-        for layer in range(n_layers)
+        for layer in layers
         for form in _FORMS
     }
     found = evidence.evaluation(
@@ -64,7 +65,7 @@ def whitening(evidence: Evidence) -> Finding:
             + "".join(f"; layer {layer}: {value:.0f} %" for layer, value in prevented.items()),
         ),
     ]
-    if n_layers > 1:
+    if len(layers) > 1:
         checks.append(
             count_check(
                 "with the statistics of another layer, fewer are preserved, in more than half of "
@@ -89,7 +90,8 @@ def whitening(evidence: Evidence) -> Finding:
             f"Number of records: {table['records'].max()}. Each fact gets the smallest multiple of "
             "a small size that makes its target the answer, so all forms edit equally well as far "
             f"as these multiples go: efficacy is at least {table['efficacy'].min():.1f} %.",
-            "The control uses C of the next layer, and of the first layer for the last one.",
+            "The layers are those that the presets have statistics of. The control uses C of the "
+            "next one, and of the first one for the last.",
         ),
     )
 

@@ -1075,6 +1075,7 @@ def test_presets_are_trained_on_other_rows_and_saved_in_the_folder(run, tiny, mo
         "folder": found.folder,
         "prepend_bos": False,
         "texts": None,
+        "jacobian": None,
         "progress": False,
     }
     assert found.edits()["method"].unique().tolist() == ["none", "shift"]
@@ -1092,21 +1093,23 @@ def test_the_command_prints_the_table(facts_model: Any, tmp_path: Path, monkeypa
     asked: list[Any] = []
 
     def preset_methods(*args: Any, **given: Any) -> Any:
-        asked.append(given["texts"])
+        asked.append((given["texts"], given["jacobian"]))
         return found
 
     monkeypatch.setattr(evaluation_run, "preset_methods", preset_methods)
     argv = ["evaluate", "--model", "facts", "--methods", "all", "--rows", "0:2", "--neighbors",
             "1", "--generation-length", "0", "--n-texts", "2", "--seed", "3", "--statistics",
-            "texts.txt", "--quiet"]  # fmt: skip
+            "texts.txt", "--jacobian", "lens.pt", "--no-continuations", "--quiet"]  # fmt: skip
     assert cli.main([*argv, "--out", str(tmp_path / "out")]) == 0
-    assert asked == ["texts.txt"]
+    assert asked == [("texts.txt", "lens.pt")]
     out, _ = capfd.readouterr()
     done = Evaluation.load(tmp_path / "out")
     assert out.startswith(done.to_markdown())
     assert f"perplexity of facts; tables: {tmp_path / 'out'}" in out
     assert "  failing failed, first at row 0: not this one" in out
-    expected = EvaluationConfig(rows=(0, 1), neighbors=1, generation_length=0, n_texts=2, seed=3)
+    expected = EvaluationConfig(
+        rows=(0, 1), neighbors=1, continuations=False, generation_length=0, n_texts=2, seed=3
+    )
     assert done.config == expected
     for wrong, message in (
         (["--rows", "4"], "error: --rows 4 is not FIRST:END"),

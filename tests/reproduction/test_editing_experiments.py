@@ -416,7 +416,7 @@ def test_the_sum_needs_the_papers_form() -> None:
 def of_whitening(
     monkeypatch: pytest.MonkeyPatch,
     values: Mapping[tuple[str, int], Mapping[str, float]] = {},
-    n_layers: int = 4,
+    layers: tuple[int, ...] = (0, 1, 2, 3),
     everywhere: Mapping[str, float] = {},
 ) -> tuple[Finding, Any]:
     neighborhood = {PLAIN: 60.0, WHITE: 90.0, CONTROL: 70.0}
@@ -433,12 +433,12 @@ def of_whitening(
 
     def presets(names: Sequence[str]) -> Any:
         assert names == ("shift_whitened",)
+        own = replace(MOMENTS, layers=layers, moments=MOMENTS.moments[: len(layers)])
         shift = ForwardPassShift(
-            layer=2, size=4.0, key="whitened", iterations=15, moments=MOMENTS, prepend_bos=False
+            layer=2, size=4.0, key="whitened", iterations=15, moments=own, prepend_bos=False
         )
         return {"shift_whitened": shift}
 
-    monkeypatch.setattr(Fake, "n_layers", n_layers)
     finding = whitening.whitening(Fake(evaluation=evaluation, presets=presets))
     [call] = asked
     return finding, call
@@ -457,11 +457,10 @@ def test_whitening(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {each.iterations for each in (plain, white, control)} == {15}
         assert (plain.key, plain.moments) == ("plain", None)
         assert white.key == control.key == "whitened"
-        assert white.moments is MOMENTS
-        own, above = MOMENTS.moments[layer], MOMENTS.moments[layer + 1]
+        assert white.moments.layers == (0, 1, 2, 3)
+        own, above = MOMENTS.moments[layer], MOMENTS.moments[(layer + 1) % 4]
         assert torch.equal(control.moments.moments[layer], above)
         assert not torch.equal(own, above)
-    assert torch.equal(control.moments.moments[-1], MOMENTS.moments[0])
     assert finding.checks[1].found == "4 of 4 (100 %) layers" + "".join(
         f"; layer {layer}: 75 %" for layer in range(4)
     )
@@ -495,6 +494,13 @@ def test_whitening_otherwise(
     assert holds(finding) == [True] * 4
 
 
+def test_whitening_of_layers_with_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Presets of other models have statistics of some layers only."""
+    finding, (_, methods, _) = of_whitening(monkeypatch, layers=(1, 3))
+    assert {each.layer for each in methods.values()} == {1, 3}
+    assert finding.checks[0].found.startswith("2 of 2 (100 %) layers")
+
+
 def test_layers_without_damage_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {"neighborhood": 100.0}
     values = {(PLAIN, layer): whole for layer in range(3)} | {(WHITE, 0): whole}
@@ -512,7 +518,7 @@ def test_whitening_without_prompts_or_other_layers(monkeypatch: pytest.MonkeyPat
     with pytest.raises(InputError, match="no neighborhood prompts"):
         of_whitening(monkeypatch, everywhere={"neighborhood": math.nan})
     # A model with one layer has no other layer's statistics.
-    finding, _ = of_whitening(monkeypatch, n_layers=1)
+    finding, _ = of_whitening(monkeypatch, layers=(2,))
     assert len(finding.checks) == 3
     assert not any("another layer" in check.claim for check in finding.checks)
 
@@ -628,8 +634,12 @@ def test_presets_are_trained_on_other_rows(
         return {}
 
     monkeypatch.setattr(evidence_module, "preset_methods", preset_methods)
-    evidence = evidence_of(facts_model, "facts", tmp_path, n_prompts=30)
+    given = {"statistics": "other.txt", "texts": "texts.txt", "jacobian": "facts"}
+    evidence = evidence_of(facts_model, "facts", tmp_path, n_prompts=30, **given)
     evidence.presets(("rome",))
+    assert asked["texts"] == "other.txt"
+    assert asked["jacobian"] is evidence.jacobian_lenses[0].jacobians
+    assert evidence.evaluation_config().texts == "texts.txt"
     edited = {(row.prompt, row.subject) for row in evidence.records.rows[:30]}
     subjects = {subject for _, subject in edited}
     assert len(asked["training"]) > 300
@@ -709,11 +719,14 @@ def test_whitening_on_the_facts_model(
 ) -> None:
     """Two layers of one record, in two iterations."""
     preset = Evidence.shift_preset
+    few: dict[str, Any] = {
+        "iterations": 2,
+        "moments": replace(MOMENTS, layers=(0, 1), moments=MOMENTS.moments[:2]),
+    }
     monkeypatch.setattr(
-        Evidence, "shift_preset", lambda self, name: replace(preset(self, name), iterations=2)
+        Evidence, "shift_preset", lambda self, name: replace(preset(self, name), **few)
     )
     monkeypatch.setattr(whitening, "_MOST_RECORDS", 1)
-    monkeypatch.setattr(Evidence, "n_layers", 2)
     options: dict[str, Any] = {"prompts": 5, "progress": False}
     found = reproduce(facts_model, "facts", tmp_path, "whitening", **options)
     table = found["whitening"].tables["by layer"]

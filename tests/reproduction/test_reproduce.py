@@ -1864,12 +1864,15 @@ def test_the_command_prints_what_was_not_measured_and_exceptions(
         "  It could not.",
         f"report: {tmp_path / 'report.html'}",
     ]
-    fits = ["--jacobian", "a.pt", "b.pt"]
+    fits = ["--jacobian", "a.pt", "b.pt", "--statistics", "s.txt", "--texts", "t.txt"]
     assert cli.main([*argv, "--bos", "--seed", "3", "--prompts", "5", *fits]) == 0
     given = (["gradients"], "the model", str(tmp_path), "Rome is in")
     usual = {"prompts": 100, "seed": 0, "prepend_bos": False, "progress": False}
     chosen = {"prompts": 5, "seed": 3, "prepend_bos": True, "progress": True}
-    lenses: tuple[dict[str, Any], ...] = ({"jacobian": ()}, {"jacobian": ["a.pt", "b.pt"]})
+    lenses: tuple[dict[str, Any], ...] = (
+        {"jacobian": (), "statistics": None, "texts": None},
+        {"jacobian": ["a.pt", "b.pt"], "statistics": "s.txt", "texts": "t.txt"},
+    )
     assert asked == [(*given, usual | lenses[0]), (*given, chosen | lenses[1])]
 
 

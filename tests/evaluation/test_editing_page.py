@@ -1,0 +1,81 @@
+"""The section of docs/editing.md: what was measured, and from the records that it names."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import Case
+from test_evaluation import ROWS, Nudge, small_config
+
+from backward_lens_tl.evaluation.comparison import compare
+from backward_lens_tl.evaluation.run import evaluate
+from benchmarks import editing
+from benchmarks.editing_page import LENS, PAPER, section, with_results
+from benchmarks.editing_results import collected
+from benchmarks.tuning import counterfact_split
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def results() -> Any:
+    return json.loads((DOCS / "editing" / "results.json").read_text(encoding="utf-8"))
+
+
+def test_the_section_is_rendered_from_the_results(results: Any) -> None:
+    text = (DOCS / "editing.md").read_text(encoding="utf-8")
+    assert text == with_results(text, results)
+
+
+def test_every_table_is_rectangular(results: Any) -> None:
+    tables = re.findall(r"(?:^\|.*\|\n)+", section(results), re.MULTILINE)
+    assert len(tables) >= 5
+    for each in tables:
+        head, _, *body = each.splitlines()
+        assert body, head
+        assert {line.count("|") for line in body} == {head.count("|")}
+
+
+def test_no_record_was_used_for_a_choice() -> None:
+    """All rows of all trials are among those that benchmarks/tuning.py leaves for evaluation."""
+    subject = editing.SUBJECTS["SmolLM2"]
+    order = [*counterfact_split()[0], *counterfact_split()[1]]
+    for trial in editing.TRIALS.values():
+        places = [
+            place
+            for part in range(editing.n_parts(trial))
+            for place in editing.settings(subject, trial, part).rows or ()
+        ]
+        assert places == list(range(300, 300 + trial.records))
+        assert not {order[place] for place in places} & {*counterfact_split()[0]}
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_parts_are_joined(gpt2: Case, tmp_path: Path) -> None:
+    """Values are those of one evaluation of all records."""
+    methods = {LENS: Nudge(size=9.0), PAPER: Nudge(size=60.0)}
+    (tmp_path / "texts.raw").write_text("Rome is in Italy.\nMessi plays the ball.\n")
+    texts = str(tmp_path / "texts.raw")
+    parts = [
+        evaluate(gpt2.model, ROWS, tmp_path / name, methods, small_config(texts, rows=rows))
+        for name, rows in (("a", [0]), ("b", [1, 2]), ("whole", [0, 1, 2]))
+    ]
+    found = collected({"defaults": parts[:2], "none yet": []}, PAPER)
+    summary = parts[2].summary().set_index("method")
+    assert [row["name"] for row in found["methods"]] == ["none", LENS, PAPER]
+    for row in found["methods"]:
+        own = summary.loc[row["name"]]
+        assert row["records"] == 3
+        for name in ("efficacy_success", "neighborhood_kl", "text_kl_median", "kept"):
+            ends = [own[f"{name}{end}"] for end in ("", "_low", "_high")]
+            assert row[name] == pytest.approx(ends, rel=1e-5)
+    expected = compare(parts[2].edits(), PAPER, LENS, seed=0, resamples=1000)
+    expected = expected.set_index(["metric", "statistic"]).loc[("neighborhood_kl", "median")]
+    [pair] = found["pairs"]
+    assert (pair["name"], pair["records"]) == (LENS, 2)  # one record has no neighbors
+    ratio = expected[["ratio", "ratio_low", "ratio_high"]].tolist()
+    assert pair["ratio"] == pytest.approx(ratio, rel=1e-5)
