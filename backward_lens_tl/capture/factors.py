@@ -208,6 +208,36 @@ class Factors:
             joined_vjps=None if joined is None else joined.masked_fill(elsewhere, 0),
         )
 
+    def total(self: _Own) -> _Own:
+        """The gradient of the batch's summed loss, still as factors.
+
+        `sum_b X_b^T Delta_b` is one product `X^T Delta` whose rows are the positions of all
+        prompts. The mean loss of `n` prompts has this gradient divided by `n`.
+
+        Returns:
+            The gradient with one prompt, whose positions are the real ones of all prompts in
+            order. It is a copy of the factors.
+
+        Examples:
+            >>> prompts = ["Lionel Messi plays for", "The capital of France is"]
+            >>> both = blt.capture_gradients(model, prompts, blt.target_nll(" Paris"))["W_out", 6]
+            >>> both.total()
+            MatrixGradient(W_out of layer 6, x [1, 12, 512], delta [1, 12, 128])
+            >>> torch.allclose(both.total().dense(), both.dense(0) + both.dense(1), atol=1e-6)
+            True
+        """
+        real, experts, joined = self.mask, self.experts, self.joined_vjps
+        return replace(
+            self,
+            inputs=self.inputs[real][None],
+            vjps=self.vjps[real][None],
+            mask=real[real][None],
+            experts=None if experts is None else experts[real][None],
+            joined_vjps=None if joined is None else joined[real][None],
+            input_hook=None,
+            output_hook=None,
+        )
+
     @property
     def has_joint_factors(self) -> bool:
         """Whether all heads share one pair of factors; False for experts and heads that differ."""
@@ -229,8 +259,8 @@ class Factors:
         if batch is None and len(self.mask) > 1:
             raise InputError(
                 f"batch is None, but there are {len(self.mask)} prompts, each with its own "
-                "gradient; select one, as in gradient.dense(batch=0). The gradient of their summed "
-                "loss is sum(gradient.dense(batch) for batch in range(len(gradient.mask)))"
+                "gradient; select one, as in gradient.dense(batch=0), or use gradient.total(), "
+                "the gradient of their summed loss"
             )
         prompt = 0 if batch is None else batch
         check_index("prompt", prompt, len(self.mask))

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+from backward_lens_tl.capture.batch_gradient import BatchGradient
 from backward_lens_tl.capture.captured import Captured
 from backward_lens_tl.capture.hook_points import (
     AttentionGradient,
@@ -18,6 +19,7 @@ from backward_lens_tl.capture.hook_points import (
     attention_patch,
     attribution,
 )
+from backward_lens_tl.capture.similarity import USUAL_BUDGET, By, Similarity, similarity
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models.matrix_selection import resolve_layer
 from backward_lens_tl.models.sites import ATTENTION_MATRICES
@@ -242,6 +244,60 @@ class GradientCapture(Captured):
             )
         pairs = ((self.hook_gradients[name], other.hook_gradients[name]) for name in shared)
         return {here.name: attribution(here, there) for here, there in pairs}
+
+    def total(self) -> BatchGradient:
+        """The gradients of the batch's summed loss, one per matrix, still as factors.
+
+        Returns:
+            The gradients. `total["W_out", 5]` has the positions of all prompts.
+
+        Examples:
+            >>> loss = blt.target_nll(" Paris")
+            >>> prompts = ["Lionel Messi plays for", "The capital of France is"]
+            >>> total = blt.capture_gradients(model, prompts, loss).total()
+            >>> main = total["W_out", 6].principal_directions(1)
+            >>> blt.read_vectors(model, -main.resid, k=2).top_tokens  # what this batch writes
+            [[' Paris', ' France']]
+        """
+        return BatchGradient(self)
+
+    def similarity(
+        self,
+        other: GradientCapture | None = None,
+        by: By = "all",
+        *,
+        budget: int = USUAL_BUDGET,
+    ) -> Similarity:
+        """Inner products and cosines of the prompts' weight gradients.
+
+        Exact, from the factors: `<G_a, G_b> = (X_a X_b^T * D_a D_b^T).sum()`, summed over the
+        captured matrices. Biases are not included. Products are computed in the precision of the
+        factors, at least float32, and summed in float64.
+
+        Args:
+            other: The gradients of the prompts `b`, of the same matrices; these by default.
+            by: `"all"` for one number per pair of prompts, `"matrix"` for one per matrix, summed
+                over layers, or `"layer"` for one per layer, summed over matrices.
+            budget: Bytes for the products that are computed at a time, in addition to the result.
+
+        Returns:
+            `.inner` and `.cosine`, each `[a, b]`, or `[part, a, b]`. The cosine is NaN where a
+            gradient is zero.
+
+        Raises:
+            InputError: If `other` is of other matrices, layers or weights, or `by` is unknown.
+
+        Examples:
+            >>> loss = blt.target_nll(" Paris")
+            >>> prompts = ["The capital of France is", "The capital of Italy is", "Messi plays for"]
+            >>> similarity = blt.capture_gradients(model, prompts, loss).similarity()
+            >>> bool(similarity.cosine[0, 1] > similarity.cosine[0, 2])
+            True
+            >>> query = blt.capture_gradients(model, "Rome is the capital of", loss)
+            >>> blt.capture_gradients(model, prompts, loss).similarity(query, by="matrix")
+            Similarity([2, 3, 1] by matrix)
+        """
+        return similarity(self, other, by, budget)
 
     def gradient_df(
         self, *, matrix: str | Sequence[str] | None = None, batch: int | None = None

@@ -16,7 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
-from backward_lens_tl._checks import check_index
+from backward_lens_tl._checks import check_index, checked_count
+from backward_lens_tl.capture.directions import (
+    PrincipalDirections,
+    numerical_rank,
+    principal_directions,
+)
 from backward_lens_tl.capture.factors import Factors
 
 
@@ -299,6 +304,33 @@ class MatrixGradient(Factors):
         )
         return core_in, core_out
 
+    def principal_directions(self, k: int = 10, batch: int | None = None) -> PrincipalDirections:
+        """The largest singular vectors of one prompt's gradient, computed in float64.
+
+        The matrix that is decomposed has at most `n` rows and columns. For the gradient of a batch,
+        `gradient.total().principal_directions(k)`, `n` is the number of its positions.
+
+        Args:
+            k: Number of directions; fewer if the gradient has a lower rank.
+            batch: Which prompt; optional if there is only one.
+
+        Returns:
+            The directions, largest first, and the positions that contribute to them. Heads are
+            concatenated.
+
+        Raises:
+            InputError: If heads, or experts, have their own factors, or `k` is not positive.
+
+        Examples:
+            >>> main = gradient.principal_directions(3)
+            >>> main.inputs.shape, main.vjps.shape, main.contributions.shape
+            (torch.Size([3, 512]), torch.Size([3, 128]), torch.Size([3, 6]))
+            >>> torch.allclose(main.values, gradient.singular_values()[:3])
+            True
+        """
+        k = checked_count("k", k)
+        return principal_directions(*self._joined(batch), k, self.reads_residual)
+
     def rank(self, batch: int | None = None, rtol: float | None = None) -> int:
         """Rank of one prompt's gradient.
 
@@ -343,10 +375,3 @@ class MatrixGradient(Factors):
         """Coefficients of each neuron, and the vectors that they combine (equations 9 and 10)."""
         inputs, vjps = self._joined(batch)
         return (vjps, inputs) if self.reads_residual else (inputs, vjps)
-
-
-def numerical_rank(singular_values: Float[Tensor, "rank_bound"], rtol: float) -> int:
-    """The number of singular values above `rtol` times the largest; 0 if there are none."""
-    if not len(singular_values):
-        return 0
-    return int((singular_values > rtol * singular_values.max()).sum())

@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from backward_lens_tl._checks import check_index, listed
+from backward_lens_tl.capture.directions import numerical_rank
 from backward_lens_tl.capture.gradient_capture import GradientCapture
-from backward_lens_tl.capture.matrix_gradient import MatrixGradient, numerical_rank
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.errors import InputError
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from backward_lens_tl._checks import checked_number
-from backward_lens_tl.capture.matrix_gradient import MatrixGradient, numerical_rank
+from backward_lens_tl.capture.directions import numerical_rank
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.sites import MatrixName

@@ -1,7 +1,8 @@
-"""Lines and bands of a figure of either library."""
+"""Lines, bands, heatmaps and labels of a figure of either library."""
 
 from __future__ import annotations
 
+import html
 from typing import Any
 
 import numpy as np
@@ -32,3 +33,26 @@ def bands(figure: Any) -> list[np.ndarray]:
             for area in axes.collections
         ]
     return [np.unique(np.array(outline), axis=0) for outline in outlines]
+
+
+def heatmaps(figure: Any) -> list[np.ndarray]:
+    """The values of each heatmap, of a figure of either library."""
+    if hasattr(figure, "data"):
+        return [np.array(trace.z, float) for trace in figure.data if trace.type == "heatmap"]
+    meshes = [
+        mesh
+        for axes in figure.axes
+        for mesh in axes.collections
+        if axes.get_label() != "<colorbar>" and mesh.get_array() is not None
+    ]
+    return [np.ma.filled(mesh.get_array().astype(float), np.nan) for mesh in meshes]
+
+
+def axis_labels(figure: Any) -> tuple[list[str], list[str]]:
+    """The labels of the first chart's columns and rows, of a figure of either library."""
+    if hasattr(figure, "data"):
+        axes = figure.layout.xaxis, figure.layout.yaxis
+        return tuple([html.unescape(text) for text in axis.ticktext] for axis in axes)
+    axes = figure.axes[0]
+    ticks = axes.get_xticklabels(), axes.get_yticklabels()
+    return tuple([tick.get_text() for tick in each] for each in ticks)

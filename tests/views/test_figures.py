@@ -21,7 +21,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 from browser import opened
-from figure_contents import bands, lines
+from figure_contents import bands, heatmaps, lines
 from IPython.core.formatters import DisplayFormatter
 from matplotlib import pyplot
 from playwright.sync_api import Browser
@@ -116,19 +116,6 @@ def overlaps(result: BackwardLensResult, layer: int = 4) -> pd.DataFrame:
     table = pd.concat([table.astype({"position": "Int64"}), zero.astype({"position": "Int64"})])
     table = table.sort_values("neuron", kind="stable", ignore_index=True)
     return table.assign(overlap=np.arange(len(table)) % 101 / 100).astype({"similarity": "float64"})
-
-
-def heatmaps(figure: Any) -> list[np.ndarray]:
-    """The values of each heatmap, rows from the bottom, of a figure of either library."""
-    if hasattr(figure, "data"):
-        return [np.array(trace.z, float) for trace in figure.data if trace.type == "heatmap"]
-    meshes = [
-        mesh
-        for axes in figure.axes
-        for mesh in axes.collections
-        if axes.get_label() != "<colorbar>" and mesh.get_array() is not None
-    ]
-    return [np.ma.filled(mesh.get_array().astype(float), np.nan) for mesh in meshes]
 
 
 def titles(figure: Any) -> list[str]:

@@ -5,6 +5,7 @@ Each function takes its numbers from a table of a result, `evaluate` or `backwar
 matplotlib's with `backend="matplotlib"`.
 """
 
+from backward_lens_tl.views.figures.batches import principal_directions, similarity
 from backward_lens_tl.views.figures.cells import compare, layer_maps, norms
 from backward_lens_tl.views.figures.edits import edit_curves, edit_scores, least_rates
 from backward_lens_tl.views.figures.gradients import gradient_ranks, singular_values
@@ -26,6 +27,8 @@ __all__ = [
     "neuron_similarity",
     "norms",
     "norms_by_segment",
+    "principal_directions",
+    "similarity",
     "singular_values",
     "step_changes",
     "target_ranks",

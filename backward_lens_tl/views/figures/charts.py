@@ -106,7 +106,7 @@ class Axis:
             The angle.
         """
         shown = self.ticks(room)
-        needed = _CHARACTER * max(len(label) for _, label in shown)
+        needed = _CHARACTER * (1 + max(len(label) for _, label in shown))  # with a space between
         each = room / len(shown)
         return 0 if needed <= each else 45 if each > 28 else 90
 
