@@ -142,7 +142,7 @@ def is_same(word: str, other: str) -> bool:
 def test_all_notebooks_and_scripts_exist():
     assert {path.stem for path in NOTEBOOKS} == {
         "activation_patching", "attention_backwards", "data_set", "early_layers", "editing",
-        "five_minutes", "looking", "the_paper",
+        "five_minutes", "looking", "similar_gradients", "the_paper",
     }  # fmt: skip
     assert {path.stem for path in (ROOT / "notebooks").glob("*.py")} == {
         path.stem for path in NOTEBOOKS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtyping import Float
@@ -13,8 +14,9 @@ from backward_lens_tl.capture.directions import PrincipalDirections
 from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.readout.projections import Projection
-from backward_lens_tl.readout.vectors import read_vectors
+from backward_lens_tl.models import host_of
+from backward_lens_tl.readout.requested import ProjectionLike, as_projection
+from backward_lens_tl.readout.vectors import VectorReadout, read_vectors
 from backward_lens_tl.result import BackwardLensResult
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def principal_directions(
     matrix: str = "W_out",
     n_tokens: int = 5,
     n_neurons: int = 5,
-    projection: str | Projection = "logit_lens",
+    projection: ProjectionLike = "logit_lens",
 ) -> pd.DataFrame:
     """The main directions of a batch's gradient in each layer, as tokens and neurons.
 
@@ -88,6 +90,8 @@ def principal_directions(
     found = capture_of(capture, model)
     k, n_tokens = checked_count("k", k), checked_count("n_tokens", n_tokens)
     n_neurons = checked_count("n_neurons", n_neurons)
+    lens = as_projection(projection, host_of(model))
+    read = partial(read_vectors, model, projection=lens, matrix=matrix, k=n_tokens)
     rows: list[dict[str, Any]] = []
     for layer in [each.layer for each in found if each.matrix == matrix] or found.layers[:1]:
         total = found[matrix, layer].total()  # an error if it was not captured
@@ -100,7 +104,7 @@ def principal_directions(
                     "direction": place,
                     "singular_value": main.value,
                     "energy": main.value**2 / main.square,
-                    **_readings(model, main, layer, n_tokens, projection),
+                    **_readings(read(main.resid, layer=layer)),
                     **_neurons(main, n_neurons),
                     **_carriers(found, main),
                 }
@@ -177,10 +181,7 @@ def _direction(
     )
 
 
-def _readings(
-    model: nn.Module, main: _Direction, layer: int, n_tokens: int, projection: str | Projection
-) -> dict[str, Any]:
-    read = read_vectors(model, main.resid, projection=projection, layer=layer, k=n_tokens)
+def _readings(read: VectorReadout) -> dict[str, Any]:
     return {"top_tokens": read.top_tokens, "bottom_tokens": read.bottom_tokens}
 
 
