@@ -268,9 +268,9 @@ columns = ["layer", "direction", "energy", "top_tokens", "bottom_tokens"]
 directions.loc[directions.layer.isin(batch.layers[-4:]), columns].round({"energy": 2})
 
 # %% [markdown]
-# In every layer, the first direction has most of the energy and promotes the three targets together, against tokens that do
-# not name countries. The next directions separate the targets: in layer 7, the second one is Spain against
-# Japan. `figures.principal_directions` shows which prompts contribute how much. Columns are the 12 prompts,
+# In each of these layers, the first direction has most of the energy and promotes the targets together, against tokens that do
+# not name countries (in layers 4 and 6, Spain is not among its first four tokens). In layers 5 and 7, the second direction separates
+# two targets: Spain against Japan. Not all of the smaller directions can be read: the third one of layer 5 cannot. `figures.principal_directions` shows which prompts contribute how much. Columns are the 12 prompts,
 # labelled with their targets.
 
 # %%
@@ -290,7 +290,7 @@ directions = analysis.principal_directions(model, control, k=3, n_tokens=4)
 directions.loc[directions.layer.isin(batch.layers[-4:]), columns].round({"energy": 2})
 
 # %% [markdown]
-# They read as the new targets. So the directions of `W_out` show what a batch teaches, without a look at its
+# The first directions read as the new targets. So those of `W_out` show what a batch teaches, without a look at its
 # texts.
 #
 # - [Analyses](../docs/analysis.md#gradients-of-a-batch) describes the functions of this notebook.
