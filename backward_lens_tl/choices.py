@@ -14,4 +14,5 @@ Lens = Literal["logit_lens", "normalized", "cosine"]
 JACOBIAN_LENS = "jacobian_lens"
 """Name of the Logit Lens through average Jacobians; that of other lenses continues with theirs."""
 Denominator = Literal["n", "n-1"]
+FactorDtype = Literal["bfloat16", "float32"]
 Size = Literal["norm", "write_norm"]

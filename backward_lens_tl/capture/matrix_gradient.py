@@ -311,12 +311,14 @@ class MatrixGradient(Factors):
         `gradient.total().principal_directions(k)`, `n` is the number of its positions.
 
         Args:
-            k: Number of directions; fewer if the gradient has a lower rank.
+            k: Number of directions; fewer if the factors, as they are kept, have a gradient of a
+                lower rank.
             batch: Which prompt; optional if there is only one.
 
         Returns:
             The directions, largest first, and the positions that contribute to them. Heads are
-            concatenated.
+            concatenated. Values below `rounding()` times the largest one, and their directions,
+            cannot be distinguished from the rounding of the backward pass.
 
         Raises:
             InputError: If heads, or experts, have their own factors, or `k` is not positive.

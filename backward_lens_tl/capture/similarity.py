@@ -10,7 +10,8 @@ with the elementwise product `*`. It is exact, and costs two products of thin ma
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Literal, get_args
 
@@ -102,6 +103,21 @@ def similarity(capture: Captured, other: Captured | None, by: By, budget: int) -
     if not parts:
         return Similarity(inner[0], norms[0], other_norms[0])
     return Similarity(inner, norms, other_norms, parts)
+
+
+def stacked(parts: Sequence[Similarity], order: Sequence[int]) -> Similarity:
+    """Join the similarities of several sets of prompts to the same others.
+
+    Args:
+        parts: The similarities, with the same prompts `b`.
+        order: Which of the joined prompts `a` comes first, second and so on.
+
+    Returns:
+        The similarities of all prompts `a`, in this order.
+    """
+    inner = torch.cat([each.inner for each in parts], dim=-2)[..., list(order), :]
+    norms = torch.cat([each.norms for each in parts], dim=-1)[..., list(order)]
+    return replace(parts[0], inner=inner, norms=norms)
 
 
 def inner_products(here: Factors, there: Factors, budget: int) -> Float[Tensor, "a b"]:

@@ -41,7 +41,8 @@ class ShowCommand(Command):
 
     SETTINGS = SweepConfig
     NO_OPTIONS = (
-        "position_columns", "gradient_columns", "prompts", "seed", "shard_size", "memory"
+        "position_columns", "gradient_columns", "keep_factors",
+        "prompts", "seed", "shard_size", "memory",
     )  # fmt: skip
 
     prompt: str | None = None
@@ -53,7 +54,7 @@ class ShowCommand(Command):
 
     def run(self) -> None:
         """Print the table."""
-        with _quiet():
+        with quiet():
             result = self._result(SweepConfig(**self.settings))
         if self.html is not None:
             result.save_html(self.html)  # first: a reader such as `head` may close the pipe below
@@ -161,7 +162,7 @@ def _explanation(result: BackwardLensResult, shade_by: Size) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the libraries' progress bars, warnings and prints off the command's output."""
     from backward_lens_tl.models.loading import without_progress_bars
 

@@ -288,7 +288,6 @@ class Run:
         own = missing[state.process_index :: state.num_processes]
         n_own, n_missing = (sum(sizes[each] for each in some) for some in (own, missing))
         n_written = sum(sizes) - n_missing
-        columns = {name: self._columns(name) for name in self.TABLES}
         with (
             open(self.folder / f"log-{state.process_index}.txt", "a", encoding="utf-8") as log,
             tqdm(
@@ -307,11 +306,16 @@ class Run:
             for shard in own:
                 began = time.perf_counter()
                 rows = plan.measure(plan.shards[shard])
-                write_shard(self.folder, shard, columns, rows)
+                self._write(shard, rows)
                 bar.update(sizes[shard])
                 seconds = time.perf_counter() - began
                 say(f"shard {shard}: {self._described(rows)} in {seconds:.1f} s")
         state.wait_for_everyone()
+
+    def _write(self, shard: int, rows: Rows) -> None:
+        """Write the tables of a shard, the last step of which makes it finished."""
+        columns = {name: self._columns(name) for name in self.TABLES}
+        write_shard(self.folder, shard, columns, rows)
 
     def _described(self, rows: Rows) -> str:
         """The log entry for the rows of a shard."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from backward_lens_tl._checks import shown
 from backward_lens_tl.capture.memory import Memory
-from backward_lens_tl.choices import Direction, Lens, MultiToken, VjpsAt
+from backward_lens_tl.choices import Direction, FactorDtype, Lens, MultiToken, VjpsAt
 from backward_lens_tl.errors import SweepError, raised_as
 from backward_lens_tl.runs.columns import Column
 from backward_lens_tl.runs.config import Config
@@ -41,6 +41,8 @@ class SweepConfig(Config):
             default, none to leave the table out. docs/sweeps.md lists them.
         gradient_columns: Columns of the table of gradients, likewise; by default all except the
             list of singular values.
+        keep_factors: The dtype in which the factors of all gradients are written too, for
+            Sweep.similarity; by default they are not kept. bfloat16 halves the files.
         prepend_bos: Whether prompts get a BOS token; by default as the model does.
         multi_token: Which token represents a target of several; by default such rows are rejected.
         prompts: Number of rows of the data to draw at random; all by default.
@@ -69,6 +71,7 @@ class SweepConfig(Config):
     k: Count = 10
     position_columns: str | Sequence[str] | None = None
     gradient_columns: str | Sequence[str] | None = None
+    keep_factors: FactorDtype | None = None
     prepend_bos: bool | None = None
     multi_token: MultiToken | None = None
     prompts: Count | None = None

@@ -17,12 +17,13 @@ from backward_lens_tl.runs.rejects import Reject
 from backward_lens_tl.runs.shards import Rows
 from backward_lens_tl.sweeps.columns import TABLES
 from backward_lens_tl.sweeps.config import SweepConfig
+from backward_lens_tl.sweeps.factors import FACTORS, KeptFactors
 from backward_lens_tl.sweeps.plan import Item, Shard
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_Tables = dict[str, "pd.DataFrame"]
+_Measured = tuple[dict[str, "pd.DataFrame"], KeptFactors | None]
 _MEASURES: tuple[Measure, ...] = ("answer_rank", "entropy")
 
 
@@ -40,7 +41,7 @@ def measure_shard(
         for_lens: Those that are arguments of `backward_lens`, with the Jacobian Lens loaded.
 
     Returns:
-        The rows of each table.
+        The rows of each table, and the factors, if they are kept.
 
     Raises:
         UnsupportedModelError: If the model cannot be analysed, whatever the prompt.
@@ -51,7 +52,7 @@ def measure_shard(
     rejects = [entry for entry in shard if isinstance(entry, Reject)]
     measured = []
     measure = partial(_tried, model, config=config, for_lens=for_lens)
-    together = measure(items) if items else {}
+    together = measure(items) if items else ({}, None)
     if not isinstance(together, str):
         measured.append(together)
     else:  # the error has been freed, and with it the tensors in its frames
@@ -63,14 +64,17 @@ def measure_shard(
                 measured.append(alone)
     tables: dict[str, Any] = {"rejects": rejects}
     for name in ("positions", "gradients", "prompts"):
-        found = [each[name] for each in measured if name in each]
+        found = [each[name] for each, _ in measured if name in each]
         tables[name] = pd.concat(found) if found else []
-    return {name: tables[name] for name in TABLES}
+    rows = {name: tables[name] for name in TABLES}
+    if config.keep_factors is not None:
+        rows[FACTORS] = [kept for _, kept in measured if kept is not None]
+    return rows
 
 
 def _tried(
     model: nn.Module, items: Sequence[Item], config: SweepConfig, for_lens: Mapping[str, Any]
-) -> _Tables | str:
+) -> _Measured | str:
     """The rows of some prompts, or why there are none."""
     try:
         return _measured(model, items, config, for_lens)
@@ -84,7 +88,7 @@ def _tried(
 
 def _measured(
     model: nn.Module, items: Sequence[Item], config: SweepConfig, for_lens: Mapping[str, Any]
-) -> _Tables:
+) -> _Measured:
     import pandas as pd
 
     position_columns = [column.name for column in config.columns("positions")]
@@ -103,10 +107,13 @@ def _measured(
         lenses = [result.under(lens) for lens in result.projections]
         tables["positions"] = pd.concat([lens.to_df(subjects) for lens in lenses])
     own = [item.row for item in items]
-    return {
+    numbered = {
         name: table.assign(prompt=table["prompt"].map(own.__getitem__))
         for name, table in tables.items()
     }
+    if config.keep_factors is None:
+        return numbered, None
+    return numbered, KeptFactors.of(result.capture, own, config.keep_factors)
 
 
 def _prompt_rows(result: BackwardLensResult, items: Sequence[Item]) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,16 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from backward_lens_tl._checks import check_kind
+from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.capture.objectives import target_nll
 from backward_lens_tl.capture.plan import plan_capture
-from backward_lens_tl.errors import SweepError
+from backward_lens_tl.capture.similarity import By, Similarity
+from backward_lens_tl.errors import ResultFileError, SweepError
 from backward_lens_tl.readout.jacobian_projection import CarriedLens, blocks_to_read
 from backward_lens_tl.readout.projections import Projection
 from backward_lens_tl.readout.requested import as_projections
 from backward_lens_tl.runs.columns import Column
 from backward_lens_tl.runs.run import Job, Plan, Run
+from backward_lens_tl.runs.shards import Rows
 from backward_lens_tl.sweeps.columns import TABLES
 from backward_lens_tl.sweeps.config import SweepConfig
+from backward_lens_tl.sweeps.factors import FACTORS, read_factors, similarity_to, write_factors
 from backward_lens_tl.sweeps.measuring import measure_shard
 from backward_lens_tl.sweeps.plan import Item, Shard, plan_shards
 
@@ -121,8 +127,64 @@ class Sweep(Run):
         """
         return self._table("positions", columns)
 
+    def similarity(self, query: GradientCapture, by: By = "all") -> Similarity:
+        """Compare the gradients of all prompts with those of a query.
+
+        The sweep must have kept the factors, `SweepConfig(keep_factors="bfloat16")`. Those of one
+        shard are in memory at a time. In bfloat16, cosines have an error of about 0.001.
+
+        Args:
+            query: The gradients of one or more prompts, of the same matrices and layers of the
+                same model.
+            by: As for `GradientCapture.similarity`.
+
+        Returns:
+            `.inner` and `.cosine`, each `[a, b]`, or `[part, a, b]`: `a` as in `prompts()`, `b`
+            the prompts of the query.
+
+        Raises:
+            SweepError: If the sweep has not kept the factors, or a file is damaged.
+            InputError: If the query is of other matrices, layers or weights.
+
+        Examples:
+            >>> config = blt.SweepConfig(prompts=20, keep_factors="bfloat16")
+            >>> kept = blt.sweep(model, "facts", folder / "kept", config, progress=False)
+            >>> loss = blt.target_nll(" Italy")
+            >>> query = blt.capture_gradients(model, "Rome is the capital of", loss)
+            >>> kept.similarity(query)
+            Similarity([20, 1])
+        """
+        return compared(self, query, by)[1]
+
     def _columns(self, table: str) -> tuple[Column, ...]:
         return self.config.columns(table)
+
+    def _write(self, shard: int, rows: Rows) -> None:
+        if FACTORS in rows:  # before the tables, whose last one makes the shard finished
+            kept: Any = rows[FACTORS]
+            write_factors(self.folder, shard, kept)
+        super()._write(shard, rows)
+
+
+def compared(sweep: Sweep, query: GradientCapture, by: By) -> tuple[list[int], Similarity]:
+    """`Sweep.similarity`, and the row of the data of each prompt."""
+    folder = os.fspath(sweep.folder)
+    if sweep.config.keep_factors is None:
+        raise SweepError(
+            f"the sweep in {folder!r} has not kept the factors of its gradients; run it in another "
+            'folder with SweepConfig(keep_factors="bfloat16")'
+        )
+    check_kind("query", query, GradientCapture, "capture_gradients")
+    try:
+        found = similarity_to(read_factors(sweep.folder, sweep.finished), query, by)
+    except ResultFileError as error:
+        raise SweepError(
+            f"{error}. Delete the shard's files in {', '.join(sweep.TABLES)}, and run the sweep "
+            "again: it resumes"
+        ) from error
+    if found is None:
+        raise SweepError(f"no prompt of the sweep in {folder!r} has been analysed yet")
+    return found
 
 
 def sweep(
