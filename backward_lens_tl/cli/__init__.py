@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from backward_lens_tl.cli.adapter import AdapterCommand
+from backward_lens_tl.cli.diff import DiffCommand
 from backward_lens_tl.cli.evaluate import EvaluateCommand
 from backward_lens_tl.cli.fit_jacobian import FitJacobianCommand
 from backward_lens_tl.cli.options import Command, add_options, run_command
@@ -26,6 +28,8 @@ COMMANDS: dict[str, type[Command]] = {
     "evaluate": EvaluateCommand,
     "reproduce": ReproduceCommand,
     "fit-jacobian": FitJacobianCommand,
+    "adapter": AdapterCommand,
+    "diff": DiffCommand,
 }
 
 

@@ -30,11 +30,13 @@ class Command:
         kind: TransformerLens's model class; by default the one that it prefers.
         SETTINGS: Settings whose fields are options too.
         NO_OPTIONS: Those of its fields that are not.
+        POSITIONAL: Options without a flag, in this order.
         settings: Values of `SETTINGS` passed on the command line, by name.
     """
 
     SETTINGS: ClassVar[type[Config] | None] = None
     NO_OPTIONS: ClassVar[tuple[str, ...]] = ()
+    POSITIONAL: ClassVar[tuple[str, ...]] = ()
 
     model: str = "facts"
     kind: Kind | None = None
@@ -73,7 +75,11 @@ def add_options(parser: argparse.ArgumentParser, command: type[Command]) -> None
         command: The command.
     """
     own = _options(command)
+    for name in command.POSITIONAL:
+        parser.add_argument(name, help=_described(command)[name])
     for name, default in own.items():
+        if name in command.POSITIONAL:
+            continue
         _add_option(parser, command, name, default)
     if command.SETTINGS is not None:
         group = parser.add_argument_group("settings")
@@ -119,7 +125,7 @@ def _add_option(
             "NO_OPTIONS"
         )
     text = _described(owner)[name].replace("%", "%%").replace("`", "")
-    if isinstance(default, str | int | float) and not isinstance(default, bool):
+    if isinstance(default, str | int | float) and not isinstance(default, bool) and default != "":
         text += f" (default: {default})"
     flag = f"--{_NAMES.get(name, name).replace('_', '-')}"
     if default is MISSING:

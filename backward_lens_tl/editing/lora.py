@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from backward_lens_tl._checks import check_path
+from backward_lens_tl.editing.lora_reading import PREFIX
+from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.errors import EditError, ResultFileError, first_line
 from backward_lens_tl.files.storage import replacing
 from backward_lens_tl.models.linear import stored_layout
 from backward_lens_tl.models.loading import without_progress_bars
 from backward_lens_tl.models.precision import at_least_float32
-
-_PREFIX = "base_model.model."
-"""PEFT's prefix of layer names."""
+from backward_lens_tl.models.sites import READING_MATRICES, MatrixSite
 
 _ROUNDINGS = 8
 """Rounding after the mean of a row was subtracted, in `eps` of the largest weight."""
@@ -64,6 +64,32 @@ class Adapted:
     bias: Float[Tensor, "d_out"] | None
     n_parts: int
     writes: bool
+
+
+def adapted(site: MatrixSite, delta: MatrixDelta) -> Adapted:
+    """What an edit adds to one matrix of the model that it is of.
+
+    Args:
+        site: The matrix.
+        delta: The change.
+
+    Returns:
+        The matrix and the change, as at most as many outer products as the matrix has columns.
+    """
+    left, right = delta.factors
+    if left.shape[1] > min(delta.shape):  # more outer products than any matrix needs
+        left, right = replace(delta, left=None, right=None, values=delta.dense()).factors
+    weight = site.weight.in_out(site.weight.parameter.detach())
+    is_reading = site.matrix in READING_MATRICES
+    return Adapted(
+        name=delta.name,
+        weight=site.joined(weight),
+        left=left,
+        right=right,
+        bias=delta.bias,
+        n_parts=len(weight) if is_reading and weight.ndim == 3 else 1,
+        writes=not is_reading,
+    )
 
 
 @dataclass(frozen=True)
@@ -113,8 +139,8 @@ def write_adapter(
     has_bias = any(each.bias is not None for each in adapted)
     tensors: dict[str, Tensor] = {}
     for layer, parts in by_layer.items():
-        tensors |= _tensors(f"{_PREFIX}{layer}.lora_", parts, has_bias=has_bias)
-    ranks = {layer: len(tensors[f"{_PREFIX}{layer}.lora_A.weight"]) for layer in by_layer}
+        tensors |= _tensors(f"{PREFIX}{layer}.lora_", parts, has_bias=has_bias)
+    ranks = {layer: len(tensors[f"{PREFIX}{layer}.lora_A.weight"]) for layer in by_layer}
     conv1d = all(place[0].is_conv1d for parts in by_layer.values() for _, place in parts)
     _write(Path(folder), _config(peft, name, ranks, conv1d, has_bias), tensors)
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from backward_lens_tl._checks import check_choice, checked_count, plain
 from backward_lens_tl.capture.objectives import check_multi_token
 from backward_lens_tl.choices import MultiToken
+from backward_lens_tl.editing.edited_sites import check_weights, edited_site
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
-from backward_lens_tl.editing.weight_delta import WeightDelta, edited_site
+from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.sites import READING_MATRICES
@@ -100,6 +101,7 @@ def delta_tokens(
     import pandas as pd
 
     host = host_of(model)
+    check_weights(host, delta, delta.about)
     check_choice("components", components, get_args(Components), EditError)
     n_rows = None if most is None else checked_count("most", most, EditError)
     read = _reader(host, target, projection, k, multi_token)

@@ -10,19 +10,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from backward_lens_tl._checks import checked_number
-from backward_lens_tl.editing.lora import Adapted, write_adapter
+from backward_lens_tl.editing.checkpoints import difference
+from backward_lens_tl.editing.edited_sites import check_weights, editable_host, edited_site
+from backward_lens_tl.editing.lora import adapted, write_adapter
+from backward_lens_tl.editing.lora_reading import read_adapter
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.outcomes import EditOutcome, EditReport
-from backward_lens_tl.errors import EditError, ModelStateError, raised_as
+from backward_lens_tl.errors import EditError, ModelStateError
 from backward_lens_tl.files.storage import Saved
-from backward_lens_tl.models import Host, host_of
 from backward_lens_tl.models.checksums import checksum
-from backward_lens_tl.models.matrix_selection import find_editable
-from backward_lens_tl.models.sites import MATRIX_NAMES, READING_MATRICES, MatrixSite
+from backward_lens_tl.models.sites import MATRIX_NAMES
 from backward_lens_tl.models.weight_patching import Change, add_in_place, changed, put_back
 
 
@@ -88,6 +88,70 @@ class WeightDelta(Saved):
         report = EditReport.from_about(self.about)
         return () if report is None else report.outcomes
 
+    # --- from files ----------------------------------------------------------------------------
+
+    @classmethod
+    def from_lora(cls, folder: str | Path, *, partial: bool = False) -> WeightDelta:
+        """Read a LoRA adapter in PEFT's format.
+
+        Layers are recognised by their names: attention and MLPs of the Llama family (Llama,
+        Mistral, Qwen, Gemma, SmolLM, OLMo, StableLM), GPT-2, GPT-J, GPT-Neo, OPT and Phi. `peft`
+        is not needed. Ranks and scales may differ between layers, with or without rsLoRA.
+
+        Args:
+            folder: The folder with `adapter_config.json`.
+            partial: Whether to leave out what is not such a matrix, such as a trained unembedding
+                or experts. `about["left_out"]` names it.
+
+        Returns:
+            The change of the raw weights, as the adapter's own factors.
+
+        Raises:
+            EditError: If the adapter cannot be read, changes something else as well, or is not
+                a sum of outer products (DoRA, PiSSA and others: merge it and use `between`).
+
+        Examples:
+            >>> from importlib.resources import files
+            >>> base = files("backward_lens_tl") / "facts_model"
+            >>> delta.to_lora(folder / "paris", model, base)
+            >>> blt.editing.WeightDelta.from_lora(folder / "paris").matrices
+            (MatrixDelta(W_out of layer 5, [512, 128], rank <= 1),)
+        """
+        return cls(*read_adapter(folder, partial=partial))
+
+    @classmethod
+    def between(cls, base: str | Path, tuned: str | Path, rank: int = 8) -> WeightDelta:
+        """Compute what fine-tuning added to a checkpoint, as the best change of a given rank.
+
+        Tensors are read one at a time from safetensors files, so neither model is in memory. Layers
+        are recognised as by `from_lora`.
+
+        Args:
+            base: Folder of the model before, `"facts"`, or a name on the hub.
+            tuned: Folder of the model after, or a name on the hub.
+            rank: The number of singular vectors of each matrix that are kept.
+
+        Returns:
+            The change of the raw weights. `about["discarded"]` is the share of the squared norm
+            that each matrix leaves out, `about["left_out"]` names other tensors that differ.
+
+        Raises:
+            EditError: If a checkpoint cannot be read, they are of different models, or no matrix of
+                attention or the MLP differs.
+
+        Examples:
+            >>> from importlib.resources import files
+            >>> from transformers import AutoModelForCausalLM
+            >>> facts = files("backward_lens_tl") / "facts_model"
+            >>> tuned = AutoModelForCausalLM.from_pretrained(facts)
+            >>> tuned.transformer.h[5].mlp.c_proj.weight.data[0] += 1.0
+            >>> tuned.save_pretrained(folder / "tuned")
+            >>> found = blt.editing.WeightDelta.between("facts", folder / "tuned", rank=2)
+            >>> found.matrices
+            (MatrixDelta(W_out of layer 5, [512, 128], rank <= 1),)
+        """
+        return cls(*difference(base, tuned, rank))
+
     # --- arithmetic ----------------------------------------------------------------------------
 
     @property
@@ -132,7 +196,9 @@ class WeightDelta(Saved):
         ordered = sorted(
             found.values(), key=lambda each: (each.layer, MATRIX_NAMES.index(each.matrix))
         )
-        return WeightDelta(tuple(ordered), {"sum_of": (self.about, other.about)})
+        raw = [each.about["weights"] for each in (self, other) if "weights" in each.about]
+        about = {"weights": raw[0]} if raw else {}
+        return WeightDelta(tuple(ordered), {**about, "sum_of": (self.about, other.about)})
 
     # --- on a model ----------------------------------------------------------------------------
 
@@ -233,7 +299,8 @@ class WeightDelta(Saved):
 
     def _changes(self, model: nn.Module) -> Iterator[Change]:
         """What is added to each parameter, computed one at a time, after all checks."""
-        host = _editable(model)
+        host = editable_host(model)
+        check_weights(host, self.matrices, self.about)
         sites = [edited_site(host, each) for each in self.matrices]
         for site, each in zip(sites, self.matrices, strict=True):
             yield site.weight.parameter, site.as_stored(each.dense())
@@ -281,11 +348,11 @@ class WeightDelta(Saved):
                 "the edit is applied to the model, so its weights are no longer those of the base; "
                 "revert_ it first"
             )
-        host = _editable(model)
-        adapted = [_adapted(edited_site(host, each), each) for each in self.matrices]
+        host = editable_host(model)
+        parts = [adapted(edited_site(host, each), each) for each in self.matrices]
         # Other norms than LayerNorm see the mean over the residual stream.
         has_layer_norm = str(host.model.cfg.normalization_type).startswith("LN")
-        write_adapter(folder, base, adapted, may_be_centered=has_layer_norm)
+        write_adapter(folder, base, parts, may_be_centered=has_layer_norm)
 
     def __repr__(self) -> str:
         touched = ", ".join(each.name for each in self.matrices)
@@ -301,55 +368,3 @@ class _Kept:
     parameter: Tensor
     before: Tensor
     seal: int | None = None
-
-
-def _editable(model: nn.Module) -> Host:
-    """The host of an edited model, even in inference mode, since no gradient is needed."""
-    with torch.inference_mode(mode=False):
-        return host_of(model)
-
-
-def _adapted(site: MatrixSite, delta: MatrixDelta) -> Adapted:
-    left, right = delta.factors
-    if left.shape[1] > min(delta.shape):  # more outer products than any matrix needs
-        left, right = replace(delta, left=None, right=None, values=delta.dense()).factors
-    weight = site.weight.in_out(site.weight.parameter.detach())
-    is_reading = site.matrix in READING_MATRICES
-    return Adapted(
-        name=delta.name,
-        weight=site.joined(weight),
-        left=left,
-        right=right,
-        bias=delta.bias,
-        n_parts=len(weight) if is_reading and weight.ndim == 3 else 1,
-        writes=not is_reading,
-    )
-
-
-def edited_site(host: Host, delta: MatrixDelta) -> MatrixSite:
-    """Find the matrix that a delta changes.
-
-    Args:
-        host: The model.
-        delta: The delta.
-
-    Returns:
-        The matrix.
-
-    Raises:
-        EditError: If the model lacks the matrix or a changed bias, or the matrix has another size.
-        UnsupportedModelError: If it cannot be changed.
-    """
-    with raised_as(EditError):
-        [site] = find_editable(host, delta.matrix, delta.layer)
-    if site.shape != delta.shape:
-        raise EditError(
-            f"the edit changes {delta.name} with shape {delta.shape}; in {host.name!r} it has "
-            f"shape {site.shape}: the edit is of another model"
-        )
-    if delta.bias is not None and (site.bias is None or site.bias.numel() != delta.bias.numel()):
-        raise EditError(
-            f"the edit changes the bias of {delta.matrix} in layer {delta.layer}, but "
-            f"{host.name!r} has no bias of that size there"
-        )
-    return site

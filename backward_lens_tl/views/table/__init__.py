@@ -85,6 +85,11 @@ def _prompt_section(result: BackwardLensResult, batch: int, budget: Budget) -> s
 # --- style and script ---------------------------------------------------------------------------
 
 
+def stylesheet() -> str:
+    """The style sheet, without the shades of cells."""
+    return _asset("table.css")
+
+
 @cache
 def _style() -> str:
     pairs = list(enumerate(zip(LIGHT_SHADES, DARK_SHADES, strict=True)))

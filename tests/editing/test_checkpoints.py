@@ -1,0 +1,279 @@
+"""Differences of checkpoints against dense differences and their dense decompositions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import build_model, hf_model
+from models import bridge_only, relative_error
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import backward_lens_tl as blt
+from backward_lens_tl.editing import checkpoints
+from backward_lens_tl.editing.checkpoint_names import named_layer
+from backward_lens_tl.editing.truncated_svd import truncated_svd
+from backward_lens_tl.editing.weight_delta import WeightDelta
+from backward_lens_tl.errors import EditError
+from conftest import FACTS_FOLDER
+
+EXACT = 1e-6
+"""The goal. Factors are float32, and the decomposition is float64."""
+
+FAMILIES = ("llama", "gpt2", "gpt_neo", "opt", "phi3")
+
+
+def tuned(model: nn.Module, size: float = 0.1, only: str = "") -> nn.Module:
+    """Add noise to all weights whose name contains a text."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if only in name:
+                parameter += size * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """Folders of a small model before and after noise."""
+    made: dict[tuple[str, str], tuple[Path, Path]] = {}
+
+    def folders(family: str, only: str = "") -> tuple[Path, Path]:
+        if (family, only) not in made:
+            out = tmp_path_factory.mktemp(family)
+            hf_model(family, torch.float32).save_pretrained(out / "base")
+            tuned(hf_model(family, torch.float32), only=only).save_pretrained(out / "tuned")
+            made[family, only] = out / "base", out / "tuned"
+        return made[family, only]
+
+    return folders
+
+
+def dense_changes(family: str, only: str = "") -> dict[tuple[str, int], Tensor]:
+    before = hf_model(family, torch.float32)
+    after = dict(tuned(hf_model(family, torch.float32), only=only).named_modules())
+    found = {}
+    for name, module in before.named_modules():
+        place = named_layer(name)
+        if place is None:
+            continue
+        change = (after[name].weight.double() - module.weight.double()).detach()
+        if type(module).__name__ != "Conv1D":
+            change = change.T
+        for matrix, own in (place.columns(*change.shape) or {}).items():
+            found[matrix, place.layer] = change[:, own]
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_against_the_dense_decomposition(pair: Any, family: str) -> None:
+    delta, expected = WeightDelta.between(*pair(family), rank=3), dense_changes(family)
+    assert {(each.matrix, each.layer) for each in delta} == set(expected)
+    for each in delta:
+        u, s, vh = torch.linalg.svd(expected[each.matrix, each.layer], full_matrices=False)
+        best = (u[:, :3] * s[:3]) @ vh[:3]
+        assert relative_error(each.dense().double(), best) <= EXACT
+        share = float(s[3:].square().sum() / s.square().sum())
+        assert delta.about["discarded"][each.name] == pytest.approx(share, abs=EXACT)
+        assert share > 0.1
+
+
+@bridge_only
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_full_rank_change_gives_the_tuned_model(pair: Any, family: str) -> None:
+    """Matrices and their biases; norms and embeddings are the base's."""
+    only = "layers" if family != "gpt2" else ".h."
+    base, after = pair(family, only)
+    with_norms = WeightDelta.between(base, after, rank=1000)
+    assert any("norm" in name or "ln_" in name for name in with_norms.about["left_out"])
+    expected = tuned(hf_model(family, torch.float32), only=only).eval()
+    for name, parameter in hf_model(family, torch.float32).named_parameters():
+        if (
+            name in with_norms.about["left_out"]
+            or name.removeprefix("transformer.") in (with_norms.about["left_out"])
+        ):
+            expected.get_parameter(name).data = parameter.data
+    model = build_model(family, "bridge", torch.float32)
+    tokens = torch.randint(3, 97, (1, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), with_norms.applied(model):
+        torch.testing.assert_close(model(tokens), expected(tokens).logits, rtol=0, atol=1e-4)
+    assert max(with_norms.about["discarded"].values()) < 1e-12
+
+
+def test_only_what_differs(pair: Any) -> None:
+    base, after = pair("llama", "layers.1.mlp.down_proj")
+    delta = WeightDelta.between(base, after)
+    assert [(each.matrix, each.layer) for each in delta] == [("W_out", 1)]
+    assert delta.about["left_out"] == ()
+    with pytest.raises(
+        EditError, match=r"no matrix of .* differs between .*; what differs: nothing"
+    ):
+        WeightDelta.between(base, base)
+    base, after = pair("llama", "model.norm")
+    with pytest.raises(EditError, match=r"what differs: model\.norm\.weight"):
+        WeightDelta.between(base, after)
+
+
+def test_a_merged_adapter_is_found_again(tmp_path: Path) -> None:
+    from test_lora_reading import LLAMA, adapted
+
+    model = adapted("llama", torch.float32, target_modules=LLAMA, use_rslora=True)
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    hf_model("llama", torch.float32).save_pretrained(tmp_path / "base")
+    adapter = WeightDelta.from_lora(tmp_path / "adapter")
+    merged = WeightDelta.between(tmp_path / "base", tmp_path / "merged", rank=3)
+    for each in adapter:
+        found = merged[each.matrix, each.layer]
+        assert relative_error(found.dense(), each.dense()) < 1e-5  # merged weights are rounded
+        assert merged.about["discarded"][each.name] < 1e-9
+
+
+def test_shards_and_names_without_a_prefix(pair: Any, tmp_path: Path) -> None:
+    base, after = pair("gpt2")
+    whole = WeightDelta.between(base, after, rank=2)
+    hf_model("gpt2", torch.float32).save_pretrained(tmp_path / "sharded", max_shard_size="20kB")
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
+    # As the published GPT-2, which stores masks too.
+    tensors = load_file(after / "model.safetensors")
+    short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    short["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
+    short["lm_head.weight"] = short["wte.weight"].clone()
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "config.json").write_text((after / "config.json").read_text())
+    save_file(short, tmp_path / "short" / "model.safetensors")
+    found = WeightDelta.between(tmp_path / "sharded", tmp_path / "short", rank=2)
+    for each in whole:
+        assert torch.equal(found[each.matrix, each.layer].dense(), each.dense())
+    assert found.about["left_out"] == whole.about["left_out"]
+    # An unembedding of its own is a difference.
+    save_file(
+        short | {"lm_head.weight": short["wte.weight"] + 1}, tmp_path / "short/model.safetensors"
+    )
+    found = WeightDelta.between(tmp_path / "sharded", tmp_path / "short", rank=2)
+    assert "lm_head.weight" in found.about["left_out"]
+
+
+def test_one_tensor_at_a_time(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than the two versions of one tensor are read before they are compared."""
+    base, after = pair("llama")
+    read: list[str] = []
+    real = checkpoints.Checkpoint.tensor
+
+    def tensor(self: Any, name: str) -> Tensor:
+        read.append(name)
+        return real(self, name)
+
+    monkeypatch.setattr(checkpoints.Checkpoint, "tensor", tensor)
+    WeightDelta.between(base, after)
+    assert len(read) == 2 * len(set(read))
+    assert all(one == other for one, other in zip(read[::2], read[1::2], strict=True))
+
+
+def test_it_is_saved_and_read_as_tokens(tmp_path: Path) -> None:
+    changed = AutoModelForCausalLM.from_pretrained(FACTS_FOLDER)
+    model = blt.load_facts_model()
+    paris = model.W_U[:, model.to_single_token(" Paris")].detach()
+    with torch.no_grad():
+        changed.transformer.h[6].mlp.c_proj.weight[17] += paris
+    changed.save_pretrained(tmp_path / "tuned")
+    delta = WeightDelta.between("facts", tmp_path / "tuned", rank=1)
+    delta.save(tmp_path / "delta.safetensors")
+    again = WeightDelta.load(tmp_path / "delta.safetensors")
+    assert again.about == delta.about
+    table = blt.editing.delta_tokens(model, again, k=1, components="singular")
+    assert table[["matrix", "layer", "top_tokens"]].values.tolist() == [["W_out", 6, [" Paris"]]]
+    assert int(again["W_out", 6].factors[0][:, 0].abs().argmax()) == 17
+
+
+# ------------------------------------------------------------------------------ the decomposition
+
+
+def spectrum(values: Tensor, shape: tuple[int, int]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    u, v = (
+        torch.linalg.qr(torch.randn(side, len(values), generator=generator).double()).Q
+        for side in shape
+    )
+    return (u * values) @ v.T
+
+
+SPECTRA: dict[str, Tensor] = {
+    "fast": 0.5 ** torch.arange(600.0).double(),
+    "slow": 1 / (1 + torch.arange(600.0).double()),
+    "low rank": torch.cat([torch.ones(4), torch.zeros(596)]).double(),
+    "flat": torch.ones(600).double() + 1e-3 * torch.arange(600.0, 0, -1).double(),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_large_matrices(name: str) -> None:
+    matrix, k = spectrum(SPECTRA[name], (650, 700)), 8
+    found = truncated_svd(matrix, k)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    n = 4 if name == "low rank" else k
+    assert len(found.s) == n
+    torch.testing.assert_close(found.s, s[:n], rtol=1e-9, atol=0)
+    best = (u[:, :n] * s[:n]) @ vh[:n]
+    if name != "low rank":  # with equal values, any basis is one
+        assert relative_error((found.u * found.s) @ found.vh, best) <= 1e-8
+    assert found.discarded == pytest.approx(
+        float(s[n:].square().sum() / s.square().sum()), abs=1e-9
+    )
+
+
+def test_the_random_subspace_leaves_the_random_state() -> None:
+    state = torch.random.get_rng_state()
+    truncated_svd(spectrum(SPECTRA["fast"], (650, 700)), 4)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_checkpoints_that_cannot_be_compared(pair: Any, tmp_path: Path) -> None:
+    base, after = pair("llama")
+    other = pair("gpt2")[0]
+    refused: list[tuple[str, tuple[Any, Any, Any]]] = [
+        (r"has no model\.layers\.0\.\S+\.weight, which .* has; pass", (base, other, 2)),
+        ("rank is 0", (base, after, 0)),
+        (r"pass a text or a pathlib\.Path", (base, 3, 2)),
+        ("has neither model.safetensors nor .* use WeightDelta.from_lora", (base, tmp_path, 2)),
+    ]
+    for message, arguments in refused:
+        with pytest.raises(EditError, match=message):
+            WeightDelta.between(*arguments)
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    tensors = load_file(after / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    for tensor, message in [
+        (tensors[name][:3].clone(), r"is \[24, 52\] in .* and \[3, 52\]"),
+        (tensors[name].to(torch.int8), "is quantised"),
+        (tensors[name] * torch.inf, "infinite or NaN entries"),
+    ]:
+        save_file(tensors | {name: tensor}, odd / "model.safetensors")
+        with pytest.raises(EditError, match=f"{name}.*{message}"):
+            WeightDelta.between(base, odd)
+    (odd / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(EditError, match=r"model\.safetensors of .* cannot be read"):
+        WeightDelta.between(base, odd)
+
+
+def test_an_unknown_way_to_store_is_refused(pair: Any, tmp_path: Path) -> None:
+    base, after = pair("gpt2")
+    for source in (base, after):
+        folder = tmp_path / source.name
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+        config = json.loads((source / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "new"}))
+    with pytest.raises(EditError, match=r"not known how a 'new' model stores attn.c_attn"):
+        WeightDelta.between(tmp_path / "base", tmp_path / "tuned")
