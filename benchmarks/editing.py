@@ -165,6 +165,9 @@ TRIALS: Mapping[str, Trial] = {
         },
         200,
     ),
+    "phrasings": Trial(
+        {"shift with a lens, phrasings": lambda methods: methods.lens(phrasings="generic")}, 200
+    ),
     **{f"{n}-facts": Trial(_TOGETHER, max(n, 50), facts=n) for n in (10, 50, 200)},
     **{f"memit-{n}-facts": Trial(_MEMIT, max(n, 50), facts=n) for n in (10, 50, 200)},
 }

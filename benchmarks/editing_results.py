@@ -58,6 +58,7 @@ def collected(trials: Mapping[str, Sequence[Evaluation]], reference: str) -> dic
                     "facts": facts,
                     "records": int(row["records"]),
                     "failed": int(row["failed"]),
+                    "settings": parts[0].about["methods"].get(name),
                     "most_forward_passes": _most(own),
                     **{each: _with_interval(row, each) for each in (*MEANS, *MEDIANS)},
                 }
