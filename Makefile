@@ -31,7 +31,7 @@ TYPES := --jaxtyping-packages=backward_lens_tl,beartype.beartype
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: help environments demo demo-real real-model test check check-fast check-all coverage mutants facts-model
-.PHONY: facts-model-eval facts-moments facts-jacobian tune real-model-page editing-results bench gpu-check gpu-wheels notebooks docs pictures
+.PHONY: facts-model-eval facts-moments facts-jacobian tune tune-smollm2 real-model-page editing-results bench gpu-check gpu-wheels notebooks docs pictures
 .PHONY: constraints clean FORCE
 .PHONY: $(ENVIRONMENTS:%=versions-%) $(ENVIRONMENTS:%=all-%) $(ENVIRONMENTS:%=real-model-%)
 
@@ -100,6 +100,11 @@ facts-jacobian: .venv/installed ## fit the Jacobian Lens of the facts model
 
 tune: .venv/installed ## tune the editing methods; writes docs/editing/tuning.json
 	$(OFFLINE) .venv/bin/python -m benchmarks.tuning
+
+# COUNTERFACT is the file of flattened records, STATISTICS one with a text per line.
+tune-smollm2: real-model-.venv ## trace and tune for SmolLM2; COUNTERFACT=file STATISTICS=file
+	$(OFFLINE) .venv/bin/python -m benchmarks.tuning --model smollm2 --data $(COUNTERFACT) \
+	    --statistics $(STATISTICS)
 
 real-model-page: real-model-.venv ## repeat the paper's experiments on SmolLM2; writes docs/real-model.md
 	$(OFFLINE) .venv/bin/python -m benchmarks.real_model

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--texts", required=True, help="a file with one text per line")
-    parser.add_argument("--number", type=int, default=24, help="number of texts (default: 24)")
+    parser.add_argument("--number", type=int, default=12, help="number of texts (default: 12)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

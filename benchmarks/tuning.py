@@ -77,16 +77,15 @@ GRIDS: Mapping[str, Grid] = {
 
 SMOLLM2_GRIDS: Mapping[str, Grid] = {
     "rome": {
-        "layer": (6, 9, 12),
+        "layer": (3, 6, 9, 12),
         "key_mode": ("mean",),
         "prefixes": (((5, 3), (10, 3)),),
     },
-    "memit": {"layers": ((8, 9, 10, 11, 12), (10, 11, 12)), "regularization": (50.0, 500.0)},
-    "ft_first": {"layers": (0,), "lr": (2e-4, 5e-4)},
+    "memit": {"layers": ((8, 9, 10, 11, 12),), "regularization": (50.0, 500.0)},
     "ft_late": {"layers": (22,), "lr": (2e-4, 5e-4, 1e-3)},
-    "ft_constrained": {"layers": (0,), "lr": (5e-4,), "norm_constraint": (2e-3, 5e-3)},
 }
-"""SmolLM2's. The layers of ROME and MEMIT are around the peak of causal tracing."""
+"""SmolLM2's. At the subject's last token, causal tracing finds the windows around layers 0 to 3,
+which contain layer 0, and above them weak maxima at layers 6 and 10 to 11."""
 
 _KEYS: Mapping[str, Mapping[str, Any]] = {
     "shift": {"key": "paper", "target_tokens": "first"},
@@ -174,7 +173,9 @@ def main() -> None:
     parser.add_argument("--model", choices=TASKS, default=FACTS_MODEL)
     parser.add_argument("--data", default=FACTS_MODEL, help="the model's records")
     parser.add_argument("--statistics", help="texts of second moments, one per line")
-    parser.add_argument("--folder", help="folder for trained networks and pair statistics")
+    parser.add_argument(
+        "--folder", help="folder for trained networks, pair statistics and unfinished searches"
+    )
     options = parser.parse_args()
     task = TASKS[options.model]
     names = options.names or [name for name in METHODS if name in task.grids]
@@ -236,14 +237,22 @@ def tuned(
         name: The preset.
         model: The model.
         records: Its records.
-        folder: Folder for trained networks and pair statistics.
+        folder: Folder for trained networks, pair statistics and unfinished searches.
         texts: Texts of second moments.
 
     Returns:
         The best candidate, and the results of all of them.
     """
     methods = candidate_methods(name, model, records, folder, task=task, texts=texts)
-    tried = search(model, methods, records, task.tuning, metrics=task.metrics, progress=False)
+    tried = search(
+        model,
+        methods,
+        records,
+        task.tuning,
+        metrics=task.metrics,
+        folder=folder / f"search-{name}",
+        progress=False,
+    )
     sys.stdout.write(f"\n{name}\n{tried.table.round(2).to_string(index=False)}\n")
     rows = task.tuning
     return {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,6 +62,7 @@ def search(
     least_efficacy: float = 95.0,
     metrics: Sequence[str] = ACCURACIES,
     prepend_bos: bool | None = False,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> Search:
     """Try methods, or one method with several settings, on a tuning split.
@@ -78,6 +80,8 @@ def search(
         metrics: `ACCURACIES` or `SUCCESSES`.
         prepend_bos: Whether prompts get a BOS token when they are edited and scored; as in
             `EvaluationConfig`.
+        folder: Where results are kept, so that the same call resumes a search that was stopped; a
+            temporary folder by default.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -102,8 +106,8 @@ def search(
     config = EvaluationConfig(
         rows=tuple(rows), generation_length=0, n_texts=0, prepend_bos=prepend_bos
     )
-    with _shared_folder() as folder:
-        found = evaluate(model, data, folder, candidates, config, progress=progress)
+    with nullcontext(folder) if folder is not None else _shared_folder() as out:
+        found = evaluate(model, data, out, candidates, config, progress=progress)
         table = found.summary()
     table = table[table["method"] != NONE].rename(columns={"method": "name"})
     table["score"] = [harmonic_mean(row[~np.isnan(row)]) for row in table[list(metrics)].to_numpy()]

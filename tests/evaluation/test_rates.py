@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from backward_lens_tl.evaluation import rates, tuning
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.perplexity import perplexity, read_texts
 from backward_lens_tl.evaluation.rates import RATES, STEPS, least_rates, least_rates_by_layer
-from backward_lens_tl.evaluation.tuning import search
+from backward_lens_tl.evaluation.tuning import SUCCESSES, search
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.checksums import tensors_checksum
 
@@ -277,6 +278,40 @@ def test_the_table_of_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.table["score"].tolist() == pytest.approx([300 / 7, 3 / (1 / 90 + 2 / 60)])
     least = searched(monkeypatch, {"a": (100, 50, 25), "b": (90, 60, 60)}, least_efficacy=90.0)
     assert (found.best_name, least.best_name) == ("a", "b")
+
+
+def test_a_search_by_success(monkeypatch: pytest.MonkeyPatch, facts_model: Any) -> None:
+    """Of the paraphrases and neighbors, which of two answers is more probable counts."""
+    shown = pd.DataFrame(
+        {
+            "method": ["none", "a", "b"],
+            "efficacy": [0.0, 100.0, 100.0],
+            "paraphrase": [0.0, 90.0, 10.0],
+            "neighborhood": [20.0, 20.0, 10.0],
+            "paraphrase_success": [0.0, 60.0, 80.0],
+            "neighborhood_success": [90.0, 60.0, 90.0],
+            "seconds": [0.0, 1.0, 1.0],
+            "failed": [0, 0, 0],
+        }
+    )
+    monkeypatch.setattr(tuning, "evaluate", lambda *_, **__: SimpleNamespace(summary=shown.copy))
+    methods = {name: CANDIDATES[name] for name in "ab"}
+    assert search(facts_model, methods, "data", [1]).best_name == "a"
+    found = search(facts_model, methods, "data", [1], metrics=SUCCESSES)
+    assert found.best_name == "b"
+    assert list(found.table)[1:5] == [*SUCCESSES, "score"]
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_a_search_resumes_from_its_folder(
+    facts_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = {"a": ForwardPassShift(layer=6, size=40.0, key="plain", prepend_bos=False)}
+    given: Any = {"folder": tmp_path / "search", "progress": False}
+    found = search(facts_model, methods, "facts", [200], **given)
+    monkeypatch.setattr(ForwardPassShift, "compute", None)  # not called again
+    again = search(facts_model, methods, "facts", [200], **given)
+    assert again.table.equals(found.table)
 
 
 @pytest.mark.usefixtures("as_for_a_user")

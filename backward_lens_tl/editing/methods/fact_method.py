@@ -8,7 +8,7 @@ equation 16).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from backward_lens_tl._checks import check_kind
 from backward_lens_tl.capture.continuations import Continuations
@@ -29,6 +30,9 @@ from backward_lens_tl.models import Host
 from backward_lens_tl.models.hooks import Tap
 from backward_lens_tl.models.resumption import can_start_at, keeping_start, started_at
 from backward_lens_tl.settings import Count, NonNegative, Positive
+
+_PATIENCE = 30.0
+"""Seconds after which searches of several values show a progress bar, on a terminal."""
 
 _GOOD_ENOUGH = 0.05
 """The search stops at a loss below this."""
@@ -150,6 +154,22 @@ class FactMethod(EditMethod):
                     if length > longest:
                         delta.mul_(longest / length)
         return delta.detach()
+
+
+def with_progress(facts: Sequence[FactContexts]) -> Iterable[FactContexts]:
+    """Iterate over facts whose values are searched for, with a progress bar if that takes long.
+
+    Args:
+        facts: The facts.
+
+    Returns:
+        The facts.
+    """
+    is_hidden = True if len(facts) == 1 else None  # None: hidden unless on a terminal
+    shown: Iterable[FactContexts] = tqdm(
+        facts, unit="fact", delay=_PATIENCE, leave=False, disable=is_hidden
+    )
+    return shown
 
 
 class _Loss:

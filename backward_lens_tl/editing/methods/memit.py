@@ -20,7 +20,7 @@ from backward_lens_tl.capture.forward import forward_pass
 from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.editing.fact_contexts import read_facts
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
-from backward_lens_tl.editing.methods.fact_method import FactMethod
+from backward_lens_tl.editing.methods.fact_method import FactMethod, with_progress
 from backward_lens_tl.editing.methods.method import Layers
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.editing.weight_delta import WeightDelta
@@ -83,7 +83,7 @@ class MEMIT(FactMethod):
         last = sites[-1].layer
         resid = host.hook_points[f"blocks.{last}.hook_resid_post"]
         wanted = []
-        for fact in facts:
+        for fact in with_progress(facts):
             [bare] = read_facts(host, [fact.bare], sites[-1], [resid], last=last)
             start = bare.points[0][0]
             wanted.append(start + self._find_value(host, last, resid.tap, fact, start))

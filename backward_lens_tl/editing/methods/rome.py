@@ -15,7 +15,7 @@ from pydantic import Field
 
 from backward_lens_tl.editing.fact_contexts import FactContexts, read_facts
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
-from backward_lens_tl.editing.methods.fact_method import FactMethod
+from backward_lens_tl.editing.methods.fact_method import FactMethod, with_progress
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import warn
@@ -74,7 +74,8 @@ class ROME(FactMethod):
         lengths = [length for length, number in self.prefixes for _ in range(number)]
         changes: tuple[MatrixDelta, ...] = ()
         norm = float(site.weight.parameter.norm())
-        for fact in self._contexts(host, requests, [""] * len(lengths), lengths):
+        facts = self._contexts(host, requests, [""] * len(lengths), lengths)
+        for fact in with_progress(facts):
             with WeightDelta(changes, {}).applied(host.model):
                 own = self._edit(host, site, fact)
             _warn_if_huge(own, norm)
