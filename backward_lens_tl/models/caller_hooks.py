@@ -1,4 +1,4 @@
-"""The caller's hooks on a model, as opposed to those of the libraries."""
+"""The caller's hooks on a model, as opposed to those of the libraries and of this package."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _GLOBAL_HOOKS = (
 
 _LIBRARIES = ("transformer_lens", "transformers", "accelerate")
 _WIRING = "transformer_lens.model_bridge"
+_OWN = __name__.partition(".")[0]
 
 
 def with_callers_hooks(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -42,8 +43,11 @@ def with_callers_hooks(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _is_callers(hook: Any, module: nn.Module) -> bool:
+    library = _module_of(hook).partition(".")[0]
+    if library == _OWN:
+        return False
     if not isinstance(module, HookPoint):
-        return _module_of(hook).partition(".")[0] not in _LIBRARIES
+        return library not in _LIBRARIES
     # Hook points call the hooked function through a wrapper of TransformerLens's own. The wiring
     # between bridges is the library's; hooks of run_with_cache observe the caller's own run.
     names = getattr(getattr(hook, "__code__", None), "co_freevars", ())
