@@ -95,7 +95,7 @@ def _verdicts(conditions: Mapping[str, Evidence]) -> pd.DataFrame:
         for name, measure in CLAIMS.items():
             try:
                 finding = measure(evidence)
-            except (InputError, KeyError):  # no prompt with a subject is left
+            except InputError:  # no prompt with a subject is left
                 continue
             rows.append(
                 {

@@ -501,6 +501,13 @@ def test_failing_conditions_are_left_out(monkeypatch: pytest.MonkeyPatch):
         {"condition": "a", "experiment": "fig7", "prompts": 2, "holds": True, "found": "f"}
     ]
 
+    def broken(_: Any) -> Finding:
+        raise KeyError("a column")
+
+    measured["fig6"] = broken
+    with pytest.raises(KeyError, match="a column"):
+        conditions._verdicts({"a": Given(prompts=[1, 2])})
+
 
 # --- the real model -------------------------------------------------------------------------------
 
