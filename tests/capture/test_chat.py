@@ -13,7 +13,7 @@ from torch import Tensor
 
 import backward_lens_tl as blt
 from backward_lens_tl.analysis import norms_by_segment, token_ranks_by_segment
-from backward_lens_tl.capture.chat import TURNS
+from backward_lens_tl.capture.chat import TURNS, render_chat
 from backward_lens_tl.capture.prompts import tokenize_prompts
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import host_of
@@ -112,6 +112,21 @@ def test_a_message_that_occurs_in_the_template(with_template: SetTemplate) -> No
     at = [place for place, turn in enumerate(prompt.turns) if turn == "user"]
     assert "".join(texts[place] for place in at).strip() == "user"
     assert "".join(texts[: at[0]]).strip(": ") == "user"  # the vocabulary has no colon
+
+
+def test_a_message_that_ends_as_the_template_goes_on() -> None:
+    """Its last line break is its own, although the text of the stripped message fits, too."""
+
+    class Tokenizer:
+        chat_template = "every message on a line"
+
+        def apply_chat_template(self, messages: Any, **_: Any) -> str:
+            return "".join(message["content"] + "\n" for message in messages)
+
+    messages = [{"role": "user", "content": "Rome\n"}, {"role": "system", "content": "Paris\n"}]
+    chat = render_chat(Tokenizer(), messages, "prompt 0")
+    assert chat.text == "Rome\n\nParis\n\n"
+    assert chat.parts == (((0, 5), "user"), ((6, 12), "system"))
 
 
 def test_several_chats_and_a_text(with_template: SetTemplate) -> None:

@@ -20,7 +20,11 @@ from backward_lens_tl.errors import BackwardLensError, ModelNotFoundError, Unsup
 from backward_lens_tl.models import gguf as gguf_loading
 from backward_lens_tl.models.gguf import read_gguf
 from backward_lens_tl.models.gguf_file import GGUFFile
-from backward_lens_tl.models.gguf_tokenizer import adds_bos, byte_level_tokenizer
+from backward_lens_tl.models.gguf_tokenizer import (
+    adds_bos,
+    byte_level_tokenizer,
+    with_llamas_spaces,
+)
 
 TEXTS = (
     "Once upon a time",
@@ -75,6 +79,21 @@ def test_large_files_are_read_without_a_copy(
         assert torch.equal(model.state_dict()[name], weight)
     assert (tmp_path / "config.json").exists()
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("limit", [0, None])
+def test_the_embedding_says_how_many_tokens_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    """Not the metadata, which do not count rows that fill the embedding up."""
+    if limit is not None:
+        monkeypatch.setattr(gguf_loading, "_WORTH_COPYING", limit)
+    path = write_gguf(tmp_path / "padded.gguf", llama__vocab_size=50)
+    expected = plain_llama(path).state_dict()
+    _, model, _ = read_gguf(path, tmp_path, with_weights=False)
+    assert model.config.vocab_size == len(expected["model.embed_tokens.weight"]) > 50
+    for name, weight in expected.items():
+        assert torch.equal(model.state_dict()[name], weight)
 
 
 def test_gguf_is_as_it_was(path: Path, tmp_path: Path) -> None:
@@ -219,6 +238,18 @@ def test_a_bos_token_is_added_only_if_the_file_says_so(tmp_path: Path) -> None:
 def test_a_file_that_asks_for_a_bos_token_gets_one(model: Any) -> None:
     capture = blt.capture_gradients(model, "Once upon", blt.target_nll(5))
     assert (capture.tokens == model.tokenizer.bos_token_id).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [({}, "▁a▁b"), ({"add_space_prefix": True}, "▁a▁b"), ({"add_space_prefix": False}, "a▁b")],
+)
+def test_a_space_before_a_text_unless_the_file_says_no(
+    said: dict[str, bool], expected: str
+) -> None:
+    metadata = {f"tokenizer.ggml.{name}": own for name, own in said.items()}
+    tokenizer = with_llamas_spaces(tokenizer_of("sentencepiece"), metadata)
+    assert tokenizer.backend_tokenizer.normalizer.normalize_str("a b") == expected
 
 
 @pytest.mark.slow
