@@ -5,8 +5,10 @@ Both show a table of `delta_tokens` with `components="singular"`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backward_lens_tl._checks import check_kind
@@ -105,10 +107,16 @@ def title(delta: WeightDelta) -> str:
     """What the change is."""
     about = delta.about
     if "tuned" in about:
-        return f"What {about['tuned']} adds to {about['base']}"
+        return f"What {_name(about['tuned'])} adds to {_name(about['base'])}"
     if "adapter" in about:
-        return f"What the adapter {about['adapter']} adds to {about['base'] or 'its base'}"
+        base = _name(about["base"]) or "its base"
+        return f"What the adapter {_name(about['adapter'])} adds to {base}"
     return "What the change adds"
+
+
+def _name(source: str) -> str:
+    """The last part of a path; names on the hub as they are."""
+    return Path(source).name if os.path.isabs(source) else source
 
 
 def summary(delta: WeightDelta) -> Iterator[str]:
@@ -158,7 +166,8 @@ _STYLE = """
 .blt .changes td { border-top: 1px solid var(--line); }
 .blt .changes td:nth-child(-n+4) { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .blt .changes bdi { background: var(--raised); border-radius: 3px; display: inline-block;
-  margin: 0 .3rem .15rem 0; padding: 0 .25rem; }
+  margin: 0 .3rem .15rem 0; padding: 0 .25rem; white-space: nowrap; }
+.blt .changes td:nth-child(n+6) { min-width: 15rem; }
 .blt .changes u { opacity: .35; text-decoration: none; border-bottom: 1px solid; }
 .blt .wide { overflow-x: auto; }
 """

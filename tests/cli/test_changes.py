@@ -52,7 +52,7 @@ def test_an_adapter(change: WeightDelta, facts_model: Any, tmp_path: Path, capsy
     assert main(argv) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert f"What the adapter {tmp_path / 'a'} adds to {FACTS_FOLDER}" in out
+    assert "What the adapter a adds to facts_model\n" in out
     rows = [line.split() for line in out.splitlines() if re.match(r" *[26] +W_out", line)]
     assert [row[:3] for row in rows] == [["6", "W_out", "99"], ["2", "W_out", "0.99"]]
     assert "␣Paris" in rows[0]
@@ -72,7 +72,7 @@ def test_two_checkpoints(change: WeightDelta, tmp_path: Path, capsys: Any) -> No
     tuned.save_pretrained(tmp_path / "tuned")
     assert main(["diff", "facts", str(tmp_path / "tuned"), "--rank", "2", "--most", "1"]) == 0
     out, _ = capsys.readouterr()
-    assert f"What {tmp_path / 'tuned'} adds to facts" in out
+    assert "What tuned adds to facts\n" in out
     assert "2 matrices, norm 1.005." in out
     assert "Not shown, but changed too: ln_f.bias." in out
     assert re.search(r"^ *6 +W_out +99 % .*␣Paris", out, re.MULTILINE)
