@@ -81,8 +81,6 @@ SMOLLM2_GRIDS: Mapping[str, Grid] = {
         "key_mode": ("mean",),
         "prefixes": (((5, 3), (10, 3)),),
     },
-    "memit": {"layers": ((8, 9, 10, 11, 12),), "regularization": (50.0, 500.0)},
-    "ft_late": {"layers": (22,), "lr": (2e-4, 5e-4, 1e-3)},
 }
 """SmolLM2's. At the subject's last token, causal tracing finds the windows around layers 0 to 3,
 which contain layer 0, and above them weak maxima at layers 6 and 10 to 11."""

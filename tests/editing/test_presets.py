@@ -39,7 +39,7 @@ from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.plan import unused_records
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.checksums import tensors_checksum
-from benchmarks.tuning import FACTS_TEST, FACTS_TUNING, candidate_methods, candidates
+from benchmarks.tuning import FACTS_TEST, FACTS_TUNING, TASKS, candidate_methods, candidates
 
 TEXTS = ["The capital of France is Paris.", "Rome is in Italy and Paris is not."]
 ROWS = [
@@ -441,16 +441,60 @@ def test_the_candidates_of_a_search_have_their_settings_and_what_they_need(
 
 
 def test_settings_of_the_facts_model_are_those_chosen_on_the_tuning_split():
-    file = Path(__file__).parents[2] / "docs" / "editing" / "tuning.json"
-    tried = json.loads(file.read_text())
+    tried = tuning_results("tuning.json")
     settings = preset_settings("facts", 8)
     assert {*tried, "shift_auto"} == set(METHODS) == set(settings)
     assert settings["shift_auto"] == {}
     for name, own in tried.items():
         assert own["rows"] == [FACTS_TUNING.start, FACTS_TUNING.stop]
-        chosen = next(each for each in own["tried"] if each["name"] == own["best"])
-        efficacies = [each["efficacy"] for each in own["tried"]]
-        assert chosen["efficacy"] >= min(95, max(efficacies))
-        for part in re.split(r", (?=\w+=)(?![^(]*\))", own["best"]):
-            key, _, value = part.partition("=")
-            assert repr(settings[name][key]) in (value, repr(value)), (name, part)
+        check_chosen(name, own, settings[name])
+
+
+def test_settings_of_smollm2_are_those_chosen_on_the_tuning_split():
+    tried = tuning_results("tuning-smollm2.json")
+    traced = tried.pop("tracing")
+    assert traced["facts"] == 13
+    assert len(traced["effects"]["last subject token"]) == 30
+    task = TASKS["smollm2"]
+    settings = preset_settings("SmolLM2-135M-Instruct", 30)
+    assert set(tried) == set(task.grids)
+    for name, own in tried.items():
+        assert own["rows"] == list(task.tuning)
+        assert [each["name"] for each in own["tried"]] == [
+            label for label, _ in candidates(name, "smollm2")
+        ]
+        check_chosen(name, own, settings[name])
+
+
+def tuning_results(name: str) -> Any:
+    return json.loads((Path(__file__).parents[2] / "docs" / "editing" / name).read_text())
+
+
+def check_chosen(name: str, own: Any, settings: Any) -> None:
+    """The best candidate is good enough, and the preset has its settings."""
+    chosen = next(each for each in own["tried"] if each["name"] == own["best"])
+    efficacies = [each["efficacy"] for each in own["tried"]]
+    assert chosen["efficacy"] >= min(95, max(efficacies))
+    for part in re.split(r", (?=\w+=)(?![^(]*\))", own["best"]):
+        key, _, value = part.partition("=")
+        assert repr(settings[key]) in (value, repr(value)), (name, part)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_layers", "is_known"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", 30, True),
+        ("SmolLM2-135M-Instruct.Q4_1.gguf (210 Q4_1, 61 F32, 1 Q8_0)", 30, True),
+        ("my-smollm2-135m-chat", 30, True),
+        ("SmolLM2-360M-Instruct", 32, False),
+        ("smollm2-135m", 12, False),  # cut
+        ("SmolLM2-135M/another", 30, False),  # only the folder's name
+    ],
+)
+def test_models_with_settings_of_smollm2(name: str, n_layers: int, is_known: bool) -> None:
+    by_depth, own = preset_settings("other", n_layers), preset_settings(name, n_layers)
+    tuned = set(TASKS["smollm2"].grids)
+    assert list(own) == list(METHODS)
+    assert {each for each in METHODS if own[each] != by_depth[each]} == (
+        tuned if is_known else set()
+    )

@@ -1,9 +1,10 @@
 """Every method with settings for a model: tuned, published, or scaled by depth.
 
 `shift_auto` is the forward pass shift with its own defaults on every model. Settings of the facts
-model were chosen on rows of its records that the benchmark does not use (`make tune`);
-docs/editing.md shows what was tried. Those of GPT-2 xl are the published ones. Other models are
-edited at the same relative depth as GPT-2 xl, and sizes of the shift are searched for.
+model, and some of SmolLM2's, were chosen on records that the benchmark does not use
+(`benchmarks/tuning.py`); docs/editing.md shows what was tried. Those of GPT-2 xl are the published
+ones. Other models are edited at the same relative depth as GPT-2 xl, and sizes of the shift are
+searched for.
 """
 
 from __future__ import annotations
@@ -111,6 +112,13 @@ _GPT2_XL: Mapping[str, Settings] = {
     "shift_whitened": {"layer": 35, "size": 4.0, "key": "whitened", "iterations": 15},
 }
 
+_SMOLLM2_NAME, _SMOLLM2_LAYERS = "smollm2-135m", 30
+
+_SMOLLM2: Mapping[str, Settings] = {
+    "rome": {"layer": 9, "key_mode": "mean", "prefixes": ((5, 3), (10, 3))},
+}
+"""Chosen on a tuning split of CounterFact; the other presets are those by depth."""
+
 
 def preset_methods(
     model: nn.Module,
@@ -204,9 +212,14 @@ def preset_settings(model: str, n_layers: int) -> Mapping[str, Settings]:
     """
     if model == FACTS_MODEL:
         return _FACTS
-    if model.rpartition("/")[2] == "gpt2-xl":
+    own_name = model.rpartition("/")[2]
+    if own_name == "gpt2-xl":
         return _GPT2_XL
-    return {name: _by_depth(own, n_layers) for name, own in _GPT2_XL.items()}
+    by_depth = {name: _by_depth(own, n_layers) for name, own in _GPT2_XL.items()}
+    # Its GGUF file, its hub name and fine-tuned copies have different names, but the same depth.
+    if _SMOLLM2_NAME in own_name.casefold() and n_layers == _SMOLLM2_LAYERS:
+        return {**by_depth, **_SMOLLM2}
+    return by_depth
 
 
 def _by_depth(settings: Settings, n_layers: int) -> Settings:
