@@ -79,14 +79,17 @@ def collected(trials: Mapping[str, Sequence[Evaluation]], reference: str) -> dic
 
 
 def _joined(parts: Sequence[Evaluation]) -> pd.DataFrame:
-    """The edits of all parts, method by method, with blocks counted through."""
+    """The edits of all parts, of methods that have all records; blocks are counted through."""
     import pandas as pd
 
     tables, n_blocks = [], 0
     for part in parts:
-        own = part.edits()
+        edits = part.edits()
+        counts = edits["method"].value_counts()
+        complete = counts.index[counts == counts[NONE]]
+        own = edits[edits["method"].isin(complete)]
         tables.append(own.assign(block=own["block"] + n_blocks))
-        n_blocks += 1 + int(own["block"].max())
+        n_blocks += 1 + int(edits["block"].max())
     return pd.concat(tables, ignore_index=True)
 
 

@@ -13,6 +13,12 @@ from backward_lens_tl.evaluation.summary import METRICS, Metric
 if TYPE_CHECKING:
     import pandas as pd
 
+_COLUMNS = [
+    *("metric", "statistic", "records", "first", "second"),
+    *("difference", "difference_low", "difference_high"),
+    *("ratio", "ratio_low", "ratio_high"),
+]
+
 
 def compare(
     edits: pd.DataFrame, first: str, second: str, *, seed: int, resamples: int
@@ -49,7 +55,7 @@ def compare(
             medians = [samples.medians(values) for values in pair.T]
             found = np.array([median(values) for values in pair.T])
             rows.append(_row(metric, "median", found, np.stack(medians, 1), len(pair)))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=_COLUMNS)
 
 
 def _values(edits: pd.DataFrame, metric: Metric) -> np.ndarray:

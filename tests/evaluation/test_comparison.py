@@ -86,6 +86,8 @@ def test_paired_comparison() -> None:
         ends = np.percentile(values, [2.5, 97.5], method="inverted_cdf").tolist()
         assert row[[f"{name}_low", f"{name}_high"]].tolist() == ends
     assert found.iloc[0]["second"] == math.inf
+    none = compare(two_methods("text_kl", BLOCKS), "a", "c", seed=2, resamples=5)
+    assert (len(none), [*none.columns]) == (0, [*found.columns])
 
 
 def test_pairs_have_narrower_intervals_than_the_methods() -> None:

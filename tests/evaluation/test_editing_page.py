@@ -12,6 +12,7 @@ from models import Case
 from test_evaluation import ROWS, Nudge, small_config
 
 from backward_lens_tl.evaluation.comparison import compare
+from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.run import evaluate
 from benchmarks import editing
 from benchmarks.editing_page import LENS, PAPER, section, with_results
@@ -79,3 +80,13 @@ def test_parts_are_joined(gpt2: Case, tmp_path: Path) -> None:
     assert (pair["name"], pair["records"]) == (LENS, 2)  # one record has no neighbors
     ratio = expected[["ratio", "ratio_low", "ratio_high"]].tolist()
     assert pair["ratio"] == pytest.approx(ratio, rel=1e-5)
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_methods_without_all_records_of_a_part_are_left_out(gpt2: Case, tmp_path: Path) -> None:
+    methods = {LENS: Nudge(size=9.0), PAPER: Nudge(size=60.0)}
+    config = EvaluationConfig(generation_length=0, n_texts=0)
+    found = evaluate(gpt2.model, ROWS, tmp_path, methods, config, progress=False)
+    (tmp_path / "edits" / "shard-000008.parquet").unlink()
+    [none, complete] = collected({"defaults": [found]}, PAPER)["methods"]
+    assert (none["name"], complete["name"], complete["records"]) == ("none", LENS, 3)
