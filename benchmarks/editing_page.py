@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from backward_lens_tl.editing.methods.shift import ForwardPassShift
 from backward_lens_tl.evaluation.columns import NONE
 from backward_lens_tl.reproduction.editing_methods import PUBLISHED
 from benchmarks.report import table
@@ -50,6 +51,9 @@ _GOALS: Sequence[tuple[str, str, str, float]] = (
 )
 """The method, what is measured, and what was wanted beforehand."""
 
+_TOLD = ("layer", "layers", "lr", "objective", "key_mode", "regularization")
+"""Settings of methods that the page names."""
+
 _LEAST_RATIO = 10.0
 _PUBLISHED_NAMES = {
     "shift": PUBLISHED_SIZE,
@@ -90,7 +94,7 @@ def section(found: Mapping[str, Any]) -> str:
             [[_label(row), _n(row), *(_rate(row[each]) for each in _EFFECTS)] for row in single],
         ),
         table(
-            ["method", *_DAMAGE.values(), "KL of the paper's form / KL"],
+            ["method", *_DAMAGE.values(), "its ratio, the paper's form / own"],
             [
                 [_label(row), *(_small(row[each]) for each in _DAMAGE), _ratio(row, real)]
                 for row in single
@@ -100,6 +104,7 @@ def section(found: Mapping[str, Any]) -> str:
             ["method", "forward passes (most)", "backward", "contrast prompts", "s per edit"],
             [[_label(row), *_costs(row)] for row in single if row["name"] != NONE],
         ),
+        _settings(single),
         "### What was wanted\n",
         table(["goal", "measured", ""], _goals(real)),
     ]
@@ -171,6 +176,17 @@ def _costs(row: Row) -> list[str]:
     ]
     passes = "" if forward is None else f"{forward:.1f} ({row['most_forward_passes']})"
     return [passes, *counts, f"{row['seconds'][0]:.2f}"]
+
+
+def _settings(rows: Sequence[Row]) -> str:
+    """The settings that other methods than the shift were measured with."""
+    described = [
+        f"`{row['name']}` with "
+        + ", ".join(f"`{key}={row['settings'][key]}`" for key in _TOLD if key in row["settings"])
+        for row in rows
+        if row["settings"] and row["settings"]["method"] != ForwardPassShift.__name__
+    ]
+    return f"Measured: {'; '.join(described)}.\n" if described else ""
 
 
 def _pair(name: str, real: Mapping[str, Any]) -> Row | None:
