@@ -145,3 +145,20 @@ def test_rates_are_of_the_same_tokens(
         ("all", 7),
     ]
     assert all(row["tokens_per_second"] > 0 for row in rows)
+
+
+def test_the_documentation_has_the_measured_numbers() -> None:
+    folder = Path(__file__).parents[1] / "docs"
+    page = (folder / "editing.md").read_text()
+    rows = json.loads((folder / "editing" / "moment-speed.json").read_text())["rows"]
+    ours = [round(row["tokens_per_second"]) for row in rows]
+    loop = [round(row["loop_tokens_per_second"]) for row in rows]
+    assert f"reads {ours[0]} tokens per second for layer {rows[0]['last']} of 30" in page
+    assert f"{ours[1]} for layer {rows[1]['last']}, and {ours[2]} for" in page
+    assert f"reads {loop[0]}, {loop[1]} and {loop[2]}" in page
+    found = json.loads((folder / "editing" / "tuning-smollm2.json").read_text())
+    for each in found["rome"]["tried"]:
+        layer = int(each["name"].partition("layer=")[2].partition(",")[0])
+        mark = ", selected" if each["name"] == found["rome"]["best"] else ""
+        rates = [round(each[name]) for name in tuning.TASKS["smollm2"].metrics]
+        assert f"| {layer}{mark} | {' | '.join(map(str, rates))} |" in page
