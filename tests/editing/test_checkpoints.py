@@ -160,6 +160,22 @@ def test_shards_and_names_without_a_prefix(pair: Any, tmp_path: Path) -> None:
     assert "lm_head.weight" in found.about["left_out"]
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_an_unembedding_that_one_checkpoint_stores(pair: Any, tmp_path: Path, own: bool) -> None:
+    """A copy of the embedding is no difference; another matrix is one."""
+    for source in pair("gpt2"):
+        tensors = load_file(source / "model.safetensors")
+        tensors.pop("lm_head.weight", None)
+        if source.name == "tuned":
+            tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + float(own)
+        (tmp_path / source.name).mkdir()
+        (tmp_path / source.name / "config.json").write_bytes((source / "config.json").read_bytes())
+        save_file(tensors, tmp_path / source.name / "model.safetensors")
+    for folders in (("base", "tuned"), ("tuned", "base")):
+        found = WeightDelta.between(*(tmp_path / name for name in folders), rank=1)
+        assert ("lm_head.weight" in found.about["left_out"]) == own
+
+
 def test_one_tensor_at_a_time(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than the two versions of one tensor are read before they are compared."""
     base, after = pair("llama")
