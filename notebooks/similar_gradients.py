@@ -256,7 +256,7 @@ taught = data[data.relation == "citizenship"].head(12)
 targets = np.repeat([" Russia", " Spain", " Japan"], 4).tolist()
 batch = captured(taught.prompt, targets)
 total = batch.total()
-total["W_out", 6], total["W_out", 6].principal_directions(3)
+total["W_out", -2], total["W_out", -2].principal_directions(3)
 
 # %% [markdown]
 # `analysis.principal_directions` reads the directions of all layers. Of `W_out`, `top_tokens` are what the output
