@@ -21,6 +21,9 @@ from backward_lens_tl.models.probing import logit_error, probe_tokens
 _ROUNDINGS = 1e3
 """Largest error of a pass that starts at a block, in `eps` of the logits' dtype."""
 
+_MOST_ERROR = 0.05
+"""The same in half precision, relative to the spread of the logits."""
+
 _FAITHFUL: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
 
 
@@ -134,7 +137,7 @@ def _is_faithful(host: Host, layer: int) -> bool:
         with started_at(host, layer, kept[0]):
             partial = host.logits(tokens)
     error = logit_error(partial.flatten(0, 1), whole.flatten(0, 1))
-    return error <= _ROUNDINGS * torch.finfo(whole.dtype).eps
+    return error <= min(_MOST_ERROR, _ROUNDINGS * torch.finfo(whole.dtype).eps)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ SIZES = (1, 10, 50, 200)
 _SUCCESSFUL = 95.0
 _MOST_SIZED = 10
 _ENOUGH = 1.5
+_STEPS = 8
 _ONCE, _ITERATED, _WHITENED, _SUM = "shift once", "shift iterated", "shift whitened", "shift summed"
 _AUTO = "shift auto"
 _MEMIT = "MEMIT"
@@ -86,6 +87,8 @@ def _methods(evidence: Evidence) -> dict[str, EditMethod]:
 
 def _usual_size(evidence: Evidence, shift: ForwardPassShift) -> float:
     """A size that is enough for most facts, edited one at a time."""
+    if shift.size != "auto":
+        return _STEPS * shift.size
     edits = [shift(evidence.model, request) for request in evidence.requests[:_MOST_SIZED]]
     sizes = [abs(edit.outcomes[0].size) for edit in edits]
     return _ENOUGH * median([size for size in sizes if size] or [1.0])  # none if it is the answer

@@ -84,7 +84,7 @@ def lens_name(projection: str) -> str:
     return projection.replace("_", " ").replace("jacobian", "Jacobian")
 
 
-def number(value: float) -> str:
+def number(value: float | int) -> str:
     """A norm, loss or score with four significant digits."""
     return f"{value:.4g}"
 

@@ -325,6 +325,7 @@ def test_hooks_of_the_caller_act_on_the_batch_as_it_is() -> None:
                 assert relative_error(own, others) > 0.01  # another stream, another Jacobian
 
 
+@pytest.mark.usefixtures("as_for_a_user")
 @pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2", "bridge-bloom"])
 def test_the_model_stays_as_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(name)
@@ -344,6 +345,7 @@ def test_the_model_stays_as_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert_same(before, snapshot(model))
 
 
+@pytest.mark.usefixtures("as_for_a_user")
 def test_a_busy_model_stays_as_it_was() -> None:
     """With hooks of the caller, gradients, frozen parameters and modules in train mode."""
     model = make_busy(build(f"{KIND}-gpt2")).model

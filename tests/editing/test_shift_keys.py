@@ -311,6 +311,8 @@ def test_the_facts_models_neighbors_are_disturbed_less(facts_model: Any) -> None
         ({"contrast": (3,)}, "contrast is"),
         ({"fact_token": "first"}, "fact_token is 'first'"),
         ({"contrast": ("France",)}, "contrast has no name of a subject other than"),
+        ({"contrast": ()}, "contrast has no name of a subject other than"),
+        ({"ridge": 0}, "ridge is 0.*; the contrast key needs at least 1e-08 without moments"),
         ({"moments": facts_moments()}, "another model"),
     ],
 )

@@ -92,3 +92,17 @@ def test_phrasings_need_a_place_for_the_subject(phrasings: Any) -> None:
 def test_phrasings_need_a_subject(facts_model: Any) -> None:
     with pytest.raises(EditError, match="has no subject, but phrasings are prompts about one"):
         ForwardPassShift(phrasings="generic")(facts_model, EditRequest(REQUEST.prompt, " Paris"))
+
+
+def test_a_phrasing_has_one_target() -> None:
+    own = pair("gpt2", EITHER)
+    asked = [EditRequest("Rome is in", 40, "Rome"), EditRequest("Rome has", 41, "Rome")]
+    method = ForwardPassShift(layer=LAYER, prepend_bos=False, phrasings=OWN)
+    with pytest.raises(EditError, match="'The king and Rome run to' would get two targets, 40 and"):
+        method(own.model, asked)
+    same = [asked[0], EditRequest("Rome has", 40, "Rome")]
+    assert [each.prompt for each in method(own.model, same).outcomes] == [
+        "Rome is in",
+        "Rome has",
+        "The king and Rome run to",
+    ]

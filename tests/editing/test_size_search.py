@@ -17,13 +17,13 @@ PASSES = 5
 def searched(
     curve: Curve, guess: float, factor: float = 1.1, passes: int = PASSES
 ) -> tuple[SizeSearch, list[float]]:
-    search = SizeSearch(curve(0), guess, factor)
+    search = SizeSearch(float(curve(0)), guess, factor)
     sizes = []
     for left in reversed(range(passes)):
         if search.is_settled:
             break
         sizes.append(search.propose(is_last=left == 0))
-        search.add(sizes[-1], curve(sizes[-1]))
+        search.add(sizes[-1], float(curve(sizes[-1])))
     return search, sizes
 
 
@@ -85,8 +85,23 @@ def test_a_narrow_peak_is_found_below_a_guess_that_is_too_large() -> None:
     def curve(c: float) -> float:
         return 1 - (c - 2) ** 2
 
-    _, sizes = searched(curve, 8.0)
-    assert curve(sizes[-1]) > 0
+    for guess in range(4, 13):
+        _, sizes = searched(curve, float(guess), passes=8)
+        assert curve(sizes[-1]) > 0, guess
+
+
+@pytest.mark.parametrize("guess", range(1, 41))
+def test_a_window_between_too_little_and_too_much_is_found(guess: int) -> None:
+    """Up by 1, down by 2: the target leads between 3 and 6 only."""
+    search, sizes = searched(lambda c: min(c - 3, 12 - 2 * c), float(guess), passes=10)
+    assert search.is_settled
+    assert 3 < sizes[-1] < 6
+
+
+def test_a_target_that_is_level_with_another_needs_little() -> None:
+    search, sizes = searched(lambda c: 2 * c, 10.0)
+    assert search.is_settled
+    assert 0 < sizes[-1] < 1
 
 
 def test_it_adapts_where_other_edits_move_the_curve() -> None:

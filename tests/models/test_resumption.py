@@ -134,9 +134,12 @@ def test_later_blocks_may_write_into_the_start() -> None:
     assert not torch.equal(halved, whole)
 
 
-def test_not_where_a_block_uses_more_of_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_not_where_a_block_uses_more_of_an_earlier_one(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
     """As in models whose last layers share the keys and values of an earlier one."""
-    model = build(ONE, seed=3).model
+    model = build(ONE, seed=3).model.to(dtype)
     first, last = (model.blocks[layer].mlp for layer in (0, 2))
     own_first, own_last, shared = first.forward, last.forward, []
 
@@ -152,7 +155,7 @@ def test_not_where_a_block_uses_more_of_an_earlier_one(monkeypatch: pytest.Monke
     monkeypatch.setitem(vars(last), "forward", reading)
     assert not can_start_at(host, 1)
     assert not can_start_at(host, 2)
-    assert can_start_at(host_of(build(ONE, seed=4).model), 1)
+    assert can_start_at(host_of(build(ONE, seed=4).model.to(dtype)), 1)
 
 
 def test_not_from_the_first_block_nor_with_a_callers_hooks() -> None:

@@ -179,9 +179,10 @@ def test_claims_about_bases(changed: Mapping[str, Sequence[float]], expected: li
 
 
 def test_rank_correlation():
-    assert spearman([1, 2, 3], [10, 20, 1000]) == pytest.approx(1)
-    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
-    assert str(spearman([1, 2, 3], [1, 1, 1])) == "nan"
+    rising = [1.0, 2.0, 3.0]
+    assert spearman(rising, [10.0, 20.0, 1000.0]) == pytest.approx(1)
+    assert spearman(rising, [3.0, 2.0, 1.0]) == pytest.approx(-1)
+    assert str(spearman(rising, [1.0, 1.0, 1.0])) == "nan"
 
 
 def test_claims_with_other_readings():

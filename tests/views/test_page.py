@@ -159,7 +159,9 @@ def assert_shows(root: Locator, result: BackwardLensResult, state: State = State
         for part, value in expected.items():
             assert table[part] == value, (matrix, part, state)
     for text in found["projection"]:
-        assert text.casefold().replace("_", " ").startswith(state.lens.replace("_", " ")), state
+        assert (
+            text.casefold().replace("_", " ").startswith(state.lens.casefold().replace("_", " "))
+        ), state
 
 
 def expected_details(cell: Cell) -> dict[str, Any]:

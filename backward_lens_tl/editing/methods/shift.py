@@ -116,10 +116,10 @@ class ForwardPassShift(EditMethod):
     the model predicts it; biases do not change.
 
     `size="auto"` uses `margin` times the least size with which every token of every target is the
-    most probable one, or the least size with which each has a `probability`. A token that is most
-    probable anyway gets none. The size is searched for on the model's own logits: the first forward
-    pass is of the whole model, the others of the edited layer and those above. The delta reports
-    what was found (`delta.outcomes`), and a warning the targets that no size reached.
+    most probable one, or the least size with which each also has a `probability`. A token that is
+    most probable anyway gets none. The size is searched for on the model's own logits: the first
+    forward pass is of the whole model, the others of the edited layer and those above. The delta
+    reports what was found (`delta.outcomes`), and a warning the targets that no size reached.
 
     Several requests share the edit. With the paper's key their outer products are added up, so each
     of them also writes where others read something similar. The other keys solve for `l_i` with
@@ -163,7 +163,7 @@ class ForwardPassShift(EditMethod):
         contrast: Names of other subjects; by default well-known names of several kinds.
         n_contrast: The number of them that is used for each request.
         fact_token: The token where `W_out` is edited: the prompt's `"last"`, or the subject's last
-            (`"subject_last"`).
+            (`"subject_last"`), where all tokens of a target are written; their sizes add up there.
         phrasings: Other prompts that get the same target in the same edit, with `{subject}` for the
             request's subject; `"generic"` for some that suit any relation. An edit of one prompt
             hardly changes paraphrases; that of several changes more of them, and more else. For
@@ -326,7 +326,7 @@ class ForwardPassShift(EditMethod):
             site,
             requests,
             cells.targets,
-            self.contrast or SUBJECTS,
+            SUBJECTS if self.contrast is None else self.contrast,
             n_subjects=self.n_contrast,
             fact_token=self.fact_token,
             prepend_bos=self.prepend_bos,

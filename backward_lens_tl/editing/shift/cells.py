@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from backward_lens_tl.capture.continuations import Continuations
@@ -100,7 +100,7 @@ class Cells:
         """Select what predicts each cell's token, from values for all answers."""
         return values[self.requests, self.columns]
 
-    def by_request(self, values: Float[Tensor, "n"]) -> list[list[float]]:
+    def by_request(self, values: Num[Tensor, "n"]) -> list[list[float]]:
         """Numbers of the cells of each request."""
         lists: list[list[float]] = [[] for _ in range(len(self.asked.answers))]
         for request, value in zip(self.requests.tolist(), values.tolist(), strict=True):

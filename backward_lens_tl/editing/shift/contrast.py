@@ -28,6 +28,8 @@ from backward_lens_tl.models.resumption import stopped_after
 from backward_lens_tl.models.sites import MatrixSite
 from backward_lens_tl.models.vocabulary import Span
 
+_LEAST_RIDGE = 1e-8
+
 _WEIGHT = 10.0
 """Weight of the inputs for the other subjects of one request, relative to ordinary text."""
 
@@ -120,11 +122,19 @@ class Contrast:
 
         Returns:
             The function.
+
+        Raises:
+            EditError: If nothing is added in directions that the prompts do not use.
         """
         weighted = (_WEIGHT * self.shares[:, None].double()).sqrt() * self.inputs.double()
         if moments is not None:
             statistics = moments
             return with_low_rank(lambda keys: statistics.solve(layer, keys, ridge), weighted)
+        if ridge < _LEAST_RIDGE:
+            raise EditError(
+                f"ridge is {ridge}; the contrast key needs at least {_LEAST_RIDGE:g} without "
+                "moments, because its prompts leave most directions unused"
+            )
         usual = self.others.double() / len(self.others) ** 0.5
         shift = ridge * float(usual.square().sum()) / usual.shape[1]
         rows = torch.cat([usual, weighted])

@@ -46,21 +46,29 @@ def with_phrasings(
         The requests, and then those in other words, without those that ask for the same prompt.
 
     Raises:
-        EditError: If a request has no subject.
+        EditError: If a request has no subject, or two with the same subject have different targets.
     """
     asked = [each.request for each in requests]
+    targets = {each.prompt: each.target for each in asked}
     templates = [
         template
         for phrasing in phrasings
         for template in (PHRASINGS if phrasing == GENERIC else (phrasing,))
     ]
-    prompts = {each.prompt for each in asked}
-    others = [
-        EditRequest(prompt, each.target, each.subject, template.index(SUBJECT))
-        for each in asked
-        for template in templates
-        if (prompt := template.replace(SUBJECT, _subject(each), 1)) not in prompts
-    ]
+    others = []
+    for each in asked:
+        for template in templates:
+            prompt = template.replace(SUBJECT, _subject(each), 1)
+            if targets.setdefault(prompt, each.target) != each.target:
+                raise EditError(
+                    f"the phrasing {prompt!r} would get two targets, {targets[prompt]!r} and "
+                    f"{each.target!r}; leave phrasings out, or edit the two facts one after the "
+                    "other"
+                )
+            if all(prompt != other.prompt for other in (*asked, *others)):
+                others.append(
+                    EditRequest(prompt, each.target, each.subject, template.index(SUBJECT))
+                )
     return [*requests, *(tokenize_requests(host, others, prepend_bos) if others else ())]
 
 

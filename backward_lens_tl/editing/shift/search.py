@@ -13,6 +13,7 @@ _CLOSE = 0.02
 """Relative distance of the root from an evaluated size at which the root counts as found."""
 
 _LEAST_FACTOR = 1.01
+_LITTLE = 0.05
 _MOST_GROWTH = 4.0
 
 
@@ -36,6 +37,7 @@ class SizeSearch:
         # The root is known up to rounding and the error of the interpolation.
         self._guess, self._factor = guess, max(factor, _LEAST_FACTOR)
         self._final: float | None = None
+        self._is_found = False
 
     def add(self, size: float, margin: float) -> None:
         """Take note of an evaluation.
@@ -49,11 +51,11 @@ class SizeSearch:
             (own <= size and margin <= 0 < value) or (own >= size and value <= 0 < margin)
             for own, value in self._curve[1:]
         )
-        if is_contradicted:  # other edits have moved the curve
+        if is_contradicted or (self._is_found and margin <= 0):  # other edits have moved the curve
             self._curve = [self._curve[0]]
         self._curve = sorted({**dict(self._curve), size: margin}.items())
         if margin <= 0:
-            self._final = None
+            self._final, self._is_found = None, False
 
     @property
     def is_settled(self) -> bool:
@@ -75,8 +77,11 @@ class SizeSearch:
         if len(self._curve) == 1:
             return self._factor * self._guess if is_last else self._guess
         lower, upper = self._bracket
-        root = self._beyond if upper is None else _root(self._curve, lower, upper)
-        if is_last or any(abs(size - root) <= _CLOSE * root for size, _ in self._curve):
+        root = self._elsewhere if upper is None else _root(self._curve, lower, upper)
+        if upper is not None and root <= 0:  # the margin without an edit is 0
+            root = _LITTLE * upper[0]
+        self._is_found = any(abs(size - root) <= _CLOSE * root for size, _ in self._curve)
+        if is_last or self._is_found:
             self._final = self._factor * root
             return self._final
         return root
@@ -89,14 +94,19 @@ class SizeSearch:
         return below[-1], above
 
     @property
-    def _beyond(self) -> float:
-        """A size larger than all that do not suffice, or between them where the margin fell."""
-        (size, margin), (before, margin_before) = self._curve[-1], self._curve[-2]
-        slope = (margin - margin_before) / (size - before)
-        if slope > 0:
-            return min(size - margin / slope, _MOST_GROWTH * size)
-        # The margin has a peak in between.
-        return (before + size) / 2 if before else size / 4
+    def _elsewhere(self) -> float:
+        """A size to try where none suffices: larger than all, or next to the largest margin."""
+        sizes, margins = zip(*self._curve, strict=True)
+        peak = max(range(len(sizes)), key=margins.__getitem__)
+        slope = (margins[-1] - margins[-2]) / (sizes[-1] - sizes[-2])
+        # The margin without an edit may be older than what others have written since.
+        is_outdated = peak == 0 and len(sizes) > 2 and slope > 0
+        if peak == len(sizes) - 1 or is_outdated:
+            return min(sizes[-1] - margins[-1] / slope, _MOST_GROWTH * sizes[-1])
+        if peak == 0:
+            return sizes[1] / _MOST_GROWTH
+        below, at, above = sizes[peak - 1 : peak + 2]
+        return (at + above) / 2 if above - at > at - below else (below + at) / 2
 
 
 def _root(
