@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from backward_lens_tl import analysis as analysis
     from backward_lens_tl import editing as editing
+    from backward_lens_tl import training as training
     from backward_lens_tl.capture.gradient_capture import GradientCapture as GradientCapture
     from backward_lens_tl.capture.matrix_gradient import MatrixGradient as MatrixGradient
     from backward_lens_tl.capture.memory import Memory as Memory
@@ -80,6 +81,7 @@ _HOMES = {
     "result": ("BackwardLensResult",),
     "sweeps.config": ("SweepConfig",),
     "sweeps.run": ("Sweep", "sweep"),
+    "training": ("training",),
     "validation": ("ValidationReport", "validate"),
     "views.figures": ("figures",),
     "views.widgets": ("widgets",),

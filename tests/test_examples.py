@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import backward_lens_tl
-from backward_lens_tl import analysis, compat, editing
+from backward_lens_tl import analysis, compat, editing, training
 from backward_lens_tl.editing import EditMethod
 from backward_lens_tl.views import figures, widgets
 
-NAMESPACES = (backward_lens_tl, editing, analysis, figures, widgets, compat)
+NAMESPACES = (backward_lens_tl, editing, analysis, training, figures, widgets, compat)
 PACKAGE = "backward_lens_tl"
 ROOT = Path(__file__).parents[1]
 

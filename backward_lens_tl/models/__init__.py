@@ -30,6 +30,7 @@ __all__ = [
     "check_plain",
     "has_bridge",
     "host_of",
+    "host_of_trained",
     "logit_error",
     "logits_and_readout",
     "plain_error",
@@ -61,17 +62,31 @@ def host_of(model: object) -> Host:
             the analysed one.
         ModelStateError: If it is in a state in which gradients would be wrong.
     """
+    host = host_of_trained(model)
+    if host is None:
+        raise InputError(
+            f"model is {_described(model)}; pass a transformer_lens HookedTransformer or "
+            f"TransformerBridge{_advice(model)}"
+        )
+    host.check_state()
+    if (seen := probe(host)) is not None:
+        seen.check_forward(host)
+    return host
+
+
+def host_of_trained(model: object) -> Host | None:
+    """Wrap a TransformerLens model that somebody trains: it is not checked, and does not run.
+
+    Args:
+        model: Any object.
+
+    Returns:
+        The model's host; `None` if it is neither a `HookedTransformer` nor a `TransformerBridge`.
+    """
     for base in type(model).__mro__:
         if base.__name__ in _HOSTS and isinstance(model, nn.Module) and hasattr(model, "cfg"):
-            host = _HOSTS[base.__name__](model)
-            host.check_state()
-            if (seen := probe(host)) is not None:
-                seen.check_forward(host)
-            return host
-    raise InputError(
-        f"model is {_described(model)}; pass a transformer_lens HookedTransformer or "
-        f"TransformerBridge{_advice(model)}"
-    )
+            return _HOSTS[base.__name__](model)
+    return None
 
 
 def _described(model: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, Protocol, runtime_checkable
 
 from backward_lens_tl._checks import is_index, listed, shown
 from backward_lens_tl.errors import InputError, UnsupportedModelError
@@ -16,7 +17,23 @@ from backward_lens_tl.models.sites import (
 )
 
 
-def select_matrices(matrices: str | Sequence[str], host: Host) -> tuple[MatrixName, ...]:
+@runtime_checkable
+class HasMatrices(Protocol):
+    """A model whose matrices can be selected, such as a `Host`."""
+
+    @property
+    def n_layers(self) -> int:
+        """Number of transformer blocks."""
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether the model's first layer has an MLP."""
+
+    def matrices(self, group: Literal["attn", "mlp"]) -> tuple[MatrixName, ...]:
+        """Names of the attention or MLP matrices."""
+
+
+def select_matrices(matrices: str | Sequence[str], host: HasMatrices) -> tuple[MatrixName, ...]:
     """Resolve the `matrices` argument.
 
     Args:
@@ -48,7 +65,7 @@ def select_matrices(matrices: str | Sequence[str], host: Host) -> tuple[MatrixNa
     return tuple(name for name in MATRIX_NAMES if name in wanted)
 
 
-def select_layers(layers: int | Sequence[int] | None, host: Host) -> tuple[int, ...]:
+def select_layers(layers: int | Sequence[int] | None, host: HasMatrices) -> tuple[int, ...]:
     """Resolve the `layers` argument.
 
     Args:

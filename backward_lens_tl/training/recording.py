@@ -1,0 +1,98 @@
+"""Hooks that take the factors of one matrix in the backward passes of somebody else's training.
+
+A forward hook puts a hook on the output's gradient. Where autograd does not go, nothing is taken:
+an evaluation without gradients, and whichever of the two forward passes of gradient checkpointing
+does not belong to the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backward_lens_tl.models.hooks import Tap, hooked
+from backward_lens_tl.training.trained_matrices import TrainedMatrix
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The factors of one backward pass.
+
+    Attributes:
+        x: The inputs, as the model multiplied them.
+        delta: The gradient at the outputs.
+        versions: The versions of both when they were taken, which writing into them changes.
+    """
+
+    x: Tensor
+    delta: Tensor
+    versions: tuple[int, int]
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether nobody has written into the factors since."""
+        return (self.x._version, self.delta._version) == self.versions
+
+    @property
+    def rows(self) -> torch.Size:
+        """Batch and position, or their product in modules that flatten them."""
+        return self.x.shape[:2] if self.x.ndim > 2 else self.x.shape[:1]
+
+
+class FactorRecorder:
+    """Takes the factors of one matrix during one step.
+
+    Args:
+        matrix: The matrix.
+    """
+
+    def __init__(self, matrix: TrainedMatrix) -> None:
+        self.matrix = matrix
+        self.pairs: list[Pair] = []
+        self.had_no_gradient = False
+        self._x: Tensor | None = None
+
+    def hooks(self) -> Iterator[tuple[Tap, Callable[[Tensor], None], bool]]:
+        """`x` after the user's hooks, and `y` before them."""
+        yield self.matrix.site.input, self._keep_input, False
+        yield self.matrix.site.output, self._keep_output, True
+
+    def _keep_input(self, x: Tensor) -> None:
+        self._x = x
+
+    def _keep_output(self, y: Tensor) -> None:
+        x, self._x = self._x, None
+        if x is None:
+            return
+        if not y.requires_grad:
+            self.had_no_gradient |= torch.is_grad_enabled()
+            return
+        # Under autocast the model multiplies by a rounded copy of `x`.
+        own = x.detach().to(y.dtype)
+        version = own._version
+
+        def keep(delta: Tensor) -> None:
+            self.pairs.append(Pair(own, delta.detach(), (version, delta._version)))
+
+        y.register_hook(keep)
+
+
+@contextmanager
+def recording_step(recorders: Sequence[FactorRecorder]) -> Iterator[None]:
+    """Register the hooks of all recorders inside the context.
+
+    Args:
+        recorders: The recorders.
+
+    Yields:
+        Nothing.
+    """
+    with ExitStack() as stack:
+        for recorder in recorders:
+            for tap, hook, before_others in recorder.hooks():
+                stack.enter_context(hooked(tap, hook, before_others=before_others))
+        yield

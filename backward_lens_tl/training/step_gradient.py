@@ -1,0 +1,265 @@
+"""The gradients of one optimizer step, as factors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
+from backward_lens_tl.errors import InputError, ModelStateError
+from backward_lens_tl.models.precision import at_least_float32
+from backward_lens_tl.models.sites import MatrixName
+from backward_lens_tl.training.recording import FactorRecorder, Pair
+
+_Rows = tuple[torch.Size, ...]
+"""Batch and position of each backward pass."""
+
+
+class WatchedGradient(MatrixGradient):
+    """The gradient of one weight matrix in one optimizer step.
+
+    A [`MatrixGradient`][backward_lens_tl.MatrixGradient] with one prompt, whose positions are those
+    of all sequences of the step. Only the gradient at the matrix's own output is taken.
+
+    Examples:
+        >>> import torch
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> with blt.training.watch(model, layers=6) as watched:
+        ...     model(model.to_tokens("Lionel Messi plays for"), return_type="loss").backward()
+        ...     step = watched.step()
+        >>> step["W_out", 6]
+        WatchedGradient(W_out of layer 6, x [1, 5, 512], delta [1, 5, 128])
+    """
+
+    @property
+    def resid_vjps(self) -> Float[Tensor, "batch pos d_model"]:
+        """Not taken during training.
+
+        Raises:
+            InputError: Always. A norm may follow the matrix, and nothing is taken after it.
+        """
+        raise InputError(
+            f"resid_vjps of {self.matrix} in layer {self.layer} is not taken during training, only "
+            "the gradient at the matrix's own output; use vjps"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class StepGradient:
+    """The gradients of one optimizer step: what its backward passes add to `.grad`.
+
+    `step["W_out", 5]` is one of them; iteration is in model order. The factors have a row for every
+    position at which any of the matrices has a gradient, so padding is left out. Signs are those of
+    the raw gradient: gradient descent *subtracts* it. With several processes, it is the gradient
+    of this one.
+
+    Attributes:
+        step: The optimizer step, from 1.
+        gradients: By matrix and layer.
+        unavailable: Matrices without a gradient in this step, and why.
+        backward_passes: The backward pass of each row, from 0, one per microbatch.
+        sequences: The sequence of each row, from 0, in its batch.
+        positions: The place of each row in its sequence.
+
+    Examples:
+        >>> import backward_lens_tl as blt
+        >>> model = blt.load_facts_model()
+        >>> with blt.training.watch(model, "W_out", layers=[5, 6]) as watched:
+        ...     for text in ("Lionel Messi plays for", "The capital of France is"):  # microbatches
+        ...         model(model.to_tokens(text), return_type="loss").backward()
+        ...     step = watched.step()
+        >>> step
+        StepGradient(step 1, W_out of layers 5 to 6, 10 positions of 2 backward passes)
+        >>> main = step["W_out", 6].principal_directions(1)
+        >>> len(blt.read_vectors(model, -main.resid).top_tokens[0])  # what the step promotes
+        10
+    """
+
+    step: int
+    gradients: Mapping[tuple[str, int], WatchedGradient]
+    unavailable: Mapping[tuple[str, int], str]
+    backward_passes: Int[Tensor, "n"]
+    sequences: Int[Tensor, "n"]
+    positions: Int[Tensor, "n"]
+
+    def __getitem__(self, key: tuple[str, int]) -> WatchedGradient:
+        if key in self.gradients:
+            return self.gradients[key]
+        if key in self.unavailable:
+            raise InputError(
+                f"step {self.step} has no gradient of {key[0]} in layer {key[1]}: "
+                f"{self.unavailable[key]}"
+            )
+        raise InputError(
+            f"{key!r} is not watched; watched: {', '.join(self.matrices)} in layers "
+            f"{', '.join(map(str, self.layers))}"
+        )
+
+    def __iter__(self) -> Iterator[WatchedGradient]:
+        return iter(self.gradients.values())
+
+    def __len__(self) -> int:
+        return len(self.gradients)
+
+    @property
+    def matrices(self) -> tuple[MatrixName, ...]:
+        """Names of the matrices, in the order in which a layer uses them."""
+        return tuple(dict.fromkeys(gradient.matrix for gradient in self))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers, ascending."""
+        return tuple(sorted({gradient.layer for gradient in self}))
+
+    def __repr__(self) -> str:
+        n_passes = len(self.backward_passes.unique())
+        return (
+            f"StepGradient(step {self.step}, {', '.join(self.matrices)} of layers "
+            f"{self.layers[0]} to {self.layers[-1]}, {len(self.positions)} positions of "
+            f"{n_passes} backward passes)"
+        )
+
+
+def step_gradient(
+    step: int, recorders: Sequence[FactorRecorder], loss_scale: float | None
+) -> StepGradient:
+    """Build the gradients of a step.
+
+    Args:
+        step: The step, from 1.
+        recorders: The factors of each matrix.
+        loss_scale: What the loss was multiplied by; `None` if it was not.
+
+    Returns:
+        The gradients.
+
+    Raises:
+        InputError: If the training is in float16, and `loss_scale` is `None`.
+        ModelStateError: If there is no gradient at all.
+    """
+    reasons = {_key(recorder): _reason(recorder) for recorder in recorders}
+    taken = [recorder for recorder in recorders if reasons[_key(recorder)] is None]
+    if not taken:
+        raise ModelStateError(
+            f"no gradient reached the watched matrices in step {step}: "
+            f"{next(iter(reasons.values()))}; train the model that is watched, and call step() "
+            "once per optimizer step, after its backward passes"
+        )
+    _check_scale(taken, loss_scale)
+    # A layer that is skipped in some of the passes has rows that cannot be compared.
+    sizes = Counter(_sizes(recorder) for recorder in taken).most_common(1)[0][0]
+    usual = [recorder for recorder in taken if _sizes(recorder) == sizes]
+    for recorder in taken:
+        if recorder not in usual:
+            reasons[_key(recorder)] = (
+                f"it saw {sum(_sizes(recorder))} positions, and most matrices {sum(sizes)}"
+            )
+    deltas = {_key(recorder): _deltas(recorder) for recorder in usual}
+    kept = _nonzero(list(deltas.values()))
+    labels = _labels([_rows(recorder) for recorder in usual])[kept]
+    return StepGradient(
+        step=step,
+        gradients={
+            _key(recorder): _gradient(recorder, deltas[_key(recorder)], kept, loss_scale or 1.0)
+            for recorder in usual
+        },
+        unavailable={key: reason for key, reason in reasons.items() if reason is not None},
+        backward_passes=labels[:, 0],
+        sequences=labels[:, 1],
+        positions=labels[:, 2],
+    )
+
+
+def _key(recorder: FactorRecorder) -> tuple[str, int]:
+    return recorder.matrix.site.matrix, recorder.matrix.site.layer
+
+
+def _rows(recorder: FactorRecorder) -> _Rows:
+    return tuple(pair.rows for pair in recorder.pairs)
+
+
+def _sizes(recorder: FactorRecorder) -> tuple[int, ...]:
+    return tuple(rows.numel() for rows in _rows(recorder))
+
+
+def _reason(recorder: FactorRecorder) -> str | None:
+    """Why a matrix has no gradient in this step; `None` if it has one."""
+    if not recorder.pairs:
+        if recorder.had_no_gradient:
+            return "every parameter that its output depends on is frozen"
+        return "no backward pass went through it"
+    if not all(pair.is_intact for pair in recorder.pairs):
+        return "its inputs or their gradients were written into after they were taken"
+    return None
+
+
+def _check_scale(recorders: Sequence[FactorRecorder], loss_scale: float | None) -> None:
+    dtypes = {pair.delta.dtype for recorder in recorders for pair in recorder.pairs}
+    if loss_scale is None and torch.float16 in dtypes:
+        raise InputError(
+            "gradients are in float16, where the loss is usually scaled, and loss_scale is None; "
+            "pass the scale of the step, step(loss_scale=scaler.get_scale()) before "
+            "scaler.update(), or 1.0"
+        )
+
+
+def _inputs(recorder: FactorRecorder) -> Float[Tensor, "1 n *head d_in"]:
+    """The inputs of all backward passes, as they were taken."""
+    site = recorder.matrix.site
+    laid_out = [site.by_head(pair.x, "input", _one_row(pair)) for pair in recorder.pairs]
+    return torch.cat(laid_out, dim=1)
+
+
+def _deltas(recorder: FactorRecorder) -> Float[Tensor, "1 n *head d_out"]:
+    """The gradients at the outputs of all backward passes, as they were taken."""
+    site, columns = recorder.matrix.site, recorder.matrix.columns
+    laid_out = []
+    for pair in recorder.pairs:
+        own = pair.delta if columns is None else pair.delta[..., columns]
+        laid_out.append(site.by_head(own, "output", _one_row(pair)))
+    return torch.cat(laid_out, dim=1)
+
+
+def _one_row(pair: Pair) -> torch.Size:
+    return torch.Size((1, pair.rows.numel()))
+
+
+def _nonzero(deltas: Sequence[Float[Tensor, "1 n *head d"]]) -> Bool[Tensor, "n"]:
+    """Rows that add something to the gradient of any matrix."""
+    own = [delta[0].flatten(1).ne(0).any(1).to(deltas[0].device) for delta in deltas]
+    return torch.stack(own).any(0)
+
+
+def _gradient(
+    recorder: FactorRecorder,
+    delta: Float[Tensor, "1 n *head d_out"],
+    kept: Bool[Tensor, "n"],
+    loss_scale: float,
+) -> WatchedGradient:
+    site = recorder.matrix.site
+    kept = kept.to(delta.device)
+    return WatchedGradient(
+        matrix=site.matrix,
+        layer=site.layer,
+        inputs=at_least_float32(_inputs(recorder)[:, kept]),
+        vjps=at_least_float32(delta[:, kept]) / loss_scale,
+        mask=kept[kept][None],
+    )
+
+
+def _labels(rows: Sequence[_Rows]) -> Int[Tensor, "n 3"]:
+    """Backward pass, sequence and position of every row."""
+    # Some modules flatten the first two axes; then any other module tells them.
+    clearest = max(rows, key=lambda each: min(len(size) for size in each))
+    found = []
+    for backward_pass, size in enumerate(clearest):
+        shape = size if len(size) == 2 else (1, *size)
+        at = torch.ones(shape).nonzero()
+        found.append(torch.cat([torch.full_like(at[:, :1], backward_pass), at], dim=1))
+    return torch.cat(found)

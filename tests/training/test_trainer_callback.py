@@ -1,0 +1,117 @@
+"""The callback in a `transformers.Trainer`, and called as a trainer calls it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import hf_model
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from backward_lens_tl.training import BackwardLensCallback, StepGradient, watch
+
+
+class Sequences(Dataset[dict[str, list[int]]]):
+    """Sixteen sequences of six tokens."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        ids = [3 + (7 * index + 5 * at) % 80 for at in range(6)]
+        return {"input_ids": ids, "labels": [-100, *ids[1:]]}
+
+
+def trainer(model: Any, folder: Path, **options: Any) -> Trainer:
+    pytest.importorskip("accelerate")
+    settings = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0,
+        learning_rate=1e-2,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    return Trainer(model, settings, train_dataset=Sequences(), **options)
+
+
+def test_trainer(tmp_path: Path) -> None:
+    """A step of SGD changes a weight by its gradient, and by nothing else."""
+    model, plain = hf_model("llama"), hf_model("llama")
+    down = model.model.layers[1].mlp.down_proj
+    steps: list[StepGradient] = []
+    before: list[torch.Tensor] = []
+    after: list[torch.Tensor] = []
+
+    def on_step(step: StepGradient) -> None:
+        steps.append(step)
+        after.append(down.weight.detach().T.clone())
+
+    down.register_forward_pre_hook(lambda *_: before.append(down.weight.detach().T.clone()))
+    with watch(model, "W_out", every=2) as watched:
+        trainer(model, tmp_path, callbacks=[BackwardLensCallback(watched, on_step)]).train()
+    trainer(plain, tmp_path).train()
+    assert [step.step for step in steps] == [1, 3]
+    starts = before[0], before[4]  # two microbatches in each step
+    for step, start, end in zip(steps, starts, after, strict=True):
+        assert len(step.positions) == 4 * 5
+        expected = (start - end) / 1e-2
+        # The difference of two float32 weights has few digits.
+        assert torch.allclose(step["W_out", 1].dense(), expected, atol=1e-4)
+        assert float(expected.abs().max()) > 1e-2
+    assert not any(module._forward_hooks for module in model.modules())
+    same = plain.state_dict()
+    assert all(torch.equal(same[name], each) for name, each in model.state_dict().items())
+
+
+def test_resumed_runs_keep_the_trainers_steps() -> None:
+    model = hf_model("llama")
+    steps: list[int] = []
+    ids = torch.tensor([[3, 4, 5]])
+    with watch(model, "W_out", every=2) as watched:
+        callback = BackwardLensCallback(watched, lambda step: steps.append(step.step))
+        state, control = TrainerState(global_step=5), TrainerControl()
+        arguments: Any = None
+        callback.on_train_begin(arguments, state, control)
+        for _ in range(3):
+            model(ids, labels=ids).loss.backward()
+            callback.on_step_end(arguments, state, control)
+    assert steps == [7]
+
+
+class Scaler:
+    """Accelerate's, whose scale changes when the optimizer steps."""
+
+    scale = 64.0
+
+    def get_scale(self) -> float:
+        return self.scale
+
+
+class Optimizer:
+    scaler = Scaler()
+
+
+def test_losses_scaled_by_the_trainer() -> None:
+    model = hf_model("llama").half()
+    found: list[StepGradient] = []
+    arguments: Any = None
+    state, control, optimizer = TrainerState(), TrainerControl(), Optimizer()
+    with watch(model, "W_out", layers=0) as watched:
+        callback = BackwardLensCallback(watched, found.append)
+        callback.on_train_begin(arguments, state, control)
+        x = torch.ones(1, 3, 52, dtype=torch.float16)
+        (model.model.layers[0].mlp.down_proj(x).sum() * 64).backward()
+        callback.on_pre_optimizer_step(arguments, state, control, optimizer=optimizer)
+        optimizer.scaler.scale = 32.0
+        callback.on_step_end(arguments, state, control)
+    assert bool((found[0]["W_out", 0].vjps == 1).all())
