@@ -69,21 +69,24 @@ class NamedLayer:
     layer: int
     rest: str
 
-    def columns(self, d_in: int, d_out: int) -> dict[MatrixName, slice] | None:
+    def columns(self, d_in: int, d_out: int, *, is_in_out: bool) -> dict[MatrixName, slice] | None:
         """The columns of each matrix.
 
         Args:
             d_in: Width of the layer's input.
             d_out: Width of its output.
+            is_in_out: Whether the layer stores `[d_in, d_out]`, as GPT-2's.
 
         Returns:
-            The columns by name; `None` if they do not follow from the sizes.
+            The columns by name; `None` if they do not follow from the name and the sizes.
         """
         if self.rest in _SEPARATE:
             return {_SEPARATE[self.rest]: slice(0, d_out)}
         matrices = _JOINED[self.rest]
         width, left = divmod(d_out, len(matrices))
-        if left or (self.rest == "attn.c_attn" and width != d_in):  # shared keys and values
+        # Keys and values that heads share make the output narrower. GPT-BigCode, which stores
+        # [d_out, d_in], has the queries, keys and values of a head next to each other.
+        if left or (self.rest == "attn.c_attn" and (width != d_in or not is_in_out)):
             return None
         return {
             matrix: slice(place * width, (place + 1) * width)

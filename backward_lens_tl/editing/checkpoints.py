@@ -66,8 +66,8 @@ def difference(
         left_out = tuple(_other_differences(before, after))
     if not changes:
         raise EditError(
-            f"no matrix of attention or the MLP whose name is known differs between {base!r} and "
-            f"{tuned!r}; what differs: {some(left_out)}"
+            "no matrix of attention or the MLP whose name is known differs between "
+            f"{os.fspath(base)!r} and {os.fspath(tuned)!r}; what differs: {some(left_out)}"
         )
     about = {
         "method": "difference",
@@ -87,9 +87,10 @@ def _changes(
     """The changes of the matrices in one layer, and the share that each leaves out."""
     place = before.layers[name]
     change = before.difference(after, f"{name}.weight")
-    if not before.is_in_out(place):
+    is_in_out = before.is_in_out(place)
+    if not is_in_out:
         change = change.T
-    columns = place.columns(*change.shape)
+    columns = place.columns(*change.shape, is_in_out=is_in_out)
     bias = None
     if f"{name}.bias" in before:
         bias = before.difference(after, f"{name}.bias")
@@ -107,8 +108,7 @@ def _changes(
 def _other_differences(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
     """Tensors that differ and are not in the changes of the matrices."""
     for name in sorted({*before.names, *after.names}):
-        layer = name.rpartition(".")[0]
-        if layer in before.layers and before.is_read(layer):
+        if name in before and before.is_read(name):
             continue
         if name in before and name in after:
             if not _are_equal(before.tensor(name), after.tensor(name)):
@@ -117,6 +117,15 @@ def _other_differences(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
             holder = before if name in before else after
             if name != _UNEMBEDDING or not holder.has_tied_embeddings:
                 yield name
+
+
+def _is_quantised(tensor: Tensor) -> bool:
+    """Whether the values need scales, as those of integers and of 8-bit floating point."""
+    return not tensor.is_floating_point() or tensor.element_size() < 2
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:
@@ -167,14 +176,18 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The model's configuration."""
-        found: dict[str, Any] = self._json("config.json")
-        return found
+        return self._json("config.json")
 
     @cached_property
     def names(self) -> dict[str, tuple[str, str]]:
         """The file and the stored name of each tensor, by its name without `transformer.`."""
         if (self.folder / _INDEX).exists():
-            stored = self._json(_INDEX)["weight_map"]
+            stored = self._json(_INDEX).get("weight_map")
+            if not isinstance(stored, dict):
+                raise EditError(
+                    f"{_INDEX} of {os.fspath(self.source)!r} has no weight_map, the file of each "
+                    "tensor; save the model with save_pretrained"
+                )
         elif (self.folder / _WEIGHTS).exists():
             stored = dict.fromkeys(self._open(_WEIGHTS).keys(), _WEIGHTS)
         else:
@@ -194,13 +207,16 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.names
 
-    def is_read(self, layer: str) -> bool:
-        """Whether it is known which columns of a layer are which matrix's."""
-        file, stored = self.names[f"{layer}.weight"]
-        shape = self._open(file).get_slice(stored).get_shape()
+    def is_read(self, name: str) -> bool:
+        """Whether a tensor is a weight or a bias, and it is known of which matrices."""
+        layer, _, part = name.rpartition(".")
+        if layer not in self.layers or part not in ("weight", "bias"):
+            return False
+        shape = self._stored(f"{layer}.weight", "get_slice").get_shape()
         place = self.layers[layer]
-        d_in, d_out = shape if self.is_in_out(place) else reversed(shape)
-        return place.columns(d_in, d_out) is not None
+        is_in_out = self.is_in_out(place)
+        d_in, d_out = shape if is_in_out else reversed(shape)
+        return place.columns(d_in, d_out, is_in_out=is_in_out) is not None
 
     @property
     def has_tied_embeddings(self) -> bool:
@@ -222,8 +238,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
-        file, stored = self.names[name]
-        tensor: Tensor = self._open(file).get_tensor(stored)
+        tensor: Tensor = self._stored(name, "get_tensor")
         return tensor
 
     def difference(self, other: Checkpoint, name: str) -> Float[Tensor, "*shape"]:
@@ -240,12 +255,27 @@ class Checkpoint:
                 f"{list(after.shape)} in {os.fspath(other.source)!r}; pass checkpoints of the same "
                 "model"
             )
-        if not (before.is_floating_point() and after.is_floating_point()):
-            raise EditError(f"{name} is quantised; pass checkpoints of floating-point weights")
+        if _is_quantised(before) or _is_quantised(after):
+            raise EditError(
+                f"{name} is quantised ({_dtype(before)} and {_dtype(after)}); pass checkpoints of "
+                "floating-point weights of at least 16 bits"
+            )
         change = after.double() - before.double()
         if not change.isfinite().all():
             raise EditError(f"the change of {name} has infinite or NaN entries")
         return change
+
+    def _stored(self, name: str, get: str) -> Any:
+        """Call a method of the file that holds a tensor."""
+        file, stored = self.names[name]
+        opened = self._open(file)
+        try:
+            return getattr(opened, get)(stored)
+        except SafetensorError as error:
+            raise EditError(
+                f"{name} of {os.fspath(self.source)!r} cannot be read from {file}: "
+                f"{first_line(error)}. Save the model again with save_pretrained"
+            ) from error
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -258,10 +288,16 @@ class Checkpoint:
                 ) from error
         return self._files[file]
 
-    def _json(self, file: str) -> Any:
+    def _json(self, file: str) -> dict[str, Any]:
         try:
-            return json.loads((self.folder / file).read_text(encoding="utf-8"))
+            found = json.loads((self.folder / file).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise EditError(
                 f"{file} of {os.fspath(self.source)!r} cannot be read: {first_line(error)}"
             ) from error
+        if not isinstance(found, dict):
+            raise EditError(
+                f"{file} of {os.fspath(self.source)!r} is a {type(found).__name__}, not an object "
+                "of names and values; save the model again with save_pretrained"
+            )
+        return found

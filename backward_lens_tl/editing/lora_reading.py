@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from backward_lens_tl._checks import check_path
+from backward_lens_tl._checks import check_path, checked_count, checked_number
 from backward_lens_tl.editing.checkpoint_names import named_layer
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.errors import EditError, first_line
@@ -76,7 +76,7 @@ def read_adapter(
     layers, others = _layers(_tensors(path))
     found: dict[tuple[str, int], MatrixDelta] = {}
     for name, parts in layers.items():
-        changes = _changes(name, parts, _scale(config, name))
+        changes = _changes(name, parts, config)
         if changes is None:
             others.append(name)
             continue
@@ -85,9 +85,15 @@ def read_adapter(
                 raise EditError(f"the adapter {str(path)!r} changes {each.name} twice ({name})")
             found[each.matrix, each.layer] = each
     if others and not partial:
+        whole = [name for name in others if _is_whole(name)]
+        reason = (
+            f"{some(whole)}, which it stores as a whole, not as a change; merge it into its base "
+            "with PEFT, and pass both to WeightDelta.between, or"
+            if whole
+            else f"{some(others)}, which cannot be read as a matrix of attention or the MLP;"
+        )
         raise EditError(
-            f"the adapter {str(path)!r} also changes {some(others)}, which cannot be read as "
-            "a matrix of attention or the MLP; pass partial=True to leave that out"
+            f"the adapter {str(path)!r} also changes {reason} pass partial=True to leave that out"
         )
     if not found:
         raise EditError(
@@ -102,6 +108,12 @@ def read_adapter(
         "left_out": tuple(others),
     }
     return in_order(found.values()), about
+
+
+def _is_whole(name: str) -> bool:
+    """Whether a tensor is the trained weight or bias of a matrix of attention or the MLP."""
+    layer, _, part = name.replace(".base_layer.", ".").rpartition(".")
+    return part in ("weight", "bias") and named_layer(layer) is not None
 
 
 def in_order(changes: Any) -> tuple[MatrixDelta, ...]:
@@ -185,17 +197,33 @@ def _layers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]]
 # --- the changes --------------------------------------------------------------------------------
 
 
-def _changes(name: str, parts: Mapping[str, Tensor], scale: float) -> list[MatrixDelta] | None:
+def _changes(
+    name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> list[MatrixDelta] | None:
     """The changes of the matrices in one layer; `None` if it is not known what it holds."""
     place = named_layer(name)
     if place is None:
         return None
     if not {"A.weight", "B.weight"} <= parts.keys():
         raise EditError(f"the adapter has only one of the two factors of {name}")
+    if not all(tensor.isfinite().all() for tensor in parts.values()):
+        raise EditError(
+            f"the factors of {name} have infinite or NaN entries; train the adapter again, or pass "
+            "an earlier checkpoint of it"
+        )
+    rank = _rank(config, name)
+    if len(parts["A.weight"]) != rank:
+        raise EditError(
+            f"the factors of {name} have rank {len(parts['A.weight'])}, but {_CONFIG} says {rank}, "
+            "so the scale alpha / r is not known; pass the configuration that the adapter was "
+            "trained with"
+        )
+    scale = _alpha(config, name) / (math.sqrt(rank) if config.get("use_rslora") else rank)
     left = at_least_float32(parts["A.weight"]).T
     right = at_least_float32(parts["B.weight"]).T * scale
     bias = parts.get("B.bias")
-    columns = place.columns(len(left), right.shape[1])
+    is_in_out = bool(config.get("fan_in_fan_out"))
+    columns = place.columns(len(left), right.shape[1], is_in_out=is_in_out)
     if columns is None:
         return None
     return [
@@ -210,19 +238,34 @@ def _changes(name: str, parts: Mapping[str, Tensor], scale: float) -> list[Matri
     ]
 
 
-def _scale(config: Mapping[str, Any], layer: str) -> float:
-    """What PEFT multiplies the product of the factors of a layer by."""
-    rank = _of_layer(config, "rank_pattern", "r", layer)
-    alpha = _of_layer(config, "alpha_pattern", "lora_alpha", layer)
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _rank(config: Mapping[str, Any], layer: str) -> int:
+    name, value = _of_layer(config, "rank_pattern", "r", layer)
+    return checked_count(f"{name} in {_CONFIG}", value, EditError)
 
 
-def _of_layer(config: Mapping[str, Any], pattern: str, name: str, layer: str) -> float:
-    """A setting of a layer: its own, or that of all layers."""
-    for own, value in (config.get(pattern) or {}).items():
+def _alpha(config: Mapping[str, Any], layer: str) -> float:
+    name, value = _of_layer(config, "alpha_pattern", "lora_alpha", layer)
+    return checked_number(f"{name} in {_CONFIG}", value, error=EditError)
+
+
+def _of_layer(config: Mapping[str, Any], pattern: str, name: str, layer: str) -> tuple[str, Any]:
+    """A setting of a layer, its own or that of all layers, and where it is."""
+    patterns = config.get(pattern) or {}
+    if not isinstance(patterns, dict):
+        raise EditError(
+            f"{pattern} in {_CONFIG} is {patterns!r}; pass an object of names of layers and numbers"
+        )
+    for own, value in patterns.items():
         # As PEFT compares names; the first pattern that fits counts.
-        if re.match(rf"(.*\.)?({own})$", layer):
-            return float(value)
+        try:
+            fits = re.match(rf"(.*\.)?({own})$", layer)
+        except re.error as error:
+            raise EditError(
+                f"{pattern} in {_CONFIG} has {own!r}, which is not a regular expression ({error}); "
+                "pass names of layers, or regular expressions for them"
+            ) from error
+        if fits:
+            return f"{pattern}[{own!r}]", value
     if name not in config:
         raise EditError(f"the configuration of the adapter has no {name}")
-    return float(config[name])
+    return name, config[name]

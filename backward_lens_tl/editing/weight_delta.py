@@ -100,8 +100,9 @@ class WeightDelta(Saved):
 
         Args:
             folder: The folder with `adapter_config.json`.
-            partial: Whether to leave out what is not such a matrix, such as a trained unembedding
-                or experts. `about["left_out"]` names it.
+            partial: Whether to leave out what is not a change of such a matrix: a trained
+                unembedding, experts, or whole tensors (`modules_to_save`, `bias="all"`).
+                `about["left_out"]` names it.
 
         Returns:
             The change of the raw weights, as the adapter's own factors.

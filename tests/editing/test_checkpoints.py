@@ -13,7 +13,7 @@ from architectures import build_model, hf_model
 from models import bridge_only, relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTBigCodeConfig
 
 import backward_lens_tl as blt
 from backward_lens_tl.editing import checkpoints
@@ -64,9 +64,10 @@ def dense_changes(family: str, only: str = "") -> dict[tuple[str, int], Tensor]:
         if place is None:
             continue
         change = (after[name].weight.double() - module.weight.double()).detach()
-        if type(module).__name__ != "Conv1D":
+        conv1d = type(module).__name__ == "Conv1D"
+        if not conv1d:
             change = change.T
-        for matrix, own in (place.columns(*change.shape) or {}).items():
+        for matrix, own in (place.columns(*change.shape, is_in_out=conv1d) or {}).items():
             found[matrix, place.layer] = change[:, own]
     return found
 
@@ -176,6 +177,33 @@ def test_an_unembedding_that_one_checkpoint_stores(pair: Any, tmp_path: Path, ow
         assert ("lm_head.weight" in found.about["left_out"]) == own
 
 
+def test_a_bias_that_only_one_checkpoint_has(pair: Any, tmp_path: Path) -> None:
+    """Added biases are named: without a bias before, it is not known how a model would add one."""
+    base, after = pair("llama", "layers.1.mlp.down_proj")
+    name = "model.layers.0.self_attn.q_proj"
+    tensors = load_file(after / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((after / "config.json").read_bytes())
+    save_file(tensors | {f"{name}.bias": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert WeightDelta.between(base, tmp_path).about["left_out"] == (f"{name}.bias",)
+    with pytest.raises(EditError, match=rf"has no {name}\.bias, which"):
+        WeightDelta.between(tmp_path, base)
+
+
+def test_the_interleaved_heads_of_gpt_bigcode_are_not_divided(tmp_path: Path) -> None:
+    """There, the queries, keys and values of one head are next to each other."""
+    sizes = {"n_embd": 16, "n_head": 4, "n_layer": 1, "n_positions": 8, "vocab_size": 11}
+    model = AutoModelForCausalLM.from_config(GPTBigCodeConfig(**sizes, multi_query=False))
+    model.save_pretrained(tmp_path / "base")
+    attention, mlp = model.transformer.h[0].attn.c_attn, model.transformer.h[0].mlp.c_fc
+    with torch.no_grad():
+        attention.weight[4:8] += 1  # the keys of head 0
+        mlp.weight += 1
+    model.save_pretrained(tmp_path / "tuned")
+    delta = WeightDelta.between(tmp_path / "base", tmp_path / "tuned")
+    assert [each.matrix for each in delta] == ["W_in"]
+    assert delta.about["left_out"] == ("h.0.attn.c_attn.weight",)
+
+
 def test_one_tensor_at_a_time(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than the two versions of one tensor are read before they are compared."""
     base, after = pair("llama")
@@ -272,7 +300,8 @@ def test_checkpoints_that_cannot_be_compared(pair: Any, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     for tensor, message in [
         (tensors[name][:3].clone(), r"is \[24, 52\] in .* and \[3, 52\]"),
-        (tensors[name].to(torch.int8), "is quantised"),
+        (tensors[name].to(torch.int8), r"is quantised \(float32 and int8\)"),
+        (tensors[name].to(torch.float8_e4m3fn), r"is quantised .*at least 16 bits"),
         (tensors[name] * torch.inf, "infinite or NaN entries"),
     ]:
         save_file(tensors | {name: tensor}, odd / "model.safetensors")
@@ -293,3 +322,32 @@ def test_an_unknown_way_to_store_is_refused(pair: Any, tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config | {"model_type": "new"}))
     with pytest.raises(EditError, match=r"not known how a 'new' model stores attn.c_attn"):
         WeightDelta.between(tmp_path / "base", tmp_path / "tuned")
+
+
+def test_files_with_odd_contents(pair: Any, tmp_path: Path) -> None:
+    base, _ = pair("gpt2")
+    hf_model("gpt2", torch.float32).save_pretrained(tmp_path, max_shard_size="20kB")
+    index = tmp_path / "model.safetensors.index.json"
+    whole = index.read_text()
+    stored = json.loads(whole)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    other = next(
+        file for file in stored["weight_map"].values() if file != stored["weight_map"][name]
+    )
+    wrong = {**stored, "weight_map": stored["weight_map"] | {name: other}}
+    for file, contents, message in (
+        (index, json.dumps(wrong), rf"h\.0\.mlp\.c_fc\.weight of .* be read from {other}: .*save"),
+        (index, "{}", r"has no weight_map, .*; save the model"),
+        (index, "[]", r"model\.safetensors\.index\.json of .* is a list, not an object .*; save"),
+        (tmp_path / "config.json", "[]", r"config\.json of .* is a list, not an object"),
+    ):
+        index.write_text(whole)
+        file.write_text(contents)
+        with pytest.raises(EditError, match=message):
+            WeightDelta.between(tmp_path, base)
+
+
+def test_paths_in_a_message(pair: Any) -> None:
+    base, _ = pair("llama")
+    with pytest.raises(EditError, match=rf"differs between '{base}' and '{base}'"):
+        WeightDelta.between(base, base)

@@ -62,7 +62,7 @@ def merged_changes(model: Any) -> dict[tuple[str, int], Tensor]:
             continue
         conv1d = "c_" in place.rest
         change = change if conv1d else change.T
-        columns = place.columns(*change.shape)
+        columns = place.columns(*change.shape, is_in_out=conv1d)
         assert columns is not None
         for matrix, own in columns.items():
             found[matrix, place.layer] = change[:, own]
@@ -168,8 +168,9 @@ def test_names_against_the_weights_of_transformer_lens(family: str, kind: str) -
         place = named_layer(name)
         if place is None or weight is None or weight.ndim != 2:
             continue
-        stored = weight.detach() if type(module).__name__ == "Conv1D" else weight.detach().T
-        columns = place.columns(*stored.shape)
+        conv1d = type(module).__name__ == "Conv1D"
+        stored = weight.detach() if conv1d else weight.detach().T
+        columns = place.columns(*stored.shape, is_in_out=conv1d)
         for matrix, own in ({} if columns is None else columns).items():
             [site] = find_editable(host_of(model), matrix, place.layer)
             found = site.joined(site.weight.in_out(site.weight.parameter.detach()))
@@ -196,12 +197,13 @@ def test_names_that_are_not_known(name: str) -> None:
 
 
 def test_shared_keys_and_values_are_not_divided() -> None:
-    """GPT-BigCode's `c_attn` has one head of keys and of values."""
+    """GPT-BigCode's `c_attn` has one head of keys and of values, or interleaved heads."""
     place = named_layer("transformer.h.0.attn.c_attn")
     assert place is not None
-    assert place.columns(24, 24 + 2 * 6) is None
-    assert place.columns(24, 3 * 12) is None
-    assert set(place.columns(24, 72) or ()) == {"W_Q", "W_K", "W_V"}
+    assert place.columns(24, 24 + 2 * 6, is_in_out=True) is None
+    assert place.columns(24, 3 * 12, is_in_out=True) is None
+    assert place.columns(24, 72, is_in_out=False) is None
+    assert set(place.columns(24, 72, is_in_out=True) or ()) == {"W_Q", "W_K", "W_V"}
 
 
 def test_biases(tmp_path: Path) -> None:
@@ -278,6 +280,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "acts on some of the tokens only"),
     "another kind": ({"peft_type": "LOHA"}, "is of type 'LOHA'; only LORA can be read"),
     "no rank": ({"r": None}, "has no r"),
+    "another rank": ({"r": 6}, r"have rank 3, but adapter_config\.json says 6, so the scale"),
+    "another rank of a layer": (
+        {"rank_pattern": {"v_proj": 2}},
+        "v_proj have rank 3, but .*says 2",
+    ),
+    "rank 0": ({"r": 0}, r"r in adapter_config\.json is 0; pass an integer of at least 1"),
+    "rank 0 of a layer": ({"rank_pattern": {"v_proj": 0}}, r"rank_pattern\['v_proj'\] in .* is 0"),
+    "alpha": ({"lora_alpha": "8"}, r"lora_alpha in adapter_config\.json is '8'; pass a finite"),
+    "a pattern": (
+        {"rank_pattern": {"(": 3}},
+        r"rank_pattern in .* has '\(', which is not a regular",
+    ),
+    "patterns": ({"rank_pattern": [3]}, r"rank_pattern in .* is \[3\]; pass an object"),
 }
 
 
@@ -290,6 +305,59 @@ def test_adapters_that_are_more_than_their_factors(name: str, tmp_path: Path) ->
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     with pytest.raises(EditError, match=message):
         WeightDelta.from_lora(tmp_path)
+
+
+def test_no_alpha(tmp_path: Path) -> None:
+    adapted("llama", target_modules=["q_proj"]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": None}))
+    with pytest.raises(EditError, match=r"lora_alpha in .* is None; pass a finite number"):
+        WeightDelta.from_lora(tmp_path)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_factors_that_are_not_finite(value: float, part: str, tmp_path: Path) -> None:
+    adapted("llama", target_modules=["q_proj"]).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(name for name in tensors if part in name)
+    tensors[name][0, 1] = value
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(EditError, match=r"q_proj have infinite or NaN entries"):
+        WeightDelta.from_lora(tmp_path)
+
+
+WHOLE: dict[str, dict[str, Any]] = {
+    "a matrix": {"modules_to_save": ["up_proj"]},
+    "adapted layers' biases": {"bias": "lora_only"},
+    "all biases": {"bias": "all"},
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_tensors_of_known_layers(name: str, tmp_path: Path) -> None:
+    """They are not changes, so the base is needed to read them."""
+    family, targets = ("llama", ["q_proj"]) if name == "a matrix" else ("opt", ["q_proj", "fc1"])
+    adapted(family, target_modules=targets, **WHOLE[name]).save_pretrained(tmp_path)
+    with pytest.raises(
+        EditError,
+        match=r"stores as a whole, not as a change; merge .* WeightDelta\.between, or pass",
+    ):
+        WeightDelta.from_lora(tmp_path)
+    left_out = WeightDelta.from_lora(tmp_path, partial=True).about["left_out"]
+    assert any("up_proj.weight" in each or "q_proj.base_layer.bias" in each for each in left_out)
+
+
+def test_a_linear_joined_layer_is_not_divided(tmp_path: Path) -> None:
+    """As in GPT-BigCode. PEFT sets `fan_in_fan_out` for GPT-2's."""
+    adapted("gpt2", target_modules=["c_attn", "c_fc"]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert config["fan_in_fan_out"] is True
+    path.write_text(json.dumps(config | {"fan_in_fan_out": False}))
+    delta = WeightDelta.from_lora(tmp_path, partial=True)
+    assert {each.matrix for each in delta} == {"W_in"}
+    assert delta.about["left_out"][0] == "transformer.h.0.attn.c_attn"
 
 
 def test_dora_as_peft_writes_it_is_refused(tmp_path: Path) -> None:
