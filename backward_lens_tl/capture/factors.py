@@ -196,12 +196,13 @@ class Factors:
         if inputs.ndim == 4:
             slot = routed.int().argmax(-1)[..., None, None]
             inputs = inputs.take_along_dim(slot, 2)[:, :, 0]
+        vjps = self.vjps if self.vjps.ndim == 4 else self.vjps.unsqueeze(2)
         joined = self.joined_vjps
         return replace(
             self,
             inputs=inputs.masked_fill(elsewhere, 0),
             # An expert that a token is routed to twice reads the same vector both times.
-            vjps=self.vjps.masked_fill(~routed[..., None], 0).sum(2),
+            vjps=vjps.masked_fill(~routed[..., None], 0).sum(2),
             mask=here,
             experts=None,
             n_experts=None,

@@ -130,6 +130,9 @@ def summary(delta: WeightDelta) -> Iterator[str]:
     """
     what = "1 matrix" if len(delta) == 1 else f"{len(delta)} matrices"
     yield f"{what}, norm {number(delta.norm)}."
+    biases = sum(each.bias is not None and bool(each.bias.any()) for each in delta)
+    if biases:
+        yield f"In {biases} of them the bias changes too."
     discarded: Mapping[str, float] = delta.about.get("discarded") or {}
     if discarded:
         worst = max(discarded, key=discarded.__getitem__)
@@ -149,7 +152,8 @@ def discarded_share(delta: WeightDelta) -> float:
     discarded: Mapping[str, float] = delta.about["discarded"]
     kept = {each.name: each.norm**2 for each in delta}
     whole = {name: square / (1 - discarded[name]) for name, square in kept.items()}
-    return 1 - sum(kept.values()) / sum(whole.values())
+    total = sum(whole.values())
+    return 1 - sum(kept.values()) / total if total else 0.0  # 0 if only biases change
 
 
 _EXPLANATION = (

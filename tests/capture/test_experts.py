@@ -14,6 +14,7 @@ from models import relative_error
 from torch import Tensor
 
 from backward_lens_tl.capture.gradient_capture import GradientCapture
+from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.plan import capture_gradients
 from backward_lens_tl.errors import UnsupportedModelError
 from backward_lens_tl.validation import validate
@@ -117,6 +118,26 @@ def test_an_experts_vjps_at_the_residual_stream_equal_the_layers(kind: str) -> N
         torch.testing.assert_close(expert.resid_vjps, expected, rtol=0, atol=0)
         if expert.mask.any():
             assert not torch.allclose(expert.vjps, expert.resid_vjps)
+
+
+def test_one_expert_with_vjps_that_its_slots_share() -> None:
+    """Against a loop over positions and slots; one token is routed twice to the same expert."""
+    generator = torch.Generator().manual_seed(0)
+    experts = torch.tensor([[[0, 2], [1, 1], [1, 0]]])
+    inputs = torch.randn(1, 3, 2, 5, generator=generator, dtype=torch.float64)
+    inputs[0, 1, 1] = inputs[0, 1, 0]
+    vjps = torch.randn(1, 3, 4, generator=generator, dtype=torch.float64)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    gradient = MatrixGradient("W_out", 0, inputs, vjps, mask, experts=experts, n_experts=3)
+    for index in range(3):
+        expected = torch.zeros(5, 4, dtype=torch.float64)
+        for position in range(3):
+            for slot in range(2):
+                if experts[0, position, slot] == index:
+                    expected += torch.outer(inputs[0, position, slot], vjps[0, position])
+        expert = gradient.expert(index)
+        assert expert.vjps.shape == vjps.shape
+        torch.testing.assert_close(expert.dense(0), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
