@@ -34,7 +34,7 @@ def most_similar(
 
     A step of gradient descent on an example with learning rate `lr` changes the loss of the query
     by `-lr` times the inner product of their gradients, to first order, if it changes the captured
-    matrices. Gradients of long vectors have large inner products with all others; the cosine
+    matrices. Long gradients have large inner products with all others; the cosine
     compares directions only.
 
     Args:

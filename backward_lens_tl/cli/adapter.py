@@ -33,12 +33,24 @@ class ChangeCommand(Command):
     most: int = 2
     k: int = 6
 
-    def show(self, delta: WeightDelta) -> None:
-        """Print the main directions of a change, and write what was asked for.
+    def run(self) -> None:
+        """Print the main directions of the change, and write what was asked for."""
+        from backward_lens_tl._checks import checked_count
+        from backward_lens_tl.files.storage import check_place
 
-        Args:
-            delta: The change.
-        """
+        # First: a change of a large model takes minutes.
+        checked_count("most", self.most)
+        checked_count("k", self.k)
+        for file in (self.html, self.save):
+            if file is not None:
+                check_place(file)
+        self._show(self.change())
+
+    def change(self) -> WeightDelta:
+        """Read the change."""
+        raise NotImplementedError
+
+    def _show(self, delta: WeightDelta) -> None:
         from rich.console import Console
 
         from backward_lens_tl.cli.show import quiet
@@ -88,12 +100,12 @@ class AdapterCommand(ChangeCommand):
     folder: str
     partial: bool = False
 
-    def run(self) -> None:
-        """Print the table."""
+    def change(self) -> WeightDelta:
+        """Read the adapter."""
         from backward_lens_tl.editing.weight_delta import WeightDelta
         from backward_lens_tl.errors import InputError
 
         delta = WeightDelta.from_lora(self.folder, partial=self.partial)
         if not self.model and not delta.about["base"]:
             raise InputError("the adapter does not name its base; pass it as --model")
-        self.show(delta)
+        return delta

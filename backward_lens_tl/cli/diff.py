@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from backward_lens_tl.cli.adapter import ChangeCommand
+
+if TYPE_CHECKING:
+    from backward_lens_tl.editing.weight_delta import WeightDelta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +27,8 @@ class DiffCommand(ChangeCommand):
     tuned: str
     rank: int = 8
 
-    def run(self) -> None:
-        """Print the table."""
+    def change(self) -> WeightDelta:
+        """Compute the difference."""
         from backward_lens_tl.editing.weight_delta import WeightDelta
 
-        self.show(WeightDelta.between(self.base, self.tuned, self.rank))
+        return WeightDelta.between(self.base, self.tuned, self.rank)

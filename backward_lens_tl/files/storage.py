@@ -59,6 +59,25 @@ def write(path: str | Path, value: object, about: Mapping[str, object]) -> None:
         save_file(owned, partial, metadata={_KEY: header, _DIGEST: tensors_digest(owned, header)})
 
 
+def check_place(path: str | Path) -> None:
+    """Refuse a file that cannot be written because of where it is.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ResultFileError: If it is a folder, or its own folder does not exist.
+    """
+    check_path(path, ResultFileError)
+    file, name = Path(path), repr(os.fspath(path))
+    if os.path.isdir(file):
+        raise ResultFileError(f"{name} cannot be written: it is a folder")
+    if not os.path.isdir(file.parent):
+        raise ResultFileError(
+            f"{name} cannot be written: folder {os.fspath(file.parent)!r} does not exist"
+        )
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Write a file atomically: an existing file stays until the new one is complete.
@@ -73,14 +92,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises:
         ResultFileError: If the file cannot be written.
     """
-    check_path(path, ResultFileError)
+    check_place(path)
     file, name = Path(path), repr(os.fspath(path))
-    if os.path.isdir(file):
-        raise ResultFileError(f"{name} cannot be written: it is a folder")
-    if not os.path.isdir(file.parent):
-        raise ResultFileError(
-            f"{name} cannot be written: folder {os.fspath(file.parent)!r} does not exist"
-        )
     partial = file.with_name(f".{uuid4().hex}.partial.{file.name}")
     try:
         partial.touch()

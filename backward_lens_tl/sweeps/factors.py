@@ -15,6 +15,7 @@ from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.capture.predictions import Predictions
 from backward_lens_tl.capture.similarity import By, Similarity, stacked
 from backward_lens_tl.choices import FactorDtype
+from backward_lens_tl.errors import InputError
 from backward_lens_tl.files.storage import Saved, remove_partials
 
 FACTORS = "factors"
@@ -125,13 +126,19 @@ def similarity_to(
         `None` if there are no gradients.
 
     Raises:
-        InputError: If the gradients are of other matrices, layers or weights.
+        InputError: If the query is of another model, or other matrices, layers or weights.
     """
     rows: list[int] = []
     found = []
     for each in kept:
+        if each.capture.model_name != query.model_name:
+            raise InputError(
+                f"the sweep is of model {each.capture.model_name!r}, and the query of "
+                f"{query.model_name!r}; capture the query with the sweep's model"
+            )
         rows += each.rows
         found.append(each.capture.similarity(query, by))
+        del each  # before the next shard is read
     if not rows:
         return None
     order = sorted(range(len(rows)), key=rows.__getitem__)

@@ -135,7 +135,7 @@ class Sweep(Run):
 
         Args:
             query: The gradients of one or more prompts, of the same matrices and layers of the
-                same model.
+                same model. A model is recognised by its name and sizes, not by its weights.
             by: As for `GradientCapture.similarity`.
 
         Returns:
@@ -144,7 +144,7 @@ class Sweep(Run):
 
         Raises:
             SweepError: If the sweep has not kept the factors, or a file is damaged.
-            InputError: If the query is of other matrices, layers or weights.
+            InputError: If the query is of another model, or other matrices, layers or weights.
 
         Examples:
             >>> config = blt.SweepConfig(prompts=20, keep_factors="bfloat16")

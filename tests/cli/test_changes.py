@@ -93,6 +93,21 @@ def test_errors_are_one_line(tmp_path: Path, capsys: Any) -> None:
         assert message in err
 
 
+def test_options_are_checked_before_the_change_is_computed(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WeightDelta, "between", lambda *_: pytest.fail("computed"))
+    nowhere = tmp_path / "nowhere"
+    for options, message in (
+        (["--most", "0"], "most is 0"),
+        (["--k", "0"], "k is 0"),
+        (["--html", str(nowhere / "page.html")], f"folder {str(nowhere)!r} does not exist"),
+        (["--save", str(tmp_path)], "it is a folder"),
+    ):
+        assert main(["diff", "facts", str(nowhere), *options]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_what_a_rank_discards() -> None:
     """By hand: 3 of 4 and 1 of 1, so one fifth of the squared norm is left out."""
     left, right = torch.eye(4)[:, :1], torch.eye(5)[:1]
@@ -108,6 +123,16 @@ def test_what_a_rank_discards() -> None:
     told = list(summary(delta))
     assert told[1] == ("Rank 1 leaves out 20 % of the squared norm; most in W_in of layer 0: 25 %.")
     assert told[2] == "Not shown, but changed too: a, b, c, d, e, f and 2 more."
+
+
+def test_a_change_of_biases_alone() -> None:
+    nothing = torch.zeros(4, 0), torch.zeros(0, 5)
+    moved = MatrixDelta("W_in", 0, *nothing, bias=torch.ones(5))
+    delta = WeightDelta((moved,), {"rank": 2, "discarded": {"W_in of layer 0": 0.0}})
+    assert discarded_share(delta) == 0
+    assert list(summary(delta))[1] == "In 1 of them the bias changes too."
+    assert discarded_share(delta.scale(0)) == 0
+    assert not any("bias" in each for each in summary(delta.scale(0)))
 
 
 def test_text_of_the_model_is_escaped(facts_model: Any, change: WeightDelta) -> None:

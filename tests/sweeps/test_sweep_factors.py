@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from backward_lens_tl.capture.gradient_capture import GradientCapture
 from backward_lens_tl.errors import InputError, SweepError
 from backward_lens_tl.sweeps import measuring
 from backward_lens_tl.sweeps.config import SweepConfig
-from backward_lens_tl.sweeps.factors import factors_file, read_factors
+from backward_lens_tl.sweeps.factors import ShardFactors, factors_file, read_factors
 from backward_lens_tl.sweeps.run import Sweep
 
 ROWS = [
@@ -96,6 +98,30 @@ def test_a_query_against_dense_gradients(facts_model: Any, kept: Sweep, query: A
     # Shards have another order: a wrong one would be noticed.
     assert [each.rows for each in read_factors(kept.folder, kept.finished)] != [(0, 1), (3, 4)]
     assert (cosines(here, there) - cosines(here.flip(0), there)).abs().max() > 0.1
+
+
+def test_one_shard_is_in_memory_at_a_time(
+    kept: Sweep, query: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, loaded, alive = ShardFactors.load, [], []
+
+    def load(file: Path) -> ShardFactors:
+        alive.append(sum(reference() is not None for reference in loaded))
+        shard = real(file)
+        loaded.append(weakref.ref(shard.parts[0].capture["W_out", 0].inputs))
+        return shard
+
+    monkeypatch.setattr(ShardFactors, "load", load)
+    kept.similarity(query)
+    assert alive == [0] * len(kept.finished)
+    assert len(alive) > 1
+
+
+def test_a_query_of_another_model(kept: Sweep, query: GradientCapture) -> None:
+    with pytest.raises(
+        InputError, match=r"sweep is of model .*, and the query of 'other'; capture"
+    ):
+        kept.similarity(replace(query, model_name="other"))
 
 
 def test_by_layer(facts_model: Any, kept: Sweep, query: Any) -> None:
