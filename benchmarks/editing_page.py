@@ -105,7 +105,7 @@ def section(found: Mapping[str, Any]) -> str:
             [[_label(row), *_costs(row)] for row in single if row["name"] != NONE],
         ),
         _settings(single),
-        "### What was wanted\n",
+        "### Goals\n",
         table(["goal", "measured", ""], _goals(real)),
     ]
     if any(row["run"] == "sizes" for row in methods):

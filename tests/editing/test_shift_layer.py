@@ -38,11 +38,13 @@ def chosen(
     return usual_layer(host, jacobians)
 
 
+@pytest.mark.usefixtures("as_for_a_user")
 def test_it_is_at_four_fifths_of_the_depth_and_not_the_last(monkeypatch: Any) -> None:
     expected = {1: 0, 2: 0, 3: 1, 4: 2, 5: 3, 6: 4, 8: 6, 12: 10, 24: 19, 30: 24, 48: 38}
     assert {n: chosen(monkeypatch, n) for n in expected} == expected
 
 
+@pytest.mark.usefixtures("as_for_a_user")
 def test_it_is_one_that_can_be_edited_and_has_a_jacobian(monkeypatch: Any) -> None:
     assert chosen(monkeypatch, 30, single=range(12)) == 11
     assert chosen(monkeypatch, 30, single=[20, 29]) == 20

@@ -104,7 +104,7 @@ class Cells:
         """Numbers of the cells of each request."""
         lists: list[list[float]] = [[] for _ in range(len(self.asked.answers))]
         for request, value in zip(self.requests.tolist(), values.tolist(), strict=True):
-            lists[request].append(value)
+            lists[request].append(float(value))
         return lists
 
 

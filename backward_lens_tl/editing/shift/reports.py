@@ -59,7 +59,7 @@ def shift_outcomes(
             target=each.target,
             sizes=tuple(own),
             margin=min(margins),
-            rank=max(ranks),
+            rank=int(max(ranks)),
             probability=math.exp(sum(log_probs)),
             is_reached=min(surplus) > 0,
             tried=tuple(curve),
