@@ -108,7 +108,8 @@ class _TransformersModel:
             layer, sizes = named_layer(name.removeprefix(PREFIX)), _sizes(module)
             if layer is None or sizes is None:
                 continue
-            columns = layer.columns(*sizes) or {}
+            is_in_out = type(getattr(module, "base_layer", module)).__name__ == "Conv1D"
+            columns = layer.columns(*sizes, is_in_out=is_in_out) or {}
             for matrix, own in columns.items():
                 found[matrix, layer.layer] = _Named(name, module, own, len(columns) > 1)
         if not found:
