@@ -230,8 +230,8 @@ def _one_row(pair: Pair) -> torch.Size:
     return torch.Size((1, pair.rows.numel()))
 
 
-def _nonzero(deltas: Sequence[Float[Tensor, "1 n *head d"]]) -> Bool[Tensor, "n"]:
-    """Rows that add something to the gradient of any matrix."""
+def _nonzero(deltas: Sequence[Tensor]) -> Bool[Tensor, "n"]:
+    """Rows of `[1, n, ...]` that add something to the gradient of any matrix."""
     own = [delta[0].flatten(1).ne(0).any(1).to(deltas[0].device) for delta in deltas]
     return torch.stack(own).any(0)
 

@@ -73,6 +73,7 @@ def test_trainer(tmp_path: Path) -> None:
     assert all(torch.equal(same[name], each) for name, each in model.state_dict().items())
 
 
+@pytest.mark.usefixtures("as_for_a_user")
 def test_resumed_runs_keep_the_trainers_steps() -> None:
     model = hf_model("llama")
     steps: list[int] = []
@@ -101,6 +102,7 @@ class Optimizer:
     scaler = Scaler()
 
 
+@pytest.mark.usefixtures("as_for_a_user")
 def test_losses_scaled_by_the_trainer() -> None:
     model = hf_model("llama").half()
     found: list[StepGradient] = []

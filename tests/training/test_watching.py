@@ -362,7 +362,7 @@ def test_scaled_losses_in_float16() -> None:
             watched.step()
     with watch(linear, "W_out", layers=0) as watched:
         run()
-        step = watched.step(loss_scale=64)
+        step = watched.step(loss_scale=64.0)
     assert step is not None
     assert bool((step["W_out", 0].vjps == 1).all())
 

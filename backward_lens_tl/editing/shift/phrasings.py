@@ -55,7 +55,7 @@ def with_phrasings(
         for phrasing in phrasings
         for template in (PHRASINGS if phrasing == GENERIC else (phrasing,))
     ]
-    others = []
+    others: list[EditRequest] = []
     for each in asked:
         for template in templates:
             prompt = template.replace(SUBJECT, _subject(each), 1)

@@ -96,7 +96,8 @@ class SizeSearch:
     @property
     def _elsewhere(self) -> float:
         """A size to try where none suffices: larger than all, or next to the largest margin."""
-        sizes, margins = zip(*self._curve, strict=True)
+        sizes = [size for size, _ in self._curve]
+        margins = [margin for _, margin in self._curve]
         peak = max(range(len(sizes)), key=margins.__getitem__)
         slope = (margins[-1] - margins[-2]) / (sizes[-1] - sizes[-2])
         # The margin without an edit may be older than what others have written since.
