@@ -48,7 +48,7 @@ class BackwardLensCallback(TrainerCallback):
 
     def on_train_begin(
         self,
-        args: TrainingArguments,
+        args: TrainingArguments | None,
         state: TrainerState,
         control: TrainerControl,
         **kwargs: Any,
@@ -58,7 +58,7 @@ class BackwardLensCallback(TrainerCallback):
 
     def on_pre_optimizer_step(
         self,
-        args: TrainingArguments,
+        args: TrainingArguments | None,
         state: TrainerState,
         control: TrainerControl,
         **kwargs: Any,
@@ -69,7 +69,7 @@ class BackwardLensCallback(TrainerCallback):
 
     def on_step_end(
         self,
-        args: TrainingArguments,
+        args: TrainingArguments | None,
         state: TrainerState,
         control: TrainerControl,
         **kwargs: Any,

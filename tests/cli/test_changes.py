@@ -145,6 +145,7 @@ def test_text_of_the_model_is_escaped(facts_model: Any, change: WeightDelta) -> 
     assert "What the adapter &lt;b&gt; adds to a&amp;b" in page
 
 
+@pytest.mark.usefixtures("as_for_a_user")
 def test_what_is_refused(facts_model: Any, change: WeightDelta) -> None:
     table = delta_tokens(facts_model, change, k=2)
     with pytest.raises(InputError, match="no column 'norm'"):

@@ -18,6 +18,7 @@ from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation import perplexity as perplexities
 from backward_lens_tl.evaluation.config import EvaluationConfig
+from backward_lens_tl.evaluation.divergence import Moved
 from backward_lens_tl.evaluation.metrics import (
     Answered,
     begins_with,
@@ -109,12 +110,19 @@ def probe(kind: str, index: int = 0, true: tuple[int, ...] | None = (1,)) -> Sco
     return ScoredPrompt(kind, index, "a", (0,), (0,), true, None if true is None else "b")
 
 
-def answered(kind: str, p_new: float, p_true: float, says: str = "", index: int = 0) -> Answered:
+def answered(
+    kind: str,
+    p_new: float,
+    p_true: float,
+    says: str = "",
+    index: int = 0,
+    moved: Moved | None = None,
+) -> Answered:
     """A prompt with these answer probabilities; `says` names the leading one: new, true or none."""
     new, true = (
         Score(-math.log(p), says == name, 7) for name, p in (("new", p_new), ("true", p_true))
     )
-    return Answered(probe(kind, index), new, true)
+    return Answered(probe(kind, index), new, true, moved)
 
 
 def test_metrics_by_hand() -> None:
@@ -124,8 +132,8 @@ def test_metrics_by_hand() -> None:
             answered("paraphrase", 0.3, 0.2),  # likelier than the original, and does not lead
             answered("paraphrase", 0.1, 0.5, "true"),
             answered("neighborhood", 0.1, 0.2),  # likelier than the new one, and does not lead
-            answered("neighborhood", 0.1, 0.7, "true"),
-            answered("neighborhood", 0.4, 0.3, "new"),
+            answered("neighborhood", 0.1, 0.7, "true", moved=Moved(kl=0.02, is_kept=True)),
+            answered("neighborhood", 0.4, 0.3, "new", moved=Moved(kl=0.4, is_kept=False)),
             answered("neighborhood", 0.2, 0.2),  # neither is likelier
             answered("attribute", 0.9, 0.05, "new"),
         ]
@@ -141,6 +149,8 @@ def test_metrics_by_hand() -> None:
             "neighborhood": 0.25,
             "neighborhood_success": 0.5,
             "neighborhood_magnitude": (0.1 + 0.6 - 0.1 + 0) / 4,
+            "kept": 0.5,
+            "neighborhood_kl": 0.21,
         }
     )
 
