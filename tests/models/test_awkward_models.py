@@ -534,7 +534,7 @@ def test_a_prompt_must_be_chosen_if_there_are_several(method: str) -> None:
     model: Any = build("bridge-gpt2" if HAS_BRIDGE else "hooked-gpt2").model
     tokens = torch.cat([some_tokens(seed=0), some_tokens(seed=1)])
     gradient = blt.capture_gradients(model, tokens, blt.target_nll(5))["W_out", 0]
-    with pytest.raises(InputError, match=r"there are 2 prompts.*sum\(gradient\.dense\(batch\)"):
+    with pytest.raises(InputError, match=r"there are 2 prompts.*gradient\.total\(\)"):
         getattr(gradient, method)()
     getattr(gradient, method)(batch=1)
     alone = blt.capture_gradients(model, tokens[1:], blt.target_nll(5))["W_out", 0]
