@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +32,14 @@ from backward_lens_tl.models.sites import (
 
 Hook = tuple[Tap, Callable[[Any], Tensor | None], bool]
 """A tap, the function to call there, and whether it runs before existing hooks."""
+
+
+@runtime_checkable
+class HasHooks(Protocol):
+    """What `recording` registers: anything with hooks."""
+
+    def hooks(self) -> Iterator[Hook]:
+        """The hooks."""
 
 
 class Recorder(ABC):
@@ -273,7 +281,7 @@ def recorder_of(site: Site, copies: Copies) -> MatrixRecorders:
 
 
 @contextmanager
-def recording(recorders: Sequence[Recorder]) -> Iterator[None]:
+def recording(recorders: Sequence[HasHooks]) -> Iterator[None]:
     """Register the hooks of all recorders inside the context.
 
     Args:

@@ -79,7 +79,7 @@ def _methods(evidence: Evidence) -> dict[str, EditMethod]:
         _ITERATED: iterated,
         _WHITENED: whitened,
         _AUTO: evidence.shift_preset("shift_auto"),
-        # Only with the paper's key is it a sum, and not every model has a size for it.
+        # Only with the paper's key is it a sum.
         **({_SUM: summed} if summed.key == "paper" else {}),
         _MEMIT: evidence.presets(("memit",))["memit"],
     }

@@ -7,14 +7,13 @@ does not belong to the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from backward_lens_tl.models.hooks import Tap, hooked
+from backward_lens_tl.capture.recorders import Hook
 from backward_lens_tl.training.trained_matrices import TrainedMatrix
 
 
@@ -56,7 +55,7 @@ class FactorRecorder:
         self.had_no_gradient = False
         self._x: Tensor | None = None
 
-    def hooks(self) -> Iterator[tuple[Tap, Callable[[Tensor], None], bool]]:
+    def hooks(self) -> Iterator[Hook]:
         """`x` after the user's hooks, and `y` before them."""
         yield self.matrix.site.input, self._keep_input, False
         yield self.matrix.site.output, self._keep_output, True
@@ -79,20 +78,3 @@ class FactorRecorder:
             self.pairs.append(Pair(own, delta.detach(), (version, delta._version)))
 
         y.register_hook(keep)
-
-
-@contextmanager
-def recording_step(recorders: Sequence[FactorRecorder]) -> Iterator[None]:
-    """Register the hooks of all recorders inside the context.
-
-    Args:
-        recorders: The recorders.
-
-    Yields:
-        Nothing.
-    """
-    with ExitStack() as stack:
-        for recorder in recorders:
-            for tap, hook, before_others in recorder.hooks():
-                stack.enter_context(hooked(tap, hook, before_others=before_others))
-        yield

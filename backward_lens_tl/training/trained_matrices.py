@@ -105,10 +105,11 @@ class _TransformersModel:
     def _named(self) -> dict[tuple[MatrixName, int], _Named]:
         found: dict[tuple[MatrixName, int], _Named] = {}
         for name, module in self._model.named_modules():
-            layer, sizes = named_layer(name.removeprefix(PREFIX)), _sizes(module)
+            linear = getattr(module, "base_layer", module)  # inside an adapter
+            layer, sizes = named_layer(name.removeprefix(PREFIX)), _sizes(linear)
             if layer is None or sizes is None:
                 continue
-            is_in_out = type(getattr(module, "base_layer", module)).__name__ == "Conv1D"
+            is_in_out = type(linear).__name__ == "Conv1D"
             columns = layer.columns(*sizes, is_in_out=is_in_out) or {}
             for matrix, own in columns.items():
                 found[matrix, layer.layer] = _Named(name, module, own, len(columns) > 1)
@@ -180,12 +181,11 @@ class _TransformersModel:
         return replace(site, input_heads=width // d_head)
 
 
-def _sizes(module: Any) -> tuple[int, int] | None:
+def _sizes(linear: nn.Module) -> tuple[int, int] | None:
     """Widths of a linear module's input and output; `None` for other modules."""
-    base = getattr(module, "base_layer", module)
-    if isinstance(base, nn.Linear):
-        return base.in_features, base.out_features
-    weight = getattr(base, "weight", None)
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    weight = getattr(linear, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         return None
     d_in, d_out = weight.shape  # Conv1D's; another module is refused when it is selected

@@ -9,8 +9,9 @@ from operator import index
 from torch import nn
 
 from backward_lens_tl._checks import checked_count, checked_number, is_integer, shown
+from backward_lens_tl.capture.recorders import recording
 from backward_lens_tl.errors import InputError
-from backward_lens_tl.training.recording import FactorRecorder, recording_step
+from backward_lens_tl.training.recording import FactorRecorder
 from backward_lens_tl.training.step_gradient import StepGradient, step_gradient
 from backward_lens_tl.training.trained_matrices import TrainedMatrix, find_trained
 
@@ -112,7 +113,7 @@ class TrainingWatch:
         self._recorders = []
         if self.n_steps % self._every == 0:
             self._recorders = [FactorRecorder(each) for each in self._matrices]
-            self._hooks.enter_context(recording_step(self._recorders))
+            self._hooks.enter_context(recording(self._recorders))
 
     @contextmanager
     def _open(self) -> Iterator[TrainingWatch]:

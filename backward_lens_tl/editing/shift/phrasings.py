@@ -59,15 +59,16 @@ def with_phrasings(
     for each in asked:
         for template in templates:
             prompt = template.replace(SUBJECT, _subject(each), 1)
-            if targets.setdefault(prompt, each.target) != each.target:
+            if prompt not in targets:
+                targets[prompt] = each.target
+                others.append(
+                    EditRequest(prompt, each.target, each.subject, template.index(SUBJECT))
+                )
+            elif targets[prompt] != each.target:
                 raise EditError(
                     f"the phrasing {prompt!r} would get two targets, {targets[prompt]!r} and "
                     f"{each.target!r}; leave phrasings out, or edit the two facts one after the "
                     "other"
-                )
-            if all(prompt != other.prompt for other in (*asked, *others)):
-                others.append(
-                    EditRequest(prompt, each.target, each.subject, template.index(SUBJECT))
                 )
     return [*requests, *(tokenize_requests(host, others, prepend_bos) if others else ())]
 
