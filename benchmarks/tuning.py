@@ -26,6 +26,7 @@ from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.data.records import Record, Records
 from backward_lens_tl.editing.mend.settings import MENDTraining
 from backward_lens_tl.editing.methods.fact_method import FactMethod
+from backward_lens_tl.editing.methods.memit import MEMIT
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.methods.presets import (
     METHODS,
@@ -81,6 +82,13 @@ SMOLLM2_GRIDS: Mapping[str, Grid] = {
         "key_mode": ("mean",),
         "prefixes": (((5, 3), (10, 3)),),
     },
+    "memit": {
+        "layers": ((5, 6, 7, 8, 9), (8, 9, 10, 11, 12)),
+        "regularization": (50.0, 500.0, 5000.0),
+    },
+    "ft_late": {"layers": (22, 24), "lr": (2e-4, 5e-4, 1e-3)},
+    "ft_first": {"layers": (0,), "lr": (2e-4, 5e-4, 1e-3)},
+    "ft_constrained": {"layers": (0,), "lr": (5e-4,), "norm_constraint": (2e-3, 5e-3)},
 }
 """SmolLM2's. At the subject's last token, causal tracing finds the windows around layers 0 to 3,
 which contain layer 0, and above them weak maxima at layers 6 and 10 to 11."""
@@ -284,7 +292,7 @@ def candidate_methods(
     """
     settings = dict(candidates(name, task.model))
     if task.model != FACTS_MODEL:
-        return _created(METHODS[name], model, settings, texts)
+        return _created(METHODS[name], model, settings, folder, texts)
     reserved = EvaluationConfig(rows=sorted({*task.reserved, *task.tuning}))
     training = unused_records(records, reserved)
     presets = preset_methods(model, name, folder=folder, training=training, progress=False)
@@ -297,7 +305,11 @@ def candidate_methods(
 
 
 def _created(
-    kind: Any, model: Any, settings: Mapping[str, Mapping[str, Any]], texts: str | None
+    kind: Any,
+    model: Any,
+    settings: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    texts: str | None,
 ) -> dict[str, EditMethod]:
     """Methods that need nothing but second moments, which all candidates share."""
     needed: dict[str, Any] = {}
@@ -311,6 +323,8 @@ def _created(
             prepend_bos=False,
             progress=True,
         )
+    if kind is MEMIT:  # the regularization does not change the values
+        needed["value_folder"] = folder / "memit-values"
     return {label: kind(**needed, **own, prepend_bos=False) for label, own in settings.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from torch import nn
 from backward_lens_tl._checks import listed
 from backward_lens_tl.choices import Lens
 from backward_lens_tl.data.records import Record, Records
+from backward_lens_tl.editing.methods.memit import MEMIT
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.methods.presets import preset_methods
 from backward_lens_tl.editing.methods.shift import ForwardPassShift
@@ -323,6 +324,20 @@ class Evidence:
         if not isinstance(method, ForwardPassShift):
             raise InputError(f"preset {name!r} is {method.name}, not a forward pass shift")
         return method
+
+    def memit_preset(self) -> MEMIT:
+        """MEMIT with settings for the model, which searches for the value of each fact once.
+
+        Returns:
+            The method.
+
+        Raises:
+            InputError: If the preset is another method.
+        """
+        method = self.presets(("memit",))["memit"]
+        if not isinstance(method, MEMIT):
+            raise InputError(f"preset 'memit' is {method.name}, not MEMIT")
+        return replace(method, value_folder=self._edits / "memit-values")
 
     @cached_property
     def perplexity(self) -> float:

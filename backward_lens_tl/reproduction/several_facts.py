@@ -66,6 +66,8 @@ def several_facts(evidence: Evidence) -> Finding:
             "it.",
             f"{_ONCE!r} has the same size for all facts, which is enough for most of them alone. "
             f"{_ITERATED!r}, {_WHITENED!r} and {_AUTO!r} find the least size of each fact.",
+            f"{_MEMIT} searches for the value of a fact once, in the edit of the fact alone; the "
+            "time of edits of several is without it.",
         ),
     )
 
@@ -81,7 +83,7 @@ def _methods(evidence: Evidence) -> dict[str, EditMethod]:
         _AUTO: evidence.shift_preset("shift_auto"),
         # Only with the paper's key is it a sum.
         **({_SUM: summed} if summed.key == "paper" else {}),
-        _MEMIT: evidence.presets(("memit",))["memit"],
+        _MEMIT: evidence.memit_preset(),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -221,6 +222,54 @@ def test_identity_moments_are_ridge_regression(one_gpt2: Case) -> None:
     for layer in LAYERS:
         found, expected = delta["W_out", layer].dense(), equal["W_out", layer].dense()
         assert relative_error(found, expected) < 1e-10
+
+
+# ------------------------------------------------------------------------------------- kept values
+
+
+def test_values_are_searched_for_once(
+    each: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = memit(each)(each.model, [REQUEST, OTHER])
+    method, searched = memit(each, value_folder=tmp_path), []
+    search_once = MEMIT._find_value
+
+    def counted(*args: Any) -> Tensor:
+        searched.append(args)
+        return search_once(*args)
+
+    monkeypatch.setattr(MEMIT, "_find_value", counted)
+    method(each.model, REQUEST)
+    # Neither the regularization nor other facts change a value.
+    replace(method, regularization=1.0)(each.model, REQUEST)
+    assert len(searched) == 1
+    found = method(each.model, [REQUEST, OTHER])
+    assert len(searched) == 2
+    for layer in LAYERS:
+        assert torch.equal(found["W_out", layer].dense(), expected["W_out", layer].dense())
+    assert method.settings() == memit(each).settings()
+
+
+def test_other_searches_have_other_values(one_gpt2: Case, tmp_path: Path) -> None:
+    method, count = memit(one_gpt2, value_folder=tmp_path), 0
+    shorter = replace(method, layers=(0,))
+    for own in (method, replace(method, lr=0.3), replace(method, seed=1), shorter):
+        own(one_gpt2.model, REQUEST)
+        count += 1
+        assert len(list(tmp_path.iterdir())) == count
+    weight = one_gpt2.model.blocks[1].mlp.W_out
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.add_(1e-3)
+        method(one_gpt2.model, REQUEST)
+        weight.copy_(before)
+    assert len(list(tmp_path.iterdir())) == count + 1
+
+
+def test_a_folder_that_cannot_be_had_is_refused(one_gpt2: Case, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(EditError, match=r"values cannot be kept in .*file"):
+        memit(one_gpt2, value_folder=tmp_path / "file")(one_gpt2.model, REQUEST)
 
 
 # ------------------------------------------------------------------------------------- side effects

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -21,7 +23,8 @@ from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.editing.fact_contexts import read_facts
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.fact_method import FactMethod, with_progress
-from backward_lens_tl.editing.methods.method import Layers
+from backward_lens_tl.editing.methods.kept_values import KeptValues
+from backward_lens_tl.editing.methods.method import UNRECORDED, Layers
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.editing.weight_delta import WeightDelta
 from backward_lens_tl.errors import UnsupportedModelError
@@ -33,6 +36,7 @@ from backward_lens_tl.settings import Count, Positive
 _STARTS = ("The", "Therefore", "Because", "I", "You")
 _PER_WIDTH = 3.0
 _CLOSE = 1e-3
+_OF_A_SEARCH = ("steps", "lr", "weight_decay", "kl_factor", "clamp")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class MEMIT(FactMethod):
         clamp: `||delta||` is at most this multiple of the norm of the residual stream.
         starts: The starts of the sampled prefixes.
         prefix_length: Tokens of each prefix, its start included.
+        value_folder: A folder that keeps the values that were found. A later edit with the same
+            fact, model and search takes them from there, also after an interruption. The model
+            must have no hooks that change what it computes.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -72,6 +79,7 @@ class MEMIT(FactMethod):
     clamp: Positive = field(default=0.75, kw_only=True)
     starts: Sequence[str] = _STARTS
     prefix_length: Count = 10
+    value_folder: str | Path | None = field(default=None, kw_only=True, metadata=UNRECORDED)
 
     def compute(self, host: Host, requests: Sequence[TokenizedRequest]) -> Sequence[MatrixDelta]:
         """Compute the change of each layer's matrix, of rank up to the number of requests."""
@@ -82,11 +90,14 @@ class MEMIT(FactMethod):
         facts = self._contexts(host, requests, self.starts, lengths)
         last = sites[-1].layer
         resid = host.hook_points[f"blocks.{last}.hook_resid_post"]
+        kept = self._kept_values(host, last)
         wanted = []
         for fact in with_progress(facts):
             [bare] = read_facts(host, [fact.bare], sites[-1], [resid], last=last)
             start = bare.points[0][0]
-            wanted.append(start + self._find_value(host, last, resid.tap, fact, start))
+            find = partial(self._find_value, host, last, resid.tap, fact, start)
+            found = find() if kept is None else kept.of(fact, find).to(start)
+            wanted.append(start + found)
         changes: list[MatrixDelta] = []
         with ExitStack() as edited:
             for place, site in enumerate(sites):
@@ -98,6 +109,12 @@ class MEMIT(FactMethod):
                 changes.append(MatrixDelta("W_out", site.layer, left.to(keys.dtype), right))
                 edited.enter_context(WeightDelta((changes[-1],), {}).applied(host.model))
         return changes
+
+    def _kept_values(self, host: Host, layer: int) -> KeptValues | None:
+        if self.value_folder is None:
+            return None
+        own = {name: value for name, value in self.settings().items() if name in _OF_A_SEARCH}
+        return KeptValues(self.value_folder, host, [layer, own])
 
     def _least_squares(
         self, layer: int, keys: Float[Tensor, "d_in request"]

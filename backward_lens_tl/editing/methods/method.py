@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
@@ -26,6 +26,9 @@ def _check_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
         raise ValueError("pass at least one layer, without repeats")
     return layers
 
+
+UNRECORDED: Mapping[str, bool] = {"recorded": False}
+"""Metadata of a field that does not change the edit and is not among `settings()`."""
 
 Layers = Annotated[Sequence[int], AfterValidator(_check_layers)]
 """Layers of a model in any order, at least one and each once."""
@@ -141,7 +144,11 @@ class EditMethod(Checked, ABC):
             {'method': 'GradientStep', 'prepend_bos': None, 'optimizer': 'sgd', 'lr': 1.0,
             'matrices': ['W_out'], 'layers': [6]}
         """
-        own = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        own = {
+            field.name: _plain(getattr(self, field.name))
+            for field in fields(self)
+            if field.metadata.get("recorded", True)
+        }
         return {"method": self.name, **own}
 
 
