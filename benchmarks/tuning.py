@@ -84,11 +84,9 @@ SMOLLM2_GRIDS: Mapping[str, Grid] = {
     },
     "memit": {
         "layers": ((5, 6, 7, 8, 9), (8, 9, 10, 11, 12)),
-        "regularization": (50.0, 500.0, 5000.0),
+        # The strongest first: of two equal candidates, the first is chosen.
+        "regularization": (5000.0, 500.0, 50.0),
     },
-    "ft_late": {"layers": (22, 24), "lr": (2e-4, 5e-4, 1e-3)},
-    "ft_first": {"layers": (0,), "lr": (2e-4, 5e-4, 1e-3)},
-    "ft_constrained": {"layers": (0,), "lr": (5e-4,), "norm_constraint": (2e-3, 5e-3)},
 }
 """SmolLM2's. At the subject's last token, causal tracing finds the windows around layers 0 to 3,
 which contain layer 0, and above them weak maxima at layers 6 and 10 to 11."""

@@ -15,7 +15,6 @@ from torch import nn
 
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.errors import EvaluationError
-from backward_lens_tl.evaluation.columns import NONE
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.run import evaluate
 from backward_lens_tl.evaluation.summary import harmonic_mean
@@ -109,7 +108,8 @@ def search(
     with nullcontext(folder) if folder is not None else _shared_folder() as out:
         found = evaluate(model, data, out, candidates, config, progress=progress)
         table = found.summary()
-    table = table[table["method"] != NONE].rename(columns={"method": "name"})
+    # A folder of an earlier search has the order of that one.
+    table = table.set_index("method").loc[list(candidates)].rename_axis("name").reset_index()
     table["score"] = [harmonic_mean(row[~np.isnan(row)]) for row in table[list(metrics)].to_numpy()]
     table = table[["name", *metrics, "score", "seconds", "failed"]].reset_index(drop=True)
     efficacy = table["efficacy"]

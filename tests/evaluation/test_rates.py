@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -306,12 +305,18 @@ def test_a_search_by_success(monkeypatch: pytest.MonkeyPatch, facts_model: Any) 
 def test_a_search_resumes_from_its_folder(
     facts_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    methods = {"a": ForwardPassShift(layer=6, size=40.0, key="plain", prepend_bos=False)}
+    shift = ForwardPassShift(layer=6, size=40.0, key="plain", prepend_bos=False)
+    methods = {"a": shift, "b": shift}
     given: Any = {"folder": tmp_path / "search", "progress": False}
     found = search(facts_model, methods, "facts", [200], **given)
     monkeypatch.setattr(ForwardPassShift, "compute", None)  # not called again
     again = search(facts_model, methods, "facts", [200], **given)
     assert again.table.equals(found.table)
+    assert found.best_name == "a"
+    # Both are equal, and the first one of this call is chosen.
+    turned = search(facts_model, dict(reversed(methods.items())), "facts", [200], **given)
+    assert turned.best_name == "b"
+    assert turned.table["name"].tolist() == ["b", "a"]
 
 
 @pytest.mark.usefixtures("as_for_a_user")
