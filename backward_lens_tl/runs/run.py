@@ -237,11 +237,7 @@ class Run:
         Returns:
             The run; all processes of a launch return together.
         """
-        if find_spec("pyarrow") is None:
-            raise cls.CONFIG.ERROR(
-                f'{_a(cls.NOUN)} needs pyarrow: pip install "backward-lens-tl[parquet]"'
-            )
-        check_path(out, cls.CONFIG.ERROR)
+        cls.check_out(out)
         if not isinstance(config, cls.CONFIG | None):
             name = cls.CONFIG.__name__
             raise cls.CONFIG.ERROR(
@@ -254,14 +250,32 @@ class Run:
         is_shown = progress and state.is_main_process
         job = Job(model, host_of(model), records, config or cls.CONFIG(), Path(out), is_shown)
         plan = prepare(job)
-        found = in_turn(partial(cls._begin, job, plan), cls.CONFIG.ERROR)
+        begin = partial(cls._begin, job.folder, _about(job, plan))
+        found = in_turn(begin, cls.CONFIG.ERROR)
         found._write_missing(plan, state, is_shown)
         return found
 
     @classmethod
-    def _begin(cls: type[_Own], job: Job[Any], plan: Plan[Any]) -> _Own:
-        """Create the folder, or resume one of the same run."""
-        folder, run = job.folder, _about(job, plan)
+    def check_out(cls, out: object) -> None:
+        """Raise if no run can be written to a folder."""
+        if find_spec("pyarrow") is None:
+            raise cls.CONFIG.ERROR(
+                f'{_a(cls.NOUN)} needs pyarrow: pip install "backward-lens-tl[parquet]"'
+            )
+        check_path(out, cls.CONFIG.ERROR)
+
+    @classmethod
+    def _begin(cls: type[_Own], folder: Path, run: Mapping[str, Any]) -> _Own:
+        """Create the folder, or resume one of the same run.
+
+        Args:
+            folder: The folder.
+            run: The contents of `run.json`, without those that describe this process.
+
+        Returns:
+            The run.
+        """
+        run = {**run, **_environment()}
         if (folder / _RUN).exists():
             begun = cls.load(folder)
             begun._check_same(run)
@@ -340,10 +354,8 @@ def _about(job: Job[Any], plan: Plan[Any]) -> dict[str, Any]:
         for each in plan.entries
     )
     return {
-        "format": _FORMAT_VERSION,
         "config": job.config.to_json(),
         **plan.about,
-        "command": shlex.join(sys.argv),
         "model": {
             "name": host.name,
             **({"stored_as": host.stored_as} if host.stored_as else {}),
@@ -354,10 +366,18 @@ def _about(job: Job[Any], plan: Plan[Any]) -> dict[str, Any]:
             "sha256": host.fingerprint(),
         },
         "data": {"name": records.name, "rows": len(records), "sha256": records.fingerprint},
-        "versions": {name: version(name) for name in _DISTRIBUTIONS},
-        "python": platform.python_version(),
         "tokens": {"sha256": sha256(entries.encode(errors="backslashreplace")).hexdigest()},
         "n_shards": len(plan.shards),
+    }
+
+
+def _environment() -> dict[str, Any]:
+    """The entries of `run.json` on this process."""
+    return {
+        "format": _FORMAT_VERSION,
+        "command": shlex.join(sys.argv),
+        "versions": {name: version(name) for name in _DISTRIBUTIONS},
+        "python": platform.python_version(),
     }
 
 

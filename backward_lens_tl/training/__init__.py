@@ -1,9 +1,17 @@
-"""Watch what a training run writes: the factors of the user's own backward passes."""
+"""Watch what a training run writes: the factors of the user's own backward passes, and a record."""
 
 from __future__ import annotations
 
+from backward_lens_tl.training.record import TrainingRecord
 from backward_lens_tl.training.step_gradient import StepGradient, WatchedGradient
 from backward_lens_tl.training.trainer_callback import BackwardLensCallback
 from backward_lens_tl.training.watching import TrainingWatch, watch
 
-__all__ = ["BackwardLensCallback", "StepGradient", "TrainingWatch", "WatchedGradient", "watch"]
+__all__ = [
+    "BackwardLensCallback",
+    "StepGradient",
+    "TrainingRecord",
+    "TrainingWatch",
+    "WatchedGradient",
+    "watch",
+]

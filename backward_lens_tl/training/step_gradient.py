@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +15,8 @@ from backward_lens_tl.capture.matrix_gradient import MatrixGradient
 from backward_lens_tl.errors import InputError, ModelStateError
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.sites import MatrixName
+from backward_lens_tl.readout.vectors import VectorReadout
+from backward_lens_tl.training.own_readout import OwnReadout
 from backward_lens_tl.training.recording import FactorRecorder, Pair
 
 _Rows = tuple[torch.Size, ...]
@@ -66,6 +69,9 @@ class StepGradient:
         backward_passes: The backward pass of each row, from 0, one per microbatch.
         sequences: The sequence of each row, from 0, in its batch.
         positions: The place of each row in its sequence.
+        about: The watched model, the matrices and `every`, for the head of a record.
+        readout: Reads vectors with the current weights of the trained model; `None` if `watch` has
+            no tokenizer for it.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -87,6 +93,43 @@ class StepGradient:
     backward_passes: Int[Tensor, "n"]
     sequences: Int[Tensor, "n"]
     positions: Int[Tensor, "n"]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    readout: OwnReadout | None = None
+
+    def read(self, vectors: Float[Tensor, "n d_model"], k: int = 10) -> VectorReadout:
+        """Read vectors of the residual stream's width as tokens, with the trained model.
+
+        The weights are those at the time of the call: after the optimizer's step, and before the
+        next one.
+
+        Args:
+            vectors: The vectors, such as `-step["W_out", 6].principal_directions(3).resid`.
+            k: Number of tokens at either end.
+
+        Returns:
+            Top and bottom tokens by the model's final norm and unembedding.
+
+        Raises:
+            InputError: If a transformers model is watched without its tokenizer, or the vectors
+                have another width.
+            UnsupportedModelError: If the final norm and unembedding of a transformers model do not
+                rank tokens as its logits do.
+
+        Examples:
+            >>> with blt.training.watch(model, "W_out", layers=6) as watched:
+            ...     loss = model(model.to_tokens("Lionel Messi plays for"), return_type="loss")
+            ...     loss.backward()
+            ...     step = watched.step()
+            >>> len(step.read(-step["W_out", 6].principal_directions(2).resid).top_tokens)
+            2
+            >>> model.zero_grad()
+        """
+        if self.readout is None:
+            raise InputError(
+                "the watched model has no tokenizer; pass watch(..., tokenizer=tokenizer), or read "
+                "the vectors with another model: read_vectors(reader, vectors)"
+            )
+        return self.readout.read(vectors, k)
 
     def __getitem__(self, key: tuple[str, int]) -> WatchedGradient:
         if key in self.gradients:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from operator import index
+from typing import Any
 
 from torch import nn
 
 from backward_lens_tl._checks import checked_count, checked_number, is_integer, shown
 from backward_lens_tl.capture.recorders import recording
 from backward_lens_tl.errors import InputError
+from backward_lens_tl.models import host_of_trained
+from backward_lens_tl.training.own_readout import OwnReadout
 from backward_lens_tl.training.recording import FactorRecorder
 from backward_lens_tl.training.step_gradient import StepGradient, step_gradient
 from backward_lens_tl.training.trained_matrices import TrainedMatrix, find_trained
@@ -22,6 +26,8 @@ class TrainingWatch:
     Args:
         matrices: What is watched.
         every: The first step is watched, and every step after this many others.
+        about: The same in words, for `StepGradient.about`.
+        readout: Reads vectors with the model's weights.
 
     Attributes:
         n_steps: Number of steps so far.
@@ -33,8 +39,15 @@ class TrainingWatch:
         (True, 0)
     """
 
-    def __init__(self, matrices: Sequence[TrainedMatrix], every: int) -> None:
+    def __init__(
+        self,
+        matrices: Sequence[TrainedMatrix],
+        every: int,
+        about: Mapping[str, Any],
+        readout: OwnReadout | None,
+    ) -> None:
         self._matrices, self._every = matrices, every
+        self._about, self._readout = about, readout
         self._recorders: list[FactorRecorder] = []
         self._hooks = ExitStack()
         self._is_open = False
@@ -77,9 +90,13 @@ class TrainingWatch:
         recorders, self._recorders = self._recorders, []
         self._hooks.close()
         self.n_steps += 1
-        found = step_gradient(self.n_steps, recorders, loss_scale) if recorders else None
+        found = self._found(recorders, loss_scale) if recorders else None
         self._begin_step()
         return found
+
+    def _found(self, recorders: Sequence[FactorRecorder], loss_scale: float | None) -> StepGradient:
+        step = step_gradient(self.n_steps, recorders, loss_scale)
+        return replace(step, about=self._about, readout=self._readout)
 
     def resume(self, n_steps: int) -> None:
         """Continue to count after the steps of an earlier run.
@@ -133,6 +150,7 @@ def watch(
     layers: int | Sequence[int] | None = None,
     *,
     every: int = 10,
+    tokenizer: Any = None,
 ) -> Iterator[TrainingWatch]:
     """Take the factors of a training loop's own gradients, without another pass.
 
@@ -156,6 +174,7 @@ def watch(
             `"attn"`, `"mlp"` and `"all"`.
         layers: Indices, negative ones from the end, or `None` for all.
         every: The first optimizer step is watched, and every n-th one after it.
+        tokenizer: The tokenizer of a transformers model, to read directions as tokens.
 
     Yields:
         The watch, whose `step()` ends each optimizer step.
@@ -181,6 +200,30 @@ def watch(
         1 WatchedGradient(W_out of layer 7, x [1, 6, 512], delta [1, 6, 128])
         3 WatchedGradient(W_out of layer 7, x [1, 6, 512], delta [1, 6, 128])
     """
-    found = find_trained(model, matrices, layers)
-    with TrainingWatch(found, checked_count("every", every))._open() as watched:
+    found, every = find_trained(model, matrices, layers), checked_count("every", every)
+    has_tokenizer = tokenizer is not None or host_of_trained(model) is not None
+    readout = OwnReadout(model, tokenizer) if has_tokenizer else None
+    with TrainingWatch(found, every, _about(model, found, every), readout)._open() as watched:
         yield watched
+
+
+def _about(model: nn.Module, watched: Sequence[TrainedMatrix], every: int) -> dict[str, Any]:
+    """What identifies the run, for the head of a record."""
+    sites = [each.site for each in watched]
+    return {
+        "model": {
+            "name": _name(model),
+            "class": type(model).__name__,
+            "parameters": sum(each.numel() for each in model.parameters()),
+        },
+        "matrices": list(dict.fromkeys(site.matrix for site in sites)),
+        "layers": sorted({site.layer for site in sites}),
+        "every": every,
+    }
+
+
+def _name(model: nn.Module) -> str:
+    host = host_of_trained(model)
+    if host is not None:
+        return host.name
+    return str(getattr(getattr(model, "config", None), "_name_or_path", ""))

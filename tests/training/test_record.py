@@ -1,0 +1,217 @@
+"""The record of a watched run: its numbers, its tokens, its folder, and runs that are killed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import N_LAYERS, hf_model
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from backward_lens_tl.errors import InputError, UnsupportedModelError
+from backward_lens_tl.models.loading import load_facts_model
+from backward_lens_tl.readout.vectors import read_vectors
+from backward_lens_tl.training import StepGradient, TrainingRecord, watch
+
+FACTS_FOLDER = Path(__file__).parents[2] / "backward_lens_tl" / "facts_model"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(FACTS_FOLDER)
+
+
+def backward(model: Any, seed: int = 0) -> None:
+    ids = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(seed))
+    model(ids, labels=ids).loss.backward()
+
+
+def one_step(model: nn.Module, matrices: Any = "mlp", **options: Any) -> StepGradient:
+    with watch(model, matrices, **options) as watched:
+        backward(model)
+        step = watched.step()
+    assert step is not None
+    return step
+
+
+def test_numbers_are_those_of_the_dense_gradient(tmp_path: Path) -> None:
+    model = hf_model("llama", torch.float64)
+    step = one_step(model, "all")
+    rows = TrainingRecord(tmp_path, k=2).add(step)
+    assert list(zip(rows.matrix, rows.layer, strict=True)) == list(step.gradients)
+    assert set(rows.positions) == {10}
+    for gradient, row in zip(step, rows.itertuples(), strict=True):
+        values = torch.linalg.svdvals(gradient.dense().flatten(-1))
+        if gradient.n_heads is not None:
+            continue  # dense() is by head
+        squares = values.square()
+        assert row.norm == pytest.approx(float(gradient.dense().norm()), rel=1e-12)
+        assert row.energy == pytest.approx((squares[:2] / squares.sum()).tolist(), rel=1e-10)
+        expected = float(squares.sum().square() / squares.square().sum())
+        assert row.effective_rank == pytest.approx(expected, rel=1e-10)
+        assert row.top_tokens == row.bottom_tokens == []  # neither a tokenizer nor a reader
+
+
+def test_tokens_are_read_with_the_weights_after_the_step(tmp_path: Path) -> None:
+    model: Any = load_facts_model()
+    record = TrainingRecord(tmp_path, k=3)
+    with watch(model, ["W_in", "W_out"], layers=[5, 6]) as watched:
+        model(model.to_tokens("Lionel Messi plays for Paris"), return_type="loss").backward()
+        with torch.no_grad():  # a step that exchanges tokens
+            for weight in model.parameters():
+                if tuple(weight.shape) == (3072, 128):
+                    weight.copy_(weight.flip(0).clone())
+        step = watched.step()
+    assert step is not None
+    rows = record.add(step)
+    for gradient, row in zip(step, rows.itertuples(), strict=True):
+        read = read_vectors(model, -gradient.principal_directions(3).resid, k=3)
+        assert row.top_tokens == read.top_tokens
+        assert row.bottom_tokens == read.bottom_tokens
+
+
+def test_tokens_by_a_reader_and_by_the_model_itself(tmp_path: Path, tokenizer: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(FACTS_FOLDER)
+    reader: Any = load_facts_model()
+    rows = []
+    for name, options, arguments in (
+        ("own", {"tokenizer": tokenizer}, {}),
+        ("reader", {}, {"reader": reader}),
+    ):
+        step = one_step(model, "W_out", layers=[5, 6], **options)
+        rows.append(TrainingRecord(tmp_path / name, **arguments).add(step))
+    own, read = rows
+    assert own.top_tokens.tolist() == read.top_tokens.tolist()
+    assert own.bottom_tokens.tolist() == read.bottom_tokens.tolist()
+    assert [len(each) for each in own.top_tokens[0]] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gptj", "phi3", "opt"])
+def test_own_readout_is_the_last_residual_stream(family: str, tokenizer: Any) -> None:
+    """The final residual stream of a pass reads as the tokens that the model ranks first."""
+    model = hf_model(family, torch.float64)
+    try:
+        matrix = "W_O" if family == "phi3" else "W_out"
+        step = one_step(model, matrix, layers=0, tokenizer=tokenizer)
+    except UnsupportedModelError:
+        step = one_step(model, "W_O", layers=0, tokenizer=tokenizer)
+    ids = torch.tensor([[5, 9, 7]])
+    with torch.no_grad():
+        found = model(ids, output_hidden_states=True)
+        norm = step.readout._reads.norm
+        kept: list[Tensor] = []
+        handle = norm.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+        logits = model(ids).logits[0]
+        handle.remove()
+    assert kept[0].shape == found.hidden_states[-1].shape
+    read = step.read(kept[0][0], k=4)
+    assert torch.equal(read.top_ids, logits.topk(4).indices)
+
+
+def test_models_whose_readout_is_unknown(tmp_path: Path, tokenizer: Any) -> None:
+    model = hf_model("llama")
+    head = model.lm_head
+    head.register_forward_hook(lambda _, args, output: -output)  # not the product alone
+    step = one_step(model, "W_out", tokenizer=tokenizer)
+    with pytest.raises(UnsupportedModelError, match="do not rank tokens as it does; pass a model"):
+        TrainingRecord(tmp_path).add(step)
+    with pytest.raises(InputError, match="has no tokenizer; pass watch"):
+        one_step(hf_model("llama"), "W_out").read(torch.ones(1, 24))
+
+
+def test_gradients_that_are_not_finite(tmp_path: Path) -> None:
+    model = hf_model("llama")
+    record = TrainingRecord(tmp_path)
+    with watch(model, "W_out") as watched:
+        ids = torch.tensor([[3, 4, 5]])
+        (model(ids, labels=ids).loss * float("inf")).backward()
+        rows = record.add(watched.step())  # type: ignore[arg-type]
+    assert rows.norm.isna().all()
+    assert rows.energy.tolist() == [[]] * N_LAYERS
+
+
+def test_columns_and_types(tmp_path: Path) -> None:
+    from backward_lens_tl.training.record_columns import ROWS
+
+    record = TrainingRecord(tmp_path)
+    written = record.add(one_step(hf_model("llama"), "W_out"))
+    read = TrainingRecord.load(tmp_path).to_dataframe()
+    assert read.columns.tolist() == written.columns.tolist() == [each.name for each in ROWS]
+    for name in ("energy", "top_tokens", "bottom_tokens", "change_tokens"):
+        assert read[name].tolist() == written[name].tolist()
+        assert isinstance(read[name][0], list)
+    assert read.change_norm.isna().all()
+    assert read.reference_cosine.isna().all()
+    assert record.to_dataframe(["norm"]).columns.tolist()[-1] == "norm"
+    about = json.loads((tmp_path / "process-0" / "run.json").read_text())
+    assert about["model"]["class"] == "LlamaForCausalLM"
+    assert (about["matrices"], about["layers"], about["every"]) == (["W_out"], [0, 1], 10)
+    assert repr(record).endswith("1 watched steps of 1 processes; read it with .to_dataframe())")
+
+
+def training(folder: Path, steps: range, *, from_step: int = 0, stop: Any = None) -> None:
+    """A run of SGD whose state after any number of steps is known, as after a checkpoint."""
+    model = hf_model("llama")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    record = TrainingRecord(folder, k=2)
+    with watch(model, "W_out", every=2) as watched:
+        watched.resume(from_step)
+        for number in range(steps.stop):
+            backward(model, seed=number)
+            optimizer.step()
+            optimizer.zero_grad()
+            if number < steps.start:
+                continue  # what the checkpoint holds
+            step = watched.step()
+            if step is not None:
+                record.add(step)
+            if stop is not None:
+                stop(number)
+
+
+def test_a_repeated_step_replaces_its_rows(tmp_path: Path) -> None:
+    record = TrainingRecord(tmp_path)
+    step = one_step(hf_model("llama"), "W_out")
+    record.add(step)
+    record.add(step)
+    assert len(record.to_dataframe()) == N_LAYERS
+
+
+def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = one_step(hf_model("llama"), "W_out")
+    for process in (1, 0, 10):
+        monkeypatch.setattr("backward_lens_tl.training.record.this_process", lambda at=process: at)
+        TrainingRecord(tmp_path).add(step)
+    assert TrainingRecord.load(tmp_path).to_dataframe().process.tolist() == [0, 0, 1, 1, 10, 10]
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_refusals(tmp_path: Path) -> None:
+    step = one_step(hf_model("llama"), "W_out")
+    with pytest.raises(InputError, match="is not the folder of a training record: there is no"):
+        TrainingRecord.load(tmp_path)
+    with pytest.raises(InputError, match=r"nothing is written to .* yet; add a watched step"):
+        TrainingRecord(tmp_path).to_dataframe()
+    record = TrainingRecord(tmp_path)
+    record.add(step)
+    with pytest.raises(InputError, match="step is None; pass StepGradient"):
+        record.add(None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="has no column 'norms'; it has step, process"):
+        record.to_dataframe(["norms"])
+    with pytest.raises(InputError, match="k is 0; pass an integer of at least 1"):
+        TrainingRecord(tmp_path, k=0)
+    with pytest.raises(InputError, match=r"with another config: k was 3, is 2\. Resume it with"):
+        TrainingRecord(tmp_path, k=2).add(step)
+    other = one_step(hf_model("llama"), "W_out", every=3)
+    with pytest.raises(InputError, match="with another every: was 10, is 3"):
+        TrainingRecord(tmp_path).add(other)
+    shard = tmp_path / "process-0" / "rows" / "shard-000001.parquet"
+    shard.write_bytes(b"not a table")
+    with pytest.raises(InputError, match="is damaged"):
+        record.to_dataframe()
