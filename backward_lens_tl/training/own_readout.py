@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -37,16 +37,6 @@ _IN_LIST = re.compile(r"\.\d+\.")
 """In the name of a module that belongs to a layer."""
 
 
-class _Scores(Protocol):
-    """How a model reads vectors of its last residual stream."""
-
-    vocabulary: Vocabulary
-    d_model: int
-
-    def scores(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
-        """Scores of all tokens, in the order of the logits."""
-
-
 class OwnReadout:
     """Reads vectors with the current weights of a model.
 
@@ -59,7 +49,7 @@ class OwnReadout:
         self._model, self._tokenizer = model, tokenizer
 
     @cached_property
-    def _reads(self) -> _Scores:
+    def _reads(self) -> _HostScores | _Head:
         host = host_of_trained(self._model)
         with undisturbed(self._model):
             if host is not None:
