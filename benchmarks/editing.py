@@ -30,6 +30,7 @@ from backward_lens_tl.evaluation.run import Evaluation, evaluate
 from backward_lens_tl.files.storage import write_text
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.loading import load_model
+from benchmarks.editing_experiments import collected_experiments, run_experiments
 from benchmarks.editing_page import LENS, OWN, PAPER, PUBLISHED_SIZE, with_results
 from benchmarks.editing_results import collected
 
@@ -67,6 +68,10 @@ class Subject:
     shuffle: str | None
     first: int
     jacobian: str | None
+
+    def statistics(self) -> list[str] | None:
+        """Texts of second moments, other than those that perplexity is measured on."""
+        return None if self.texts is None else read_lines(self.texts)[_N_TEXTS * 20 :]
 
 
 SUBJECTS: Mapping[str, Subject] = {
@@ -106,9 +111,7 @@ class Methods:
 
     def preset(self, name: str) -> EditMethod:
         """A preset of the model."""
-        file = self.subject.texts
-        # Not from the texts that perplexity is measured on.
-        texts = None if file is None else read_lines(file)[_N_TEXTS * 20 :]
+        texts = self.subject.statistics()
         return preset_methods(self.model, name, folder=self.folder, texts=texts)[name]
 
     def memit(self) -> MEMIT:
@@ -179,6 +182,9 @@ TRIALS: Mapping[str, Trial] = {
 }
 """The trials, the most important first."""
 
+EXPERIMENTS = "experiments"
+RUNS = [*TRIALS, EXPERIMENTS]
+
 
 def main() -> None:
     """Evaluate what was asked for, and write the section."""
@@ -186,7 +192,7 @@ def main() -> None:
     parser.add_argument("--out", default="editing-results", help="folder for the evaluations")
     parser.add_argument("--jacobian", help="SmolLM2's Jacobian Lens")
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=[*SUBJECTS])
-    parser.add_argument("--runs", nargs="+", choices=TRIALS, default=[*TRIALS])
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS)
     parser.add_argument("--records", type=int, help="evaluate at most this number of each part")
     parser.add_argument("--collect", action="store_true", help="read --out, evaluate nothing")
     parser.add_argument("--page", action="store_true", help="only render the section")
@@ -199,6 +205,7 @@ def main() -> None:
             if not options.collect:
                 measure(SUBJECTS[name], folder, options.runs, options.jacobian, options.records)
             found[name] = collected({run: parts_of(folder / run) for run in TRIALS}, PAPER)
+            found[name]["experiments"] = collected_experiments(folder / EXPERIMENTS)
     write_text(RESULTS, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     page = DOCS / "editing.md"
     write_text(page, with_results(page.read_text("utf-8"), found))
@@ -227,13 +234,21 @@ def measure(
     methods = Methods(model, own, out)
     for part in range(max(map(n_parts, TRIALS.values()))):
         # Part by part, so that all methods have the same records when time runs out.
-        for name in runs:
-            trial = TRIALS[name]
-            if part < n_parts(trial):
+        for name, trial in TRIALS.items():
+            if name in runs and part < n_parts(trial):
                 log.info("%s, part %d", name, part)
                 made = {each: make(methods) for each, make in trial.methods.items()}
                 folder, config = out / name / f"part-{part}", settings(own, trial, part, most)
                 evaluate(model, own.data, folder, made, config, progress=False)
+    if EXPERIMENTS in runs and own.texts is not None:
+        run_experiments(
+            model,
+            own.data,
+            out / EXPERIMENTS,
+            jacobian=own.jacobian,
+            texts=own.texts,
+            statistics=own.statistics(),
+        )
 
 
 def n_parts(trial: Trial) -> int:

@@ -113,6 +113,8 @@ def section(found: Mapping[str, Any]) -> str:
         parts += ["### Larger sizes\n", text, _sizes(methods)]
     if any(row["facts"] > 1 for row in methods):
         parts += ["### Several facts in one edit of a real model\n", _several(methods)]
+    if real.get("experiments"):
+        parts += ["### The paper's experiments on editing\n", _experiments(real["experiments"])]
     text = (
         "Efficacy / paraphrase / neighborhood in percent, by the paper's definition. The last\n"
         "column is the paper's, for 1,000 records.\n"
@@ -257,6 +259,27 @@ def _several(methods: Sequence[Row]) -> str:
     ]
     head = ["efficacy", "paraphrase", "NS", "kept", "neighbor KL", "text KL", "perplexity"]
     return table(["method", "facts", "n", *head, "s per fact"], shown)
+
+
+def _experiments(findings: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "The first records of the file. ✓ and ✗ mark claims that hold and fail.\n"
+        "[The paper's experiments](reproducing.md) has their thresholds.\n"
+    ]
+    for each in findings:
+        minutes = each["seconds"] / 60
+        lines += [
+            f"**{each['title']}**: {each['verdict']} (`{each['name']}`, {each['records']} records, "
+            f"{minutes:.0f} min).\n",
+            *(
+                f"- {_mark(check['holds'])} {check['claim'][:1].upper()}{check['claim'][1:]}: "
+                f"{check['found']}"
+                + (f" (exceptions: {check['exceptions']})" if check["exceptions"] else "")
+                for check in each["checks"]
+            ),
+            "",
+        ]
+    return "\n".join(lines)
 
 
 def _models(found: Mapping[str, Any]) -> str:

@@ -14,7 +14,8 @@ from test_evaluation import ROWS, Nudge, small_config
 from backward_lens_tl.evaluation.comparison import compare
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.run import evaluate
-from benchmarks import editing
+from benchmarks import editing, editing_experiments
+from benchmarks.editing_experiments import collected_experiments, run_experiments
 from benchmarks.editing_page import LENS, PAPER, section, with_results
 from benchmarks.editing_results import collected
 from benchmarks.tuning import counterfact_split
@@ -90,3 +91,40 @@ def test_methods_without_all_records_of_a_part_are_left_out(gpt2: Case, tmp_path
     (tmp_path / "edits" / "shard-000008.parquet").unlink()
     [none, complete] = collected({"defaults": [found]}, PAPER)["methods"]
     assert (none["name"], complete["name"], complete["records"]) == ("none", LENS, 3)
+
+
+def test_experiments_are_shown_with_their_claims(results: Any) -> None:
+    claims = [
+        {"claim": "all facts are learned", "holds": True, "found": "10 of 10", "exceptions": ""},
+        {"claim": "MEMIT preserves more", "holds": False, "found": "3 of 10", "exceptions": "one"},
+    ]
+    about = {"name": "several_facts", "title": "Several facts", "records": 10, "seconds": 130}
+    found = [{**about, "verdict": "holds with exceptions", "checks": claims}]
+    real = next(iter(results.values()))
+    text = section({"SmolLM2": {**real, "experiments": found}, "facts": results["facts"]})
+    own = text.partition("### The paper's experiments on editing\n")[2].partition("\n###")[0]
+    assert "**Several facts**: holds with exceptions (`several_facts`, 10 records, 2 min)" in own
+    assert "- ✓ All facts are learned: 10 of 10\n" in own
+    assert "- ✗ MEMIT preserves more: 3 of 10 (exceptions: one)\n" in own
+    assert "experiments on editing" not in section({"SmolLM2": {**real, "experiments": []}})
+
+
+def test_experiments_that_were_not_run_are_left_out(tmp_path: Path) -> None:
+    assert collected_experiments(tmp_path / "none") == []
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_findings_of_an_experiment_are_collected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(editing_experiments, "PROMPTS", {"optimizers": 2})
+    texts = tmp_path / "texts.txt"
+    texts.write_text("too short\n" + "A long text about a city in Italy. " * 20 + "\n")
+    run_experiments(
+        "facts", "facts", tmp_path / "out", jacobian=None, texts=str(texts), statistics=None
+    )
+    assert (tmp_path / "out" / "texts.txt").read_text().count("\n") == 1
+    [found] = collected_experiments(tmp_path / "out")
+    assert (found["name"], found["records"]) == ("optimizers", 2)
+    assert found["verdict"]
+    assert found["checks"]
