@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -203,14 +203,13 @@ def step_gradient(
             reasons[_key(recorder)] = (
                 f"it saw {sum(_sizes(recorder))} positions, and most matrices {sum(sizes)}"
             )
-    deltas = {_key(recorder): _deltas(recorder) for recorder in usual}
-    kept = _nonzero(list(deltas.values()))
+    kept = _nonzero(usual)
     labels = _labels([_rows(recorder) for recorder in usual])[kept]
+    inputs = _Inputs(kept)
     return StepGradient(
         step=step,
         gradients={
-            _key(recorder): _gradient(recorder, deltas[_key(recorder)], kept, loss_scale or 1.0)
-            for recorder in usual
+            _key(recorder): _gradient(recorder, inputs, kept, loss_scale) for recorder in usual
         },
         unavailable={key: reason for key, reason in reasons.items() if reason is not None},
         backward_passes=labels[:, 0],
@@ -252,51 +251,79 @@ def _check_scale(recorders: Sequence[FactorRecorder], loss_scale: float | None) 
         )
 
 
-def _inputs(recorder: FactorRecorder) -> Float[Tensor, "1 n *head d_in"]:
-    """The inputs of all backward passes, as they were taken."""
-    site = recorder.matrix.site
-    laid_out = [site.by_head(pair.x, "input", _one_row(pair)) for pair in recorder.pairs]
-    return torch.cat(laid_out, dim=1)
+class _Inputs:
+    """The inputs of each matrix, joined once for matrices that read the same ones.
+
+    Args:
+        kept: The rows that are taken.
+    """
+
+    def __init__(self, kept: Bool[Tensor, "rows"]) -> None:
+        self._kept = kept
+        self._joined: dict[Hashable, Tensor] = {}
+
+    def of(self, recorder: FactorRecorder) -> Float[Tensor, "1 n *head d_in"]:
+        """The inputs of all backward passes."""
+        tensors = [pair.x for pair in recorder.pairs]
+        # All of them are in memory until the first is joined, so an address names one tensor.
+        places = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
+        key = *places, recorder.matrix.site.input_heads
+        if key not in self._joined:
+            self._joined[key] = _join(recorder, tensors, "input", self._kept)
+        return self._joined[key]
 
 
-def _deltas(recorder: FactorRecorder) -> Float[Tensor, "1 n *head d_out"]:
-    """The gradients at the outputs of all backward passes, as they were taken."""
-    site, columns = recorder.matrix.site, recorder.matrix.columns
-    laid_out = []
-    for pair in recorder.pairs:
-        own = pair.delta if columns is None else pair.delta[..., columns]
-        laid_out.append(site.by_head(own, "output", _one_row(pair)))
-    return torch.cat(laid_out, dim=1)
+def _join(
+    recorder: FactorRecorder,
+    tensors: Sequence[Tensor],
+    side: Literal["input", "output"],
+    kept: Bool[Tensor, "rows"],
+) -> Float[Tensor, "1 n *head d_side"]:
+    """The kept rows of all backward passes."""
+    chosen = []
+    for tensor, own in zip(tensors, kept.split(_sizes(recorder)), strict=True):
+        rows = own.nonzero()[:, 0].to(tensor.device)
+        chosen.append(tensor.reshape(len(own), -1).index_select(0, rows))
+    joined = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+    laid_out = recorder.matrix.site.by_head(joined, side, torch.Size((1, len(joined))))
+    return at_least_float32(laid_out)
 
 
-def _one_row(pair: Pair) -> torch.Size:
-    return torch.Size((1, pair.rows.numel()))
+def _own_delta(recorder: FactorRecorder, pair: Pair) -> Float[Tensor, "rows d_out"]:
+    """The columns of a gradient that are the matrix's own, heads concatenated."""
+    columns = recorder.matrix.columns
+    own = pair.delta if columns is None else pair.delta[..., columns]
+    return own.reshape(pair.rows.numel(), -1)
 
 
-def _nonzero(deltas: Sequence[Tensor]) -> Bool[Tensor, "n"]:
-    """Rows of `[1, n, ...]` that add something to the gradient of any matrix."""
-    own = [delta[0].flatten(1).ne(0).any(1).to(deltas[0].device) for delta in deltas]
-    return torch.stack(own).any(0)
+def _nonzero(recorders: Sequence[FactorRecorder]) -> Bool[Tensor, "rows"]:
+    """Rows that add something to the gradient of any matrix."""
+    found = []
+    for recorder in recorders:
+        deltas = [_own_delta(recorder, pair) for pair in recorder.pairs]
+        found.append(torch.cat([delta.ne(0).any(1) for delta in deltas]))
+    return torch.stack([each.to(found[0].device) for each in found]).any(0)
 
 
 def _gradient(
-    recorder: FactorRecorder,
-    delta: Float[Tensor, "1 n *head d_out"],
-    kept: Bool[Tensor, "n"],
-    loss_scale: float,
+    recorder: FactorRecorder, inputs: _Inputs, kept: Bool[Tensor, "rows"], loss_scale: float | None
 ) -> WatchedGradient:
+    """The gradient of one matrix; its recorder is empty afterwards, which frees the memory."""
     site = recorder.matrix.site
-    kept = kept.to(delta.device)
+    x = inputs.of(recorder)
+    deltas = [_own_delta(recorder, pair) for pair in recorder.pairs]
+    delta = _join(recorder, deltas, "output", kept)
+    recorder.pairs.clear()
     return WatchedGradient(
         matrix=site.matrix,
         layer=site.layer,
-        inputs=at_least_float32(_inputs(recorder)[:, kept]),
-        vjps=at_least_float32(delta[:, kept]) / loss_scale,
-        mask=kept[kept][None],
+        inputs=x,
+        vjps=delta if loss_scale is None else delta / loss_scale,
+        mask=delta.new_ones(delta.shape[:2], dtype=torch.bool),
     )
 
 
-def _labels(rows: Sequence[_Rows]) -> Int[Tensor, "n 3"]:
+def _labels(rows: Sequence[_Rows]) -> Int[Tensor, "rows 3"]:
     """Backward pass, sequence and position of every row."""
     # Some modules flatten the first two axes; then any other module tells them.
     clearest = max(rows, key=lambda each: min(len(size) for size in each))
