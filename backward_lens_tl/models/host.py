@@ -334,6 +334,11 @@ class Host(ABC):
         """Modules that together contain every module of the forward pass."""
         return [self.model]
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Every module of the forward pass, some of them more than once."""
+        return [module for _, module in self._modules]
+
     @cached_property
     def _modules(self) -> list[tuple[str, nn.Module]]:
         """Every module, by its name under its root."""

@@ -6,6 +6,7 @@ from backward_lens_tl.training.record import TrainingRecord
 from backward_lens_tl.training.step_gradient import StepGradient, WatchedGradient
 from backward_lens_tl.training.trainer_callback import BackwardLensCallback
 from backward_lens_tl.training.watching import TrainingWatch, watch
+from backward_lens_tl.training.weight_change import WeightChange
 
 __all__ = [
     "BackwardLensCallback",
@@ -13,5 +14,6 @@ __all__ = [
     "TrainingRecord",
     "TrainingWatch",
     "WatchedGradient",
+    "WeightChange",
     "watch",
 ]

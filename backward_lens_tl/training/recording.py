@@ -7,14 +7,16 @@ does not belong to the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from backward_lens_tl.capture.recorders import Hook
+from backward_lens_tl.training.step_memory import StepMemory
 from backward_lens_tl.training.trained_matrices import TrainedMatrix
+from backward_lens_tl.training.weight_change import WeightBefore, WeightChange
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,26 @@ class FactorRecorder:
 
     Args:
         matrix: The matrix.
+        memory: Counts what the factors of the step take.
+        copies_weight: Whether to copy the weight before the step changes it.
+
+    Attributes:
+        matrix: The matrix.
+        pairs: The factors so far.
+        had_no_gradient: Whether nothing that the output depends on was trained.
+        before: The weight at the first forward pass of the step, if it is copied.
+        is_paused: Whether the hooks do nothing.
     """
 
-    def __init__(self, matrix: TrainedMatrix) -> None:
+    def __init__(
+        self, matrix: TrainedMatrix, memory: StepMemory, *, copies_weight: bool = False
+    ) -> None:
         self.matrix = matrix
         self.pairs: list[Pair] = []
         self.had_no_gradient = False
+        self.before: WeightBefore | None = None
+        self.is_paused = False
+        self._memory, self._copies_weight = memory, copies_weight
         self._x: Tensor | None = None
 
     def hooks(self) -> Iterator[Hook]:
@@ -61,7 +77,11 @@ class FactorRecorder:
         yield self.matrix.site.output, self._keep_output, True
 
     def _keep_input(self, x: Tensor) -> None:
+        if self.is_paused or self._memory.is_exceeded:
+            return
         self._x = x
+        if self._copies_weight and self.before is None and torch.is_grad_enabled():
+            self.before = WeightBefore(self.matrix)
 
     def _keep_output(self, y: Tensor) -> None:
         x, self._x = self._x, None
@@ -72,9 +92,29 @@ class FactorRecorder:
             return
         # Under autocast the model multiplies by a rounded copy of `x`.
         own = x.detach().to(y.dtype)
+        self._memory.add(self.matrix.key, own, self.matrix.own_columns(y))
         version = own._version
 
         def keep(delta: Tensor) -> None:
-            self.pairs.append(Pair(own, delta.detach(), (version, delta._version)))
+            if not self._memory.is_exceeded:
+                self.pairs.append(Pair(own, delta.detach(), (version, delta._version)))
 
         y.register_hook(keep)
+
+
+def weight_changes(recorders: Sequence[FactorRecorder]) -> dict[tuple[str, int], WeightChange]:
+    """Subtract the copies of the weights from the weights as they are now.
+
+    Args:
+        recorders: Those of one step; their copies are freed.
+
+    Returns:
+        The changes that are known.
+    """
+    found: dict[tuple[str, int], WeightChange] = {}
+    for each in recorders:
+        before, each.before = each.before, None
+        change = None if before is None else before.change()
+        if change is not None:
+            found[each.matrix.key] = change
+    return found

@@ -18,6 +18,7 @@ from backward_lens_tl.models.sites import MatrixName
 from backward_lens_tl.readout.vectors import VectorReadout
 from backward_lens_tl.training.own_readout import OwnReadout
 from backward_lens_tl.training.recording import FactorRecorder, Pair
+from backward_lens_tl.training.weight_change import WeightChange
 
 _Rows = tuple[torch.Size, ...]
 """Batch and position of each backward pass."""
@@ -69,6 +70,9 @@ class StepGradient:
         backward_passes: The backward pass of each row, from 0, one per microbatch.
         sequences: The sequence of each row, from 0, in its batch.
         positions: The place of each row in its sequence.
+        changes: The optimizer's change of each matrix, if `watch` measures it and it is known.
+        references: The gradients of the reference prompt, if `watch` has one, with the weights
+            before the step.
         about: The watched model, the matrices and `every`, for the head of a record.
         readout: Reads vectors with the current weights of the trained model; `None` if `watch` has
             no tokenizer for it.
@@ -93,6 +97,8 @@ class StepGradient:
     backward_passes: Int[Tensor, "n"]
     sequences: Int[Tensor, "n"]
     positions: Int[Tensor, "n"]
+    changes: Mapping[tuple[str, int], WeightChange] = field(default_factory=dict)
+    references: Mapping[tuple[str, int], WatchedGradient] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
     readout: OwnReadout | None = None
 
@@ -219,7 +225,7 @@ def step_gradient(
 
 
 def _key(recorder: FactorRecorder) -> tuple[str, int]:
-    return recorder.matrix.site.matrix, recorder.matrix.site.layer
+    return recorder.matrix.key
 
 
 def _rows(recorder: FactorRecorder) -> _Rows:
@@ -285,15 +291,15 @@ def _join(
         rows = own.nonzero()[:, 0].to(tensor.device)
         chosen.append(tensor.reshape(len(own), -1).index_select(0, rows))
     joined = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
-    laid_out = recorder.matrix.site.by_head(joined, side, torch.Size((1, len(joined))))
-    return at_least_float32(laid_out)
+    # Without any row, as for a constant loss, the widths of heads could not be inferred.
+    some = joined if len(joined) else joined.new_zeros(1, joined.shape[1])
+    laid_out = recorder.matrix.site.by_head(some, side, torch.Size((1, len(some))))
+    return at_least_float32(laid_out[:, : len(joined)])
 
 
 def _own_delta(recorder: FactorRecorder, pair: Pair) -> Float[Tensor, "rows d_out"]:
     """The columns of a gradient that are the matrix's own, heads concatenated."""
-    columns = recorder.matrix.columns
-    own = pair.delta if columns is None else pair.delta[..., columns]
-    return own.reshape(pair.rows.numel(), -1)
+    return recorder.matrix.own_columns(pair.delta).reshape(pair.rows.numel(), -1)
 
 
 def _nonzero(recorders: Sequence[FactorRecorder]) -> Bool[Tensor, "rows"]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from backward_lens_tl.capture.similarity import USUAL_BUDGET, inner_products, squared_norms
 from backward_lens_tl.readout.vectors import VectorReadout
+from backward_lens_tl.training.change_numbers import compare_change, cosine
+from backward_lens_tl.training.record_columns import ROWS
 from backward_lens_tl.training.step_gradient import StepGradient, WatchedGradient
 
 if TYPE_CHECKING:
@@ -19,6 +22,17 @@ if TYPE_CHECKING:
 
 Read = Callable[[Float[Tensor, "n d_model"]], VectorReadout]
 """Reads vectors as tokens."""
+
+_NOTHING: dict[str, Any] = {
+    "norm": math.nan,
+    "effective_rank": math.nan,
+    "energy": [],
+    "reference_cosine": math.nan,
+    "change_norm": math.nan,
+    "change_cosine": math.nan,
+    "change_outside": math.nan,
+}
+"""Numbers that are not measured, or not finite."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +42,12 @@ class _Row:
     Attributes:
         numbers: Values by column.
         written: What gradient descent writes in each direction, on the side of width `d_model`.
+        changed: What the optimizer's change writes in its first direction, if it is measured.
     """
 
     numbers: dict[str, Any]
     written: Float[Tensor, "k d_model"]
+    changed: Float[Tensor, "n d_model"]
 
 
 def step_rows(step: StepGradient, process: int, k: int, read: Read | None) -> pd.DataFrame:
@@ -48,40 +64,60 @@ def step_rows(step: StepGradient, process: int, k: int, read: Read | None) -> pd
     """
     import pandas as pd
 
-    from backward_lens_tl.training.record_columns import ROWS
-
-    rows = [_row(gradient, k) for gradient in step]
-    tokens = _tokens([row.written for row in rows], read)
+    rows = [_row(step, gradient, k) for gradient in step]
+    groups = [row.written for row in rows] + [row.changed for row in rows]
+    tokens = _tokens(groups, read)
     same = {"step": step.step, "process": process, "positions": len(step.positions)}
-    return pd.DataFrame(
-        [
-            {**same, **row.numbers, "top_tokens": top, "bottom_tokens": bottom}
-            for row, (top, bottom) in zip(rows, tokens, strict=True)
-        ],
-        columns=[column.name for column in ROWS],
-    )
+    of_gradients, of_changes = tokens[: len(rows)], tokens[len(rows) :]
+    filled = [
+        {
+            **same,
+            **row.numbers,
+            "top_tokens": top,
+            "bottom_tokens": bottom,
+            "change_tokens": changed[0] if changed else [],
+        }
+        for row, (top, bottom), (changed, _) in zip(rows, of_gradients, of_changes, strict=True)
+    ]
+    return pd.DataFrame(filled, columns=[column.name for column in ROWS])
 
 
-def _row(gradient: WatchedGradient, k: int) -> _Row:
-    place = {"matrix": gradient.matrix, "layer": gradient.layer}
-    missing = {
-        "change_tokens": [],
-        "reference_cosine": math.nan,
-        **dict.fromkeys(("change_norm", "change_cosine", "change_outside"), math.nan),
-    }
-    width = gradient.spanning_set.shape[-1]
-    if not _is_finite(gradient):
-        nothing = {"norm": math.nan, "effective_rank": math.nan, "energy": []}
-        return _Row(place | missing | nothing, torch.zeros(0, width))
-    main = gradient.principal_directions(k)
-    squares = gradient.singular_values().square()
+def _row(step: StepGradient, gradient: WatchedGradient, k: int) -> _Row:
+    key = gradient.matrix, gradient.layer
+    numbers: dict[str, Any] = {"matrix": gradient.matrix, "layer": gradient.layer, **_NOTHING}
+    none = (gradient.inputs if gradient.reads_residual else gradient.vjps)[0, :0].flatten(1)
+    if not gradient.has_joint_factors or not _is_finite(gradient):
+        return _Row(numbers, none, none)
+    if not len(step.positions):
+        return _Row(numbers | {"norm": 0.0, "effective_rank": 0.0}, none, none)
+    main = gradient.principal_directions(len(step.positions))
+    squares = main.values.square()
     total = float(squares.sum())
-    numbers = {
-        "norm": math.sqrt(total),
-        "effective_rank": total**2 / float(squares.square().sum()) if total else 0.0,
-        "energy": main.energy.tolist(),
-    }
-    return _Row(place | missing | numbers, -main.resid)
+    numbers["norm"] = math.sqrt(total)
+    numbers["effective_rank"] = total**2 / float(squares.square().sum()) if total else 0.0
+    numbers["energy"] = main.energy[:k].tolist()
+    if key in step.references:
+        numbers["reference_cosine"] = _reference_cosine(gradient, step.references[key])
+    changed = none
+    if key in step.changes:
+        found = compare_change(step.changes[key], gradient, main)
+        numbers["change_norm"] = found.norm
+        numbers["change_cosine"], numbers["change_outside"] = found.cosine, found.outside
+        changed = found.written
+    return _Row(numbers, -main.resid[:k], changed)
+
+
+def _reference_cosine(gradient: WatchedGradient, reference: WatchedGradient) -> float:
+    device = gradient.vjps.device
+    other = replace(
+        reference,
+        inputs=reference.inputs.to(device),
+        vjps=reference.vjps.to(device),
+        mask=reference.mask.to(device),
+    )
+    inner = float(inner_products(gradient, other, USUAL_BUDGET))
+    squares = [float(squared_norms(each, USUAL_BUDGET)) for each in (gradient, other)]
+    return cosine(inner, math.prod(math.sqrt(max(0.0, each)) for each in squares))
 
 
 def _is_finite(gradient: WatchedGradient) -> bool:
@@ -89,14 +125,12 @@ def _is_finite(gradient: WatchedGradient) -> bool:
 
 
 def _tokens(
-    vectors: Sequence[Float[Tensor, "k d_model"]], read: Read | None
-) -> Iterator[tuple[list[list[str]], list[list[str]]]]:
+    groups: Sequence[Float[Tensor, "n d_model"]], read: Read | None
+) -> list[tuple[list[list[str]], list[list[str]]]]:
     """Top and bottom tokens of groups of vectors, which are read together."""
-    if read is None or not any(map(len, vectors)):
-        yield from [([], [])] * len(vectors)
-        return
-    device = vectors[0].device
-    found = read(torch.cat([each.to(device) for each in vectors]))
+    if read is None or not any(map(len, groups)):
+        return [([], []) for _ in groups]
+    device = groups[0].device
+    found = read(torch.cat([each.double().to(device) for each in groups]))
     top, bottom = iter(found.top_tokens), iter(found.bottom_tokens)
-    for each in vectors:
-        yield [next(top) for _ in each], [next(bottom) for _ in each]
+    return [([next(top) for _ in each], [next(bottom) for _ in each]) for each in groups]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from backward_lens_tl._checks import shown
@@ -43,6 +44,15 @@ class TrainedMatrix:
 
     site: MatrixSite
     columns: slice | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Its name and layer."""
+        return self.site.matrix, self.site.layer
+
+    def own_columns(self, tensor: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d_out"]:
+        """The columns of the matrix among those of its module."""
+        return tensor if self.columns is None else tensor[..., self.columns]
 
 
 def find_trained(

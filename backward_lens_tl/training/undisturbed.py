@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from backward_lens_tl.models import host_of_trained
+
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
@@ -20,7 +22,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    host = host_of_trained(model)
+    # The Hugging Face model is not a submodule of its bridge.
+    modules = list(model.modules()) if host is None else host.modules
+    modes = [(module, module.training) for module in modules]
     gpus = {each.device.index for each in model.parameters() if each.device.type == "cuda"}
     with torch.random.fork_rng(devices=[gpu for gpu in gpus if gpu is not None]):
         try:

@@ -8,26 +8,33 @@ from dataclasses import replace
 from operator import index
 from typing import Any
 
+import torch
 from torch import nn
 
-from backward_lens_tl._checks import checked_count, checked_number, is_integer, shown
+from backward_lens_tl._checks import (
+    check_choice,
+    checked_count,
+    checked_number,
+    is_integer,
+    shown,
+)
 from backward_lens_tl.capture.recorders import recording
-from backward_lens_tl.errors import InputError
+from backward_lens_tl.errors import InputError, warn
 from backward_lens_tl.models import host_of_trained
 from backward_lens_tl.training.own_readout import OwnReadout
-from backward_lens_tl.training.recording import FactorRecorder
-from backward_lens_tl.training.step_gradient import StepGradient, step_gradient
-from backward_lens_tl.training.trained_matrices import TrainedMatrix, find_trained
+from backward_lens_tl.training.recording import FactorRecorder, weight_changes
+from backward_lens_tl.training.reference import reference_of
+from backward_lens_tl.training.step_gradient import StepGradient, WatchedGradient, step_gradient
+from backward_lens_tl.training.step_memory import StepMemory
+from backward_lens_tl.training.trained_matrices import find_trained
+from backward_lens_tl.training.watch_settings import WatchSettings
 
 
 class TrainingWatch:
     """Counts optimizer steps, and takes the gradients of every n-th one; see `watch`.
 
     Args:
-        matrices: What is watched.
-        every: The first step is watched, and every step after this many others.
-        about: The same in words, for `StepGradient.about`.
-        readout: Reads vectors with the model's weights.
+        settings: What is watched.
 
     Attributes:
         n_steps: Number of steps so far.
@@ -39,16 +46,11 @@ class TrainingWatch:
         (True, 0)
     """
 
-    def __init__(
-        self,
-        matrices: Sequence[TrainedMatrix],
-        every: int,
-        about: Mapping[str, Any],
-        readout: OwnReadout | None,
-    ) -> None:
-        self._matrices, self._every = matrices, every
-        self._about, self._readout = about, readout
+    def __init__(self, settings: WatchSettings) -> None:
+        self._settings = settings
         self._recorders: list[FactorRecorder] = []
+        self._references: Mapping[tuple[str, int], WatchedGradient] | None = None
+        self._memory = StepMemory(None, 0)
         self._hooks = ExitStack()
         self._is_open = False
         self.n_steps = 0
@@ -66,7 +68,8 @@ class TrainingWatch:
                 `GradScaler.get_scale()`; needed in float16 only.
 
         Returns:
-            The gradients of the step; `None` if it was not watched.
+            The gradients of the step; `None` if it was not watched, or would have taken more memory
+            than the budget, which is a warning.
 
         Raises:
             InputError: If it is called outside of the context, or the training is in float16 and
@@ -94,9 +97,26 @@ class TrainingWatch:
         self._begin_step()
         return found
 
-    def _found(self, recorders: Sequence[FactorRecorder], loss_scale: float | None) -> StepGradient:
+    def _found(
+        self, recorders: Sequence[FactorRecorder], loss_scale: float | None
+    ) -> StepGradient | None:
+        """The gradients of the step that ends."""
+        memory = self._memory
+        if memory.is_exceeded:
+            warn(
+                f"step {self.n_steps} is not watched: its factors would take "
+                f"{memory.needed:,} bytes or more, and budget is {memory.budget:,}; watch fewer "
+                "matrices or layers, use smaller microbatches, or pass a larger budget"
+            )
+            return None
         step = step_gradient(self.n_steps, recorders, loss_scale)
-        return replace(step, about=self._about, readout=self._readout)
+        return replace(
+            step,
+            changes=weight_changes(recorders),
+            references=self._references or {},
+            about=self._settings.about(),
+            readout=self._settings.readout,
+        )
 
     def resume(self, n_steps: int) -> None:
         """Continue to count after the steps of an earlier run.
@@ -127,10 +147,34 @@ class TrainingWatch:
             )
 
     def _begin_step(self) -> None:
-        self._recorders = []
-        if self.n_steps % self._every == 0:
-            self._recorders = [FactorRecorder(each) for each in self._matrices]
-            self._hooks.enter_context(recording(self._recorders))
+        self._recorders, self._references = [], None
+        settings = self._settings
+        if self.n_steps % settings.every:
+            return
+        self._memory = StepMemory(settings.budget, settings.fixed_bytes)
+        self._recorders = [
+            FactorRecorder(each, self._memory, copies_weight=settings.changes)
+            for each in settings.matrices
+        ]
+        self._hooks.enter_context(recording(self._recorders))
+        if settings.reference is not None:
+            hook = settings.model.register_forward_pre_hook(self._before_forward, prepend=True)
+            self._hooks.callback(hook.remove)
+
+    def _before_forward(self, model: nn.Module, args: object) -> None:
+        """Take the gradients of the reference, once, before the step's first forward pass."""
+        reference = self._settings.reference
+        is_first = self._references is None and torch.is_grad_enabled()
+        if reference is None or not is_first:
+            return
+        self._references = {}  # its own forward pass calls this too
+        for each in self._recorders:
+            each.is_paused = True
+        try:
+            self._references = reference.gradients(model, self._settings.matrices)
+        finally:
+            for each in self._recorders:
+                each.is_paused = False
 
     @contextmanager
     def _open(self) -> Iterator[TrainingWatch]:
@@ -150,6 +194,9 @@ def watch(
     layers: int | Sequence[int] | None = None,
     *,
     every: int = 10,
+    budget: int | None = None,
+    changes: bool = False,
+    reference: tuple[Any, Any] | None = None,
     tokenizer: Any = None,
 ) -> Iterator[TrainingWatch]:
     """Take the factors of a training loop's own gradients, without another pass.
@@ -164,8 +211,8 @@ def watch(
     with LoRA adapters of PEFT, where the gradient is that of the effective weight, frozen or not.
 
     A watched step keeps the factors of its positions in memory on the model's device,
-    `d_in + d_out` numbers per position and matrix, and again while they are joined. Choose
-    `matrices` and `layers` for large batches.
+    `d_in + d_out` numbers per position and matrix. `changes` adds a copy of each watched matrix, or
+    of its adapter if that alone is trained. Choose `matrices` and `layers` for large batches.
 
     Args:
         model: The model that is trained: a transformers model, with or without an adapter of PEFT,
@@ -174,13 +221,21 @@ def watch(
             `"attn"`, `"mlp"` and `"all"`.
         layers: Indices, negative ones from the end, or `None` for all.
         every: The first optimizer step is watched, and every n-th one after it.
-        tokenizer: The tokenizer of a transformers model, to read directions as tokens.
+        budget: Bytes that a watched step may take in addition to the training, estimated from
+            sizes; `None` sets no limit. A step that would take more is not watched, with a warning.
+        changes: Whether to measure what the optimizer does to each matrix, `StepGradient.changes`.
+        reference: A prompt and its target, each a text or token ids. In every watched step, the
+            gradient of `-log p(target | prompt)` is taken with the weights that the step begins
+            with, in eval mode: `StepGradient.references`. This costs one forward and backward pass
+            of the prompt.
+        tokenizer: The tokenizer of a transformers model, to read directions as tokens and a
+            reference that is text.
 
     Yields:
         The watch, whose `step()` ends each optimizer step.
 
     Raises:
-        InputError: If an argument is invalid.
+        InputError: If an argument is invalid, or copies of the weights exceed the budget.
         UnsupportedModelError: If the model has no matrix of such a name, or several modules share
             one.
 
@@ -200,30 +255,22 @@ def watch(
         1 WatchedGradient(W_out of layer 7, x [1, 6, 512], delta [1, 6, 128])
         3 WatchedGradient(W_out of layer 7, x [1, 6, 512], delta [1, 6, 128])
     """
-    found, every = find_trained(model, matrices, layers), checked_count("every", every)
+    check_choice("changes", changes, (True, False))
     has_tokenizer = tokenizer is not None or host_of_trained(model) is not None
-    readout = OwnReadout(model, tokenizer) if has_tokenizer else None
-    with TrainingWatch(found, every, _about(model, found, every), readout)._open() as watched:
+    settings = WatchSettings(
+        model=model,
+        matrices=find_trained(model, matrices, layers),
+        every=checked_count("every", every),
+        budget=None if budget is None else checked_count("budget", budget),
+        changes=changes,
+        reference=None if reference is None else reference_of(model, reference, tokenizer),
+        readout=OwnReadout(model, tokenizer) if has_tokenizer else None,
+    )
+    if budget is not None and settings.fixed_bytes > budget:
+        raise InputError(
+            f"copies of the watched weights, and the reference, take {settings.fixed_bytes:,} "
+            f"bytes, and budget is {shown(budget)}; watch fewer matrices or layers, or pass a "
+            "larger budget or changes=False"
+        )
+    with TrainingWatch(settings)._open() as watched:
         yield watched
-
-
-def _about(model: nn.Module, watched: Sequence[TrainedMatrix], every: int) -> dict[str, Any]:
-    """What identifies the run, for the head of a record."""
-    sites = [each.site for each in watched]
-    return {
-        "model": {
-            "name": _name(model),
-            "class": type(model).__name__,
-            "parameters": sum(each.numel() for each in model.parameters()),
-        },
-        "matrices": list(dict.fromkeys(site.matrix for site in sites)),
-        "layers": sorted({site.layer for site in sites}),
-        "every": every,
-    }
-
-
-def _name(model: nn.Module) -> str:
-    host = host_of_trained(model)
-    if host is not None:
-        return host.name
-    return str(getattr(getattr(model, "config", None), "_name_or_path", ""))

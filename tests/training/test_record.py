@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from architectures import N_LAYERS, hf_model
@@ -136,6 +141,25 @@ def test_gradients_that_are_not_finite(tmp_path: Path) -> None:
     assert rows.energy.tolist() == [[]] * N_LAYERS
 
 
+def test_a_step_whose_loss_is_constant(tmp_path: Path) -> None:
+    model = hf_model("llama")
+    with watch(model, ["W_Q", "W_out"], changes=True, reference=([5], 6)) as watched:
+        (model(torch.tensor([[3, 4, 5]])).logits * 0).sum().backward()
+        step = watched.step()
+    assert step is not None
+    rows = TrainingRecord(tmp_path).add(step)
+    assert rows.norm.tolist() == rows.positions.tolist() == [0, 0, 0, 0]
+    assert rows.reference_cosine.isna().all()
+
+
+def test_references_that_are_not_finite(tmp_path: Path) -> None:
+    model = hf_model("llama")
+    step = one_step(model, "W_out", reference=([5], 6))
+    for each in step.references.values():
+        each.vjps.fill_(float("nan"))
+    assert TrainingRecord(tmp_path).add(step).reference_cosine.isna().all()
+
+
 def test_columns_and_types(tmp_path: Path) -> None:
     from backward_lens_tl.training.record_columns import ROWS
 
@@ -155,24 +179,74 @@ def test_columns_and_types(tmp_path: Path) -> None:
     assert repr(record).endswith("1 watched steps of 1 processes; read it with .to_dataframe())")
 
 
-def training(folder: Path, steps: range, *, from_step: int = 0, stop: Any = None) -> None:
-    """A run of SGD whose state after any number of steps is known, as after a checkpoint."""
+def training(folder: Path, *, after: int = 0, stop: Callable[[int], object] = int) -> None:
+    """Six steps of SGD with momentum, of which the first ones are those of a checkpoint."""
     model = hf_model("llama")
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+
+    def optimize(number: int) -> None:
+        backward(model, seed=number)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for number in range(after):
+        optimize(number)
     record = TrainingRecord(folder, k=2)
-    with watch(model, "W_out", every=2) as watched:
-        watched.resume(from_step)
-        for number in range(steps.stop):
-            backward(model, seed=number)
-            optimizer.step()
-            optimizer.zero_grad()
-            if number < steps.start:
-                continue  # what the checkpoint holds
-            step = watched.step()
-            if step is not None:
+    with watch(model, "W_out", every=2, changes=True) as watched:
+        watched.resume(after)
+        for number in range(after, 6):
+            optimize(number)
+            if (step := watched.step()) is not None:
                 record.add(step)
-            if stop is not None:
-                stop(number)
+            stop(number)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("when", ["between steps", "while a shard is written"])
+def test_a_killed_run_loses_no_step_and_resumes(tmp_path: Path, when: str) -> None:
+    """SIGKILL after the fourth step, or while the third watched step, the fifth, is written."""
+    out = tmp_path / "killed"
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed() -> None:
+        if when == "between steps":
+            training(out, stop=lambda number: kill() if number == 3 else None)
+        real, calls = pq.write_table, iter(range(9))
+
+        def half_written(table: Any, file: Path) -> None:
+            if next(calls) == 2:
+                file.write_bytes(b"half of a file")
+                kill()
+            real(table, file)
+
+        pq.write_table = half_written
+        training(out)
+
+    assert in_child(killed) == -signal.SIGKILL
+    assert sorted(set(TrainingRecord.load(out).to_dataframe().step)) == [1, 3]
+    training(out, after=2)  # the last checkpoint; step 3 is repeated
+    training(tmp_path / "whole")
+    found, whole = (
+        TrainingRecord.load(folder).to_dataframe() for folder in (out, tmp_path / "whole")
+    )
+    assert sorted(set(found.step)) == [1, 3, 5]
+    pd.testing.assert_frame_equal(found, whole, check_exact=True)
+    assert len([*(out / "process-0" / "rows").iterdir()]) == 3  # no temporary file is left
+
+
+def in_child(action: Callable[[], object]) -> int:
+    """The exit status of a process of its own: negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            action()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_a_repeated_step_replaces_its_rows(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from architectures import hf_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from backward_lens_tl.training import BackwardLensCallback, StepGradient, watch
+from backward_lens_tl.training import BackwardLensCallback, StepGradient, TrainingRecord, watch
 
 
 class Sequences(Dataset[dict[str, list[int]]]):
@@ -71,6 +71,31 @@ def test_trainer(tmp_path: Path) -> None:
     assert not any(module._forward_hooks for module in model.modules())
     same = plain.state_dict()
     assert all(torch.equal(same[name], each) for name, each in model.state_dict().items())
+
+
+def test_a_record_of_a_trainer(tmp_path: Path) -> None:
+    """With dropout, Adam and clipping, the training is the same as without it."""
+    weights: list[dict[str, torch.Tensor]] = []
+    for is_watched in (False, True):
+        torch.manual_seed(0)
+        model = hf_model("gpt2")
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+        record = TrainingRecord(tmp_path / "record")
+        options = {"reference": ([5, 6], 7), "changes": True} if is_watched else {}
+        with watch(model, "W_out", every=2, **options) as watched:
+            callbacks = [BackwardLensCallback(watched, record.add)] if is_watched else []
+            own = trainer(model, tmp_path, callbacks=callbacks)
+            own.args.optim, own.args.max_grad_norm = "adamw_torch", 0.1
+            own.train()
+        weights.append(model.state_dict())
+    assert all(torch.equal(each, weights[1][name]) for name, each in weights[0].items())
+    rows = record.to_dataframe()
+    assert rows.step.tolist() == [1, 1, 3, 3]
+    assert rows.reference_cosine.between(-1, 1).all()
+    assert (rows.change_norm > 0).all()
+    assert rows.change_cosine.between(0.01, 0.99).all()
 
 
 @pytest.mark.usefixtures("as_for_a_user")
