@@ -16,7 +16,7 @@ class DiffCommand(ChangeCommand):
     """The tokens that fine-tuning wrote into a checkpoint, layer by layer.
 
     Attributes:
-        base: The folder of the model before, facts, or a name on the hub.
+        base: The folder of the model before, facts, smollm2, or a name on the hub.
         tuned: The folder of the model after, or a name on the hub.
         rank: Singular vectors of each matrix that are kept.
     """

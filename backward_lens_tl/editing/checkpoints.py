@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -26,6 +28,7 @@ from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.truncated_svd import truncated_svd
 from backward_lens_tl.errors import EditError, first_line
 from backward_lens_tl.models.loading import FACTS_MODEL
+from backward_lens_tl.models.smollm2 import SMOLLM2, download_smollm2, find_smollm2
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -35,8 +38,14 @@ _IS_IN_OUT = {"gpt2": True, "gpt_neo": False, "gpt_bigcode": False, "starcoder2"
 _UNEMBEDDING = "lm_head.weight"
 _EMBEDDINGS = ("model.embed_tokens.weight", "wte.weight", "model.decoder.embed_tokens.weight")
 
+_HEADLESS = re.compile(r"(decoder\.)?layers\.\d+\.")
+"""Names without `model.`, which a model that is saved without its unembedding has."""
+
 _BUFFERS = ("attn.bias", "attn.masked_bias", "rotary_emb.inv_freq")
 """Constants that some versions of transformers save and others do not."""
+
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types whose values need no scales, by their names in safetensors files."""
 
 
 def difference(
@@ -58,16 +67,15 @@ def difference(
     rank = checked_count("rank", rank, EditError)
     with ExitStack() as stack:
         before, after = (stack.enter_context(Checkpoint(each)) for each in (base, tuned))
-        changes, discarded = [], {}
-        for name in before.layers:
-            for change, share in _changes(before, after, name, rank):
-                changes.append(change)
-                discarded[change.name] = share
+        found = [each for name in before.layers for each in _changes(before, after, name, rank)]
         left_out = tuple(_other_differences(before, after))
-    if not changes:
+        rounded = _rounded_from_to(before, after)
+    if not found:
+        as_rounded = f" (rounded from {rounded[0]} to {rounded[1]})" if rounded else ""
         raise EditError(
             "no matrix of attention or the MLP whose name is known differs between "
-            f"{os.fspath(base)!r} and {os.fspath(tuned)!r}; what differs: {some(left_out)}"
+            f"{os.fspath(base)!r}{as_rounded} and {os.fspath(tuned)!r}; what differs: "
+            f"{some(left_out)}"
         )
     about = {
         "method": "difference",
@@ -75,34 +83,49 @@ def difference(
         "tuned": os.fspath(tuned),
         "rank": rank,
         "weights": "raw",
-        "discarded": discarded,
+        "discarded": {each.change.name: each.discarded for each in found},
+        "rounded": rounded,
+        "rounding": {each.change.name: each.rounding for each in found if each.rounding},
         "left_out": left_out,
     }
-    return in_order(changes), about
+    return in_order(each.change for each in found), about
 
 
-def _changes(
-    before: Checkpoint, after: Checkpoint, name: str, rank: int
-) -> Iterator[tuple[MatrixDelta, float]]:
-    """The changes of the matrices in one layer, and the share that each leaves out."""
+class _Found(NamedTuple):
+    """What was added to a matrix.
+
+    Attributes:
+        change: The change.
+        discarded: The share of its squared norm that its rank leaves out.
+        rounding: The share that rounding of the base can explain.
+    """
+
+    change: MatrixDelta
+    discarded: float
+    rounding: float
+
+
+def _changes(before: Checkpoint, after: Checkpoint, name: str, rank: int) -> Iterator[_Found]:
+    """The changes of the matrices in one layer."""
     place = before.layers[name]
-    change = before.difference(after, f"{name}.weight")
+    change, rounding = before.difference(after, f"{name}.weight")
     is_in_out = before.is_in_out(place)
     if not is_in_out:
         change = change.T
     columns = place.columns(*change.shape, is_in_out=is_in_out)
     bias = None
     if f"{name}.bias" in before:
-        bias = before.difference(after, f"{name}.bias")
+        bias = before.difference(after, f"{name}.bias").values
     for matrix, own in ({} if columns is None else columns).items():
         moved = None if bias is None or not bias[own].any() else bias[own].float()
         if change[:, own].any():
             found = truncated_svd(change[:, own], rank)
             left, right = found.u.float(), (found.s[:, None] * found.vh).float()
-            yield MatrixDelta(matrix, place.layer, left, right, bias=moved), found.discarded
+            whole = MatrixDelta(matrix, place.layer, left, right, bias=moved)
+            yield _Found(whole, found.discarded, rounding)
         elif moved is not None:
             nothing = change.new_zeros(len(change), 0).float(), moved.new_zeros(0, len(moved))
-            yield MatrixDelta(matrix, place.layer, *nothing, bias=moved), 0.0
+            yield _Found(MatrixDelta(matrix, place.layer, *nothing, bias=moved), 0.0, 0.0)
 
 
 def _other_differences(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
@@ -111,7 +134,8 @@ def _other_differences(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
         if name in before and before.is_read(name):
             continue
         if name in before and name in after:
-            if not _are_equal(before.tensor(name), after.tensor(name)):
+            old, new = before.tensor(name), after.tensor(name)
+            if not _are_equal(_rounded(old, new), new):
                 yield name
         elif not name.endswith(_BUFFERS):
             holder = before if name in before else after
@@ -119,13 +143,55 @@ def _other_differences(before: Checkpoint, after: Checkpoint) -> Iterator[str]:
                 yield name
 
 
+def _rounded_from_to(before: Checkpoint, after: Checkpoint) -> tuple[str, str] | None:
+    """The types of the first matrix that the base stores with more digits; `None` without any."""
+    for name in (f"{layer}.weight" for layer in before.layers):
+        old, new = before.dtype(name), after.dtype(name) if name in after else None
+        if old is not None and new is not None and _has_more_digits(old, new):
+            return _shown(old), _shown(new)
+    return None
+
+
+def _has_more_digits(one: torch.dtype, other: torch.dtype) -> bool:
+    return torch.finfo(one).eps < torch.finfo(other).eps
+
+
+def _shown(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _is_quantised(tensor: Tensor) -> bool:
     """Whether the values need scales, as those of integers and of 8-bit floating point."""
-    return not tensor.is_floating_point() or tensor.element_size() < 2
+    return tensor.dtype not in _TYPES.values()
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _rounded(old: Tensor, new: Tensor) -> Tensor:
+    """The old tensor, rounded to the type of the new one if that has fewer digits."""
+    # Training in that type starts from the rounded weights.
+    if _is_quantised(old) or _is_quantised(new) or not _has_more_digits(old.dtype, new.dtype):
+        return old
+    return old.to(new.dtype)
+
+
+def _rounding(old: Tensor, new: Tensor, change: Tensor) -> float:
+    """The share of the squared norm that is explained if the old tensor is a rounded copy."""
+    if not _has_more_digits(new.dtype, old.dtype) or not change.any():
+        return 0.0
+    error = (new.double() - new.to(old.dtype).double()).norm() / change.norm()
+    return min(1.0, float(error) ** 2)
+
+
+class Difference(NamedTuple):
+    """What is added to a tensor.
+
+    Attributes:
+        values: The difference, in float64.
+        rounding: The share of its squared norm that is rounding if the old tensor is a rounded copy
+            of the one that training started from; 0 if that has as many digits as the new one.
+    """
+
+    values: Float[Tensor, "*shape"]
+    rounding: float
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:
@@ -137,7 +203,7 @@ class Checkpoint:
     """A folder with a model in safetensors files, open while it is a context.
 
     Attributes:
-        source: The folder, `"facts"`, or a name on the hub.
+        source: The folder, `"facts"`, `"smollm2"`, or a name on the hub.
     """
 
     source: str | Path
@@ -159,8 +225,15 @@ class Checkpoint:
         if self.source == FACTS_MODEL:
             return Path(str(files("backward_lens_tl"))) / "facts_model"
         path = Path(self.source)
+        if self.source == SMOLLM2:
+            path = find_smollm2() or download_smollm2()
         if path.is_dir():
             return path
+        if path.is_file():  # a GGUF file, for example
+            raise EditError(
+                f"{str(path)!r} is a file; pass a folder with safetensors files, as "
+                "save_pretrained writes it"
+            )
         from huggingface_hub import snapshot_download
 
         patterns = ["*.safetensors", "*.json"]
@@ -180,7 +253,7 @@ class Checkpoint:
 
     @cached_property
     def names(self) -> dict[str, tuple[str, str]]:
-        """The file and the stored name of each tensor, by its name without `transformer.`."""
+        """The file and the stored name of each tensor, by its full name without `transformer.`."""
         if (self.folder / _INDEX).exists():
             stored = self._json(_INDEX).get("weight_map")
             if not isinstance(stored, dict):
@@ -195,7 +268,10 @@ class Checkpoint:
                 f"{os.fspath(self.source)!r} has neither {_WEIGHTS} nor {_INDEX}; save the model "
                 "with save_pretrained. For the folder of an adapter, use WeightDelta.from_lora"
             )
-        return {name.removeprefix("transformer."): (file, name) for name, file in stored.items()}
+        names = {name.removeprefix("transformer."): (file, name) for name, file in stored.items()}
+        if any(map(_HEADLESS.match, names)):
+            return {f"model.{name}": place for name, place in names.items()}
+        return names
 
     @cached_property
     def layers(self) -> dict[str, NamedLayer]:
@@ -241,8 +317,12 @@ class Checkpoint:
         tensor: Tensor = self._stored(name, "get_tensor")
         return tensor
 
-    def difference(self, other: Checkpoint, name: str) -> Float[Tensor, "*shape"]:
-        """What the other checkpoint adds to a tensor, in float64."""
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The type of a tensor, without reading it; `None` if its values need scales."""
+        return _TYPES.get(self._stored(name, "get_slice").get_dtype())
+
+    def difference(self, other: Checkpoint, name: str) -> Difference:
+        """What the other checkpoint adds to a tensor."""
         if name not in other:
             raise EditError(
                 f"{os.fspath(other.source)!r} has no {name}, which {os.fspath(self.source)!r} has; "
@@ -257,13 +337,14 @@ class Checkpoint:
             )
         if _is_quantised(before) or _is_quantised(after):
             raise EditError(
-                f"{name} is quantised ({_dtype(before)} and {_dtype(after)}); pass checkpoints of "
-                "floating-point weights of at least 16 bits"
+                f"{name} is quantised ({_shown(before.dtype)} and {_shown(after.dtype)}); pass "
+                "checkpoints of floating-point weights of at least 16 bits"
             )
+        before = _rounded(before, after)
         change = after.double() - before.double()
         if not change.isfinite().all():
             raise EditError(f"the change of {name} has infinite or NaN entries")
-        return change
+        return Difference(change, _rounding(before, after, change))
 
     def _stored(self, name: str, get: str) -> Any:
         """Call a method of the file that holds a tensor."""

@@ -134,19 +134,27 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        hint = (
-            ". It holds a whole model: if an adapter was merged into it, pass its base and this "
-            "folder to WeightDelta.between"
-            if (folder / "config.json").exists()
-            else ""
-        )
         raise EditError(
             f"{str(folder)!r} is not the folder of an adapter: {_CONFIG} cannot be read "
-            f"({first_line(error)}){hint}"
+            f"({first_line(error)}){_instead(folder)}"
         ) from error
     if not isinstance(config, dict):
         raise EditError(f"{_CONFIG} in {str(folder)!r} is not the configuration of an adapter")
     return config
+
+
+def _instead(folder: Path) -> str:
+    """What to pass instead of a folder without an adapter."""
+    # PEFT saves adapters that have names into subfolders, and trainers their checkpoints.
+    inside = sorted(each.parent.name for each in folder.glob(f"*/{_CONFIG}"))
+    if inside:
+        return f". There are adapters in its subfolders {some(inside)}; pass one of these"
+    if (folder / "config.json").exists():
+        return (
+            ". It holds a whole model: if an adapter was merged into it, pass its base and this "
+            "folder to WeightDelta.between"
+        )
+    return ""
 
 
 def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:

@@ -125,16 +125,22 @@ class WeightDelta(Saved):
         """Compute what fine-tuning added to a checkpoint, as the best change of a given rank.
 
         Tensors are read one at a time from safetensors files, so neither model is in memory. Layers
-        are recognised as by `from_lora`.
+        are recognised as by `from_lora`. A base that is stored with more digits than the tuned
+        model is rounded as that one first, since training in half precision starts there;
+        otherwise rounding would look like a change of all matrices.
 
         Args:
-            base: Folder of the model before, `"facts"`, or a name on the hub.
+            base: Folder of the model before, `"facts"`, `"smollm2"`, or a name on the hub.
             tuned: Folder of the model after, or a name on the hub.
             rank: The number of singular vectors of each matrix that are kept.
 
         Returns:
             The change of the raw weights. `about["discarded"]` is the share of the squared norm
             that each matrix leaves out, `about["left_out"]` names other tensors that differ.
+            `about["rounded"]` has the two types if the base was rounded. If it is stored with fewer
+            digits than the tuned model, `about["rounding"]` is the largest share of the squared
+            norm of each matrix that is rounding, in case the base is a rounded copy of the weights
+            that training started from.
 
         Raises:
             EditError: If a checkpoint cannot be read, they are of different models, or no matrix of

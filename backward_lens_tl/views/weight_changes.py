@@ -140,6 +140,17 @@ def summary(delta: WeightDelta) -> Iterator[str]:
             f"Rank {delta.about['rank']} leaves out {100 * discarded_share(delta):.3g} % of the "
             f"squared norm; most in {worst}: {100 * discarded[worst]:.3g} %."
         )
+    rounded: Sequence[str] | None = delta.about.get("rounded")
+    if rounded:
+        yield f"The base is rounded from {rounded[0]} to {rounded[1]}, as the other is stored."
+    rounding: Mapping[str, float] = delta.about.get("rounding") or {}
+    if rounding:
+        worst = max(rounding, key=rounding.__getitem__)
+        yield (
+            "The base is stored with fewer digits than the other. If training started from weights "
+            f"that were rounded later, this explains at most {100 * rounding[worst]:.3g} % of the "
+            f"squared norm of a matrix ({worst})."
+        )
     left_out: Sequence[str] = delta.about.get("left_out") or ()
     if left_out:
         more = len(left_out) - _SHOWN_NAMES

@@ -125,6 +125,16 @@ def test_what_a_rank_discards() -> None:
     assert told[2] == "Not shown, but changed too: a, b, c, d, e, f and 2 more."
 
 
+def test_rounding_is_stated(change: WeightDelta) -> None:
+    rounded = WeightDelta(change.matrices, {"rounded": ("float32", "bfloat16")})
+    assert list(summary(rounded))[1] == (
+        "The base is rounded from float32 to bfloat16, as the other is stored."
+    )
+    shares = {"W_out of layer 2": 0.125, "W_out of layer 6": 0.5}
+    explained = list(summary(WeightDelta(change.matrices, {"rounding": shares})))[1]
+    assert "at most 50 % of the squared norm of a matrix (W_out of layer 6)" in explained
+
+
 def test_a_change_of_biases_alone() -> None:
     nothing = torch.zeros(4, 0), torch.zeros(0, 5)
     moved = MatrixDelta("W_in", 0, *nothing, bias=torch.ones(5))

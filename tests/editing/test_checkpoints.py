@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPTBigCodeConfig
 
 import backward_lens_tl as blt
 from backward_lens_tl.editing import checkpoints
+from backward_lens_tl.editing import truncated_svd as decomposition
 from backward_lens_tl.editing.checkpoint_names import named_layer
 from backward_lens_tl.editing.truncated_svd import truncated_svd
 from backward_lens_tl.editing.weight_delta import WeightDelta
@@ -177,6 +178,71 @@ def test_an_unembedding_that_one_checkpoint_stores(pair: Any, tmp_path: Path, ow
         assert ("lm_head.weight" in found.about["left_out"]) == own
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_a_model_saved_without_its_unembedding(pair: Any, family: str, tmp_path: Path) -> None:
+    """It has `layers.0...` for `model.layers.0...`, as a base or as a tuned model."""
+    base, after = pair(family)
+    hf_model(family, torch.float32).base_model.save_pretrained(tmp_path / "base")
+    tuned(hf_model(family, torch.float32)).base_model.save_pretrained(tmp_path / "tuned")
+    whole = WeightDelta.between(base, after, rank=2)
+    for folders in ((tmp_path / "base", after), (base, tmp_path / "tuned")):
+        found = WeightDelta.between(*folders, rank=2)
+        assert [each.name for each in found] == [each.name for each in whole]
+        for each in whole:
+            assert torch.equal(found[each.matrix, each.layer].dense(), each.dense())
+        assert set(found.about["left_out"]) >= set(whole.about["left_out"]) - {"lm_head.weight"}
+
+
+MATRIX = "model.layers.1.mlp.down_proj.weight"
+
+
+def in_precision(folder: Path, dtype: torch.dtype, change: float = 0.0) -> Path:
+    """A small Llama whose weights are rounded before one matrix is changed."""
+    model = hf_model("llama", torch.float32).to(dtype)
+    with torch.no_grad():
+        model.get_parameter(MATRIX)[3] += change
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_training_in_half_precision_starts_from_the_rounded_base(pair: Any, tmp_path: Path) -> None:
+    """Else, rounding would be a change of all matrices."""
+    base, half = pair("llama")[0], torch.bfloat16
+    after = in_precision(tmp_path / "tuned", half, change=1.0)
+    delta = WeightDelta.between(base, after)
+    assert [(each.matrix, each.layer) for each in delta] == [("W_out", 1)]
+    start, end = (load_file(each / "model.safetensors")[MATRIX] for each in (base, after))
+    expected = (end.double() - start.to(half).double()).T
+    assert relative_error(delta["W_out", 1].dense().double(), expected) <= EXACT
+    assert relative_error(delta["W_out", 1].dense().double(), end.T - start.T.double()) > 1e-3
+    assert delta.about["rounded"] == ("float32", "bfloat16")
+    assert delta.about["rounding"] == {}
+    assert delta.about["left_out"] == ()
+    nothing = in_precision(tmp_path / "same", half)
+    with pytest.raises(
+        EditError, match=r"\(rounded from float32 to bfloat16\) and .*; what differs: nothing"
+    ):
+        WeightDelta.between(base, nothing)
+
+
+def test_a_base_that_may_be_a_rounded_copy(pair: Any, tmp_path: Path) -> None:
+    """The change is kept, with the share that is rounding if the base was rounded later."""
+    base = in_precision(tmp_path / "base", torch.bfloat16)
+    after = in_precision(tmp_path / "tuned", torch.float32, change=1.0)
+    delta = WeightDelta.between(base, after)
+    assert len(delta) == 14
+    assert delta.about["rounded"] is None
+    shares = delta.about["rounding"]
+    tuned = shares.pop("W_out of layer 1")
+    assert set(shares.values()) == {1.0}
+    start, end = (load_file(each / "model.safetensors")[MATRIX] for each in (base, after))
+    rounding = (end - end.bfloat16().float()).double()
+    assert tuned == pytest.approx(float(rounding.norm() / (end - start).double().norm()) ** 2)
+    assert 0 < tuned < 0.01
+    exact = in_precision(tmp_path / "exact", torch.float32)
+    assert WeightDelta.between(exact, after).about["rounding"] == {}
+
+
 def test_a_bias_that_only_one_checkpoint_has(pair: Any, tmp_path: Path) -> None:
     """Added biases are named: without a bias before, it is not known how a model would add one."""
     base, after = pair("llama", "layers.1.mlp.down_proj")
@@ -256,9 +322,22 @@ SPECTRA: dict[str, Tensor] = {
 }
 
 
+WAYS: dict[str, dict[str, int]] = {
+    "iterated": {"_SMALL": 512},
+    "squared": {},
+    "dense": {"_TINY": 1024},
+}
+"""Limits with which a matrix of this size is decomposed in each way, if it can be."""
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", SPECTRA)
-def test_large_matrices(name: str) -> None:
+def test_large_matrices(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit, side in WAYS[way].items():
+        monkeypatch.setattr(decomposition, limit, side)
     matrix, k = spectrum(SPECTRA[name], (650, 700)), 8
+    if way == "squared":  # also with more rows than columns
+        matrix = matrix.T
     found = truncated_svd(matrix, k)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     n = 4 if name == "low rank" else k
@@ -267,9 +346,30 @@ def test_large_matrices(name: str) -> None:
     best = (u[:, :n] * s[:n]) @ vh[:n]
     if name != "low rank":  # with equal values, any basis is one
         assert relative_error((found.u * found.s) @ found.vh, best) <= 1e-8
+    for vectors in (found.u.T, found.vh):
+        assert float((vectors @ vectors.T - torch.eye(n)).abs().max()) < 1e-9
     assert found.discarded == pytest.approx(
         float(s[n:].square().sum() / s.square().sum()), abs=1e-9
     )
+
+
+def test_squares_are_not_used_where_they_lose_digits() -> None:
+    """The second value is below the rounding of the square of the first."""
+    matrix = spectrum(torch.tensor([1.0, 1e-9, 1e-10]).double(), (300, 320))
+    found = truncated_svd(matrix, 3)
+    torch.testing.assert_close(found.s[1:], torch.tensor([1e-9, 1e-10]).double(), rtol=1e-5, atol=0)
+    assert decomposition._squared(matrix, 3) is None
+
+
+def test_iterations_that_will_not_converge_stop_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those on noise cost a few products; those on a spectrum that decreases go on."""
+    done: list[int] = []
+    real = torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda each: (done.append(1), real(each))[1])
+    noise = torch.randn(650, 700, generator=torch.Generator().manual_seed(0)).double()
+    assert decomposition._iterated(noise, 8) is None
+    assert len(done) <= decomposition._SETTLED + 2
+    assert decomposition._iterated(spectrum(SPECTRA["slow"], (650, 700)), 8) is not None
 
 
 def test_the_random_subspace_leaves_the_random_state() -> None:
@@ -281,6 +381,20 @@ def test_the_random_subspace_leaves_the_random_state() -> None:
 # --------------------------------------------------------------------------------------- refusals
 
 
+def test_smollm2_is_where_load_model_finds_it(
+    pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, after = pair("llama")
+    monkeypatch.setenv("BACKWARD_LENS_SMOLLM2", str(base))
+    found = WeightDelta.between("smollm2", after, rank=1)
+    assert len(found) == 14
+    assert found.about["base"] == "smollm2"
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setenv("BACKWARD_LENS_SMOLLM2", str(tmp_path))
+    with pytest.raises(EditError, match=r"model\.gguf' is a file; pass a folder with safetensors"):
+        WeightDelta.between("smollm2", after)
+
+
 @pytest.mark.usefixtures("as_for_a_user")
 def test_checkpoints_that_cannot_be_compared(pair: Any, tmp_path: Path) -> None:
     base, after = pair("llama")
@@ -289,6 +403,7 @@ def test_checkpoints_that_cannot_be_compared(pair: Any, tmp_path: Path) -> None:
         (r"has no model\.layers\.0\.\S+\.weight, which .* has; pass", (base, other, 2)),
         ("rank is 0", (base, after, 0)),
         (r"pass a text or a pathlib\.Path", (base, 3, 2)),
+        (r"is a file; pass a folder with safetensors", (base, after / "model.safetensors", 2)),
         ("has neither model.safetensors nor .* use WeightDelta.from_lora", (base, tmp_path, 2)),
     ]
     for message, arguments in refused:

@@ -375,6 +375,11 @@ def test_folders_that_are_not_adapters(tmp_path: Path) -> None:
     hf_model("llama", torch.float32).save_pretrained(tmp_path / "model")
     with pytest.raises(EditError, match=r"It holds a whole model: .* WeightDelta.between"):
         WeightDelta.from_lora(tmp_path / "model")
+    model = adapted("llama", target_modules=["q_proj"])
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
+    model.save_pretrained(tmp_path / "named", selected_adapters=["other"])
+    with pytest.raises(EditError, match=r"There are adapters in its subfolders other; pass one"):
+        WeightDelta.from_lora(tmp_path / "named")
     with pytest.raises(EditError, match=r"pass a text or a pathlib\.Path"):
         WeightDelta.from_lora(3)  # type: ignore[arg-type]
     adapted("llama", target_modules=["q_proj"]).save_pretrained(tmp_path / "a")
