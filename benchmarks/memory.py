@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from backward_lens_tl.evaluation.costs import with_cost
 from benchmarks import contestants
 from benchmarks.contestants import Contestant
 from benchmarks.sizes import Size, bridge, hooked, question
@@ -115,27 +115,5 @@ def extra_peak(run: Thunk, device: str) -> int:
         Bytes.
     """
     gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _ = run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    _give_back_free_memory()
-    _CLEAR.write_text("5")
-    before = _resident("VmRSS")
-    _ = run()
-    return _resident("VmHWM") - before
-
-
-def _resident(field: str) -> int:
-    """Resident memory of this process, in bytes."""
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024
-
-
-def _give_back_free_memory() -> None:
-    """Return freed memory to the system, so that reusing it counts."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):  # glibc's
-        library.malloc_trim(0)
+    _, cost = with_cost(run, [torch.device(device)])
+    return int(cost.memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -24,8 +25,8 @@ class Cost:
     Attributes:
         seconds: Duration of the call.
         memory: Peak memory beyond what was in use before, in bytes; NaN where it is unknown. With
-            CUDA it is that of the GPUs; on a CPU it is the process's, without memory that Python
-            or torch had already reserved.
+            CUDA it is that of the GPUs; on a CPU it is the process's. C libraries other than glibc
+            may keep freed memory, and what they reuse of it is not counted.
     """
 
     seconds: float
@@ -35,7 +36,8 @@ class Cost:
 def with_cost(call: Callable[[], _T], devices: Iterable[torch.device]) -> tuple[_T, Cost]:
     """Call a function and measure its cost.
 
-    On Linux this resets the process's own peak of memory (`VmHWM`).
+    On Linux this resets the process's own peak of memory (`VmHWM`), after freed memory was given
+    back to the system.
 
     Args:
         call: The function.
@@ -61,9 +63,12 @@ def _reset_peak(gpus: set[torch.device]) -> float:
         torch.cuda.reset_peak_memory_stats(gpu)
     if gpus:
         return float(sum(torch.cuda.memory_allocated(gpu) for gpu in gpus))
+    if not _CLEAR.exists():  # not Linux
+        return math.nan
+    _give_back_free_memory()
     try:
         _CLEAR.write_text(_RESET_PEAK)
-    except OSError:  # not Linux, or not allowed
+    except OSError:  # not allowed
         return math.nan
     return _resident("VmRSS")
 
@@ -80,3 +85,10 @@ def _resident(field: str) -> float:
         return math.nan
     lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
     return float(lines[field].split()[0]) * 1024 if field in lines else math.nan
+
+
+def _give_back_free_memory() -> None:
+    """Return freed memory to the system, so that reusing it counts."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):  # glibc's
+        library.malloc_trim(0)
