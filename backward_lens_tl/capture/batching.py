@@ -6,7 +6,7 @@ microbatches have fewer prompts, or fewer layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -27,6 +27,9 @@ _GRAPH_MLP_WIDTHS = 6
 _GRAPH_PATTERNS = 3
 """Values that autograd keeps per block, as measured: per token, in units of `d_model` and, for each
 reading matrix of the MLP, of `d_mlp`; and per head and pair of tokens."""
+
+PASS_TOKENS = 1024
+"""Tokens of a forward pass of which little is kept, as `token_batches` counts them."""
 
 _USUAL_SIZE = 256 * 2**20
 """Default size of a microbatch on a CPU, in bytes; larger ones are not faster."""
@@ -280,6 +283,27 @@ def length_buckets(lengths: Sequence[int]) -> list[tuple[int, ...]]:
         buckets[-1] += prompts
         real += length * len(prompts)
     return [tuple(sorted(bucket)) for bucket in buckets]
+
+
+def token_batches(host: Host, lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Divide prompts into forward passes that keep few values per token.
+
+    Args:
+        host: The model.
+        lengths: Number of tokens of each prompt.
+        most: Tokens of a pass with padding, unless a single prompt has more.
+
+    Yields:
+        Indices of the prompts of each pass, of similar length, so that little of it is padding.
+    """
+    for group in host.length_groups(lengths):
+        batch: list[int] = []
+        for prompt in sorted(group, key=lengths.__getitem__):
+            if batch and (len(batch) + 1) * lengths[prompt] > most:
+                yield batch
+                batch = []
+            batch.append(prompt)
+        yield batch
 
 
 def _parts(items: tuple[int, ...], most: int) -> list[tuple[int, ...]]:

@@ -15,7 +15,7 @@ _BLOCK = _key("block", "int32", "index of the records that are edited together")
 PASSES = {
     "forward_passes": "forward passes",
     "backward_passes": "backward passes",
-    "contrast_prompts": "prompts about other subjects, in one more pass,",
+    "contrast_prompts": "prompts about other subjects, which run in addition,",
 }
 """What a method's own report counts."""
 

@@ -180,7 +180,7 @@ def test_batches_are_cut_by_tokens(own: Pair, limit: int, monkeypatch: pytest.Mo
 
     expected = collect(own.model)
     monkeypatch.setattr(moment_collection, "forward_pass", recording)
-    monkeypatch.setattr(moment_collection, "_BATCH_TOKENS", limit)
+    monkeypatch.setattr(moment_collection, "PASS_TOKENS", limit)
     found = collect(own.model)
     assert all(n <= limit or n_rows == 1 for n, n_rows, _ in shapes)
     assert sum(n for *_, n in shapes) == found.n_tokens

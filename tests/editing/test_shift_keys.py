@@ -17,7 +17,8 @@ from backward_lens_tl.editing import (
     SecondMoments,
     facts_moments,
 )
-from backward_lens_tl.editing.shift.keys import with_low_rank
+from backward_lens_tl.editing.shift import contrast
+from backward_lens_tl.editing.shift.keys import fewer_rows, with_low_rank
 from backward_lens_tl.editing.shift.subjects import SUBJECTS
 from backward_lens_tl.errors import EditError
 
@@ -45,7 +46,9 @@ def request(target: Any = 40) -> EditRequest:
 
 def direction(own: Pair, *asked: EditRequest, **settings: Any) -> Tensor:
     """The input directions, as columns."""
-    usual = {"layer": LAYER, "size": 1.0, "prepend_bos": False, "contrast": OTHERS}
+    usual: dict[str, Any] = {"layer": LAYER, "size": 1.0, "prepend_bos": False}
+    if settings.get("key") in (None, "contrast"):
+        usual["contrast"] = OTHERS
     [matrix] = ForwardPassShift(**usual | settings)(own.model, list(asked) or request())
     assert matrix.left is not None
     return matrix.left.double()
@@ -140,6 +143,50 @@ def test_the_answer_does_not_depend_on_which_matrix_is_inverted() -> None:
         assert relative_error(direction(own, contrast=names)[:, 0], expected) < 1e-6
 
 
+@pytest.mark.parametrize("with_moments", [False, True])
+def test_the_prompts_run_in_batches(with_moments: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of prompts takes the memory of one batch, and batches change no number."""
+    own = pair("gpt2", EITHER)
+    moments = own.moments() if with_moments else None
+    width = own.model.cfg.d_mlp
+    names = tuple(f"{'the ' * n}{name}" for n in range(1, 10) for name in OTHERS)
+    assert len(names) > width / 2
+    asked = [request(), EditRequest("Messi plays for", 30, "Messi")]
+    texts = [f"{each.prompt.replace(each.subject, name)}" for each in asked for name in names]
+    assert sum(len(own.ids(text)) for text in texts) > 4 * width
+    settings: Any = {"contrast": names, "n_contrast": len(names), "moments": moments}
+    expected = direction(own, *asked, **settings)
+    sizes, rows = [], []
+    run, keep = contrast.forward_pass, contrast.fewer_rows
+
+    def running(host: Any, batch: Any, **given: Any) -> Any:
+        sizes.append(batch.mask.numel())
+        return run(host, batch, **given)
+
+    def keeping(every: Tensor) -> Tensor:
+        rows.append(len(every))
+        return keep(every)
+
+    monkeypatch.setattr(contrast, "forward_pass", running)
+    monkeypatch.setattr(contrast, "fewer_rows", keeping)
+    monkeypatch.setattr(contrast, "PASS_TOKENS", 40)
+    assert relative_error(direction(own, *asked, **settings), expected) < 1e-8
+    assert len(sizes) > 10
+    assert max(sizes) <= 40
+    assert max(rows) <= 2 * width + 40
+    delta = ForwardPassShift(layer=LAYER, size=1.0, prepend_bos=False, **settings)(own.model, asked)
+    assert delta.about["contrast_prompts"] == len(texts)
+
+
+def test_fewer_rows_have_the_same_products() -> None:
+    rows = torch.randn(20, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[:, 0] = rows[:, 1]  # of deficient rank
+    few = fewer_rows(rows)
+    assert len(few) == 6
+    assert relative_error(few.T @ few, rows.T @ rows) < 1e-12
+    assert torch.equal(fewer_rows(rows[:6]), rows[:6])
+
+
 def test_woodbury_is_the_inverse_of_the_sum() -> None:
     generator = torch.Generator().manual_seed(0)
     rows, keys = (torch.randn(n, 9, generator=generator, dtype=torch.float64) for n in (4, 3))
@@ -212,7 +259,11 @@ def test_which_key_is_the_default() -> None:
     assert torch.equal(
         direction(own, moments=moments), direction(own, key="contrast", moments=moments)
     )
-    found = [direction(own, key=key, moments=moments) for key in ("contrast", "whitened", "plain")]
+    found = [
+        direction(own, key="contrast", moments=moments),
+        direction(own, key="whitened", moments=moments),
+        direction(own, key="plain"),
+    ]
     assert relative_error(found[0], found[1]) > 0.05
     assert relative_error(found[1], found[2]) > 0.05
     # Requests without a subject may share an edit with others.
@@ -314,6 +365,14 @@ def test_the_facts_models_neighbors_are_disturbed_less(facts_model: Any) -> None
         ({"contrast": ()}, "contrast has no name of a subject other than"),
         ({"ridge": 0}, "ridge is 0.*; the contrast key needs at least 1e-08 without moments"),
         ({"moments": facts_moments()}, "another model"),
+        (
+            {"key": "plain", "contrast": OTHERS},
+            r"contrast is \('Italy', .*but key='plain' does not read it; leave it out, or pass "
+            "key='contrast'",
+        ),
+        ({"key": "whitened", "moments": facts_moments(), "n_contrast": 4}, "n_contrast is 4, but"),
+        ({"key": "paper", "ridge": 0.1}, "ridge is 0.1, .* pass key='whitened' or key='contrast'"),
+        ({"key": "plain", "moments": facts_moments()}, "moments is .*, but key='plain' does not"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:

@@ -13,11 +13,21 @@ so that each output changes by its own value alone. `A` says where else the edit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from backward_lens_tl.errors import EditError
+
+_READ_BY: Mapping[str, tuple[str, ...]] = {
+    "contrast": ("contrast",),
+    "n_contrast": ("contrast",),
+    "moments": ("whitened", "contrast"),
+    "ridge": ("whitened", "contrast"),
+}
+"""Settings that only some keys read."""
 
 _DEPENDENT = 1e-6
 """Fraction of its mean diagonal that is added to the Gram matrix of several inputs, which may be
@@ -25,6 +35,25 @@ linearly dependent."""
 
 Solve = Callable[[Float[Tensor, "d_in n"]], Float[Tensor, "d_in n"]]
 """Computes `A^-1 K` in float64."""
+
+
+def check_read(key: str | None, given: Mapping[str, object]) -> None:
+    """Refuse settings that a key does not read.
+
+    Args:
+        key: The key; by default it depends on the request, and none is refused.
+        given: The settings by name, `None` where they are left out.
+
+    Raises:
+        EditError: If there is one.
+    """
+    for name, value in given.items():
+        if key is not None and value is not None and key not in _READ_BY[name]:
+            keys = " or ".join(f"key={each!r}" for each in _READ_BY[name])
+            raise EditError(
+                f"{name} is {value!r}, but key={key!r} does not read it; leave it out, or pass "
+                f"{keys}"
+            )
 
 
 def input_directions(inputs: Float[Tensor, "n d_in"], solve: Solve) -> Float[Tensor, "d_in n"]:
@@ -63,3 +92,18 @@ def with_low_rank(solve: Solve, rows: Float[Tensor, "r d_in"]) -> Solve:
         return own - correction
 
     return solved
+
+
+def fewer_rows(rows: Float[Tensor, "r d_in"]) -> Float[Tensor, "s d_in"]:
+    """At most `d_in` rows with the same `R^T R`.
+
+    Args:
+        rows: `R`.
+
+    Returns:
+        The rows themselves, or the triangular factor of their QR decomposition in float64.
+    """
+    if len(rows) <= rows.shape[1]:
+        return rows
+    triangle: Tensor = torch.linalg.qr(rows.double(), mode="r").R
+    return triangle

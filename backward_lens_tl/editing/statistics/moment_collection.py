@@ -6,7 +6,7 @@ Only the layers up to the last one that is asked for run, on texts of similar le
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from backward_lens_tl._checks import checked_count
+from backward_lens_tl.capture.batching import PASS_TOKENS, token_batches
 from backward_lens_tl.capture.forward import forward_pass
 from backward_lens_tl.capture.prompts import pad_prompts, tokenize_prompts
 from backward_lens_tl.data.texts import read_lines
@@ -32,9 +33,6 @@ from backward_lens_tl.models.sites import MatrixName
 
 _CHUNK = 16
 """Texts that are read at once, and sorted by length."""
-
-_BATCH_TOKENS = 1024
-"""Tokens of a forward pass with padding, unless a single text has more."""
 
 
 @raised_as(EditError)
@@ -178,8 +176,8 @@ class _Collected:
             found = replace(found, probe=probe, probe_inputs=last_inputs(host, sites, probe))
         last = max(site.layer for site in sites)
         sums = [torch.zeros((), dtype=torch.float64)] * len(sites)
-        for some in _batches(host, rows):
-            batch = pad_prompts(host, some)
+        for some in token_batches(host, list(map(len, rows)), PASS_TOKENS):
+            batch = pad_prompts(host, [rows[at] for at in some])
             # Only the products are kept: the inputs of all layers are many times larger.
             with stopped_after(host, last):
                 seen = forward_pass(host, batch, inputs=sites, keep=partial(self._gram, batch.mask))
@@ -211,18 +209,6 @@ class _Collected:
             row, column = torch.triu_indices(size, size)
             self.upper[size] = row * size + column
         return product.flatten()[self.upper[size]].double()
-
-
-def _batches(host: Host, rows: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """Rows for one forward pass each, of similar length, so that little of it is padding."""
-    for group in host.length_groups(list(map(len, rows))):
-        batch: list[tuple[int, ...]] = []
-        for row in sorted((rows[at] for at in group), key=len):
-            if batch and (len(batch) + 1) * len(row) > _BATCH_TOKENS:
-                yield batch
-                batch = []
-            batch.append(row)
-        yield batch
 
 
 def _digest(before: str, text: str) -> str:
