@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from backward_lens_tl._checks import listed, shown
+from backward_lens_tl._checks import listed, shown, truncated
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.methods.presets import preset_methods
 from backward_lens_tl.errors import EvaluationError
@@ -223,7 +223,8 @@ def evaluate(
 
     Raises:
         EvaluationError: If the folder holds another evaluation, a method is not usable or edits
-            with another `prepend_bos` than prompts are scored with, or no row is chosen.
+            with another `prepend_bos` than prompts are scored with, `statistics` or `jacobian` is
+            given without presets, or no row is chosen.
         ModelStateError: If the model's weights change during the evaluation.
 
     Examples:
@@ -239,7 +240,7 @@ def evaluate(
     def prepare(job: Job[EvaluationConfig]) -> Plan[Shard]:
         job.host.check_state()
         texts = read_texts(job.host, job.config)
-        needs = {"texts": statistics, "jacobian": jacobian}
+        needs = {"statistics": statistics, "jacobian": jacobian}
         named = _named_methods(job, methods, needs)
         shards = plan_shards(job.host, job.records, named, job.config)
         unedited = [shard for shard in shards if shard.method is None]
@@ -259,10 +260,9 @@ def evaluate(
 def _named_methods(
     job: Job[EvaluationConfig], methods: Methods, needs: Mapping[str, Any]
 ) -> dict[str, EditMethod]:
-    if isinstance(methods, EditMethod):
-        named = {methods.name: methods}
-    elif isinstance(methods, Mapping):
-        named = dict(methods)
+    if isinstance(methods, EditMethod | Mapping):
+        _check_unused(needs)
+        named = {methods.name: methods} if isinstance(methods, EditMethod) else dict(methods)
     else:
         names = listed(methods)
         if not names or not all(isinstance(name, str) for name in names):
@@ -282,6 +282,17 @@ def _named_methods(
     return {name: _with_bos(name, method, job.config) for name, method in named.items()}
 
 
+def _check_unused(needs: Mapping[str, Any]) -> None:
+    """Refuse what only presets read."""
+    for name, value in needs.items():
+        if value is not None:
+            raise EvaluationError(
+                f"{name} is {truncated(shown(value))}, but only presets read it, and methods has "
+                "objects; pass names of presets, or leave it out and pass it to the method, such "
+                "as ForwardPassShift(jacobian=lens) or ROME(moments=second_moments(model, texts))"
+            )
+
+
 def _presets(
     job: Job[EvaluationConfig], names: Sequence[str], needs: Mapping[str, Any]
 ) -> dict[str, EditMethod]:
@@ -294,7 +305,8 @@ def _presets(
         training=unused_records(job.records, job.config),
         prepend_bos=job.config.prepend_bos,
         progress=job.progress,
-        **needs,
+        texts=needs["statistics"],
+        jacobian=needs["jacobian"],
     )
 
 

@@ -344,6 +344,10 @@ def test_a_small_probability_is_not_enough_where_others_lead() -> None:
         ({"size": 4, "margin": 1.1}, "margin and probability are for size='auto', but size is 4"),
         ({"size": 4, "probability": 0.5}, "are for size='auto', but size is 4"),
         ({"iterations": 1}, "iterations is 1, but size='auto' needs at least 2"),
+        (
+            {"skip_if_answered": True},
+            "skip_if_answered is for a number as size, but size is 'auto'",
+        ),
         ({"target_tokens": "last"}, "target_tokens is 'last'"),
     ],
 )

@@ -1031,7 +1031,7 @@ def test_settings_by_name() -> None:
     assert EvaluationConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
-def test_methods_that_are_refused(run) -> None:
+def test_methods_that_are_refused(run, tmp_path: Path) -> None:
     for methods, message in (
         ({"none": Nudge()}, "'none' is the unedited model's own name"),
         ({"a": 3}, "methods has 'a': 3; pass names with methods"),
@@ -1041,6 +1041,10 @@ def test_methods_that_are_refused(run) -> None:
     ):
         with pytest.raises(EvaluationError, match=re.escape(message)):
             run(methods)
+    for methods in ({}, Nudge()):
+        for name, given in (("jacobian", "facts"), ("statistics", ["a text"])):
+            with pytest.raises(EvaluationError, match=f"{name} is .*, but only presets read it"):
+                evaluate("facts", ROWS, tmp_path, methods, progress=False, **{name: given})
     with pytest.raises(EvaluationError, match="the data have no rows"):
         run({}, blt.Records("empty", (), "0"))
     with pytest.raises(EvaluationError, match="config is a dict; pass an EvaluationConfig"):

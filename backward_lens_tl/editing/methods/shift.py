@@ -39,7 +39,7 @@ from backward_lens_tl.editing.outcomes import EditReport
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.editing.shift.cells import Cells, TargetTokens
 from backward_lens_tl.editing.shift.contrast import Contrast
-from backward_lens_tl.editing.shift.keys import input_directions
+from backward_lens_tl.editing.shift.keys import check_read, input_directions
 from backward_lens_tl.editing.shift.layers import usual_layer
 from backward_lens_tl.editing.shift.phrasings import GENERIC, SUBJECT, with_phrasings
 from backward_lens_tl.editing.shift.reports import shift_outcomes
@@ -73,6 +73,9 @@ _MOST_PASSES = 20
 """The same where fewer do not reach all targets."""
 
 _MARGIN = 1.1
+
+N_CONTRAST = 16
+"""Other subjects of each request."""
 
 _CONTRAST_RIDGE = 1.0
 """Large, because the prompts of a contrast are few: with less, a key of a small model lies in
@@ -138,7 +141,7 @@ class ForwardPassShift(EditMethod):
             `jacobian`, else the embedding.
         key: The input direction: `"paper"`, the input itself; `"plain"`, along the input;
             `"whitened"`, the least for the texts of `moments`; `"contrast"`, the least for the same
-            prompt about other subjects, too, which takes one batch of them. By default it is the
+            prompt about other subjects, too, which run up to the layer. By default it is the
             contrast if there is a subject, else whitened if there are moments, else plain.
         jacobian: TransformerLens's `JacobianLens`, the path of its file, or `"facts"`, the one that
             ships with the facts model. The size that is tried first is guessed with it, too.
@@ -149,8 +152,8 @@ class ForwardPassShift(EditMethod):
             if a target is not reached with fewer, as can happen with many tokens at once. For a
             number, how often it is added at most, 1 by default: with more, a forward pass after
             each checks which tokens are not yet the most probable ones and get it again.
-        skip_if_answered: Whether to leave out tokens that are most probable without an edit, as in
-            the authors' code; `size="auto"` always does.
+        skip_if_answered: For a number as `size`, whether to leave out tokens that are most probable
+            without an edit, as in the authors' code; `size="auto"` always does.
         target_tokens: Which tokens of a target are written: `"all"`, or the `"first"`, as in the
             authors' code.
         target_embedding: Whether `e_t` comes from the unembedding or the embedding. `"auto"` uses
@@ -161,7 +164,7 @@ class ForwardPassShift(EditMethod):
         ridge: Fraction of the mean variance that is added to the diagonal of `C`; by default 1e-6
             for the whitened key, and 1 for the contrast key.
         contrast: Names of other subjects; by default well-known names of several kinds.
-        n_contrast: The number of them that is used for each request.
+        n_contrast: The number of them that is used for each request; 16 by default.
         fact_token: The token where `W_out` is edited: the prompt's `"last"`, or the subject's last
             (`"subject_last"`), where all tokens of a target are written; their sizes add up there.
         phrasings: Other prompts that get the same target in the same edit, with `{subject}` for the
@@ -196,7 +199,7 @@ class ForwardPassShift(EditMethod):
     moments: SecondMoments | None = None
     ridge: NonNegative | None = None
     contrast: Sequence[str] | None = None
-    n_contrast: Count = 16
+    n_contrast: Count | None = None
     fact_token: FactToken = "last"
     phrasings: Sequence[Phrasing] = ()
 
@@ -219,6 +222,8 @@ class ForwardPassShift(EditMethod):
         if self.moments is not None:
             made = "second_moments(model, texts)"
             check_kind("moments", self.moments, SecondMoments, made, EditError)
+        names = ("contrast", "n_contrast", "moments", "ridge")
+        check_read(self.key, {name: getattr(self, name) for name in names})
         if self.margin is not None and self.probability is not None:
             raise EditError(
                 f"margin is {self.margin} and probability is {self.probability}; pass one of the "
@@ -228,6 +233,11 @@ class ForwardPassShift(EditMethod):
             raise EditError(
                 f"margin and probability are for size='auto', but size is {self.size}; leave them "
                 "out, or the size"
+            )
+        if self.size == "auto" and self.skip_if_answered:
+            raise EditError(
+                "skip_if_answered is for a number as size, but size is 'auto', which always leaves "
+                "out tokens that are most probable; leave it out"
             )
         if self.size == "auto" and self.iterations == 1:
             raise EditError(
@@ -327,7 +337,7 @@ class ForwardPassShift(EditMethod):
             requests,
             cells.targets,
             SUBJECTS if self.contrast is None else self.contrast,
-            n_subjects=self.n_contrast,
+            n_subjects=self.n_contrast or N_CONTRAST,
             fact_token=self.fact_token,
             prepend_bos=self.prepend_bos,
         )
