@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from backward_lens_tl._checks import listed, shown, truncated
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.errors import EvaluationError
 from backward_lens_tl.evaluation.config import EvaluationConfig
@@ -30,15 +31,20 @@ SUCCESSES = ("efficacy", "paraphrase_success", "neighborhood_success")
 """For models that rarely know a neighbor's answer: which of two answers is more probable there."""
 
 
+_RATES = (*dict.fromkeys((*ACCURACIES, *SUCCESSES)), "free_efficacy", "kept")
+"""Metrics for which more is better, so that their harmonic mean can rank candidates."""
+
+
 @dataclass(frozen=True)
 class Search:
     """The results of a search.
 
     Attributes:
         candidates: The methods that were tried, by name.
-        table: One row per candidate, in their order: `name`, the means of the metrics in percent
-            (by default `efficacy`, `paraphrase` and `neighborhood`: the answer is the most probable
-            one), their harmonic mean `score`, `seconds` per edit, `failed` edits.
+        table: One row per candidate, in their order: `name`, the means of `efficacy` and of the
+            metrics in percent (by default `efficacy`, `paraphrase` and `neighborhood`: the answer
+            is the most probable one), the metrics' harmonic mean `score`, `seconds` per edit,
+            `failed` edits.
         best_name: The name of the best candidate.
     """
 
@@ -76,7 +82,7 @@ def search(
         data: What `read_records` reads.
         rows: Rows of the data to try them on, which should not be evaluated later.
         least_efficacy: In percent.
-        metrics: `ACCURACIES` or `SUCCESSES`.
+        metrics: `ACCURACIES`, `SUCCESSES`, or other rates.
         prepend_bos: Whether prompts get a BOS token when they are edited and scored; as in
             `EvaluationConfig`.
         folder: Where results are kept, so that the same call resumes a search that was stopped; a
@@ -87,7 +93,7 @@ def search(
         The best candidate and the results of all.
 
     Raises:
-        EvaluationError: If there is no candidate, or no row.
+        EvaluationError: If there is no candidate, row or metric, or a metric is not a rate.
 
     Examples:
         >>> import backward_lens_tl as blt
@@ -102,6 +108,11 @@ def search(
     """
     if not candidates:
         raise EvaluationError("candidates is empty; pass methods by name")
+    chosen = listed(metrics)
+    if not chosen or not set(chosen) <= set(_RATES):
+        raise EvaluationError(
+            f"metrics is {truncated(shown(metrics))}; pass some of {', '.join(_RATES)}"
+        )
     config = EvaluationConfig(
         rows=tuple(rows), generation_length=0, n_texts=0, prepend_bos=prepend_bos
     )
@@ -110,8 +121,9 @@ def search(
         table = found.summary()
     # A folder of an earlier search has the order of that one.
     table = table.set_index("method").loc[list(candidates)].rename_axis("name").reset_index()
-    table["score"] = [harmonic_mean(row[~np.isnan(row)]) for row in table[list(metrics)].to_numpy()]
-    table = table[["name", *metrics, "score", "seconds", "failed"]].reset_index(drop=True)
+    table["score"] = [harmonic_mean(row[~np.isnan(row)]) for row in table[chosen].to_numpy()]
+    columns = dict.fromkeys(("name", "efficacy", *chosen, "score", "seconds", "failed"))
+    table = table[list(columns)].reset_index(drop=True)
     efficacy = table["efficacy"]
     good = table[efficacy >= min(least_efficacy, efficacy.max())]
     return Search(candidates, table, str(good.loc[good["score"].idxmax(), "name"]))

@@ -299,6 +299,18 @@ def test_a_search_by_success(monkeypatch: pytest.MonkeyPatch, facts_model: Any) 
     found = search(facts_model, methods, "data", [1], metrics=SUCCESSES)
     assert found.best_name == "b"
     assert list(found.table)[1:5] == [*SUCCESSES, "score"]
+    # Efficacy is needed for the choice, whichever metrics the mean is of.
+    found = search(facts_model, methods, "data", [1], metrics=["neighborhood"])
+    assert found.best_name == "a"
+    assert list(found.table)[1:4] == ["efficacy", "neighborhood", "score"]
+    assert found.table["score"].tolist() == [20.0, 10.0]
+
+
+@pytest.mark.parametrize("metrics", [(), ("efficacy", "neighborhood_kl"), ("accuracy",), "name"])
+@pytest.mark.usefixtures("as_for_a_user")
+def test_metrics_that_are_refused(metrics: Any) -> None:
+    with pytest.raises(EvaluationError, match=r"metrics is .*; pass some of efficacy, "):
+        search(nn.Identity(), {"a": CANDIDATES["a"]}, "data", [1], metrics=metrics)
 
 
 @pytest.mark.usefixtures("as_for_a_user")
