@@ -205,9 +205,11 @@ def _goals(real: Mapping[str, Any]) -> list[list[str]]:
     labels = {**_EFFECTS, **_DAMAGE, **_PASSES}
     for name, metric, bound, wanted in _GOALS:
         row = _find(real["methods"], name)
-        if row is None or row[metric] is None:
+        value = None if row is None else row[metric]
+        if value is not None and metric not in _PASSES:
+            value = value[0]
+        if value is None:
             continue
-        value = row[metric] if metric in _PASSES else row[metric][0]
         is_met = value >= wanted if bound == "at least" else value <= wanted
         goal = f"{_label(row)}: {labels[metric]} {bound} {wanted:g}"
         rows.append([goal, f"{value:.3g}", _mark(is_met)])

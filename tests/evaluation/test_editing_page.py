@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,20 @@ def results() -> Any:
 def test_the_section_is_rendered_from_the_results(results: Any) -> None:
     text = (DOCS / "editing.md").read_text(encoding="utf-8")
     assert text == with_results(text, results)
+
+
+def test_goals_without_a_measurement_are_left_out(results: Any) -> None:
+    found = deepcopy(results)
+    [row] = [
+        row
+        for row in next(iter(found.values()))["methods"]
+        if (row["name"], row["facts"], row["run"]) == (LENS, 1, "defaults")
+    ]
+    assert f"| {LENS}: kept at least" in section(found)
+    row["kept"] = [None, None, None]  # no record has neighbors
+    text = section(found)
+    assert f"| {LENS}: kept at least" not in text
+    assert f"| {LENS}: efficacy at least" in text
 
 
 def test_every_table_is_rectangular(results: Any) -> None:
