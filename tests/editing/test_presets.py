@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import HAS_BRIDGE, build
+from models import HAS_BRIDGE, build, relative_error
 from torch import nn
 
 from backward_lens_tl.data.readers import read_records
@@ -317,6 +317,24 @@ def test_moments_of_any_texts(tiny: nn.Module, tmp_path: Path, cache: Path) -> N
     ]
     assert len({each.fingerprint for each in (first, *found)}) == 4
     assert len(list(cache.iterdir())) == 4
+
+
+def test_moments_of_a_model_with_hooks_are_not_kept(tiny: Any, tmp_path: Path, cache: Path) -> None:
+    """The checksum of the weights does not know the hooks."""
+    given: Any = {"folder": tmp_path, "progress": False, "texts": TEXTS * 40}
+    plain: Any = preset_methods(tiny, "rome", **given)["rome"]
+    [kept] = cache.iterdir()
+    halved = [("blocks.1.hook_resid_pre", lambda values, hook: values * 0.5)]
+    with tiny.hooks(fwd_hooks=halved):
+        hooked: Any = preset_methods(tiny, "rome", **given)["rome"]
+    assert hooked.moments.texts == plain.moments.texts
+    assert relative_error(hooked.moments.of(1), plain.moments.of(1)) > 0.1
+    kept.unlink()
+    with tiny.hooks(fwd_hooks=halved):
+        preset_methods(tiny, "rome", **given)
+    assert list(cache.iterdir()) == []
+    again: Any = preset_methods(tiny, "rome", **given)["rome"]
+    assert again.moments.fingerprint == plain.moments.fingerprint
 
 
 def test_own_texts_for_the_facts_model(facts_model: Any, tmp_path: Path, cache: Path) -> None:

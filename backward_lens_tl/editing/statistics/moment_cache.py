@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -34,7 +35,8 @@ def cached_moments(
 ) -> SecondMoments:
     """Load second moments of `W_out`'s inputs from the cache, or collect and keep them there.
 
-    The file's name has a checksum of the model's weights, the texts and the settings.
+    The file's name has a checksum of the model's weights, the texts and the settings. It says
+    nothing about hooks, so a model with hooks of the caller neither reads nor writes the cache.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
@@ -57,6 +59,17 @@ def cached_moments(
         lines = read_lines(str(texts)) if isinstance(texts, str | Path) else texts
         held = [line.strip() for line in lines]
         stream, of_texts = iter(held), hashlib.sha256(json.dumps(held).encode()).hexdigest()
+    collect = partial(
+        second_moments,
+        model,
+        stream,
+        layers=layers,
+        max_tokens=max_tokens,
+        prepend_bos=prepend_bos,
+        progress=progress,
+    )
+    if host.hooked_modules:
+        return collect()
     about = [host.fingerprint(), of_texts, list(layers), max_tokens, prepend_bos]
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     file = _folder() / f"second_moments-{digest}.safetensors"
@@ -64,16 +77,7 @@ def cached_moments(
         found = SecondMoments.load(file)
         if found.n_tokens >= max_tokens:
             return found
-    # Resumes an interrupted collection.
-    return second_moments(
-        model,
-        stream,
-        layers=layers,
-        max_tokens=max_tokens,
-        prepend_bos=prepend_bos,
-        out=file,
-        progress=progress,
-    )
+    return collect(out=file)  # resumes an interrupted collection
 
 
 def _folder() -> Path:
