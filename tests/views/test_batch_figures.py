@@ -100,6 +100,24 @@ def test_directions(table: pd.DataFrame, backend: Any) -> None:
         assert figure.layout.title.text == "W_out: main directions of the gradient"
 
 
+@BACKENDS
+def test_directions_of_two_matrices(
+    facts_model: Any, result: Any, table: pd.DataFrame, backend: Any
+) -> None:
+    """Each has a map of its own, with its name."""
+    reading = blt.analysis.principal_directions(facts_model, result, k=1, matrix="W_in")
+    both = pd.concat([table, reading], ignore_index=True)
+    figure = figures.principal_directions(both, backend=backend)
+    first, second = heatmaps(figure)
+    np.testing.assert_allclose(first, np.array(table["prompt_shares"].tolist()))
+    np.testing.assert_allclose(second, np.array(reading["prompt_shares"].tolist()))
+    if backend == "plotly":
+        assert [note.text for note in figure.layout.annotations] == ["W_out", "W_in"]
+        assert figure.layout.title.text == "Main directions of the gradient"
+    else:
+        assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == ["W_out", "W_in"]
+
+
 def test_the_expert_of_a_direction_is_named(table: pd.DataFrame) -> None:
     figure = figures.principal_directions(table.assign(part="expert 3"))
     across, down = axis_labels(figure)

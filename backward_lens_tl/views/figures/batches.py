@@ -100,15 +100,17 @@ def principal_directions(
     """The main directions of a batch's gradient, and the prompts that carry them.
 
     Args:
-        table: What `analysis.principal_directions` returned, or some of its rows.
+        table: What `analysis.principal_directions` returned, or some of its rows; or several such
+            tables of different matrices, joined.
         labels: A text per prompt, such as `capture.prompts`; by default its number.
         backend: `"plotly"` or `"matplotlib"`.
 
     Returns:
         A heatmap with a row per layer and direction, the first layer on top, and a column per
-        prompt. Rows are labelled with the share of the direction in the squared norm of the
-        layer's gradient, and with its top tokens. Colours are the fractions of the direction that
-        the prompts contribute; they are negative for prompts that weaken it.
+        prompt; one for each matrix if there are several. Rows are labelled with the share of the
+        direction in the squared norm of the layer's gradient, and with its top tokens. Colours are
+        the fractions of the direction that the prompts contribute; they are negative for prompts
+        that weaken it.
 
     Raises:
         InputError: If it is not such a table, there is not one label per prompt, or the backend
@@ -125,30 +127,47 @@ def principal_directions(
         'layer 7: 55 % Greece'
     """
     checked_table(table, _COLUMNS, "what analysis.principal_directions returned")
-    records = table.to_dict("records")
-    values = tuple(floats(row["prompt_shares"]) for row in records)
+    of_matrix = {
+        str(matrix): own.to_dict("records") for matrix, own in table.groupby("matrix", sort=False)
+    }
+    shares = [share for own in table["prompt_shares"] for share in floats(own)]
+    colors = Colors.of_values(shares, "share of the direction")
+    title = "main directions of the gradient"
+    if len(of_matrix) == 1:
+        [(matrix, rows)] = of_matrix.items()
+        return draw(backend, f"{matrix}: {title}", _directions_map(rows, labels, colors))
+    maps = (_directions_map(rows, labels, colors, matrix) for matrix, rows in of_matrix.items())
+    return draw(backend, title.capitalize(), *maps)
+
+
+def _directions_map(
+    rows: Sequence[Mapping[Any, Any]],
+    labels: Sequence[str] | None,
+    colors: Colors,
+    title: str = "",
+) -> Heatmap:
+    """The directions of one matrix."""
+    values = tuple(floats(row["prompt_shares"]) for row in rows)
     names = _labels("labels", labels, len(values[0]))
     hover = tuple(
         tuple(
             f"{token_text(name)}: {100 * share:.3g} % of the direction\n{_described(row)}"
             for name, share in zip(names, shares, strict=True)
         )
-        for row, shares in zip(records, values, strict=True)
+        for row, shares in zip(rows, values, strict=True)
     )
-    chart = Heatmap(
+    return Heatmap(
         values,
         hover,
         Axis("prompt", tuple(map(token_label, names))),
         Axis(
             "layer: share of its squared norm, top tokens",
-            tuple(map(_row_label, records)),
+            tuple(map(_row_label, rows)),
             is_reversed=True,
         ),
-        Colors.of_values(
-            [share for shares in values for share in shares], "share of the direction"
-        ),
+        colors,
+        title,
     )
-    return draw(backend, f"{records[0]['matrix']}: main directions of the gradient", chart)
 
 
 def _row_label(row: Mapping[Any, Any]) -> str:
