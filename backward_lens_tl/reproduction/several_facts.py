@@ -81,8 +81,7 @@ def _methods(evidence: Evidence) -> dict[str, EditMethod]:
         _ITERATED: iterated,
         _WHITENED: whitened,
         _AUTO: evidence.shift_preset("shift_auto"),
-        # Only with the paper's key is it a sum.
-        **({_SUM: summed} if summed.key == "paper" else {}),
+        _SUM: summed,
         _MEMIT: evidence.memit_preset(),
     }
 

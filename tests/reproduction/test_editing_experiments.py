@@ -27,12 +27,14 @@ from backward_lens_tl.editing import (
     GradientStep,
     facts_moments,
 )
+from backward_lens_tl.editing.methods.presets import preset_settings
 from backward_lens_tl.editing.tokens import compare_tokens
 from backward_lens_tl.errors import EvaluationError, InputError
 from backward_lens_tl.evaluation.rates import least_rates_by_layer
 from backward_lens_tl.evaluation.summary import METRICS
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.checksums import tensors_checksum
+from backward_lens_tl.models.loading import FACTS_MODEL
 from backward_lens_tl.reproduction import (
     Finding,
     editing_methods,
@@ -284,7 +286,6 @@ SEVERAL = ("shift once", "shift iterated", "shift whitened", "shift auto", "shif
 def of_several(
     values: Mapping[tuple[str, int], Mapping[str, float]] = {},
     n_records: int = 100,
-    key: Any = "paper",
 ) -> tuple[Finding, list[Any]]:
     usual = {
         "shift once": {1: 100, 10: 90, 50: 60},
@@ -306,7 +307,7 @@ def of_several(
 
     iterated = ForwardPassShift(layer=3, size=4.0, key="plain", iterations=15)
     presets = {
-        "shift": ForwardPassShift(layer=7, size=0.3, key=key),
+        "shift": ForwardPassShift(layer=7, size=0.3, key="paper"),
         "shift_iterated": iterated,
         "shift_whitened": ForwardPassShift(layer=3, size=4.0, key="whitened", moments=MOMENTS),
         "shift_auto": ForwardPassShift(),
@@ -405,9 +406,10 @@ def test_several_facts_need_several_records() -> None:
         of_several(n_records=9)
 
 
-def test_the_sum_needs_the_papers_form() -> None:
-    _, asked = of_several(key="plain")
-    assert "shift summed" not in asked[0][1]
+@pytest.mark.parametrize("model", [FACTS_MODEL, "gpt2-xl", "SmolLM2-135M", "another"])
+def test_the_preset_that_is_summed_has_the_papers_key(model: str) -> None:
+    """With other keys, several facts are solved for jointly, and nothing is summed."""
+    assert preset_settings(model, 30)["shift"]["key"] == "paper"
 
 
 # --- the whitened shift ---------------------------------------------------------------------------
