@@ -205,10 +205,10 @@ def _goals(real: Mapping[str, Any]) -> list[list[str]]:
     labels = {**_EFFECTS, **_DAMAGE, **_PASSES}
     for name, metric, bound, wanted in _GOALS:
         row = _find(real["methods"], name)
-        value = None if row is None else row[metric]
-        if value is not None and metric not in _PASSES:
-            value = value[0]
-        if value is None:
+        if row is None:
+            continue
+        value = row[metric] if metric in _PASSES else row[metric][0]
+        if value is None:  # not measured
             continue
         is_met = value >= wanted if bound == "at least" else value <= wanted
         goal = f"{_label(row)}: {labels[metric]} {bound} {wanted:g}"

@@ -318,7 +318,7 @@ def of_several(
         return {name: presets[name] for name in names}
 
     requests = [object()] * n_records
-    fake = Fake(evaluation=evaluation, presets=chosen, requests=requests)
+    fake = Fake(evaluation=evaluation, presets=chosen, requests=requests, _edits=Path("edits"))
     with patch.object(several_facts, "_usual_size", return_value=32.0):
         finding = several_facts.several_facts(fake)
     return finding, asked
@@ -341,6 +341,7 @@ def test_several_facts() -> None:
     assert methods["shift iterated"].iterations == 15
     assert methods["shift summed"].key == "paper"
     assert methods["MEMIT"].layers == (0,)
+    assert methods["MEMIT"].value_folder == Path("edits") / "memit-values"
     assert finding.checks[0].claim.startswith("50 facts at once")
     assert finding.checks[1].found == (
         "1: iterated 100.0 %, once 100.0 %; 10: iterated 100.0 %, once 90.0 %; "
