@@ -314,7 +314,12 @@ class Host(ABC):
         """Matrices that TransformerLens's weight processing changed, judging by the weights."""
 
     def fingerprint(self) -> str:
-        """A checksum of the parameters; it takes a few seconds for a large model."""
+        """A checksum of the parameters and their names; it takes a few seconds for a large model.
+
+        Names and shapes are those of the model's class, so the same weights in another class have
+        another checksum. What is kept under it is then computed again, or refused; it is never used
+        for other weights.
+        """
         return tensors_digest(self.parameters())
 
     def holders(self, weight: Tensor) -> tuple[str, ...]:
