@@ -316,9 +316,12 @@ class Host(ABC):
     def fingerprint(self) -> str:
         """A checksum of the parameters and their names; it takes a few seconds for a large model.
 
-        Names and shapes are those of the model's class, so the same weights in another class have
-        another checksum. What is kept under it is then computed again, or refused; it is never used
-        for other weights.
+        Names and shapes are those of the model's class, so the same weights in another class or
+        version of TransformerLens may have another checksum. What is kept under it is then computed
+        again, or refused; it is never used for other weights.
+
+        Returns:
+            SHA-256, in hexadecimal.
         """
         return tensors_digest(self.parameters())
 
