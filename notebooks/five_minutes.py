@@ -28,7 +28,7 @@ if find_spec("backward_lens_tl") is None:  # for example on Colab
     kept = ("torch", "numpy", "transformers")
     pins = [f"{d.name}=={d.version}" for d in distributions() if d.name in kept]
     pip = [sys.executable, "-m", "pip", "install", "-q"]
-    subprocess.run([*pip, "backward-lens-tl[matplotlib]", *pins], check=True)
+    subprocess.run([*pip, "backward-lens-tl[matplotlib,lora]", *pins], check=True)
 
 # %% [markdown]
 # The model is a GPT-2 with 8 layers that ships with the package and knows facts about people, places
