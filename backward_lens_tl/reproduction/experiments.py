@@ -26,6 +26,7 @@ from backward_lens_tl.reproduction import (
     several_facts,
     shared_readings,
     single_prompts,
+    training_changes,
     whitening,
 )
 from backward_lens_tl.reproduction.evidence import Evidence
@@ -236,6 +237,14 @@ EXPERIMENTS = (
         "The paper analyses plain gradients, and leaves open how optimizers such as Adam change "
         "their low rank and their tokens.",
         optimizer_steps.optimizer_steps,
+        group="editing",
+    ),
+    Experiment(
+        "training",
+        "What a training run writes (beyond the paper)",
+        "The paper leaves open what optimizers and fine-tuning of many steps do to the low rank of "
+        "the gradients and to their tokens.",
+        training_changes.training_changes,
         group="editing",
     ),
     Experiment(

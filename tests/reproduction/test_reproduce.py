@@ -1175,7 +1175,7 @@ def test_names_of_figures_and_tables():
     names = [cover for experiment in EXPERIMENTS for cover in experiment.covers]
     figures = [f"fig{n}" for n in (1, *range(3, 25))]
     tables = [f"table{n}" for n in range(1, 8)]
-    beyond = ["several_facts", "whitening", "optimizers"]
+    beyond = ["several_facts", "whitening", "optimizers", "training"]
     beyond += ["residual_bases", "last_layer", "junk_tokens", "sinks", "gated_neurons"]
     beyond += ["normalization", "chance", "prompt_forms", "early_layers"]
     assert sorted(names) == sorted([*figures, *tables, *beyond])
