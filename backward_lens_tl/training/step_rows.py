@@ -15,6 +15,7 @@ from backward_lens_tl.capture.similarity import USUAL_BUDGET, inner_products, sq
 from backward_lens_tl.readout.vectors import VectorReadout
 from backward_lens_tl.training.change_numbers import compare_change, cosine
 from backward_lens_tl.training.record_columns import ROWS
+from backward_lens_tl.training.spectrum import leading_spectrum, spectrum_of
 from backward_lens_tl.training.step_gradient import StepGradient, WatchedGradient
 
 if TYPE_CHECKING:
@@ -90,21 +91,21 @@ def _row(step: StepGradient, gradient: WatchedGradient, k: int) -> _Row:
         return _Row(numbers, none, none)
     if not len(step.positions):
         return _Row(numbers | {"norm": 0.0, "effective_rank": 0.0}, none, none)
-    main = gradient.principal_directions(len(step.positions))
-    squares = main.values.square()
-    total = float(squares.sum())
-    numbers["norm"] = math.sqrt(total)
-    numbers["effective_rank"] = total**2 / float(squares.square().sum()) if total else 0.0
-    numbers["energy"] = main.energy[:k].tolist()
-    if key in step.references:
-        numbers["reference_cosine"] = _reference_cosine(gradient, step.references[key])
     changed = none
     if key in step.changes:
+        main = gradient.principal_directions(len(step.positions))
+        spectrum = spectrum_of(main, k)
         found = compare_change(step.changes[key], gradient, main)
         numbers["change_norm"] = found.norm
         numbers["change_cosine"], numbers["change_outside"] = found.cosine, found.outside
         changed = found.written
-    return _Row(numbers, -main.resid[:k], changed)
+    else:
+        spectrum = leading_spectrum(gradient, k)
+    numbers["norm"], numbers["effective_rank"] = spectrum.norm, spectrum.effective_rank
+    numbers["energy"] = spectrum.energy
+    if key in step.references:
+        numbers["reference_cosine"] = _reference_cosine(gradient, step.references[key])
+    return _Row(numbers, -spectrum.resid, changed)
 
 
 def _reference_cosine(gradient: WatchedGradient, reference: WatchedGradient) -> float:
