@@ -120,5 +120,6 @@ def _taken(
 
 def _scales(gradient: Factors) -> Float[Tensor, "batch"]:
     """The largest entry of each prompt's VJPs; 1 if they are zero."""
-    largest = at_least_float32(gradient.vjps.flatten(1).abs().amax(1))
+    vjps = gradient.vjps.flatten(1)
+    largest = at_least_float32(torch.maximum(vjps.amax(1), -vjps.amin(1)))  # without a copy
     return torch.where(largest > 0, largest, torch.ones_like(largest))
