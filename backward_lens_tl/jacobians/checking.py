@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -95,9 +96,16 @@ def _check_weights(jacobians: Jacobians, host: Host) -> None:
     """Warn if the model has other weights than those that a fit recorded."""
     recorded = jacobians.metadata.get(WEIGHTS)
     # A fit is made on a bridge with raw weights. Other classes, dtypes and processed weights have
-    # other fingerprints.
-    fitted_as = jacobians.metadata.get("fit_dtype"), jacobians.metadata.get("model_system")
-    own = str(host.model.W_U.dtype).removeprefix("torch."), type(host.model).__name__
+    # other fingerprints, and so do other versions of TransformerLens, whose bridges add biases of
+    # zeros or do not.
+    installed = version("transformer-lens")
+    fitted_as = (
+        jacobians.metadata.get("fit_dtype"),
+        jacobians.metadata.get("model_system"),
+        jacobians.metadata.get("transformer_lens_version", installed),
+    )
+    dtype = str(host.model.W_U.dtype).removeprefix("torch.")
+    own = dtype, type(host.model).__name__, installed
     if recorded is None or fitted_as != own or host.processed_matrices:
         return
     if recorded != host.fingerprint():

@@ -192,6 +192,21 @@ def test_other_weights_than_recorded_give_a_warning() -> None:
     lens.metadata = {WEIGHTS: "of another checkpoint", **about}
     with pytest.warns(BackwardLensWarning, match="with other weights, such as before an edit"):
         read(case.model, lens)
+    # Versions of TransformerLens name the parameters of the same weights differently.
+    lens = lens_of(case)
+    lens.metadata = {WEIGHTS: "by another version", "transformer_lens_version": "0.1", **about}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(case.model, lens)
+
+
+@pytest.mark.versions
+def test_the_lens_of_the_facts_model_fits_it_without_a_warning() -> None:
+    """It was fitted with one version of TransformerLens."""
+    model = blt.load_facts_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BackwardLensWarning)
+        read(model, blt.jacobian_lens("facts"))
 
 
 @bridge_only
