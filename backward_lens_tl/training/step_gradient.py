@@ -272,7 +272,7 @@ class _Inputs:
         """The inputs of all backward passes."""
         tensors = [pair.x for pair in recorder.pairs]
         # All of them are in memory until the first is joined, so an address names one tensor.
-        places = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
+        places = [(x.device, x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
         key = *places, recorder.matrix.site.input_heads
         if key not in self._joined:
             self._joined[key] = _join(recorder, tensors, "input", self._kept)

@@ -55,6 +55,7 @@ def test_one_process(tmp_path: Path) -> None:
         assert relative_error(dense, expected[parameter(*key)].T) < TOLERANCE, key
 
 
+@pytest.mark.usefixtures("as_for_a_user")
 def test_the_wrapper_is_refused(tmp_path: Path) -> None:
     with ddp_training.process_group(tmp_path, 0, 1):
         parallel = DistributedDataParallel(hf_model("llama"))

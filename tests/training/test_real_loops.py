@@ -173,6 +173,7 @@ def test_a_step_that_the_scaler_skips() -> None:
 # ------------------------------------------------------------------------------------ torch.compile
 
 
+@pytest.mark.usefixtures("as_for_a_user")
 def test_compiled_models_are_refused() -> None:
     model = hf_model("llama")
     with pytest.raises(UnsupportedModelError, match=r"OptimizedModule.*torch\.compile around it"):
