@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.models.loading import load_facts_model
 from backward_lens_tl.readout.vectors import read_vectors
 from backward_lens_tl.training import StepGradient, TrainingRecord, watch
+from backward_lens_tl.training.change_numbers import cosine
 
 FACTS_FOLDER = Path(__file__).parents[2] / "backward_lens_tl" / "facts_model"
 
@@ -158,6 +160,7 @@ def test_references_that_are_not_finite(tmp_path: Path) -> None:
     for each in step.references.values():
         each.vjps.fill_(float("nan"))
     assert TrainingRecord(tmp_path).add(step).reference_cosine.isna().all()
+    assert all(map(math.isnan, (cosine(math.nan, 1.0), cosine(1.0, math.inf), cosine(0.0, 0.0))))
 
 
 def test_columns_and_types(tmp_path: Path) -> None:
