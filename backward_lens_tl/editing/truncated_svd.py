@@ -95,7 +95,7 @@ def _iterated(matrix: Float[Tensor, "m n"], k: int) -> _Terms | None:
         device=matrix.device,
     )
     basis = torch.linalg.qr(matrix @ start).Q
-    limit = min(matrix.shape) // (2 * basis.shape[1])  # they cost as much as M M^T
+    limit = len(matrix) // (2 * basis.shape[1])  # they cost as much as M M^T
     previous = math.inf
     for done in range(1, limit + 1):
         u, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
