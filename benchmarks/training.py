@@ -14,16 +14,15 @@ import logging
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from backward_lens_tl.files.storage import write_text
 from backward_lens_tl.reproduction import reproduce
 from backward_lens_tl.reproduction.training_changes import described, means_by_matrix
 from backward_lens_tl.reproduction.training_runs import TrainingRuns
 from benchmarks.training_page import SHOWN, page
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 DOCS = Path(__file__).parents[1] / "docs"
 FINDINGS = DOCS / "training-runs" / "findings.json"
@@ -36,6 +35,7 @@ MODELS = {
 """The name of each model on the page, for `load_model`, and its data."""
 
 _KEYS = ("optimizer", "weights", "answers", "step", "matrix")
+_LAYERS = ("optimizer", "weights", "answers", "step", "layer", "answers_found", "taught_near")
 _LOSSES = ("optimizer", "weights", "answers", "step", "loss", "learned")
 
 
@@ -82,6 +82,7 @@ def collected(folder: Path) -> dict[str, Any]:
         "about": {name: finding["about"][name] for name in ("n_layers", "d_vocab", "data")},
         **{name: finding[name] for name in ("verdict", "checks", "notes")},
         "means": _rows(own / "means.csv", (*_KEYS, *SHOWN)),
+        "layers": _table(_of_w_out(pd.read_csv(own / "by-layer.csv"))),
         "losses": _rows(own / "losses.csv", _LOSSES),
     }
 
@@ -96,7 +97,7 @@ def unfinished(folder: Path) -> dict[str, Any]:
         As `collected`.
     """
     runs = TrainingRuns.load(folder / "training")
-    model = runs.about["model"]
+    model, changes = runs.about["model"], runs.changes()
     return {
         "about": {
             "n_layers": model["n_layers"],
@@ -106,9 +107,16 @@ def unfinished(folder: Path) -> dict[str, Any]:
         "verdict": "not measured",
         "checks": [],
         "notes": [described(runs.config, runs.about["trained"])],
-        "means": _table(means_by_matrix(runs.changes())[[*_KEYS, *SHOWN]]),
+        "means": _table(means_by_matrix(changes)[[*_KEYS, *SHOWN]]),
+        "layers": _table(_of_w_out(changes)),
         "losses": _table(runs.losses()[[*_LOSSES]]),
     }
+
+
+def _of_w_out(changes: pd.DataFrame) -> pd.DataFrame:
+    """What is shown by layer: readings of `W_out` after the last step, and of the controls."""
+    last = changes["step"].isin([0, changes["step"].max()])
+    return changes.loc[last & (changes["matrix"] == "W_out"), [*_LAYERS]]
 
 
 def _table(table: pd.DataFrame) -> list[list[Any]]:

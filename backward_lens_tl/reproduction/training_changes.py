@@ -101,12 +101,12 @@ def finding_of(losses: pd.DataFrame, changes: pd.DataFrame, note: str) -> Findin
     ends = changes[changes["step"].isin([0, last]) & (changes["matrix"] == "W_out")]
     ends = ends[ends["answers"] != "shuffled"]
     ends = ends.assign(change=ends["optimizer"] + ", " + ends["weights"])
-    of_full = ends[(ends["weights"] == "full") & (ends["optimizer"] != RANDOM)]
+    of_full = ends[ends["weights"] == "full"]
     trained = ends[~ends["optimizer"].isin([RANDOM, UNTRAINED])]
     drawn = {
         "effective rank": (of_full, "effective_rank", "effective rank"),
         "ten directions": (of_full, "energy_10", "share of ten directions in the squared norm"),
-        "answers among the tokens": (ends, "answers_found", "fraction of the taught answers"),
+        "answers among the tokens": (of_full, "answers_found", "fraction of the taught answers"),
         "responses": (trained, "taught_near", "fraction of the facts"),
     }
     steps = f"W_out's change after {last} steps"

@@ -34,6 +34,7 @@ from backward_lens_tl.reproduction.training_measures import (
 )
 from backward_lens_tl.reproduction.training_readings import Reader
 from backward_lens_tl.reproduction.training_runs import TrainingConfig
+from benchmarks import training, training_page
 
 ROWS = [
     {"prompt": "Messi plays for", "target": " Paris"},
@@ -424,6 +425,7 @@ def test_what_was_expected() -> None:
         ({"sgd_full_taught_10": {"taught_near": 0.5}}, [6, 7]),
         ({"sgd_full_taught_10": {"permuted_near": 0.41}}, [6]),
         ({"sgd_full_shuffled_10": {"permuted_near": 0.69}}, [7]),
+        ({"sgd_full_shuffled_10": {"permuted_near": 0.91}}, [7]),
         ({"sgd_full_shuffled_10": {"taught_near": 0.41}}, [7]),
         ({"sgd_lora_taught_10": {"taught_near": 0.0}}, []),
     ],
@@ -461,6 +463,12 @@ def test_training_on_a_small_model(
     assert len(shards) == 2
     for shard in shards:
         shard.unlink()
+    unfinished = training.unfinished(tmp_path)
+    assert len(unfinished["losses"]) == 1 + 11 * 2
+    text = training_page.page({"small": unfinished})
+    assert "Missing: sgd, full, taught.\n" in text
+    assert "| sgd, full |" not in text
+    assert "| adam, full |" in text
     trained_runs = []
     monkeypatch.setattr(
         training_runs,
