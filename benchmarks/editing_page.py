@@ -87,6 +87,8 @@ def section(found: Mapping[str, Any]) -> str:
     name, real = next(iter(found.items()))
     methods = real["methods"]
     single = [row for row in methods if row["facts"] == 1 and row["run"] != "sizes"]
+    unedited = next(row for row in single if row["name"] == NONE)
+    edited = [row for row in single if row["name"] != NONE]
     parts = [
         _intro(name, real),
         table(
@@ -97,12 +99,12 @@ def section(found: Mapping[str, Any]) -> str:
             ["method", *_DAMAGE.values(), "its ratio, the paper's form / own"],
             [
                 [_label(row), *(_small(row[each]) for each in _DAMAGE), _ratio(row, real)]
-                for row in single
+                for row in (unedited, *edited)
             ],
         ),
         table(
             ["method", "forward passes (most)", "backward", "contrast prompts", "s per edit"],
-            [[_label(row), *_costs(row)] for row in single if row["name"] != NONE],
+            [[_label(row), *_costs(row)] for row in edited],
         ),
         _settings(single),
         "### Goals\n",
@@ -176,7 +178,9 @@ def _costs(row: Row) -> list[str]:
         "" if row[each][0] is None else f"{row[each][0]:.3g}"
         for each in ("backward_passes", "contrast_prompts")
     ]
-    passes = "" if forward is None else f"{forward:.1f} ({row['most_forward_passes']})"
+    most, most_if_reached = row["most_forward_passes"], row["most_passes_if_reached"]
+    ends = f"{most}" if most_if_reached in (most, None) else f"{most}; {most_if_reached} if reached"
+    passes = "" if forward is None else f"{forward:.1f} ({ends})"
     return [passes, *counts, f"{row['seconds'][0]:.2f}"]
 
 

@@ -39,17 +39,19 @@ def collected(trials: Mapping[str, Sequence[Evaluation]], reference: str) -> dic
     samples = {"seed": config.seed, "resamples": config.resamples}
     base = None
     methods, pairs = [], []
+    unedited: set[int] = set()
     for run, parts in trials.items():
         if not parts:
             continue
         edits, facts = _joined(parts), parts[0].config.edits_at_once
-        is_first = base is None
         if base is None:
             base = edits[edits["method"] == reference]
         for row in summarize(edits, **samples).to_dict("records"):
             name = row["method"]
-            if name == NONE and not is_first:
-                continue
+            if name == NONE:  # once for each number of records
+                if facts > 1 or int(row["records"]) in unedited:
+                    continue
+                unedited.add(int(row["records"]))
             own = edits[edits["method"] == name]
             methods.append(
                 {
@@ -60,6 +62,7 @@ def collected(trials: Mapping[str, Sequence[Evaluation]], reference: str) -> dic
                     "failed": int(row["failed"]),
                     "settings": parts[0].about["methods"].get(name),
                     "most_forward_passes": _most(own),
+                    "most_passes_if_reached": _most(own[own["is_reached"].eq(True).fillna(False)]),
                     **{each: _with_interval(row, each) for each in (*MEANS, *MEDIANS)},
                 }
             )
@@ -87,6 +90,8 @@ def _joined(parts: Sequence[Evaluation]) -> pd.DataFrame:
         edits = part.edits()
         counts = edits["method"].value_counts()
         complete = counts.index[counts == counts[NONE]]
+        if set(complete) == {NONE}:
+            continue
         own = edits[edits["method"].isin(complete)]
         tables.append(own.assign(block=own["block"] + n_blocks))
         n_blocks += 1 + int(edits["block"].max())

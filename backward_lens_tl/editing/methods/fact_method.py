@@ -31,6 +31,9 @@ from backward_lens_tl.models.hooks import Tap
 from backward_lens_tl.models.resumption import can_start_at, keeping_start, started_at
 from backward_lens_tl.settings import Count, NonNegative, Positive
 
+SEARCH_VERSION = 1
+"""Increased when a search finds other values, so that older ones are not used."""
+
 _PATIENCE = 30.0
 """Seconds after which searches of several values show a progress bar, on a terminal."""
 

@@ -1,7 +1,7 @@
 """Values that searches have found, kept in a folder for later edits of the same facts.
 
 A value depends on the model, the fact and the search, but not on the other facts of an edit. So one
-search serves edits of 1, 10 and 200 facts, and an edit that was interrupted goes on.
+search serves edits of 1, 10 and 200 facts, and an edit that was interrupted resumes.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from backward_lens_tl.capture.forward import forward_pass
 from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.editing.fact_contexts import read_facts
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
-from backward_lens_tl.editing.methods.fact_method import FactMethod, with_progress
+from backward_lens_tl.editing.methods.fact_method import SEARCH_VERSION, FactMethod, with_progress
 from backward_lens_tl.editing.methods.kept_values import KeptValues
 from backward_lens_tl.editing.methods.method import UNRECORDED, Layers
 from backward_lens_tl.editing.requests import TokenizedRequest
@@ -114,7 +114,7 @@ class MEMIT(FactMethod):
         if self.value_folder is None:
             return None
         own = {name: value for name, value in self.settings().items() if name in _OF_A_SEARCH}
-        return KeptValues(self.value_folder, host, [layer, own])
+        return KeptValues(self.value_folder, host, [SEARCH_VERSION, layer, own])
 
     def _least_squares(
         self, layer: int, keys: Float[Tensor, "d_in request"]
