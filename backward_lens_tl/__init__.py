@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from backward_lens_tl.validation import validate as validate
     from backward_lens_tl.views import figures as figures
     from backward_lens_tl.views import widgets as widgets
+    from backward_lens_tl.views.training.live import live_table as live_table
 
 __version__ = version("backward-lens-tl")
 
@@ -84,6 +85,7 @@ _HOMES = {
     "training": ("training",),
     "validation": ("ValidationReport", "validate"),
     "views.figures": ("figures",),
+    "views.training.live": ("live_table",),
     "views.widgets": ("widgets",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -13,6 +13,7 @@ from backward_lens_tl.views.figures.layers import layer_lines
 from backward_lens_tl.views.figures.neurons import neuron_overlap, neuron_similarity
 from backward_lens_tl.views.figures.segments import norms_by_segment, token_ranks_by_segment
 from backward_lens_tl.views.figures.steps import step_changes
+from backward_lens_tl.views.figures.training import training_run
 from backward_lens_tl.views.figures.trajectories import target_ranks
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "step_changes",
     "target_ranks",
     "token_ranks_by_segment",
+    "training_run",
 ]
 
 

@@ -1,0 +1,1 @@
+"""A watched training run: a table that follows it in a terminal or a notebook."""
