@@ -378,7 +378,8 @@ def probability_without(left_out):
         return float(answer_logits(plain, [query]).softmax(-1)[0, token])
 
 
-left_out = [*found.prompt[:2], 0]
+unlisted = min({*range(len(prompts))} - {*found.prompt})
+left_out = [*found.prompt[:2], unlisted]
 pd.DataFrame(
     {
         "left out": ["nothing", *(prompts[number] for number in left_out)],
