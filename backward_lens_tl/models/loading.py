@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -164,8 +164,12 @@ def _checked_kind(kind: str | None) -> Kind:
 
 def _load_folder(folder: Path, kind: Kind, device: str | None, n_devices: int) -> Any:
     try:
-        hf_model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
+        auto: Any = AutoModelForCausalLM
+        hf_model, found = auto.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)
     # A damaged file can make the libraries that read it raise anything.
@@ -175,8 +179,21 @@ def _load_folder(folder: Path, kind: Kind, device: str | None, n_devices: int) -
             f"that transformers {version('transformers')} reads: {first_line(error)}; "
             f"{FACTS_MODEL!r} is the model that ships with this package"
         ) from error
+    _check_complete(folder, hf_model, found["missing_keys"])
     _check_rope(folder, hf_model.config)
     return _wrap(folder, hf_model, tokenizer, kind, device, n_devices)
+
+
+def _check_complete(folder: Path, hf_model: Any, missing: Iterable[str]) -> None:
+    """Refuse parameters that the files do not have, which transformers makes up at random."""
+    random = sorted({*missing} & {name for name, _ in hf_model.named_parameters()})
+    if random:
+        more = f" and {len(random) - 1} others" if len(random) > 1 else ""
+        raise ModelNotFoundError(
+            f"folder {str(folder)!r} has no weights for {random[0]}{more} of the "
+            f"{type(hf_model).__name__}, which would be random; save the whole model with "
+            "AutoModelForCausalLM, its unembedding included"
+        )
 
 
 def _load_smollm2(kind: Kind, device: str | None, n_devices: int) -> Any:

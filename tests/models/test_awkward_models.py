@@ -33,7 +33,12 @@ import backward_lens_tl as blt
 from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.capture.sampling import sample
 from backward_lens_tl.editing.fact_contexts import sampled_prefixes
-from backward_lens_tl.errors import InputError, ModelStateError, UnsupportedModelError
+from backward_lens_tl.errors import (
+    InputError,
+    ModelNotFoundError,
+    ModelStateError,
+    UnsupportedModelError,
+)
 from backward_lens_tl.evaluation.scoring import Question, score
 from backward_lens_tl.models import host_of, loading, logit_error, probe
 from backward_lens_tl.models.unembedding import connected
@@ -157,6 +162,23 @@ def test_a_folders_name_does_not_choose_its_architecture(
     tokens = some_tokens()
     with torch.no_grad():
         assert logit_error(host_of(model).logits(tokens), raw(tokens).logits) < 1e-4
+
+
+@pytest.mark.versions
+def test_a_folder_without_an_unembedding_is_refused(tmp_path: Path) -> None:
+    """transformers makes up the parameters that the files do not have."""
+    raw = plain_model("llama")
+    with pytest.raises(ModelNotFoundError, match=r"no weights for lm_head\.weight of the Llama"):
+        blt.load_model(str(saved(raw.model, tmp_path / "untied")))
+    with torch.no_grad():
+        del raw.model.layers[1].mlp.down_proj.weight, raw.model.norm.weight
+    with pytest.raises(ModelNotFoundError, match=r"no weights for lm_head\.weight and 2 others"):
+        blt.load_model(str(saved(raw.model, tmp_path / "more")))
+    tied = plain_model("llama", tie_word_embeddings=True)
+    model = blt.load_model(str(saved(tied.model, tmp_path / "tied")))
+    tokens = some_tokens()
+    with torch.no_grad():
+        assert logit_error(host_of(model).logits(tokens), tied(tokens).logits) < 1e-4
 
 
 @pytest.mark.versions
