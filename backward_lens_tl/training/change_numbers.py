@@ -24,7 +24,8 @@ class ChangeNumbers:
 
     Attributes:
         norm: Frobenius norm of the change.
-        cosine: Cosine between the change and minus the gradient; NaN if one of them is zero.
+        cosine: Cosine between the change and minus the gradient; NaN if one of them is zero. It is
+            1 for plain SGD on the matrix itself, up to the digits of the weights.
         outside: Share of the change's squared norm outside the gradient's column and row spaces;
             NaN if nothing changed.
         written: What the change writes in its first singular direction, on the side of width

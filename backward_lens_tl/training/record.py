@@ -3,7 +3,7 @@
     StepGradient ── rows ──▶ process-0/rows/shard-000001.parquet, shard-000011.parquet, ...
 
 Nothing is buffered. A step that was added is on disk, whatever happens to the process. A run that
-resumes from a checkpoint replaces the shards of the steps that it repeats.
+resumes from a checkpoint replaces the shards of the steps after it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from backward_lens_tl.models import host_of
 from backward_lens_tl.readout.vectors import read_vectors
 from backward_lens_tl.runs.config import Config
 from backward_lens_tl.runs.run import Run
-from backward_lens_tl.runs.shards import ANY_SHARD
+from backward_lens_tl.runs.shards import ANY_SHARD, shard_file
 from backward_lens_tl.training.record_columns import TABLES
 from backward_lens_tl.training.step_gradient import StepGradient
 from backward_lens_tl.training.step_rows import Read, step_rows
@@ -70,7 +70,9 @@ class ProcessRun(Run):
         return cls._begin(folder, run)
 
     def write(self, step: int, rows: pd.DataFrame) -> None:
-        """Write a shard, or replace it."""
+        """Write a shard, or replace it, after those of later steps are deleted."""
+        for later in (each for each in self.finished if each > step):
+            shard_file(self.folder, "rows", later).unlink(missing_ok=True)
         self._write(step, {"rows": rows})
 
     def rows(self, columns: Sequence[str] | None) -> pd.DataFrame:
@@ -83,8 +85,8 @@ class TrainingRecord:
 
     Each step that is added is a shard of its own, written atomically, so a process that is killed
     loses none of them. If a run resumes from a checkpoint, create the record again with the same
-    folder; steps that are repeated replace their rows. Each of several processes writes its own
-    shards into the same folder.
+    folder; the first step that is added deletes the rows of later ones. Each of several processes
+    writes its own shards into the same folder.
 
     Args:
         out: The folder; it is created if needed.
@@ -179,8 +181,9 @@ class TrainingRecord:
         check_kind("step", step, StepGradient, "step() of the watch in a watched step")
         if self._own is None:
             self._own = self._begin(step)
-        process = this_process()
-        rows = step_rows(step, process, self._k, self._read(step))
+        rows = step_rows(
+            step, this_process(), self._k, self._read(step), is_whole=n_processes() == 1
+        )
         self._own.write(step.step, rows)
         return rows
 
@@ -235,7 +238,7 @@ class TrainingRecord:
 
     def _begin(self, step: StepGradient) -> ProcessRun:
         config = RecordConfig(self._k, self._reader_name(step))
-        run = {"config": config.to_json(), **step.about}
+        run = {"config": config.to_json(), **step.about, "processes": n_processes()}
         return ProcessRun.begin(self.folder / f"process-{this_process()}", run)
 
     def _reader_name(self, step: StepGradient) -> str:
@@ -251,8 +254,16 @@ class TrainingRecord:
 
 def this_process() -> int:
     """Number of this process among those that train together."""
-    is_one_of_many = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if is_one_of_many else 0
+    return torch.distributed.get_rank() if _are_many() else 0
+
+
+def n_processes() -> int:
+    """Number of processes that train together."""
+    return torch.distributed.get_world_size() if _are_many() else 1
+
+
+def _are_many() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _as_lists(values: Any) -> Any:

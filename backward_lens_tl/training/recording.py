@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backward_lens_tl.capture.recorders import Hook
 from backward_lens_tl.training.step_memory import StepMemory
 from backward_lens_tl.training.trained_matrices import TrainedMatrix
-from backward_lens_tl.training.weight_change import WeightBefore, WeightChange
+from backward_lens_tl.training.weight_change import CurrentWeights, WeightBefore, WeightChange
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Pair:
     Attributes:
         x: The inputs, as the model multiplied them.
         delta: The gradient at the outputs.
+        forward_pass: Number of the module's forward pass in this step.
         versions: The versions of both when they were taken, which writing into them changes.
     """
 
     x: Tensor
     delta: Tensor
+    forward_pass: int
     versions: tuple[int, int]
 
     @property
@@ -54,7 +57,7 @@ class FactorRecorder:
 
     Attributes:
         matrix: The matrix.
-        pairs: The factors so far.
+        pairs: The factors so far, in the order of backward passes.
         had_no_gradient: Whether nothing that the output depends on was trained.
         before: The weight at the first forward pass of the step, if it is copied.
         is_paused: Whether the hooks do nothing.
@@ -69,7 +72,13 @@ class FactorRecorder:
         self.before: WeightBefore | None = None
         self.is_paused = False
         self._memory, self._copies_weight = memory, copies_weight
-        self._x: Tensor | None = None
+        self._x: dict[int, Tensor] = {}  # by thread
+        self._n_forward_passes = 0
+
+    @property
+    def ordered(self) -> list[Pair]:
+        """The pairs in the order of forward passes: one backward pass may cover several."""
+        return sorted(self.pairs, key=lambda pair: pair.forward_pass)
 
     def hooks(self) -> Iterator[Hook]:
         """`x` after the user's hooks, and `y` before them."""
@@ -79,12 +88,12 @@ class FactorRecorder:
     def _keep_input(self, x: Tensor) -> None:
         if self.is_paused or self._memory.is_exceeded:
             return
-        self._x = x
+        self._x[get_ident()] = x
         if self._copies_weight and self.before is None and torch.is_grad_enabled():
             self.before = WeightBefore(self.matrix)
 
     def _keep_output(self, y: Tensor) -> None:
-        x, self._x = self._x, None
+        x = self._x.pop(get_ident(), None)
         if x is None:
             return
         if not y.requires_grad:
@@ -93,28 +102,34 @@ class FactorRecorder:
         # Under autocast the model multiplies by a rounded copy of `x`.
         own = x.detach().to(y.dtype)
         self._memory.add(self.matrix.key, own, self.matrix.own_columns(y))
-        version = own._version
+        version, number = own._version, self._n_forward_passes
+        self._n_forward_passes += 1
 
         def keep(delta: Tensor) -> None:
             if not self._memory.is_exceeded:
-                self.pairs.append(Pair(own, delta.detach(), (version, delta._version)))
+                self.pairs.append(Pair(own, delta.detach(), number, (version, delta._version)))
 
         y.register_hook(keep)
 
 
-def weight_changes(recorders: Sequence[FactorRecorder]) -> dict[tuple[str, int], WeightChange]:
+def weight_changes(
+    recorders: Sequence[FactorRecorder], model: nn.Module
+) -> dict[tuple[str, int], WeightChange]:
     """Subtract the copies of the weights from the weights as they are now.
 
     Args:
         recorders: Those of one step; their copies are freed.
+        model: The model, which may have other modules or parameters since it is watched.
 
     Returns:
         The changes that are known.
     """
     found: dict[tuple[str, int], WeightChange] = {}
+    current = CurrentWeights(model)
     for each in recorders:
         before, each.before = each.before, None
-        change = None if before is None else before.change()
+        is_known = before is not None and current.are_of(each.matrix)
+        change = before.change() if before is not None and is_known else None
         if change is not None:
             found[each.matrix.key] = change
     return found

@@ -2,8 +2,8 @@
 
 A step of gradient descent changes the reference's loss by `-lr <G_step, G_reference>` to first
 order, if both gradients are taken at the same weights. So the reference runs again in every watched
-step, before the first forward pass of the step: in eval mode, and with the training's random
-numbers and `.grad` left as they are.
+step, before the first forward pass of the step: in eval mode, without autocast, and with the
+training's random numbers and `.grad` left as they are.
 """
 
 from __future__ import annotations
@@ -75,11 +75,10 @@ class Reference:
     def _loss(self, model: Any) -> Float[Tensor, ""]:
         device = next(model.parameters()).device
         tokens = torch.tensor([[*self.prompt, *self.target]], device=device)
-        with torch.autocast(device.type, enabled=False):
-            if host_of_trained(model) is None:
-                logits = model(input_ids=tokens, use_cache=False).logits
-            else:
-                logits = model(tokens, return_type="logits")
+        if host_of_trained(model) is None:
+            logits = model(input_ids=tokens, use_cache=False).logits
+        else:
+            logits = model(tokens, return_type="logits")
         target = tokens[0, len(self.prompt) :]
         predicting = logits[0, len(self.prompt) - 1 : -1]
         loss: Tensor = torch.nn.functional.cross_entropy(

@@ -67,7 +67,8 @@ class StepGradient:
         step: The optimizer step, from 1.
         gradients: By matrix and layer.
         unavailable: Matrices without a gradient in this step, and why.
-        backward_passes: The backward pass of each row, from 0, one per microbatch.
+        backward_passes: The backward pass of each row, from 0, one per microbatch. If one backward
+            pass covers several microbatches, they are numbered by forward passes.
         sequences: The sequence of each row, from 0, in its batch.
         positions: The place of each row in its sequence.
         changes: The optimizer's change of each matrix, if `watch` measures it and it is known.
@@ -229,7 +230,7 @@ def _key(recorder: FactorRecorder) -> tuple[str, int]:
 
 
 def _rows(recorder: FactorRecorder) -> _Rows:
-    return tuple(pair.rows for pair in recorder.pairs)
+    return tuple(pair.rows for pair in recorder.ordered)
 
 
 def _sizes(recorder: FactorRecorder) -> tuple[int, ...]:
@@ -270,7 +271,7 @@ class _Inputs:
 
     def of(self, recorder: FactorRecorder) -> Float[Tensor, "1 n *head d_in"]:
         """The inputs of all backward passes."""
-        tensors = [pair.x for pair in recorder.pairs]
+        tensors = [pair.x for pair in recorder.ordered]
         # All of them are in memory until the first is joined, so an address names one tensor.
         places = [(x.device, x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
         key = *places, recorder.matrix.site.input_heads
@@ -306,7 +307,7 @@ def _nonzero(recorders: Sequence[FactorRecorder]) -> Bool[Tensor, "rows"]:
     """Rows that add something to the gradient of any matrix."""
     found = []
     for recorder in recorders:
-        deltas = [_own_delta(recorder, pair) for pair in recorder.pairs]
+        deltas = [_own_delta(recorder, pair) for pair in recorder.ordered]
         found.append(torch.cat([delta.ne(0).any(1) for delta in deltas]))
     return torch.stack([each.to(found[0].device) for each in found]).any(0)
 
@@ -317,14 +318,14 @@ def _gradient(
     """The gradient of one matrix; its recorder is empty afterwards, which frees the memory."""
     site = recorder.matrix.site
     x = inputs.of(recorder)
-    deltas = [_own_delta(recorder, pair) for pair in recorder.pairs]
+    deltas = [_own_delta(recorder, pair) for pair in recorder.ordered]
     delta = _join(recorder, deltas, "output", kept)
     recorder.pairs.clear()
     return WatchedGradient(
         matrix=site.matrix,
         layer=site.layer,
         inputs=x,
-        vjps=delta if loss_scale is None else delta / loss_scale,
+        vjps=delta if loss_scale in (None, 1.0) else delta / loss_scale,
         mask=delta.new_ones(delta.shape[:2], dtype=torch.bool),
     )
 

@@ -51,21 +51,33 @@ class _Row:
     changed: Float[Tensor, "n d_model"]
 
 
-def step_rows(step: StepGradient, process: int, k: int, read: Read | None) -> pd.DataFrame:
-    """One row per matrix and layer.
+def step_rows(
+    step: StepGradient, process: int, k: int, read: Read | None, *, is_whole: bool = True
+) -> pd.DataFrame:
+    """One row per matrix and layer with a gradient or a measured change.
 
     Args:
         step: The gradients.
         process: The process that they are of.
         k: Number of directions.
         read: Reads vectors as tokens; `None` leaves the tokens out.
+        is_whole: Whether the optimizer's change follows from these gradients, and not from those of
+            other processes too.
 
     Returns:
         The rows.
     """
     import pandas as pd
 
-    rows = [_row(step, gradient, k) for gradient in step]
+    rows = [_row(step, gradient, k, is_whole) for gradient in step]
+    none = rows[0].written[:0]
+    rows += [
+        _Row(
+            {"matrix": key[0], "layer": key[1], **_NOTHING, **_change_alone(step, key)}, none, none
+        )
+        for key in step.changes
+        if key not in step.gradients  # it has none, but its weight may have changed
+    ]
     groups = [row.written for row in rows] + [row.changed for row in rows]
     tokens = _tokens(groups, read)
     same = {"step": step.step, "process": process, "positions": len(step.positions)}
@@ -83,21 +95,23 @@ def step_rows(step: StepGradient, process: int, k: int, read: Read | None) -> pd
     return pd.DataFrame(filled, columns=[column.name for column in ROWS])
 
 
-def _row(step: StepGradient, gradient: WatchedGradient, k: int) -> _Row:
+def _row(step: StepGradient, gradient: WatchedGradient, k: int, is_whole: bool) -> _Row:
     key = gradient.matrix, gradient.layer
     numbers: dict[str, Any] = {"matrix": gradient.matrix, "layer": gradient.layer, **_NOTHING}
     none = (gradient.inputs if gradient.reads_residual else gradient.vjps)[0, :0].flatten(1)
     if not gradient.has_joint_factors or not _is_finite(gradient):
-        return _Row(numbers, none, none)
+        return _Row(numbers | _change_alone(step, key), none, none)
     if not len(step.positions):
-        return _Row(numbers | {"norm": 0.0, "effective_rank": 0.0}, none, none)
+        zero = {"norm": 0.0, "effective_rank": 0.0}
+        return _Row(numbers | zero | _change_alone(step, key), none, none)
     changed = none
     if key in step.changes:
         main = gradient.principal_directions(len(step.positions))
         spectrum = spectrum_of(main, k)
         found = compare_change(step.changes[key], gradient, main)
         numbers["change_norm"] = found.norm
-        numbers["change_cosine"], numbers["change_outside"] = found.cosine, found.outside
+        if is_whole:
+            numbers["change_cosine"], numbers["change_outside"] = found.cosine, found.outside
         changed = found.written
     else:
         spectrum = leading_spectrum(gradient, k)
@@ -106,6 +120,11 @@ def _row(step: StepGradient, gradient: WatchedGradient, k: int) -> _Row:
     if key in step.references:
         numbers["reference_cosine"] = _reference_cosine(gradient, step.references[key])
     return _Row(numbers, -spectrum.resid, changed)
+
+
+def _change_alone(step: StepGradient, key: tuple[str, int]) -> dict[str, float]:
+    """The size of a change that is not compared with a gradient."""
+    return {"change_norm": float(step.changes[key].dense().norm())} if key in step.changes else {}
 
 
 def _reference_cosine(gradient: WatchedGradient, reference: WatchedGradient) -> float:

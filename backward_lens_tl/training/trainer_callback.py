@@ -63,9 +63,12 @@ class BackwardLensCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Keep the scale of the loss in float16, which the optimizer's step may change."""
+        """Keep the scale of the loss, which the optimizer's step may change; 1 if there is none."""
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)  # Accelerate's
-        self._loss_scale = None if scaler is None else float(scaler.get_scale())
+        if scaler is not None:
+            self._loss_scale = float(scaler.get_scale())
+        elif getattr(args, "deepspeed", None) is None:  # which has a scale of its own
+            self._loss_scale = 1.0
 
     def on_step_end(
         self,

@@ -19,7 +19,7 @@ from backward_lens_tl._checks import (
     shown,
 )
 from backward_lens_tl.capture.recorders import recording
-from backward_lens_tl.errors import InputError, warn
+from backward_lens_tl.errors import InputError, UnsupportedModelError, warn
 from backward_lens_tl.models import host_of_trained
 from backward_lens_tl.training.own_readout import OwnReadout
 from backward_lens_tl.training.recording import FactorRecorder, weight_changes
@@ -110,9 +110,15 @@ class TrainingWatch:
             )
             return None
         step = step_gradient(self.n_steps, recorders, loss_scale)
+        if self._settings.reference is not None and self._references is None:
+            warn(
+                f"step {self.n_steps} has no reference: the training does not call the watched "
+                f"{type(self._settings.model).__name__} itself, but a module inside it; watch the "
+                "module that the loop calls"
+            )
         return replace(
             step,
-            changes=weight_changes(recorders),
+            changes=weight_changes(recorders, self._settings.model),
             references=self._references or {},
             about=self._settings.about(),
             readout=self._settings.readout,
@@ -157,12 +163,17 @@ class TrainingWatch:
             for each in settings.matrices
         ]
         self._hooks.enter_context(recording(self._recorders))
-        if settings.reference is not None:
-            hook = settings.model.register_forward_pre_hook(self._before_forward, prepend=True)
-            self._hooks.callback(hook.remove)
+        hook = settings.model.register_forward_pre_hook(self._before_forward, prepend=True)
+        self._hooks.callback(hook.remove)
 
     def _before_forward(self, model: nn.Module, args: object) -> None:
         """Take the gradients of the reference, once, before the step's first forward pass."""
+        if model is not self._settings.model:
+            raise UnsupportedModelError(
+                f"a replica of the watched {type(model).__name__} runs, as by torch.nn."
+                "DataParallel, whose passes mix in one module; use one process per device, with "
+                "DistributedDataParallel, or one device"
+            )
         reference = self._settings.reference
         is_first = self._references is None and torch.is_grad_enabled()
         if reference is None or not is_first:

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from backward_lens_tl.capture.directions import principal_directions
+from backward_lens_tl.models import host_of_trained
 from backward_lens_tl.models.linear import is_adapted
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.sites import READING_MATRICES, MatrixName
@@ -143,6 +144,34 @@ class WeightBefore:
             return WeightChange(site.matrix, site.layer, left, right)
         dense = at_least_float32(_in_out(self._matrix)) - at_least_float32(self._weight)
         return WeightChange(site.matrix, site.layer, dense + left @ right)
+
+
+class CurrentWeights:
+    """The modules and parameters that a model consists of now.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        host = host_of_trained(model)
+        modules: list[Any] = list(model.modules()) if host is None else list(host.modules)
+        inside = {id(each.base_layer) for each in modules if is_adapted(each)}
+        self._modules = {id(each) for each in modules} - inside
+        self._parameters = {id(own) for each in modules for own in each._parameters.values()}
+
+    def are_of(self, matrix: TrainedMatrix) -> bool:
+        """Whether the model still uses a matrix as it did when it was found.
+
+        Args:
+            matrix: The matrix.
+
+        Returns:
+            False if its parameter was replaced, or an adapter was put around its module.
+        """
+        site = matrix.site
+        is_used = id(site.output.module) in self._modules
+        return is_used and id(site.weight.parameter) in self._parameters
 
 
 _Factors = tuple[Float[Tensor, "d_in r"], Float[Tensor, "r d_out"]]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from architectures import N_LAYERS, hf_model
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.models.loading import load_facts_model
@@ -82,8 +82,6 @@ def test_tokens_are_read_with_the_weights_after_the_step(tmp_path: Path) -> None
 
 
 def test_tokens_by_a_reader_and_by_the_model_itself(tmp_path: Path, tokenizer: Any) -> None:
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(FACTS_FOLDER)
     reader: Any = load_facts_model()
     rows = []
@@ -292,3 +290,63 @@ def test_refusals(tmp_path: Path) -> None:
     shard.write_bytes(b"not a table")
     with pytest.raises(InputError, match="is damaged"):
         record.to_dataframe()
+
+
+def test_an_abandoned_branch_is_deleted(tmp_path: Path) -> None:
+    """Five steps, and then two from the beginning: no row of the first run is left."""
+    for seed, n_steps in ((0, 5), (9, 2)):
+        model, record = hf_model("llama"), TrainingRecord(tmp_path)
+        with watch(model, "W_out", layers=0, every=1) as watched:
+            for number in range(n_steps):
+                backward(model, seed + number)
+                step = watched.step()
+                assert step is not None
+                written = record.add(step)
+    rows = record.to_dataframe()
+    assert rows.step.tolist() == [1, 2]
+    assert rows.norm.tolist()[-1] == written.norm.tolist()[-1]
+
+
+def test_a_checkpoint_that_is_loaded_from_another_folder(tmp_path: Path) -> None:
+    for name in ("start", "out/checkpoint-500"):
+        hf_model("llama").save_pretrained(tmp_path / name)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        record = TrainingRecord(tmp_path / "record")
+        record.add(one_step(model, "W_out"))
+    assert len(record.to_dataframe()) == N_LAYERS
+
+
+def test_several_processes_change_the_weights_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The change follows from the gradients of all of them, and each one knows its own."""
+    model = hf_model("llama")
+    with watch(model, "W_out", changes=True) as watched:
+        backward(model)
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        step = watched.step()
+    assert step is not None
+    alone = TrainingRecord(tmp_path / "alone").add(step)
+    monkeypatch.setattr("backward_lens_tl.training.record.n_processes", lambda: 2)
+    rows = TrainingRecord(tmp_path / "two").add(step)
+    assert rows.change_norm.tolist() == alone.change_norm.tolist()
+    assert rows.change_cosine.isna().all()
+    assert rows.change_outside.isna().all()
+    with pytest.raises(InputError, match="with another processes: was 1, is 2"):
+        TrainingRecord(tmp_path / "alone").add(step)
+
+
+def test_changes_of_matrices_without_a_gradient(tmp_path: Path) -> None:
+    """A step that is not finite, and a frozen matrix."""
+    model = hf_model("llama")
+    model.requires_grad_(False)
+    model.model.layers[1].mlp.down_proj.weight.requires_grad_(True)
+    with watch(model, "W_out", changes=True) as watched:
+        ids = torch.tensor([[3, 4, 5]])
+        (model(ids, labels=ids).loss * float("inf")).backward()
+        step = watched.step()  # the optimizer's was skipped
+    assert step is not None
+    rows = TrainingRecord(tmp_path).add(step)
+    assert sorted(rows.layer) == [0, 1]
+    assert rows.change_norm.tolist() == [0, 0]
+    assert rows.norm.isna().all()

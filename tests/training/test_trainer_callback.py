@@ -9,9 +9,18 @@ import pytest
 import torch
 from architectures import hf_model
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from backward_lens_tl.training import BackwardLensCallback, StepGradient, TrainingRecord, watch
+
+FACTS_FOLDER = Path(__file__).parents[2] / "backward_lens_tl" / "facts_model"
 
 
 class Sequences(Dataset[dict[str, list[int]]]):
@@ -25,7 +34,7 @@ class Sequences(Dataset[dict[str, list[int]]]):
         return {"input_ids": ids, "labels": [-100, *ids[1:]]}
 
 
-def trainer(model: Any, folder: Path, **options: Any) -> Trainer:
+def trainer(model: Any, folder: Path, *, bf16: bool = False, **options: Any) -> Trainer:
     pytest.importorskip("accelerate")
     settings = TrainingArguments(
         output_dir=str(folder),
@@ -40,6 +49,7 @@ def trainer(model: Any, folder: Path, **options: Any) -> Trainer:
         save_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
+        bf16=bf16,
     )
     return Trainer(model, settings, train_dataset=Sequences(), **options)
 
@@ -140,5 +150,59 @@ def test_losses_scaled_by_the_trainer() -> None:
         (model.model.layers[0].mlp.down_proj(x).sum() * 64).backward()
         callback.on_pre_optimizer_step(arguments, state, control, optimizer=optimizer)
         optimizer.scaler.scale = 32.0
+        callback.on_step_end(arguments, state, control)
+    assert bool((found[0]["W_out", 0].vjps == 1).all())
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    """Accelerate puts autocast into `forward`. The readout and the reference run without it."""
+    model = AutoModelForCausalLM.from_pretrained(FACTS_FOLDER)
+    plain = AutoModelForCausalLM.from_pretrained(FACTS_FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(FACTS_FOLDER)
+    record, steps = TrainingRecord(tmp_path / "record"), []
+    dtypes: list[torch.dtype] = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+
+    def on_step(step: StepGradient) -> None:
+        steps.append(step)
+        record.add(step)
+
+    reference = "The capital of France is", " Paris"
+    options: Any = {"tokenizer": tokenizer, "reference": reference}
+    with watch(model, "W_out", every=2, changes=True, **options) as watched:
+        own = trainer(
+            model, tmp_path, bf16=True, callbacks=[BackwardLensCallback(watched, on_step)]
+        )
+        own.train()
+    assert set(dtypes) == {torch.bfloat16, torch.float32}
+    rows = record.to_dataframe()
+    assert rows.step.tolist() == [1] * 8 + [3] * 8
+    assert rows.top_tokens.map(len).eq(3).all()
+    assert rows.change_cosine.between(0.9, 1).all()  # SGD
+    with watch(plain, "W_out", **options) as watched:
+        ids = torch.tensor([[3, 4, 5]])
+        plain(ids, labels=ids).loss.backward()
+        expected = watched.step()
+    assert expected is not None
+    for key, gradient in expected.references.items():
+        assert torch.equal(steps[0].references[key].vjps, gradient.vjps)
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_float16_without_a_scale(tmp_path: Path) -> None:
+    """A trainer without a scaler does not scale the loss."""
+    model = hf_model("llama").half()
+    found: list[StepGradient] = []
+    arguments: Any = None
+    state, control = TrainerState(), TrainerControl()
+    optimizer = Optimizer()
+    optimizer.scaler = None  # type: ignore[assignment]
+    with watch(model, "W_out", layers=0) as watched:
+        callback = BackwardLensCallback(watched, found.append)
+        callback.on_train_begin(arguments, state, control)
+        x = torch.ones(1, 3, 52, dtype=torch.float16)
+        model.model.layers[0].mlp.down_proj(x).sum().backward()
+        callback.on_pre_optimizer_step(arguments, state, control, optimizer=optimizer)
         callback.on_step_end(arguments, state, control)
     assert bool((found[0]["W_out", 0].vjps == 1).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -264,7 +265,7 @@ def test_hooks_exist_only_in_watched_steps() -> None:
             watched.step()
         assert watched.n_steps == 4
         assert not watched.is_watching
-    assert counts == [2 * N_LAYERS, 0, 0, 2 * N_LAYERS]
+    assert counts == [2 * N_LAYERS + 1, 0, 0, 2 * N_LAYERS + 1]  # one on the model itself
     assert n_hooks(model) == 0
 
 
@@ -279,7 +280,7 @@ def test_hooks_are_gone_after_an_exception(kind: type[BaseException]) -> None:
 
     with pytest.raises(kind):
         watched_step(model, interrupted)
-    assert counts == [2 * 7 * N_LAYERS]
+    assert counts == [2 * 7 * N_LAYERS + 1]
     assert n_hooks(model) == 0
 
 
@@ -425,3 +426,54 @@ def test_model_is_not_changed() -> None:
     watched_step(model, lambda: backward(model, batch(5)))
     assert list(dict(model.named_modules())) == names
     assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+
+
+def test_one_backward_pass_for_several_microbatches() -> None:
+    """Backward passes go through them in reverse; they are numbered as they ran forwards."""
+    model = hf_model("llama", torch.float64)
+    first, second = batch(6, 6), batch(4, 4, seed=1)
+
+    def run() -> None:
+        (model(**first).loss + model(**second).loss).backward()
+
+    step = watched_step(model, run, ["W_in", "W_out"])
+    counts = [int((step.backward_passes == number).sum()) for number in range(2)]
+    assert counts == [2 * 5, 2 * 3]  # the last token predicts nothing
+    expected = weight_gradient(model, "llama", "W_in", 1)
+    assert relative_error(dense(step, "W_in", 1), expected) < TOLERANCE
+
+
+def test_passes_in_other_threads_keep_their_own_inputs() -> None:
+    """A pass that runs between the hooks of another one, in another thread."""
+    model = hf_model("llama", torch.float64)
+    up = blocks(model)[0].mlp.up_proj
+    losses: list[Tensor] = []
+    original = up.forward
+
+    def interrupted(x: Tensor) -> Tensor:
+        up.forward = original
+        thread = Thread(target=lambda: losses.append(model(**batch(6, seed=1)).loss))
+        thread.start()
+        thread.join()
+        return original(x)
+
+    up.forward = interrupted
+
+    def run() -> None:
+        losses.append(model(**batch(6)).loss)
+        sum(losses).backward()
+
+    step = watched_step(model, run, ["W_in", "W_out"])
+    for matrix in ("W_in", "W_out"):
+        expected = weight_gradient(model, "llama", matrix, 0)
+        assert relative_error(dense(step, matrix, 0), expected) < TOLERANCE
+
+
+def test_replicas_are_refused() -> None:
+    model = hf_model("llama")
+    replica: Any = model._replicate_for_data_parallel()
+    with (
+        watch(model),
+        pytest.raises(UnsupportedModelError, match=r"replica of the watched .*DataParallel"),
+    ):
+        replica(**batch(5))

@@ -250,3 +250,67 @@ def test_nothing_changed() -> None:
     factors = WeightChange("W_in", 0, torch.zeros(3, 2), torch.zeros(2, 5))
     assert not any(each.any() for each in factors.first_direction())
     assert repr(factors) == "WeightChange(W_in of layer 0, [3, 5], rank <= 2)"
+
+
+def test_adapters_added_after_the_watch_began(tmp_path: Path) -> None:
+    """As TRL's trainers add them. The watched modules are then inside those of the adapter."""
+    peft = pytest.importorskip("peft")
+    model = hf_model("llama", torch.float64)
+    config = peft.LoraConfig(r=3, target_modules=["up_proj"], task_type="CAUSAL_LM")
+    ids = torch.arange(3, 15).reshape(2, 6)
+    with watch(model, ["W_in", "W_out"], changes=True) as watched:
+        outer = peft.get_peft_model(model, config)
+        own = [each for each in outer.parameters() if each.requires_grad]
+        optimizer = torch.optim.AdamW(own, lr=1e-2)
+        outer(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        step = watched.step()
+    assert step is not None
+    layers = outer.base_model.model.model.layers
+    assert all(float(layer.mlp.up_proj.get_delta_weight("default").norm()) > 0 for layer in layers)
+    assert set(step.changes) == {("W_out", layer) for layer in range(N_LAYERS)}
+    rows = TrainingRecord(tmp_path).add(step).set_index(["matrix", "layer"])
+    assert rows.change_norm.isna()["W_in", 1]
+
+
+@pytest.mark.parametrize("when", ["before the pass", "after the pass"])
+def test_replaced_parameters(when: str) -> None:
+    model = hf_model("llama", torch.float64)
+
+    def replace() -> None:
+        down = model.model.layers[0].mlp.down_proj
+        down.weight = nn.Parameter(down.weight.detach() + 1)
+
+    ids = torch.arange(3, 15).reshape(2, 6)
+    with watch(model, "W_out", changes=True) as watched:
+        if when == "before the pass":
+            replace()
+        model(ids, labels=ids).loss.backward()
+        if when == "after the pass":
+            replace()
+        step = watched.step()
+    assert step is not None
+    assert set(step.changes) == {("W_out", 1)}
+
+
+def test_plain_sgd_on_an_adapter_is_not_the_gradient(tmp_path: Path) -> None:
+    """`dW = -lr s^2 (G B^T B + A A^T G)` to first order: both thin matrices move along `G`."""
+    model = adapted("llama", "up_proj")
+    modules = [layer.mlp.up_proj for layer in model.base_model.model.model.layers]
+    factors: list[tuple[Tensor, Tensor]] = []
+    lr = 1e-6
+
+    def keep() -> None:
+        for each in modules:
+            a, b = (part["default"].weight.detach().T for part in (each.lora_A, each.lora_B))
+            factors.append((a.clone(), b.clone()))
+
+    own = [each for each in model.parameters() if each.requires_grad]
+    step = optimized(model, torch.optim.SGD(own, lr=lr), matrices="W_in", before=keep)
+    rows = TrainingRecord(tmp_path).add(step)
+    for layer, (a, b) in enumerate(factors):
+        g, scale = step["W_in", layer].dense(), modules[layer].scaling["default"]
+        expected = -lr * scale**2 * (g @ b.T @ b + a @ a.T @ g)
+        assert relative_error(step.changes["W_in", layer].dense(), expected) < 1e-5
+    assert rows.change_cosine.between(0.01, 0.9).all()
+    assert rows.change_outside.min() > 0.01
