@@ -237,7 +237,7 @@ class Run:
         Returns:
             The run; all processes of a launch return together.
         """
-        cls.check_out(out)
+        check_out(cls, out)
         if not isinstance(config, cls.CONFIG | None):
             name = cls.CONFIG.__name__
             raise cls.CONFIG.ERROR(
@@ -254,15 +254,6 @@ class Run:
         found = in_turn(begin, cls.CONFIG.ERROR)
         found._write_missing(plan, state, is_shown)
         return found
-
-    @classmethod
-    def check_out(cls, out: object) -> None:
-        """Raise if no run can be written to a folder."""
-        if find_spec("pyarrow") is None:
-            raise cls.CONFIG.ERROR(
-                f'{_a(cls.NOUN)} needs pyarrow: pip install "backward-lens-tl[parquet]"'
-            )
-        check_path(out, cls.CONFIG.ERROR)
 
     @classmethod
     def _begin(cls: type[_Own], folder: Path, run: Mapping[str, Any]) -> _Own:
@@ -344,6 +335,23 @@ class Run:
                     f"{os.fspath(self.folder)!r} holds {_a(self.NOUN)} with another {name}: "
                     f"{changes}. Resume it with the original values, or choose another folder"
                 )
+
+
+def check_out(kind: type[Run], out: object) -> None:
+    """Raise if no run can be written.
+
+    Args:
+        kind: The kind of run.
+        out: The folder.
+
+    Raises:
+        InputError: If pyarrow is not installed, or `out` is not a path; of the run's own kind.
+    """
+    if find_spec("pyarrow") is None:
+        raise kind.CONFIG.ERROR(
+            f'{_a(kind.NOUN)} needs pyarrow: pip install "backward-lens-tl[parquet]"'
+        )
+    check_path(out, kind.CONFIG.ERROR)
 
 
 def _about(job: Job[Any], plan: Plan[Any]) -> dict[str, Any]:

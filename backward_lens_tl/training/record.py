@@ -24,7 +24,7 @@ from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import host_of
 from backward_lens_tl.readout.vectors import read_vectors
 from backward_lens_tl.runs.config import Config
-from backward_lens_tl.runs.run import Run
+from backward_lens_tl.runs.run import Run, check_out
 from backward_lens_tl.runs.shards import ANY_SHARD, shard_file
 from backward_lens_tl.training.record_columns import TABLES
 from backward_lens_tl.training.step_gradient import StepGradient
@@ -117,7 +117,7 @@ class TrainingRecord:
     """
 
     def __init__(self, out: str | Path, reader: nn.Module | None = None, *, k: int = 3) -> None:
-        ProcessRun.check_out(out)
+        check_out(ProcessRun, out)
         self.folder = Path(out)
         self._k = checked_count("k", k)
         self._reader = None if reader is None else host_of(reader)

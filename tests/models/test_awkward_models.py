@@ -174,8 +174,13 @@ def test_a_folder_without_an_unembedding_is_refused(tmp_path: Path) -> None:
         del raw.model.layers[1].mlp.down_proj.weight, raw.model.norm.weight
     with pytest.raises(ModelNotFoundError, match=r"no weights for lm_head\.weight and 2 others"):
         blt.load_model(str(saved(raw.model, tmp_path / "more")))
+
+
+@bridge_only
+@pytest.mark.versions
+def test_a_tied_unembedding_need_not_be_in_the_folder(tmp_path: Path) -> None:
     tied = plain_model("llama", tie_word_embeddings=True)
-    model = blt.load_model(str(saved(tied.model, tmp_path / "tied")))
+    model = blt.load_model(str(saved(tied.model, tmp_path)), "bridge")
     tokens = some_tokens()
     with torch.no_grad():
         assert logit_error(host_of(model).logits(tokens), tied(tokens).logits) < 1e-4
