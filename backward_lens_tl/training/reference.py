@@ -23,7 +23,7 @@ from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host, host_of_trained
 from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.vocabulary import Vocabulary
-from backward_lens_tl.training.recording import FactorRecorder
+from backward_lens_tl.training.recording import FactorRecorder, SharedInputs
 from backward_lens_tl.training.step_gradient import WatchedGradient, step_gradient
 from backward_lens_tl.training.step_memory import StepMemory
 from backward_lens_tl.training.trained_matrices import TrainedMatrix
@@ -62,7 +62,8 @@ class Reference:
         Returns:
             The gradients by matrix and layer; without those that depend on no trained parameter.
         """
-        recorders = [_OutputRecorder(each, StepMemory(None, 0)) for each in matrices]
+        inputs = SharedInputs()
+        recorders = [_OutputRecorder(each, StepMemory(None, 0), inputs) for each in matrices]
         with undisturbed(model), torch.enable_grad(), recording(recorders):
             loss = self._loss(model)
             outputs = {id(y): y for y in (each.output for each in recorders) if y is not None}
@@ -70,6 +71,8 @@ class Reference:
                 return {}
             # With respect to outputs alone: no `.grad` is written.
             torch.autograd.grad(loss * _SCALE, list(outputs.values()), allow_unused=True)
+            for each in recorders:
+                each.output = None  # whose hook refers to the recorder
         return step_gradient(0, recorders, _SCALE).gradients
 
     def _loss(self, model: Any) -> Float[Tensor, ""]:

@@ -17,7 +17,7 @@ from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.sites import MatrixName
 from backward_lens_tl.readout.vectors import VectorReadout
 from backward_lens_tl.training.own_readout import OwnReadout
-from backward_lens_tl.training.recording import FactorRecorder, Pair
+from backward_lens_tl.training.recording import FactorRecorder
 from backward_lens_tl.training.weight_change import WeightChange
 
 _Rows = tuple[torch.Size, ...]
@@ -298,17 +298,16 @@ def _join(
     return at_least_float32(laid_out[:, : len(joined)])
 
 
-def _own_delta(recorder: FactorRecorder, pair: Pair) -> Float[Tensor, "rows d_out"]:
-    """The columns of a gradient that are the matrix's own, heads concatenated."""
-    return recorder.matrix.own_columns(pair.delta).reshape(pair.rows.numel(), -1)
+def _deltas(recorder: FactorRecorder) -> list[Float[Tensor, "rows d_out"]]:
+    """The gradients of all backward passes, heads concatenated."""
+    return [pair.delta.reshape(pair.rows.numel(), -1) for pair in recorder.ordered]
 
 
 def _nonzero(recorders: Sequence[FactorRecorder]) -> Bool[Tensor, "rows"]:
     """Rows that add something to the gradient of any matrix."""
     found = []
     for recorder in recorders:
-        deltas = [_own_delta(recorder, pair) for pair in recorder.ordered]
-        found.append(torch.cat([delta.ne(0).any(1) for delta in deltas]))
+        found.append(torch.cat([delta.ne(0).any(1) for delta in _deltas(recorder)]))
     return torch.stack([each.to(found[0].device) for each in found]).any(0)
 
 
@@ -318,8 +317,7 @@ def _gradient(
     """The gradient of one matrix; its recorder is empty afterwards, which frees the memory."""
     site = recorder.matrix.site
     x = inputs.of(recorder)
-    deltas = [_own_delta(recorder, pair) for pair in recorder.ordered]
-    delta = _join(recorder, deltas, "output", kept)
+    delta = _join(recorder, _deltas(recorder), "output", kept)
     recorder.pairs.clear()
     return WatchedGradient(
         matrix=site.matrix,

@@ -40,7 +40,9 @@ class WatchSettings:
     @property
     def fixed_bytes(self) -> int:
         """Bytes that a watched step takes whatever its batch is."""
-        copies = sum(map(copied_bytes, self.matrices)) if self.changes else 0
+        each_copy = [copied_bytes(each) for each in self.matrices] if self.changes else [0]
+        # A change is next to its copy until that is freed, one matrix at a time.
+        copies = sum(each_copy) + max(each_copy)
         rows = 0 if self.reference is None else self.reference.n_tokens
         return copies + 4 * rows * sum(each.site.width for each in self.matrices)
 

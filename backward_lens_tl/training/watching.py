@@ -22,7 +22,7 @@ from backward_lens_tl.capture.recorders import recording
 from backward_lens_tl.errors import InputError, UnsupportedModelError, warn
 from backward_lens_tl.models import host_of_trained
 from backward_lens_tl.training.own_readout import OwnReadout
-from backward_lens_tl.training.recording import FactorRecorder, weight_changes
+from backward_lens_tl.training.recording import FactorRecorder, SharedInputs, weight_changes
 from backward_lens_tl.training.reference import reference_of
 from backward_lens_tl.training.step_gradient import StepGradient, WatchedGradient, step_gradient
 from backward_lens_tl.training.step_memory import StepMemory
@@ -158,8 +158,9 @@ class TrainingWatch:
         if self.n_steps % settings.every:
             return
         self._memory = StepMemory(settings.budget, settings.fixed_bytes)
+        inputs = SharedInputs()
         self._recorders = [
-            FactorRecorder(each, self._memory, copies_weight=settings.changes)
+            FactorRecorder(each, self._memory, inputs, copies_weight=settings.changes)
             for each in settings.matrices
         ]
         self._hooks.enter_context(recording(self._recorders))

@@ -143,7 +143,9 @@ class WeightBefore:
         if self._weight is None:
             return WeightChange(site.matrix, site.layer, left, right)
         dense = at_least_float32(_in_out(self._matrix)) - at_least_float32(self._weight)
-        return WeightChange(site.matrix, site.layer, dense + left @ right)
+        if left.shape[1]:
+            dense += left @ right
+        return WeightChange(site.matrix, site.layer, dense)
 
 
 class CurrentWeights:

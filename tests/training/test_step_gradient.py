@@ -47,6 +47,18 @@ def test_matrices_with_the_same_input_share_it() -> None:
             assert step["W_Q", layer].inputs is not own
 
 
+def test_under_autocast_an_input_is_rounded_once() -> None:
+    model = hf_model("llama")
+    with watch(model, list(READERS)) as watched:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        step = watched.step()
+    assert step is not None
+    for layer in range(2):
+        assert step["W_in", layer].inputs is step["W_gate", layer].inputs
+
+
 def test_an_input_that_a_hook_replaces_is_not_shared() -> None:
     model = hf_model("llama", torch.float64)
     model.model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda module, args: 2 * args[0])

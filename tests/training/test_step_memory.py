@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
 from architectures import N_LAYERS, hf_model
 
 from backward_lens_tl.errors import BackwardLensWarning, InputError
-from backward_lens_tl.training import watch
+from backward_lens_tl.training import TrainingWatch, watch
 
 D_MODEL, D_MLP = 24, 52
+IDS = torch.arange(3, 15).reshape(2, 6)
 
 
 def backward(model: Any, positions: int) -> None:
@@ -63,7 +66,7 @@ def test_the_training_goes_on_as_without_the_watch() -> None:
 
 def test_copies_of_the_weights_count() -> None:
     model = hf_model("llama")
-    copies = N_LAYERS * D_MODEL * D_MLP * 4
+    copies = (N_LAYERS + 1) * D_MODEL * D_MLP * 4  # and one change
     message = rf"reference, take {copies:,} bytes, and budget is {copies - 1}; watch fewer"
     with (
         pytest.raises(InputError, match=message),
@@ -87,3 +90,56 @@ def test_copies_of_the_weights_count() -> None:
 def test_budgets_that_are_not_bytes(value: Any) -> None:
     with pytest.raises(InputError, match=r"budget is .*; pass an integer of at least 1"):
         watch(hf_model("llama"), budget=value).__enter__()
+
+
+def kept_bytes(watched: TrainingWatch) -> int:
+    """Sizes of the tensors that the watch really keeps."""
+    pairs = [pair for recorder in watched._recorders for pair in recorder.pairs]
+    storages = [each.untyped_storage() for pair in pairs for each in (pair.x, pair.delta)]
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+def passes(model: Any, kind: str) -> None:
+    """Two microbatches, and what must not be counted."""
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            model(IDS, labels=IDS).loss.backward()
+    if kind == "unused":
+        model(IDS)
+
+
+@pytest.mark.parametrize(
+    ("family", "matrices", "kind"),
+    [
+        ("llama", "all", "plain"),
+        ("llama", "all", "autocast"),
+        ("llama", "mlp", "unused"),
+        ("llama", "W_out", "reentrant"),
+        ("llama", "all", "not reentrant"),
+        ("gpt2", "W_Q", "plain"),
+        ("gpt2", "all", "plain"),
+    ],
+)
+def test_the_tensors_that_are_kept_are_counted(family: str, matrices: str, kind: str) -> None:
+    model = hf_model(family).train()
+    if "reentrant" in kind:
+        model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+        model.enable_input_require_grads()
+    with watch(model, matrices) as watched:
+        passes(model, kind)
+        kept = kept_bytes(watched)
+        assert kept > 0
+        assert watched._memory.kept == kept
+        assert watched.step() is not None
+
+
+def test_the_reference_leaves_nothing_behind() -> None:
+    model = hf_model("llama")
+    outputs: list[ref[Any]] = []
+    down = model.model.layers[1].mlp.down_proj
+    down.register_forward_hook(lambda module, args, output: outputs.append(ref(output)))
+    with watch(model, "W_out", reference=([5, 6], 7)) as watched:
+        backward(model, 5)
+        watched.step()
+    gc.collect()
+    assert [each() for each in outputs] == [None, None]
