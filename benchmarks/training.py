@@ -35,7 +35,10 @@ MODELS = {
 """The name of each model on the page, for `load_model`, and its data."""
 
 _KEYS = ("optimizer", "weights", "answers", "step", "matrix")
-_LAYERS = ("optimizer", "weights", "answers", "step", "layer", "answers_found", "taught_near")
+_LAYERS = (
+    *("optimizer", "weights", "answers", "step", "layer"),
+    *("relative_norm", "answers_found", "taught_near", "permuted_near"),
+)
 _LOSSES = ("optimizer", "weights", "answers", "step", "loss", "learned")
 
 

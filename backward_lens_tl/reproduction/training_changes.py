@@ -67,11 +67,13 @@ def described(config: TrainingConfig, trained: Sequence[str]) -> str:
         A few sentences.
     """
     return (
-        f"{config.facts} facts at most, {config.batch_size} in a step. Trained are "
-        f"{len(trained)} matrices, from {trained[0]} to {trained[-1]}; all other weights are "
-        f"frozen. LoRA has rank {config.rank}. Learning rates are matched: a first step on all "
+        f"{config.facts} facts at most, {config.batch_size} in a step. "
+        f"{len(trained)} matrices are trained, from {trained[0]} to {trained[-1]}; all other "
+        f"weights are frozen. LoRA has rank {config.rank}, so its changes have {config.rank} "
+        "directions. Learning rates are matched: a first step on all "
         f"facts lowers their loss to first order by {100 * FIRST_DECREASES['full']:.0f} %, and "
-        f"with LoRA by {100 * FIRST_DECREASES['lora']:.0f} %. They fall linearly to zero."
+        f"with LoRA by {100 * FIRST_DECREASES['lora']:.0f} %. Runs on shuffled answers have "
+        "the rates of those on the taught ones. Rates fall linearly to zero."
     )
 
 
@@ -262,7 +264,7 @@ def _responses(full: _Means, last: int) -> Check:
     return Check(
         f"after {last} steps in full, W_out's change promotes a fact's answer to the most "
         "probable 1 % of what it adds for that fact in more than half of the layers and facts, "
-        "and the answer of another fact at most half as often",
+        "and the answer of another fact of the same relation at most half as often",
         bool((taught > _NEAR).all() and (permuted <= taught / 2).all()),
         f"{listed_values((100 * taught).items(), '.0f', ' %')}; of another fact "
         + listed_values((100 * permuted).items(), ".0f", " %"),
@@ -280,9 +282,9 @@ def _shuffled(changes: pd.DataFrame, last: int) -> Check:
         for each in ("taught", "shuffled")
     ]
     return Check(
-        "control: trained on shuffled answers, the change promotes each fact's shuffled answer as "
-        f"often as it promoted the taught one, within {100 * _SAME:.0f} points, and the taught one "
-        "at most half as often",
+        "control: trained on answers that are shuffled within relations, the change promotes each "
+        "fact's shuffled answer as often as it promoted the taught one, within "
+        f"{100 * _SAME:.0f} points, and the taught one at most half as often",
         bool(((own[0] - own[1]).abs() <= _SAME).all() and (unlearned <= own[1] / 2).all()),
         f"shuffled {listed_values((100 * own[1]).items(), '.0f', ' %')}; taught "
         f"{listed_values((100 * unlearned).items(), '.0f', ' %')}; answers among the directions' "

@@ -2,8 +2,10 @@
 
 The weights never change: as in `FineTuning`, what is trained is the change `D` of each matrix,
 which is added to its output as `x @ D`. It is either the matrix itself, of any rank, or a product
-of two factors as in LoRA, `D = A B`. The gradient of the weight is `X^T Delta` in both cases, with
-what the matrix read and the gradients at its output.
+of two factors as in LoRA. What the optimizer sees is `D^T`, or `A` and `B` with `D^T = B A`: torch
+stores the weights of linear layers as `[out, in]`, and Muon scales its steps by `sqrt(out / in)`
+where that is larger than one. The gradient of the weight is `X^T Delta` in both cases, with what
+the matrix read and the gradients at its output.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ FIRST_DECREASES: dict[TrainedWeights, float] = {"full": 0.1, "lora": 0.01}
 """The share of the loss by which the first step lowers it, to first order.
 
 The first step of LoRA moves one of its factors only. With a tenth, later steps of SGD and Muon
-diverge.
+diverged.
 """
 
 
@@ -55,11 +57,11 @@ class TrainedChange:
         parameter = site.weight.parameter
         dtype = at_least_float32(parameter[:0]).dtype
         if rank is None:
-            starts = [torch.zeros(d_in, d_out)]
+            starts = [torch.zeros(d_out, d_in)]
         else:
             width = min(rank, d_in, d_out)
-            uniform = 2 * torch.rand(d_in, width, generator=generator) - 1
-            starts = [uniform / math.sqrt(d_in), torch.zeros(width, d_out)]
+            uniform = 2 * torch.rand(width, d_in, generator=generator) - 1
+            starts = [uniform / math.sqrt(d_in), torch.zeros(d_out, width)]
         self.leaves = [start.to(parameter.device, dtype).requires_grad_() for start in starts]
         self._inputs: Tensor | None = None
         self._vjps: Tensor | None = None
@@ -69,7 +71,7 @@ class TrainedChange:
         written = inputs.to(self.leaves[0].dtype)
         self._inputs = written.detach().flatten(0, -2)
         for leaf in self.leaves:
-            written = written @ leaf
+            written = written @ leaf.T
         if written.requires_grad:
             written.register_hook(self._keep)
         return written
@@ -79,7 +81,7 @@ class TrainedChange:
 
     def delta(self) -> MatrixDelta:
         """The change as it is now."""
-        parts = [leaf.detach().clone() for leaf in self.leaves]
+        parts = [leaf.detach().T.clone() for leaf in self.leaves]
         about = (self.site.matrix, self.site.layer)
         if len(parts) == 1:
             return MatrixDelta(*about, values=parts[0])
@@ -136,6 +138,7 @@ def train(
     sites: Sequence[MatrixSite],
     optimizer: Optimizer,
     *,
+    rate_of: TaughtFacts,
     rank: int | None,
     steps: Sequence[int],
     batch_size: int,
@@ -144,14 +147,15 @@ def train(
     """Train the changes of matrices of the MLPs on facts.
 
     The loss is the mean over the batch of the negative log-likelihood of the answer's tokens.
-    Learning rates fall linearly to zero. The first one is such that a step on all facts would
-    lower their loss by a given share to first order, the same for every optimizer.
+    Learning rates fall linearly to zero. The first one is such that a step on all facts of
+    `rate_of` would lower their loss by a given share to first order, the same for every optimizer.
 
     Args:
         host: The model; its weights stay as they are.
         facts: The facts.
         sites: The matrices.
         optimizer: An optimizer of torch, with its default settings and without weight decay.
+        rate_of: The facts that give the learning rate.
         rank: The rank of LoRA's factors; `None` for changes of any rank.
         steps: Numbers of steps, ascending; the last one ends the run.
         batch_size: Number of facts in a step. Every fact is used once before any is used again.
@@ -166,7 +170,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     changes = [TrainedChange(site, rank, generator) for site in sites]
     leaves = [leaf for change in changes for leaf in change.leaves]
-    everything = facts.batch(host, range(len(facts)))
+    everything, matched = (each.batch(host, range(len(each))) for each in (facts, rate_of))
     descents = [change.leaves[0].new_zeros(change.site.shape) for change in changes]
     order: list[int] = []
     with ExitStack() as hooks, torch.enable_grad():
@@ -174,7 +178,7 @@ def train(
         hooks.enter_context(requiring_grad((), among=host.trained()))
         for change in changes:
             hooks.enter_context(adding(change.site, change.added))
-        loss = everything.nll(everything.logits(host)).mean()
+        loss = matched.nll(matched.logits(host)).mean()
         decrease = FIRST_DECREASES["full" if rank is None else "lora"]
         first_rate = matched_rate(optimizer, leaves, loss, decrease)
         stepping = _optimizer(optimizer)(leaves, lr=first_rate)

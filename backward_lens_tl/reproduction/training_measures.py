@@ -67,5 +67,4 @@ def share_outside(step: MatrixDelta, gradient: MatrixDelta) -> float:
     """
     u, _, vh = gradient.svd()
     dense = step.dense().double()
-    inside = u.T @ dense @ vh.T
-    return float(1 - inside.square().sum() / dense.square().sum())
+    return change_numbers.share_outside(u.T @ dense @ vh.T, float(dense.norm()))

@@ -42,13 +42,15 @@ class Reader:
         lens: The cosine lens.
         taught: The first token of the answer that each fact is taught.
         permuted: The first token of the answer that it is taught after shuffling.
-        unseen: First tokens of answers that no fact is taught.
+        compared: Whether this is neither the taught nor the old answer, which training suppresses.
+        unseen: First tokens of answers that no fact is taught, and none had before.
         inputs: What each `W_out` reads at the last token of each prompt, before training, by layer.
     """
 
     lens: CosineLens
     taught: tuple[int, ...]
     permuted: tuple[int, ...]
+    compared: tuple[bool, ...]
     unseen: tuple[int, ...]
     inputs: Mapping[int, Float[Tensor, "fact d_mlp"]]
 
@@ -67,7 +69,7 @@ class Reader:
             host: The model.
             facts: The facts.
             shuffled: The same with shuffled answers.
-            unseen: First tokens of answers that no fact has.
+            unseen: First tokens of answers that no fact is taught, and none had before.
             sites: The matrices.
 
         Returns:
@@ -81,7 +83,9 @@ class Reader:
             for site, inputs in zip(writing, found, strict=True)
         }
         lens = CosineLens(host)
-        return cls(lens, facts.first_tokens, shuffled.first_tokens, tuple(unseen), last)
+        firsts = zip(facts.first_tokens, shuffled.first_tokens, facts.before, strict=True)
+        compared = tuple(permuted not in (taught, before) for taught, permuted, before in firsts)
+        return cls(lens, facts.first_tokens, shuffled.first_tokens, compared, tuple(unseen), last)
 
     @torch.no_grad()
     def directions(
@@ -126,8 +130,8 @@ class Reader:
         Returns:
             `taught_near`, the fraction of facts for which their answer is among the 1 % of tokens
             that it promotes most; `permuted_near`, the same for the answer that the fact has after
-            shuffling. NaN for matrices that read the residual stream, and for no change. Facts
-            whose answer begins with the same token after shuffling are left out.
+            shuffling. NaN for matrices that read the residual stream, and for no change. Only
+            `compared` facts count.
         """
         if change.matrix in READING_MATRICES or not change.norm:
             return dict.fromkeys(("taught_near", "permuted_near"), float("nan"))
@@ -138,7 +142,7 @@ class Reader:
             torch.tensor(each, device=scores.device) for each in (self.taught, self.permuted)
         )
         bound = _NEAR * (scores.shape[1] - 1)
-        own = taught != permuted
+        own = torch.tensor(self.compared, device=scores.device)
         taught_near, permuted_near = (
             float((predictions.target_ranks(scores, each) <= bound)[own].double().mean())
             for each in (taught, permuted)

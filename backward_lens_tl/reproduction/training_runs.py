@@ -5,7 +5,7 @@ One shard is one training run, or the controls that need no training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from backward_lens_tl.data.records import Record, Records
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
@@ -22,7 +22,7 @@ from backward_lens_tl.editing.requests import EditRequest, TokenizedRequest, tok
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.matrix_selection import find_editable
-from backward_lens_tl.models.sites import MatrixSite
+from backward_lens_tl.models.sites import MatrixName, MatrixSite
 from backward_lens_tl.reproduction.training_facts import TaughtFacts
 from backward_lens_tl.reproduction.training_loop import ChangeAt, TrainedWeights, train
 from backward_lens_tl.reproduction.training_measures import (
@@ -33,6 +33,7 @@ from backward_lens_tl.reproduction.training_measures import (
     stable_rank,
 )
 from backward_lens_tl.reproduction.training_readings import Reader
+from backward_lens_tl.reproduction.training_relations import relations
 from backward_lens_tl.runs.columns import Column, Tables, key_column
 from backward_lens_tl.runs.config import Config
 from backward_lens_tl.runs.run import Job, Plan, Run
@@ -72,6 +73,7 @@ CHANGES = (
     key_column("matrix", "string", "the matrix"),
     key_column("layer", "int32", "the layer, from 0"),
     _number("norm", meaning="Frobenius norm of the change W_n - W_0"),
+    _number("relative_norm", meaning="this norm in units of the norm of W_0"),
     _number("rank", meaning="number of its singular values above rounding"),
     _number("effective_rank", meaning="exponential of the entropy of its singular values"),
     _number("stable_rank", meaning="its squared norm over its largest squared singular value"),
@@ -88,7 +90,7 @@ CHANGES = (
     _number("step_outside", meaning="share of the step outside of its gradient's spaces"),
     _number("peak", meaning="largest score of a direction, in standard deviations"),
     _number("answers_found", meaning="taught answers among the directions' tokens"),
-    _number("unseen_found", meaning="answers that were not taught among these tokens"),
+    _number("unseen_found", meaning="other answers among them, neither taught nor true before"),
     _number("taught_near", meaning="facts whose answer the change promotes"),
     _number("permuted_near", meaning="facts for which it promotes the permuted answer"),
 )
@@ -111,7 +113,8 @@ class TrainingConfig(Config):
     """The settings of training runs.
 
     Attributes:
-        facts: Number of facts to teach, the first in the data that can be used.
+        facts: Number of facts to teach, the first in the data that can be shuffled within their
+            relation.
         steps: Numbers of steps after which changes are measured, ascending.
         batch_size: Number of facts in a step.
         rank: Rank of LoRA's factors.
@@ -191,7 +194,7 @@ def training_runs(
         The complete runs.
 
     Raises:
-        InputError: If fewer than two rows of the data can be taught, or all have one answer.
+        InputError: If no relation of the data has two facts with different answers.
         UnsupportedModelError: If the MLPs cannot be trained one matrix at a time.
     """
     return TrainingRuns._perform(model, data, out, config, _plan, progress=progress)
@@ -207,6 +210,7 @@ class _Setup:
     facts: TaughtFacts
     shuffled: TaughtFacts
     reader: Reader
+    norms: Mapping[tuple[MatrixName, int], float]
 
     def measure(self, run: TrainedRun) -> Rows:
         """The rows of one shard."""
@@ -219,6 +223,7 @@ class _Setup:
             self.shuffled if run.answers == "shuffled" else self.facts,
             self.sites,
             run.optimizer,
+            rate_of=self.facts,
             rank=self.config.rank if run.weights == "lora" else None,
             steps=self.config.steps,
             batch_size=self.config.batch_size,
@@ -256,6 +261,7 @@ class _Setup:
             "matrix": change.matrix,
             "layer": change.layer,
             "norm": float(values.norm()),
+            "relative_norm": float(values.norm()) / self.norms[change.matrix, change.layer],
             "rank": len(values),
             "effective_rank": effective_rank(values),
             "stable_rank": stable_rank(values),
@@ -271,7 +277,7 @@ class _Setup:
         for site in self.sites:
             d_in, d_out = site.shape
             width = min(self.config.rank, d_in, d_out)
-            own = site.joined(site.weight.in_out(site.weight.parameter.detach())).float()
+            own = _weight(site)
             full, left, right = (
                 torch.randn(size, generator=generator).to(own.device)
                 for size in ((d_in, d_out), (d_in, width), (width, d_out))
@@ -290,20 +296,29 @@ class _Setup:
 def _plan(job: Job[TrainingConfig]) -> Plan[TrainedRun]:
     host, config = job.host, job.config
     sites = find_editable(host, "mlp", _spread(host.n_layers, config.layers), mlp_only=True)
-    usable = [request for row in job.records.rows if (request := _request(host, row, config))]
-    taught, others = usable[: config.facts], usable[config.facts :]
-    if len(taught) < 2:
+    own = [row for row in job.records.rows if isinstance(row, Record)]
+    requests = [_tokenized(host, EditRequest.of(row), config) for row in own]
+    usable = [(row, request) for row, request in zip(own, requests, strict=True) if request]
+    records = [record for record, _ in usable]
+    every = TaughtFacts.of(
+        [request for _, request in usable],
+        relations(records),
+        [_before(host, record, config) for record in records],
+    )
+    facts = every.first(config.facts)
+    if len(facts) < 2:
         raise InputError(
-            f"training needs two or more facts: {len(usable)} of the {len(job.records)} rows of "
-            f"{job.records.name!r} can be taught, and at most {config.facts} of them are used; "
-            "pass more prompts or other data"
+            "training needs two or more facts of one relation with different answers: "
+            f"{len(usable)} of the {len(job.records)} rows of {job.records.name!r} can be taught, "
+            f"and at most {config.facts} of them are used; pass more prompts or other data"
         )
-    facts = TaughtFacts.of(taught)
     shuffled = facts.shuffled(config.seed)
-    firsts = dict.fromkeys(request.target[0] for request in others)
-    unseen = [token for token in firsts if token not in facts.first_tokens]
+    # Training suppresses the answers of before.
+    known = {*facts.first_tokens, *facts.before}
+    unseen = [token for token in dict.fromkeys(every.first_tokens) if token not in known]
     reader = Reader.of(host, facts, shuffled, unseen[: len(set(facts.first_tokens))], sites)
-    setup = _Setup(host, config, tuple(sites), facts, shuffled, reader)
+    norms = {(site.matrix, site.layer): float(_weight(site).norm()) for site in sites}
+    setup = _Setup(host, config, tuple(sites), facts, shuffled, reader, norms)
     shards = [
         TrainedRun(None, "full", "none"),
         *(
@@ -315,12 +330,22 @@ def _plan(job: Job[TrainingConfig]) -> Plan[TrainedRun]:
     return Plan(shards, setup.measure, [*facts.prompts, *facts.answers, unseen], about)
 
 
-def _request(host: Host, row: object, config: TrainingConfig) -> TokenizedRequest | None:
-    """A row as a request; `None` for one that is not a record, or does not fit the model."""
-    if not isinstance(row, Record):
+def _before(host: Host, record: Record, config: TrainingConfig) -> int | None:
+    """The first token of a record's answer; `None` if it is not known."""
+    if record.answer is None:
         return None
+    found = _tokenized(host, EditRequest(record.prompt, record.answer), config)
+    return found.target[0] if found else None
+
+
+def _weight(site: MatrixSite) -> Tensor:
+    return site.joined(site.weight.in_out(site.weight.parameter.detach())).float()
+
+
+def _tokenized(host: Host, request: EditRequest, config: TrainingConfig) -> TokenizedRequest | None:
+    """A tokenized request; `None` for one that does not fit the model."""
     try:
-        return tokenize_request(host, EditRequest.of(row), config.prepend_bos)
+        return tokenize_request(host, request, config.prepend_bos)
     except InputError:
         return None
 

@@ -60,10 +60,17 @@ def compare_change(
     core = main.inputs @ dense @ main.vjps.T
     inner = float((main.values * core.diagonal()).sum())
     rank = numerical_rank(main.values, gradient.rounding())
-    outside = 1 - float(core[:rank, :rank].square().sum()) / norm**2
+    outside = share_outside(core[:rank, :rank], norm)
     written = _written(change, gradient, main)
     along = cosine(-inner, norm * float(main.values.norm()))
-    return ChangeNumbers(norm, along, max(0.0, outside), written)
+    return ChangeNumbers(norm, along, outside, written)
+
+
+def share_outside(core: Float[Tensor, "m n"], norm: float) -> float:
+    """The share of a matrix's squared norm that its core `U dW V^T` does not have; NaN for zero."""
+    if not norm or not math.isfinite(norm):
+        return math.nan
+    return max(0.0, 1 - float(core.square().sum()) / norm**2)  # against rounding
 
 
 def cosine(inner: float, lengths: float) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from models import HAS_BRIDGE, build
 from torch import Tensor
 
 import backward_lens_tl as blt
+from backward_lens_tl.data.records import Record
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.requests import EditRequest, tokenize_requests
 from backward_lens_tl.errors import InputError
@@ -24,7 +27,12 @@ from backward_lens_tl.models.checksums import tensors_checksum
 from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.reproduction import Finding, reproduce, training_changes, training_runs
 from backward_lens_tl.reproduction.training_facts import TaughtFacts
-from backward_lens_tl.reproduction.training_loop import Checkpoint, matched_rate, train
+from backward_lens_tl.reproduction.training_loop import (
+    Checkpoint,
+    TrainedChange,
+    matched_rate,
+    train,
+)
 from backward_lens_tl.reproduction.training_measures import (
     cosine,
     effective_rank,
@@ -33,6 +41,7 @@ from backward_lens_tl.reproduction.training_measures import (
     stable_rank,
 )
 from backward_lens_tl.reproduction.training_readings import Reader
+from backward_lens_tl.reproduction.training_relations import relations
 from backward_lens_tl.reproduction.training_runs import TrainingConfig
 from benchmarks import training, training_page
 
@@ -52,15 +61,16 @@ def small() -> Any:
 
 def facts_of(model: Any, n: int = 4) -> TaughtFacts:
     requests = [EditRequest(row["prompt"], row["target"]) for row in ROWS[:n]]
-    return TaughtFacts.of(tokenize_requests(host_of(model), requests, False))
+    return TaughtFacts.of(tokenize_requests(host_of(model), requests, False), [""] * n, [None] * n)
 
 
 def trained(model: Any, optimizer: Any, *, facts: Any = None, **given: Any) -> list[Checkpoint]:
     host = host_of(model)
-    usual = {"rank": None, "steps": (1, 3), "batch_size": 2, "seed": 0}
+    usual = {"rank": None, "rate_of": None, "steps": (1, 3), "batch_size": 2, "seed": 0}
     sites = find_editable(host, "mlp", None, mlp_only=True)
     taught = facts_of(model) if facts is None else facts
-    return list(train(host, taught, sites, optimizer, **(usual | given)))
+    settings = usual | {"rate_of": taught} | given
+    return list(train(host, taught, sites, optimizer, **settings))
 
 
 def random_matrix(m: int, n: int, seed: int = 0) -> Tensor:
@@ -129,8 +139,108 @@ def test_cosine_of_matrices() -> None:
 # --- facts ----------------------------------------------------------------------------------------
 
 
+def facts_with(
+    tokens: Sequence[int], relations: str = "", before: tuple[int, ...] = ()
+) -> TaughtFacts:
+    """Facts with these first tokens, and one relation unless each has a letter."""
+    n = len(tokens)
+    prompts = tuple((at,) for at in range(n))
+    answers = tuple((token, 7) for token in tokens)
+    return TaughtFacts(prompts, answers, tuple(relations or "a" * n), before or (None,) * n)
+
+
+def test_answers_are_shuffled_within_relations() -> None:
+    facts = facts_with([1, 2, 3, 4, 5, 6, 7], "abababc")
+    for seed in range(10):
+        tokens = facts.shuffled(seed).first_tokens
+        assert {*tokens[0:6:2]} == {1, 3, 5}
+        assert {*tokens[1:6:2]} == {2, 4, 6}
+        assert tokens[6] == 7  # alone in its relation
+        assert all(new != old for new, old in zip(tokens[:6], facts.first_tokens, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"),
+    [
+        (1, []),
+        (2, [0, 3]),
+        (3, [0, 3, 5]),
+        (4, [0, 3, 1, 4]),
+        (5, [0, 3, 1, 4, 5]),
+        (9, [0, 3, 1, 4, 5]),
+    ],
+)
+def test_first_facts_can_be_shuffled(n: int, expected: list[int]) -> None:
+    facts = facts_with([1, 2, 8, 3, 4, 1, 5, 5], "abcabadd")  # c is alone, d has one answer
+    assert [prompt for (prompt,) in facts.first(n).prompts] == sorted(expected)
+
+
+def test_relations_of_the_facts_model() -> None:
+    """They are those of the file from which the records were made."""
+    rows = [row for row in blt.read_records("facts").rows if isinstance(row, Record)]
+    file = files("backward_lens_tl") / "facts_model" / "facts.json"
+    facts = json.loads(file.read_text(encoding="utf-8"))["facts"]
+    known: dict[tuple[str, str], set[str]] = {}
+    for each in facts:
+        known.setdefault((each["subject"], each["answer"]), set()).add(each["relation"])
+    groups: dict[str, list[set[str]]] = {}
+    for found, row in zip(relations(rows), rows, strict=True):
+        groups.setdefault(found, []).append(known[str(row.subject), str(row.answer).strip()])
+    # A subject with one answer to two relations does not tell them apart.
+    names = [set.intersection(*own) for own in groups.values()]
+    assert all(names)
+    assert len(set.union(*names)) == len(names) > 20
+
+
+def test_relations_of_sentences() -> None:
+    rows = [
+        Record(0, "0", "Ann speaks", "x", "Ann", paraphrase_prompts=("It rains. Ann says it in",)),
+        Record(1, "1", "Bob says it in", "y", "Bob"),
+        Record(2, "2", "Bob lives in", "z", "Bob"),
+        Record(3, "3", "Nobody", "z"),
+    ]
+    first, second, third, last = relations(rows)
+    assert first == second != third
+    assert {first, third} <= {"{} speaks", "{} says it in", "{} lives in"}
+    assert last == ""
+
+
+def test_shuffled_answers_are_not_those_of_before() -> None:
+    """Training suppresses them, so that they would be too easy a control."""
+    facts = facts_with([1, 2, 3], before=(2, 3, 1))
+    assert facts.shuffled(0).first_tokens == (3, 1, 2)
+
+
+def test_other_answers_are_neither_taught_nor_true(
+    facts_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setups: list[Any] = []
+    monkeypatch.setattr(
+        training_runs._Setup, "measure", lambda self, run: setups.append(self) or {}
+    )
+    rows = blt.read_records("facts").rows
+    with pytest.raises(KeyError):
+        training_runs.training_runs(
+            facts_model, blt.read_records("facts"), tmp_path, TrainingConfig(), progress=False
+        )
+    reader, host = setups[0].reader, host_of(facts_model)
+    prompts = {*setups[0].facts.prompts}
+    requests = tokenize_requests(host, [EditRequest.of(row) for row in rows], False)
+    taught = [row for row, own in zip(rows, requests, strict=True) if own.prompt in prompts]
+    texts = [text for row in taught for text in (row.target, row.answer)]
+    excluded = {int(facts_model.to_tokens(text, prepend_bos=False)[0, 0]) for text in texts}
+    assert len(taught) == 20
+    assert not excluded & {*reader.unseen}
+    assert len(reader.unseen) == len({*reader.taught})
+    for permuted, compared, own in zip(
+        reader.permuted, reader.compared, setups[0].facts.before, strict=True
+    ):
+        assert not compared or permuted != own
+    assert sum(reader.compared) >= 15
+
+
 def test_shuffled_answers_are_a_permutation_without_fixed_facts() -> None:
-    facts = TaughtFacts(tuple((n,) for n in range(9)), tuple((n // 2, 7) for n in range(9)))
+    facts = facts_with([n // 2 for n in range(9)])
     shuffled = facts.shuffled(0)
     assert shuffled.prompts == facts.prompts
     assert sorted(shuffled.answers) == sorted(facts.answers)
@@ -139,14 +249,14 @@ def test_shuffled_answers_are_a_permutation_without_fixed_facts() -> None:
 
 
 def test_shuffled_answers_keep_as_few_as_possible() -> None:
-    facts = TaughtFacts(((0,), (1,), (2,)), ((5,), (5,), (6,)))  # one of them keeps a 5
+    facts = facts_with([5, 5, 6])  # one of them keeps a 5
     kept = zip(facts.shuffled(0).answers, facts.answers, strict=True)
     assert sum(a == b for a, b in kept) == 1
 
 
 def test_one_answer_cannot_be_shuffled() -> None:
-    facts = TaughtFacts(((0,), (1,)), ((5, 1), (5, 2)))
-    with pytest.raises(InputError, match="the answers of the 2 facts all begin with the same"):
+    facts = facts_with([5, 5, 6], "aab")
+    with pytest.raises(InputError, match="with the same token in each relation of the 3 facts"):
         facts.shuffled(0)
 
 
@@ -255,6 +365,39 @@ def test_rates_lower_the_loss_by_a_share_to_first_order(optimizer: Any) -> None:
     assert rate * float(size) == pytest.approx(0.1 * float(loss), rel=1e-4)
 
 
+@pytest.mark.parametrize("rank", [None, 3])
+def test_muon_sees_weights_as_torch_stores_them(small: Any, rank: int | None) -> None:
+    """Its steps are longer by `sqrt(out / in)` where the output is wider."""
+    site = find_editable(host_of(small), "mlp", [0], mlp_only=True)
+    by_name = {each.matrix: each for each in site}
+    change = {name: TrainedChange(each, rank, torch.Generator()) for name, each in by_name.items()}
+    d_in, d_out = by_name["W_in"].shape
+    assert d_out > d_in
+    wide, narrow = (change[name].leaves for name in ("W_in", "W_out"))
+    inner = rank or d_in
+    for leaves, (n_in, n_out) in ((wide, (d_in, d_out)), (narrow, (d_out, d_in))):
+        shapes = [(n_out, n_in)] if rank is None else [(rank, n_in), (n_out, rank)]
+        assert [tuple(leaf.shape) for leaf in leaves] == shapes
+    for leaf, factor in ((wide[-1], math.sqrt(d_out / inner)), (narrow[0], 1.0)):
+        before = leaf.detach().clone()
+        leaf.grad = random_matrix(*leaf.shape).to(leaf.dtype)
+        torch.optim.Muon([leaf], lr=0.1, weight_decay=0.0).step()
+        values = torch.linalg.svdvals((leaf.detach() - before).double())
+        # The iterations leave singular values between 0.7 and 1.2.
+        assert float(values.min()) / (0.1 * factor) > 0.6
+        assert float(values.max()) / (0.1 * factor) < 1.3
+
+
+def test_shuffled_answers_have_the_rate_of_the_taught(small: Any) -> None:
+    facts = facts_of(small)
+    runs = [
+        trained(small, "adam", facts=each, rate_of=facts, steps=(1,))
+        for each in (facts, facts.shuffled(0))
+    ]
+    own = trained(small, "adam", facts=facts.shuffled(0), steps=(1,))
+    assert runs[0][0].rate == runs[1][0].rate != own[0].rate
+
+
 def test_a_loss_that_does_not_depend_on_the_weights() -> None:
     leaf = torch.zeros(2, 2, requires_grad=True)
     with pytest.raises(InputError, match="does not depend on the trained matrices"):
@@ -274,7 +417,8 @@ def test_an_older_torch_has_no_muon(small: Any, monkeypatch: pytest.MonkeyPatch)
 def reader(facts_model: Any) -> Reader:
     host = host_of(facts_model)
     records = blt.read_records("facts").rows[:8]
-    facts = TaughtFacts.of(tokenize_requests(host, [EditRequest.of(row) for row in records], False))
+    requests = tokenize_requests(host, [EditRequest.of(row) for row in records], False)
+    facts = TaughtFacts.of(requests, [""] * 8, [None] * 8)
     unseen = [5, 6, 7]
     return Reader.of(
         host, facts, facts.shuffled(0), unseen, find_editable(host, "mlp", [2], mlp_only=True)
@@ -455,6 +599,15 @@ def test_training_on_a_small_model(
     changes = finding.tables["by layer"]
     assert len(changes) == (12 * 2 + 3) * 2  # runs and steps, and controls, of two matrices
     assert len(finding.checks) == 8
+    for matrix in ("W_in", "W_out"):
+        [site] = find_editable(host_of(small), matrix, [0], mlp_only=True)
+        own = changes[changes["matrix"] == matrix]
+        norm = float(site.weight.parameter.detach().norm())
+        assert torch.allclose(
+            torch.tensor(list(own["relative_norm"] * norm)), torch.tensor(list(own["norm"]))
+        )
+    rates = finding.tables["losses"].groupby(["optimizer", "weights"])["rate"].nunique()
+    assert (rates == 1).all()
     assert (changes["answers_found"].between(0, 1)).all()
     assert (tmp_path / "report.html").is_file()
     assert not (tmp_path / "sweep").exists()
@@ -480,7 +633,9 @@ def test_training_on_a_small_model(
     pd.testing.assert_frame_equal(again.tables["by layer"], changes)
     with pytest.raises(InputError, match="was 4, is 3"):
         measure(prompts=3)
-    with pytest.raises(InputError, match="training needs two or more facts: 5 of the 5 rows"):
+    with pytest.raises(
+        InputError, match=r"training needs two or more facts of one relation.*: 5 of the 5"
+    ):
         reproduce(small, ROWS, tmp_path / "one", "training", prompts=1, progress=False)
 
 

@@ -7,17 +7,21 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 import backward_lens_tl as blt
+from backward_lens_tl.data.records import Record
 from backward_lens_tl.editing.requests import EditRequest, tokenize_requests
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.matrix_selection import find_editable
 from backward_lens_tl.reproduction.training_facts import TaughtFacts
 from backward_lens_tl.reproduction.training_loop import train
 from backward_lens_tl.reproduction.training_measures import effective_rank
+from backward_lens_tl.reproduction.training_relations import relations
 from backward_lens_tl.reproduction.training_runs import CHANGES, TrainingConfig
 from benchmarks import training
+from benchmarks.training_conclusions import CONCLUSIONS
 from benchmarks.training_page import SHOWN, page
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -36,6 +40,78 @@ def text() -> str:
 def test_the_page_is_rendered_from_the_findings(findings: Any, text: str) -> None:
     assert text == page(findings)
     assert {*SHOWN} <= {column.name for column in CHANGES}
+
+
+def test_the_page_names_what_was_measured(findings: Any, text: str) -> None:
+    for name, (model, _) in training.MODELS.items():
+        assert (f"--model {model}" in text) == (name in findings)
+        assert (f"The results of {name} are not there yet" in text) == (name not in findings)
+    for found in findings.values():
+        holds = [check["holds"] for check in found["checks"]]
+        if holds:
+            assert (
+                f"\n{sum(holds)} of {len(holds)} claims hold. Verdict: {found['verdict']}." in text
+            )
+
+
+def test_the_page_has_the_size_of_each_run(findings: Any, text: str) -> None:
+    columns, *rows = findings["facts"]["means"]
+    own = [dict(zip(columns, row, strict=True)) for row in rows]
+    keys = ("optimizer", "weights", "answers")
+    [first, second] = [
+        row["relative_norm"]
+        for row in own
+        if [*map(row.get, keys)] == ["muon", "full", "taught"] and row["step"] == 200
+    ]
+    [line] = re.findall(
+        r"^\| muon, full, taught \|.*", text.partition("### Low rank")[0], flags=re.M
+    )
+    assert line.endswith(f"| {(first + second) / 2:.3f} |")
+
+
+def test_layers_are_those_of_the_findings(findings: Any, text: str) -> None:
+    columns, *rows = findings["facts"]["layers"]
+    own = [dict(zip(columns, row, strict=True)) for row in rows]
+    [row] = [
+        row
+        for row in own
+        if (row["optimizer"], row["weights"], row["answers"]) == ("sgd", "full", "shuffled")
+        and row["layer"] == 7
+    ]
+    shares = (row[name] for name in ("answers_found", "taught_near", "permuted_near"))
+    cell = ", ".join(f"{100 * share:.0f} %" for share in shares)
+    part = text.partition("### By layer")[2]
+    assert re.search(rf"^\| sgd, full, shuffled \|.*\| {cell} \|$", part, flags=re.M)
+
+
+def test_conclusions_have_the_numbers_of_the_findings(findings: Any) -> None:
+    columns, *rows = findings["facts"]["means"]
+    own = pd.DataFrame(rows, columns=columns).query("answers == 'taught' and step == 200")
+    full = own[own["weights"] == "full"].groupby("optimizer")
+    shares, sizes = full["energy_10"].mean() * 100, full["relative_norm"].mean() * 100
+    writing = own[own["matrix"] == "W_out"].set_index(["weights", "optimizer"])
+    found, near = writing["answers_found"] * 100, writing["taught_near"] * 100
+    columns, *rows = findings["facts"]["layers"]
+    by_layer = pd.DataFrame(rows, columns=columns).query(
+        "weights == 'full' and answers == 'taught'"
+    )
+    late = by_layer["layer"] >= 5
+    descent = by_layer[by_layer["optimizer"] != "muon"]
+    parts = [
+        f"directions have {shares['sgd']:.0f} % of its squared\n",
+        f"ten largest directions have {shares['adam']:.0f} %,\n",
+        f"its ten largest have {shares['muon']:.0f} %, those",
+        f"norm is {sizes['muon']:.0f} % of that of the weights\n",
+        f"and {100 * by_layer['relative_norm'].max():.0f} % for `W_out` of layer 3",
+        f"Adam's is {sizes['adam']:.0f} % and SGD's is {sizes['sgd']:.0f} %",
+        f"{found['full', 'sgd']:.0f} % and {found['full', 'adam']:.0f} %, random",
+        f"all three show {found['lora'].min():.0f} to {found['lora'].max():.0f} %",
+        f"SGD's change promotes {near['lora', 'sgd']:.0f} % of the taught answers",
+        f"layers 5 to 7 promotes {100 * by_layer['taught_near'][late].min():.0f} % or more",
+        f"layers 0 to 4 promotes {100 * by_layer['taught_near'][~late].max():.0f} % or fewer",
+        f"SGD and Adam show {100 * descent['answers_found'].min():.0f} % or more in every layer",
+    ]
+    assert [part for part in parts if part not in CONCLUSIONS["facts"]] == []
 
 
 def test_the_page_has_every_model_and_claim(findings: Any, text: str) -> None:
@@ -73,13 +149,15 @@ def test_cells_are_means_of_the_findings(findings: Any, text: str) -> None:
 def test_a_run_again_has_the_numbers_of_the_page(findings: Any, facts_model: Any) -> None:
     """SGD in full, on the CPU: the same seed has the same losses and ranks."""
     host = host_of(facts_model)
-    rows = blt.read_records("facts").rows[:20]
+    rows = [row for row in blt.read_records("facts").rows if isinstance(row, Record)]
     requests = tokenize_requests(host, [EditRequest.of(row) for row in rows], False)
+    facts = TaughtFacts.of(requests, relations(rows), [None] * len(rows)).first(20)
     ends = train(
         host,
-        TaughtFacts.of(requests),
+        facts,
         find_editable(host, "mlp", None, mlp_only=True),
         "sgd",
+        rate_of=facts,
         rank=None,
         steps=TrainingConfig().steps,
         batch_size=2,
