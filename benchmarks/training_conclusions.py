@@ -23,9 +23,9 @@ CONCLUSIONS = {
   many, so directions do not tell which answer was taught to which prompt.
 - **Responses tell it in part.** In full, a fact's own answer is promoted about two to three times
   as often as that of another taught fact of its relation. Trained on shuffled answers, the shuffled
-  one is. But none is promoted in more than half of the layers and facts, so this claim fails. With
-  LoRA the difference is smaller: SGD's change promotes 28 % of the taught answers and 26 % of the
-  shuffled ones.
+  one is. But no optimizer promotes it in more than half of the layers and facts, so this claim
+  fails. With LoRA the difference is smaller: SGD's change promotes 28 % of the taught answers and
+  26 % of the shuffled ones.
 - **Late layers respond.** In full, each of the layers 5 to 7 promotes 56 % or more of the taught
   answers with every optimizer, and each of the layers 0 to 4 promotes 44 % or fewer. The directions
   of SGD and Adam show 60 % or more in every layer.

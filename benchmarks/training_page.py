@@ -84,7 +84,8 @@ _MEASURES = (
     (
         "promoted",
         "fraction of facts for which `x_n (W_n - W_0)` of `W_out` at the prompt's last token "
-        "has the fact's answer among the most probable 1 %",
+        "has the fact's answer among the most probable 1 %; only facts whose shuffled answer is "
+        "neither the taught one nor the one before count",
     ),
     (
         "promoted, shuffled",

@@ -1,7 +1,8 @@
 """Which facts are of one relation, such as the mother tongue of persons.
 
 Data have no names of relations, but each relation has its own phrasings. Records that share one are
-of the same relation, and so are those that are connected through other records.
+of the same relation, and so are those that are connected through other records. A phrasing that
+fits two relations, such as where something is located, joins them.
 """
 
 from __future__ import annotations
