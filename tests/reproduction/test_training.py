@@ -208,7 +208,7 @@ def test_relations_of_sentences() -> None:
 def test_shuffled_answers_are_not_those_of_before() -> None:
     """Training suppresses them, so that they would be too easy a control."""
     facts = facts_with([1, 2, 3], before=(2, 3, 1))
-    assert facts.shuffled(0).first_tokens == (3, 1, 2)
+    assert all(facts.shuffled(seed).first_tokens == (3, 1, 2) for seed in range(10))
 
 
 def test_other_answers_are_neither_taught_nor_true(
