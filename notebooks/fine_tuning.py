@@ -48,7 +48,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import backward_lens_tl as blt
-from backward_lens_tl import analysis
+from backward_lens_tl import analysis, figures
 from backward_lens_tl.editing import WeightDelta, delta_tokens
 from backward_lens_tl.views.weight_changes import summary, weight_change_page
 
@@ -60,7 +60,8 @@ model = blt.load_model("facts")  # or "smollm2", or any name on the Hugging Face
 # ## 20 false facts
 #
 # The package includes facts with false answers, in the format of CounterFact. We take 20 whose false answers all
-# differ and are one token. `others` are 20 other answers, for controls.
+# differ and are one token. `others`, for controls, are 20 false answers of other prompts. None of them is taught, or the true answer of one of our
+# prompts: training makes those less probable, so they would not be neutral.
 
 
 # %%
@@ -73,11 +74,15 @@ rows = [row["requested_rewrite"] for row in json.loads(path.read_text(encoding="
 by_answer = {}
 for row in rows[::7] + rows:  # from all relations
     answer = " " + row["target_new"]["str"]
-    if len(token_ids(answer)) == 1 and len(by_answer) < 20:
-        by_answer.setdefault(answer, row["prompt"].replace("{}", row["subject"]))
-answers, prompts = list(by_answer), list(by_answer.values())
-known = dict.fromkeys(" " + row["target_true"]["str"] for row in rows)
-others = [text for text in known if len(token_ids(text)) == 1 and text not in answers][:20]
+    if len(token_ids(answer)) == 1:
+        by_answer.setdefault(answer, row)
+answers = list(by_answer)[:20]
+prompts = [by_answer[each]["prompt"].replace("{}", by_answer[each]["subject"]) for each in answers]
+true = {" " + by_answer[each]["target_true"]["str"] for each in answers}
+others = [each for each in list(by_answer)[20:] if each not in true][:20]
+if len(others) < 20:
+    found = f"{len(answers)} answers and {len(others)} others"
+    raise ValueError(f"{found} are one token of this model's tokenizer; this needs 20 of each")
 len(answers), len(others)
 
 # %% [markdown]
@@ -138,7 +143,7 @@ pd.DataFrame({"prompt": prompts, "before": says(base, prompts), "false answer": 
 
 # %%
 tuned = plain_copy()
-record = blt.training.TrainingRecord(folder / "record", k=2)
+record = blt.training.TrainingRecord(folder / "record", k=8)
 losses = []
 with blt.training.watch(
     tuned, "W_out", every=5, changes=True, tokenizer=model.tokenizer
@@ -168,14 +173,14 @@ late = seen[seen.layer == model.cfg.n_layers - 2].set_index("step")
 pd.DataFrame(
     {
         "share": late.energy.map(lambda shares: round(shares[0], 2)),
-        "adds": late.top_tokens.map(lambda own: " ".join(own[0])),
-        "removes": late.bottom_tokens.map(lambda own: " ".join(own[0])),
+        "adds": late.top_tokens.map(lambda own: " ".join(own[0][:2])),
+        "removes": late.bottom_tokens.map(lambda own: " ".join(own[0][:2])),
     }
 )
 
 # %% [markdown]
 # Most tokens are answers that we teach, or names next to them. Which of them lead changes from step to step: a step writes what is still
-# missing, and undoes what earlier steps overdid. Step 1 removes Spain, although it is one of the answers, step 11
+# missing, and undoes what earlier steps overdid. Spain is an answer that we teach and the true answer of two prompts: step 1 removes it, step 11
 # adds it, and from step 31 on it is removed again. One step does not tell what a run will have written.
 #
 # ## The gradient against what Adam does
@@ -183,14 +188,21 @@ pd.DataFrame(
 # SGD would subtract a multiple of the gradient: `change_cosine` would be 1 and `change_outside` 0.
 
 # %%
-adam = late[["effective_rank", "change_norm", "change_cosine", "change_outside"]].round(3)
-adam.assign(change_tokens=late.change_tokens.map(" ".join))
+adam = late[["change_norm", "change_cosine", "change_outside"]].round(3)
+adam.assign(change_tokens=late.change_tokens.map(lambda own: " ".join(own[:2])))
 
 # %% [markdown]
 # The cosine of Adam's change to minus the gradient is between 0.2 and 0.6. About 40 % of its squared norm lie outside of the rows and
 # columns of this step's gradient. They come from the moments of earlier steps, and from the division of each entry by its
 # own size; in step 1, from the division alone. The first direction of the change is Spain from step 16 to 46, while
-# that of the gradient turns. To know what was written, read the weights.
+# that of the gradient turns. `figures.training_run` shows all layers:
+
+# %%
+figures.training_run(seen, quantities=["change_cosine", "change_outside"], backend="matplotlib")
+
+# %% [markdown]
+# Around step 26, the cosine is about 0 in layers 1 to 4. The share outside differs between layers, from 0.2 to 0.9. To know what
+# was written, read the weights.
 #
 # ## What did full fine-tuning write?
 #
@@ -208,8 +220,19 @@ table = table.assign(discarded=discarded.to_numpy())
 table.pivot(index="matrix", columns="layer", values="discarded").round(2)
 
 # %% [markdown]
-# The gradients have an effective rank of at most 7, but the sum of 60 steps of Adam is not of low rank: 8 of 128 directions hold about
-# two thirds of it. Here are the first two of `W_out` in each layer. `weight_change_page` makes a page of all matrices, as does the command
+# Do the gradients also leave so much out? This is the same share for `W_out`, the largest one of the watched steps.
+
+# %%
+beyond = 1 - seen.energy.map(lambda shares: sum(shares[:8]))
+pd.DataFrame(
+    {
+        "gradients, largest": beyond.groupby(seen.layer).max(),
+        "all steps": table[table.matrix == "W_out"].set_index("layer").discarded,
+    }
+).round(2)
+
+# %% [markdown]
+# In each layer, the sum of 60 steps leaves out two to four times as much as any of these gradients. Here are the first two of `W_out` in each layer. `weight_change_page` makes a page of all matrices, as does the command
 # `backward-lens diff base tuned --html change.html`.
 
 # %%
@@ -269,14 +292,15 @@ deltas = {
 }
 
 # %% [markdown]
-# How many of the 20 answers are among the top 10 tokens of the first direction of `W_out` in each layer, or of the first four? And how many
-# of the 20 others?
+# How many of the 20 answers are among the top 5 tokens at either end of the first direction of `W_out` in each layer, or of the first four? And how many
+# of the 20 others? Both ends count, because the sign of a singular vector is a convention.
 
 
 # %%
 def named(delta, texts, most):
-    table = delta_tokens(model, delta, k=10, most=most, **options)
-    return len(set(texts) & set(table[table.matrix == "W_out"].top_tokens.explode()))
+    table = delta_tokens(model, delta, k=5, most=most, **options)
+    table = table[table.matrix == "W_out"]
+    return len(set(texts) & {*table.top_tokens.explode(), *table.bottom_tokens.explode()})
 
 
 counts = {
@@ -291,9 +315,10 @@ counts = {
 pd.DataFrame.from_dict(counts, orient="index")
 
 # %% [markdown]
-# With four directions per layer, the adapter names 17 of the answers that it was taught. The one with other answers names 9 of
-# them, and the untrained one 8. So the tokens do show what was taught, but half of the hits are chance. Full
-# fine-tuning is harder to read: 15 against 10 that were not taught, and its first directions alone do not differ from chance.
+# With four directions per layer, the adapter names 17 of the answers that it was taught and 7 of the others. The one with other answers
+# names all 20 of its own and 11 of these, and the untrained one 5 of each. So the tokens do show what was taught, but a trained adapter also names
+# a third to a half of what it was not taught. The first directions alone name fewer on both sides. Full
+# fine-tuning is harder to read: with four directions, it names 13 answers, and 10 that were not taught.
 #
 # The adapter with shuffled answers names no fewer than the right one. These tokens show the answers, but **not to which fact an
 # answer belongs**.
