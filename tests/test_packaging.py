@@ -306,5 +306,7 @@ def test_imports_match_requirements():
                 imported.add(str(node.module).partition(".")[0])
     third_party = imported - set(sys.stdlib_module_names) - {"backward_lens_tl"}
     required = {requirement.name.replace("-", "_") for requirement in runtime_requirements()}
-    # Extras for GGUF, figures, adapters and Parquet, and the number type of figures.
-    assert third_party == required | {"gguf", "matplotlib", "numpy", "peft", "pyarrow"}
+    # Extras for GGUF, figures, adapters and Parquet, the number type of figures, and the display of
+    # notebooks, which run in IPython.
+    others = {"IPython", "gguf", "matplotlib", "numpy", "peft", "pyarrow"}
+    assert third_party == required | others

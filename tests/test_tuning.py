@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,17 @@ def test_the_documentation_has_the_measured_numbers() -> None:
     assert f"{ours[1]} for layer {rows[1]['last']}, and {ours[2]} for" in page
     assert f"reads {loop[0]}, {loop[1]} and {loop[2]}" in page
     found = json.loads((folder / "editing" / "tuning-smollm2.json").read_text())
-    for each in found["rome"]["tried"]:
-        layer = int(each["name"].partition("layer=")[2].partition(",")[0])
-        mark = ", selected" if each["name"] == found["rome"]["best"] else ""
-        rates = [round(each[name]) for name in tuning.TASKS["smollm2"].metrics]
-        assert f"| {layer}{mark} | {' | '.join(map(str, rates))} |" in page
+    for name in ("rome", "memit"):
+        for each in found[name]["tried"]:
+            mark = ", selected" if each["name"] == found[name]["best"] else ""
+            rates = [round(each[own]) for own in tuning.TASKS["smollm2"].metrics]
+            label = _label(name, each["name"])
+            assert re.search(rf"{label}{mark} \| {' . '.join(map(str, rates))} \|\n", page), label
+
+
+def _label(name: str, candidate: str) -> str:
+    """A candidate as the page names it."""
+    if name == "rome":
+        return f"layer {candidate.partition('layer=')[2].partition(',')[0]}"
+    first, *_, last = re.findall(r"\d+", candidate.partition(", reg")[0])
+    return f"layers {first} to {last}, lambda {float(candidate.rpartition('=')[2]):.0f}"

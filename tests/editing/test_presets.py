@@ -130,7 +130,7 @@ def check_layers(n_layers: int, moments: Any) -> None:
             middles = [each / 48 for each in layers_of(published[name])]
             assert min(abs(layer / n_layers - each) for each in middles) <= 1 / n_layers
         if METHODS[name] not in (MEND, NormalizedGradient, UltraEdit):
-            has_moments = METHODS[name] in (ROME, MEMIT, ForwardPassShift)
+            has_moments = METHODS[name] in (ROME, MEMIT) or own.get("key") == "whitened"
             METHODS[name](**own, **({"moments": moments} if has_moments else {}))
     own = preset_settings("other", n_layers)
     # Sizes specific to GPT-2 xl are not copied.
