@@ -183,6 +183,8 @@ def train(model: Any, record: TrainingRecord, n_steps: int = 3, printing: str = 
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     for name, value in {
         "TERM": "xterm-256color",
+        # rich keeps the codes of the first colour system that a style is shown in.
+        "COLORTERM": "truecolor",
         "COLUMNS": str(Terminal.width),
         "LINES": "20",
     }.items():
