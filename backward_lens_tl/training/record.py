@@ -182,7 +182,7 @@ class TrainingRecord:
         if self._own is None:
             self._own = self._begin(step)
         rows = step_rows(
-            step, this_process(), self._k, self._read(step), is_whole=n_processes() == 1
+            step, process_index(), self._k, self._read(step), is_whole=n_processes() == 1
         )
         self._own.write(step.step, rows)
         return rows
@@ -239,7 +239,7 @@ class TrainingRecord:
     def _begin(self, step: StepGradient) -> ProcessRun:
         config = RecordConfig(self._k, self._reader_name(step))
         run = {"config": config.to_json(), **step.about, "processes": n_processes()}
-        return ProcessRun.begin(self.folder / f"process-{this_process()}", run)
+        return ProcessRun.begin(self.folder / f"process-{process_index()}", run)
 
     def _reader_name(self, step: StepGradient) -> str:
         if self._reader is not None:
@@ -252,7 +252,7 @@ class TrainingRecord:
         return None if step.readout is None else partial(step.readout.read, k=self._k)
 
 
-def this_process() -> int:
+def process_index() -> int:
     """Number of this process among those that train together."""
     return torch.distributed.get_rank() if _are_many() else 0
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from backward_lens_tl.capture.directions import principal_directions
+from backward_lens_tl.editing.truncated_svd import truncated_svd
 from backward_lens_tl.models import host_of_trained
 from backward_lens_tl.models.linear import is_adapted
 from backward_lens_tl.models.precision import at_least_float32
@@ -93,13 +94,8 @@ class WeightChange:
         if self.right is not None:
             main = principal_directions(self.left.T, self.right, 1, self._reads_residual)
             return main.inputs.sum(0), main.vjps.sum(0)  # of one row, or none
-        dense = self.dense()
-        d_in, d_out = dense.shape
-        # Squaring loses digits of small singular values only.
-        scaled = (dense if d_in >= d_out else dense.T) / dense.abs().max()
-        small = torch.linalg.eigh(scaled.T @ scaled).eigenvectors[:, -1]
-        other = torch.nn.functional.normalize(scaled @ small, dim=0)
-        return (other, small) if d_in >= d_out else (small, other)
+        found = truncated_svd(self.left, 1)
+        return found.u[:, 0], found.vh[0]
 
     @property
     def _reads_residual(self) -> bool:

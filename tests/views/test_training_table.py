@@ -322,7 +322,7 @@ def test_an_error_of_the_record_is_not_hidden(model: Any, tmp_path: Path) -> Non
 def test_only_the_first_process_shows_its_steps(
     model: Any, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backward_lens_tl.training.record.this_process", lambda: 1)
+    monkeypatch.setattr("backward_lens_tl.training.record.process_index", lambda: 1)
     with redirect_stdout(terminal):
         train(model, record := TrainingRecord(tmp_path))
     assert record.to_dataframe()["process"].unique().tolist() == [1]
