@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from child_process import in_child
 from model_state import assert_same, snapshot
 from models import CORPUS, Case, bridge_only, build, hooked_only, relative_error
 from torch import Tensor
@@ -217,19 +217,6 @@ def test_the_estimate_of_memory_covers_what_autograd_keeps(facts_model: Any, len
 
 
 # ------------------------------------------------------------------------------------ resuming
-
-
-def in_child(action: Callable[[], object]) -> int:
-    """The exit status of a process of its own: negative for a signal."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            action()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import LLAMA_MODULES
 from attention_cases import divided
 from gguf_files import plain_llama
 from models import nll, readable, relative_error, require_kind
@@ -115,14 +116,9 @@ def test_validate_passes(model: Any) -> None:
 
 def weight_gradients(plain: Any, ids: Tensor, target: int) -> dict[tuple[str, int], Tensor]:
     """Autograd's gradients of the plain model, `[d_in, d_out]`."""
-    names = {
-        "W_Q": "self_attn.q_proj", "W_K": "self_attn.k_proj", "W_V": "self_attn.v_proj",
-        "W_O": "self_attn.o_proj", "W_gate": "mlp.gate_proj", "W_in": "mlp.up_proj",
-        "W_out": "mlp.down_proj",
-    }  # fmt: skip
     weights = {
         (name, layer): plain.model.layers[layer].get_submodule(path).weight
-        for name, path in names.items()
+        for name, path in LLAMA_MODULES.items()
         for layer in LAYERS
     }
     loss = nll(target)(plain(ids).logits, ids).sum()

@@ -173,6 +173,17 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+LLAMA_MODULES = {
+    "W_Q": "self_attn.q_proj",
+    "W_K": "self_attn.k_proj",
+    "W_V": "self_attn.v_proj",
+    "W_O": "self_attn.o_proj",
+    "W_in": "mlp.up_proj",
+    "W_gate": "mlp.gate_proj",
+    "W_out": "mlp.down_proj",
+}
+"""Modules of a layer of the transformers model, in the order in which it uses them."""
+
 
 def hf_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """The Hugging Face model of a family, with the same weights at every call."""

@@ -12,11 +12,9 @@ import torch
 from architectures import hf_model
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
 
 from backward_lens_tl.training import BackwardLensCallback, StepGradient, watch
 
-LEARNING_RATE = 1e-2
 WORLD = 2
 
 
@@ -65,43 +63,19 @@ def step_in_parallel(rank: int) -> dict[str, Any]:
     }
 
 
-class Sequences(Dataset[dict[str, list[int]]]):
-    """Eight sequences of six tokens."""
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        ids = [3 + (7 * index + 5 * at) % 80 for at in range(6)]
-        return {"input_ids": ids, "labels": [-100, *ids[1:]]}
-
-
 def trainer_in_parallel(folder: Path) -> dict[str, Any]:
     """One step of SGD by a `Trainer`, which puts the model into DistributedDataParallel."""
-    from transformers import Trainer, TrainingArguments
+    from trainers import LEARNING_RATE, SGD, Sequences, trainer_settings
+    from transformers import Trainer
 
     model = hf_model("llama")
     weight = model.model.layers[1].mlp.down_proj.weight
     before = weight.detach().T.clone()
     found: list[StepGradient] = []
-    settings = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=1,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_grad_norm=0,
-        learning_rate=LEARNING_RATE,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        ddp_backend="gloo",
-        disable_tqdm=True,
-    )
+    settings = trainer_settings(folder, max_steps=1, ddp_backend="gloo", **SGD)
     with watch(model, "W_out", layers=1) as watched:
         callbacks = [BackwardLensCallback(watched, found.append)]
-        trainer = Trainer(model, settings, train_dataset=Sequences(), callbacks=callbacks)
+        trainer = Trainer(model, settings, train_dataset=Sequences(8), callbacks=callbacks)
         trainer.train()
     return {
         "wrapped": type(trainer.model_wrapped).__name__,

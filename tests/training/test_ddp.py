@@ -8,7 +8,7 @@ from typing import Any
 import ddp_training
 import pytest
 import torch
-from architectures import N_LAYERS, hf_model
+from architectures import LLAMA_MODULES, N_LAYERS, hf_model
 from ddp_training import WORLD, microbatches
 from dense_gradients import joined
 from models import relative_error
@@ -21,20 +21,11 @@ from backward_lens_tl.training import watch
 TOLERANCE = 1e-12
 """Rounding in float64, as in test_watching.py."""
 
-NAMES = {
-    "W_Q": "self_attn.q_proj",
-    "W_K": "self_attn.k_proj",
-    "W_V": "self_attn.v_proj",
-    "W_O": "self_attn.o_proj",
-    "W_in": "mlp.up_proj",
-    "W_gate": "mlp.gate_proj",
-    "W_out": "mlp.down_proj",
-}
-KEYS = [(matrix, layer) for layer in range(N_LAYERS) for matrix in NAMES]
+KEYS = [(matrix, layer) for layer in range(N_LAYERS) for matrix in LLAMA_MODULES]
 
 
 def parameter(matrix: str, layer: int) -> str:
-    return f"model.layers.{layer}.{NAMES[matrix]}.weight"
+    return f"model.layers.{layer}.{LLAMA_MODULES[matrix]}.weight"
 
 
 def own_gradients(rank: int) -> dict[str, torch.Tensor]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import N_LAYERS, hf_model
+from architectures import LLAMA_MODULES, N_LAYERS, hf_model
 from dense_gradients import joined
 from models import relative_error
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from trainers import trainer_settings
+from transformers import Trainer, TrainerCallback
 
 from backward_lens_tl.errors import UnsupportedModelError
 from backward_lens_tl.training import BackwardLensCallback, StepGradient, watch
@@ -26,16 +27,6 @@ TOLERANCE = 1e-12
 ROUNDING = 1e-5
 """Of a product in float32, about 100 times its eps."""
 
-NAMES = {
-    "W_Q": "self_attn.q_proj",
-    "W_K": "self_attn.k_proj",
-    "W_V": "self_attn.v_proj",
-    "W_O": "self_attn.o_proj",
-    "W_in": "mlp.up_proj",
-    "W_gate": "mlp.gate_proj",
-    "W_out": "mlp.down_proj",
-}
-
 Gradients = dict[tuple[str, int], Tensor]
 
 
@@ -44,7 +35,7 @@ def own_gradients(model: Any) -> Gradients:
     return {
         (matrix, index): layer.get_submodule(name).weight.grad.T.clone()
         for index, layer in enumerate(model.model.layers)
-        for matrix, name in NAMES.items()
+        for matrix, name in LLAMA_MODULES.items()
         if layer.get_submodule(name).weight.grad is not None
     }
 
@@ -201,7 +192,7 @@ def test_attention_beside_experts(family: str) -> None:
     assert step is not None
     assert len(step) == 4 * N_LAYERS
     for gradient in step:
-        linear = model.model.layers[gradient.layer].get_submodule(NAMES[gradient.matrix])
+        linear = model.model.layers[gradient.layer].get_submodule(LLAMA_MODULES[gradient.matrix])
         found = joined(gradient.dense(), gradient.matrix)
         assert relative_error(found, linear.weight.grad.T) < TOLERANCE
 
@@ -215,7 +206,7 @@ def test_a_dense_layer_beside_experts() -> None:
         step = watched.step()
     assert step is not None
     for gradient in step:
-        linear = model.model.layers[0].get_submodule(NAMES[gradient.matrix])
+        linear = model.model.layers[0].get_submodule(LLAMA_MODULES[gradient.matrix])
         assert relative_error(gradient.dense(), linear.weight.grad.T) < TOLERANCE
 
 
@@ -241,23 +232,12 @@ def trained(
 ) -> tuple[list[StepGradient], KeptGradients]:
     """A training with two microbatches in each step."""
     pytest.importorskip("accelerate")
-    settings = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_grad_norm=0,
-        learning_rate=1e-2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        **{"save_strategy": "no", **options},
-    )
     steps: list[StepGradient] = []
     kept = KeptGradients()
     with watch(model, "all", every=1) as watched:
         trainer = Trainer(
             model,
-            settings,
+            trainer_settings(folder, **options),
             train_dataset=Texts(10, same_length=True),
             eval_dataset=Texts(3, same_length=True),
             callbacks=[kept, BackwardLensCallback(watched, steps.append)],

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from architectures import N_LAYERS, hf_model
+from child_process import in_child
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -237,19 +238,6 @@ def test_a_killed_run_loses_no_step_and_resumes(tmp_path: Path, when: str) -> No
     assert len([*(out / "process-0" / "rows").iterdir()]) == 3  # no temporary file is left
 
 
-def in_child(action: Callable[[], object]) -> int:
-    """The exit status of a process of its own: negative for a signal."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            action()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def test_a_repeated_step_replaces_its_rows(tmp_path: Path) -> None:
     record = TrainingRecord(tmp_path)
     step = one_step(hf_model("llama"), "W_out")
@@ -261,7 +249,7 @@ def test_a_repeated_step_replaces_its_rows(tmp_path: Path) -> None:
 def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = one_step(hf_model("llama"), "W_out")
     for process in (1, 0, 10):
-        monkeypatch.setattr("backward_lens_tl.training.record.this_process", lambda at=process: at)
+        monkeypatch.setattr("backward_lens_tl.training.record.process_index", lambda at=process: at)
         TrainingRecord(tmp_path).add(step)
     assert TrainingRecord.load(tmp_path).to_dataframe().process.tolist() == [0, 0, 1, 1, 10, 10]
 

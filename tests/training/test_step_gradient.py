@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from architectures import hf_model
+from architectures import LLAMA_MODULES, hf_model
 from models import relative_error
 
 from backward_lens_tl.training import StepGradient, watch
@@ -14,7 +14,7 @@ TOLERANCE = 1e-12
 """Rounding in float64, as in test_watching.py."""
 
 IDS = torch.arange(3, 15).reshape(2, 6)
-READERS = {"W_Q": "self_attn.q_proj", "W_in": "mlp.up_proj", "W_gate": "mlp.gate_proj"}
+READERS = {matrix: LLAMA_MODULES[matrix] for matrix in ("W_Q", "W_in", "W_gate")}
 
 
 def watched_step(model: Any, matrices: Any, n_passes: int = 1) -> StepGradient:

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 from architectures import hf_model
-from torch.utils.data import Dataset
+from trainers import SGD, Sequences, trainer_settings
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Trainer,
     TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 
 from backward_lens_tl.training import BackwardLensCallback, StepGradient, TrainingRecord, watch
@@ -23,35 +22,10 @@ from backward_lens_tl.training import BackwardLensCallback, StepGradient, Traini
 FACTS_FOLDER = Path(__file__).parents[2] / "backward_lens_tl" / "facts_model"
 
 
-class Sequences(Dataset[dict[str, list[int]]]):
-    """Sixteen sequences of six tokens."""
-
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        ids = [3 + (7 * index + 5 * at) % 80 for at in range(6)]
-        return {"input_ids": ids, "labels": [-100, *ids[1:]]}
-
-
 def trainer(model: Any, folder: Path, *, bf16: bool = False, **options: Any) -> Trainer:
     pytest.importorskip("accelerate")
-    settings = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=4,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_grad_norm=0,
-        learning_rate=1e-2,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        bf16=bf16,
-    )
-    return Trainer(model, settings, train_dataset=Sequences(), **options)
+    settings = trainer_settings(folder, max_steps=4, bf16=bf16, **SGD)
+    return Trainer(model, settings, train_dataset=Sequences(16), **options)
 
 
 def test_trainer(tmp_path: Path) -> None:

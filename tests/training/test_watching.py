@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from architecture_table import find_weight, matrices_of
-from architectures import N_LAYERS, NotAvailable, build_model, hf_model
+from architectures import LLAMA_MODULES, N_LAYERS, NotAvailable, build_model, hf_model
 from dense_gradients import joined
 from models import HAS_BRIDGE, NO_BRIDGE, relative_error
 from torch import Tensor, nn
@@ -25,15 +25,7 @@ TOLERANCE = 1e-12
 """Rounding in float64: about 100 times the measured error."""
 
 NAMES = {
-    "llama": {
-        "W_Q": "self_attn.q_proj",
-        "W_K": "self_attn.k_proj",
-        "W_V": "self_attn.v_proj",
-        "W_O": "self_attn.o_proj",
-        "W_in": "mlp.up_proj",
-        "W_gate": "mlp.gate_proj",
-        "W_out": "mlp.down_proj",
-    },
+    "llama": LLAMA_MODULES,
     "gpt2": {
         "W_Q": "attn.c_attn",
         "W_K": "attn.c_attn",
