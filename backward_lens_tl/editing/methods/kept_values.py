@@ -47,7 +47,7 @@ class KeptValues:
     """
 
     def __init__(self, folder: str | Path, host: Host, search: object) -> None:
-        self._folder = created(folder, "values", "pass another folder, or None")
+        self._folder = created(folder, "values cannot be kept in", "pass another folder, or None")
         self._about = [host.fingerprint(), search]
 
     def of(self, fact: FactContexts, find: Callable[[], Tensor]) -> Tensor:

@@ -7,12 +7,12 @@ from pathlib import Path
 from backward_lens_tl.errors import EditError, first_line
 
 
-def created(folder: str | Path, what: str, way_out: str) -> Path:
+def created(folder: str | Path, problem: str, way_out: str) -> Path:
     """Create a folder, unless there is one.
 
     Args:
         folder: The folder; `~` is the user's own.
-        what: What is kept there, for the error.
+        problem: What the error says before the name of the folder.
         way_out: What to do if it cannot be created.
 
     Returns:
@@ -25,7 +25,5 @@ def created(folder: str | Path, what: str, way_out: str) -> Path:
     try:
         own.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EditError(
-            f"{what} cannot be kept in {str(own)!r}: {first_line(error)}; {way_out}"
-        ) from error
+        raise EditError(f"{problem} {str(own)!r}: {first_line(error)}; {way_out}") from error
     return own

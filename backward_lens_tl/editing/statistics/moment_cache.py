@@ -84,7 +84,7 @@ def cached_moments(
 def _folder() -> Path:
     return created(
         os.environ.get(CACHE_FOLDER) or "~/.cache/backward-lens-tl",
-        "second moments",
+        "second moments cannot be kept in",
         f"set the environment variable {CACHE_FOLDER} to another folder",
     )
 
