@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from backward_lens_tl.editing.fact_contexts import FactContexts
-from backward_lens_tl.editing.statistics.kept_folder import created
+from backward_lens_tl.errors import EditError, first_line
 from backward_lens_tl.files.storage import Saved
 from backward_lens_tl.models import Host
 
@@ -47,7 +47,14 @@ class KeptValues:
     """
 
     def __init__(self, folder: str | Path, host: Host, search: object) -> None:
-        self._folder = created(folder, "values cannot be kept in", "pass another folder, or None")
+        self._folder = Path(folder).expanduser()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EditError(
+                f"values cannot be kept in {str(folder)!r}: {first_line(error)}; pass another "
+                "folder, or None"
+            ) from error
         self._about = [host.fingerprint(), search]
 
     def of(self, fact: FactContexts, find: Callable[[], Tensor]) -> Tensor:

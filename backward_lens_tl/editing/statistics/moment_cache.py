@@ -12,7 +12,6 @@ from pathlib import Path
 from torch import nn
 
 from backward_lens_tl.data.texts import read_lines
-from backward_lens_tl.editing.statistics.kept_folder import created
 from backward_lens_tl.editing.statistics.moment_collection import second_moments
 from backward_lens_tl.editing.statistics.moments import SecondMoments
 from backward_lens_tl.errors import EditError, first_line, raised_as
@@ -82,11 +81,15 @@ def cached_moments(
 
 
 def _folder() -> Path:
-    return created(
-        os.environ.get(CACHE_FOLDER) or "~/.cache/backward-lens-tl",
-        "second moments cannot be kept in",
-        f"set the environment variable {CACHE_FOLDER} to another folder",
-    )
+    folder = Path(os.environ.get(CACHE_FOLDER) or "~/.cache/backward-lens-tl").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EditError(
+            f"second moments cannot be kept in {str(folder)!r}: {first_line(error)}; set the "
+            f"environment variable {CACHE_FOLDER} to another folder"
+        ) from error
+    return folder
 
 
 def _wikitext() -> Iterator[str]:
