@@ -24,17 +24,23 @@ from typing import Any
 from backward_lens_tl._checks import listed
 from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.data.records import Record, Records
+from backward_lens_tl.editing.mend.mend import MEND
 from backward_lens_tl.editing.mend.settings import MENDTraining
+from backward_lens_tl.editing.mend.training import train_mend
 from backward_lens_tl.editing.methods.fact_method import FactMethod
 from backward_lens_tl.editing.methods.memit import MEMIT
 from backward_lens_tl.editing.methods.method import EditMethod
+from backward_lens_tl.editing.methods.pair_method import PairMethod
 from backward_lens_tl.editing.methods.presets import (
     METHODS,
     TOKENS_PER_INPUT,
     preset_methods,
     preset_settings,
 )
+from backward_lens_tl.editing.methods.ultraedit import UltraEdit
+from backward_lens_tl.editing.requests import EditRequest
 from backward_lens_tl.editing.statistics.moment_cache import cached_moments
+from backward_lens_tl.editing.statistics.pair_collection import pair_statistics
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.plan import unused_records
 from backward_lens_tl.evaluation.tuning import ACCURACIES, SUCCESSES, search
@@ -76,7 +82,21 @@ GRIDS: Mapping[str, Grid] = {
 }
 """The facts model's grids. Other settings are those in `_KEYS` and the preset's own."""
 
+_LAST_THREE = (27, 28, 29)
+
 SMOLLM2_GRIDS: Mapping[str, Grid] = {
+    "ft_first": {"layers": (0,), "lr": (2e-4, 5e-4, 1e-3)},
+    "ft_late": {"layers": (22, 26), "lr": (2e-4, 5e-4, 1e-3)},
+    "ft_constrained": {"layers": (0,), "norm_constraint": (5e-4, 2e-3, 5e-3)},
+    "sgd_step": {"optimizer": ("sgd",), "layers": (22,), "lr": (0.1, 0.3, 1.0)},
+    "adam_step": {"optimizer": ("adam",), "layers": (22,), "lr": (1e-3, 3e-3, 1e-2)},
+    "muon_step": {"optimizer": ("muon",), "layers": (22,), "lr": (0.1, 0.3, 1.0)},
+    "mend": {
+        "layers": (_LAST_THREE,),
+        "training": (MENDTraining(), MENDTraining(lr=1e-3)),
+    },
+    "normalized_gradient": {"layers": (_LAST_THREE, (22,)), "lr": (3e-4, 1e-3, 3e-3)},
+    "ultraedit": {"layers": (_LAST_THREE, (22,)), "lr": (1e-3, 3e-3, 1e-2)},
     "rome": {
         "layer": (3, 6, 9, 12),
         "key_mode": ("mean",),
@@ -289,10 +309,10 @@ def candidate_methods(
         The methods by candidate.
     """
     settings = dict(candidates(name, task.model))
-    if task.model != FACTS_MODEL:
-        return _created(METHODS[name], model, settings, folder, texts)
     reserved = EvaluationConfig(rows=sorted({*task.reserved, *task.tuning}))
     training = unused_records(records, reserved)
+    if task.model != FACTS_MODEL:
+        return _created(METHODS[name], model, settings, folder, texts=texts, training=training)
     presets = preset_methods(model, name, folder=folder, training=training, progress=False)
     preset: Any = presets[name]
     chosen = preset_settings(task.model, model.cfg.n_layers)[name]
@@ -307,22 +327,41 @@ def _created(
     model: Any,
     settings: Mapping[str, Mapping[str, Any]],
     folder: Path,
+    *,
     texts: str | None,
+    training: Sequence[Record],
 ) -> dict[str, EditMethod]:
-    """Methods that need nothing but second moments, which all candidates share."""
+    """The candidates, which share statistics; each of MEND's has networks of its own."""
+    if kind is MEND:
+        files = [folder / f"mend-{at}.safetensors" for at in range(len(settings))]
+        return {
+            label: MEND(
+                train_mend(model, training, **own, prepend_bos=False, out=file), prepend_bos=False
+            )
+            for file, (label, own) in zip(files, settings.items(), strict=True)
+        }
+    tried = [listed(own.get("layers", own.get("layer"))) for own in settings.values()]
+    layers = sorted({layer for own in tried for layer in own})
     needed: dict[str, Any] = {}
     if issubclass(kind, FactMethod):
-        tried = [own.get("layers", own.get("layer")) for own in settings.values()]
         needed["moments"] = cached_moments(
             model,
             texts,
-            layers=sorted({layer for layers in tried for layer in listed(layers)}),
+            layers=layers,
             max_tokens=TOKENS_PER_INPUT * host_of(model).d_mlp,
             prepend_bos=False,
             progress=True,
         )
     if kind is MEMIT:  # the regularization does not change the values
         needed["value_folder"] = folder / "memit-values"
+    if issubclass(kind, PairMethod):
+        needed["statistics"] = pair_statistics(
+            model,
+            [EditRequest.of(record) for record in training],
+            layers=layers,
+            positions="answer" if kind is UltraEdit else "all",
+            prepend_bos=False,
+        )
     return {label: kind(**needed, **own, prepend_bos=False) for label, own in settings.items()}
 
 

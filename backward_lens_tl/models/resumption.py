@@ -72,6 +72,34 @@ def started_at(host: Host, layer: int, start: object) -> Iterator[None]:
         yield
 
 
+class RepeatedPasses:
+    """Forward passes over the same tokens: the first of all blocks, later ones from a layer on.
+
+    They are all whole where the model does not allow it (`can_start_at`).
+
+    Args:
+        host: The model.
+        layer: The layer, from 0, below which the passes do not differ.
+    """
+
+    def __init__(self, host: Host, layer: int) -> None:
+        self._host, self._layer = host, layer
+        self._is_resumed = can_start_at(host, layer)
+        self._start: list[object] = []
+
+    @contextmanager
+    def next(self) -> Iterator[None]:
+        """The context of the next pass; what it computes below the layer gets no gradients."""
+        if not self._is_resumed:
+            yield
+        elif self._start:
+            with started_at(self._host, self._layer, self._start[0]):
+                yield
+        else:
+            with keeping_start(self._host, self._layer) as self._start:
+                yield
+
+
 @contextmanager
 def stopped_after(host: Host, layer: int) -> Iterator[None]:
     """Run no block after a layer; the logits of such a pass have no meaning.

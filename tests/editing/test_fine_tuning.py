@@ -13,12 +13,12 @@ import torch
 from architectures import HAS_BRIDGE, build_model
 from edit_pairs import PROMPTS, Pair, pair, tl_logits
 from model_state import assert_same, make_busy, snapshot
-from models import build, hf_matrices, relative_error
+from models import build, counting_mlps, hf_matrices, relative_error
 from torch import Tensor
 
 from backward_lens_tl.editing import EditRequest, FineTuning, WeightDelta
 from backward_lens_tl.errors import EditError
-from backward_lens_tl.models import host_of
+from backward_lens_tl.models import host_of, resumption
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 
@@ -314,6 +314,23 @@ def test_the_callers_model_is_unchanged(name: str) -> None:
     assert not any(
         t.requires_grad for own in first for t in (own.values, own.bias) if t is not None
     )
+
+
+@pytest.mark.parametrize("objective", ["teacher_forced", "prompt_last"])
+def test_the_layers_below_run_once(
+    each: Pair, objective: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same result, bit for bit, as passes of the whole model."""
+    method = tuning(steps=4, objective=objective)
+    resumed = method(each.model, REQUEST)  # probes the model
+    ran = counting_mlps(each.model, monkeypatch)
+    method(each.model, REQUEST)
+    assert [ran.count(layer) for layer in range(2)] == [1, 4]
+    monkeypatch.setattr(resumption, "can_start_at", lambda host, layer: False)
+    whole = method(each.model, REQUEST)
+    assert [ran.count(layer) for layer in range(2)] == [5, 8]
+    for own, other in zip(resumed, whole, strict=True):
+        assert torch.equal(own.dense(), other.dense())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import HAS_HOOKED, Case, build
+from models import HAS_HOOKED, Case, build, counting_mlps
 from torch import Tensor
 
 from backward_lens_tl.data.readers import read_records
@@ -29,8 +29,9 @@ from backward_lens_tl.editing.spanning_pairs import spanning_pairs
 from backward_lens_tl.editing.statistics.pair_collection import pair_statistics
 from backward_lens_tl.editing.statistics.standardization import PairStatistics
 from backward_lens_tl.errors import EditError, ResultFileError
-from backward_lens_tl.models import host_of
+from backward_lens_tl.models import host_of, resumption
 from backward_lens_tl.models.matrix_selection import find_editable
+from backward_lens_tl.models.sites import MatrixSite
 
 RECORDS = tuple(
     Record(
@@ -246,6 +247,28 @@ def test_the_losses_match_models_with_really_edited_weights(gpt2: Case) -> None:
     at_rest = [float(each) for each in edit_losses(host, sites, none, drawn)]
     assert abs(at_rest[1]) < 1e-12 < found[1]
     assert abs(at_rest[0] - found[0]) > 1e-3
+
+
+def test_the_layers_below_an_edit_run_once_for_prompts_to_leave_unchanged(
+    gpt2: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same losses, bit for bit, as passes of the whole model."""
+    host, drawn, _ = drawn_from(gpt2)
+    editor, sites = learned(gpt2), find_editable(host, ("W_in", "W_out"), [0, 1, 2])
+    late = [site for site in sites if site.layer]
+
+    def losses(own: Sequence[MatrixSite]) -> tuple[list[float], list[int]]:
+        ran.clear()
+        found = [float(each) for each in edit_losses(host, own, editor, drawn)]
+        return found, [ran.count(layer) for layer in range(3)]
+
+    resumption.can_start_at(host, 1)  # probes the model
+    ran = counting_mlps(gpt2.model, monkeypatch)
+    found, late_counts = losses(late)
+    monkeypatch.setattr(resumption, "can_start_at", lambda host, layer: False)
+    whole, all_counts = losses(late)
+    assert found == whole
+    assert [more - less for more, less in zip(all_counts, late_counts, strict=True)] == [1, 0, 0]
 
 
 def test_the_gradient_through_the_edited_pass_matches_finite_differences(one_gpt2: Case) -> None:

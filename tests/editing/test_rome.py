@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import HAS_HOOKED, Case, build, relative_error
+from models import HAS_HOOKED, Case, build, counting_mlps, relative_error
 from slow_editing import (
     OTHER,
     REQUEST,
@@ -28,11 +28,10 @@ from torch import Tensor
 from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.editing import EditRequest, facts_moments, second_moments
 from backward_lens_tl.editing.fact_contexts import FactContexts, sampled_prefixes
-from backward_lens_tl.editing.methods import fact_method
 from backward_lens_tl.editing.methods.rome import ROME
 from backward_lens_tl.editing.requests import tokenize_request
 from backward_lens_tl.errors import EditError
-from backward_lens_tl.models import host_of
+from backward_lens_tl.models import host_of, resumption
 from backward_lens_tl.models.checksums import tensors_digest
 
 LAYER = 1
@@ -250,26 +249,18 @@ def test_no_step_follows_the_last_evaluation_of_the_loss(one_gpt2: Case) -> None
 def test_the_layers_below_run_once_in_a_search(gpt2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same result, bit for bit, as passes of the whole model."""
     change(rome(gpt2), gpt2, REQUEST)  # probes the model
-    ran: dict[int, int] = dict.fromkeys(range(3), 0)
-    for layer, block in enumerate(gpt2.model.blocks):
-        own = block.mlp.forward
-
-        def counted(*args: Any, _own: Any = own, _layer: int = layer, **kwargs: Any) -> Any:
-            ran[_layer] += 1
-            return _own(*args, **kwargs)
-
-        monkeypatch.setitem(vars(block.mlp), "forward", counted)
+    ran = counting_mlps(gpt2.model, monkeypatch)
 
     def counts(**settings: Any) -> tuple[Tensor, list[int]]:
-        before = list(ran.values())
+        ran.clear()
         found = change(rome(gpt2, **settings), gpt2, REQUEST)
-        return found, [n - old for n, old in zip(ran.values(), before, strict=True)]
+        return found, [ran.count(layer) for layer in range(3)]
 
     _, few = counts(steps=4)
     _, many = counts(steps=9)
     assert [more - less for more, less in zip(many, few, strict=True)] == [0, 5, 5]
     resumed, _ = counts()
-    monkeypatch.setattr(fact_method, "can_start_at", lambda host, layer: False)
+    monkeypatch.setattr(resumption, "can_start_at", lambda host, layer: False)
     whole, _ = counts()
     assert torch.equal(whole, resumed)
     _, slow = counts(steps=9)

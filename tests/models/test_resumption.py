@@ -8,11 +8,16 @@ import pytest
 import torch
 from architectures import FAMILIES, KINDS, NotAvailable, build_model
 from model_state import assert_same, snapshot
-from models import HAS_BRIDGE, build
+from models import HAS_BRIDGE, build, counting_mlps
 from torch import Tensor
 
 from backward_lens_tl.models import host_of
-from backward_lens_tl.models.resumption import can_start_at, keeping_start, started_at
+from backward_lens_tl.models.resumption import (
+    RepeatedPasses,
+    can_start_at,
+    keeping_start,
+    started_at,
+)
 
 pytestmark = pytest.mark.usefixtures("as_for_a_user")
 
@@ -73,17 +78,10 @@ def test_logits_are_those_of_a_whole_pass(family: str, kind: str) -> None:
 @torch.no_grad()
 def test_blocks_below_do_not_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(name).model
-    host, tokens, ran = host_of(model), some_tokens(1, 6), []
+    host, tokens = host_of(model), some_tokens(1, 6)
     for layer in (1, 2):
         can_start_at(host, layer)  # before counting
-    for layer, block in enumerate(model.blocks):
-        own = block.mlp.forward
-
-        def counted(*args: Any, _own: Any = own, _layer: int = layer, **kwargs: Any) -> Any:
-            ran.append(_layer)
-            return _own(*args, **kwargs)
-
-        monkeypatch.setitem(vars(block.mlp), "forward", counted)
+    ran = counting_mlps(model, monkeypatch)
     for layer in (1, 2):
         with keeping_start(host, layer) as kept:
             host.logits(tokens)
@@ -93,6 +91,32 @@ def test_blocks_below_do_not_run(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert ran == list(range(layer, 3))
         ran.clear()
         host.logits(tokens)
+        assert ran == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-llama"])
+def test_repeated_passes_run_the_blocks_below_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name).model
+    host, tokens = host_of(model), some_tokens(1, 6)
+    can_start_at(host, 2)  # before counting
+    ran = counting_mlps(model, monkeypatch)
+
+    def logits(passes: RepeatedPasses) -> Tensor:
+        ran.clear()
+        with passes.next():
+            return host.logits(tokens)
+
+    later = RepeatedPasses(host, 2)
+    whole = logits(later)
+    assert ran == [0, 1, 2]
+    for _ in range(2):
+        assert torch.equal(logits(later), whole)
+        assert ran == [2]
+    from_first = RepeatedPasses(host, 0)  # where there is nothing to leave out
+    for _ in range(2):
+        assert torch.equal(logits(from_first), whole)
         assert ran == [0, 1, 2]
 
 

@@ -516,3 +516,17 @@ def require_kind(kind: str) -> None:
     has, reason = {"bridge": (HAS_BRIDGE, NO_BRIDGE), "hooked": (HAS_HOOKED, NO_HOOKED)}[kind]
     if not has:
         pytest.skip(reason)
+
+
+def counting_mlps(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the layer of each MLP that runs."""
+    ran: list[int] = []
+    for layer, block in enumerate(model.blocks):
+        own = block.mlp.forward
+
+        def counted(*args: Any, _own: Any = own, _layer: int = layer, **kwargs: Any) -> Any:
+            ran.append(_layer)
+            return _own(*args, **kwargs)
+
+        monkeypatch.setitem(vars(block.mlp), "forward", counted)
+    return ran

@@ -26,6 +26,7 @@ from backward_lens_tl.editing.mend.data import DrawnEdit
 from backward_lens_tl.editing.mend.hypernetwork import MENDEditor
 from backward_lens_tl.editing.spanning_pairs import SpanningPairs, spanning_pairs
 from backward_lens_tl.models import Host
+from backward_lens_tl.models.resumption import RepeatedPasses
 from backward_lens_tl.models.sites import MatrixSite
 
 
@@ -52,11 +53,13 @@ def edit_losses(
     )
     # In a separate pass: there are many locality prompts, and they are often shorter.
     others = pad_prompts(host, [row for each in drawn for row in each.locality])
-    with torch.no_grad():
+    passes = RepeatedPasses(host, min(site.layer for site in sites))
+    with torch.no_grad(), passes.next():
         before = _real_logits(host, others).log_softmax(-1)
     with requiring_grad((), among=host.trained()), edited(editor, pairs, sites):
         nll = outer.nll(outer.logits(host)).mean()
-        after = _real_logits(host, others).log_softmax(-1)
+        with passes.next():
+            after = _real_logits(host, others).log_softmax(-1)
     return nll, _divergence(before, after, others.mask, len(drawn))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +27,7 @@ from backward_lens_tl.editing.statistics.moments import RIDGE, SecondMoments
 from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.hooks import Tap
-from backward_lens_tl.models.resumption import can_start_at, keeping_start, started_at
+from backward_lens_tl.models.resumption import RepeatedPasses
 from backward_lens_tl.settings import Count, NonNegative, Positive
 
 SEARCH_VERSION = 1
@@ -198,29 +197,20 @@ class _Loss:
             self._positions.append(len(fact.essence) - 1)
         self._asked = Continuations.of(host, rows, answers)
         self._original: Tensor | None = None
-        self._layer, self._is_resumed = layer, can_start_at(host, layer)
-        self._below: list[object] = []
+        self._passes = RepeatedPasses(host, layer)
 
     def __call__(self, delta: Float[Tensor, "d"]) -> Float[Tensor, ""]:
         """The loss; the first call, with zeros, keeps the original prediction of the essence."""
         added = delta.expand(len(self._positions), -1)
-        with adding_at(self._tap, self._asked.batch, self._positions, added):
-            logits = self._logits()
+        edited = adding_at(self._tap, self._asked.batch, self._positions, added)
+        with edited, self._passes.next():
+            logits = self._asked.logits(self._host)
         nll = self._asked.nll(logits)[: self._n_contexts]
         loss: Tensor = nll.mean() + self._penalty * delta.norm()
         if len(self._positions) == self._n_contexts:
             return loss
-        edited = logits[-1, -1].log_softmax(-1)
+        after = logits[-1, -1].log_softmax(-1)
         if self._original is None:
-            self._original = edited.detach()
-        divergence: Tensor = (edited.exp() * (edited - self._original)).sum()
+            self._original = after.detach()
+        divergence: Tensor = (after.exp() * (after - self._original)).sum()
         return loss + self._method.kl_factor * divergence
-
-    def _logits(self) -> Float[Tensor, "batch n d_vocab"]:
-        """The logits, from the edited layer on after the first call."""
-        with ExitStack() as context:
-            if self._below:
-                context.enter_context(started_at(self._host, self._layer, self._below[0]))
-            elif self._is_resumed:
-                self._below = context.enter_context(keeping_start(self._host, self._layer))
-            return self._asked.logits(self._host)

@@ -24,6 +24,7 @@ from backward_lens_tl.editing.methods.method import EditMethod, Layers
 from backward_lens_tl.editing.requests import TokenizedRequest
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.matrix_selection import find_editable
+from backward_lens_tl.models.resumption import RepeatedPasses
 from backward_lens_tl.models.sites import MatrixName, MatrixSite
 from backward_lens_tl.settings import Count, NonNegative, Positive
 
@@ -81,13 +82,15 @@ class FineTuning(EditMethod):
         changes = [_Change.at(site, with_bias=self.train_bias) for site in sites]
         leaves = [leaf for change in changes for leaf in change.leaves]
         loss = self._loss(host, requests)
+        passes = RepeatedPasses(host, min(site.layer for site in sites))
         optimizer = _OPTIMIZERS[self.optimizer](leaves, lr=self.lr)
         with ExitStack() as hooks, torch.enable_grad():
             hooks.enter_context(requiring_grad((), among=host.trained()))
             for change in changes:
                 hooks.enter_context(adding(change.site, change.added))
             for _ in range(self.steps):
-                value = loss()
+                with passes.next():
+                    value = loss()
                 if float(value.detach()) < self.stop_at:
                     break
                 optimizer.zero_grad()

@@ -18,7 +18,7 @@ from backward_lens_tl.errors import UnsupportedModelError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.hooks import Tap, hooked
 from backward_lens_tl.models.precision import at_least_float32
-from backward_lens_tl.models.resumption import can_start_at, keeping_start, started_at
+from backward_lens_tl.models.resumption import RepeatedPasses
 from backward_lens_tl.models.sites import MatrixSite
 
 _CLOSE = 1e-3
@@ -47,22 +47,19 @@ class Trials:
     def __init__(self, host: Host, site: MatrixSite, cells: Cells) -> None:
         self._host, self._site, self._cells = host, site, cells
         self.n_passes = 1
-        self._is_resumed = can_start_at(host, site.layer)
+        self._passes = RepeatedPasses(host, site.layer)
         with ExitStack() as hooks, host.own_precision():
             read = hooks.enter_context(_keeping(site.input))
             wrote = hooks.enter_context(_keeping(site.output, before_others=True))
             joined = hooks.enter_context(_keeping(site.joins.tap)) if site.joins else wrote
             streams = hooks.enter_context(_keeping(_last_stream(host)))
-            start: list[object] = [None]
-            if self._is_resumed:
-                start = hooks.enter_context(keeping_start(host, site.layer))
+            hooks.enter_context(self._passes.next())
             self.logits: Float[Tensor, "n d_vocab"] = self._logits()
         if len(read) != 1:
             raise UnsupportedModelError(
                 f"{site.matrix} of layer {site.layer} was used {len(read)} times in the forward "
                 "pass; an edit is only computed where it is used exactly once"
             )
-        [self._start] = start
         reads, wrote_there, joined_there = (
             cells.at_position(self._by_position(each[0])) for each in (read, wrote, joined)
         )
@@ -129,9 +126,7 @@ class Trials:
 
     def _again(self) -> Float[Tensor, "n d_vocab"]:
         self.n_passes += 1
-        with ExitStack() as context, self._host.own_precision():
-            if self._is_resumed:
-                context.enter_context(started_at(self._host, self.layer, self._start))
+        with self._host.own_precision(), self._passes.next():
             return self._logits()
 
     def _logits(self) -> Float[Tensor, "n d_vocab"]:
