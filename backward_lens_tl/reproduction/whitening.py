@@ -17,7 +17,10 @@ _MOST_RECORDS = 40
 _PLAIN, _WHITENED, _CONTROL = "scale free", "whitened", "whitened, another layer's C"
 _FORMS = [_PLAIN, _WHITENED, _CONTROL]
 _MOST_DAMAGE = 75.0
-_SHOWN = ["method", "layer", "efficacy", "paraphrase", "neighborhood", "norm"]
+_UNEDITED = 100.0
+"""Percentage of the prompts that keep their most probable token without an edit."""
+
+_SHOWN = ["method", "layer", "efficacy", "paraphrase", "neighborhood", "kept", "norm"]
 
 
 def whitening(evidence: Evidence) -> Finding:
@@ -40,20 +43,20 @@ def whitening(evidence: Evidence) -> Finding:
         n_texts=0,
     )
     summary = found.summary().set_index("method")
-    if summary["neighborhood"].isna().any():
+    if summary["kept"].isna().any():
         raise InputError("the data have no neighborhood prompts to measure damage with")
-    unedited = summary.loc[NONE, "neighborhood"]
     table = summary.drop(NONE).reset_index()
     names = table["method"].str.split("@", n=1, expand=True)
     table = table.assign(method=names[0], layer=names[1].astype(int))
-    kept = by_layer(table, "neighborhood", "method")[_FORMS]
+    kept = by_layer(table, "kept", "method")[_FORMS]
     paraphrase = by_layer(table, "paraphrase", "method")[_FORMS]
-    damage = (unedited - kept)[kept[_PLAIN] < unedited]
+    damage = (_UNEDITED - kept)[kept[_PLAIN] < _UNEDITED]
     prevented = 100 * (1 - damage[_WHITENED] / damage[_PLAIN])
     means = f"layers; {listed_values(kept.mean().items(), unit=' %')}"
     checks = [
         count_check(
-            "whitening preserves more neighborhood prompts, in more than half of the layers",
+            "with whitening, more neighborhood prompts keep their most probable token, in more than "
+            "half of the layers",
             kept[_WHITENED] > kept[_PLAIN],
             means,
         ),
@@ -68,8 +71,7 @@ def whitening(evidence: Evidence) -> Finding:
     if len(layers) > 1:
         checks.append(
             count_check(
-                "with the statistics of another layer, fewer are preserved, in more than half of "
-                "the layers",
+                "with the statistics of another layer, fewer keep it, in more than half of the layers",
                 kept[_WHITENED] > kept[_CONTROL],
                 means,
             )

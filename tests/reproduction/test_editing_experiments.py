@@ -298,7 +298,7 @@ def of_several(
         own = {
             method: {
                 "efficacy": usual.get(method, {}).get(edits_at_once, 90),
-                "neighborhood": 60 if method == "MEMIT" else 40,
+                "kept": 60 if method == "MEMIT" else 40,
                 **values.get((method, edits_at_once), {}),
             }
             for method in ("none", *methods)
@@ -362,10 +362,10 @@ def test_several_facts() -> None:
         ({("shift once", 1): {"efficacy": 100.1}}, [True, False, True]),
         ({("shift once", 50): {"efficacy": 95}}, [True, False, True]),
         ({("shift once", 50): {"efficacy": 94}}, [True, True, True]),
-        ({("MEMIT", 50): {"neighborhood": 40}}, [True, True, False]),
-        ({("MEMIT", 10): {"neighborhood": 4}}, [True, True, True]),
-        ({("shift whitened", 50): {"neighborhood": 61}}, [True, True, False]),
-        ({("shift iterated", 50): {"neighborhood": 61}}, [True, True, True]),
+        ({("MEMIT", 50): {"kept": 40}}, [True, True, False]),
+        ({("MEMIT", 10): {"kept": 4}}, [True, True, True]),
+        ({("shift whitened", 50): {"kept": 61}}, [True, True, False]),
+        ({("shift iterated", 50): {"kept": 61}}, [True, True, True]),
     ],
 )
 def test_several_facts_otherwise(values: Any, expected: list[bool]) -> None:
@@ -422,15 +422,15 @@ def of_whitening(
     layers: tuple[int, ...] = (0, 1, 2, 3),
     everywhere: Mapping[str, float] = {},
 ) -> tuple[Finding, Any]:
-    neighborhood = {PLAIN: 60.0, WHITE: 90.0, CONTROL: 70.0}
+    kept = {PLAIN: 60.0, WHITE: 90.0, CONTROL: 70.0}
     asked = []
 
     def evaluation(name: str, methods: Any, **given: Any) -> Any:
         asked.append((name, methods, given))
-        rows = {"none": {"neighborhood": 100.0, **everywhere}}
+        rows = {"none": {"kept": 100.0, **everywhere}}
         for method in methods:
             form, _, layer = method.rpartition("@")
-            own = {"neighborhood": neighborhood[form], "efficacy": 99.0, "paraphrase": 30.0}
+            own = {"kept": kept[form], "efficacy": 99.0, "paraphrase": 30.0}
             rows[method] = {**own, **values.get((form, int(layer)), {}), **everywhere}
         return evaluated(summaries(rows))
 
@@ -478,12 +478,12 @@ def test_whitening(monkeypatch: pytest.MonkeyPatch) -> None:
     ("form", "values", "expected"),
     [
         # Half of the layers is not more than half.
-        (WHITE, {"neighborhood": 60.0}, [False, False, False, True]),
-        (WHITE, {"neighborhood": 89.0}, [True, False, True, True]),
-        (WHITE, {"neighborhood": 100.0}, [True] * 4),
-        (PLAIN, {"neighborhood": 61.0}, [True, False, True, True]),
-        (CONTROL, {"neighborhood": 90.0}, [True, True, False, True]),
-        (CONTROL, {"neighborhood": 10.0}, [True] * 4),
+        (WHITE, {"kept": 60.0}, [False, False, False, True]),
+        (WHITE, {"kept": 89.0}, [True, False, True, True]),
+        (WHITE, {"kept": 100.0}, [True] * 4),
+        (PLAIN, {"kept": 61.0}, [True, False, True, True]),
+        (CONTROL, {"kept": 90.0}, [True, True, False, True]),
+        (CONTROL, {"kept": 10.0}, [True] * 4),
         (WHITE, {"paraphrase": 29.0}, [True, True, True, False]),
         (WHITE, {"paraphrase": 31.0}, [True] * 4),
     ],
@@ -505,7 +505,7 @@ def test_whitening_of_layers_with_statistics(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_layers_without_damage_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = {"neighborhood": 100.0}
+    whole = {"kept": 100.0}
     values = {(PLAIN, layer): whole for layer in range(3)} | {(WHITE, 0): whole}
     finding, _ = of_whitening(monkeypatch, values)
     assert finding.checks[1].found == "1 of 1 (100 %) layers; layer 3: 75 %"
@@ -519,7 +519,7 @@ def test_whitening_without_prompts_or_other_layers(monkeypatch: pytest.MonkeyPat
     finding, _ = of_whitening(monkeypatch, everywhere={"paraphrase": math.nan})
     assert holds(finding) == [True] * 3
     with pytest.raises(InputError, match="no neighborhood prompts"):
-        of_whitening(monkeypatch, everywhere={"neighborhood": math.nan})
+        of_whitening(monkeypatch, everywhere={"kept": math.nan})
     # A model with one layer has no other layer's statistics.
     finding, _ = of_whitening(monkeypatch, layers=(2,))
     assert len(finding.checks) == 3

@@ -41,6 +41,7 @@ CURVES = pd.DataFrame(
         "efficacy": 100.0 - at - size,
         "paraphrase": 50.0 - at - size / 2,
         "neighborhood": 10.0 + at,
+        "kept": 80.0 + at + size / 5,
     }
     for at, method in enumerate(["a<b>", "$c$", "MEMIT"])
     for size in (1, 10, 50)
@@ -118,7 +119,7 @@ def test_edit_curves(backend: Any, along: str) -> None:
     # Lines go from left to right for any order of rows.
     table = CURVES.iloc[::-1]
     figure = figures.edit_curves(table, along, backend=backend)
-    for panel, metric in enumerate(("efficacy", "paraphrase", "neighborhood")):
+    for panel, metric in enumerate(("efficacy", "paraphrase", "neighborhood", "kept")):
         found = lines(figure, panel)
         assert len(found) == 3
         shown = list(found.values())
@@ -168,7 +169,7 @@ def test_errors() -> None:
     refused("the table has no rows", figures.least_rates, RATES.iloc[:0])
     refused("the table is a list", figures.least_rates, [])
     refused("backend is 'bokeh'", figures.least_rates, RATES, backend="bokeh")
-    for column in ("method", "efficacy", "paraphrase", "neighborhood"):
+    for column in ("method", "efficacy", "paraphrase", "neighborhood", "kept"):
         table = CURVES.drop(columns=column)
         refused(
             f"no column '{column}'; pass concat",

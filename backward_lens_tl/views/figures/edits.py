@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _METRICS = ("efficacy", "paraphrase", "neighborhood")
+_CURVES = (*_METRICS, "kept")
 _DISTANCE = 0.18
 """Distance between the points of one method."""
 
@@ -130,11 +131,11 @@ def least_rates(table: pd.DataFrame, *, backend: Backend = "plotly") -> Any:
 def edit_curves(
     table: pd.DataFrame, along: str, *, title: str = "", backend: Backend = "plotly"
 ) -> Any:
-    """Efficacy, paraphrase and neighborhood of several methods against a number.
+    """Efficacy, paraphrase, neighborhood and kept neighbors of several methods against a number.
 
     Args:
-        table: One row per `method` and value of `along`, with `efficacy`, `paraphrase` and
-            `neighborhood` in percent, as in `Evaluation.summary`.
+        table: One row per `method` and value of `along`, with `efficacy`, `paraphrase`,
+            `neighborhood` and `kept` in percent, as in `Evaluation.summary`.
         along: The column of the number, such as `"layer"` or `"edits_at_once"`.
         title: Title of the figure.
         backend: `"plotly"` or `"matplotlib"`.
@@ -158,16 +159,16 @@ def edit_curves(
         >>> table = found.summary()[1:].assign(method="shift", layer=[6, 7])  # without "none"
         >>> figure = blt.figures.edit_curves(table, along="layer")
         >>> figure.layout.title.text, [line.name for line in figure.data]
-        ('Edits by layer', ['shift', 'shift', 'shift'])
+        ('Edits by layer', ['shift', 'shift', 'shift', 'shift'])
     """
-    checked_table(table, ("method", along, *_METRICS), "concatenated summaries of evaluations")
+    checked_table(table, ("method", along, *_CURVES), "concatenated summaries of evaluations")
     name = along.replace("_", " ")
     x = Axis(name, is_log=along == "edits_at_once")
     if along == "layer":
         x = Axis.counting(name, table[along])
     charts = (
         Lines(lines_by(table, "method", along, metric, _metrics_hover), x, Axis(f"{metric}, %"))
-        for metric in _METRICS
+        for metric in _CURVES
     )
     counts = "" if "records" not in table else counted(int(table["records"].max()), "record")
     return draw(backend, title or f"Edits by {name}", *charts, subtitle=counts)
@@ -215,4 +216,4 @@ def _rate_hover(row: Mapping[Any, Any]) -> str:
 
 
 def _metrics_hover(row: Mapping[Any, Any]) -> str:
-    return f"{row['method']}\n" + ", ".join(f"{name} {row[name]:.1f} %" for name in _METRICS)
+    return f"{row['method']}\n" + ", ".join(f"{name} {row[name]:.1f} %" for name in _CURVES)
