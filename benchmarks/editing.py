@@ -18,28 +18,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
-from backward_lens_tl.data.texts import read_lines
-from backward_lens_tl.editing.methods.memit import MEMIT
 from backward_lens_tl.editing.methods.method import EditMethod
-from backward_lens_tl.editing.methods.presets import preset_methods
 from backward_lens_tl.editing.methods.shift import ForwardPassShift
 from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.run import Evaluation, evaluate
 from backward_lens_tl.files.storage import write_text
-from backward_lens_tl.models import host_of
 from backward_lens_tl.models.loading import load_model
 from benchmarks.editing_experiments import collected_experiments, run_experiments
 from benchmarks.editing_page import LENS, OWN, PAPER, PUBLISHED_SIZE, with_results
 from benchmarks.editing_results import collected
+from benchmarks.editing_subjects import SUBJECTS, Methods, Subject
+from benchmarks.paraphrases import ATTEMPTS
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "editing" / "results.json"
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-COUNTERFACT = SHARED / "counterfact" / "counterfact_flat_1919.json"
-WIKITEXT = SHARED / "wikitext2" / "wiki.test.raw"
-
 _N_TEXTS = 5
 """Texts of perplexity."""
 
@@ -50,77 +43,6 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model that is edited, and its data.
-
-    Attributes:
-        model: Its name in `load_model`.
-        data: The data.
-        texts: The texts of perplexity, and of second moments; `None` for its own.
-        shuffle: The seed of the split.
-        first: The first row, in shuffled order, that no choice was made on.
-        jacobian: Its lens.
-    """
-
-    model: str
-    data: str
-    texts: str | None
-    shuffle: str | None
-    first: int
-    jacobian: str | None
-
-    def statistics(self) -> list[str] | None:
-        """Texts of second moments, other than those that perplexity is measured on."""
-        return None if self.texts is None else read_lines(self.texts)[_N_TEXTS * 20 :]
-
-
-SUBJECTS: Mapping[str, Subject] = {
-    # The first 300 rows in this order are for choices; see benchmarks/tuning.py.
-    "SmolLM2": Subject(
-        "smollm2", str(COUNTERFACT), str(WIKITEXT), "F counterfact split 1", 300, None
-    ),
-    "facts": Subject("facts", "facts", None, None, 0, "facts"),
-}
-
-
-@dataclass(frozen=True)
-class Methods:
-    """Creates the methods of the benchmark.
-
-    Attributes:
-        model: The model.
-        subject: The same with its data.
-        folder: For what presets learn.
-    """
-
-    model: Any
-    subject: Subject
-    folder: Path
-
-    def lens(self, **settings: Any) -> ForwardPassShift:
-        """The shift with its defaults and a Jacobian Lens."""
-        return ForwardPassShift(jacobian=self.subject.jacobian, **settings)
-
-    def paper(self, **settings: Any) -> ForwardPassShift:
-        """The paper's key and value, with a size that is searched for."""
-        return ForwardPassShift(key="paper", value="embedding", **settings)
-
-    def published(self) -> ForwardPassShift:
-        """The paper's own setting for GPT-2 xl, in the layer at the same depth."""
-        return ForwardPassShift.paper(round(35 / 48 * host_of(self.model).n_layers), 0.24)
-
-    def preset(self, name: str) -> EditMethod:
-        """A preset of the model."""
-        texts = self.subject.statistics()
-        return preset_methods(self.model, name, folder=self.folder, texts=texts)[name]
-
-    def memit(self) -> MEMIT:
-        """MEMIT's preset; a value that was found for one fact also serves edits of several."""
-        method = cast(MEMIT, self.preset("memit"))
-        return replace(method, value_folder=self.folder / "memit-values")
-
-
-@dataclass(frozen=True)
 class Trial:
     """Methods that are evaluated in one folder.
 
@@ -128,11 +50,13 @@ class Trial:
         methods: Functions that create them, by name.
         records: The number of records.
         facts: The number of facts that an edit teaches at once.
+        is_spare: Whether the records are others than those of the other trials.
     """
 
     methods: Mapping[str, Callable[[Methods], EditMethod]]
     records: int
     facts: int = 1
+    is_spare: bool = False
 
 
 _MARGINS = (1.0, 2.0, 4.0)
@@ -179,6 +103,7 @@ TRIALS: Mapping[str, Trial] = {
     ),
     **{f"{n}-facts": Trial(_TOGETHER, max(n, 50), facts=n) for n in (10, 50, 200)},
     **{f"memit-{n}-facts": Trial(_MEMIT, max(n, 50), facts=n) for n in (10, 50, 200)},
+    "attempts": Trial(ATTEMPTS, 30, is_spare=True),
 }
 """The trials, the most important first."""
 
@@ -271,7 +196,7 @@ def settings(
         The settings.
     """
     size = max(trial.facts, _PART)
-    first = subject.first + part * size
+    first = (subject.spare if trial.is_spare else subject.first) + part * size
     n_records = min(size, trial.records - part * size, size if most is None else most)
     return EvaluationConfig(
         shuffle=subject.shuffle,

@@ -54,6 +54,9 @@ _GOALS: Sequence[tuple[str, str, str, float]] = (
 _TOLD = ("layer", "layers", "lr", "objective", "key_mode", "regularization")
 """Settings of methods that the page names."""
 
+_ASIDE = ("sizes", "attempts")
+"""Trials that have tables of their own."""
+
 _LEAST_RATIO = 10.0
 _PUBLISHED_NAMES = {
     "shift": PUBLISHED_SIZE,
@@ -86,7 +89,7 @@ def section(found: Mapping[str, Any]) -> str:
     """
     name, real = next(iter(found.items()))
     methods = real["methods"]
-    single = [row for row in methods if row["facts"] == 1 and row["run"] != "sizes"]
+    single = [row for row in methods if row["facts"] == 1 and row["run"] not in _ASIDE]
     unedited = next(row for row in single if row["name"] == NONE)
     edited = [row for row in single if row["name"] != NONE]
     parts = [
@@ -113,6 +116,12 @@ def section(found: Mapping[str, Any]) -> str:
     if any(row["run"] == "sizes" for row in methods):
         text = "Multiples of the least size with which the target leads.\n"
         parts += ["### Larger sizes\n", text, _sizes(methods)]
+    if any(row["run"] == "attempts" for row in methods):
+        text = (
+            "On 30 other records, on which no choice was made either, except for those of the\n"
+            "presets.\n"
+        )
+        parts += ["### Attempts at paraphrases\n", text, _attempts(methods)]
     if any(row["facts"] > 1 for row in methods):
         parts += ["### Several facts in one edit of a real model\n", _several(methods)]
     if real.get("experiments"):
@@ -244,10 +253,25 @@ def _sizes(methods: Sequence[Row]) -> str:
     return table(["method", "multiple", "n", *columns, "neighbor KL", "text KL"], rows)
 
 
+def _attempts(methods: Sequence[Row]) -> str:
+    columns = ("efficacy", "paraphrase", "neighborhood_success", "kept")
+    rows = [
+        [
+            row["name"],
+            *(_rate(row[each]) for each in columns),
+            *(_small(row[each][:1]) for each in ("neighborhood_kl_median", "text_kl_median")),
+        ]
+        for row in methods
+        if row["run"] == "attempts"
+    ]
+    head = ["efficacy", "paraphrase", "NS", "kept", "neighbor KL", "text KL"]
+    return table(["attempt", *head], rows)
+
+
 def _several(methods: Sequence[Row]) -> str:
     columns = ("efficacy", "paraphrase", "neighborhood_success", "kept")
     rows = [
-        row for row in methods if row["name"] in (LENS, PAPER, "memit") and row["run"] != "sizes"
+        row for row in methods if row["name"] in (LENS, PAPER, "memit") and row["run"] not in _ASIDE
     ]
     order = list(dict.fromkeys(row["name"] for row in rows))
     rows.sort(key=lambda row: (order.index(row["name"]), row["facts"]))
@@ -296,7 +320,7 @@ def _models(found: Mapping[str, Any]) -> str:
         row["name"]
         for real in found.values()
         for row in real["methods"]
-        if row["facts"] == 1 and row["run"] != "sizes" and row["name"] != NONE
+        if row["facts"] == 1 and row["run"] not in _ASIDE and row["name"] != NONE
     )
     rows = []
     for name in names:

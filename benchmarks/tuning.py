@@ -88,9 +88,9 @@ SMOLLM2_GRIDS: Mapping[str, Grid] = {
     "ft_first": {"layers": (0,), "lr": (2e-4, 5e-4, 1e-3)},
     "ft_late": {"layers": (22, 26), "lr": (2e-4, 5e-4, 1e-3)},
     "ft_constrained": {"layers": (0,), "norm_constraint": (5e-4, 2e-3, 5e-3)},
-    "sgd_step": {"optimizer": ("sgd",), "layers": (22,), "lr": (0.1, 0.3, 1.0)},
-    "adam_step": {"optimizer": ("adam",), "layers": (22,), "lr": (1e-3, 3e-3, 1e-2)},
-    "muon_step": {"optimizer": ("muon",), "layers": (22,), "lr": (0.1, 0.3, 1.0)},
+    "sgd_step": {"optimizer": ("sgd",), "layers": (22,), "lr": (1.0, 2.0, 4.0, 8.0)},
+    "adam_step": {"optimizer": ("adam",), "layers": (22,), "lr": (3e-3, 1e-2, 3e-2)},
+    "muon_step": {"optimizer": ("muon",), "layers": (22,), "lr": (1.0, 2.0, 4.0, 8.0)},
     "mend": {
         "layers": (_LAST_THREE,),
         "training": (MENDTraining(), MENDTraining(lr=1e-3)),
