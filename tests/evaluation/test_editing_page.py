@@ -19,6 +19,7 @@ from benchmarks import editing, editing_experiments
 from benchmarks.editing_experiments import collected_experiments, run_experiments
 from benchmarks.editing_page import LENS, PAPER, section, with_results
 from benchmarks.editing_results import collected
+from benchmarks.editing_subjects import SUBJECTS
 from benchmarks.tuning import TASKS, counterfact_split
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -62,7 +63,7 @@ def test_no_record_was_used_for_a_choice() -> None:
 
     Those of attempts are in the tuning split, but presets were not tuned on them.
     """
-    subject = editing.SUBJECTS["SmolLM2"]
+    subject = SUBJECTS["SmolLM2"]
     order = [*counterfact_split()[0], *counterfact_split()[1]]
     attempts = editing.settings(subject, editing.TRIALS["attempts"], 0).rows or ()
     assert list(attempts) == list(range(140, 170))

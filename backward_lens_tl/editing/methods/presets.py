@@ -115,6 +115,9 @@ _GPT2_XL: Mapping[str, Settings] = {
 _SMOLLM2_NAME, _SMOLLM2_LAYERS = "smollm2-135m", 30
 
 _SMOLLM2: Mapping[str, Settings] = {
+    "ft_first": {"layers": 0, "lr": 5e-4},
+    "ft_late": {"layers": 22, "lr": 5e-4},
+    "ft_constrained": {"layers": 0, "norm_constraint": 5e-3},
     "rome": {"layer": 9, "key_mode": "mean", "prefixes": ((5, 3), (10, 3))},
     "memit": {"layers": (5, 6, 7, 8, 9), "regularization": 500.0},
 }
