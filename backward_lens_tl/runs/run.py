@@ -332,7 +332,7 @@ class Run:
             changes = _changes(name, self.about.get(name), entry)
             if changes and name not in ("command", "python"):
                 raise self.CONFIG.ERROR(
-                    f"{os.fspath(self.folder)!r} holds {_a(self.NOUN)} with another {name}: "
+                    f"{os.fspath(self.folder)!r} holds {_a(self.NOUN)} of other settings ({name}): "
                     f"{changes}. Resume it with the original values, or choose another folder"
                 )
 

@@ -1489,12 +1489,12 @@ def test_links_of_the_report(report: Report):
 
 def test_another_model_or_data_is_refused(small_model: Any, report: Report):
     before = (report.folder / "report.html").read_bytes()
-    with pytest.raises(SweepError, match="holds a sweep with another data: "):
+    with pytest.raises(SweepError, match=r"holds a sweep of other settings \(data\): "):
         reproduce(small_model, SMALL_ROWS[:1], report.folder, "fig6", progress=False)
-    with pytest.raises(SweepError, match="holds a sweep with another config: "):
+    with pytest.raises(SweepError, match=r"holds a sweep of other settings \(config\): "):
         reproduce(small_model, SMALL_ROWS, report.folder, "fig6", prompts=9, progress=False)
     other = build(f"{KIND}-gpt2", seed=1).model
-    with pytest.raises(SweepError, match="holds a sweep with another model: "):
+    with pytest.raises(SweepError, match=r"holds a sweep of other settings \(model\): "):
         reproduce(other, SMALL_ROWS, report.folder, "fig6", progress=False)
     assert (report.folder / "report.html").read_bytes() == before
 
@@ -1833,7 +1833,7 @@ def test_the_command(
         assert finding["about"].items() >= {"model": "facts", "bos": "without BOS"}.items()
     # The folder cannot be resumed with other settings.
     assert cli.main([*argv, "--bos"]) == 2
-    assert "holds a sweep with another config" in capsys.readouterr().err
+    assert "holds a sweep of other settings (config)" in capsys.readouterr().err
     # Without --quiet, there are progress bars.
     argv.remove("fig23")
     assert cli.main(argv[:-1]) == 0

@@ -229,7 +229,7 @@ def test_refused_processes_exit(commanded: Path):
     done = ran([*launch, *ARGUMENTS.split(), "--k", "3", "--out", str(commanded)], timeout=120)
     assert done.returncode != 0
     assert done.stdout == ""
-    assert "holds a sweep with another config: k was 2, is 3" in done.stderr
+    assert "holds a sweep of other settings (config): k was 2, is 3" in done.stderr
 
 
 def test_one_process_resumes_the_sweep_of_two(commanded: Path, tmp_path: Path):

@@ -269,10 +269,10 @@ def test_refusals(tmp_path: Path) -> None:
         record.to_dataframe(["norms"])
     with pytest.raises(InputError, match="k is 0; pass an integer of at least 1"):
         TrainingRecord(tmp_path, k=0)
-    with pytest.raises(InputError, match=r"with another config: k was 3, is 2\. Resume it with"):
+    with pytest.raises(InputError, match=r"of other settings \(config\): k was 3, is 2\. Resume it with"):
         TrainingRecord(tmp_path, k=2).add(step)
     other = one_step(hf_model("llama"), "W_out", every=3)
-    with pytest.raises(InputError, match="with another every: was 10, is 3"):
+    with pytest.raises(InputError, match=r"of other settings \(every\): was 10, is 3"):
         TrainingRecord(tmp_path).add(other)
     shard = tmp_path / "process-0" / "rows" / "shard-000001.parquet"
     shard.write_bytes(b"not a table")
@@ -320,7 +320,7 @@ def test_several_processes_change_the_weights_together(
     assert rows.change_norm.tolist() == alone.change_norm.tolist()
     assert rows.change_cosine.isna().all()
     assert rows.change_outside.isna().all()
-    with pytest.raises(InputError, match="with another processes: was 1, is 2"):
+    with pytest.raises(InputError, match=r"of other settings \(processes\): was 1, is 2"):
         TrainingRecord(tmp_path / "alone").add(step)
 
 
