@@ -31,7 +31,7 @@ _EFFECTS = {
 }
 _DAMAGE = {
     "neighborhood_kl_median": "neighbor KL",
-    "neighborhood_kl": "its mean",
+    "neighborhood_kl": "neighbor KL, mean",
     "text_kl_median": "text KL",
     "corpus_perplexity": "perplexity",
 }
@@ -99,7 +99,7 @@ def section(found: Mapping[str, Any]) -> str:
             [[_label(row), _n(row), *(_rate(row[each]) for each in _EFFECTS)] for row in single],
         ),
         table(
-            ["method", *_DAMAGE.values(), "its ratio, the paper's form / own"],
+            ["method", *_DAMAGE.values(), "KL ratio: the paper's form, least size / this method"],
             [
                 [_label(row), *(_small(row[each]) for each in _DAMAGE), _ratio(row, real)]
                 for row in (unedited, *edited)
@@ -118,7 +118,7 @@ def section(found: Mapping[str, Any]) -> str:
         parts += ["### Larger sizes\n", text, _sizes(methods)]
     if any(row["run"] == "attempts" for row in methods):
         text = (
-            "On 30 other records, on which no choice was made either, except for those of the\n"
+            "On 30 other records, on which no setting was chosen either, except for those of the\n"
             "presets.\n"
         )
         parts += ["### Attempts at paraphrases\n", text, _attempts(methods)]
@@ -138,10 +138,10 @@ def _intro(name: str, real: Mapping[str, Any]) -> str:
     first, texts = about["first"], about["texts"]
     text = (
         f"{name}, prompts without BOS, rows {first} to {first + n - 1} of `{about['data']}` with "
-        f"`shuffle={about['shuffle']!r}`. No choice was made on these records. Values are means in "
-        "percent, and medians of KL divergences in nats, with 95 % bootstrap intervals over "
-        f"records. Perplexity and text KL are those of {texts['n']} entries of "
-        f"`{texts['name']}`, truncated to 32 tokens."
+        f"`shuffle={about['shuffle']!r}`. No setting was chosen on these records. Values are means "
+        "in percent, and medians of KL divergences in nats unless the column says mean, with 95 % "
+        f"bootstrap intervals over records. Perplexity and text KL are those of {texts['n']} "
+        f"entries of `{texts['name']}`, truncated to 32 tokens."
     )
     return textwrap.fill(text, 100, break_on_hyphens=False) + "\n"
 
@@ -293,7 +293,7 @@ def _several(methods: Sequence[Row]) -> str:
 
 def _experiments(findings: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        "The first records of the file. ✓ and ✗ mark claims that hold and fail.\n"
+        "The records are the first ones of the file. ✓ and ✗ mark claims that hold and fail.\n"
         "[The paper's experiments](reproducing.md) has their thresholds.\n"
     ]
     for each in findings:

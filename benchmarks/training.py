@@ -20,8 +20,6 @@ import pandas as pd
 
 from backward_lens_tl.files.storage import write_text
 from backward_lens_tl.reproduction import reproduce
-from backward_lens_tl.reproduction.training_changes import described, means_by_matrix
-from backward_lens_tl.reproduction.training_runs import TrainingRuns
 from benchmarks.training_page import SHOWN, page
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -48,9 +46,6 @@ def main() -> None:
     parser.add_argument("--out", default="training-runs", help="folder for the reproductions")
     parser.add_argument("--only", choices=MODELS, help="measure one model, keep the others")
     parser.add_argument("--data", help="the data instead of CounterFact, with --only")
-    parser.add_argument(
-        "--partial", action="store_true", help="collect unfinished runs, with --only"
-    )
     parser.add_argument("--page", action="store_true", help="only render the page")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -59,12 +54,9 @@ def main() -> None:
         if options.page or options.only not in (None, name):
             continue
         folder = Path(options.out) / name
-        if options.partial:
-            found[name] = unfinished(folder)
-        else:
-            reproduce(model, options.data or data, folder, "training", progress=False)
-            found[name] = collected(folder)
-            copy_figures(folder, FINDINGS.parent, name)
+        reproduce(model, options.data or data, folder, "training", progress=False)
+        found[name] = collected(folder)
+        copy_figures(folder, FINDINGS.parent, name)
         found = {each: found[each] for each in MODELS if each in found}
         write_text(FINDINGS, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     write_text(DOCS / "training_runs.md", page(found))
@@ -82,37 +74,11 @@ def collected(folder: Path) -> dict[str, Any]:
     own = folder / "training"
     finding = json.loads((own / "finding.json").read_text("utf-8"))
     return {
-        "about": {name: finding["about"][name] for name in ("n_layers", "d_vocab", "data")},
+        "about": {name: finding["about"][name] for name in ("n_layers", "d_vocab")},
         **{name: finding[name] for name in ("verdict", "checks", "notes")},
         "means": _rows(own / "means.csv", (*_KEYS, *SHOWN)),
         "layers": _table(_of_w_out(pd.read_csv(own / "by-layer.csv"))),
         "losses": _rows(own / "losses.csv", _LOSSES),
-    }
-
-
-def unfinished(folder: Path) -> dict[str, Any]:
-    """Read the runs that are finished so far, without verdict and figures.
-
-    Args:
-        folder: The folder of a reproduction that was interrupted.
-
-    Returns:
-        As `collected`.
-    """
-    runs = TrainingRuns.load(folder / "training")
-    model, changes = runs.about["model"], runs.changes()
-    return {
-        "about": {
-            "n_layers": model["n_layers"],
-            "d_vocab": model["d_vocab"],
-            "data": runs.about["data"]["name"],
-        },
-        "verdict": "not measured",
-        "checks": [],
-        "notes": [described(runs.config, runs.about["trained"])],
-        "means": _table(means_by_matrix(changes)[[*_KEYS, *SHOWN]]),
-        "layers": _table(_of_w_out(changes)),
-        "losses": _table(runs.losses()[[*_LOSSES]]),
     }
 
 

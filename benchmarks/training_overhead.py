@@ -242,17 +242,17 @@ def _intro(found: Mapping[str, Any]) -> str:
     about = found["machine"]
     records = ""
     if any(row["steps"] == WITH_RECORD for row in found["rows"]):
-        records = " A step that is recorded is also added to a `TrainingRecord`, with tokens."
+        records = " *Recorded* steps are also added to a `TrainingRecord`, with tokens."
     adapters = f" The LoRA of rank {RANK} adapts all matrices." if _has_lora(found) else ""
     text = (
         f"Steps of AdamW on SmolLM2 (135M) with {found['sequences']} x {found['tokens']} tokens in "
         f"float32, on one core of {about['processor']} ({about['system']}, torch "
         f"{found['versions']['torch']}), with a load of {about['load before']} on "
-        f"{about['cores']} cores.{adapters} Kinds of steps take turns on one model, "
-        f"{found['rows'][0]['rounds']} times. Seconds are those of the process. Percentages are "
+        f"{about['cores']} cores.{adapters} The kinds of steps alternate on one model, in "
+        f"{found['rows'][0]['rounds']} rounds. Seconds are those of the process. Percentages are "
         "medians over rounds, with 95 % bootstrap intervals. With "
         f"`every={EVERY}`, one of {EVERY} steps is watched, so the average step takes a tenth of "
-        f"the addition.{records} "
+        f"the added time.{records} "
         "`python -m benchmarks.training_overhead` writes this section "
         "([overhead.json](training/overhead.json))."
     )

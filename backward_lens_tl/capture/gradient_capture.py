@@ -47,7 +47,7 @@ class GradientCapture(Captured):
             following tokens; for `next_token_loss` the next token of the text, and none at the last
             position. `None` for a caller's own loss without a target.
         target_texts: Text of each prompt's target, or of its whole answer for `sequence_nll`;
-            `None` if the objective wants no certain tokens after the prompt.
+            `None` if the objective wants no particular tokens after the prompt.
         predictions: What the model predicts after each prompt, before any update.
         prompt_lengths: Number of tokens of each prompt before an appended answer.
         n_layers: Number of layers of the model.

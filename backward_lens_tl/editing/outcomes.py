@@ -63,7 +63,7 @@ class EditReport:
         outcomes: One per request, and then one per phrasing of it that was added.
         forward_passes: Number of forward passes.
         backward_passes: Number of backward passes, each of which needs one of the forward passes.
-        contrast_prompts: Number of prompts about other subjects, which run in addition.
+        contrast_prompts: Number of additional prompts, about other subjects.
     """
 
     outcomes: tuple[EditOutcome, ...]

@@ -30,7 +30,7 @@ from backward_lens_tl.models.weight_patching import Change, add_in_place, change
 class WeightDelta(Saved):
     """An edit: what is added to each weight matrix that it changes.
 
-    It belongs to no model and never changes one by itself: `applied` changes a model inside a
+    It is not tied to a model, and changes one only on request: `applied` changes a model inside a
     context, `apply_` until `revert_`; both restore every bit.
 
     Attributes:
@@ -125,9 +125,9 @@ class WeightDelta(Saved):
         """Compute what fine-tuning added to a checkpoint, as the best change of a given rank.
 
         Tensors are read one at a time from safetensors files, so neither model is in memory. Layers
-        are recognised as by `from_lora`. A base that is stored with more digits than the tuned
-        model is rounded as that one first, since training in half precision starts there;
-        otherwise rounding would look like a change of all matrices.
+        are recognised as by `from_lora`. A base of higher precision than the tuned model is first
+        rounded to the tuned model's dtype, since training in half precision starts there; otherwise
+        rounding would look like a change of all matrices.
 
         Args:
             base: Folder of the model before, `"facts"`, `"smollm2"`, or a name on the hub.

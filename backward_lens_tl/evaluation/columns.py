@@ -15,7 +15,7 @@ _BLOCK = _key("block", "int32", "index of the records that are edited together")
 PASSES = {
     "forward_passes": "forward passes",
     "backward_passes": "backward passes",
-    "contrast_prompts": "prompts about other subjects, which run in addition,",
+    "contrast_prompts": "additional prompts about other subjects,",
 }
 """What a method's own report counts."""
 

@@ -117,8 +117,8 @@ def _checks(table: pd.DataFrame) -> tuple[Check, ...]:
             ),
         ),
         Check(
-            f"with {size} facts, more neighborhood prompts keep their most probable token with MEMIT "
-            "than with the whitened shift",
+            f"with {size} facts, more neighborhood prompts keep their most probable token with "
+            "MEMIT than with the whitened shift",
             bool(kept[_MEMIT] > kept[_WHITENED]),
             listed_values(kept.items(), unit=" %"),
         ),

@@ -67,12 +67,12 @@ def described(config: TrainingConfig, trained: Sequence[str]) -> str:
         A few sentences.
     """
     return (
-        f"{config.facts} facts at most, {config.batch_size} in a step. "
+        f"Up to {config.facts} facts are taught, {config.batch_size} per step. "
         f"{len(trained)} matrices are trained, from {trained[0]} to {trained[-1]}; all other "
         f"weights are frozen. LoRA has rank {config.rank}, so its changes have {config.rank} "
-        "directions. Learning rates are matched: a first step on all "
-        f"facts lowers their loss to first order by {100 * FIRST_DECREASES['full']:.0f} %, and "
-        f"with LoRA by {100 * FIRST_DECREASES['lora']:.0f} %. Runs on shuffled answers have "
+        "directions. Learning rates are matched: to first order, a first step on all facts lowers "
+        f"their loss by {100 * FIRST_DECREASES['full']:.0f} %, and by "
+        f"{100 * FIRST_DECREASES['lora']:.0f} % with LoRA. Runs on shuffled answers have "
         "the rates of those on the taught ones. Rates fall linearly to zero."
     )
 
@@ -177,8 +177,8 @@ def _by_optimizer(
 def _concentration(full: _Means, steps: Sequence[int]) -> Check:
     shares = {step: full.of("energy_10", step) for step in steps}
     return Check(
-        "trained in full, SGD's change has a larger share of its squared norm in ten directions "
-        "than Adam's and Muon's, after every number of steps",
+        "with full fine-tuning, SGD's change has a larger share of its squared norm in ten "
+        "directions than Adam's and Muon's, after every number of steps",
         all(bool(own["sgd"] > own[["adam", "muon"]].max()) for own in shares.values()),
         "; ".join(
             f"{step}: {listed_values((100 * own).items(), '.0f', ' %')}"
@@ -191,7 +191,7 @@ def _low_rank(full: _Means, last: int) -> Check:
     shares, ranks = full.of("energy_10", last), full.of("effective_rank", last)
     return Check(
         f"after {last} steps, ten directions have at least {100 * _LOW_RANK:.0f} % of the squared "
-        "norm of SGD's change, and less of Adam's and of Muon's",
+        f"norm of SGD's change, and less than {100 * _LOW_RANK:.0f} % of Adam's and of Muon's",
         bool(shares["sgd"] >= _LOW_RANK and (shares[["adam", "muon"]] < _LOW_RANK).all()),
         f"{listed_values((100 * shares).items(), '.0f', ' %')}; effective rank "
         + listed_values(ranks.items(), ".0f"),
@@ -201,7 +201,7 @@ def _low_rank(full: _Means, last: int) -> Check:
 def _outside(full: _Means, first: int) -> Check:
     shares = full.of("step_outside", first)
     return Check(
-        f"the share of step {first} outside of its gradient's row and column space is at most 1 % "
+        f"the share of step {first} outside its gradient's row and column spaces is at most 1 % "
         "for SGD, more than half for Adam, and less than a quarter for Muon, which rounds to "
         "bfloat16",
         all(low <= round(float(shares[name]), 6) <= high for name, (low, high) in _OUTSIDE.items()),
@@ -228,7 +228,8 @@ def _more_than_random(changes: pd.DataFrame, last: int) -> Check:
         random[weights] = _control(writing, "answers_found", RANDOM, weights)
     return Check(
         f"W_out's ten largest directions after {last} steps show at least {_OVER_RANDOM} times as "
-        "many of the taught answers as random ones, for every optimizer, in full and with LoRA",
+        "many of the taught answers as random ones, for every optimizer, with full fine-tuning and "
+        "with LoRA",
         all(bool((found[each] >= _OVER_RANDOM * random[each]).all()) for each in WEIGHTS),
         "; ".join(
             f"{each}: {listed_values((100 * found[each]).items(), '.0f', ' %')}, random "
@@ -262,9 +263,9 @@ def _more_than_unseen(changes: pd.DataFrame, last: int) -> Check:
 def _responses(full: _Means, last: int) -> Check:
     taught, permuted = full.of("taught_near", last), full.of("permuted_near", last)
     return Check(
-        f"after {last} steps in full, W_out's change promotes a fact's answer to the most "
-        "probable 1 % of what it adds for that fact in more than half of the layers and facts, "
-        "and the answer of another fact of the same relation at most half as often",
+        f"after {last} steps of full fine-tuning, W_out's change promotes a fact's answer to the "
+        "most probable 1 % of what it adds for that fact in more than half of the layers and "
+        "facts, and the answer of another fact of the same relation at most half as often",
         bool((taught > _NEAR).all() and (permuted <= taught / 2).all()),
         f"{listed_values((100 * taught).items(), '.0f', ' %')}; of another fact "
         + listed_values((100 * permuted).items(), ".0f", " %"),

@@ -55,8 +55,8 @@ def whitening(evidence: Evidence) -> Finding:
     means = f"layers; {listed_values(kept.mean().items(), unit=' %')}"
     checks = [
         count_check(
-            "with whitening, more neighborhood prompts keep their most probable token, in more than "
-            "half of the layers",
+            "with whitening, more neighborhood prompts keep their most probable token, in more "
+            "than half of the layers",
             kept[_WHITENED] > kept[_PLAIN],
             means,
         ),
@@ -71,7 +71,8 @@ def whitening(evidence: Evidence) -> Finding:
     if len(layers) > 1:
         checks.append(
             count_check(
-                "with the statistics of another layer, fewer keep it, in more than half of the layers",
+                "with the statistics of another layer, fewer keep it, in more than half of the "
+                "layers",
                 kept[_WHITENED] > kept[_CONTROL],
                 means,
             )

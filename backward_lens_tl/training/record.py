@@ -90,7 +90,7 @@ class TrainingRecord:
 
     Args:
         out: The folder; it is created if needed.
-        reader: A model of TransformerLens that reads directions as tokens. By default the trained
+        reader: A TransformerLens model that reads directions as tokens. By default the trained
             model itself reads them, with its weights after the step, if it is one of
             TransformerLens, or `watch` has its tokenizer. Otherwise there are no tokens.
         k: Number of main directions of each gradient, and of tokens at either end of each.

@@ -68,8 +68,9 @@ class StepGradient:
         gradients: By matrix and layer.
         unavailable: Matrices without a gradient in this step, and why.
         backward_passes: The backward pass of each row, from 0, one per microbatch. If one backward
-            pass covers several microbatches, they are numbered by forward passes, but by those that
-            checkpointing with `use_reentrant` repeats, which are in reverse.
+            pass covers several microbatches, they are numbered in the order of their forward
+            passes; with `use_reentrant` checkpointing, in the order of the recomputed passes, which
+            is the reverse.
         sequences: The sequence of each row, from 0, in its batch.
         positions: The place of each row in its sequence.
         changes: The optimizer's change of each matrix, if `watch` measures it and it is known.

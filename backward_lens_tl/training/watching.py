@@ -125,7 +125,7 @@ class TrainingWatch:
         )
 
     def resume(self, n_steps: int) -> None:
-        """Continue to count after the steps of an earlier run.
+        """Resume counting after the steps of an earlier run.
 
         Args:
             n_steps: Number of its steps.
@@ -227,8 +227,8 @@ def watch(
     of its adapter if that alone is trained. Choose `matrices` and `layers` for large batches.
 
     Args:
-        model: The model that is trained: a transformers model, with or without an adapter of PEFT,
-            or a model of TransformerLens.
+        model: The model that is trained: a transformers model, with or without a PEFT adapter, or
+            a TransformerLens model.
         matrices: Names among `W_Q`, `W_K`, `W_V`, `W_O`, `W_in`, `W_gate`, `W_out`, or the groups
             `"attn"`, `"mlp"` and `"all"`.
         layers: Indices, negative ones from the end, or `None` for all.

@@ -43,7 +43,6 @@ from backward_lens_tl.reproduction.training_measures import (
 from backward_lens_tl.reproduction.training_readings import Reader
 from backward_lens_tl.reproduction.training_relations import relations
 from backward_lens_tl.reproduction.training_runs import TrainingConfig
-from benchmarks import training, training_page
 
 ROWS = [
     {"prompt": "Messi plays for", "target": " Paris"},
@@ -616,12 +615,6 @@ def test_training_on_a_small_model(
     assert len(shards) == 2
     for shard in shards:
         shard.unlink()
-    unfinished = training.unfinished(tmp_path)
-    assert len(unfinished["losses"]) == 1 + 11 * 2
-    text = training_page.page({"small": unfinished})
-    assert "Missing: sgd, full, taught.\n" in text
-    assert "| sgd, full |" not in text
-    assert "| adam, full |" in text
     trained_runs = []
     monkeypatch.setattr(
         training_runs,

@@ -269,7 +269,9 @@ def test_refusals(tmp_path: Path) -> None:
         record.to_dataframe(["norms"])
     with pytest.raises(InputError, match="k is 0; pass an integer of at least 1"):
         TrainingRecord(tmp_path, k=0)
-    with pytest.raises(InputError, match=r"of other settings \(config\): k was 3, is 2\. Resume it with"):
+    with pytest.raises(
+        InputError, match=r"of other settings \(config\): k was 3, is 2\. Resume it with"
+    ):
         TrainingRecord(tmp_path, k=2).add(step)
     other = one_step(hf_model("llama"), "W_out", every=3)
     with pytest.raises(InputError, match=r"of other settings \(every\): was 10, is 3"):

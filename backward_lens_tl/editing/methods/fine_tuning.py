@@ -50,9 +50,9 @@ class FineTuning(EditMethod):
         norm_constraint: Maximum change of an entry (FT-L); `None` for no limit.
         train_bias: Whether to train the bias as well, as the published tools do; a bias of zeros,
             which `HookedTransformer` has for models without one, is not trained.
-        objective: `"teacher_forced"` reads each of the target's tokens after those before it;
-            `"prompt_last"` reads all of them at the prompt's last token, as the published tools do,
-            which makes each the next token. They agree for targets of one token.
+        objective: `"teacher_forced"` predicts each of the target's tokens after those before it;
+            `"prompt_last"` predicts all of them at the prompt's last token, as the published tools
+            do, so each is trained as the next token. They agree for targets of one token.
         stop_at: Stop when the loss, in nats, is below this.
 
     Examples:

@@ -113,7 +113,7 @@ Probability = Annotated[float, Field(gt=0, lt=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardPassShift(EditMethod):
-    """Write the target's embedding where the prompt's last token reads it.
+    """Add the target's embedding to the output of `W_out` at the prompt's last token.
 
     An edit adds one outer product to `W_out` for each token of each target, at the position where
     the model predicts it; biases do not change.
@@ -134,24 +134,26 @@ class ForwardPassShift(EditMethod):
             depth, among those of `jacobian`, and not the last one.
         size: `eta` with the paper's key, where it depends on the layer and the model (GPT-2 xl:
             0.24 at layer 35); `c` with the others; `"auto"` to search for it.
-        value: What is written, at the length of `e_t`: `"embedding"`, `e_t` itself;
+        value: What is written, scaled to the norm of `e_t`: `"embedding"`, `e_t` itself;
             `"transported"`, the direction that raises the token's logit above the others', carried
             to the layer by the average Jacobian; `"vjp"`, the gradient of the target's
             log-probability, which takes a backward pass. By default it is transported if there is a
             `jacobian`, else the embedding.
         key: The input direction: `"paper"`, the input itself; `"plain"`, along the input;
-            `"whitened"`, the least for the texts of `moments`; `"contrast"`, the least for the same
-            prompt about other subjects, too, which run up to the layer. By default it is the
-            contrast if there is a subject, else whitened if there are moments, else plain.
+            `"whitened"`, the direction that changes the outputs for the texts of `moments` least;
+            `"contrast"`, the one that also spares the same prompt about other subjects, which run
+            up to the layer. By default it is the contrast if there is a subject, else whitened if
+            there are moments, else plain.
         jacobian: TransformerLens's `JacobianLens`, the path of its file, or `"facts"`, the one that
             ships with the facts model. The size that is tried first is guessed with it, too.
         margin: For `size="auto"`, the multiple of the least sufficient size; 1.1 by default.
         probability: For `size="auto"`, the probability that each token has to reach, instead of a
             margin.
         iterations: For `size="auto"`, the largest number of forward passes; by default 6, or 20
-            if a target is not reached with fewer, as can happen with many tokens at once. For a
-            number, how often it is added at most, 1 by default: with more, a forward pass after
-            each checks which tokens are not yet the most probable ones and get it again.
+            if a target is not reached with fewer, as can happen with many tokens at once. If
+            `size` is a number, how many times it is added at most; 1 by default. With more, a
+            forward pass after each addition finds the tokens that are not yet the most probable
+            ones, and only these get another.
         skip_if_answered: For a number as `size`, whether to leave out tokens that are most probable
             without an edit, as in the authors' code; `size="auto"` always does.
         target_tokens: Which tokens of a target are written: `"all"`, or the `"first"`, as in the
@@ -169,8 +171,9 @@ class ForwardPassShift(EditMethod):
             (`"subject_last"`), where all tokens of a target are written; their sizes add up there.
         phrasings: Other prompts that get the same target in the same edit, with `{subject}` for the
             request's subject; `"generic"` for some that suit any relation. An edit of one prompt
-            hardly changes paraphrases; that of several changes more of them, and more else. For
-            phrasings of a single fact, pass several requests.
+            hardly changes paraphrases; an edit of several changes more of them, and more of
+            everything else. They apply to every request: for phrasings that suit only one of
+            several facts, pass further requests.
 
     Examples:
         >>> import backward_lens_tl as blt

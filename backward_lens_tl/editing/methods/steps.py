@@ -56,7 +56,8 @@ class GradientStep(EditMethod):
       rounding becomes `lr`. There is no other factor, so the step's spectral norm is `lr` for any
       size of matrix. `torch.optim.Muon` approximates this by five Newton-Schulz iterations, which
       leave singular values of about 0.7 to 1.2 and do not lift those that are far smaller than the
-      largest; it computes in bfloat16, whose rounding they lift in all other directions. It also
+      largest; it computes in bfloat16, and the iterations amplify the rounding errors in all
+      other directions. It also
       multiplies by `sqrt(max(1, rows / columns))` of the stored matrix, or by `0.2 sqrt(max(rows,
       columns))` with `adjust_lr_fn="match_rms_adamw"`.
 
