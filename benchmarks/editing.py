@@ -81,6 +81,7 @@ TRIALS: Mapping[str, Trial] = {
         {LENS: Methods.lens, OWN: lambda _: ForwardPassShift(), PAPER: Methods.paper}, 200
     ),
     "fine-tuning": Trial({"ft_late": _preset("ft_late")}, 200),
+    "fine-tuning-first": Trial({"ft_first": _preset("ft_first")}, 50),
     "at-the-subject": Trial({"rome": _preset("rome"), **_MEMIT}, 50),
     "sizes": Trial(
         {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,13 @@ from torch import Tensor
 
 from backward_lens_tl.data.readers import read_records
 from backward_lens_tl.data.records import Record
-from backward_lens_tl.editing.methods.presets import METHODS
+from backward_lens_tl.editing.mend.mend import MEND
+from backward_lens_tl.editing.mend.settings import MENDTraining
+from backward_lens_tl.editing.methods.pair_method import PairMethod
+from backward_lens_tl.editing.methods.presets import METHODS, preset_settings
+from backward_lens_tl.editing.requests import EditRequest
+from backward_lens_tl.editing.statistics.pair_collection import pair_statistics
+from backward_lens_tl.evaluation.tuning import ACCURACIES
 from backward_lens_tl.models import host_of
 from benchmarks import moment_speed, tracing, tuning
 from benchmarks.tracing import TOKENS, Fact
@@ -131,6 +138,56 @@ def test_the_split_of_counterfact() -> None:
     assert set(task.grids) < set(METHODS)
 
 
+SHORT = MENDTraining(steps=1, edits_per_step=1, n_statistics=4, n_locality=2)
+
+OTHER = tuning.Task(
+    "other",
+    "none.json",
+    {
+        "ft_late": {"layers": ((6,), (7,)), "lr": (1e-3,)},
+        "mend": {"layers": (7,), "training": (SHORT, replace(SHORT, lr=1e-2))},
+        "normalized_gradient": {"layers": ((6, 7), (5,)), "lr": (1e-3,)},
+        "ultraedit": {"layers": ((6,),), "lr": (1e-3, 3e-3)},
+    },
+    range(2),
+    range(2, 560),
+    ACCURACIES,
+)
+
+
+@pytest.mark.parametrize("name", OTHER.grids)
+def test_candidates_for_another_model(
+    name: str, facts_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has its own settings, and learns from records that are neither tried nor evaluated."""
+    monkeypatch.setitem(tuning.TASKS, "other", OTHER)
+    records = read_records("facts")
+    seen: list[Any] = []
+
+    def statistics(model: Any, requests: Any, **given: Any) -> Any:
+        seen.extend(requests)
+        return pair_statistics(model, requests, **given)
+
+    monkeypatch.setattr(tuning, "pair_statistics", statistics)
+    found = tuning.candidate_methods(name, facts_model, records, tmp_path, task=OTHER)
+    settings = dict(tuning.candidates(name, "other"))
+    assert found.keys() == settings.keys()
+    assert {type(method) for method in found.values()} == {METHODS[name]}
+    for label, method in found.items():
+        if isinstance(method, MEND):
+            assert method.editor.training["lr"] == settings[label]["training"].lr
+            assert method.editor.training["n_records"] <= len(records.rows) - 560
+        else:
+            assert {key: getattr(method, key) for key in settings[label]} == settings[label]
+    if issubclass(METHODS[name], PairMethod):
+        used = {row.prompt for row in records.rows[:560] if isinstance(row, Record)}
+        assert seen
+        assert not {request.prompt for request in seen} & used
+    [*_, last] = found.values()
+    first: Any = records.rows[0]
+    assert last(facts_model, EditRequest.of(first)).norm > 0
+
+
 def test_rates_are_of_the_same_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, facts_model: Any
 ) -> None:
@@ -158,17 +215,22 @@ def test_the_documentation_has_the_measured_numbers() -> None:
     assert f"{ours[1]} for layer {rows[1]['last']}, and {ours[2]} for" in page
     assert f"reads {loop[0]}, {loop[1]} and {loop[2]}" in page
     found = json.loads((folder / "editing" / "tuning-smollm2.json").read_text())
-    for name in ("rome", "memit"):
-        for each in found[name]["tried"]:
-            mark = ", selected" if each["name"] == found[name]["best"] else ""
-            rates = [round(each[own]) for own in tuning.TASKS["smollm2"].metrics]
-            label = _label(name, each["name"])
-            assert re.search(rf"{label}{mark} \| {' . '.join(map(str, rates))} \|\n", page), label
+    metrics = tuning.TASKS["smollm2"].metrics
+    tried = {name: own["tried"] for name, own in found.items() if name != "tracing"}
+    assert {*tried} == {*tuning.TASKS["smollm2"].grids}
+    for name, own in tried.items():
+        [best] = [each for each in own if each["name"] == found[name]["best"]]
+        rates = " / ".join(f"{best[each]:.0f}" for each in metrics)
+        assert re.search(rf"^\| `{name}` \| {len(own)} \| [^|]* \| {rates} \|$", page, re.M), name
+    others = {each["name"]: [round(each[own]) for own in metrics] for each in tried["memit"]}
+    assert others["layers=(5, 6, 7, 8, 9), regularization=5000.0"] == [83, 92, 75]
+    assert {rates[2] for name, rates in others.items() if "12)" in name} == {67}
 
 
-def _label(name: str, candidate: str) -> str:
-    """A candidate as the page names it."""
-    if name == "rome":
-        return f"layer {candidate.partition('layer=')[2].partition(',')[0]}"
-    first, *_, last = re.findall(r"\d+", candidate.partition(", reg")[0])
-    return f"layers {first} to {last}, lambda {float(candidate.rpartition('=')[2]):.0f}"
+def test_presets_are_the_selected_candidates() -> None:
+    folder = Path(__file__).parents[1] / "docs" / "editing"
+    found = json.loads((folder / "tuning-smollm2.json").read_text())
+    presets = preset_settings("SmolLM2-135M", 30)
+    for name in tuning.TASKS["smollm2"].grids:
+        own = dict(tuning.candidates(name, "smollm2"))[found[name]["best"]]
+        assert presets[name] == own

@@ -118,6 +118,11 @@ _SMOLLM2: Mapping[str, Settings] = {
     "ft_first": {"layers": 0, "lr": 5e-4},
     "ft_late": {"layers": 22, "lr": 5e-4},
     "ft_constrained": {"layers": 0, "norm_constraint": 5e-3},
+    "sgd_step": {"optimizer": "sgd", "layers": 22, "lr": 4.0},
+    "adam_step": {"optimizer": "adam", "layers": 22, "lr": 0.03},
+    "muon_step": {"optimizer": "muon", "layers": 22, "lr": 4.0},
+    "normalized_gradient": {"layers": (27, 28, 29), "lr": 1e-3},
+    "ultraedit": {"layers": (27, 28, 29), "lr": 3e-3},
     "rome": {"layer": 9, "key_mode": "mean", "prefixes": ((5, 3), (10, 3))},
     "memit": {"layers": (5, 6, 7, 8, 9), "regularization": 500.0},
 }
