@@ -91,10 +91,7 @@ SMOLLM2_GRIDS: Mapping[str, Grid] = {
     "sgd_step": {"optimizer": ("sgd",), "layers": (22,), "lr": (1.0, 2.0, 4.0, 8.0)},
     "adam_step": {"optimizer": ("adam",), "layers": (22,), "lr": (3e-3, 1e-2, 3e-2)},
     "muon_step": {"optimizer": ("muon",), "layers": (22,), "lr": (1.0, 2.0, 4.0, 8.0)},
-    "mend": {
-        "layers": (_LAST_THREE,),
-        "training": (MENDTraining(), MENDTraining(lr=1e-3)),
-    },
+    "mend": {"layers": (_LAST_THREE,), "training": (MENDTraining(),)},
     "normalized_gradient": {"layers": (_LAST_THREE, (22,)), "lr": (3e-4, 1e-3, 3e-3)},
     "ultraedit": {"layers": (_LAST_THREE, (22,)), "lr": (1e-3, 3e-3, 1e-2)},
     "rome": {
