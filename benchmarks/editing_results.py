@@ -41,9 +41,10 @@ def collected(trials: Mapping[str, Sequence[Evaluation]], reference: str) -> dic
     methods, pairs = [], []
     unedited: set[int] = set()
     for run, parts in trials.items():
-        if not parts:
+        edits = _joined(parts)
+        if edits is None:
             continue
-        edits, facts = _joined(parts), parts[0].config.edits_at_once
+        facts = parts[0].config.edits_at_once
         if base is None:
             base = edits[edits["method"] == reference]
         for row in summarize(edits, **samples).to_dict("records"):
@@ -81,7 +82,7 @@ def collected(trials: Mapping[str, Sequence[Evaluation]], reference: str) -> dic
     }
 
 
-def _joined(parts: Sequence[Evaluation]) -> pd.DataFrame:
+def _joined(parts: Sequence[Evaluation]) -> pd.DataFrame | None:
     """The edits of all parts, of methods that have all records; blocks are counted through."""
     import pandas as pd
 
@@ -89,13 +90,13 @@ def _joined(parts: Sequence[Evaluation]) -> pd.DataFrame:
     for part in parts:
         edits = part.edits()
         counts = edits["method"].value_counts()
-        complete = counts.index[counts == counts[NONE]]
-        if set(complete) == {NONE}:
+        complete = counts.index[counts == counts.get(NONE, 0)]
+        if set(complete) <= {NONE}:
             continue
         own = edits[edits["method"].isin(complete)]
         tables.append(own.assign(block=own["block"] + n_blocks))
         n_blocks += 1 + int(edits["block"].max())
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables, ignore_index=True) if tables else None
 
 
 def _most(edits: pd.DataFrame) -> int | None:

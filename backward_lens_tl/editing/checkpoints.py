@@ -111,7 +111,7 @@ def _changes(before: Checkpoint, after: Checkpoint, name: str, rank: int) -> Ite
     change, rounding = before.difference(after, f"{name}.weight")
     is_in_out = before.is_in_out(place)
     if not is_in_out:
-        change = change.T
+        change, rounding = change.T, None if rounding is None else rounding.T
     columns = place.columns(*change.shape, is_in_out=is_in_out)
     bias = None
     if f"{name}.bias" in before:
@@ -122,7 +122,8 @@ def _changes(before: Checkpoint, after: Checkpoint, name: str, rank: int) -> Ite
             found = truncated_svd(change[:, own], rank)
             left, right = found.u.float(), (found.s[:, None] * found.vh).float()
             whole = MatrixDelta(matrix, place.layer, left, right, bias=moved)
-            yield _Found(whole, found.discarded, rounding)
+            lost = None if rounding is None else rounding[:, own]
+            yield _Found(whole, found.discarded, _share(lost, change[:, own]))
         elif moved is not None:
             nothing = change.new_zeros(len(change), 0).float(), moved.new_zeros(0, len(moved))
             yield _Found(MatrixDelta(matrix, place.layer, *nothing, bias=moved), 0.0, 0.0)
@@ -173,12 +174,9 @@ def _rounded(old: Tensor, new: Tensor) -> Tensor:
     return old.to(new.dtype)
 
 
-def _rounding(old: Tensor, new: Tensor, change: Tensor) -> float:
-    """The share of the squared norm that is explained if the old tensor is a rounded copy."""
-    if not _has_more_digits(new.dtype, old.dtype) or not change.any():
-        return 0.0
-    error = (new.double() - new.to(old.dtype).double()).norm() / change.norm()
-    return min(1.0, float(error) ** 2)
+def _share(rounding: Tensor | None, change: Tensor) -> float:
+    """The share of the squared norm that rounding explains."""
+    return 0.0 if rounding is None else min(1.0, float(rounding.norm() / change.norm()) ** 2)
 
 
 class Difference(NamedTuple):
@@ -186,12 +184,13 @@ class Difference(NamedTuple):
 
     Attributes:
         values: The difference, in float64.
-        rounding: The share of its squared norm that is rounding if the old tensor is a rounded copy
-            of the one that training started from; 0 if that has as many digits as the new one.
+        rounding: What rounding the new tensor to the type of the old one changes, about as much as
+            a rounded copy of the tensor that training started from; `None` if the old tensor has
+            as many digits as the new one.
     """
 
     values: Float[Tensor, "*shape"]
-    rounding: float
+    rounding: Float[Tensor, "*shape"] | None
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:
@@ -344,7 +343,9 @@ class Checkpoint:
         change = after.double() - before.double()
         if not change.isfinite().all():
             raise EditError(f"the change of {name} has infinite or NaN entries")
-        return Difference(change, _rounding(before, after, change))
+        has_less = _has_more_digits(after.dtype, before.dtype)
+        rounding = after.double() - after.to(before.dtype).double() if has_less else None
+        return Difference(change, rounding)
 
     def _stored(self, name: str, get: str) -> Any:
         """Call a method of the file that holds a tensor."""

@@ -124,7 +124,9 @@ def find_sites(
 
 
 def check_sharing(host: Host, sites: Sequence[Site]) -> None:
-    """Refuse a weight that several modules share; its gradient is the sum over all of them.
+    """Refuse a weight that several modules share.
+
+    Its gradient is the sum over all of them, and an edit changes them all.
 
     Args:
         host: The model.
@@ -139,8 +141,8 @@ def check_sharing(host: Host, sites: Sequence[Site]) -> None:
             if len(holders) > 1:
                 raise UnsupportedModelError(
                     f"{site.matrix} of layer {site.layer} is one weight with {len(holders)} "
-                    f"uses ({', '.join(holders)}), and its gradient is the sum over them; untie "
-                    "it (give each module a copy) to get separate gradients"
+                    f"uses ({', '.join(holders)}): a gradient is the sum over them, and an edit "
+                    "changes them all; untie it (give each module a copy)"
                 )
 
 
@@ -165,7 +167,7 @@ def find_editable(
     Raises:
         InputError: If a matrix of attention is refused.
         UnsupportedModelError: If a matrix belongs to a mixture of experts, is recomputed from other
-            parameters at each use, or serves several heads of its output.
+            parameters at each use, serves several heads of its output, or is shared by modules.
     """
     sites = find_sites(host, matrices, layers)
     for site in sites:
@@ -174,7 +176,9 @@ def find_editable(
                 f"{site.matrix} is a matrix of attention; allowed: those of the MLP, "
                 f"{', '.join(host.matrices('mlp'))}"
             )
-    return [_editable(host, site) for site in sites]
+    editable = [_editable(host, site) for site in sites]
+    check_sharing(host, editable)
+    return editable
 
 
 def _editable(host: Host, site: Site) -> MatrixSite:

@@ -89,7 +89,7 @@ def _addition(
     inputs: Float[Tensor, "*rows d_in"],
 ) -> Float[Tensor, "*rows d_out"]:
     """`x @ dW` with the edit of each prompt."""
-    by_edit = inputs.reshape(len(left), -1, inputs.shape[-1]).to(left.dtype)
+    by_edit = inputs.reshape(len(left), -1, inputs.shape[-1]).to(left)
     added = (by_edit @ left.mT) @ right
     return added.reshape(*inputs.shape[:-1], -1)
 

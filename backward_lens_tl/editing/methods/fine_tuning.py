@@ -6,6 +6,7 @@ to the matrix's output as `x @ D`. The gradient of `D` equals that of the weight
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from backward_lens_tl.capture.prompts import pad_prompts
 from backward_lens_tl.editing.matrix_delta import MatrixDelta
 from backward_lens_tl.editing.methods.method import EditMethod, Layers
 from backward_lens_tl.editing.requests import TokenizedRequest
+from backward_lens_tl.errors import EditError
 from backward_lens_tl.models import Host
 from backward_lens_tl.models.matrix_selection import find_editable
+from backward_lens_tl.models.precision import at_least_float32
 from backward_lens_tl.models.resumption import RepeatedPasses
 from backward_lens_tl.models.sites import MatrixName, MatrixSite
 from backward_lens_tl.settings import Count, NonNegative, Positive
@@ -39,7 +42,8 @@ class FineTuning(EditMethod):
     """Train single matrices until the model predicts the new answers.
 
     The loss is the mean over requests of the mean over the target's tokens of `-log p`. The result
-    is one dense change per matrix.
+    is one dense change per matrix, trained in float32 also if the model has half precision. A loss
+    that is not finite is an `EditError`.
 
     Attributes:
         layers: The layers, negative ones from the end; the paper has layer 0 and a late one.
@@ -88,10 +92,16 @@ class FineTuning(EditMethod):
             hooks.enter_context(requiring_grad((), among=host.trained()))
             for change in changes:
                 hooks.enter_context(adding(change.site, change.added))
-            for _ in range(self.steps):
+            for step in range(1, self.steps + 1):
                 with passes.next():
                     value = loss()
-                if float(value.detach()) < self.stop_at:
+                now = float(value.detach())
+                if not math.isfinite(now):
+                    raise EditError(
+                        f"the loss is {now} in step {step} of fine-tuning; use a smaller lr, or a "
+                        "model in higher precision"
+                    )
+                if now < self.stop_at:
                     break
                 optimizer.zero_grad()
                 value.backward(inputs=leaves)
@@ -129,13 +139,14 @@ class _Change:
 
     @classmethod
     def at(cls, site: MatrixSite, *, with_bias: bool) -> _Change:
-        """A change of zeros."""
-        weight = site.weight.parameter.detach().new_zeros(site.shape).requires_grad_()
+        """A change of zeros, in float32 for models in half precision, as Adam's squares need."""
+        like = at_least_float32(site.weight.parameter.detach().flatten()[:0])
+        weight = like.new_zeros(site.shape).requires_grad_()
         # TransformerLens has a bias of zeros where the original model has none.
         has_bias = site.bias is not None and bool(site.bias.detach().any())
         bias = site.bias if with_bias and has_bias else None
         return cls(
-            site, weight, None if bias is None else torch.zeros_like(bias.detach()).requires_grad_()
+            site, weight, None if bias is None else like.new_zeros(bias.shape).requires_grad_()
         )
 
     @property

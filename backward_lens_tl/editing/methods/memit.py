@@ -111,7 +111,7 @@ class MEMIT(FactMethod):
         return changes
 
     def _kept_values(self, host: Host, layer: int) -> KeptValues | None:
-        if self.value_folder is None:
+        if self.value_folder is None or host.hooked_modules:  # hooks change what is found
             return None
         own = {name: value for name, value in self.settings().items() if name in _OF_A_SEARCH}
         return KeptValues(self.value_folder, host, [SEARCH_VERSION, layer, own])

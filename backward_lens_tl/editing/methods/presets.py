@@ -121,6 +121,7 @@ _SMOLLM2: Mapping[str, Settings] = {
     "sgd_step": {"optimizer": "sgd", "layers": 22, "lr": 4.0},
     "adam_step": {"optimizer": "adam", "layers": 22, "lr": 0.03},
     "muon_step": {"optimizer": "muon", "layers": 22, "lr": 4.0},
+    "mend": {"layers": (27, 28, 29), "training": MENDTraining()},
     "normalized_gradient": {"layers": (27, 28, 29), "lr": 1e-3},
     "ultraedit": {"layers": (27, 28, 29), "lr": 3e-3},
     "rome": {"layer": 9, "key_mode": "mean", "prefixes": ((5, 3), (10, 3))},
@@ -292,10 +293,11 @@ class _Needs:
         if file.exists():
             found = PairStatistics.load(file)
             tokenized = tokenize_requests(host, requests, self.prepend_bos)
-            if found.requests != requests_digest(tokenized):
+            same = (requests_digest(tokenized), host.fingerprint())
+            if (found.requests, found.model) != same:
                 raise EditError(
                     f"{str(file)!r} holds statistics of other records than the training records "
-                    "of this call; choose another folder"
+                    "of this call, or of another model; choose another folder"
                 )
         else:
             found = pair_statistics(
