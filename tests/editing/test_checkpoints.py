@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -241,6 +242,20 @@ def test_a_base_that_may_be_a_rounded_copy(pair: Any, tmp_path: Path) -> None:
     assert 0 < tuned < 0.01
     exact = in_precision(tmp_path / "exact", torch.float32)
     assert WeightDelta.between(exact, after).about["rounding"] == {}
+
+
+def test_rounding_is_that_of_each_matrix_of_a_joined_layer(tmp_path: Path) -> None:
+    """Values of one matrix that were trained do not hide that the others are rounding."""
+    tuned = hf_model("gpt2", torch.float32)
+    base = copy.deepcopy(tuned).to(torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    joined = tuned.get_parameter("transformer.h.0.attn.c_attn.weight")
+    with torch.no_grad():
+        joined[:, 2 * len(joined) :] += 1.0
+    tuned.save_pretrained(tmp_path / "tuned")
+    shares = WeightDelta.between(tmp_path / "base", tmp_path / "tuned").about["rounding"]
+    assert shares["W_Q of layer 0"] == shares["W_K of layer 0"] == 1.0
+    assert shares["W_V of layer 0"] < 0.01
 
 
 def test_a_bias_that_only_one_checkpoint_has(pair: Any, tmp_path: Path) -> None:

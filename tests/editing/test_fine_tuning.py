@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -314,6 +315,27 @@ def test_the_callers_model_is_unchanged(name: str) -> None:
     assert not any(
         t.requires_grad for own in first for t in (own.values, own.bias) if t is not None
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_trains_in_float32(dtype: torch.dtype) -> None:
+    """In float16, Adam's squares and its `eps` would be zero."""
+    name = f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2"
+    half, single = (build(name).model.to(each) for each in (dtype, torch.float32))
+    method = tuning(steps=3, lr=1e-3)
+    found = method(half, REQUEST)["W_out", 1].dense()
+    assert found.dtype == torch.float32
+    # Adam's first steps have about the size of the learning rate.
+    assert found.isfinite().all()
+    assert relative_error(found, method(single, REQUEST)["W_out", 1].dense()) < 0.3
+
+
+@pytest.mark.usefixtures("as_for_a_user")
+def test_a_loss_that_is_not_finite_is_refused(gpt2_pair: Pair) -> None:
+    broken = gpt2_pair.model.unembed.register_forward_hook(lambda module, args, out: out * math.nan)
+    with pytest.raises(EditError, match="the loss is nan in step 1 of fine-tuning; use a smaller"):
+        tuning()(gpt2_pair.model, REQUEST)
+    broken.remove()
 
 
 @pytest.mark.parametrize("objective", ["teacher_forced", "prompt_last"])

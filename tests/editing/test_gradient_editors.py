@@ -14,6 +14,7 @@ import torch
 from models import HAS_HOOKED, Case, attention_only_model, build, hooked_only
 from torch import Tensor
 
+from backward_lens_tl.editing import FineTuning, ForwardPassShift
 from backward_lens_tl.editing.methods.method import EditMethod
 from backward_lens_tl.editing.methods.normalized_gradient import NormalizedGradient
 from backward_lens_tl.editing.methods.ultraedit import UltraEdit
@@ -508,3 +509,6 @@ def test_a_weight_of_two_layers_is_refused() -> None:
     model.blocks[1].mlp.W_out = model.blocks[0].mlp.W_out
     with pytest.raises(NotImplementedError, match="one weight with 2 uses"):
         pair_statistics(model, REQUESTS, layers=[0], matrices="W_out")
+    for method in (FineTuning(layers=0), ForwardPassShift(layer=0)):  # it changes both layers
+        with pytest.raises(NotImplementedError, match="an edit changes them all; untie"):
+            method(model, REQUESTS[0])

@@ -266,6 +266,16 @@ def test_other_searches_have_other_values(one_gpt2: Case, tmp_path: Path) -> Non
     assert len(list(tmp_path.iterdir())) == count + 1
 
 
+def test_values_are_not_kept_while_hooks_change_them(one_gpt2: Case, tmp_path: Path) -> None:
+    method = memit(one_gpt2, value_folder=tmp_path)
+    handle = one_gpt2.model.blocks[2].register_forward_hook(lambda module, args, output: None)
+    method(one_gpt2.model, REQUEST)
+    handle.remove()
+    assert list(tmp_path.iterdir()) == []
+    method(one_gpt2.model, REQUEST)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_folder_that_cannot_be_had_is_refused(one_gpt2: Case, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(EditError, match=r"values cannot be kept in .*file"):

@@ -39,6 +39,7 @@ from backward_lens_tl.evaluation.config import EvaluationConfig
 from backward_lens_tl.evaluation.plan import unused_records
 from backward_lens_tl.models import host_of
 from backward_lens_tl.models.checksums import tensors_checksum
+from backward_lens_tl.models.loading import load_facts_model
 from benchmarks.tuning import FACTS_TEST, FACTS_TUNING, TASKS, candidate_methods, candidates
 
 TEXTS = ["The capital of France is Paris.", "Rome is in Italy and Paris is not."]
@@ -217,6 +218,12 @@ def test_statistics_are_saved_and_reused(
             preset_methods(facts_model, names, **{**given, "training": other})
     with pytest.raises(EditError, match="holds statistics of other records"):
         preset_methods(facts_model, names, **{**given, "prepend_bos": True})
+    # A fine-tuned model has the same inputs in the first layer, which identify the statistics.
+    tuned = load_facts_model()
+    with torch.no_grad():
+        host_of(tuned).sites(7, ("W_out",))[0].weights[0].mul_(1.5)
+    with pytest.raises(EditError, match="or of another model; choose another folder"):
+        preset_methods(tuned, names, **given)
     assert tensors_checksum(host_of(facts_model).parameters()) == before
 
 

@@ -78,6 +78,15 @@ def test_no_record_was_used_for_a_choice() -> None:
         assert not {order[place] for place in places} & {*counterfact_split()[0]}
 
 
+def test_a_lens_is_needed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["editing", "--subjects", "SmolLM2", "--runs", "forms"])
+    with pytest.raises(SystemExit):
+        editing.main()
+    assert "--jacobian is needed" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("as_for_a_user")
 def test_parts_are_joined(gpt2: Case, tmp_path: Path) -> None:
     """Values are those of one evaluation of all records."""
@@ -109,9 +118,12 @@ def test_parts_are_joined(gpt2: Case, tmp_path: Path) -> None:
 def test_methods_without_all_records_of_a_part_are_left_out(gpt2: Case, tmp_path: Path) -> None:
     methods = {LENS: Nudge(size=9.0), PAPER: Nudge(size=60.0)}
     config = EvaluationConfig(generation_length=0, n_texts=0)
-    found = evaluate(gpt2.model, ROWS, tmp_path, methods, config, progress=False)
-    (tmp_path / "edits" / "shard-000008.parquet").unlink()
-    [none, complete] = collected({"defaults": [found]}, PAPER)["methods"]
+    found = evaluate(gpt2.model, ROWS, tmp_path / "all", methods, config, progress=False)
+    (tmp_path / "all" / "edits" / "shard-000008.parquet").unlink()
+    begun = evaluate(gpt2.model, ROWS, tmp_path / "begun", methods, config, progress=False)
+    for shard in (tmp_path / "begun" / "edits").iterdir():
+        shard.unlink()
+    [none, complete] = collected({"defaults": [found], "begun": [begun]}, PAPER)["methods"]
     assert (none["name"], complete["name"], complete["records"]) == ("none", LENS, 3)
 
 
