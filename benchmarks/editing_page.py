@@ -126,11 +126,7 @@ def section(found: Mapping[str, Any]) -> str:
         parts += ["### Several facts in one edit of a real model\n", _several(methods)]
     if real.get("experiments"):
         parts += ["### The paper's experiments on editing\n", _experiments(real["experiments"])]
-    text = (
-        "Efficacy / paraphrase / neighborhood in percent, by the paper's definition. The last\n"
-        "column is the paper's, for 1,000 records.\n"
-    )
-    return "\n".join([*parts, "### Other models\n", text, _models(found)])
+    return "\n".join([*parts, "### Other models\n", _about_models(found), _models(found)])
 
 
 def _intro(name: str, real: Mapping[str, Any]) -> str:
@@ -310,6 +306,20 @@ def _experiments(findings: Sequence[Mapping[str, Any]]) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def _about_models(found: Mapping[str, Any]) -> str:
+    name, *others = found
+    own = "".join(
+        f", for the {other} model on its first {row['records']}"
+        for other in others
+        if (row := _find(found[other]["methods"], OWN)) is not None
+    )
+    text = (
+        "Efficacy / paraphrase / neighborhood in percent, by the paper's definition: for "
+        f"{name} on the records above{own}, and for GPT-2 xl as published, on 1,000."
+    )
+    return textwrap.fill(text, 100, break_on_hyphens=False) + "\n"
 
 
 def _models(found: Mapping[str, Any]) -> str:

@@ -24,7 +24,8 @@ _ROUNDINGS = 1e3
 _MOST_ERROR = 0.05
 """The same in half precision, relative to the spread of the logits."""
 
-_FAITHFUL: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
+_FAITHFUL: WeakKeyDictionary[nn.Module, tuple[object, dict[int, bool]]] = WeakKeyDictionary()
+"""What was found for each layer, and the state of the model then."""
 
 
 @contextmanager
@@ -149,7 +150,13 @@ def can_start_at(host: Host, layer: int) -> bool:
     """
     if host.hooked_modules or layer == 0:
         return False
-    known = _FAITHFUL.setdefault(host.model, {})
+    # Users may cast the model, or replace what its blocks compute.
+    forwards = [vars(block).get("forward") for block in host.model.blocks]
+    dtype = next(host.model.parameters()).dtype
+    state = [host.attention_implementation, dtype, *forwards]
+    if host.model not in _FAITHFUL or _FAITHFUL[host.model][0] != state:
+        _FAITHFUL[host.model] = state, {}
+    known = _FAITHFUL[host.model][1]
     if layer not in known:
         known[layer] = _is_faithful(host, layer)
     return known[layer]

@@ -291,7 +291,9 @@ def test_moments_of_another_model(
     assert again.moments.fingerprint == moments.fingerprint
 
 
-def test_moments_of_any_texts(tiny: nn.Module, tmp_path: Path, cache: Path) -> None:
+def test_moments_of_any_texts(
+    tiny: Any, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One file per model, texts and BOS; a second call collects nothing."""
     file = tmp_path / "texts.txt"
     file.write_text("\n".join(TEXTS * 40))
@@ -324,6 +326,13 @@ def test_moments_of_any_texts(tiny: nn.Module, tmp_path: Path, cache: Path) -> N
     ]
     assert len({each.fingerprint for each in (first, *found)}) == 4
     assert len(list(cache.iterdir())) == 4
+    # The model's own default is what it is at the time of the call.
+    without, with_bos = [], []
+    for own, default in ((without, False), (with_bos, True)):
+        monkeypatch.setattr(tiny.cfg, "default_prepend_bos", default)
+        own.append(moments(tiny, file, prepend_bos=None))
+    assert torch.equal(without[0].of(1), first.of(1))
+    assert torch.equal(with_bos[0].of(1), found[1].of(1))
 
 
 def test_moments_of_a_model_with_hooks_are_not_kept(tiny: Any, tmp_path: Path, cache: Path) -> None:

@@ -120,6 +120,29 @@ def test_repeated_passes_run_the_blocks_below_once(
         assert ran == [0, 1, 2]
 
 
+def test_a_block_that_is_replaced_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(ONE, seed=2).model
+    host, kept = host_of(model), []
+    assert can_start_at(host, 2)
+    first, last = (model.blocks[layer].forward for layer in (0, 2))
+
+    def keeping(*args: Any, **kwargs: Any) -> Any:
+        found = first(*args, **kwargs)
+        kept[:] = [found[0] if isinstance(found, tuple) else found]
+        return found
+
+    def adding(*args: Any, **kwargs: Any) -> Any:
+        found = last(*args, **kwargs)
+        earlier = kept.pop() if kept else 0.0
+        return (found[0] + earlier, *found[1:]) if isinstance(found, tuple) else found + earlier
+
+    with monkeypatch.context() as patch:
+        patch.setitem(vars(model.blocks[0]), "forward", keeping)
+        patch.setitem(vars(model.blocks[2]), "forward", adding)
+        assert not can_start_at(host, 2)
+    assert can_start_at(host, 2)
+
+
 @torch.no_grad()
 def test_the_model_is_as_it_was_also_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(ONE).model

@@ -22,6 +22,9 @@ CACHE_FOLDER = "BACKWARD_LENS_CACHE"
 
 _WIKITEXT, _WIKITEXT_PART = "Salesforce/wikitext", "wikitext-103-raw-v1"
 
+_TOKENIZED = "Paris is in France."
+"""A text whose tokens stand for the tokenizer and the BOS token."""
+
 
 @raised_as(EditError)
 def cached_moments(
@@ -70,7 +73,9 @@ def cached_moments(
     )
     if host.hooked_modules:
         return collect()
-    about = [host.fingerprint(), of_texts, list(layers), max_tokens, prepend_bos]
+    tokens = host.tokenize(_TOKENIZED, prepend_bos)  # the default of a model can change
+    settings = [list(layers), max_tokens, prepend_bos]
+    about = [host.fingerprint(), of_texts, tokens, *settings]
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     file = _folder() / f"second_moments-{digest}.safetensors"
     if file.exists():
