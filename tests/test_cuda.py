@@ -346,3 +346,36 @@ def test_a_fact_is_written(facts_pair: tuple[nn.Module, nn.Module]) -> None:
         assert relative_error(here.dense().cpu(), there.dense().cpu()) < 10 * FLOAT32
     with unchanged(facts_pair[1]), found.applied(facts_pair[1]):
         assert blt.backward_lens(facts_pair[1], PROMPT).target() == TARGET
+
+
+# ----------------------------------------------------------------------------------- training loops
+
+
+def watched_rows(where: str, folder: Path) -> pd.DataFrame:
+    """What a record keeps of two steps of plain SGD on two microbatches."""
+    model = blt.load_facts_model(KIND, where)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    record = blt.training.TrainingRecord(folder, k=2)
+    reference = (PROMPT, TARGET)
+    options: dict[str, Any] = {"every": 1, "changes": True, "reference": reference}
+    with blt.training.watch(model, "all", layers=[0, 6], **options) as watched:
+        for _ in range(2):
+            for fact in FACTS[1:]:
+                model(model.to_tokens(fact), return_type="loss").backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step = watched.step()
+            assert step is not None
+            assert {gradient.vjps.device.type for gradient in step} == {where}
+            record.add(step)
+    return blt.training.TrainingRecord.load(folder).to_dataframe()
+
+
+def test_a_watched_training_matches_the_cpus(device: str, tmp_path: Path) -> None:
+    expected, found = (
+        watched_rows(where, tmp_path / name) for name, where in (("cpu", "cpu"), ("device", device))
+    )
+    numbers = expected.select_dtypes("number").columns
+    pd.testing.assert_frame_equal(found[numbers], expected[numbers], rtol=1e-3, atol=1e-3)
+    first = [[each[0][0] for each in table["top_tokens"]] for table in (found, expected)]
+    assert first[0] == first[1]

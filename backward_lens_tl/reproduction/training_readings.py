@@ -135,8 +135,9 @@ class Reader:
         """
         if change.matrix in READING_MATRICES or not change.norm:
             return dict.fromkeys(("taught_near", "permuted_near"), float("nan"))
-        inputs = self.inputs[change.layer]
-        added = inputs.float() @ change.dense().float()
+        dense = change.dense().float()
+        # Of a model that is spread over devices, the matrix may be on another one.
+        added = self.inputs[change.layer].to(dense.device).float() @ dense
         scores = self.lens.project(added, change.layer)
         taught, permuted = (
             torch.tensor(each, device=scores.device) for each in (self.taught, self.permuted)

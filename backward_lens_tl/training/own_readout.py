@@ -147,7 +147,8 @@ def _head_of(model: Any, tokenizer: Any) -> _Head:
     head = _Head(norm, unembed, Vocabulary(tokenizer, logits.shape[-1]), x.shape[-1])
     with torch.no_grad():
         scores = head.scores(x.reshape(-1, x.shape[-1]))
-    if scores.shape != logits.shape or not _rank_alike(scores, logits):
+    # Of a model that is spread over devices, the logits may be on another one.
+    if scores.shape != logits.shape or not _rank_alike(scores, logits.to(scores.device)):
         raise _unknown(model, f"{name} and the output embeddings do not rank tokens as it does")
     return head
 

@@ -213,7 +213,7 @@ def step_gradient(
                 f"it saw {sum(_sizes(recorder))} positions, and most matrices {sum(sizes)}"
             )
     kept = _nonzero(usual)
-    labels = _labels([_rows(recorder) for recorder in usual])[kept]
+    labels = _labels([_rows(recorder) for recorder in usual])[kept.cpu()]
     inputs = _Inputs(kept)
     return StepGradient(
         step=step,
