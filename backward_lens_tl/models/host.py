@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
@@ -18,6 +19,7 @@ from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.models.caller_hooks import with_callers_hooks
 from backward_lens_tl.models.checksums import tensors_digest
 from backward_lens_tl.models.hooks import Tap
+from backward_lens_tl.models.own_passes import own_passes
 from backward_lens_tl.models.sites import ATTENTION_MATRICES, HookPointSite, MatrixName, Site
 from backward_lens_tl.models.state import check_deterministic, check_gradients_exist
 from backward_lens_tl.models.unembedding import Unembedding
@@ -189,9 +191,15 @@ class Host(ABC):
             The logits of those positions, connected to the autograd graph.
         """
 
-    def own_precision(self) -> torch.autocast:
-        """Disable a caller's autocast."""
-        return torch.autocast(self.device.type, enabled=False)
+    @contextmanager
+    def own_precision(self) -> Iterator[None]:
+        """Disable a caller's autocast, for passes that are the package's own.
+
+        Yields:
+            Nothing.
+        """
+        with torch.autocast(self.device.type, enabled=False), own_passes():
+            yield
 
     # --- the embedding -----------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from backward_lens_tl.capture.recorders import Hook
+from backward_lens_tl.models.own_passes import is_own_pass
 from backward_lens_tl.training.step_memory import Held, StepMemory
 from backward_lens_tl.training.trained_matrices import TrainedMatrix
 from backward_lens_tl.training.weight_change import CurrentWeights, WeightBefore, WeightChange
@@ -118,7 +119,6 @@ class FactorRecorder:
         pairs: The factors so far, in the order of backward passes.
         had_no_gradient: Whether nothing that the output depends on was trained.
         before: The weight at the first forward pass of the step, if it is copied.
-        is_paused: Whether the hooks do nothing.
     """
 
     def __init__(
@@ -133,7 +133,6 @@ class FactorRecorder:
         self.pairs: list[Pair] = []
         self.had_no_gradient = False
         self.before: WeightBefore | None = None
-        self.is_paused = False
         self.memory = memory
         self._inputs, self._copies_weight = inputs, copies_weight
         # By thread. Detached, because a pass that stops early would leave its graph in here.
@@ -150,6 +149,11 @@ class FactorRecorder:
         yield self.matrix.site.input, self._keep_input, False
         yield self.matrix.site.output, self._keep_output, True
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether the hooks do nothing: the package's own passes are not the training's."""
+        return is_own_pass()
+
     def _keep_input(self, x: Tensor) -> None:
         if self.is_paused or self.memory.is_exceeded:
             return
@@ -159,7 +163,7 @@ class FactorRecorder:
 
     def _keep_output(self, y: Tensor) -> None:
         found = self._x.pop(get_ident(), None)
-        if found is None:
+        if found is None or self.is_paused:
             return
         if not y.requires_grad:
             self.had_no_gradient |= torch.is_grad_enabled()

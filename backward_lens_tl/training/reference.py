@@ -95,6 +95,11 @@ class _OutputRecorder(FactorRecorder):
 
     output: Tensor | None = None
 
+    @property
+    def is_paused(self) -> bool:
+        """Never: its hooks are on the model in the reference's own pass only."""
+        return False
+
     def _keep_output(self, y: Tensor) -> None:
         super()._keep_output(y)
         if y.requires_grad:

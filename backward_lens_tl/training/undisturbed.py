@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from backward_lens_tl.models import host_of_trained
+from backward_lens_tl.models.own_passes import own_passes
 
 _FORWARD = "_original_forward"
 """Where Accelerate keeps `forward` when it puts autocast around it."""
@@ -20,7 +21,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode, and restore its modes and torch's random numbers afterwards.
 
     The passes are in the precision of the weights, whether the training's are under autocast or
-    not.
+    not, and no watch takes them for the training's.
 
     Args:
         model: The model. Its modes are set one by one, because `train()` of a module may do more
@@ -35,6 +36,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in modules]
     gpus = {each.device.index for each in model.parameters() if each.device.type == "cuda"}
     with (
+        own_passes(),
         torch.random.fork_rng(devices=[gpu for gpu in gpus if gpu is not None]),
         _without_autocast(model),
     ):

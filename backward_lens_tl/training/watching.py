@@ -21,6 +21,7 @@ from backward_lens_tl._checks import (
 from backward_lens_tl.capture.recorders import recording
 from backward_lens_tl.errors import InputError, UnsupportedModelError, warn
 from backward_lens_tl.models import host_of_trained
+from backward_lens_tl.models.own_passes import is_own_pass
 from backward_lens_tl.training.own_readout import OwnReadout
 from backward_lens_tl.training.recording import FactorRecorder, SharedInputs, weight_changes
 from backward_lens_tl.training.reference import reference_of
@@ -176,17 +177,10 @@ class TrainingWatch:
                 "DistributedDataParallel, or one device"
             )
         reference = self._settings.reference
-        is_first = self._references is None and torch.is_grad_enabled()
-        if reference is None or not is_first:
-            return
-        self._references = {}  # its own forward pass calls this too
-        for each in self._recorders:
-            each.is_paused = True
-        try:
+        # A pass of the package, such as the reference's own one, does not begin the step.
+        is_first = self._references is None and torch.is_grad_enabled() and not is_own_pass()
+        if reference is not None and is_first:
             self._references = reference.gradients(model, self._settings.matrices)
-        finally:
-            for each in self._recorders:
-                each.is_paused = False
 
     @contextmanager
     def _open(self) -> Iterator[TrainingWatch]:

@@ -172,6 +172,28 @@ def test_gradients_of_the_training_are_not_touched() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_two_watches_do_not_see_each_others_references() -> None:
+    model = hf_model("llama", torch.float64)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    first, second = ([5, 6], 7), ([9, 10, 11], 12)
+    with watch(model, reference=first) as one, watch(model, reference=second) as other:
+        model(ids, labels=ids).loss.backward()
+        steps = one.step(), other.step()
+    with watch(model, reference=first) as alone:
+        model(ids, labels=ids).loss.backward()
+        expected = alone.step()
+    for step, n_reference in zip(steps, (2, 4), strict=True):
+        assert step is not None
+        assert expected is not None
+        assert len(step.positions) == 3  # of the training's pass alone
+        assert torch.equal(step["W_out", 1].vjps, expected["W_out", 1].vjps)
+        assert step.references["W_out", 1].vjps.shape[1] <= n_reference
+    assert steps[0] is not None
+    assert expected is not None
+    own = (each.references["W_out", 1].vjps for each in (steps[0], expected))
+    assert torch.equal(*own)
+
+
 def test_an_evaluation_does_not_run_the_reference() -> None:
     model = hf_model("llama", torch.float64)
     ids = torch.tensor([[5, 6, 7, 8]])

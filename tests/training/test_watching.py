@@ -104,6 +104,36 @@ def test_factors_give_the_accumulated_gradient(family: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hooked", "bridge"])
+def test_the_lens_in_the_loop_adds_nothing(kind: str) -> None:
+    try:
+        model: Any = build_model("gpt2", kind, torch.float64)
+    except NotAvailable as reason:
+        pytest.skip(str(reason))
+    tokens, other = batch(9, 9)["input_ids"], batch(7, seed=1)["input_ids"]
+
+    def step(*, with_lens: bool) -> StepGradient:
+        with watch(model, changes=True, reference=([5, 6], 7)) as watched:
+            if with_lens:
+                capture_gradients(model, other, next_token_loss())
+                with torch.no_grad():  # a step begins with its own first pass
+                    for parameter in model.parameters():
+                        parameter.mul_(1.5)
+            model(tokens, return_type="loss").backward()
+            found = watched.step()
+        assert found is not None
+        return found
+
+    found = step(with_lens=True)
+    expected = step(with_lens=False)
+    assert torch.equal(found.positions, expected.positions)
+    for gradient in expected:
+        key = gradient.matrix, gradient.layer
+        assert torch.equal(found[key].vjps, gradient.vjps)
+        assert torch.equal(found.references[key].vjps, expected.references[key].vjps)
+        assert not found.changes[key].dense().any()
+
+
+@pytest.mark.parametrize("kind", ["hooked", "bridge"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_models_of_transformer_lens(family: str, kind: str) -> None:
     try:
