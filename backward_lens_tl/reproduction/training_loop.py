@@ -11,7 +11,7 @@ the matrix read and the gradients at its output.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -143,8 +143,10 @@ def train(
     steps: Sequence[int],
     batch_size: int,
     seed: int,
-) -> Iterator[Checkpoint]:
+) -> Generator[Checkpoint, None, None]:
     """Train the changes of matrices of the MLPs on facts.
+
+    The model has hooks until the generator ends: close it if not all of it is used.
 
     The loss is the mean over the batch of the negative log-likelihood of the answer's tokens.
     Learning rates fall linearly to zero. The first one is such that a step on all facts of

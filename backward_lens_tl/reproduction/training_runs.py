@@ -6,6 +6,7 @@ One shard is one training run, or the controls that need no training.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -229,17 +230,19 @@ class _Setup:
             batch_size=self.config.batch_size,
             seed=self.config.seed,
         )
-        for found in checkpoints:
-            keys = {
-                "optimizer": run.optimizer,
-                "weights": run.weights,
-                "answers": run.answers,
-                "step": found.step,
-            }
-            losses.append(
-                {**keys, "rate": found.rate, "loss": found.loss, "learned": found.learned}
-            )
-            changes.extend({**keys, **self._of_training(each)} for each in found.changes)
+        # After an interruption, the traceback would keep the generator and its hooks alive.
+        with closing(checkpoints):
+            for found in checkpoints:
+                keys = {
+                    "optimizer": run.optimizer,
+                    "weights": run.weights,
+                    "answers": run.answers,
+                    "step": found.step,
+                }
+                losses.append(
+                    {**keys, "rate": found.rate, "loss": found.loss, "learned": found.learned}
+                )
+                changes.extend({**keys, **self._of_training(each)} for each in found.changes)
         return {"losses": losses, "changes": changes}
 
     def _of_training(self, found: ChangeAt) -> dict[str, Any]:

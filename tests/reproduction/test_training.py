@@ -632,6 +632,23 @@ def test_training_on_a_small_model(
         reproduce(small, ROWS, tmp_path / "one", "training", prompts=1, progress=False)
 
 
+def test_an_interruption_leaves_the_model_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2").model
+    trains = [parameter.requires_grad for parameter in model.parameters()]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_runs._Setup, "_of_training", interrupt)
+    with pytest.raises(KeyboardInterrupt) as kept:  # with its traceback
+        reproduce(model, ROWS, tmp_path, "training", prompts=4, progress=False)
+    assert kept.tb is not None
+    assert [parameter.requires_grad for parameter in model.parameters()] == trains
+    assert not host_of(model).hooked_modules
+
+
 @pytest.mark.parametrize(
     ("n_layers", "most", "expected"),
     [(8, 8, [*range(8)]), (30, 8, [0, 4, 8, 12, 17, 21, 25, 29]), (3, 1, [0]), (1, 8, [0])],
