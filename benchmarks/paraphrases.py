@@ -130,7 +130,7 @@ def _at_the_subject(methods: Methods) -> ForwardPassShift:
 
 @cache
 def _rome(methods: Methods) -> EditMethod:
-    return Remembered(method=methods.preset("rome"))
+    return Remembered(method=methods.preset("rome"), prepend_bos=False)
 
 
 ATTEMPTS: Mapping[str, Callable[[Methods], EditMethod]] = {
