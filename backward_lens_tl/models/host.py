@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.models.caller_hooks import with_callers_hooks
 from backward_lens_tl.models.checksums import tensors_digest
+from backward_lens_tl.models.holders import Holders
 from backward_lens_tl.models.hooks import Tap
 from backward_lens_tl.models.own_passes import own_passes
 from backward_lens_tl.models.sites import ATTENTION_MATRICES, HookPointSite, MatrixName, Site
@@ -335,16 +336,11 @@ class Host(ABC):
 
     def holders(self, weight: Tensor) -> tuple[str, ...]:
         """Names under which modules hold a parameter; more than one if it is shared."""
-        return tuple(self._holders.get(id(weight), {}).values())
+        return self._holders.of(weight)
 
     @cached_property
-    def _holders(self) -> dict[int, dict[tuple[int, str], str]]:
-        found: dict[int, dict[tuple[int, str], str]] = {}
-        for name, module in self._modules:
-            for own, parameter in module._parameters.items():
-                place = f"{name}.{own}".removeprefix(".")
-                found.setdefault(id(parameter), {}).setdefault((id(module), own), place)
-        return found
+    def _holders(self) -> Holders:
+        return Holders(self._modules)
 
     def _roots(self) -> list[nn.Module]:
         """Modules that together contain every module of the forward pass."""

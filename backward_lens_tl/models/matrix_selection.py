@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol, runtime_checkable
 
+from torch import Tensor
+
 from backward_lens_tl._checks import is_index, listed, shown
 from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.models import Host
@@ -31,6 +33,9 @@ class HasMatrices(Protocol):
 
     def matrices(self, group: Literal["attn", "mlp"]) -> tuple[MatrixName, ...]:
         """Names of the attention or MLP matrices."""
+
+    def holders(self, weight: Tensor) -> tuple[str, ...]:
+        """Names under which modules hold a parameter; more than one if it is shared."""
 
 
 def select_matrices(matrices: str | Sequence[str], host: HasMatrices) -> tuple[MatrixName, ...]:
@@ -123,7 +128,7 @@ def find_sites(
     return [site for layer in select_layers(layers, host) for site in host.sites(layer, names)]
 
 
-def check_sharing(host: Host, sites: Sequence[Site]) -> None:
+def check_sharing(host: HasMatrices, sites: Sequence[Site]) -> None:
     """Refuse a weight that several modules share.
 
     Its gradient is the sum over all of them, and an edit changes them all.

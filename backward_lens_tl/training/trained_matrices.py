@@ -21,8 +21,14 @@ from backward_lens_tl.editing.checkpoint_names import named_layer
 from backward_lens_tl.editing.lora_reading import PREFIX
 from backward_lens_tl.errors import InputError, UnsupportedModelError
 from backward_lens_tl.models import host_of_trained
+from backward_lens_tl.models.holders import Holders
 from backward_lens_tl.models.linear import linear_site
-from backward_lens_tl.models.matrix_selection import find_sites, select_layers, select_matrices
+from backward_lens_tl.models.matrix_selection import (
+    check_sharing,
+    find_sites,
+    select_layers,
+    select_matrices,
+)
 from backward_lens_tl.models.sites import (
     ATTENTION_MATRICES,
     MATRIX_NAMES,
@@ -79,12 +85,12 @@ def find_trained(
             f"model is {shown(model)}; pass the model that is trained, of transformers or of "
             "TransformerLens"
         )
-    host = host_of_trained(model)
-    if host is None:
-        found = _TransformersModel(model).select(matrices, layers)
+    host = host_of_trained(model) or _TransformersModel(model)
+    if isinstance(host, _TransformersModel):
+        found = host.select(matrices, layers)
     else:
         found = [TrainedMatrix(_single(site)) for site in find_sites(host, matrices, layers)]
-    _check_not_shared(found)
+    check_sharing(host, [each.site for each in found])
     return found
 
 
@@ -151,6 +157,14 @@ class _TransformersModel:
             if matrix in present and (matrix in ATTENTION_MATRICES) == (group == "attn")
         )
 
+    def holders(self, weight: Tensor) -> tuple[str, ...]:
+        """Names under which modules hold a parameter; more than one if it is shared."""
+        return self._holders.of(weight)
+
+    @cached_property
+    def _holders(self) -> Holders:
+        return Holders(self._model.named_modules())
+
     def select(
         self, matrices: str | Sequence[str], layers: int | Sequence[int] | None
     ) -> list[TrainedMatrix]:
@@ -209,16 +223,3 @@ def _single(site: Site) -> MatrixSite:
         f"{site.matrix} of layer {site.layer} belongs to a mixture of {site.n_experts} experts, "
         "which cannot be watched during training; pass matrices='attn'"
     )
-
-
-def _check_not_shared(found: Sequence[TrainedMatrix]) -> None:
-    """Refuse one weight in several modules: its `.grad` is the sum over them."""
-    holders: dict[int, MatrixSite] = {}
-    for each in found:
-        site = each.site
-        other = holders.setdefault(id(site.weight.parameter), site)
-        if other.input.module is not site.input.module:
-            raise UnsupportedModelError(
-                f"{site.matrix} of layer {site.layer} and {other.matrix} of layer {other.layer} "
-                "are one weight, whose gradient is the sum over both; untie them to watch them"
-            )

@@ -419,8 +419,14 @@ def test_shared_weights_are_refused() -> None:
     model = hf_model("llama")
     first, second = (layer.mlp.down_proj for layer in blocks(model))
     second.weight = first.weight
-    with pytest.raises(UnsupportedModelError, match="layer 1 and W_out of layer 0 are one weight"):
-        watch(model).__enter__()
+    message = (
+        r"layer 0 is one weight with 2 uses \(model.layers.0.mlp.down_proj.weight, model.layers.1"
+    )
+    for layers in (None, 0):  # the other module holds it whether it is watched or not
+        with pytest.raises(UnsupportedModelError, match=message):
+            watch(model, "W_out", layers=layers).__enter__()
+    with watch(model, "W_in"):
+        pass
 
 
 def test_steps_without_a_gradient() -> None:
