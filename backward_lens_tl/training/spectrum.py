@@ -7,6 +7,9 @@ With the Gram matrices `A = X X^T` and `B = Delta Delta^T`, the gradient `G = X^
 where `A B c = s^2 c` and `c^T B c = 1`. The largest `s` are found by subspace iteration, whose
 products are with a few vectors only. Where it does not converge, or a direction is too small for
 the squares that it works with, all of the gradient is decomposed.
+
+More positions than the matrix is wide or high would make `A` and `B` larger than the gradient. Then
+`G` itself is built, and `A` is `G^T G` or `G G^T`, whichever is smaller, with the identity as `B`.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from backward_lens_tl.training.step_gradient import WatchedGradient
 
 _FEW = 64
 """Positions that are decomposed faster than their Gram matrices are iterated on."""
+
+_AT_ONCE = 1024
+"""Positions whose factors are converted to float64 together."""
 
 _EXTRA = 8
 """Vectors that are iterated on in addition to those that are wanted; they speed up convergence."""
@@ -72,6 +78,9 @@ def spectrum_of(main: PrincipalDirections, k: int) -> Spectrum:
 def leading_spectrum(gradient: WatchedGradient, k: int) -> Spectrum:
     """Find the first directions of a gradient.
 
+    Takes a few matrices of float64 that are no larger than `n x n`, and no larger than
+    `d_in x d_out`.
+
     Args:
         gradient: The gradient, with finite factors.
         k: Number of directions.
@@ -79,14 +88,20 @@ def leading_spectrum(gradient: WatchedGradient, k: int) -> Spectrum:
     Returns:
         The summary, as of a whole decomposition.
     """
-    n = gradient.inputs.shape[1]
-    found = _iterated(gradient, k) if n > _FEW else None
+    inputs, vjps = (factor[0].flatten(1) for factor in (gradient.inputs, gradient.vjps))
+    n = len(inputs)
+    found = None
+    if n > max(_FEW, min(inputs.shape[1], vjps.shape[1])):
+        found = _of_matrix(inputs, vjps, k, gradient.reads_residual)
+    elif n > _FEW:
+        found = _of_factors(inputs.double(), vjps.double(), k, gradient.reads_residual)
     return found or spectrum_of(gradient.principal_directions(n), k)
 
 
-def _iterated(gradient: WatchedGradient, k: int) -> Spectrum | None:
-    """By subspace iteration; `None` if it does not converge."""
-    inputs, vjps = (factor[0].flatten(1).double() for factor in (gradient.inputs, gradient.vjps))
+def _of_factors(
+    inputs: Float[Tensor, "n d_in"], vjps: Float[Tensor, "n d_out"], k: int, reads_residual: bool
+) -> Spectrum | None:
+    """By subspace iteration on the Gram matrices; `None` if it does not converge."""
     gram_in, gram_out = inputs @ inputs.T, vjps @ vjps.T
     total = float((gram_in * gram_out).sum())
     pairs = _eigenpairs(gram_in, gram_out, k) if total > 0 else None
@@ -96,15 +111,46 @@ def _iterated(gradient: WatchedGradient, k: int) -> Spectrum | None:
     product = gram_in @ gram_out
     across = gram_out @ c
     along = gram_in @ across / squares.sqrt()
-    at = (along * across).argmax(0, keepdim=True)
-    signs = across.take_along_dim(at, 0).sign()
-    resid = inputs.T @ across / squares.sqrt() if gradient.reads_residual else vjps.T @ c
-    return Spectrum(
-        norm=math.sqrt(total),
-        effective_rank=total**2 / float((product * product.T).sum()),
-        energy=(squares / total).tolist(),
-        resid=(resid * signs).T,
+    resid = inputs.T @ across / squares.sqrt() if reads_residual else vjps.T @ c
+    fourth = float((product * product.T).sum())
+    return _spectrum(squares, total, fourth, resid * _signs(along, across))
+
+
+def _of_matrix(
+    inputs: Float[Tensor, "n d_in"], vjps: Float[Tensor, "n d_out"], k: int, reads_residual: bool
+) -> Spectrum | None:
+    """By subspace iteration on the product of the gradient with itself; `None` as above."""
+    matrix = inputs.new_zeros(inputs.shape[1], vjps.shape[1], dtype=torch.float64)
+    for x, delta in zip(inputs.split(_AT_ONCE), vjps.split(_AT_ONCE), strict=True):
+        matrix += x.double().T @ delta.double()
+    is_wide = matrix.shape[0] < matrix.shape[1]
+    gram = matrix @ matrix.T if is_wide else matrix.T @ matrix
+    total = float(gram.trace())
+    pairs = _eigenpairs(gram, torch.eye(len(gram)).to(gram), k) if total > 0 else None
+    if pairs is None:
+        return None
+    squares, own = pairs
+    other = (matrix.T if is_wide else matrix) @ own / squares.sqrt()
+    u, v = (own, other) if is_wide else (other, own)
+    along, across = (
+        torch.cat([rows.double() @ vectors for rows in factor.split(_AT_ONCE)])
+        for factor, vectors in ((inputs, u), (vjps, v))
     )
+    resid = u if reads_residual else v
+    return _spectrum(squares, total, float(gram.square().sum()), resid * _signs(along, across))
+
+
+def _signs(along: Float[Tensor, "n k"], across: Float[Tensor, "n k"]) -> Float[Tensor, "1 k"]:
+    """Those for which both factors are positive at the position that contributes most."""
+    at = (along * across).argmax(0, keepdim=True)
+    return across.take_along_dim(at, 0).sign()
+
+
+def _spectrum(
+    squares: Float[Tensor, "k"], total: float, fourth: float, resid: Float[Tensor, "d_model k"]
+) -> Spectrum:
+    """From the largest `s^2`, and the sums of all `s^2` and `s^4`."""
+    return Spectrum(math.sqrt(total), total**2 / fourth, (squares / total).tolist(), resid.T)
 
 
 def _eigenpairs(

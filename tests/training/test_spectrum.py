@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from backward_lens_tl.training import spectrum
 from backward_lens_tl.training.spectrum import leading_spectrum, spectrum_of
@@ -49,6 +50,37 @@ def test_same_as_the_whole_decomposition(
     assert found.effective_rank == pytest.approx(expected.effective_rank, rel=1e-10)
     assert found.energy == pytest.approx(expected.energy, rel=1e-10)
     assert torch.allclose(found.resid, expected.resid, atol=1e-6)  # of unit vectors
+
+
+@pytest.mark.parametrize("matrix", ["W_in", "W_out"])
+@pytest.mark.parametrize(("d_in", "d_out"), [(40, 30), (30, 40)])
+def test_many_positions_take_no_matrix_of_their_size(
+    matrix: str, d_in: int, d_out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n = 3000  # in several blocks
+    own = gradient(matrix, n, d_in, d_out, decay=2, dtype=torch.float32)
+    own.inputs[0] *= torch.linspace(0, 15, d_in).exp2()  # directions that are well apart
+    expected = spectrum_of(own.principal_directions(n), 3)
+    monkeypatch.setattr(WatchedGradient, "principal_directions", None)
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal largest
+            found = func(*args, **(kwargs or {}))
+            largest = max(largest, found.numel() if isinstance(found, torch.Tensor) else 0)
+            return found
+
+    with Largest():
+        found = leading_spectrum(own, 3)
+    assert largest <= n * max(d_in, d_out)  # the factors themselves, which are given
+    assert found.norm == pytest.approx(expected.norm, rel=1e-12)
+    assert found.effective_rank == pytest.approx(expected.effective_rank, rel=1e-9)
+    assert found.energy == pytest.approx(expected.energy, rel=1e-9)
+    # The iteration stops at a residual of 1e-9, which the gaps divide. Signs are the same.
+    assert torch.allclose(found.resid, expected.resid, rtol=0, atol=1e-7)
 
 
 def test_gradients_of_low_rank_are_decomposed() -> None:
