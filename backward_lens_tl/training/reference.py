@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from backward_lens_tl._checks import is_token_id, listed, shown
+from backward_lens_tl._checks import is_integer, is_token_id, listed, shown
 from backward_lens_tl.capture.recorders import recording
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host, host_of_trained
@@ -118,7 +118,8 @@ def reference_of(model: Any, reference: object, tokenizer: Any) -> Reference:
         The reference.
 
     Raises:
-        InputError: If it is not a prompt and a target, or there is no tokenizer for a text.
+        InputError: If it is not a prompt and a target, is longer than the model's context, or
+            there is no tokenizer for a text.
         TargetError: If the target does not continue the prompt.
     """
     if not isinstance(reference, tuple | list) or len(reference) != 2:
@@ -139,7 +140,23 @@ def reference_of(model: Any, reference: object, tokenizer: Any) -> Reference:
     ids = _prompt_ids(prompt, host, tokenizer) if isinstance(prompt, str) else prompt
     after = prompt if isinstance(prompt, str) else None
     following = vocabulary.encode(target, after) if isinstance(target, str) else target
-    return Reference(*(_checked_ids(each, len(embedding)) for each in (ids, following)))
+    found = Reference(*(_checked_ids(each, len(embedding)) for each in (ids, following)))
+    context = _context(model, host)
+    if context is not None and found.n_tokens > context:
+        raise InputError(
+            f"the reference's prompt has {len(found.prompt)} tokens and its target "
+            f"{len(found.target)}, and the model's context holds {context}; shorten the prompt"
+        )
+    return found
+
+
+def _context(model: Any, host: Host | None) -> int | None:
+    """Number of positions that a model accepts; `None` if its config does not say."""
+    if host is not None:
+        return host.n_ctx
+    config = getattr(model, "config", None)
+    length = getattr(config, "max_position_embeddings", None)
+    return length if is_integer(length) else None
 
 
 def _prompt_ids(prompt: str, host: Host | None, tokenizer: Any) -> list[int]:

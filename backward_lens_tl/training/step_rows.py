@@ -128,6 +128,8 @@ def _change_alone(step: StepGradient, key: tuple[str, int]) -> dict[str, float]:
 
 
 def _reference_cosine(gradient: WatchedGradient, reference: WatchedGradient) -> float:
+    if not reference.vjps.shape[1]:  # of a target that is certain
+        return math.nan
     device = gradient.vjps.device
     other = replace(
         reference,

@@ -254,6 +254,44 @@ def test_refusals(reference: Any, kind: type[Exception], message: str) -> None:
         pass
 
 
+@pytest.mark.parametrize("kind", ["hf", "hooked", "bridge"])
+def test_references_that_are_longer_than_the_context(kind: str) -> None:
+    try:
+        model: Any = hf_model("gpt2") if kind == "hf" else build_model("gpt2", kind, torch.float32)
+    except NotAvailable as reason:
+        pytest.skip(str(reason))
+    context = model.config.n_positions if kind == "hf" else model.cfg.n_ctx
+    ids = torch.full((1, context), 5)
+    with watch(model, "W_out", reference=([5] * (context - 1), 7)) as watched:
+        (model(ids).logits if kind == "hf" else model(ids)).sum().backward()
+        step = watched.step()
+    assert step is not None
+    assert step.references
+    message = (
+        f"prompt has {context} tokens and its target 1, and the model's context holds {context}"
+    )
+    with pytest.raises(InputError, match=message):
+        watch(model, "W_out", reference=([5] * context, 7)).__enter__()
+
+
+def test_a_reference_without_a_gradient_has_no_cosine(tmp_path: Path) -> None:
+    model = hf_model("llama")
+
+    def be_certain(_: object, __: object, logits: Tensor) -> Tensor:
+        return logits + 1e4 * nn.functional.one_hot(torch.tensor(7), logits.shape[-1])
+
+    model.get_output_embeddings().register_forward_hook(be_certain)
+    ids = torch.tensor([[5, 6, 8]])
+    with watch(model, "W_out", reference=([5, 6], 7)) as watched:
+        model(ids, labels=ids).loss.backward()
+        step = watched.step()
+    assert step is not None
+    assert not any(gradient.vjps.any() for gradient in step.references.values())
+    rows = TrainingRecord(tmp_path).add(step)
+    assert rows.norm.min() > 0
+    assert rows.reference_cosine.isna().all()
+
+
 def test_targets_that_do_not_continue_the_prompt(tokenizer: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(FACTS_FOLDER)
     with (
