@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -59,11 +60,26 @@ def compare_change(
         return ChangeNumbers(norm, math.nan, math.nan, main.resid[:0])
     core = main.inputs @ dense @ main.vjps.T
     inner = float((main.values * core.diagonal()).sum())
-    rank = numerical_rank(main.values, gradient.rounding())
+    rank = numerical_rank(main.values, _rounding(gradient))
     outside = share_outside(core[:rank, :rank], norm)
     written = _written(change, gradient, main)
     along = cosine(-inner, norm * float(main.values.norm()))
     return ChangeNumbers(norm, along, outside, written)
+
+
+def _rounding(gradient: WatchedGradient) -> float:
+    """The size of singular values that are rounding, in units of the largest one.
+
+    Rounding errors of `n` positions are independent, so they add up to `sqrt(n) eps`. The usual
+    bound, `n eps`, would remove directions of a gradient of thousands of positions.
+
+    Args:
+        gradient: The gradient.
+
+    Returns:
+        The tolerance.
+    """
+    return math.sqrt(gradient.vjps.shape[1]) * torch.finfo(gradient.vjps.dtype).eps
 
 
 def share_outside(core: Float[Tensor, "m n"], norm: float) -> float:

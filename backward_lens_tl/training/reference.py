@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from backward_lens_tl._checks import is_integer, is_token_id, listed, shown
+from backward_lens_tl._checks import is_token_id, listed, shown
 from backward_lens_tl.capture.recorders import recording
 from backward_lens_tl.errors import InputError
 from backward_lens_tl.models import Host, host_of_trained
@@ -156,7 +156,7 @@ def _context(model: Any, host: Host | None) -> int | None:
         return host.n_ctx
     config = getattr(model, "config", None)
     length = getattr(config, "max_position_embeddings", None)
-    return length if is_integer(length) else None
+    return length if isinstance(length, int) else None
 
 
 def _prompt_ids(prompt: str, host: Host | None, tokenizer: Any) -> list[int]:

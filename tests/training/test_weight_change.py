@@ -15,7 +15,14 @@ from models import relative_error
 from torch import Tensor, nn
 
 from backward_lens_tl.models.loading import load_facts_model
-from backward_lens_tl.training import StepGradient, TrainingRecord, WeightChange, watch
+from backward_lens_tl.training import (
+    StepGradient,
+    TrainingRecord,
+    WatchedGradient,
+    WeightChange,
+    watch,
+)
+from backward_lens_tl.training.change_numbers import compare_change
 
 ROUNDING = 1e-10
 """A step changes weights of about 0.1 by 1e-3, with the rounding of float64."""
@@ -120,6 +127,43 @@ def test_numbers_against_dense_matrices(tmp_path: Path) -> None:
         first = step.changes[key].first_direction()
         for found, expected in zip(first, (left[:, 0], right[0]), strict=True):
             assert abs(float(found @ expected)) == pytest.approx(1, rel=1e-9)
+
+
+def of_many_positions(values: Tensor, n: int = 20_000) -> tuple[WatchedGradient, Tensor, Tensor]:
+    """A gradient in float32 with given singular values, and its singular vectors."""
+    generator = torch.Generator().manual_seed(0)
+
+    def orthonormal(rows: int) -> Tensor:
+        random = torch.randn(rows, len(values), generator=generator, dtype=torch.float64)
+        return torch.linalg.qr(random).Q
+
+    q, u, v = map(orthonormal, (n, 30, 25))
+    gradient = WatchedGradient(
+        matrix="W_out",
+        layer=0,
+        inputs=(q * values @ u.T)[None].float(),
+        vjps=(q @ v.T)[None].float(),
+        mask=torch.ones(1, n, dtype=torch.bool),
+    )
+    return gradient, u, v
+
+
+def test_small_directions_of_many_positions_are_the_gradients() -> None:
+    gradient, _, _ = of_many_positions(torch.tensor([1.0, *[1e-3] * 24], dtype=torch.float64))
+    change = WeightChange("W_out", 0, -0.1 * gradient.dense(0).double())
+    main = gradient.principal_directions(20_000)
+    # Of the squared norm, 2e-5 is in the 24 directions. The dense gradient is in float32.
+    assert compare_change(change, gradient, main).outside < 1e-9
+
+
+def test_rounding_of_many_positions_is_not_the_gradients() -> None:
+    gradient, u, v = of_many_positions(torch.ones(25, dtype=torch.float64) * (torch.arange(25) < 5))
+    dense = torch.randn(30, 25, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    main = gradient.principal_directions(20_000)
+    assert len(main.values) == 25  # inputs of rank 5 have every direction after rounding
+    inside = (u[:, :5].T @ dense @ v[:, :5]).norm() / dense.norm()
+    found = compare_change(WeightChange("W_out", 0, dense), gradient, main).outside
+    assert found == pytest.approx(float(1 - inside**2), abs=1e-6)  # float32
 
 
 def test_tokens_of_sgd_are_those_of_the_gradient(tmp_path: Path) -> None:
