@@ -833,18 +833,24 @@ def test_only_the_same_evaluation_is_resumed(run, tmp_path: Path) -> None:
     other = tmp_path / "other.raw"
     other.write_text("The capital of France is Rome.\n")
     for change, message in (
-        ({"methods": {"nudge": Nudge(size=4.0)}}, r"another methods: nudge was .*3\.0.*is .*4\.0"),
-        ({"methods": {}}, "another methods"),
-        ({"data": ROWS[:2]}, "another data"),
-        ({"top_k": 3}, "another config: top_k was 5, is 3"),
+        (
+            {"methods": {"nudge": Nudge(size=4.0)}},
+            r"other settings \(methods\): nudge was .*3\.0.*is .*4\.0",
+        ),
+        ({"methods": {}}, r"other settings \(methods\)"),
+        ({"data": ROWS[:2]}, r"other settings \(data\)"),
+        ({"top_k": 3}, r"other settings \(config\): top_k was 5, is 3"),
         (
             {"prepend_bos": True, "methods": {"nudge": Nudge(prepend_bos=True)}},
-            "another config: prepend_bos was False, is True",
+            r"other settings \(config\): prepend_bos was False, is True",
         ),
-        ({"model": build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-llama").model}, "another model"),
+        (
+            {"model": build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-llama").model},
+            r"other settings \(model\)",
+        ),
     ):
         given = {"methods": {"nudge": Nudge()}, "data": ROWS[:1], **change}
-        with pytest.raises(EvaluationError, match=f"holds an evaluation with {message}"):
+        with pytest.raises(EvaluationError, match=f"holds an evaluation of {message}"):
             run(folder="out", **given)
     # Texts are compared by content, not only by file name.
     file = Path(Evaluation.load(tmp_path / "out").config.texts or "")
@@ -1118,7 +1124,7 @@ def test_the_command_prints_the_table(facts_model: Any, tmp_path: Path, monkeypa
     for wrong, message in (
         (["--rows", "4"], "error: --rows 4 is not FIRST:END"),
         (["--top-k", "0"], "error: top_k is 0"),
-        (["--seed", "5"], "another config: seed was 3, is 5"),
+        (["--seed", "5"], "other settings (config): seed was 3, is 5"),
     ):
         assert cli.main([*argv, *wrong, "--out", str(tmp_path / "out")]) == 2
         out, err = capfd.readouterr()

@@ -741,5 +741,5 @@ def test_whitening_on_the_facts_model(
     assert evaluation.edits()["record"].unique().tolist() == [0]
     # The folder cannot be resumed as another evaluation.
     monkeypatch.setattr(whitening, "_MOST_RECORDS", 2)
-    with pytest.raises(EvaluationError, match="another config"):
+    with pytest.raises(EvaluationError, match=r"other settings \(config\)"):
         reproduce(facts_model, "facts", tmp_path, "whitening", **options)

@@ -737,13 +737,13 @@ def test_only_the_same_sweep_is_resumed(swept, tiny: nn.Module):
     other = build(f"{'bridge' if HAS_BRIDGE else 'hooked'}-gpt2", seed=1).model
     changed = [*ROWS[:-1], {**ROWS[-1], "target": 41}]
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"layers": 1}, r"another config: layers was \[0\], is \[1\]"),
-        ({"layers": 0, "k": 4}, "another config: k was 10, is 4"),
-        ({"layers": 0, "shard_size": 2}, "another config: shard_size was 64, is 2"),
-        ({"layers": 0, "model": other}, "another model: sha256 was"),
-        ({"layers": 0, "rows": changed}, "another data: sha256 was"),
-        ({"layers": 0, "rows": ROWS[:-1]}, "another data: rows was 5, is 4"),
-        ({"layers": 0, "rows": ROWS[::-1]}, "another data: sha256 was"),
+        ({"layers": 1}, r"other settings \(config\): layers was \[0\], is \[1\]"),
+        ({"layers": 0, "k": 4}, r"other settings \(config\): k was 10, is 4"),
+        ({"layers": 0, "shard_size": 2}, r"other settings \(config\): shard_size was 64, is 2"),
+        ({"layers": 0, "model": other}, r"other settings \(model\): sha256 was"),
+        ({"layers": 0, "rows": changed}, r"other settings \(data\): sha256 was"),
+        ({"layers": 0, "rows": ROWS[:-1]}, r"other settings \(data\): rows was 5, is 4"),
+        ({"layers": 0, "rows": ROWS[::-1]}, r"other settings \(data\): sha256 was"),
     ]
     for arguments, message in cases:
         with pytest.raises(SweepError, match=message) as caught:
