@@ -857,7 +857,7 @@ def test_only_the_same_evaluation_is_resumed(run, tmp_path: Path) -> None:
     kept = file.read_text()
     try:
         file.write_text(other.read_text())
-        with pytest.raises(EvaluationError, match="another texts: n was 3, is 1"):
+        with pytest.raises(EvaluationError, match=r"other settings \(texts\): n was 3, is 1"):
             run({"nudge": Nudge()}, ROWS[:1], "out")
     finally:
         file.write_text(kept)

@@ -765,7 +765,7 @@ def test_other_tokens_of_the_same_texts_are_not_resumed(swept, tiny: nn.Module, 
         ]
 
     monkeypatch.setattr(rejects, "tokenize_prompts", with_bos)
-    with pytest.raises(SweepError, match="another tokens: sha256 was"):
+    with pytest.raises(SweepError, match=r"other settings \(tokens\): sha256 was"):
         swept(folder="out", layers=0)
 
 
@@ -803,7 +803,7 @@ def test_another_version_is_not_resumed(swept, name: str):
     run = json.loads(file.read_text())
     run["versions"][name] = "0.0.0"
     file.write_text(json.dumps(run))
-    with pytest.raises(SweepError, match=f"another versions: {name} was '0.0.0', is "):
+    with pytest.raises(SweepError, match=rf"other settings \(versions\): {name} was '0.0.0', is "):
         swept(folder="out", layers=0)
 
 
