@@ -32,6 +32,7 @@ from backward_lens_tl.jacobians.average import WEIGHTS, Jacobians
 from backward_lens_tl.jacobians.corpus import Corpus, draw_corpus
 from backward_lens_tl.jacobians.loading import SUFFIX, load_jacobians
 from backward_lens_tl.models import Host, host_of
+from backward_lens_tl.models.own_passes import own_passes
 from backward_lens_tl.models.transformer_bridge import TransformerBridgeHost
 
 if TYPE_CHECKING:
@@ -195,9 +196,14 @@ class _Fit:
         from transformer_lens.tools.analysis import JacobianLens
 
         try:
-            own = JacobianLens.fit(
-                self.model, [text], show_progress=False, metadata=dict(self.about), **self.settings
-            )
+            with own_passes():
+                own = JacobianLens.fit(
+                    self.model,
+                    [text],
+                    show_progress=False,
+                    metadata=dict(self.about),
+                    **self.settings,
+                )
         except (TypeError, ValueError) as error:
             raise UnsupportedModelError(
                 f"TransformerLens cannot fit a Jacobian Lens on {self.model.cfg.model_name!r}: "

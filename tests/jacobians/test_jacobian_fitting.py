@@ -63,6 +63,17 @@ def assert_equal_files(one: Path, other: Path) -> None:
 # ------------------------------------------------------------------------------------ the estimate
 
 
+def test_a_watch_does_not_see_the_fit(small: Case, tmp_path: Path) -> None:
+    with blt.training.watch(small.model, "W_out", every=1) as watched:
+        fit(small.model, tmp_path / "lens.pt", CORPUS[:1])
+        small.model.requires_grad_(True)
+        small.model(small.tokens(5), return_type="loss").backward()
+        step = watched.step()
+    assert step is not None
+    assert len(step) == 3
+    assert len(step.positions) <= 5
+
+
 def test_the_average_is_that_of_one_call_of_transformerlens(small: Case, tmp_path: Path) -> None:
     found = fit(small.model, tmp_path / "lens.pt", save_every=2)
     expected = estimator().fit(
