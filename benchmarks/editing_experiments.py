@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,16 @@ from backward_lens_tl.reproduction.folder import read_findings
 
 PROMPTS: Mapping[str, int] = {"table1": 10, "several_facts": 10, "whitening": 10, "fig24": 5}
 """The number of records of each experiment. Table 1 also trains MEND, which takes half an hour."""
+
+_COLUMNS = (
+    "method",
+    "efficacy",
+    "paraphrase",
+    "neighborhood",
+    "corpus_perplexity",
+    "seconds",
+)
+"""What is shown of each method of table 1."""
 
 _N_TEXTS, _LEAST, _LENGTH = 3, 400, 250
 
@@ -58,6 +69,18 @@ def run_experiments(
         )
 
 
+def _methods(file: Path) -> Sequence[Sequence[Any]]:
+    """A row per method of table 1; none for the other experiments."""
+    if not file.exists():
+        return []
+    with file.open(encoding="utf-8", newline="") as stream:
+        rows = [[row[name] for name in _COLUMNS] for row in csv.DictReader(stream)]
+    return [
+        [name, *(float(f"{float(value):.4g}") if value else None for value in values)]
+        for name, *values in rows
+    ]
+
+
 def collected_experiments(folder: Path) -> Sequence[Mapping[str, Any]]:
     """Read what the page needs from the experiments so far.
 
@@ -65,13 +88,15 @@ def collected_experiments(folder: Path) -> Sequence[Mapping[str, Any]]:
         folder: The folder of `run_experiments`.
 
     Returns:
-        The name, title, verdict and checks of each, and its number of records.
+        The name, title, verdict and checks of each, its number of records, and for table 1 the
+        values of the methods.
     """
     return [
         {
             **{key: each[key] for key in ("name", "title", "verdict", "checks")},
             "records": each["about"]["prompts"],
             "seconds": round(each["about"]["seconds"]),
+            "methods": _methods(folder / each["name"] / "methods.csv"),
         }
         for each in (read_findings(folder) if folder.exists() else ())
         if each["name"] in PROMPTS

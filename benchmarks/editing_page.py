@@ -304,8 +304,23 @@ def _experiments(findings: Sequence[Mapping[str, Any]]) -> str:
                 for check in each["checks"]
             ),
             "",
+            *([_methods(each["methods"])] if each["methods"] else []),
         ]
     return "\n".join(lines)
+
+
+def _methods(rows: Sequence[Sequence[Any]]) -> str:
+    head = ["method", "efficacy", "paraphrase", "neighborhood", "perplexity", "s per edit"]
+    shown = [
+        [
+            f"`{name}`",
+            *(f"{rate:.0f}" for rate in rates),
+            f"{perplexity:.3g}",
+            "" if seconds is None else f"{seconds:.2f}",
+        ]
+        for name, *rates, perplexity, seconds in rows
+    ]
+    return table(head, shown)
 
 
 def _about_models(found: Mapping[str, Any]) -> str:

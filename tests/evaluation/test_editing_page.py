@@ -133,13 +133,24 @@ def test_experiments_are_shown_with_their_claims(results: Any) -> None:
         {"claim": "MEMIT preserves more", "holds": False, "found": "3 of 10", "exceptions": "one"},
     ]
     about = {"name": "several_facts", "title": "Several facts", "records": 10, "seconds": 130}
-    found = [{**about, "verdict": "holds with exceptions", "checks": claims}]
+    rows = [["none", 0.0, 0.0, 10.0, 72.27, None], ["ultraedit", 90.0, 90.0, 0.0, 1.865e10, 0.23]]
+    shown = {"verdict": "holds with exceptions", "checks": claims}
+    found = [
+        {**about, **shown, "methods": []},
+        {**about, "title": "Table", **shown, "methods": rows},
+    ]
     real = next(iter(results.values()))
     text = section({"SmolLM2": {**real, "experiments": found}, "facts": results["facts"]})
     own = text.partition("### The paper's experiments on editing\n")[2].partition("\n###")[0]
     assert "**Several facts**: holds with exceptions (`several_facts`, 10 records, 2 min)" in own
     assert "- ✓ All facts are learned: 10 of 10\n" in own
     assert "- ✗ MEMIT preserves more: 3 of 10 (exceptions: one)\n" in own
+    [first, second] = own.split("**Table**")
+    assert "| method |" not in first
+    assert (
+        "| `none` | 0 | 0 | 10 | 72.3 |  |\n| `ultraedit` | 90 | 90 | 0 | 1.86e+10 | 0.23 |"
+        in second
+    )
     assert "experiments on editing" not in section({"SmolLM2": {**real, "experiments": []}})
 
 
