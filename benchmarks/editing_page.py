@@ -117,10 +117,7 @@ def section(found: Mapping[str, Any]) -> str:
         text = "Multiples of the least size with which the target leads.\n"
         parts += ["### Larger sizes\n", text, _sizes(methods)]
     if any(row["run"] == "attempts" for row in methods):
-        text = (
-            "On 30 other records, on which no setting was chosen either, except for those of the\n"
-            "presets.\n"
-        )
+        text = "On 30 other records, on which no setting was chosen either.\n"
         parts += ["### Attempts at paraphrases\n", text, _attempts(methods)]
     if any(row["facts"] > 1 for row in methods):
         parts += ["### Several facts in one edit of a real model\n", _several(methods)]
@@ -253,7 +250,7 @@ def _attempts(methods: Sequence[Row]) -> str:
     columns = ("efficacy", "paraphrase", "neighborhood_success", "kept")
     rows = [
         [
-            row["name"],
+            f"`{NONE}`" if row["name"] == NONE else row["name"],
             *(_rate(row[each]) for each in columns),
             *(_small(row[each][:1]) for each in ("neighborhood_kl_median", "text_kl_median")),
         ]
