@@ -104,7 +104,7 @@ def test_only_the_same_fit_is_resumed(
     monkeypatch.setattr(measuring, "backward_lens", real)
     shutil.copy(fits[1], file)
     with pytest.raises(
-        SweepError, match=r"another jacobian: .*sha256 was .*Resume it with the orig"
+        SweepError, match=r"other settings \(jacobian\): .*sha256 was .*Resume it with the orig"
     ):
         swept(file, layers=0)
     shutil.copy(fits[0], file)
