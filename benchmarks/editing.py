@@ -33,6 +33,7 @@ from benchmarks.paraphrases import ATTEMPTS
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "editing" / "results.json"
+
 _N_TEXTS = 5
 """Texts of perplexity."""
 
@@ -70,7 +71,6 @@ def _sized(make: Callable[..., EditMethod], margin: float) -> Callable[[Methods]
     return lambda methods: make(methods, margin=margin)
 
 
-# Values that edits of single facts found would make their time that of reading files.
 _MEMIT: Mapping[str, Callable[[Methods], EditMethod]] = {"memit": Methods.memit}
 _TOGETHER: Mapping[str, Callable[[Methods], EditMethod]] = {
     LENS: Methods.lens,
@@ -83,6 +83,7 @@ TRIALS: Mapping[str, Trial] = {
     ),
     "fine-tuning": Trial({"ft_late": _preset("ft_late")}, 200),
     "fine-tuning-first": Trial({"ft_first": _preset("ft_first")}, 50),
+    # Without kept values, which would make the time of an edit that of reading a file.
     "at-the-subject": Trial({"rome": _preset("rome"), "memit": _preset("memit")}, 50),
     "sizes": Trial(
         {

@@ -118,8 +118,8 @@ def reference_of(model: Any, reference: object, tokenizer: Any) -> Reference:
         The reference.
 
     Raises:
-        InputError: If it is not a prompt and a target, is longer than the model's context, or
-            there is no tokenizer for a text.
+        InputError: If it is not a prompt and a target, is longer than the model's context, or is
+            text and there is no tokenizer.
         TargetError: If the target does not continue the prompt.
     """
     if not isinstance(reference, tuple | list) or len(reference) != 2:

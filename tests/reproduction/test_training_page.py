@@ -27,6 +27,12 @@ from benchmarks.training_page import SHOWN, page
 DOCS = Path(__file__).parents[2] / "docs"
 
 
+def table_of(found: list[list[Any]]) -> pd.DataFrame:
+    """A table of the findings, whose first row names its columns."""
+    columns, *rows = found
+    return pd.DataFrame(rows, columns=columns)
+
+
 @pytest.fixture(scope="module")
 def findings() -> Any:
     return json.loads(training.FINDINGS.read_text(encoding="utf-8"))
@@ -82,14 +88,12 @@ def test_layers_are_those_of_the_findings(findings: Any, text: str) -> None:
 
 
 def test_conclusions_have_the_numbers_of_the_findings(findings: Any) -> None:
-    columns, *rows = findings["facts"]["means"]
-    own = pd.DataFrame(rows, columns=columns).query("answers == 'taught' and step == 200")
+    own = table_of(findings["facts"]["means"]).query("answers == 'taught' and step == 200")
     full = own[own["weights"] == "full"].groupby("optimizer")
     shares, sizes = full["energy_10"].mean() * 100, full["relative_norm"].mean() * 100
     writing = own[own["matrix"] == "W_out"].set_index(["weights", "optimizer"])
     found, near = writing["answers_found"] * 100, writing["taught_near"] * 100
-    columns, *rows = findings["facts"]["layers"]
-    by_layer = pd.DataFrame(rows, columns=columns).query(
+    by_layer = table_of(findings["facts"]["layers"]).query(
         "weights == 'full' and answers == 'taught'"
     )
     late = by_layer["layer"] >= 5
@@ -113,8 +117,7 @@ def test_conclusions_have_the_numbers_of_the_findings(findings: Any) -> None:
 
 
 def test_conclusions_about_smollm2_have_its_numbers(findings: Any) -> None:
-    columns, *rows = findings["SmolLM2"]["means"]
-    last = pd.DataFrame(rows, columns=columns).query("step == 200")
+    last = table_of(findings["SmolLM2"]["means"]).query("step == 200")
     own = last[last["answers"] == "taught"]
     full = own[own["weights"] == "full"].groupby("optimizer").mean(numeric_only=True) * 100
     writing = own[own["matrix"] == "W_out"].set_index(["weights", "optimizer"])
@@ -124,8 +127,7 @@ def test_conclusions_about_smollm2_have_its_numbers(findings: Any) -> None:
     )
     shuffled = last[(last["answers"] == "shuffled") & (last["matrix"] == "W_out")]
     turned = shuffled[shuffled["weights"] == "full"].set_index("optimizer").loc["sgd"]
-    columns, *rows = findings["SmolLM2"]["layers"]
-    layers = pd.DataFrame(rows, columns=columns).query("answers == 'taught'")
+    layers = table_of(findings["SmolLM2"]["layers"]).query("answers == 'taught'")
     sizes = layers[(layers["optimizer"] == "sgd") & (layers["weights"] == "full")].set_index(
         "layer"
     )["relative_norm"]

@@ -140,7 +140,7 @@ class _Change:
     @classmethod
     def at(cls, site: MatrixSite, *, with_bias: bool) -> _Change:
         """A change of zeros, in float32 for models in half precision, as Adam's squares need."""
-        like = at_least_float32(site.weight.parameter.detach().flatten()[:0])
+        like = at_least_float32(site.weight.parameter.detach()[:0])
         weight = like.new_zeros(site.shape).requires_grad_()
         # TransformerLens has a bias of zeros where the original model has none.
         has_bias = site.bias is not None and bool(site.bias.detach().any())
